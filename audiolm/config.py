@@ -1,0 +1,331 @@
+"""The configuration: frozen pydantic models with the paper's numbers as defaults, one YAML file, `a.b=c` overrides.
+
+Every field is part of a step's identity unless it is marked `Runtime` or `Later` (see identity.py).
+Seconds end in `_s`, hertz in `_hz`.  Unknown keys are refused.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from audiolm.identity import Config, Runtime
+
+class Run(Config):
+    name: Runtime[str] = "quickstart"
+    experiment: Runtime[str] = "audiolm"
+    seed: int = 0
+
+
+class Cluster(Config):
+    """Where and how the work runs; no field changes what is computed."""
+
+    address: Runtime[str | None] = Field(None, description="a Ray cluster to join; None starts one here")
+    workers: Runtime[int | None] = Field(None, ge=1, description="data tasks at once; None = the cluster's CPUs")
+    device: Runtime[Literal["auto", "cpu", "cuda"]] = "auto"
+    train_workers: Runtime[int] = Field(1, ge=1, description="training workers (ranks) of one step")
+    threads: Runtime[int | None] = Field(None, ge=1, description="torch threads a training worker; None = CPUs / ranks")
+    parallel_training: Runtime[int] = Field(1, ge=1, description="training steps at once")
+    retries: Runtime[int] = Field(2, ge=0, description="relaunches of a step after a node or worker died")
+    audio_cache_mb: Runtime[int] = Field(512, ge=0, description="decoded audio kept in memory by a training worker")
+
+
+class Where(Config):
+    """Which clips a step takes; None takes all."""
+
+    source: tuple[str, ...] | None = Field(None, description="names of corpus sources")
+
+
+class _Source(Config):
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
+
+
+class FolderSource(_Source):
+    """Audio files under any fsspec URI. `speaker` says which part of the path names the speaker."""
+
+    kind: Literal["folder"]
+    root: Runtime[str]
+    glob: str = "**/*"
+    speaker: Literal["none", "parent", "grandparent"] = Field("none", description="none: every file is its own speaker")
+    split: Literal["train", "dev", "test"] | None = Field(None, description="put all of it there; None splits by speaker")
+
+
+class LibriSpeechSource(_Source):
+    """SUBSET/SPEAKER/CHAPTER/*.flac with optional *.trans.txt (LibriSpeech), or Libri-Light's SPEAKER/BOOK/*.flac."""
+
+    kind: Literal["librispeech"]
+    root: Runtime[str]
+    splits: dict[str, Literal["train", "dev", "test"]] | None = Field(
+        None, description="subset folder -> split; None: train*/dev*/test* by name, else split by speaker")
+
+
+class ManifestSource(_Source):
+    """The user's own Parquet: uri, and where present start, duration (seconds), speaker, source, split, text."""
+
+    kind: Literal["manifest"]
+    uri: Runtime[str]
+    root: Runtime[str | None] = Field(None, description="what relative uris are relative to; None = the Parquet's folder")
+
+
+Source = Annotated[FolderSource | LibriSpeechSource | ManifestSource, Field(discriminator="kind")]
+
+
+class Corpus(Config):
+    name: str
+    revision: int = Field(1, ge=1, description="raise it when files were added or changed on purpose")
+    sources: tuple[Source, ...] = Field(min_length=1)
+    sample_rate: int = 16_000  # paper III-B
+    min_s: float = Field(0.5, gt=0)
+    max_s: float = Field(60.0, gt=0, description="longer audio is cut")
+    join_s: float = Field(30.0, ge=0, description="consecutive utterances of a chapter are joined up to this; 0 = off")
+    dev: float = Field(0.05, ge=0, lt=0.5, description="share of hours, by speaker, where the corpus has no splits")
+    test: float = Field(0.05, ge=0, lt=0.5)
+    shard_s: float = Field(3600.0, gt=0, description="audio seconds in a shard, at most")
+    max_rejected: float = Field(0.05, ge=0, le=1, description="share of files that may be unusable")
+    silence_db: float = Field(-70.0, description="a clip whose peak lies below this (dBFS) is silent")
+    changed: Runtime[Literal["stop", "ignore"]] = Field("stop", description="what to do when the files changed")
+
+    @model_validator(mode="after")
+    def _check(self):
+        names = [s.name for s in self.sources]
+        if len(set(names)) < len(names):
+            raise ValueError(f"sources must have different names, got {names}")
+        if self.min_s >= self.max_s:
+            raise ValueError(f"min_s ({self.min_s}) must be below max_s ({self.max_s})")
+        return self
+
+
+class Train(Config):
+    """One training run: warm-up, constant, decay to zero over the last `decay_steps` (DESIGN 1.6)."""
+
+    steps: int = Field(ge=1)
+    batch: int = Field(ge=1, description="rows of the global batch, over all workers")
+    lr: float = Field(gt=0)
+    warmup_steps: int = Field(0, ge=0)
+    decay_steps: int = Field(0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.1
+    clip: float = Field(1.0, ge=0, description="global gradient norm; 0 = off")
+    eval_every: int = Field(1000, ge=1)
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    export: Literal["best", "last"] = Field("last", description="which weights later steps load: best by validation")
+    micro_batch: Runtime[int | None] = Field(None, ge=1, description="rows a forward pass; None = the worker's share")
+    save_every: Runtime[int] = Field(1000, ge=1)
+    keep: Runtime[int] = Field(2, ge=1, description="checkpoints kept besides the best")
+    log_every: Runtime[int] = Field(10, ge=1)
+    engine: Runtime[Literal["deepspeed", "torch"]] = "deepspeed"
+    zero: Runtime[int] = Field(1, ge=0, le=2, description="DeepSpeed ZeRO stage")
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.warmup_steps + self.decay_steps > self.steps:
+            raise ValueError(f"warmup_steps ({self.warmup_steps}) + decay_steps ({self.decay_steps}) exceed steps ({self.steps})")
+        return self
+
+
+class Masked(Config):
+    """The masked audio model: a Conformer on log-mels at 25 Hz, HuBERT-style targets (k-means of MFCC)."""
+
+    dim: int = 512
+    layers: int = 12
+    heads: int = 8
+    ff: int = 2048
+    conv_kernel: int = 5
+    dropout: float = 0.1
+    targets_k: int = Field(100, ge=2, description="k of the MFCC targets (HuBERT iteration 1)")
+    mask_span_s: float = 0.4
+    mask_share: float = Field(0.55, gt=0, lt=1, description="share of frames under a mask")
+    crop_s: float = 15.0
+    train: Train = Train(steps=100_000, batch=64, lr=1e-3, warmup_steps=400, decay_steps=20_000, weight_decay=0.01)
+
+
+class KMeans(Config):
+    layer: int = Field(7, ge=1, description="Conformer block whose output is clustered, from 1")
+    k: int = Field(1024, ge=2)  # paper IV-B
+    max_frames: int = Field(2_000_000, ge=1, description="frames sampled for the fit")
+    iterations: int = Field(100, ge=1)
+    restarts: int = Field(3, ge=1)
+
+
+class Semantic(Config):
+    where: Where = Where()
+    model: Masked = Masked()
+    kmeans: KMeans = KMeans()
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.kmeans.layer > self.model.layers:
+            raise ValueError(f"kmeans.layer ({self.kmeans.layer}) exceeds model.layers ({self.model.layers})")
+        return self
+
+
+class Discriminators(Config):
+    periods: tuple[int, ...] = (2, 3, 5, 7, 11)
+    windows: tuple[int, ...] = (2048, 1024, 512)
+    channels: int = 32
+    start_step: int = Field(1000, ge=0, description="first step of the adversarial game")
+
+
+class Codec(Config):
+    """SoundStream (2107.03312) at 16 kHz: strides 2, 4, 5, 8 -> 50 Hz; 12 x 1024 codes = 6 kb/s (paper IV-B)."""
+
+    where: Where = Where()
+    strides: tuple[int, ...] = (2, 4, 5, 8)
+    enc_channels: int = 32
+    dec_channels: int = 32
+    dim: int = 512
+    n_q: int = Field(12, ge=1, le=64)
+    vocab: int = Field(1024, ge=2, le=65_535)
+    code_decay: float = 0.99
+    dead_share: float = Field(0.1, description="a code is dead below this x (global frames a step / vocab)")
+    disc: Discriminators = Discriminators()
+    mel_weight: float = 15.0  # the weights follow DAC's 16 kHz recipe
+    feature_weight: float = 2.0
+    adversarial_weight: float = 1.0
+    commitment_weight: float = 0.25
+    ema: float = 0.999
+    crop_s: float = 0.48
+    train: Train = Train(steps=400_000, batch=64, lr=1e-4, decay_steps=200_000, betas=(0.8, 0.99), weight_decay=0.01,
+                         clip=10.0, zero=0)
+
+
+class Tokens(Config):
+    batch_s: float = Field(120.0, gt=0, description="padded audio seconds encoded at once; a rule of the shard alone")
+
+
+class Stage(Config):
+    """One language model: the paper's 12 x 1024 x 16 x 4096 by default."""
+
+    crop_s: float
+    dim: int = 1024
+    layers: int = 12
+    heads: int = 16
+    ff: int = 4096
+    dropout: float = 0.1
+    where: Where = Where()
+    train: Train
+
+
+def _lm(batch: int) -> Train:
+    return Train(steps=1_000_000, batch=batch, lr=3e-4, warmup_steps=2000, decay_steps=200_000, dtype="bfloat16",
+                 export="best")
+
+
+class LM(Config):
+    dedupe: bool = Field(True, description="collapse runs of semantic tokens in stages 1 and 2 (paper)")
+    coarse_levels: int = Field(4, ge=1, description="Q', levels of the coarse stage")
+    semantic: Stage = Stage(crop_s=30.0, train=_lm(256))
+    coarse: Stage = Stage(crop_s=10.0, train=_lm(256))
+    fine: Stage = Stage(crop_s=3.0, train=_lm(256))
+
+
+class Samples(Config):
+    n: int = Field(2, ge=1, description="samples of each mode")
+    prompt_s: float = 3.0  # paper III-D; 4.0 for piano
+    seconds: float = Field(7.0, gt=0, description="seconds generated beyond a prompt")
+    temperature_semantic: float = 0.6
+    temperature_coarse: float = 0.8
+    temperature_fine: float = 0.6
+
+
+class Evaluate(Config):
+    clips: int = Field(8, ge=1, description="held-out clips for codec figures and the ladder")
+    clip_s: float = Field(8.0, gt=0, description="seconds of each such clip")
+    rows: int = Field(64, ge=1, description="held-out crops a stage's losses are measured on")
+
+
+class Pipeline(Config):
+    run: Run = Run()
+    store: str = Field("./outputs", description="any fsspec URI that every node sees")
+    tracking: str = Field("sqlite", description="sqlite (in the store), none, or an MLflow tracking URI")
+    cluster: Cluster = Cluster()
+    corpus: Corpus
+    semantic: Semantic = Semantic()
+    codec: Codec = Codec()
+    tokens: Tokens = Tokens()
+    lm: LM = LM()
+    samples: Samples = Samples()
+    evaluate: Evaluate = Evaluate()
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.lm.coarse_levels > self.codec.n_q:
+            raise ValueError(f"lm.coarse_levels ({self.lm.coarse_levels}) exceeds codec.n_q ({self.codec.n_q})")
+        known = {s.name for s in self.corpus.sources}
+        for field, where in (("semantic.where", self.semantic.where), ("codec.where", self.codec.where),
+                             ("lm.semantic.where", self.lm.semantic.where), ("lm.coarse.where", self.lm.coarse.where),
+                             ("lm.fine.where", self.lm.fine.where)):
+            if unknown := set(where.source or ()) - known:
+                if not any(isinstance(s, ManifestSource) for s in self.corpus.sources):
+                    raise ValueError(f"{field}.source names {sorted(unknown)}; corpus.sources are {sorted(known)}")
+        return self
+
+    @property
+    def has_fine(self) -> bool:
+        return self.lm.coarse_levels < self.codec.n_q
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the text names the field, the value and the fix."""
+
+
+def load(path: str, overrides: list[str] = ()) -> Pipeline:
+    """Reads a YAML file and applies `a.b=c` overrides (values are YAML; list items by number: `corpus.sources.0.root=x`).
+
+    Relative roots and uris in the file are relative to the file; those in overrides to the working folder.
+    Raises ConfigError.
+    """
+    try:
+        data = yaml.safe_load(Path(path).read_text()) or {}
+    except FileNotFoundError as e:
+        raise ConfigError(f"no config file {path}") from e
+    except yaml.YAMLError as e:
+        raise ConfigError(f"{path} is not YAML: {e}") from e
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path} holds a {type(data).__name__}, expected sections such as corpus: and codec:")
+    _root_paths(data, Path(path).resolve().parent)
+    for item in overrides:
+        _override(data, item)
+    _root_paths(data, Path.cwd())
+    try:
+        return Pipeline.model_validate(data)
+    except ValidationError as e:
+        lines = [f"  {'.'.join(map(str, err['loc'])) or 'config'}: {err['msg']}"
+                 + ("" if isinstance(err["input"], dict) else f" (got {err['input']!r})") for err in e.errors()]
+        raise ConfigError(f"{path} has {len(lines)} error(s):\n" + "\n".join(lines)) from e
+
+
+def _root_paths(data: dict, base: Path) -> None:
+    for source in (data.get("corpus") or {}).get("sources") or []:
+        for key in ("root", "uri") if isinstance(source, dict) else ():
+            value = source.get(key)
+            if isinstance(value, str) and "://" not in value:
+                source[key] = os.path.normpath(base / Path(value).expanduser())
+
+
+def _override(data: dict, item: str) -> None:
+    key, eq, text = item.partition("=")
+    if not eq or not key:
+        raise ConfigError(f"override {item!r} is not of the form a.b=c")
+    *parents, last = key.split(".")
+    node: Any = data
+    for name in parents:
+        if isinstance(node, list):
+            if not name.isdigit() or int(name) >= len(node):
+                raise ConfigError(f"override {item!r}: {name!r} is not one of the {len(node)} items there")
+            node = node[int(name)]
+        else:
+            node = node.setdefault(name, {})
+        if not isinstance(node, (dict, list)):
+            raise ConfigError(f"override {item!r}: {name!r} is a value, not a section")
+    value = yaml.safe_load(text)
+    if isinstance(node, list):
+        if not last.isdigit() or int(last) >= len(node):
+            raise ConfigError(f"override {item!r}: {last!r} is not one of the {len(node)} items there")
+        node[int(last)] = value
+    else:
+        node[last] = value

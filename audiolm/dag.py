@@ -1,0 +1,277 @@
+"""A thin DAG of steps whose outputs are addressed by recipe (DESIGN 1.1 to 1.4).
+
+A step is a plain function `fn(config, inputs, out) -> facts`; its outputs live at `{store}/{step}/{fingerprint}/{build}/`.
+The fingerprint hashes what is computed (step name, the author's `version`, the config's identity, the inputs'
+fingerprints), never where or how.  A build is opened for given inputs' builds, or by force; a resumed attempt continues
+it.  Facts on disk: recipe.json, BUILD/build.json, BUILD/attempts/NNNN.json, BUILD/done.json (exclusive, last).
+Status is derived from these and stored nowhere else.  This module knows nothing of audio, torch, Ray or MLflow.
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+import json
+import time
+import traceback
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from audiolm.identity import flatten, identity
+from audiolm.lease import LEASE_S, Lease, LeaseLost, Waiter, is_dead, latest, read_attempt
+from audiolm.metrics import MetricsFile
+from audiolm.store import get_json, join, names, put_json
+
+
+class Status(enum.StrEnum):
+    MISSING = "missing"
+    WAITING = "waiting"  # it will run, its inputs or its turn are not there yet
+    RUNNING = "running"
+    LOST = "lost"  # started, but its owner died
+    FAILED = "failed"
+    STALE = "stale"  # done, but an input has a newer build
+    DONE = "done"
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    name: str
+    fn: Callable[[dict, dict[str, Artifact], Out], dict | None]
+    config: Mapping[str, Any] = field(default_factory=dict)
+    inputs: tuple[Step, ...] = ()
+    version: int = 1  # raise it when the meaning of fn changes
+    trains: bool = False  # takes one of the cluster's training slots
+
+    @property
+    def recipe(self) -> dict:
+        return {"step": self.name, "version": self.version, "config": identity(dict(self.config)),
+                "inputs": {s.name: s.fingerprint for s in self.inputs}}
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(json.dumps(self.recipe, sort_keys=True).encode()).hexdigest()[:12]
+
+    def root(self, store: str) -> str:
+        return join(store, self.name, self.fingerprint)
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A finished step's folder."""
+
+    path: str
+    build: str
+    facts: dict
+    record: dict = field(default_factory=dict)
+
+
+class Observer(Protocol):
+    """What wants to know how steps fare: a terminal, a tracker."""
+
+    def began(self, out: Out) -> None: ...
+    def progress(self, out: Out, done: float, total: float, unit: str, note: str) -> None: ...
+    def ended(self, out: Out, status: str, facts: dict, error: str | None) -> str | None: ...
+
+
+class Out:
+    """A running step's folder: its lease, its metrics, its progress."""
+
+    def __init__(self, step: Step, path: str, lease: Lease, observer: Observer | None, inline: bool):
+        self.step, self.path, self.lease, self.inline = step, path, lease, inline
+        self.attempt = lease.attempt
+        self.metrics_path = join(path, f"metrics-{self.attempt:04d}.jsonl")
+        self._observer, self._metrics = observer, None
+
+    def check(self) -> None:
+        """Call from long loops: raises LeaseLost when another worker owns the build now."""
+        self.lease.check()
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        if self._metrics is None:
+            self._metrics = MetricsFile(self.metrics_path)
+        self._metrics.add(step, metrics)
+
+    def close(self, state: str, error: str | None = None) -> None:
+        if self._metrics is not None:
+            self._metrics.close()
+        self.lease.close(state, error)
+
+    def progress(self, done: float, total: float, unit: str, note: str = "") -> None:
+        self.check()
+        if self._observer:
+            self._observer.progress(self, done, total, unit, note)
+
+
+@dataclass(frozen=True)
+class View:
+    """What the store says of a step: status, the newest finished build and the build that would be continued."""
+
+    status: Status
+    artifact: Artifact | None
+    build: int | None  # the newest build for these inputs
+    newest: int  # the newest build of all
+    note: str = ""
+
+
+def look(step: Step, store: str, inputs: Mapping[str, str | None]) -> View:
+    """Reads a step's state, given its inputs' build ids (None where an input is not built); writes nothing."""
+    root = step.root(store)
+    numbers = [int(n) for n in names(root) if n.isdigit()]
+    records = {n: get_json(join(root, f"{n:04d}", "build.json")) for n in numbers}
+    done = {n: get_json(join(root, f"{n:04d}", "done.json")) for n in numbers}
+    finished = [n for n in numbers if done[n]]
+    artifact = None
+    if finished:
+        n = finished[-1]
+        artifact = Artifact(join(root, f"{n:04d}"), f"{step.fingerprint}.{n:04d}", done[n]["facts"], done[n])
+    newest = numbers[-1] if numbers else 0
+    match = [n for n in numbers if records[n] and records[n]["inputs"] == dict(inputs)]
+    if match and done[match[-1]]:
+        return View(Status.DONE, artifact, match[-1], newest, f"built in {done[match[-1]]['seconds']:.0f} s")
+    if match:
+        path = join(root, f"{match[-1]:04d}")
+        attempt = read_attempt(path, latest(path))
+        if attempt is None:
+            return View(Status.LOST, artifact, match[-1], newest, "opened, not begun")
+        if attempt["state"] in ("failed", "stopped"):
+            last = (attempt.get("error") or "stopped").strip().splitlines()[-1]
+            return View(Status.FAILED, artifact, match[-1], newest, last[:200])
+        lost = is_dead(attempt) or time.time() - attempt["time"] > LEASE_S
+        return View(Status.LOST if lost else Status.RUNNING, artifact, match[-1], newest,
+                    f"attempt {latest(path)} on {attempt['host']}" + (", its owner died" if lost else ""))
+    if finished:
+        changed = [k for k, v in inputs.items() if artifact.record["inputs"].get(k) != v]
+        return View(Status.STALE, artifact, None, newest, f"newer build of {', '.join(changed)}")
+    return View(Status.MISSING, artifact, None, newest)
+
+
+def _open_build(step: Step, store: str, inputs: dict[str, str], force: bool) -> tuple[str, int]:
+    """The build to work on: the newest for these inputs, or a new one (exclusive: two drivers agree on it)."""
+    while True:
+        view = look(step, store, inputs)
+        if view.build is not None and not (force and view.status is Status.DONE):
+            return join(step.root(store), f"{view.build:04d}"), view.build
+        n = view.newest + 1
+        try:
+            put_json(join(step.root(store), "recipe.json"), step.recipe)
+            put_json(join(step.root(store), f"{n:04d}", "build.json"), {"inputs": inputs, "time": time.time()}, exclusive=True)
+        except FileExistsError:
+            pass
+        force = False  # whoever opened it: this build is newer than the one that was to be replaced
+
+
+def run_step(step: Step, store: str, inputs: dict[str, Artifact], *, force: bool = False, inline: bool = False,
+             observer: Observer | None = None, stop: Callable[[], bool] = lambda: False, poll_s: float = 2.0) -> Artifact:
+    """Claims, runs and publishes one step, or waits for whoever is at it. Runs in the driver (a thread of it)."""
+    builds = {name: a.build for name, a in inputs.items()}
+    path, number = _open_build(step, store, builds, force)
+    waiter = Waiter(path)
+    while True:
+        if done := get_json(join(path, "done.json")):
+            return Artifact(path, f"{step.fingerprint}.{number:04d}", done["facts"], done)
+        if stop():
+            raise LeaseLost(f"{step.name}: stopped before it began")
+        if waiter.free():
+            try:
+                lease = Lease(path)
+                break
+            except FileExistsError:
+                continue  # lost the race: wait for the winner
+        time.sleep(poll_s)
+    out, began = Out(step, path, lease, observer, inline), time.time()
+    try:
+        if observer:
+            observer.began(out)
+        facts = step.fn(dict(step.config), inputs, out) or {}
+        lease.check(now=True)
+        run_id = observer.ended(out, "done", facts, None) if observer else None
+        done = {"facts": facts, "inputs": builds, "seconds": round(time.time() - began, 3), "time": time.time(),
+                "attempt": lease.attempt, "run_id": run_id}
+        put_json(join(path, "done.json"), done, exclusive=True)
+        out.close("done")
+        return Artifact(path, f"{step.fingerprint}.{number:04d}", facts, done)
+    except BaseException as e:
+        stopped = isinstance(e, (LeaseLost, KeyboardInterrupt))
+        out.close("stopped" if stopped else "failed", traceback.format_exc()[-4000:])
+        if observer:
+            observer.ended(out, "stopped" if stopped else "failed", {}, f"{type(e).__name__}: {e}")
+        raise
+
+
+def toposort(targets: Iterable[Step]) -> list[Step]:
+    order: dict[str, Step] = {}
+
+    def visit(s: Step) -> None:
+        if s.name in order:
+            if order[s.name].fingerprint != s.fingerprint:
+                raise ValueError(f"two different steps are named {s.name!r}")
+            return
+        for up in s.inputs:
+            visit(up)
+        order[s.name] = s
+
+    for t in targets:
+        visit(t)
+    return list(order.values())
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One step of a plan: will it run, and why."""
+
+    step: Step
+    view: View
+    run: bool
+    reason: str
+
+
+def plan(steps: list[Step], store: str, *, only: Iterable[str] = (), from_: Iterable[str] = (),
+         force: Iterable[str] = ()) -> list[Row]:
+    """What would run, in order. Reads the store, writes nothing. Raises ValueError for unknown or unbuilt names."""
+    known = [s.name for s in steps]
+    for option, given in (("--only", only), ("--from", from_), ("--force", force)):
+        if unknown := set(given) - set(known):
+            raise ValueError(f"{option}: no step named {', '.join(sorted(unknown))}; the steps are {', '.join(known)}")
+    chosen = set(only) | set(from_) or set(known)
+    builds: dict[str, str | None] = {}
+    rows, will_run = [], set()
+    for s in steps:
+        if from_ and any(u.name in chosen for u in s.inputs):
+            chosen.add(s.name)
+        view = look(s, store, {u.name: builds[u.name] for u in s.inputs})
+        builds[s.name] = view.artifact.build if view.artifact else None
+        above = [u.name for u in s.inputs if u.name in will_run]
+        run = s.name in chosen and (s.name in force or bool(above) or view.status is not Status.DONE)
+        if run and (missing := [u.name for u in s.inputs if builds[u.name] is None and u.name not in will_run]):
+            raise ValueError(f"{s.name} needs {', '.join(missing)}, not built and not selected: "
+                             f"add --only {','.join([*missing, s.name])} or run without --only/--from")
+        will_run |= {s.name} if run else set()
+        rows.append(Row(s, view, run, _reason(s, store, view, run, s.name in force, above)))
+    return rows
+
+
+def _reason(step: Step, store: str, view: View, run: bool, forced: bool, above: list[str]) -> str:
+    if not run:
+        return view.note if view.status is Status.DONE else f"{view.status}, not selected"
+    if forced:
+        return "forced"
+    if view.status is Status.MISSING:
+        return sibling_difference(step, store) or "never built"
+    return view.note or (f"after {', '.join(above)}" if above else str(view.status))
+
+
+def sibling_difference(step: Step, store: str) -> str:
+    """How the recipe differs from the newest one of the same step, or '' where there is none."""
+    newest, recipe = 0.0, None
+    for name in names(join(store, step.name)):
+        root = join(store, step.name, name)
+        if name != step.fingerprint and (first := get_json(join(root, "0001", "build.json"))) and first["time"] > newest:
+            newest, recipe = first["time"], get_json(join(root, "recipe.json"))
+    if recipe is None:
+        return ""
+    old, new = flatten(recipe), flatten(step.recipe)
+    parts = [f"{k.removeprefix('config.')}: {old.get(k, 'absent')} -> {new.get(k, 'absent')}"
+             for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k) and not k.startswith("inputs.")]
+    ups = [k.removeprefix("inputs.") for k in new if k.startswith("inputs.") and old.get(k) != new[k]]
+    return "; ".join(parts[:4] + ([f"{len(parts) - 4} more"] if len(parts) > 4 else [])) or f"other {', '.join(ups)}"

@@ -1,0 +1,122 @@
+"""Metrics are first a file: `metrics-{attempt:04d}.jsonl` in a step's build (DESIGN 1.10).
+
+One JSON object a line: {"step": int, "time": epoch seconds, "metrics": {name: float}}.  Training workers and the
+driver write it, a tracker and the report read it; nobody here knows a tracking server.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from audiolm import store
+
+REWRITE_S = 15.0  # an object store has no append: the whole object is written again, at most this often
+
+
+class MetricsFile:
+    """Appends rows to a metrics file; thread-safe. One writer process at a time, any number of readers.
+
+    Local disk: a row is one `write` of a whole line. Object store: rows are kept and the object is rewritten every
+    15 s (longer for files of many megabytes), and by `flush` and `close`. What an earlier writer left is continued.
+    """
+
+    def __init__(self, path: str):
+        self.path = path
+        self._lock = threading.Lock()
+        self._fd: int | None = None
+        self._text: bytearray | None = None  # object store: all of the object
+        self._unsent = False
+        self._sent_at = time.monotonic()
+
+    def add(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Adds one row; values become floats (0-d arrays and tensors included)."""
+        row = {"step": int(step), "time": time.time(), "metrics": {k: float(v) for k, v in metrics.items()}}
+        line = json.dumps(row).encode() + b"\n"
+        with self._lock:
+            if store.is_local(self.path):
+                self._append(line)
+                return
+            if self._text is None:
+                self._text = bytearray(_existing(self.path))
+            self._text += line
+            self._unsent = True
+            wait_s = REWRITE_S * (1 + len(self._text) / 2**20)
+            if time.monotonic() - self._sent_at >= wait_s:
+                self._rewrite()
+
+    def flush(self) -> None:
+        """Every row added so far is in the store after this."""
+        with self._lock:
+            if self._unsent:
+                self._rewrite()
+
+    def close(self) -> None:
+        self.flush()
+        with self._lock:
+            if self._fd is not None:
+                os.close(self._fd)
+                self._fd = None
+
+    def _append(self, line: bytes) -> None:
+        if self._fd is None:
+            _, p = store.open_fs(self.path)
+            os.makedirs(os.path.dirname(p), exist_ok=True)
+            self._fd = os.open(p, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+            size = os.fstat(self._fd).st_size
+            if size and os.pread(self._fd, 1, size - 1) != b"\n":
+                line = b"\n" + line  # an earlier writer died within a line: keep the new one whole
+        os.write(self._fd, line)
+
+    def _rewrite(self) -> None:
+        store.put(self.path, bytes(self._text))
+        self._unsent, self._sent_at = False, time.monotonic()
+
+
+def _existing(path: str) -> bytes:
+    try:
+        data = store.get(path)
+    except FileNotFoundError:
+        return b""
+    return data if not data or data.endswith(b"\n") else data + b"\n"
+
+
+def read_from(path: str, offset: int = 0, max_bytes: int | None = None) -> tuple[list[dict[str, Any]], int]:
+    """The whole rows after byte `offset` and the offset behind the last of them; ([], offset) where there are none.
+
+    A line still being written is left for the next call; a damaged line is passed over. A missing file has no rows.
+    `max_bytes` bounds one call; it must exceed the longest line.
+    """
+    fs, p = store.open_fs(path)
+    try:
+        size = fs.info(p)["size"]
+        if size <= offset:
+            return [], offset
+        data = fs.cat_file(p, start=offset, end=min(size, offset + max_bytes) if max_bytes else size)
+    except FileNotFoundError:
+        return [], offset
+    rows = []
+    for line in data[: data.rfind(b"\n") + 1].splitlines(keepends=True):
+        offset += len(line)
+        try:
+            row = json.loads(line)
+            rows.append({"step": int(row["step"]), "time": float(row["time"]), "metrics": dict(row["metrics"])})
+        except (ValueError, KeyError, TypeError):
+            continue
+    return rows, offset
+
+
+def read_build(build: str) -> list[dict[str, Any]]:
+    """The rows of all attempts of a build, one per (step, metric) with the newest attempt's value, in step order."""
+    merged: dict[int, dict[str, Any]] = {}
+    for name in store.names(build):
+        if name.startswith("metrics-") and name.endswith(".jsonl"):
+            for row in read_from(store.join(build, name))[0]:
+                seen = merged.setdefault(row["step"], {"step": row["step"], "time": row["time"], "metrics": {}})
+                seen["time"] = row["time"]
+                seen["metrics"].update(row["metrics"])
+    return [merged[step] for step in sorted(merged)]

@@ -1,0 +1,83 @@
+"""One run as people see it: the terminal's board, the tracker's runs, the index `runs/{run}.json` and the last words.
+
+Implements dag.Observer; knows steps and paths, not audio.
+"""
+
+from __future__ import annotations
+
+import time
+
+from audiolm.cli import index_path, write_index
+from audiolm.config import Pipeline
+from audiolm.dag import Artifact, Out, Row
+from audiolm.identity import flatten
+from audiolm.progress import Board, duration
+from audiolm.store import exists, get_json, join
+from audiolm.tracking import Tracker
+
+
+class RunObserver:
+    """Tells board and tracker how steps fare. Called from several threads."""
+
+    def __init__(self, cfg: Pipeline, rows: list[Row], git: dict[str, str]):
+        self.cfg, self.rows, self.git = cfg, rows, git
+        self.board = Board()
+        self.tracker = Tracker(cfg.tracking, cfg.store, cfg.run.experiment, cfg.run.name, self.board.say)
+        self._handles, self._began, self._index = {}, {}, {}
+        self.tracker.start(flatten(cfg), {**git, "store": cfg.store, "corpus": cfg.corpus.name})
+
+    def say(self, text: str) -> None:
+        self.board.say(text)
+
+    def began(self, out: Out) -> None:
+        name = out.step.name
+        self._began[name] = time.monotonic()
+        self.board.start(name)
+        handle = self.tracker.begin_step(
+            name, join(out.path, "attempts", f"{out.attempt:04d}.json"), flatten(out.step.recipe["config"]),
+            {**self.git, "fingerprint": out.step.fingerprint, "build": out.path.rsplit("/", 1)[1],
+             "attempt": str(out.attempt), "path": out.path})
+        self.tracker.ship(handle, out.metrics_path)
+        self._handles[name] = handle
+
+    def progress(self, out: Out, done: float, total: float, unit: str, note: str) -> None:
+        self.board.update(out.step.name, done, total, unit, note)
+
+    def ended(self, out: Out, status: str, facts: dict, error: str | None) -> str | None:
+        name = out.step.name
+        took = time.monotonic() - self._began[name]
+        self.board.end(name, status.upper(), took, error or headline(facts))
+        ui = join(out.path, "ui")
+        return self.tracker.end_step(self._handles.pop(name), status, facts, ui if exists(ui) else None)
+
+    def finished(self, name: str, artifact: Artifact) -> None:
+        """A step's artifact is there, just made or made before; keeps the index current."""
+        run_id = artifact.record.get("run_id")
+        if not next(r for r in self.rows if r.step.name == name).run:
+            self.tracker.link_step(name, run_id)
+        self._index[name] = {"path": artifact.path, "build": artifact.build, "run_id": run_id}
+        order = [r.step.name for r in self.rows]
+        before = (get_json(index_path(self.cfg)) or {}).get("steps", {})
+        known = {n: e for n, e in {**before, **self._index}.items() if n in order}
+        write_index(self.cfg, {n: known[n] for n in order if n in known})
+
+    def close(self, status: str, seconds: float) -> None:
+        """Ends the tracker's run and prints where everything is."""
+        self.tracker.finish(status)
+        if status != "FINISHED":
+            return
+        self.say(f"all {len(self.rows)} steps done in {duration(seconds)}")
+        for label, step, path in (("sound", "samples", "wav"), ("report", "report", "ui/report.html")):
+            if step in self._index:
+                self.say(f"{label + ':':8}{join(self._index[step]['path'], path)}")
+        self.say(f"{'index:':8}{index_path(self.cfg)}")
+        if url := self.tracker.url():
+            self.say(f"{'UI:':8}{url}")
+
+
+def headline(facts: dict) -> str:
+    """A finished step's facts in a line: the `headline` it gave, or its first few numbers."""
+    if "headline" in facts:
+        return facts["headline"]
+    numbers = [(k, v) for k, v in facts.items() if isinstance(v, (int, float)) and not isinstance(v, bool)]
+    return ", ".join(f"{k} {v:.4g}" for k, v in numbers[:4])

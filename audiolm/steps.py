@@ -1,0 +1,65 @@
+"""The step functions by name, each importing what it needs only when it runs.
+
+So a plan (`--dry-run`, `--status`) is answered in about a second, without torch or Ray.
+"""
+
+from __future__ import annotations
+
+
+def build_manifest(config: dict, inputs: dict, out) -> dict:
+    """Scans the corpus: clips, splits, shards (DESIGN 1.9)."""
+    from audiolm.data.manifest import build_manifest as step
+    return step(config, inputs, out)
+
+
+def train_masked(config: dict, inputs: dict, out) -> dict:
+    """Trains the masked audio model (paper II-B; PAPER 2.3 for the objective)."""
+    from audiolm.train.objective_masked import masked_objective
+    return _train(masked_objective, config, config["model"].train, inputs, out)
+
+
+def fit_kmeans(config: dict, inputs: dict, out) -> dict:
+    """Fits z-score and k-means on a layer of the masked model (paper III-B)."""
+    from audiolm.tokenizers.fit import fit_kmeans as step
+    return step(config, inputs, out)
+
+
+def train_codec(config: dict, inputs: dict, out) -> dict:
+    """Trains SoundStream (2107.03312)."""
+    from audiolm.train.objective_codec import codec_objective
+    return _train(codec_objective, config, config["codec"].train, inputs, out)
+
+
+def encode_tokens(config: dict, inputs: dict, out) -> dict:
+    """Tokenizes the corpus, one Parquet file a shard; config["which"] is semantic or acoustic."""
+    from audiolm.tokenizers.encode import encode_tokens as step
+    return step(config, inputs, out)
+
+
+def train_lm(config: dict, inputs: dict, out) -> dict:
+    """Trains one language-model stage; config["stage"] says which (paper III-C)."""
+    from audiolm.train.objective_lm import lm_objective
+    return _train(lm_objective, config, config["lm"].train, inputs, out)
+
+
+def make_samples(config: dict, inputs: dict, out) -> dict:
+    """Generates sound in every mode (paper III-D)."""
+    from audiolm.eval.samples import make_samples as step
+    return step(config, inputs, out)
+
+
+def run_evaluate(config: dict, inputs: dict, out) -> dict:
+    """Measures codec, stages, ladder and conditioning on held-out speakers."""
+    from audiolm.eval.evaluate import run_evaluate as step
+    return step(config, inputs, out)
+
+
+def build_report(config: dict, inputs: dict, out) -> dict:
+    """One page with sound, figures and curves."""
+    from audiolm.eval.report import build_report as step
+    return step(config, inputs, out)
+
+
+def _train(factory, config: dict, train_config, inputs: dict, out) -> dict:
+    from audiolm.train.loop import train
+    return train(factory, config, train_config, inputs, out, cluster=config["cluster"], seed=config["seed"])

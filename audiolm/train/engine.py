@@ -1,0 +1,221 @@
+"""Modules under an optimizer: `torch` and `deepspeed` (ZeRO 0, 1, 2), alike in what they compute (STACK: fp32 weights).
+
+Both keep fp32 weights and buffers and run bfloat16 by autocast.  Gradients are averaged over ranks; a loss is this
+rank's share.  `state()` and `saved` speak one canonical form: param/NAME, exp_avg/NAME, exp_avg_sq/NAME, buffer/NAME,
+so that a checkpoint of any engine and world size resumes on any other.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from audiolm.config import Train
+from audiolm.train.objective import Context
+
+Saved = dict[str, torch.Tensor]
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def all_sum(x: torch.Tensor) -> torch.Tensor:
+    """The sum over ranks; x itself when there is one. All ranks take part."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        x = x.detach().clone()
+        dist.all_reduce(x)
+    return x
+
+
+def learning_rate(train: Train, step: int) -> float:
+    """Warm-up, constant, linear decay to zero over the last `decay_steps`; step counts from 0."""
+    up = min(1.0, (step + 1) / train.warmup_steps) if train.warmup_steps else 1.0
+    down = min(1.0, (train.steps - step) / train.decay_steps) if train.decay_steps else 1.0
+    return train.lr * min(up, down)
+
+
+def _groups(module: nn.Module, train: Train) -> list[dict]:
+    """Weight decay for matrices, none for gains and biases."""
+    params = [p for p in module.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in params if p.ndim >= 2], "weight_decay": train.weight_decay},
+              {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0}]
+    return [g for g in groups if g["params"]]
+
+
+def _adamw(module: nn.Module, train: Train) -> torch.optim.AdamW:
+    return torch.optim.AdamW(_groups(module, train), lr=train.lr, betas=train.betas, eps=1e-8)
+
+
+def load_weights(module: nn.Module, saved: Saved) -> None:
+    """Parameters and buffers of a canonical checkpoint into a module; raises ValueError where they do not fit."""
+    state = {k.split("/", 1)[1]: v for k, v in saved.items() if k.startswith(("param/", "buffer/"))}
+    want = module.state_dict()
+    wrong = sorted(set(want) ^ set(state)) or [k for k in want if want[k].shape != state[k].shape]
+    if wrong:
+        raise ValueError(f"the checkpoint is of another configuration: {', '.join(wrong[:5])} differ"
+                         f"{' and more' if len(wrong) > 5 else ''}")
+    module.load_state_dict(state)
+
+
+class TorchEngine:
+    """Plain PyTorch; several ranks average their gradients in one flat reduction."""
+
+    def __init__(self, module: nn.Module, train: Train, ctx: Context, saved: Saved | None, updates: int):
+        self.module, self.train, self.ctx, self.updates = module.to(ctx.device), train, ctx, updates
+        if saved:
+            load_weights(module, saved)
+        self.optimizer = _adamw(module, train)
+        if saved and updates:
+            _set_moments(module, self.optimizer, saved, updates)
+
+    def __call__(self, *args) -> Any:
+        with torch.autocast(self.ctx.device.type, torch.bfloat16, enabled=self.train.dtype == "bfloat16"):
+            return self.module(*args)
+
+    def backward(self, loss: torch.Tensor, last: bool = True) -> None:
+        loss.backward()
+
+    def step(self) -> float:
+        params = [p for p in self.module.parameters() if p.grad is not None]
+        if self.ctx.world > 1:
+            flat = all_sum(torch.cat([p.grad.flatten() for p in params])) / self.ctx.world
+            for p, g in zip(params, flat.split([p.numel() for p in params]), strict=True):
+                p.grad.copy_(g.view_as(p))
+        norm = torch.nn.utils.clip_grad_norm_(params, self.train.clip or float("inf"))
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.updates += 1
+        return float(norm)
+
+    def set_lr(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
+    def state(self) -> Saved:
+        """The canonical state, complete on every rank."""
+        state = weights(self.module)
+        for name, p in self.module.named_parameters():
+            for key in MOMENTS if self.updates else ():
+                moment = self.optimizer.state[p].get(key)
+                state[f"{key}/{name}"] = (torch.zeros_like(p) if moment is None else moment).detach().cpu().clone()
+        return state
+
+
+class DeepSpeedEngine:
+    """DeepSpeed ZeRO; the optimizer is torch's AdamW (no CPU extension to compile). All ranks take part in every call."""
+
+    def __init__(self, module: nn.Module, train: Train, ctx: Context, saved: Saved | None, updates: int):
+        deepspeed = _deepspeed(ctx)
+        self.module, self.train, self.updates = module.to(ctx.device), train, updates
+        if saved:
+            load_weights(module, saved)  # before initialize, which copies the weights into its partitions
+        numel = sum(p.numel() for p in module.parameters())
+        rows = train.batch // ctx.world
+        self.engine, self._optimizer, _, _ = deepspeed.initialize(model=module, optimizer=_adamw(module, train), config={
+            "train_micro_batch_size_per_gpu": rows, "gradient_accumulation_steps": 1, "train_batch_size": train.batch,
+            "managed_gradient_accumulation": False, "gradient_clipping": train.clip,
+            "zero_allow_untested_optimizer": True, "steps_per_print": 2**62,
+            "torch_autocast": {"enabled": train.dtype == "bfloat16", "dtype": "bfloat16"},
+            "zero_optimization": {"stage": train.zero, "overlap_comm": False, "contiguous_gradients": train.zero > 1,
+                                  "reduce_bucket_size": max(min(numel, 500_000_000), 1),
+                                  "allgather_bucket_size": max(min(numel, 500_000_000), 1)}})
+        if saved and updates:
+            self._load_moments(saved, updates)
+
+    def __call__(self, *args) -> Any:
+        return self.engine(*args)
+
+    def backward(self, loss: torch.Tensor, last: bool = True) -> None:
+        self.engine.backward(loss, scale_wrt_gas=False)
+
+    def step(self) -> float:
+        norm = None
+        if self.train.zero == 0:  # DeepSpeed reports no norm without ZeRO; its gradients are reduced in step()
+            norm = self._reduced_norm()
+        self.engine.step()
+        self.updates += 1
+        return float(norm if norm is not None else self.engine.get_global_grad_norm() or 0.0)
+
+    def _reduced_norm(self) -> torch.Tensor:
+        """The norm of the averaged gradients; exact with one rank, where there is nothing to average."""
+        grads = [p.grad.flatten() for p in self.module.parameters() if p.grad is not None]
+        flat = torch.cat(grads)
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            flat = all_sum(flat) / dist.get_world_size()
+        return flat.norm()
+
+    def set_lr(self, lr: float) -> None:
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+
+    def state(self) -> Saved:
+        """The canonical state, complete on every rank. All ranks take part."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        state = weights(self.module)
+        if self.train.zero == 0:
+            for name, p in self.module.named_parameters():
+                for key in MOMENTS if self.updates else ():
+                    moment = self._optimizer.state[p].get(key)
+                    state[f"{key}/{name}"] = (torch.zeros_like(p) if moment is None else moment).detach().cpu().clone()
+            return state
+        for name, p in self.module.named_parameters():
+            state[f"param/{name}"] = safe_get_full_fp32_param(p).detach().cpu().clone()
+            for key in MOMENTS if self.updates else ():
+                state[f"{key}/{name}"] = safe_get_full_optimizer_state(p, key).detach().cpu().clone()
+        return state
+
+    def _load_moments(self, saved: Saved, updates: int) -> None:
+        if self.train.zero == 0:
+            _set_moments(self.module, self._optimizer, saved, updates)
+            return
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        zero = self.engine.optimizer
+        for flat in zero.single_partition_of_fp32_groups:  # the state that AdamW's first step would create
+            zero.optimizer.state[flat] = {"step": torch.tensor(float(updates)), "exp_avg": torch.zeros_like(flat),
+                                          "exp_avg_sq": torch.zeros_like(flat)}
+        zero._lazy_init_hp_params_optimizer_state()  # private; tests/test_engine.py guards it
+        for name, p in self.module.named_parameters():
+            for key in MOMENTS:
+                safe_set_full_optimizer_state(p, saved[f"{key}/{name}"].to(p.device), key)
+
+
+def weights(module: nn.Module) -> Saved:
+    """Parameters and buffers in canonical names, on the CPU."""
+    params = {n for n, _ in module.named_parameters()}
+    return {f"{'param' if n in params else 'buffer'}/{n}": v.detach().cpu().clone() for n, v in module.state_dict().items()}
+
+
+def _set_moments(module: nn.Module, optimizer: torch.optim.Optimizer, saved: Saved, updates: int) -> None:
+    for name, p in module.named_parameters():
+        optimizer.state[p] = {"step": torch.tensor(float(updates)),
+                              **{key: saved[f"{key}/{name}"].to(p.device).clone() for key in MOMENTS}}
+
+
+def make_engine(module: nn.Module, train: Train, ctx: Context, saved: Saved | None = None,
+                updates: int = 0) -> TorchEngine | DeepSpeedEngine:
+    return {"torch": TorchEngine, "deepspeed": DeepSpeedEngine}[train.engine](module, train, ctx, saved, updates)
+
+
+def _deepspeed(ctx: Context):
+    """The library, with a process group where no launcher made one (--inline)."""
+    if ctx.device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("DS_LOG_LEVEL", "error")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if not dist.is_initialized():
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        dist.init_process_group("nccl" if ctx.device.type == "cuda" else "gloo", rank=0, world_size=1)
+    deepspeed.init_distributed(dist_init_required=False, verbose=False)
+    return deepspeed

@@ -1,0 +1,243 @@
+"""One training loop for masked model, codec and language models (DESIGN 1.5, 1.6).
+
+The loop owns time: engines, learning rate, checkpoints, logs, resume; an Objective owns a step.  `train` starts Ray
+Train's TorchTrainer, or runs the same worker function in this process (`--inline`).  Every draw depends on (seed,
+step), so that a resumed run equals an uninterrupted one bit for bit on CPU at the same world size.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from audiolm import rng
+from audiolm.config import Cluster, Train
+from audiolm.lease import check_lease
+from audiolm.metrics import MetricsFile, read_from
+from audiolm.store import get_json, is_local, join, open_fs, put, put_json
+from audiolm.train import checkpoint
+from audiolm.train.engine import learning_rate, load_weights, make_engine
+from audiolm.train.objective import Context, Factory
+
+LEASE_CHECK_S = 10.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a training worker is told; travels to it whole."""
+
+    factory: Factory
+    config: Mapping[str, Any]
+    train: Train
+    inputs: Mapping[str, str]
+    build: str
+    attempt: int
+    metrics: str
+    seed: int
+    device: str
+    threads: int
+    cache_mb: int
+
+
+def train(factory: Factory, config: Mapping[str, Any], train: Train, inputs: Mapping[str, Any], out, *,
+          cluster: Cluster, seed: int) -> dict:
+    """Trains to the end (resuming this build's newest checkpoint) and returns the facts of {build}/final.json."""
+    device = _device(cluster, out.inline)
+    world = 1 if out.inline else cluster.train_workers
+    if train.batch % world:
+        raise ValueError(f"{out.step.name}: batch {train.batch} is not divisible by cluster.train_workers {world}")
+    threads = cluster.threads or max(1, (os.cpu_count() or 1) // world)
+    job = Job(factory, config, train, {k: a.path for k, a in inputs.items()}, out.path, out.attempt, out.metrics_path,
+              seed, device, threads, cluster.audio_cache_mb)
+    out.progress(0, train.steps, "steps", "starting workers")
+    with _watch(job, out):
+        if out.inline:
+            run_worker(job, 0, 1, out.check)
+        else:
+            _fit(job, world, threads, out)
+    final = get_json(join(out.path, "final.json"))
+    if final is None:
+        raise RuntimeError(f"{out.step.name}: training ended without {out.path}/final.json; run it again")
+    return final
+
+
+def _device(cluster: Cluster, inline: bool) -> str:
+    if cluster.device != "auto":
+        return cluster.device
+    if inline:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    import ray
+
+    return "cuda" if ray.cluster_resources().get("GPU", 0) >= cluster.train_workers else "cpu"
+
+
+def _fit(job: Job, world: int, threads: int, out) -> None:
+    import ray.train
+    from ray.train.torch import TorchTrainer
+
+    gpu = job.device == "cuda"
+    cpus = max(1, min(threads, int(ray.cluster_resources().get("CPU", 1)) // world))
+    storage = join(job.build, "ray")
+    fs, path = open_fs(storage)
+    remote = None
+    if not is_local(storage):  # one S3 client for everything: fsspec's, with the environment's endpoint and keys
+        from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+        remote = PyFileSystem(FSSpecHandler(fs))
+    trainer = TorchTrainer(
+        _ray_worker, train_loop_config={"job": job},
+        scaling_config=ray.train.ScalingConfig(num_workers=world, use_gpu=gpu, resources_per_worker={
+            "CPU": cpus, **({"GPU": 1} if gpu else {})}),
+        run_config=ray.train.RunConfig(name=f"attempt-{job.attempt:04d}", storage_path=path, storage_filesystem=remote,
+                                       failure_config=ray.train.FailureConfig(max_failures=0)))
+    try:
+        trainer.fit()
+    except ray.train.WorkerGroupError as e:  # Ray wraps the worker's error; its own text is what a user can act on
+        error = next(iter(e.worker_failures.values()))
+        raise getattr(error, "_base_exc", error) from e
+
+
+def _ray_worker(config: dict) -> None:
+    import ray.train
+
+    context = ray.train.get_context()
+    run_worker(config["job"], context.get_world_rank(), context.get_world_size())
+
+
+class _watch:
+    """Turns the workers' metrics file into the driver's progress, while the block runs."""
+
+    def __init__(self, job: Job, out):
+        self.job, self.out, self.stop = job, out, threading.Event()
+        self.thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self):
+        self.thread.start()
+
+    def __exit__(self, *exc):
+        self.stop.set()
+        self.thread.join()
+
+    def _run(self) -> None:
+        offset, done, note, quiet = 0, 0, "starting workers", 0
+        while not self.stop.wait(1.0):
+            try:
+                rows, offset = read_from(self.job.metrics, offset)
+                for row in rows:
+                    m = row["metrics"]
+                    if "loss" in m:
+                        done, note = row["step"], f"loss {m['loss']:.3f}"
+                    if "units_per_s" in m:
+                        note += f", {m['units_per_s']:,.0f} {self.job_unit(m)}/s"
+                if rows or quiet >= 10:
+                    self.out.progress(done, self.job.train.steps, "steps", note)
+                quiet = 0 if rows else quiet + 1
+            except Exception:  # noqa: BLE001  progress is a courtesy; a lost lease is found by the workers
+                continue
+
+    @staticmethod
+    def job_unit(metrics: dict) -> str:
+        return "audio s" if "audio" in metrics else "tokens"
+
+
+def run_worker(job: Job, rank: int, world: int, check: Callable[[], None] = lambda: None) -> None:
+    """One rank's whole run; all ranks take part in every step, evaluation and save."""
+    torch.set_num_threads(job.threads)
+    device = torch.device("cuda", torch.cuda.current_device()) if job.device == "cuda" else torch.device("cpu")
+    ctx, cfg = Context(rank, world, device, job.seed, job.cache_mb), job.train
+    torch.manual_seed(rng.derive(job.seed, "init"))
+    objective = job.factory(job.config, job.inputs, ctx)
+    commit = checkpoint.newest(job.build)
+    start = commit["step"] if commit else 0
+    best = {"step": commit["best_step"], "loss": commit["best_loss"]} if commit else {"step": None, "loss": math.inf}
+    validation = commit["validation"] if commit else {}
+    engines = {name: make_engine(module, cfg, ctx, checkpoint.load(job.build, commit, name) if commit else None,
+                                 commit["updates"][name] if commit else 0)
+               for name, module in objective.modules.items()}
+    metrics = MetricsFile(job.metrics) if rank == 0 else None
+    share = cfg.batch // world
+    rows = range(rank * share, (rank + 1) * share)
+    micro = cfg.micro_batch or share
+
+    def load(step: int) -> list:
+        return [objective.load(step, rows[i:i + micro]) for i in range(0, share, micro)]
+
+    checked = clock = time.monotonic()
+    logged, units = start, 0.0
+    with ThreadPoolExecutor(1) as loader:
+        pending = loader.submit(load, start) if start < cfg.steps else None
+        for step in range(start, cfg.steps):
+            batches, done = pending.result(), step + 1
+            if done < cfg.steps:
+                pending = loader.submit(load, done)
+            lr = learning_rate(cfg, step)
+            for engine in engines.values():
+                engine.set_lr(lr)
+            torch.manual_seed(rng.derive(job.seed, "step", step, rank))  # dropout
+            result = objective.train_step(engines, batches, step)
+            units += float(result.pop("units"))
+            log = done % cfg.log_every == 0 or done == cfg.steps or done == start + 1
+            if log or not math.isfinite(float(result["loss"])):
+                values = {k: float(v) for k, v in result.items()}
+                if not math.isfinite(values["loss"]):
+                    raise FloatingPointError(f"the loss is {values['loss']} at step {done}: lower train.lr ({cfg.lr}), raise "
+                                             f"train.warmup_steps ({cfg.warmup_steps}), or look at the input's tokens")
+                now = time.monotonic()
+                if metrics:
+                    metrics.add(done, {**values, "lr": lr, "units_per_s": units / (now - clock),
+                                       "step_s": (now - clock) / (done - logged),
+                                       **({"audio": 1.0} if objective.unit == "audio s" else {})})
+                clock, logged, units = now, done, 0.0
+            improved = False
+            if done % cfg.eval_every == 0 or done == cfg.steps:
+                pending.result()  # the loader's cache is not shared with a running load
+                validation = {"step": done, **objective.evaluate()}
+                improved = validation["loss"] < best["loss"]
+                if improved:
+                    best = {"step": done, "loss": validation["loss"]}
+                if metrics:
+                    metrics.add(done, {f"val.{k}": v for k, v in validation.items() if k != "step"})
+                clock, logged, units = time.monotonic(), done, 0.0
+            if done % cfg.save_every == 0 or done == cfg.steps or improved:
+                states = {name: engine.state() for name, engine in engines.items()}
+                if rank == 0:
+                    checkpoint.save(job.build, job.attempt, done, states, {
+                        "best_step": best["step"], "best_loss": best["loss"], "validation": validation,
+                        "updates": {name: engine.updates for name, engine in engines.items()}})
+                    checkpoint.prune(job.build, job.attempt, cfg.keep, best["step"])
+            if time.monotonic() - checked > LEASE_CHECK_S:
+                checked = time.monotonic()
+                check()
+                if rank == 0:
+                    check_lease(job.build, job.attempt)
+    if rank == 0:
+        metrics.close()
+        _finish(job, objective, best, validation)
+
+
+def _finish(job: Job, objective, best: dict, validation: dict) -> None:
+    """Exports what later steps load: the last weights, or the best by validation loss. Rank 0 only."""
+    step = job.train.steps
+    if job.train.export == "best" and best["step"] is not None and best["step"] != step:
+        commit = next(c for c in checkpoint.commits(job.build) if c["step"] == best["step"])
+        for name, module in objective.modules.items():
+            load_weights(module, checkpoint.load(job.build, commit, name))
+        step, validation = best["step"], commit["validation"]
+    tensors, config = objective.export()
+    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    put(join(job.build, "export", "model.safetensors"), safetensors.torch.save(tensors))
+    put_json(join(job.build, "export", "config.json"), config)
+    parameters = sum(p.numel() for m in objective.modules.values() for p in m.parameters())
+    check_lease(job.build, job.attempt)
+    put_json(join(job.build, "final.json"), {
+        "steps": job.train.steps, "exported_step": step, "best_step": best["step"], "best_loss": best["loss"],
+        "parameters": parameters, **{f"val.{k}": v for k, v in validation.items() if k != "step"}})

@@ -1,0 +1,54 @@
+"""THE pipeline: raw audio in, generated audio out; every step on one screen.
+
+    python workflows/full_pipeline.py                         the embedded quickstart, on this machine
+    python workflows/full_pipeline.py my.yaml lm.coarse.train.steps=2000
+    ray job submit --working-dir . -- python workflows/full_pipeline.py workflows/paper.yaml
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))  # a submitted job runs the code that was submitted
+
+from audiolm.cli import main  # noqa: E402
+from audiolm.config import Pipeline  # noqa: E402
+from audiolm.dag import Step  # noqa: E402
+
+
+def graph(cfg: Pipeline) -> list[Step]:
+    """The steps of a run, in order (README has the picture)."""
+    from audiolm import steps as do
+
+    common = {"seed": cfg.run.seed, "cluster": cfg.cluster, "corpus": cfg.corpus}
+    sem, codec, lm = cfg.semantic, cfg.codec, cfg.lm
+
+    manifest = Step("manifest", do.build_manifest, common)
+
+    masked = Step("masked_model", do.train_masked, {**common, "model": sem.model, "where": sem.where}, (manifest,), trains=True)
+    kmeans = Step("kmeans", do.fit_kmeans, {**common, "kmeans": sem.kmeans, "where": sem.where}, (manifest, masked))
+    codec_ = Step("codec", do.train_codec, {**common, "codec": codec}, (manifest,), trains=True)
+
+    encode = {**common, "tokens": cfg.tokens}
+    z = Step("semantic_tokens", do.encode_tokens, {**encode, "which": "semantic"}, (manifest, kmeans))
+    y = Step("acoustic_tokens", do.encode_tokens, {**encode, "which": "acoustic"}, (manifest, codec_))
+
+    def stage(name: str, size) -> Step:
+        layout = {"dedupe": lm.dedupe, "coarse_levels": lm.coarse_levels, "rows": cfg.evaluate.rows}
+        return Step(name, do.train_lm, {**common, "stage": name, "lm": size, **layout}, (manifest, z, y), trains=True)
+
+    stages = [stage("lm_semantic", lm.semantic), stage("lm_coarse", lm.coarse)]
+    if cfg.has_fine:
+        stages.append(stage("lm_fine", lm.fine))
+
+    models = (manifest, kmeans, codec_, z, y, *stages)
+    samples = Step("samples", do.make_samples, {**common, "samples": cfg.samples}, models)
+    evaluate = Step("evaluate", do.run_evaluate, {**common, "samples": cfg.samples, "evaluate": cfg.evaluate}, models)
+    report = Step("report", do.build_report, {"title": cfg.corpus.name}, (manifest, masked, codec_, *stages, samples, evaluate))
+    return [manifest, masked, kmeans, codec_, z, y, *stages, samples, evaluate, report]
+
+
+if __name__ == "__main__":
+    main(graph, default=HERE / "quickstart.yaml")
