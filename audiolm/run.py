@@ -15,6 +15,8 @@ from audiolm.progress import Board, duration
 from audiolm.store import exists, get_json, join
 from audiolm.tracking import Tracker
 
+ENDS = {"done": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}  # a step's end in MLflow's words
+
 
 class RunObserver:
     """Tells board and tracker how steps fare. Called from several threads."""
@@ -48,7 +50,7 @@ class RunObserver:
         took = time.monotonic() - self._began[name]
         self.board.end(name, status.upper(), took, error or headline(facts))
         ui = join(out.path, "ui")
-        return self.tracker.end_step(self._handles.pop(name), status, facts, ui if exists(ui) else None)
+        return self.tracker.end_step(self._handles.pop(name), ENDS[status], facts, ui if exists(ui) else None)
 
     def finished(self, name: str, artifact: Artifact) -> None:
         """A step's artifact is there, just made or made before; keeps the index current."""

@@ -45,7 +45,7 @@ def graph(cfg: Pipeline) -> list[Step]:
 
     models = (manifest, kmeans, codec_, z, y, *stages)
     samples = Step("samples", do.make_samples, {**common, "samples": cfg.samples}, models)
-    evaluate = Step("evaluate", do.run_evaluate, {**common, "samples": cfg.samples, "evaluate": cfg.evaluate}, models)
+    evaluate = Step("evaluate", do.run_evaluate, {**common, "samples": cfg.samples, "evaluate": cfg.evaluate, "lm": lm}, models)
     report = Step("report", do.build_report, {"title": cfg.corpus.name}, (manifest, masked, codec_, *stages, samples, evaluate))
     return [manifest, masked, kmeans, codec_, z, y, *stages, samples, evaluate, report]
 

@@ -163,11 +163,20 @@ class DeepSpeedEngine:
                     moment = self._optimizer.state[p].get(key)
                     state[f"{key}/{name}"] = (torch.zeros_like(p) if moment is None else moment).detach().cpu().clone()
             return state
+        if self.updates:
+            self._link_moments()
         for name, p in self.module.named_parameters():
             state[f"param/{name}"] = safe_get_full_fp32_param(p).detach().cpu().clone()
             for key in MOMENTS if self.updates else ():
                 state[f"{key}/{name}"] = safe_get_full_optimizer_state(p, key).detach().cpu().clone()
         return state
+
+    def _link_moments(self) -> None:
+        """Points the parameters at their moments. ZeRO does it once, after its first group stepped, and so misses the
+        moments of the other groups; the names are private, tests/test_engine.py guards them."""
+        zero = self.engine.optimizer
+        zero._hp_optimizer_states_linked = False
+        zero._lazy_init_hp_params_optimizer_state()
 
     def _load_moments(self, saved: Saved, updates: int) -> None:
         if self.train.zero == 0:
@@ -179,7 +188,7 @@ class DeepSpeedEngine:
         for flat in zero.single_partition_of_fp32_groups:  # the state that AdamW's first step would create
             zero.optimizer.state[flat] = {"step": torch.tensor(float(updates)), "exp_avg": torch.zeros_like(flat),
                                           "exp_avg_sq": torch.zeros_like(flat)}
-        zero._lazy_init_hp_params_optimizer_state()  # private; tests/test_engine.py guards it
+        self._link_moments()
         for name, p in self.module.named_parameters():
             for key in MOMENTS:
                 safe_set_full_optimizer_state(p, saved[f"{key}/{name}"].to(p.device), key)

@@ -1,0 +1,159 @@
+"""Reads audio files of any rate and channel count as float32 mono; a clip of the manifest as 16 kHz samples.
+
+wav, flac, ogg, opus and mp3 by libsndfile, local or any fsspec place.  A clip's parts are decoded whole at their own
+rate, joined, and resampled once (soxr) to exactly ceil(frames * 16000 / rate) samples, so that a crop never depends
+on where it is cut.  Shapes: wav_T; several channels become their mean.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import numpy as np
+from fsspec.implementations.local import LocalFileSystem
+
+from audiolm import store
+from audiolm.data.sources import locate
+
+if TYPE_CHECKING:
+    import soundfile
+
+    from audiolm.data.manifest import Clip
+
+SAMPLE_RATE_HZ = 16_000  # paper III-B
+LOSSLESS = ("WAV", "WAVEX", "RF64", "FLAC")  # libsndfile's names
+PREROLL_S = 1.0
+_BLOCK = 1 << 18  # frames decoded at once where only figures are wanted
+
+
+def samples_at(frames: int, from_hz: int, to_hz: int = SAMPLE_RATE_HZ) -> int:
+    """ceil(frames * to / from), the length of resampled audio."""
+    return -(-frames * to_hz // from_hz)
+
+
+def probe(path: str) -> tuple[int, int, int]:
+    """(sample_rate in Hz, frames, channels); from the header for wav and flac, counted by decoding for the others,
+    whose headers only estimate. Raises FileNotFoundError, soundfile.LibsndfileError."""
+    with open_sound(path) as f:
+        if f.format in LOSSLESS and 0 < f.frames < 1 << 60:
+            return f.samplerate, f.frames, f.channels
+        return f.samplerate, sum(len(b) for b in blocks(f)), f.channels
+
+
+def decode(path: str, start: int = 0, frames: int | None = None) -> tuple[np.ndarray, int]:
+    """(wav_T float32 mono at the file's own rate, rate in Hz), from frame `start`, `frames` of them or all.
+
+    Raises FileNotFoundError, soundfile.LibsndfileError."""
+    with open_sound(path) as f:
+        if start:  # a lossy decoder is right again only some frames after a jump (MP3 borrows bits from earlier ones)
+            early = 0 if f.format in LOSSLESS else min(start, int(PREROLL_S * f.samplerate))
+            f.seek(start - early)
+            if early:
+                f.read(early, dtype="float32")
+        if frames is None:  # a header's length is not to be trusted, so read until nothing comes
+            wav_T = np.concatenate([*blocks(f), np.zeros(0, np.float32)])
+        else:
+            wav_T = mono(f.read(frames, dtype="float32", always_2d=True))
+        return wav_T, f.samplerate
+
+
+def resample(wav_T: np.ndarray, from_hz: int, to_hz: int) -> np.ndarray:
+    """wav_T at another rate, exactly ceil(T * to / from) samples long (soxr, high quality)."""
+    if from_hz == to_hz:
+        return wav_T
+    import soxr
+
+    out_T = soxr.resample(wav_T, from_hz, to_hz, quality="HQ")
+    n = samples_at(len(wav_T), from_hz, to_hz)
+    return np.pad(out_T[:n], (0, max(0, n - len(out_T)))).astype(np.float32, copy=False)
+
+
+def read_clip(clip: Clip, roots: dict[str, str], start: int = 0, samples: int | None = None) -> np.ndarray:
+    """wav_T float32 mono at 16 kHz: the whole clip (`clip.samples`), or `samples` of it from `start`.
+
+    Raises FileNotFoundError where a file is gone, ValueError where it is no longer what the manifest saw or where the
+    piece lies outside the clip."""
+    end = clip.samples if samples is None else start + samples
+    if not 0 <= start <= end <= clip.samples:
+        raise ValueError(f"clip {clip.id}: samples {start} to {end} asked for, it has {clip.samples}")
+    if clip.origin not in roots:
+        raise ValueError(f"clip {clip.id} comes from source {clip.origin!r}; corpus.sources are {sorted(roots)}")
+    same = clip.sample_rate == SAMPLE_RATE_HZ  # then only the parts that the piece touches are needed
+    pieces, skipped = [], 0
+    for part in clip.parts:
+        if same and (part.offset >= end or part.offset + part.frames <= start):
+            skipped += part.frames if part.offset < start else 0
+            continue
+        path = locate(roots[clip.origin], part.uri)
+        wav_T, rate = decode(path, part.start, part.frames)
+        if rate != clip.sample_rate or len(wav_T) != part.frames:
+            raise ValueError(f"{path} is no longer what the manifest saw: {len(wav_T)} frames at {rate} Hz from frame "
+                             f"{part.start}, expected {part.frames} at {clip.sample_rate}; raise corpus.revision")
+        pieces.append(wav_T)
+    wav_T = np.concatenate([*pieces, np.zeros(0, np.float32)])
+    return resample(wav_T, clip.sample_rate, SAMPLE_RATE_HZ)[start - skipped:end - skipped]
+
+
+def mono(wav_TC: np.ndarray) -> np.ndarray:
+    return wav_TC[:, 0] if wav_TC.shape[1] == 1 else wav_TC.mean(axis=1, dtype=np.float32)
+
+
+def blocks(f: soundfile.SoundFile) -> Iterator[np.ndarray]:
+    """The rest of an open file as mono blocks, until nothing more comes."""
+    while len(wav_TC := f.read(_BLOCK, dtype="float32", always_2d=True)):
+        yield mono(wav_TC)
+
+
+@contextmanager
+def open_sound(path: str) -> Iterator[soundfile.SoundFile]:
+    """An open soundfile.SoundFile, local or remote. A failing network raises its own error, never a format error."""
+    import soundfile
+
+    fs, p = store.open_fs(path)
+    if isinstance(fs, LocalFileSystem):
+        if not os.path.isfile(p):
+            raise FileNotFoundError(f"no audio file {path}")
+        with soundfile.SoundFile(p) as f:
+            yield _onward(f)
+        return
+    with fs.open(p, "rb", block_size=4 << 20, cache_type="readahead") as raw:
+        watched = _Watched(raw)
+        try:
+            with soundfile.SoundFile(watched) as f:
+                yield _onward(f)
+        except Exception:
+            if watched.error:
+                raise watched.error from None
+            raise
+        if watched.error:
+            raise watched.error
+
+
+def _onward(f: soundfile.SoundFile) -> soundfile.SoundFile:
+    """Makes reads simply go on. soundfile seeks to where it is after every read of a file that can seek, which leaves
+    a gap in MP3 and a scar in Opus, and believes the header's length, which MP3 only estimates."""
+    f.seekable = lambda: False
+    return f
+
+
+class _Watched:
+    """A file that remembers what it raised: libsndfile's callbacks cannot, and would call it the end of the file."""
+
+    def __init__(self, raw):
+        self.raw, self.error = raw, None
+
+    def read(self, n: int = -1) -> bytes:
+        try:
+            return self.raw.read(n)
+        except Exception as e:
+            self.error = e
+            return b""
+
+    def seek(self, to: int, whence: int = 0) -> int:
+        return self.raw.seek(to, whence)
+
+    def tell(self) -> int:
+        return self.raw.tell()

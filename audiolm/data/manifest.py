@@ -1,0 +1,320 @@
+"""The manifest: every usable clip of a corpus with its speaker, split, source and place in the shards.
+
+`build_manifest` is the step.  It leaves, whole: clips.parquet (a row a clip, its parts nested), rejected.parquet
+(what cannot be used and why) and listing.parquet (every file with size, stamp and a hash of its first and last
+64 KB).  The same corpus, config and seed give the same bytes, whatever the number of workers.
+start, frames, offset are frames at the clip's own rate; `samples` are at 16 kHz.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+from audiolm import rng, store
+from audiolm.config import ConfigError, Corpus, Where
+from audiolm.data import scan, sources
+from audiolm.data.audio import SAMPLE_RATE_HZ, samples_at
+from audiolm.data.shards import fan_out
+from audiolm.data.sources import SPLITS, roots
+from audiolm.data.splits import Unit, assign
+
+__all__ = ["Clip", "Part", "build_manifest", "changed_files", "read_clips", "roots"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stretch [start, start + frames) of a file, at `offset` inside its clip."""
+
+    id: str
+    uri: str
+    start: int
+    frames: int
+    offset: int
+    text: str | None
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A row of the manifest; `origin` is the corpus source whose root its uris are relative to."""
+
+    id: str
+    origin: str
+    source: str
+    speaker: str
+    split: str
+    sample_rate: int
+    frames: int
+    parts: tuple[Part, ...]
+    shard: int = -1
+    row: int = -1
+
+    @property
+    def samples(self) -> int:
+        """Length at 16 kHz."""
+        return samples_at(self.frames, self.sample_rate)
+
+    @property
+    def seconds(self) -> float:
+        return self.frames / self.sample_rate
+
+    @property
+    def text(self) -> str | None:
+        """The parts' texts, or None where one has none."""
+        texts = [p.text for p in self.parts]
+        return None if None in texts else " ".join(texts)
+
+
+def read_clips(manifest_path: str, split: str | None = None, where: Where | None = None) -> list[Clip]:
+    """The clips of a manifest's folder in order of (shard, row); `where.source` takes a source's name or label."""
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(io.BytesIO(store.get(store.join(manifest_path, "clips.parquet"))))
+    if split:
+        table = table.filter(pc.equal(table["split"], split))
+    columns = [table[n].to_pylist() for n in table.column_names]
+    clips = []
+    for values in zip(*columns, strict=True):
+        row = dict(zip(table.column_names, values, strict=True))
+        if where is None or where.source is None or {row["source"], row["origin"]} & set(where.source):
+            clips.append(Clip(**{**row, "parts": tuple(Part(**p) for p in row["parts"])}))
+    return clips
+
+
+def build_manifest(config: dict, inputs: dict, out) -> dict:
+    """The manifest step; config {"corpus", "seed", "cluster"}, no inputs. Returns facts: clips, files, hours by source
+    and split, speakers by split, rejected by reason, shards by split, listing (digest), remarks, summary.
+
+    Raises ConfigError: a source that cannot be read, too many rejected files, nothing to train on."""
+    corpus, seed = config["corpus"], config["seed"]
+    if corpus.sample_rate != SAMPLE_RATE_HZ:
+        raise ConfigError(f"corpus.sample_rate is {corpus.sample_rate}; the models hear {SAMPLE_RATE_HZ} Hz, and audio "
+                          f"of any rate is resampled to that: set it to {SAMPLE_RATE_HZ} or leave it out")
+    found, entries = [], []
+    for source in corpus.sources:
+        f, e = sources.survey(source)
+        found += f
+        entries += [(source.name, x) for x in e]
+    units, rejected, hashes = _scan(found, corpus, config["cluster"], out)
+    facts = {"files": len({(f.origin, f.uri) for f in found}),
+             "rejected": {"total": len(rejected), **Counter(r["reason"] for r in rejected)}}
+    store.put(store.join(out.path, "rejected.parquet"), _parquet(
+        rejected, [("origin", "string"), ("uri", "string"), ("start", "int64"), ("frames", "int64"),
+                   ("reason", "string"), ("detail", "string")]))
+    _check_rejected(rejected, len(found), corpus)
+    splits, remarks = assign(units, corpus, seed)
+    clips = cut_shards(join_units(units, splits, corpus.join_s), corpus.shard_s, seed)
+    listing = _listing(entries, hashes)
+    out.check()
+    store.put(store.join(out.path, "listing.parquet"), _parquet(
+        listing, [(n, "int64" if n == "size" else "string") for n in ("origin", "uri", "size", "stamp", "hash")]))
+    store.put(store.join(out.path, "clips.parquet"), clips_parquet(clips))
+    return {**facts, **_facts(clips), "listing": _digest(listing), "remarks": remarks,
+            "summary": _summary(clips, facts, remarks)}
+
+
+def changed_files(manifest_path: str, corpus: Corpus) -> dict[str, list[str]]:
+    """{added, removed, modified}: "source/uri" of files that differ from what the manifest saw.
+
+    A file is modified where its size or the hash of its first and last 64 KB differs; one with another date only (a
+    git clone, an uploaded job folder) is not. Raises ConfigError where a source cannot be listed."""
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(io.BytesIO(store.get(store.join(manifest_path, "listing.parquet"))))
+    old = {(r["origin"], r["uri"]): r for r in table.to_pylist()}
+    new = {(s.name, e.uri): e for s in corpus.sources for e in sources.listing(s)}
+    doubtful = [k for k, e in new.items() if k in old and e.size == old[k]["size"] >= 0 and e.stamp != old[k]["stamp"]]
+    with ThreadPoolExecutor(16) as pool:
+        hashes = dict(zip(doubtful, pool.map(lambda k: _hash(new[k]), doubtful), strict=True))
+    modified = [k for k, e in new.items() if k in old and
+                (e.size != old[k]["size"] or (k in hashes and hashes[k] != old[k]["hash"]))]
+    return {"added": _names(new.keys() - old.keys()), "removed": _names(old.keys() - new.keys()),
+            "modified": _names(modified)}
+
+
+def join_units(units: list[Unit], splits: list[str], join_s: float) -> list[Clip]:
+    """Clips of one or more units: utterances that follow each other in one speaker's chapter, of one split and rate,
+    are joined while the clip stays within `join_s`. Nothing is joined over an utterance that was rejected."""
+    clips: list[list[tuple[Unit, str]]] = []
+    seconds = 0.0
+    for u, split in zip(units, splits, strict=True):
+        if clips and seconds + u.seconds <= join_s and _follows(*clips[-1][-1], u, split):
+            clips[-1].append((u, split))
+            seconds += u.seconds
+        else:
+            clips.append([(u, split)])
+            seconds = u.seconds
+    taken: Counter = Counter()
+    return [_clip([u for u, _ in members], members[0][1], taken) for members in clips]
+
+
+def cut_shards(clips: list[Clip], shard_s: float, seed: int) -> list[Clip]:
+    """The clips with their shard and row, in that order: shards of one split each, at most `shard_s` seconds (or one
+    clip), alike in length and, by a shuffle drawn from the seed, in content."""
+    done: list[Clip] = []
+    shard = 0
+    for split in SPLITS:
+        members = sorted((c for c in clips if c.split == split), key=lambda c: c.id)
+        members = [members[i] for i in rng.generator(seed, f"shards {split}").permutation(len(members))]
+        total = sum(c.seconds for c in members)
+        even = total / max(1, -(-total // shard_s))
+        row, seconds = 0, 0.0
+        for c in members:
+            if row and (seconds + c.seconds > shard_s or seconds + c.seconds / 2 > even):
+                shard, row, seconds = shard + 1, 0, 0.0
+            done.append(replace(c, shard=shard, row=row))
+            row, seconds = row + 1, seconds + c.seconds
+        shard += bool(members)
+    return done
+
+
+def clips_parquet(clips: list[Clip]) -> bytes:
+    import pyarrow as pa
+
+    part = [("id", "string"), ("uri", "string"), ("start", "int64"), ("frames", "int64"), ("offset", "int64"),
+            ("text", "string")]
+    parts = pa.list_(pa.struct([(n, pa.type_for_alias(t)) for n, t in part]))
+    rows = [{**vars(c), "parts": [vars(p) for p in c.parts]} for c in clips]
+    return _parquet(rows, [("id", "string"), ("origin", "string"), ("source", "string"), ("speaker", "string"),
+                           ("split", "string"), ("sample_rate", "int64"), ("frames", "int64"), ("parts", parts),
+                           ("shard", "int64"), ("row", "int64")])
+
+
+def _scan(found: list, corpus: Corpus, cluster, out) -> tuple[list[Unit], list[dict], dict]:
+    """(units, rejected rows, {(origin, uri): hash}), in the order of `found`."""
+    groups = list(_groups(found))
+    paths = fan_out(scan.scan_group, [(found[a:b], corpus, store.join(out.path, "scan")) for a, b in groups], out=out,
+                    cluster=cluster, unit="files", sizes=[float(b - a) for a, b in groups])
+    units, rejected, hashes = [], [], {}
+    with ThreadPoolExecutor(16) as pool:
+        results = pool.map(store.get_json, paths)
+        for (first, _), result in zip(groups, results, strict=True):
+            for row, digest in result["files"]:
+                hashes[found[first + row].origin, found[first + row].uri] = digest
+            units += [Unit(first + row, found[first + row], *rest) for row, *rest in result["units"]]
+            for row, start, frames, reason, detail in result["rejected"]:
+                f = found[first + row]
+                rejected.append({"origin": f.origin, "uri": f.uri, "start": start, "frames": frames,
+                                 "reason": reason, "detail": detail})
+    return units, rejected, hashes
+
+
+def _groups(found: list) -> Iterator[tuple[int, int]]:
+    """Ranges of rows for one task each: some dozens of files or 512 MB; rows of one file stay together."""
+    most, first, size = min(256, max(8, len(found) // 64)), 0, 0
+    for i, f in enumerate(found):
+        same = i > 0 and f.path == found[i - 1].path
+        if i > first and not same and (i - first >= most or size + f.size > 512 << 20):
+            yield first, i
+            first, size = i, 0
+        size += 0 if same else max(0, f.size)
+    if found:
+        yield first, len(found)
+
+
+def _check_rejected(rejected: list[dict], files: int, corpus: Corpus) -> None:
+    """Pieces of a long file that are silent do not count: the file as such is usable."""
+    bad = [r for r in rejected if r["frames"] == 0]
+    if len(bad) <= corpus.max_rejected * files and len(bad) < files:
+        return
+    head = "".join(f"\n  {r['origin']}/{r['uri']}: {r['reason']} ({r['detail']})" for r in bad[:10])
+    more = f"\n  and {len(bad) - 10} more in rejected.parquet" if len(bad) > 10 else ""
+    fix = f"remove or mend them, or raise corpus.max_rejected ({corpus.max_rejected})"
+    what = "no usable file:" if len(bad) == files else f"{len(bad) / files:.1%} of the files cannot be used:"
+    raise ConfigError(f"corpus {corpus.name!r}: {what} {len(bad)} of {files} were rejected "
+                      f"({_counts(Counter(r['reason'] for r in bad))}); {fix}{head}{more}")
+
+
+def _follows(a: Unit, a_split: str, b: Unit, b_split: str) -> bool:
+    f, g = a.found, b.found
+    if f.chapter is None or (a_split, a.sample_rate) != (b_split, b.sample_rate):
+        return False
+    if (f.origin, f.source, f.speaker, f.chapter) != (g.origin, g.source, g.speaker, g.chapter):
+        return False
+    if a.row == b.row:
+        return b.piece == a.piece + 1
+    return b.row == a.row + 1 and a.piece == a.pieces - 1 and b.piece == 0
+
+
+def _clip(units: list[Unit], split: str, taken: Counter) -> Clip:
+    parts, offset = [], 0
+    for u in units:
+        text = u.found.text if u.pieces == 1 else None  # nobody knows which words a piece holds
+        parts.append(Part(_part_id(u, taken), u.found.uri, u.start, u.frames, offset, text))
+        offset += u.frames
+    u = units[0]
+    more = f"+{len(parts) - 1}" if len(parts) > 1 else ""
+    return Clip(f"{u.found.origin}/{parts[0].id}{more}", u.found.origin, u.found.source, u.speaker, split,
+                u.sample_rate, offset, tuple(parts))
+
+
+def _part_id(u: Unit, taken: Counter) -> str:
+    """LibriSpeech's utterance id where the name is one, else the uri; @start where it is a stretch of the file."""
+    stem = u.found.uri.rsplit("/", 1)[-1].rsplit(".", 1)[0]
+    name = stem if u.found.speaker and stem.startswith(f"{u.found.speaker}-") else u.found.uri
+    name += f"@{u.start}" if u.pieces > 1 or u.found.start is not None else ""
+    taken[u.found.origin, name] += 1
+    again = taken[u.found.origin, name]
+    return f"{name}~{again}" if again > 1 else name
+
+
+def _listing(entries: list, hashes: dict) -> list[dict]:
+    """Files that no task looked at (transcripts, the user's Parquet) are hashed here."""
+    other = [(origin, e) for origin, e in entries if (origin, e.uri) not in hashes]
+    with ThreadPoolExecutor(16) as pool:
+        hashes = {**hashes, **{(o, e.uri): h for (o, e), h in
+                               zip(other, pool.map(lambda item: _hash(item[1]), other), strict=True)}}
+    return [{"origin": o, "uri": e.uri, "size": e.size, "stamp": e.stamp, "hash": hashes[o, e.uri]} for o, e in entries]
+
+
+def _hash(e: sources.Entry) -> str:
+    return scan.content_hash(*scan.edges(e.path, e.size), e.size) if e.size >= 0 else ""
+
+
+def _digest(listing: list[dict]) -> str:
+    """Of names and contents; dates are left out, so that a copy of a corpus has the digest of the original."""
+    rows = sorted(f"{r['origin']}|{r['uri']}|{r['size']}|{r['hash']}" for r in listing)
+    return hashlib.sha256("\n".join(rows).encode()).hexdigest()[:16]
+
+
+def _names(keys) -> list[str]:
+    return sorted(f"{origin}/{uri}" for origin, uri in keys)
+
+
+def _counts(counts: dict) -> str:
+    return ", ".join(f"{n} {reason}" for reason, n in sorted(counts.items(), key=lambda kv: (-kv[1], kv[0])))
+
+
+def _facts(clips: list[Clip]) -> dict:
+    hours: dict = {}
+    for key, members in groupby(sorted(clips, key=lambda c: (c.source, c.split)), key=lambda c: (c.source, c.split)):
+        hours.setdefault(key[0], {})[key[1]] = round(sum(c.seconds for c in members) / 3600, 4)
+    by_split = {s: [c for c in clips if c.split == s] for s in SPLITS}
+    return {"clips": len(clips), "parts": sum(len(c.parts) for c in clips), "hours": hours,
+            "clips_by_split": {s: len(m) for s, m in by_split.items()},
+            "speakers": {s: len({(c.origin, c.speaker) for c in m}) for s, m in by_split.items()},
+            "shards": {s: len({c.shard for c in m}) for s, m in by_split.items()}}
+
+
+def _summary(clips: list[Clip], facts: dict, remarks: list[str]) -> str:
+    """What the driver prints: one line, then a line a remark."""
+    hours = sum(c.seconds for c in clips) / 3600
+    reasons = {k: v for k, v in facts["rejected"].items() if k != "total"}
+    bad = f"rejected {facts['rejected']['total']}" + (f" ({_counts(reasons)}; see rejected.parquet)" if reasons else "")
+    return "\n".join([f"{len(clips)} clips, {hours:.2f} h of {facts['files']} files; {bad}", *remarks])
+
+
+def _parquet(rows: list[dict], columns: list[tuple]) -> bytes:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema = pa.schema([(n, pa.type_for_alias(t) if isinstance(t, str) else t) for n, t in columns])
+    sink = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), sink)
+    return sink.getvalue()

@@ -1,0 +1,138 @@
+"""Who is held out: gives every usable stretch of audio its split, before anything is joined.
+
+What the corpus says counts.  The rest is split by speaker within each source, by hours, drawn from (seed, "split",
+source); an unnamed speaker is its file.  A speaker whose other audio has a split keeps that.  Where no dev clip comes
+of this, dev speakers (and test speakers, where there is neither) of the largest train source are held out.  A corpus
+of one speaker is split by chapter, file or piece; a source of one speaker within a larger corpus is train, so that dev
+and test speakers stay unseen.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from audiolm import rng
+from audiolm.config import ConfigError, Corpus
+from audiolm.data.sources import Found
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A usable stretch of one file: piece `piece` of `pieces` of row `row` of the sorted listing."""
+
+    row: int
+    found: Found
+    sample_rate: int
+    start: int
+    frames: int
+    piece: int
+    pieces: int
+
+    @property
+    def seconds(self) -> float:
+        return self.frames / self.sample_rate
+
+    @property
+    def speaker(self) -> str:
+        return self.found.speaker or self.found.uri
+
+    @property
+    def group(self) -> tuple[str, str]:
+        """The source within which shares of hours hold."""
+        return self.found.origin, self.found.source
+
+
+def assign(units: list[Unit], corpus: Corpus, seed: int) -> tuple[list[str], list[str]]:
+    """(the split of every unit, remarks for the user). Raises ConfigError where nothing is left to train on."""
+    splits: list[str | None] = [u.found.split for u in units]
+    known: dict[tuple[str, str], str] = {}
+    for u, split in zip(units, splits, strict=True):
+        if split and u.found.speaker:
+            known.setdefault((u.found.origin, u.speaker), split)
+    remarks, shares = [], {"dev": corpus.dev, "test": corpus.test}
+    alone = len({(u.found.origin, u.speaker) for u in units}) == 1
+    for group in sorted({u.group for u, s in zip(units, splits, strict=True) if s is None}):
+        free = []
+        for i, u in enumerate(units):
+            if u.group == group and splits[i] is None:
+                splits[i] = known.get((u.found.origin, u.speaker))
+                if splits[i] is None:
+                    free.append(i)
+        if not free:
+            continue
+        key, what = _level([units[i] for i in free], alone)
+        if alone:
+            remarks.append(f"one speaker only: split by {what}, so held-out clips are of a speaker that was trained on")
+        elif len({key(units[i]) for i in free}) == 1:
+            remarks.append(f"source {group[1]}: one speaker only, all of it is train")
+        held = hold_out(_hours(units, free, key), shares, seed, "/".join(group))
+        for i in free:
+            splits[i] = held.get(key(units[i]), "train")
+            if what == "speaker" and units[i].found.speaker:
+                known.setdefault((units[i].found.origin, units[i].speaker), splits[i])
+    if "dev" not in splits and corpus.dev > 0:
+        missing = {k: v for k, v in shares.items() if k == "dev" or not {"dev", "test"} & set(splits)}
+        remarks.append(_hold_out_of_train(units, splits, missing, seed))
+    elif "dev" not in splits:
+        remarks.append("no dev clip: corpus.dev is 0 and the corpus names none")
+    if units and "train" not in splits:
+        raise ConfigError(f"corpus {corpus.name!r} has no train clip, only {sorted(set(splits))}; say in "
+                          "corpus.sources.splits which folders are train, such as splits: {dev-clean: train}, "
+                          "or leave corpus.sources.split out")
+    return splits, remarks
+
+
+def hold_out(seconds: dict, shares: dict[str, float], seed: int, name: str) -> dict:
+    """{key: "dev" or "test"} of the keys held out so that their seconds come near the shares; the others are train.
+
+    A share above 0 gets at least one key as long as one is left to train on."""
+    keys = sorted(seconds)
+    order = [keys[i] for i in rng.generator(seed, f"split {name}").permutation(len(keys))]
+    total, held = sum(seconds.values()), {}
+    for split, share in shares.items():
+        left, got, chosen = [k for k in order if k not in held], 0.0, []
+        if share == 0 or len(left) < 2:
+            continue
+        for k in left:  # taken where it brings the sum nearer to the share
+            if len(chosen) + 1 < len(left) and seconds[k] < 2 * (share * total - got):
+                chosen.append(k)
+                got += seconds[k]
+        chosen = chosen or [min(left, key=lambda k: seconds[k])]
+        held.update(dict.fromkeys(chosen, split))
+    return held
+
+
+def _level(units: list[Unit], alone: bool):
+    """(key function, what it names): speakers, or in a corpus of one speaker the coarsest level with three groups."""
+    levels = [(lambda u: u.found.chapter or "", "chapter"), (lambda u: u.found.uri, "file"),
+              (lambda u: (u.found.uri, u.start), "piece")]
+    if not alone:
+        return (lambda u: u.speaker), "speaker"
+    return next((lv for lv in levels if len({lv[0](u) for u in units}) >= 3), levels[-1])
+
+
+def _hours(units: list[Unit], chosen: list[int], key) -> dict:
+    seconds: dict = {}
+    for i in chosen:
+        seconds[key(units[i])] = seconds.get(key(units[i]), 0.0) + units[i].seconds
+    return seconds
+
+
+def _hold_out_of_train(units: list[Unit], splits: list[str | None], shares: dict[str, float], seed: int) -> str:
+    """Moves speakers out of the largest train source, in place; returns the remark."""
+    train: dict[tuple[str, str], list[int]] = {}
+    for i, split in enumerate(splits):
+        if split == "train":
+            train.setdefault(units[i].group, []).append(i)
+    if not train:
+        return "no dev clip, and no train clip to hold out"
+    many = {g: ids for g, ids in train.items() if len({units[i].speaker for i in ids}) > 1}
+    group, chosen = max((many or train).items(), key=lambda item: (sum(units[i].seconds for i in item[1]), item[0]))
+    key, what = _level([units[i] for i in chosen], alone=not many)
+    held = hold_out(_hours(units, chosen, key), shares, seed, "/".join(group))
+    for i in chosen:
+        splits[i] = held.get(key(units[i]), "train")
+    if not held:
+        return "no dev clip: there is only one piece of audio to train on"
+    counts = ", ".join(f"{list(held.values()).count(s)} as {s}" for s in shares)
+    return f"the corpus names no dev: held out of source {group[1]} by {what}: {counts}"

@@ -1,0 +1,185 @@
+"""The Parquet token store (DESIGN 1.7): tokens as encoded, never deduplicated, one whole file per manifest shard.
+
+`shard-00000.parquet` holds the manifest's shard 0 in its order: id, n_frames, n_dedup (semantic only: frames after
+collapsing runs) and one list<uint16> column per quantizer level (q00, q01, ...), so a reader takes the levels it needs.
+Every file's metadata names the TokenSpec, the tokenizer's hash, device, dtype, library versions and the manifest's
+build; files that disagree are refused.  A spec here is the plain JSON of tokenizers.base.TokenSpec.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from audiolm import store
+
+RATIO = 2  # acoustic frames per semantic frame, the contract of tokenizers.base
+ROW_GROUP = 200  # clips; small enough that a reader of one clip does not decode an hour
+_KEY = b"audiolm.tokens"
+_OWN = ("shard", "clips", "frames", "digest")  # what may differ from file to file
+
+
+class TokenError(ValueError):
+    """A token store that cannot be used; the text names the file, what it holds and the fix."""
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Clip i is values[offsets[i]:offsets[i + 1]]."""
+
+    values: np.ndarray
+    offsets: np.ndarray
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        return self.values[self.offsets[i]:self.offsets[i + 1]]
+
+
+def shard_name(k: int) -> str:
+    return f"shard-{k:05d}.parquet"
+
+
+def level_name(q: int) -> str:
+    return f"q{q:02d}"
+
+
+def run_starts(z_T: np.ndarray) -> np.ndarray:
+    """True where a run of equal tokens begins."""
+    return np.concatenate([np.ones(min(1, len(z_T)), bool), z_T[1:] != z_T[:-1]])
+
+
+def shard_bytes(ids: Sequence[str], codes: Sequence[np.ndarray], meta: dict[str, Any], shard: int,
+                dedup: bool) -> bytes:
+    """A shard file: codes[i] is codes_TQ of clip ids[i]; `meta` (which, spec, hash, manifest, shards,
+    device, dtype, versions) is common to all shards of a store.
+
+    Raises TokenError where codes do not fit the spec.
+    """
+    spec = meta["spec"]
+    for clip, c in zip(ids, codes, strict=True):
+        if c.ndim != 2 or c.shape[1] != spec["n_q"] or c.size == 0 or c.min() < 0 or c.max() >= spec["vocab"]:
+            raise TokenError(f"clip {clip}: codes of shape {c.shape} and range {c.min(initial=0)}..{c.max(initial=0)} "
+                             f"do not fit tokenizer {spec['name']!r} (n_q {spec['n_q']}, vocab {spec['vocab']})")
+    frames = np.array([len(c) for c in codes], np.int32)
+    offsets = pa.array(np.concatenate([[0], np.cumsum(frames)]).astype(np.int32))
+    columns = {"id": pa.array(list(ids), pa.string()), "n_frames": pa.array(frames)}
+    if dedup:
+        columns["n_dedup"] = pa.array(np.array([int(run_starts(c[:, 0]).sum()) for c in codes], np.int32))
+    for q in range(spec["n_q"]):
+        values = np.concatenate([c[:, q] for c in codes] or [np.empty(0)]).astype(np.uint16)
+        columns[level_name(q)] = pa.ListArray.from_arrays(offsets, pa.array(values))
+    digest = _digest(ids, frames.astype(np.int64) * spec["hop"])
+    own = {"shard": shard, "clips": len(frames), "frames": int(frames.sum()), "digest": digest}
+    table = pa.table(columns).replace_schema_metadata({_KEY: json.dumps({**meta, **own}, sort_keys=True).encode()})
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="snappy", use_dictionary=True, row_group_size=ROW_GROUP)
+    return sink.getvalue()
+
+
+def _digest(ids: Sequence[str], samples: np.ndarray) -> str:
+    """Of clips and their padded samples: equal in two stores exactly where every clip's frames agree."""
+    text = "".join(f"{i}\t{int(n)}\n" for i, n in zip(ids, samples, strict=True))
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def read_meta(path: str) -> dict[str, Any]:
+    """The metadata of a shard file, from its footer. Raises FileNotFoundError, TokenError for another kind of file."""
+    fs, p = store.open_fs(path)
+    with fs.open(p, "rb") as f:
+        try:
+            found = (pq.read_schema(f).metadata or {}).get(_KEY)
+        except pa.ArrowInvalid as e:
+            raise TokenError(f"{path} is not a Parquet file ({e}); remove it and run the token step again") from e
+    if found is None:
+        raise TokenError(f"{path} is not a token shard: its metadata has no {_KEY.decode()}")
+    return json.loads(found)
+
+
+def read_shard(path: str, columns: Sequence[str]) -> dict[str, Any]:
+    """Chosen columns of a shard as numpy: id (objects), n_frames, n_dedup (int32), q00... (Ragged of uint16)."""
+    fs, p = store.open_fs(path)
+    with fs.open(p, "rb") as f:
+        table = pq.ParquetFile(f).read(columns=list(columns))
+    if missing := [c for c in columns if c not in table.column_names]:
+        raise TokenError(f"{path} has no column {missing[0]!r}; it holds {table.column_names}")
+    out: dict[str, Any] = {}
+    for name in columns:
+        column = table[name]
+        if pa.types.is_list(column.type):
+            lengths = pc.list_value_length(column).to_numpy()
+            out[name] = Ragged(pc.list_flatten(column).to_numpy(), np.concatenate([[0], np.cumsum(lengths)]))
+        else:
+            out[name] = column.to_numpy()
+    return out
+
+
+class TokenStore:
+    """A finished store: `spec` (TokenSpec as JSON), `hash` of its tokenizer, `shards` (their number), `meta`, `files`.
+
+    Reads every footer once; raises TokenError for missing shards and for shards that were not made alike.
+    """
+
+    def __init__(self, path: str):
+        self.path = path
+        found = [n for n in store.names(path) if n.startswith("shard-") and n.endswith(".parquet")]
+        if not found:
+            raise TokenError(f"no token shards in {path}; run its token step first")
+        with ThreadPoolExecutor(16) as pool:  # footers of an object store: waiting, not work
+            self.files = list(pool.map(lambda n: read_meta(store.join(path, n)), found))
+        self.meta = {k: v for k, v in self.files[0].items() if k not in _OWN}
+        for name, meta in zip(found, self.files, strict=True):
+            for field, value in self.meta.items():
+                if meta.get(field) != value:
+                    raise TokenError(f"{path} mixes tokens: {field} is {value!r} in {found[0]} but {meta.get(field)!r} "
+                                     f"in {name}; run the token step again with --force")
+        self.spec: dict[str, Any] = self.meta["spec"]
+        self.hash: str = self.meta["hash"]
+        self.shards: int = self.meta["shards"]
+        if missing := sorted(set(map(shard_name, range(self.shards))) - set(found)):
+            raise TokenError(f"{path} lacks {len(missing)} of {self.shards} shards, first {missing[0]}; "
+                             "run the token step again, it makes only what is missing")
+        if len(found) != self.shards:
+            raise TokenError(f"{path} holds {len(found)} shard files, its manifest has {self.shards}; use a new build")
+
+    def read(self, k: int, columns: Sequence[str]) -> dict[str, Any]:
+        return read_shard(store.join(self.path, shard_name(k)), columns)
+
+    def levels(self, k: int, levels: Sequence[int]) -> dict[str, Any]:
+        """id and the given levels (from 0) of shard k."""
+        return self.read(k, ["id", *map(level_name, levels)])
+
+
+def check_pair(semantic: TokenStore, acoustic: TokenStore) -> None:
+    """Raises TokenError unless both hold the same clips of one manifest, with RATIO acoustic per semantic frame."""
+    pair = f"{semantic.path} and {acoustic.path}"
+    for field in ("manifest", "shards"):
+        a, b = semantic.meta[field], acoustic.meta[field]
+        if a != b:
+            raise TokenError(f"{pair} do not belong together: {field} {a!r} and {b!r}; encode both from one manifest")
+    if semantic.spec["hop"] != RATIO * acoustic.spec["hop"]:
+        raise TokenError(f"frame rates do not fit: hop {semantic.spec['hop']} of {semantic.spec['name']!r} must be "
+                         f"{RATIO} x hop {acoustic.spec['hop']} of {acoustic.spec['name']!r}")
+    for k, (a, b) in enumerate(zip(semantic.files, acoustic.files, strict=True)):
+        if a["digest"] != b["digest"]:
+            raise TokenError(f"{shard_name(k)} of {pair} differ: {_difference(semantic, acoustic, k)}; "
+                             "run both token steps again with --force")
+
+
+def _difference(semantic: TokenStore, acoustic: TokenStore, k: int) -> str:
+    a, b = (s.read(k, ["id", "n_frames"]) for s in (semantic, acoustic))
+    for row, (i, j) in enumerate(zip(a["id"], b["id"], strict=False)):
+        if i != j:
+            return f"row {row} is clip {i} and clip {j}"
+        if RATIO * a["n_frames"][row] != b["n_frames"][row]:
+            return (f"clip {i} has {a['n_frames'][row]} semantic and {b['n_frames'][row]} acoustic frames, "
+                    f"expected 1:{RATIO}")
+    return f"{len(a['id'])} and {len(b['id'])} clips"

@@ -1,0 +1,110 @@
+"""The step `evaluate`: codec figures, losses beside baselines, use of the conditioning, token statistics, the ladder.
+
+Parts run side by side as tasks, each from the artifacts' paths.  `{out.path}/evaluate.json` holds the tables (levels
+count from 1, losses in nats per token, mel distances in nats, rates in kb/s), `{out.path}/wav/` the ladder's sound.
+Held-out means: dev for the stages' losses, test (dev where there is none) for codec and ladder.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from audiolm import store
+from audiolm.config import LM
+from audiolm.data.batches import TokenBatches
+from audiolm.data.manifest import roots
+from audiolm.data.shards import fan_out
+from audiolm.eval import likelihood
+from audiolm.eval.codec import codec_figures
+from audiolm.eval.ladder import held_out, ladder, seconds_within
+from audiolm.lm import generation
+from audiolm.lm.model import load_lm
+from audiolm.tokenizers.acoustic import load_codec
+
+STAGES = ("lm_semantic", "lm_coarse", "lm_fine")
+
+
+def run_evaluate(config: dict[str, Any], inputs: dict[str, Any], out: Any) -> dict[str, Any]:
+    """Step function. config: evaluate, samples, lm (its `where`s; without it all clips), corpus, cluster, seed; inputs:
+    manifest, kmeans, codec, both token stores and the stages' artifacts (lm_fine where there is one). Writes
+    evaluate.json; returns its main figures, flat.
+
+    Raises ValueError where nothing is held out.
+    """
+    began = time.monotonic()
+    paths = {name: artifact.path for name, artifact in inputs.items()}
+    cluster = config["cluster"]
+    settings = {"lm": LM(), **{k: v for k, v in config.items() if k != "cluster"}}
+    stages = [s for s in STAGES if s in paths]
+    parts = ["ladder", "codec", *stages[::-1], "tokens"]  # the longest first
+    gpu = cluster.device == "cuda" or (cluster.device == "auto" and torch.cuda.is_available())
+    items = [(part, settings, paths, out.path, cluster.device) for part in parts]
+    results = fan_out(evaluate_part, items, out=out, cluster=cluster, unit="parts", gpu=gpu)
+    found = dict(zip(parts, results, strict=True))
+    table = {"codec": found["codec"], "stages": {s: found[s]["figures"] for s in stages}, "tokens": found["tokens"],
+             "ladder": found["ladder"],
+             "conditioning": {s: found[s]["conditioning"] for s in stages if found[s]["conditioning"]}}
+    store.put_json(store.join(out.path, "evaluate.json"), table)
+    return {**flat_facts(table), "seconds": round(time.monotonic() - began, 3)}
+
+
+def evaluate_part(part: str, config: dict[str, Any], paths: dict[str, str], folder: str, device: str) -> Any:
+    """One task: a part's table, as plain JSON values."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if part == "tokens":
+        return likelihood.token_statistics(paths["semantic_tokens"])
+    if part in STAGES:
+        return stage_part(part, config, paths, device)
+    lm, evaluate, source_roots = config["lm"], config["evaluate"], roots(config["corpus"])
+    where = lm.fine.where if "lm_fine" in paths else lm.coarse.where
+    if part == "codec":
+        clips = held_out(paths["manifest"], source_roots, evaluate.clips, evaluate.clip_s, where)
+        return codec_table(load_codec(paths["codec"], device), [wav for _, wav in clips])
+    samples = config["samples"]
+    temperatures = {"semantic": samples.temperature_semantic, "coarse": samples.temperature_coarse,
+                    "fine": samples.temperature_fine}
+    system = generation.load(paths, device, temperatures=temperatures)
+    clips = held_out(paths["manifest"], source_roots, evaluate.clips, seconds_within(system, evaluate.clip_s), where)
+    return ladder(system, clips, samples.prompt_s, config["seed"], folder)
+
+
+def stage_part(name: str, config: dict[str, Any], paths: dict[str, str], device: str) -> dict[str, Any]:
+    """Figures of one stage, and its conditioning where it has a prefix and two held-out rows."""
+    model, stage = load_lm(paths[name], device)
+    shape, n = getattr(config["lm"], stage.name), config["evaluate"].rows
+    train, dev = (TokenBatches(paths["manifest"], paths["semantic_tokens"], paths["acoustic_tokens"], stage, split,
+                               shape.where, 1, config["seed"]) for split in ("train", "dev"))
+    figures = likelihood.stage_figures(model, stage, train, dev, n, device)
+    crops, used = dev.fixed(n), None
+    if stage.name != "semantic" and len(crops) > 1:
+        used = likelihood.conditioning(model, stage, dev, crops, config["seed"], device)
+    return {"figures": figures, "conditioning": used}
+
+
+def codec_table(codec: Any, wavs: list) -> dict[str, Any]:
+    """`codec_figures` in the report's units: kb/s, and codes used as a number and a share."""
+    found = codec_figures(codec, wavs)
+    levels = [{"n_q": r["n_q"], "kbps": r["bits_per_s"] / 1000, "pesq": r["pesq"], "si_sdr": r["si_sdr_db"],
+               "mel": r["mel"]} for r in found["levels"]]
+    usage = [{"level": r["level"], "used": round(r["used"] * codec.spec.vocab), "share": r["used"],
+              "perplexity": r["perplexity"]} for r in found["codebooks"]]
+    return {"levels": levels, "mean_spectrum_mel": found["mean_spectrum_mel"], "usage": usage, "clips": found["clips"],
+            "seconds": found["seconds"]}
+
+
+def flat_facts(table: dict[str, Any]) -> dict[str, float]:
+    """The main figures by dotted name."""
+    best = table["codec"]["levels"][-1]
+    facts = {f"codec.{k}": best[k] for k in ("pesq", "si_sdr", "mel") if best[k] is not None}
+    facts["codec.mean_spectrum_mel"] = table["codec"]["mean_spectrum_mel"]
+    for name, figures in table["stages"].items():
+        facts |= {f"{name}.{k}": figures[k] for k in ("loss", "unigram", "bigram")}
+    for name, used in table["conditioning"].items():
+        facts |= {f"{name}.conditioning.{k}": v for k, v in used.items()}
+    facts |= {f"tokens.{k}": v for k, v in table["tokens"].items()}
+    facts |= {f"ladder.{row['rung'].replace(', ', ' ').replace(' ', '_')}.mel": row["mel"] for row in table["ladder"]}
+    return {k: round(float(v), 6) for k, v in facts.items()}

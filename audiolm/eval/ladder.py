@@ -1,0 +1,108 @@
+"""The stage ladder: held-out clips rebuilt with one more stage of the system at each rung, to hear what spoils them.
+
+Rungs: the codec with all levels, with Q' levels, fine from true coarse codes, coarse (and fine) from true semantic
+tokens, and the full continuation of a prompt.  Each has its sound and its mel distance (mean L1 of log-mels, nats) to
+the original; a continuation is judged after its prompt only.  wav_T: float32 mono at 16 kHz, whole 40 ms frames.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from audiolm import rng, store
+from audiolm.config import Where
+from audiolm.data.audio import read_clip
+from audiolm.data.manifest import Clip, read_clips
+from audiolm.eval.codec import mel_distance
+from audiolm.lm.generation import AudioLM
+from audiolm.tokenizers.base import SAMPLE_RATE, SEMANTIC_HOP
+
+
+def held_out(manifest: str, roots: dict[str, str], n: int, seconds: float,
+             where: Where | None) -> list[tuple[Clip, np.ndarray]]:
+    """At most n (clip, wav_T) of the test split (dev where there is none), each cut to `seconds`; no randomness.
+
+    Evenly spaced among the clips that are long enough, else the longest. Raises ValueError where nothing is held out.
+    """
+    clips = read_clips(manifest, split="test", where=where) or read_clips(manifest, split="dev", where=where)
+    clips = [c for c in clips if c.samples >= 2 * SEMANTIC_HOP]
+    if not clips:
+        raise ValueError("no held-out clips to evaluate on: give the corpus a test or dev share, or widen `where`")
+    long = [c for c in clips if c.seconds >= seconds]
+    if len(long) < n:
+        long = sorted(clips, key=lambda c: (-c.samples, c.id))[:n]
+    chosen = [long[(2 * i + 1) * len(long) // (2 * n)] for i in range(n)] if len(long) > n else long
+    samples = [min(c.samples, round(seconds * SAMPLE_RATE)) // SEMANTIC_HOP * SEMANTIC_HOP for c in chosen]
+    return [(c, read_clip(c, roots, 0, m)) for c, m in zip(chosen, samples, strict=True)]
+
+
+def seconds_within(lm: AudioLM, seconds: float) -> float:
+    """At most what the stages were trained on."""
+    return min(seconds, lm.stage("semantic").crop_s, lm.stage("coarse").crop_s)
+
+
+def ladder(lm: AudioLM, clips: Sequence[tuple[Clip, np.ndarray]], prompt_s: float, seed: int,
+           folder: str) -> list[dict[str, Any]]:
+    """Rungs as [{"rung", "mel", "files": [{"clip", "file"}]}], wavs under {folder}/wav/."""
+    wavs = [wav for _, wav in clips]
+    seeds = [rng.derive(seed, "ladder", i) for i in range(len(wavs))]
+    q = lm.stage("coarse").levels[1]
+    codes, zs = lm.encode(wavs), lm.tokenize(wavs)
+    rungs = [("original", wavs), (f"codec, {lm.codec.spec.n_q} levels", _decoded(lm, codes, wavs))]
+    if lm.has_fine:
+        coarse = [c[:, :q] for c in codes]
+        rungs += [(f"codec, {q} levels", _decoded(lm, coarse, wavs)),
+                  ("fine from true coarse", _decoded(lm, lm.fine(coarse, seeds), wavs))]
+    rungs.append(("coarse from true semantic", [s.wav_T for s in lm.acoustic(zs, seeds, [len(w) for w in wavs])]))
+    prompts = [_prompt_samples(w, prompt_s) for w in wavs]
+    rungs.append(("continuation", _continued(lm, wavs, prompts, seeds)))
+    table = []
+    for number, (name, made) in enumerate(rungs):
+        skip = prompts if name == "continuation" else [0] * len(wavs)
+        mel = np.mean([mel_distance(w[s:], m[s:]) for w, m, s in zip(wavs, made, skip, strict=True)])
+        files = []
+        for (clip, _), wav in zip(clips, made, strict=True):
+            file = f"wav/{number}-{_slug(name)}-{_slug(clip.id)}.wav"
+            store.put(store.join(folder, file), wav_bytes(wav))
+            files.append({"clip": clip.id, "file": file})
+        table.append({"rung": name, "mel": float(mel), "files": files})
+    return table
+
+
+def wav_bytes(wav_T: np.ndarray) -> bytes:
+    """A 16-bit wav file at 16 kHz; what lies beyond full scale is clipped."""
+    import soundfile
+
+    sink = io.BytesIO()
+    soundfile.write(sink, np.clip(wav_T, -1.0, 1.0), SAMPLE_RATE, format="WAV", subtype="PCM_16")
+    return sink.getvalue()
+
+
+def _decoded(lm: AudioLM, codes: Sequence[np.ndarray], wavs: Sequence[np.ndarray]) -> list[np.ndarray]:
+    return [lm.decode(c, len(w)) for c, w in zip(codes, wavs, strict=True)]
+
+
+def _prompt_samples(wav_T: np.ndarray, prompt_s: float) -> int:
+    """Whole frames of prompt; at most half of a short clip, so that something is left to continue."""
+    return max(1, min(round(prompt_s * SAMPLE_RATE), len(wav_T) // 2) // SEMANTIC_HOP) * SEMANTIC_HOP
+
+
+def _continued(lm: AudioLM, wavs: Sequence[np.ndarray], prompts: Sequence[int],
+               seeds: Sequence[int]) -> list[np.ndarray]:
+    made: list[np.ndarray] = [np.empty(0)] * len(wavs)
+    rest = [len(w) - p for w, p in zip(wavs, prompts, strict=True)]
+    for samples in sorted(set(rest)):  # one batch for all that go on equally long
+        at = [i for i, r in enumerate(rest) if r == samples]
+        sounds = lm.continuation([wavs[i][:prompts[i]] for i in at], samples / SAMPLE_RATE, [seeds[i] for i in at])
+        for i, sound in zip(at, sounds, strict=True):
+            made[i] = sound.wav_T
+    return made
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-")

@@ -1,0 +1,119 @@
+"""Pictures as PNG bytes: spectrograms, loss curves, codebook use, bars of a ladder. Matplotlib's Agg, no display.
+
+wav is float32 mono at 16 kHz.  matplotlib is imported within functions; figures are objects, never global state, so
+threads may draw at the same time.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+SAMPLE_RATE = 16_000
+BLUE, ORANGE, GREY, INK = "#2f6db5", "#d9822b", "#9aa4b1", "#27313d"
+COLOURS = (BLUE, ORANGE, "#3c9a6b", "#8a5bb5", "#c0504d", "#5b7b94")
+
+
+def _figure(width: float, height: float):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(GREY)
+    axes.tick_params(colors=INK, labelsize=8)
+    return figure, axes
+
+
+def _png(figure) -> bytes:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    with io.BytesIO() as f:
+        FigureCanvasAgg(figure).print_png(f)
+        return f.getvalue()
+
+
+def _name(axes, title: str, x: str, y: str) -> None:
+    axes.set_title(title, fontsize=10, color=INK, loc="left", parse_math=False)
+    axes.set_xlabel(x, fontsize=8, color=INK)
+    axes.set_ylabel(y, fontsize=8, color=INK)
+
+
+def spectrogram(wav: np.ndarray, title: str, prompt_s: float | None = None, sample_rate: int = SAMPLE_RATE) -> bytes:
+    """Log-power spectrogram, 0 to half the sample rate, 80 dB below its peak; a line marks a prompt's end."""
+    wav = np.asarray(wav, dtype=np.float32).reshape(-1)
+    n_fft, hop = 512, max(128, len(wav) // 1200)  # about as many columns as the picture has pixels
+    padded = np.pad(wav, (n_fft // 2, n_fft))
+    starts = np.arange(0, len(wav) + 1, hop)
+    frames_TN = padded[starts[:, None] + np.arange(n_fft)] * np.hanning(n_fft).astype(np.float32)
+    power_TF = np.abs(np.fft.rfft(frames_TN, axis=1)) ** 2
+    db_TF = 10 * np.log10(np.maximum(power_TF, 1e-12))
+    top = float(db_TF.max())
+    figure, axes = _figure(6.4, 2.1)
+    axes.imshow(db_TF.T, origin="lower", aspect="auto", cmap="magma", vmin=top - 80, vmax=top, interpolation="nearest",
+                extent=(0, len(wav) / sample_rate, 0, sample_rate / 2000))
+    if prompt_s:
+        axes.axvline(prompt_s, color="white", linestyle="--", linewidth=1)
+    _name(axes, title, "seconds", "kHz")
+    return _png(figure)
+
+
+def curves(steps: Sequence[float], values: Mapping[str, Sequence[float | None]], title: str, y: str = "loss",
+           baselines: Mapping[str, float] | None = None) -> bytes:
+    """Curves over training steps (None where one has no value) and dashed baselines."""
+    figure, axes = _figure(6.4, 2.8)
+    log = False
+    for i, (name, ys) in enumerate(values.items()):
+        points = [(s, v) for s, v in zip(steps, ys, strict=True) if v is not None and np.isfinite(v)]
+        if not points:
+            continue
+        xs, vs = zip(*points, strict=True)
+        log = log or (min(vs) > 0 and max(vs) / min(vs) > 50)
+        axes.plot(xs, vs, label=name, color=COLOURS[i % len(COLOURS)], linewidth=1.4,
+                  marker="o" if len(points) < 30 else None, markersize=3)
+    for name, value in (baselines or {}).items():
+        axes.axhline(value, color=GREY, linestyle="--", linewidth=1)
+        axes.annotate(name, (1.0, value), xycoords=("axes fraction", "data"), fontsize=7, color=INK, ha="right",
+                      va="bottom")
+    if log:
+        axes.set_yscale("log")
+    axes.grid(axis="y", color="#e5e9ee", linewidth=0.7)
+    axes.set_axisbelow(True)
+    if values:
+        axes.legend(fontsize=7, frameon=False)
+    _name(axes, title, "step", y)
+    return _png(figure)
+
+
+def codebook_use(levels: Sequence[int], perplexity: Sequence[float], used: Sequence[float], vocab: int | None = None,
+                 title: str = "Codebook use") -> bytes:
+    """Per quantizer level: codes used at all and perplexity (how many codes it is worth)."""
+    figure, axes = _figure(6.4, 2.6)
+    at = np.arange(len(levels))
+    axes.bar(at - 0.2, used, 0.38, color="#bcd0e8", label="codes used")
+    axes.bar(at + 0.2, perplexity, 0.38, color=BLUE, label="perplexity")
+    if vocab:
+        axes.axhline(vocab, color=GREY, linestyle="--", linewidth=1)
+        axes.annotate(f"all {vocab}", (1.0, vocab), xycoords=("axes fraction", "data"), fontsize=7, color=INK, ha="right",
+                      va="bottom")
+    axes.set_xticks(at, [str(level) for level in levels])
+    axes.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    _name(axes, title, "quantizer level", "codes")
+    return _png(figure)
+
+
+def bars(labels: Sequence[str], values: Sequence[float], title: str, x: str) -> bytes:
+    """Horizontal bars from top to bottom, each with its value."""
+    figure, axes = _figure(6.4, 0.9 + 0.34 * max(1, len(labels)))
+    at = np.arange(len(labels))
+    axes.barh(at, values, 0.62, color=BLUE)
+    axes.set_yticks(at, [str(label) for label in labels])
+    axes.invert_yaxis()
+    for i, v in enumerate(values):
+        axes.annotate(f" {v:.3g}", (v, i), va="center", fontsize=8, color=INK)
+    if len(values) and max(values) > 0:
+        axes.set_xlim(0, 1.12 * max(values))
+    _name(axes, title, x, "")
+    return _png(figure)

@@ -1,0 +1,242 @@
+"""The step `report`: one self-contained page with what ran, what it sounds like and what the figures say.
+
+Reads samples.json, evaluate.json, recipes, done.json and metrics files of the inputs' builds; every part is optional
+and the page says what is missing.  Leaves {out.path}/ui/report.html and its pictures under ui/plots/.  Losses are in
+nats per token, mel distances in nats, rates in kb/s; wavs are 16 kHz mono.
+"""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from audiolm import store
+from audiolm.eval import plots
+from audiolm.eval.page import Html, esc, join, missing, number, page, picture, player, table, tag, verdict
+from audiolm.identity import flatten
+from audiolm.metrics import read_build
+
+TRAINED = ("masked_model", "codec", "lm_semantic", "lm_coarse", "lm_fine")
+MODES = {"unconditional": "Unconditional: everything is made up", "acoustic": "Acoustic generation: the words of a held-out "
+         "clip, a voice of the model's own", "continuation": "Continuation of a prompt by an unseen speaker (dashed line: "
+         "where the prompt ends)", "resynthesis": "Resynthesis: held-out clips through the codec alone"}
+NAMES = {"lm_semantic": "semantic stage", "lm_coarse": "coarse stage", "lm_fine": "fine stage", "codec": "codec",
+         "masked_model": "masked audio model"}
+LADDER_CLIPS = 4  # with players; the distances count all clips
+POINTS = 1000  # of a curve
+
+
+def build_report(config: dict[str, Any], inputs: Mapping[str, Any], out: Any) -> dict[str, Any]:
+    """Step function. config: title; inputs: any of manifest, samples, evaluate and the trained models' artifacts.
+
+    Returns the page's size and what it holds. Raises nothing for what is missing.
+    """
+    paths = {name: artifact.path for name, artifact in inputs.items()}
+    samples = _json(paths, "samples", "samples.json") or []
+    figures = _json(paths, "evaluate", "evaluate.json") or {}
+    plot = _Plots(store.join(out.path, "ui", "plots"))
+    out.check()
+    parts = [
+        ("sound", "Sound", _sound(samples, paths.get("samples", ""))),
+        ("ladder", "Stage ladder", _ladder(figures.get("ladder") or [], paths.get("evaluate", ""), plot)),
+        ("stages", "Language models", _stages(figures.get("stages") or {})),
+        ("conditioning", "Is the conditioning used?", _conditioning(figures.get("conditioning") or {})),
+        ("codec", "Codec", _codec(figures.get("codec") or {}, plot)),
+        ("tokens", "Semantic tokens", _tokens(figures.get("tokens") or {})),
+        ("curves", "Training", _curves(paths, figures.get("stages") or {}, plot)),
+        ("run", "What ran", _what_ran(inputs)),
+    ]
+    out.check()
+    title = f"AudioLM: {config.get('title', 'run')}"
+    text = page(title, time.strftime("built %Y-%m-%d %H:%M UTC", time.gmtime()), parts).encode()
+    store.put(store.join(out.path, "ui", "report.html"), text)
+    return {"bytes": len(text), "players": text.count(b"<audio "), "plots": plot.count,
+            "headline": f"{text.count(b'<audio ')} players, {plot.count} plots, {len(text) / 2**20:.1f} MB"}
+
+
+class _Plots:
+    """Pictures go into the page and, as files, to the tracker."""
+
+    def __init__(self, folder: str):
+        self.folder, self.count = folder, 0
+
+    def add(self, name: str, png: bytes, text: str) -> Html:
+        store.put(store.join(self.folder, f"{name}.png"), png)
+        self.count += 1
+        return picture(png, text)
+
+
+def _json(paths: Mapping[str, str], step: str, name: str) -> Any:
+    return store.get_json(store.join(paths[step], name)) if step in paths else None
+
+
+def _wav(path: str) -> tuple[np.ndarray, Html] | None:
+    """(wav_T, player) of a file, or None where it is gone. FLAC halves the page and loses nothing."""
+    import soundfile
+
+    try:
+        wav_T, rate = soundfile.read(io.BytesIO(store.get(path)), dtype="float32", always_2d=False)
+    except (FileNotFoundError, soundfile.LibsndfileError):
+        return None
+    wav_T = wav_T if wav_T.ndim == 1 else wav_T.mean(axis=1)
+    sink = io.BytesIO()
+    soundfile.write(sink, wav_T, rate, format="FLAC", subtype="PCM_16")
+    return wav_T, player(sink.getvalue(), "flac")
+
+
+def _sound(samples: list[dict], folder: str) -> Html:
+    if not samples:
+        return missing("No samples: the step `samples` is not among this report's inputs.")
+    blocks = []
+    for mode in dict.fromkeys([*MODES, *(s.get("mode", "other") for s in samples)]):
+        cards = []
+        for s in (s for s in samples if s.get("mode", "other") == mode):
+            found = _wav(store.join(folder, s["file"]))
+            facts = [f"{number(s.get('seconds'), 1)} s", f"peak {number(s.get('peak'), 2)}"]
+            if s.get("prompt_s"):
+                facts.append(f"prompt {number(s['prompt_s'], 1)} s")
+            said = tag("p", "“", s["text"], "”", cls="soft") if s.get("text") else ""
+            title = s.get("title", s["file"])
+            if found is None:
+                cards.append(tag("div", tag("h3", title), missing(f"{s['file']} is gone."), cls="card"))
+                continue
+            wav_T, sound = found
+            image = picture(plots.spectrogram(wav_T, "", s.get("prompt_s")), f"Spectrogram of {title}")
+            cards.append(tag("div", tag("h3", title), tag("p", ", ".join(facts), cls="soft"), sound, image, said, cls="card"))
+        if cards:
+            blocks += [tag("h3", MODES.get(mode, mode)), tag("div", *cards, cls="cards")]
+    return join(blocks)
+
+
+def _ladder(rungs: list[dict], folder: str, plot: _Plots) -> Html:
+    if not rungs:
+        return missing("No stage ladder: the step `evaluate` is not among this report's inputs.")
+    measured = [r for r in rungs if isinstance(r.get("mel"), (int, float))]
+    clips = list(dict.fromkeys(f["clip"] for r in rungs for f in r.get("files", ())))[:LADDER_CLIPS]
+    rows = []
+    for r in rungs:
+        files = {f["clip"]: f["file"] for f in r.get("files", ())}
+        found = (_wav(store.join(folder, files[c])) if c in files else None for c in clips)
+        rows.append([r["rung"], number(r.get("mel")), *(sound[1] if sound else "–" for sound in found)])
+    bars = plot.add("ladder", plots.bars([r["rung"] for r in measured], [r["mel"] for r in measured],
+                                         "Mel distance to the original", "nats"), "Mel distance at each rung")
+    return join([tag("p", "The same held-out clips with one more stage of the system at each rung: where the sound gets "
+                          "worse, that stage is the weak one. From “coarse from true semantic” on the model is free to "
+                          "say it in another voice, so the distance grows even where it sounds well.", cls="soft"),
+                 bars, table(["rung", "mel", *clips], rows, [1])])
+
+
+def _stages(stages: Mapping[str, dict]) -> Html:
+    if not stages:
+        return missing("No stage losses: the step `evaluate` is not among this report's inputs.")
+    rows, levels = [], []
+    for name, s in stages.items():
+        rows.append(_loss_row(NAMES.get(name, name), s) + [number(s.get("tokens"))])
+        levels += [_loss_row(f"{NAMES.get(name, name)}, level {level.get('level')}", level) for level in s.get("levels") or ()]
+    head = ["", "loss", "unigram", "bigram", "against unigram", "against bigram"]
+    more = tag("details", tag("summary", "Each quantizer level"), table(head, levels, [1, 2, 3])) if levels else ""
+    return join([tag("p", "Validation loss on unseen speakers, nats per token, against counting tokens (unigram) and pairs "
+                          "of tokens (bigram) in the training set.", cls="soft"),
+                 table([*head, "tokens"], rows, [1, 2, 3, 6]), more])
+
+
+def _loss_row(label: str, s: Mapping[str, Any]) -> list:
+    loss = s.get("loss")
+
+    def against(name: str) -> Html:
+        base = s.get(name)
+        if loss is None or base is None:
+            return esc("–")
+        return verdict(loss < base, f"{base - loss:.2f} better", f"{loss - base:.2f} worse")
+
+    return [label, number(loss), number(s.get("unigram")), number(s.get("bigram")), against("unigram"), against("bigram")]
+
+
+def _conditioning(found: Mapping[str, dict]) -> Html:
+    if not found:
+        return missing("Not measured.")
+    rows = []
+    for name, c in found.items():
+        true, shuffled = c.get("true"), c.get("shuffled")
+        gain = None if true is None or shuffled is None else shuffled - true
+        mark = verdict(None if gain is None else gain > 0, f"{gain or 0:.3f} lost without it", "not used")
+        rows.append([NAMES.get(name, name), number(true), number(shuffled), mark])
+    return join([tag("p", "The same targets after their own prefix and after another clip's. A stage that reads its prefix "
+                          "is worse with the wrong one.", cls="soft"),
+                 table(["", "true prefix", "shuffled prefix", ""], rows, [1, 2])])
+
+
+def _codec(codec: Mapping[str, Any], plot: _Plots) -> Html:
+    levels, usage, yardstick = codec.get("levels") or [], codec.get("usage") or [], codec.get("mean_spectrum_mel")
+    if not levels and not usage:
+        return missing("No codec figures: the step `evaluate` is not among this report's inputs.")
+    rows = [[number(r.get("n_q")), number(r.get("kbps"), 2), number(r.get("pesq"), 2), number(r.get("si_sdr"), 1),
+             number(r.get("mel"))] for r in levels]
+    parts = [table(["levels", "kb/s", "PESQ", "SI-SDR dB", "mel distance"], rows, range(5))]
+    if levels and yardstick is not None and levels[-1].get("mel") is not None:
+        mark = verdict(levels[-1]["mel"] < yardstick, "better", "worse")
+        parts.append(tag("p", "With all levels ", mark, f" than each clip's mean spectrum ({number(yardstick)}).", cls="soft"))
+    if usage:
+        png = plots.codebook_use([u["level"] for u in usage], [u["perplexity"] for u in usage], [u["used"] for u in usage])
+        parts.append(plot.add("codebook-use", png, "Codes used and perplexity of each level"))
+    return join(parts)
+
+
+def _tokens(tokens: Mapping[str, Any]) -> Html:
+    if not tokens:
+        return missing("Not measured.")
+    labels = {"entropy_bits": "entropy, bits", "perplexity": "perplexity", "mean_run": "mean run, frames of 40 ms",
+              "used": "tokens used"}
+    return table(["", ""], [[labels.get(k, k), number(v, 2)] for k, v in tokens.items()], [1])
+
+
+def _curves(paths: Mapping[str, str], stages: Mapping[str, dict], plot: _Plots) -> Html:
+    parts = []
+    for name in (n for n in TRAINED if n in paths):
+        rows = [r for r in read_build(paths[name]) if "loss" in r["metrics"] or "val.loss" in r["metrics"]]
+        if not rows:
+            parts.append(missing(f"No metrics file in the build of {NAMES[name]}."))
+            continue
+        keep = set(np.linspace(0, len(rows) - 1, min(len(rows), POINTS)).round().astype(int).tolist())
+        rows = [r for i, r in enumerate(rows) if i in keep or "val.loss" in r["metrics"]]
+        values = {"training": [r["metrics"].get("loss") for r in rows],
+                  "validation": [r["metrics"].get("val.loss") for r in rows]}
+        values = {k: v for k, v in values.items() if any(x is not None for x in v)}
+        base = {k: stages[name][k] for k in ("unigram", "bigram") if stages.get(name, {}).get(k) is not None}
+        png = plots.curves([r["step"] for r in rows], values, NAMES[name], "loss", base)
+        parts.append(plot.add(f"loss-{name}", png, f"Loss curves of the {NAMES[name]}"))
+    return join(parts) if parts else missing("No training step is among this report's inputs.")
+
+
+def _what_ran(inputs: Mapping[str, Any]) -> Html:
+    rows, configs = [], []
+    for name, artifact in inputs.items():
+        root, build = artifact.path.rstrip("/").rsplit("/", 1)
+        done = store.get_json(store.join(artifact.path, "done.json")) or {}
+        recipe = store.get_json(store.join(root, "recipe.json")) or {}
+        when = time.strftime("%Y-%m-%d %H:%M", time.gmtime(done["time"])) if done.get("time") else "–"
+        rows.append([name, root.rsplit("/", 1)[1], build, when, number(done.get("seconds"), 1)])
+        lines = [[k, v] for k, v in flatten(recipe.get("config") or {}).items()]
+        if lines:
+            configs.append(tag("details", tag("summary", f"Configuration of {name}"), table(["field", "value"], lines)))
+    parts = [table(["step", "fingerprint", "build", "finished (UTC)", "seconds"], rows, [4])]
+    if "manifest" in inputs:
+        parts += [tag("h3", "Corpus"), _corpus(inputs["manifest"].facts)]
+    return join([*parts, tag("h3", "Configuration"), *configs] if configs else parts)
+
+
+def _corpus(facts: Mapping[str, Any]) -> Html:
+    rows = [[f"hours of {source}", ", ".join(f"{split} {number(h, 2)}" for split, h in by.items())]
+            for source, by in (facts.get("hours") or {}).items() if isinstance(by, Mapping)]
+    for key, label in (("clips_by_split", "clips"), ("speakers", "speakers"), ("shards", "shards")):
+        if isinstance(facts.get(key), Mapping):
+            rows.append([label, ", ".join(f"{split} {number(n)}" for split, n in facts[key].items())])
+    if isinstance(facts.get("rejected"), Mapping):
+        reasons = ", ".join(f"{reason} {n}" for reason, n in facts["rejected"].items() if reason != "total")
+        rows.append(["files", f"{number(facts.get('files'))}, rejected {facts['rejected'].get('total', 0)}"
+                              + (f" ({reasons})" if reasons else "")])
+    return table(["", ""], rows) if rows else missing("The manifest gave no figures.")

@@ -1,0 +1,195 @@
+"""The masked audio model: a Conformer (2005.08100) on log-mels, trained to name the cluster of frames it cannot see.
+
+Legend: B rows, F log-mel bands (100 Hz), T frames at 25 Hz, D width, K target clusters.  mel_BTF holds 4 mel frames
+for each frame, lengths_B counts frames (25 Hz); everything past a row's length is masked in attention and convolutions,
+so that a row gives the same features alone and in a padded batch (1e-5).  Input statistics are global buffers, set once
+before training; no normalisation looks across time.  Objective: HuBERT (2106.07447).  Layer convention: "layer n" is
+the output of block n counted from 1, after that block's closing LayerNorm.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+SUBSAMPLE = 4  # 100 Hz -> 25 Hz
+LAYER_CONVENTION = "block output after its closing LayerNorm, counted from 1"
+
+
+@dataclass(frozen=True)
+class EncoderSizes:
+    dim: int
+    layers: int
+    heads: int
+    ff: int
+    conv_kernel: int = 5
+    dropout: float = 0.0
+    n_mels: int = 80
+
+    def to_json(self) -> dict:
+        return asdict(self)
+
+
+class Statistics(nn.Module):
+    """Numbers that are measured, not learned: float32 buffers that stay float32 when the module is cast."""
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]]):
+        super().__init__()
+        for name, shape in shapes.items():
+            self.register_buffer(name, torch.zeros(shape))
+
+    def _apply(self, fn, recurse=True):
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, value in before.items():  # take the device of the cast, not its rounding
+            self._buffers[name] = value.to(self._buffers[name].device)
+        return self
+
+
+def valid_frames(lengths_B: torch.Tensor, frames: int) -> torch.Tensor:
+    """valid_BT: True on a row's own frames."""
+    return torch.arange(frames, device=lengths_B.device)[None] < lengths_B[:, None]
+
+
+def rotary(frames: int, dim: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos_TE, sin_TE of rotary positions (2104.09864), E = dim / 2, float32."""
+    rates = 10_000.0 ** (-torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim)
+    angle = torch.arange(frames, device=device, dtype=torch.float32)[:, None] * rates
+    return angle.cos(), angle.sin()
+
+
+def rotate(x_BHTE: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    a, b = x_BHTE.float().chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x_BHTE.dtype)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, s: EncoderSizes):
+        super().__init__()
+        self.norm, self.drop = nn.LayerNorm(s.dim), nn.Dropout(s.dropout)
+        self.up, self.down = nn.Linear(s.dim, s.ff), nn.Linear(s.ff, s.dim)
+
+    def forward(self, x_BTD):
+        return self.drop(self.down(self.drop(F.silu(self.up(self.norm(x_BTD))))))
+
+
+class Attention(nn.Module):
+    def __init__(self, s: EncoderSizes):
+        super().__init__()
+        self.heads = s.heads
+        self.norm, self.drop = nn.LayerNorm(s.dim), nn.Dropout(s.dropout)
+        self.qkv, self.out = nn.Linear(s.dim, 3 * s.dim), nn.Linear(s.dim, s.dim)
+
+    def forward(self, x_BTD, valid_BT, positions):
+        b, t, d = x_BTD.shape
+        q, k, v = self.qkv(self.norm(x_BTD)).view(b, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
+        y_BHTE = F.scaled_dot_product_attention(rotate(q, *positions), rotate(k, *positions), v,
+                                                attn_mask=valid_BT[:, None, None])
+        return self.drop(self.out(y_BHTE.transpose(1, 2).reshape(b, t, d)))
+
+
+class Convolution(nn.Module):
+    """Pointwise, GLU, depthwise, norm, pointwise; a LayerNorm over channels stands where the paper has BatchNorm."""
+
+    def __init__(self, s: EncoderSizes):
+        super().__init__()
+        self.norm, self.drop = nn.LayerNorm(s.dim), nn.Dropout(s.dropout)
+        self.up, self.down = nn.Linear(s.dim, 2 * s.dim), nn.Linear(s.dim, s.dim)
+        self.depth = nn.Conv1d(s.dim, s.dim, s.conv_kernel, padding=s.conv_kernel // 2, groups=s.dim)
+        self.inner = nn.LayerNorm(s.dim)
+
+    def forward(self, x_BTD, valid_BT):
+        y_BTD = F.glu(self.up(self.norm(x_BTD)), dim=-1) * valid_BT[..., None]
+        y_BTD = self.depth(y_BTD.transpose(1, 2)).transpose(1, 2)
+        return self.drop(self.down(F.silu(self.inner(y_BTD))))
+
+
+class Block(nn.Module):
+    """Half a feed-forward, attention, convolution, half a feed-forward, LayerNorm."""
+
+    def __init__(self, s: EncoderSizes):
+        super().__init__()
+        self.first, self.attention, self.convolution, self.last = (
+            FeedForward(s), Attention(s), Convolution(s), FeedForward(s))
+        self.norm = nn.LayerNorm(s.dim)
+
+    def forward(self, x_BTD, valid_BT, positions):
+        x_BTD = x_BTD + 0.5 * self.first(x_BTD)
+        x_BTD = x_BTD + self.attention(x_BTD, valid_BT, positions)
+        x_BTD = x_BTD + self.convolution(x_BTD, valid_BT)
+        return self.norm(x_BTD + 0.5 * self.last(x_BTD))
+
+
+class Subsample(nn.Module):
+    """Two convolutions of stride 2 over time (kernel 4, one frame of padding a side: frame i is centred on its hop)."""
+
+    def __init__(self, s: EncoderSizes):
+        super().__init__()
+        self.one, self.two = nn.Conv1d(s.n_mels, s.dim, 4, 2, 1), nn.Conv1d(s.dim, s.dim, 4, 2, 1)
+        self.norm, self.out, self.drop = nn.LayerNorm(s.dim), nn.Linear(s.dim, s.dim), nn.Dropout(s.dropout)
+
+    def forward(self, mel_BTF, lengths_B):
+        x_BFT = mel_BTF.transpose(1, 2)
+        for conv, rate in ((self.one, 4), (self.two, 2)):  # `rate` frames of the input to one of the output
+            keep_BT = valid_frames(lengths_B * rate, x_BFT.shape[-1])
+            x_BFT = F.silu(conv(x_BFT * keep_BT[:, None]))
+        return self.drop(self.out(self.norm(x_BFT.transpose(1, 2))))
+
+
+class Encoder(nn.Module):
+    """Log-mels to one vector per 40 ms. `statistics` holds the input's mean and std per band."""
+
+    def __init__(self, sizes: EncoderSizes):
+        super().__init__()
+        s = self.sizes = sizes
+        if s.dim % s.heads or (s.dim // s.heads) % 2:
+            raise ValueError(f"heads ({s.heads}) must divide dim ({s.dim}) into even parts for rotary positions")
+        if s.conv_kernel % 2 == 0:
+            raise ValueError(f"conv_kernel ({s.conv_kernel}) must be odd, so that a frame stays in place")
+        self.statistics = Statistics({"mean": (s.n_mels,), "std": (s.n_mels,)})
+        self.statistics.std.fill_(1.0)
+        self.subsample = Subsample(s)
+        self.mask_embedding = nn.Parameter(0.1 * torch.randn(s.dim))
+        self.blocks = nn.ModuleList(Block(s) for _ in range(s.layers))
+
+    def forward(self, mel_BTF: torch.Tensor, lengths_B: torch.Tensor, mask_BT: torch.Tensor | None = None,
+                layer: int | None = None) -> torch.Tensor:
+        """features_BTD of block `layer` (None: the last); frames under mask_BT are replaced by the mask embedding."""
+        if mel_BTF.shape[1] % SUBSAMPLE:
+            raise ValueError(f"the encoder takes a multiple of {SUBSAMPLE} mel frames, got {mel_BTF.shape[1]}; "
+                             "pad the audio to whole frames (tokenizers.base.padded_samples)")
+        layer = len(self.blocks) if layer is None else layer
+        if not 1 <= layer <= len(self.blocks):
+            raise ValueError(f"layer {layer} is not one of the {len(self.blocks)} blocks, counted from 1")
+        lengths_B = lengths_B.to(mel_BTF.device)
+        mel_BTF = (mel_BTF.float() - self.statistics.mean) / self.statistics.std
+        x_BTD = self.subsample(mel_BTF.to(self.mask_embedding.dtype), lengths_B)
+        if mask_BT is not None:
+            x_BTD = torch.where(mask_BT[..., None], self.mask_embedding.to(x_BTD.dtype), x_BTD)
+        valid_BT = valid_frames(lengths_B, x_BTD.shape[1])
+        positions = rotary(x_BTD.shape[1], self.sizes.dim // self.sizes.heads, x_BTD.device)
+        for block in self.blocks[:layer]:
+            x_BTD = block(x_BTD, valid_BT, positions)
+        return x_BTD
+
+
+class MaskedModel(nn.Module):
+    """The encoder with a classifier of target clusters; `targets.codebook` (K, 39) is what made those clusters."""
+
+    def __init__(self, sizes: EncoderSizes, targets_k: int, target_dim: int = 39):
+        super().__init__()
+        self.encoder = Encoder(sizes)
+        self.head = nn.Linear(sizes.dim, targets_k)
+        self.targets = Statistics({"codebook": (targets_k, target_dim)})
+
+    def forward(self, mel_BTF: torch.Tensor, lengths_B: torch.Tensor,
+                mask_BT: torch.Tensor | None = None) -> torch.Tensor:
+        """logits_BTK for every frame; frames past a row's length hold no meaning."""
+        return self.head(self.encoder(mel_BTF, lengths_B, mask_BT))
+
+    def features(self, mel_BTF: torch.Tensor, lengths_B: torch.Tensor, layer: int) -> torch.Tensor:
+        """features_BTD: the output of block `layer`, from 1."""
+        return self.encoder(mel_BTF, lengths_B, None, layer)

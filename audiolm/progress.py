@@ -1,0 +1,178 @@
+"""What the driver's terminal shows of running steps: done/total, rate, time left (issue: "Long work shows progress").
+
+On a terminal one line a running step, redrawn in place; elsewhere plain lines at the start, the end and about every
+10 s.  Thread-safe.  Rates come from a moving window and never count work that was there when a step began (resume).
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass, field
+
+WINDOW_S = 30.0
+REDRAW_S = 0.2
+PLAIN_S = 10.0
+
+
+@dataclass
+class _Line:
+    started: float
+    done: float = 0.0
+    total: float | None = None
+    unit: str = ""
+    note: str = ""
+    seen: deque = field(default_factory=deque)  # (time, done) within the window; the first is the window's start
+    printed: float = 0.0
+
+    def rate(self) -> float | None:
+        """Units a second over the window; None until there were two different moments."""
+        if len(self.seen) < 2:
+            return None
+        (t0, d0), (t1, d1) = self.seen[0], self.seen[-1]
+        return (d1 - d0) / (t1 - t0) if t1 > t0 and d1 > d0 else None
+
+
+class Board:
+    """The lines of all running steps. `clock` is for tests (seconds, monotonic)."""
+
+    def __init__(self, stream=None, clock=time.monotonic):
+        self._out = sys.stdout if stream is None else stream
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._lines: dict[str, _Line] = {}
+        self._tty = bool(getattr(self._out, "isatty", lambda: False)())
+        self._shown = 0  # lines that stand on the terminal and may be redrawn
+        self._drawn = float("-inf")
+
+    def start(self, step: str) -> None:
+        with self._lock:
+            now = self._clock()
+            self._lines[step] = _Line(now, printed=now)
+            if self._tty:
+                self._draw(now, force=True)
+            else:
+                self._print(f"{step}: started")
+
+    def update(self, step: str, done: float, total: float | None, unit: str, note: str = "") -> None:
+        """`done` counts from the step's very beginning, work of earlier attempts included."""
+        with self._lock:
+            line = self._lines.get(step)
+            if line is None:
+                return
+            now = self._clock()
+            if unit != line.unit or done < line.done:  # another phase of the step: its rate is another rate
+                line.seen.clear()
+            line.done, line.total, line.unit, line.note = done, total, unit, note
+            line.seen.append((now, done))
+            while len(line.seen) > 2 and line.seen[1][0] <= now - WINDOW_S:
+                line.seen.popleft()
+            if self._tty:
+                self._draw(now)
+            elif now - line.printed >= PLAIN_S:
+                line.printed = now
+                self._print(_describe(step, line, now))
+
+    def end(self, step: str, status: str, seconds: float, note: str = "") -> None:
+        """Leaves one line for good, e.g. `kmeans  DONE  in 12 s`."""
+        with self._lock:
+            self._lines.pop(step, None)
+            text = f"{step:<16} {status:<8} {'in ' + duration(seconds) if seconds >= 0.05 else ''}"
+            self._say(f"{text.rstrip()}{'  ' + note if note else ''}")
+
+    def say(self, text: str) -> None:
+        """Prints text above the running lines."""
+        with self._lock:
+            self._say(text)
+
+    def _say(self, text: str) -> None:
+        if self._tty:
+            self._clear()
+        self._print(text)
+        if self._tty:
+            self._draw(self._clock(), force=True)
+
+    def _print(self, text: str) -> None:
+        try:
+            self._out.write(text + "\n")
+        except UnicodeEncodeError:
+            self._out.write(text.encode("ascii", "replace").decode() + "\n")
+        self._out.flush()
+
+    def _clear(self) -> None:
+        if self._shown:
+            self._out.write(f"\x1b[{self._shown}F\x1b[J")  # up to the first of our lines, then erase to the end
+            self._shown = 0
+
+    def _draw(self, now: float, force: bool = False) -> None:
+        if not force and now - self._drawn < REDRAW_S:
+            return
+        self._drawn = now
+        size = shutil.get_terminal_size((100, 24))
+        rows = [_describe(step, line, now)[: size.columns - 1] for step, line in self._lines.items()]
+        rows = rows[: max(1, size.lines - 2)]  # a line that scrolled away cannot be redrawn
+        self._clear()
+        if rows:
+            self._out.write("".join(row + "\n" for row in rows))
+        self._out.flush()
+        self._shown = len(rows)
+
+
+def _describe(step: str, line: _Line, now: float) -> str:
+    parts = [f"{step:<16}"]
+    rate = line.rate()
+    if not line.unit:
+        parts.append(f"running, {duration(now - line.started)}")
+        return "  ".join(parts)
+    if line.total:
+        parts.append(f"{min(1.0, line.done / line.total):4.0%}")
+        parts.append(f"{amount(line.done, line.unit)}/{amount(line.total, line.unit)} {label(line.unit)}")
+    else:
+        parts.append(f"{amount(line.done, line.unit)} {label(line.unit)}")
+    if rate is not None:
+        parts.append(rate_text(rate, line.unit))
+        if line.total and line.done < line.total:
+            parts.append(f"{duration((line.total - line.done) / rate)} left")
+    if line.note:
+        parts.append(line.note)
+    return "  ".join(parts)
+
+
+def label(unit: str) -> str:
+    return "min of audio" if unit == "audio s" else unit
+
+
+def amount(value: float, unit: str) -> str:
+    """A quantity as people write it: `audio s` in minutes, large counts as k and M."""
+    if unit == "audio s":
+        return f"{value / 60:.1f}" if value < 60_000 else f"{value / 60:,.0f}"
+    return short(value)
+
+
+def short(value: float) -> str:
+    for size, mark in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if abs(value) >= size:
+            return f"{value / (1e3 if mark == 'k' else size):.3g}{mark}"
+    return f"{value:.0f}" if value == int(value) or abs(value) >= 100 else f"{value:.3g}"
+
+
+def rate_text(rate: float, unit: str) -> str:
+    """Units a second as text; audio as hours of audio per hour, which is also `x real time`."""
+    return f"{rate:.3g} audio h/h" if unit == "audio s" else f"{short(rate)} {unit}/s"
+
+
+def duration(seconds: float) -> str:
+    seconds = max(0.0, seconds)
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 120:
+        return f"{whole} s"
+    if whole < 7200:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    if whole < 48 * 3600:
+        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    return f"{whole // 86400} d {whole % 86400 // 3600} h"

@@ -1,0 +1,150 @@
+"""The steps `semantic_tokens` and `acoustic_tokens`: clips to tokens, one task a shard (DESIGN 1.7).
+
+A task decodes its clips, forms batches by a rule of the shard alone, encodes whole clips and writes one file; a file of
+this build that is there and was made alike is done.  Padding: codes_TQ of a clip has padded_samples(n) / hop frames, so
+acoustic frames are exactly twice the semantic ones.  A collapsed tokenizer (fewer than two codes) is an error.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from typing import Any
+
+import numpy as np
+import torch
+
+from audiolm import store
+from audiolm.data import tokens
+from audiolm.data.audio import read_clip
+from audiolm.data.manifest import Clip, read_clips, roots
+from audiolm.data.shards import fan_out
+from audiolm.tokenizers.base import ACOUSTIC_HOP, SAMPLE_RATE, SEMANTIC_HOP, TokenSpec, padded_samples
+
+TOKENIZER = {"semantic": "kmeans", "acoustic": "codec"}  # which -> the step whose artifact encodes
+HOP = {"semantic": SEMANTIC_HOP, "acoustic": ACOUSTIC_HOP}
+
+
+def encode_tokens(config: dict[str, Any], inputs: dict[str, Any], out: Any) -> dict[str, Any]:
+    """Step function. config: which ("semantic" or "acoustic"), tokens, corpus, cluster, seed; inputs: manifest and the
+    tokenizer's artifact. Writes shard files into out.path; returns counts, speed and code usage per level.
+
+    Raises tokens.TokenError for frames that break the contract and for a collapsed tokenizer.
+    """
+    which, corpus, cluster = config["which"], config["corpus"], config["cluster"]
+    by_shard: dict[int, list[Clip]] = {}
+    for clip in read_clips(inputs["manifest"].path):
+        by_shard.setdefault(clip.shard, []).append(clip)
+    if sorted(by_shard) != list(range(len(by_shard))):
+        raise tokens.TokenError(f"the manifest's shards are {sorted(by_shard)[:10]}..., expected 0, 1, 2, ...")
+    began = time.monotonic()
+    items = [(which, by_shard[k], k, len(by_shard), roots(corpus), inputs[TOKENIZER[which]].path,
+              inputs["manifest"].build, out.path, config["tokens"].batch_s, cluster.device) for k in sorted(by_shard)]
+    sizes = [sum(c.seconds for c in by_shard[k]) for k in sorted(by_shard)]
+    gpu = cluster.device == "cuda" or (cluster.device == "auto" and torch.cuda.is_available())
+    parts = fan_out(encode_shard, items, out=out, cluster=cluster, unit="audio s", sizes=sizes, gpu=gpu)
+    return _facts(which, parts, sum(sizes), time.monotonic() - began)
+
+
+def encode_shard(which: str, clips: list[Clip], shard: int, shards: int, source_roots: dict[str, str],
+                 tokenizer_path: str, manifest: str, out_path: str, batch_s: float, device: str) -> dict[str, Any]:
+    """One task: `clips` of a shard to its file, unless it is there. Returns the counts of `_shard_facts`."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer = load_tokenizer(which, tokenizer_path, device)
+    spec: TokenSpec = tokenizer.spec
+    if spec.sample_rate != SAMPLE_RATE or spec.hop != HOP[which]:
+        raise tokens.TokenError(f"{which} tokenizer {spec.name!r} has {spec.sample_rate} Hz and hop {spec.hop}, "
+                                f"expected {SAMPLE_RATE} and {HOP[which]} (25 and 50 frames a second)")
+    meta = {"which": which, "spec": spec.to_json(), "hash": tokenizer.hash, "manifest": manifest, "shards": shards,
+            "device": device, "dtype": "float32", "versions": {"torch": torch.__version__, "numpy": np.__version__}}
+    path = store.join(out_path, tokens.shard_name(shard))
+    done = _is_done(path, {**meta, "shard": shard, "clips": len(clips)})
+    if not done:
+        codes = encode_clips(clips, tokenizer, source_roots, batch_s, device)
+        store.put(path, tokens.shard_bytes([c.id for c in clips], codes, meta, shard, dedup=which == "semantic"))
+    return {**_shard_facts(path, spec, which), "skipped": int(done)}
+
+
+def encode_clips(clips: list[Clip], tokenizer: Any, source_roots: dict[str, str], batch_s: float,
+                 device: str) -> list[np.ndarray]:
+    """codes_TQ of each clip, in the clips' order."""
+    codes: list[np.ndarray | None] = [None] * len(clips)
+    for batch in plan_batches([c.samples for c in clips], batch_s):
+        wavs = [read_clip(clips[i], source_roots) for i in batch]
+        lengths_B = torch.tensor([len(w) for w in wavs])
+        wav_BT = torch.zeros(len(wavs), padded_samples(int(lengths_B.max())))
+        for row, wav in zip(wav_BT, wavs, strict=True):
+            row[:len(wav)] = torch.from_numpy(wav)
+        with torch.inference_mode():
+            encoded = tokenizer.encode(wav_BT.to(device), lengths_B.to(device))
+        for i, wav, codes_TQ in zip(batch, wavs, encoded, strict=True):
+            expected = padded_samples(len(wav)) // tokenizer.spec.hop
+            if tuple(codes_TQ.shape) != (expected, tokenizer.spec.n_q):
+                raise tokens.TokenError(
+                    f"clip {clips[i].id}: tokenizer {tokenizer.spec.name!r} gave shape {tuple(codes_TQ.shape)} "
+                    f"for {len(wav)} samples, expected {(expected, tokenizer.spec.n_q)} (padded_samples / hop, n_q)")
+            codes[i] = codes_TQ.cpu().numpy()
+    return codes
+
+
+def plan_batches(samples: list[int], batch_s: float) -> list[list[int]]:
+    """Clips by length into batches of at most batch_s padded seconds (at least one clip each)."""
+    batches: list[list[int]] = []
+    for i in sorted(range(len(samples)), key=lambda i: (samples[i], i)):
+        length_s = padded_samples(samples[i]) / SAMPLE_RATE  # the longest so far
+        if not batches or (len(batches[-1]) + 1) * length_s > batch_s:
+            batches.append([])
+        batches[-1].append(i)
+    return batches
+
+
+@functools.lru_cache(maxsize=1)  # a worker process encodes many shards
+def load_tokenizer(which: str, path: str, device: str) -> Any:
+    if which == "semantic":
+        from audiolm.tokenizers.semantic import load_semantic
+        return load_semantic(path, device)
+    from audiolm.tokenizers.acoustic import load_codec
+    return load_codec(path, device)
+
+
+def _is_done(path: str, expected: dict[str, Any]) -> bool:
+    try:
+        found = tokens.read_meta(path)
+    except (FileNotFoundError, tokens.TokenError):
+        return False
+    return all(found.get(k) == v for k, v in expected.items())
+
+
+def _shard_facts(path: str, spec: TokenSpec, which: str) -> dict[str, Any]:
+    """Read back from the file, so that a skipped shard counts like a new one."""
+    levels = [tokens.level_name(q) for q in range(spec.n_q)]
+    columns = tokens.read_shard(path, ["n_frames", *levels, *(["n_dedup"] if which == "semantic" else [])])
+    return {"clips": len(columns["n_frames"]), "frames": int(columns["n_frames"].sum()),
+            "dedup": int(columns["n_dedup"].sum()) if which == "semantic" else 0,
+            "counts": np.stack([np.bincount(columns[n].values, minlength=spec.vocab) for n in levels])}
+
+
+def _facts(which: str, parts: list[dict[str, Any]], audio_s: float, seconds: float) -> dict[str, Any]:
+    total = {k: sum(p[k] for p in parts) for k in ("clips", "frames", "dedup", "skipped")}
+    facts: dict[str, Any] = {"clips": total["clips"], "audio_s": round(audio_s, 3), "frames": total["frames"],
+                             "shards": len(parts), "shards_skipped": total["skipped"], "seconds": round(seconds, 3),
+                             "x_realtime": round(audio_s / max(seconds, 1e-9), 2)}
+    for q, counts in enumerate(sum(p["counts"] for p in parts)):
+        used = int((counts > 0).sum())
+        if used < 2:
+            raise tokens.TokenError(
+                f"the {which} tokenizer collapsed: level {q + 1} uses {used} of {len(counts)} codes over "
+                f"{total['frames']} frames. Look at the {TOKENIZER[which]} step (losses, code usage) and at whether "
+                "the audio is silent, and train longer or with a lower learning rate")
+        facts[f"used.{tokens.level_name(q)}"] = used
+        facts[f"entropy_bits.{tokens.level_name(q)}"] = round(entropy_bits(counts), 4)
+    if which == "semantic":
+        facts |= {"tokens_dedup": total["dedup"], "mean_run": round(total["frames"] / total["dedup"], 4)}
+    return facts
+
+
+def entropy_bits(counts: np.ndarray) -> float:
+    """Entropy of a histogram in bits."""
+    p = counts[counts > 0] / counts.sum()
+    return float(-(p * np.log2(p)).sum())

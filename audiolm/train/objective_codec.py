@@ -1,0 +1,232 @@
+"""Training of the codec: reconstruction, a commitment, and from disc.start_step on an adversary (PAPER 1.3 to 1.5).
+
+Two modules under two engines: "generator" (SoundStream, and the moving average of its weights as fp32 buffers, so that
+every checkpoint carries it) and "discriminator".  Codebooks start by k-means on the latents of the first batches (at
+least 32 frames a code) and move once a step, on all ranks alike.  What is validated and exported is the average.
+A batch: wav_BT (float32, crops of whole 640-sample frames), lengths_B (true samples), n_q_B (quantizer dropout).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from audiolm import config as settings
+from audiolm import rng
+from audiolm.data.audio import read_clip
+from audiolm.data.crops import AudioCrops
+from audiolm.data.manifest import read_clips, roots
+from audiolm.models.discriminators import Discriminators
+from audiolm.models.losses import WINDOWS, adversarial_loss, discriminator_loss, feature_loss, multi_scale_mel
+from audiolm.models.mel import log_mel
+from audiolm.models.soundstream import SoundStream, fold
+from audiolm.tokenizers.base import ACOUSTIC_HOP, SAMPLE_RATE, SEMANTIC_HOP
+from audiolm.train.engine import all_sum
+from audiolm.train.objective import Context, Engine
+
+INIT_FRAMES = 32  # frames a code for the k-means start
+EVAL_CROPS, EVAL_SAMPLES, EVAL_ROWS = 32, 24 * SEMANTIC_HOP, 8  # 0.96 s each
+
+
+class Average(nn.Module):
+    """Moving average of named parameters, in fp32 buffers ("." in a name becomes "/")."""
+
+    def __init__(self, named: Mapping[str, torch.Tensor]):
+        super().__init__()
+        for name, value in named.items():
+            self.register_buffer(name.replace(".", "/"), value.detach().float().clone())
+
+    @torch.no_grad()
+    def update(self, named: Mapping[str, torch.Tensor], decay: float) -> None:
+        mine = [self._buffers[name.replace(".", "/")] for name in named]
+        torch._foreach_lerp_(mine, [p.float() for p in named.values()], 1 - decay)
+
+    def values(self) -> dict[str, torch.Tensor]:
+        return {name.replace("/", "."): value for name, value in self.named_buffers()}
+
+
+class Generator(nn.Module):
+    """The codec in training and its average; the forward pass is the codec's."""
+
+    def __init__(self, net: SoundStream):
+        super().__init__()
+        self.net = net
+        self.ema = Average(dict(net.named_parameters()))
+
+    def forward(self, wav_BT: torch.Tensor, n_q_B: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        return self.net(wav_BT, n_q_B)
+
+
+class CodecObjective:
+    unit = "audio s"
+
+    def __init__(self, codec: settings.Codec, crops: AudioCrops, held_out_BT: torch.Tensor, ctx: Context, seed: int):
+        self.codec, self.crops, self.held_out_BT, self.ctx, self.seed = codec, crops, held_out_BT, ctx, seed
+        self.generator = Generator(_soundstream(codec))
+        d = codec.disc
+        self.modules: dict[str, nn.Module] = {
+            "generator": self.generator, "discriminator": Discriminators(d.periods, d.windows, d.channels)}
+        self._ready = False
+
+    def load(self, step: int, rows: Sequence[int]) -> dict[str, torch.Tensor]:
+        wav_BT, lengths_B = self.crops.batch(step, rows)
+        n_q = [int(rng.generator(self.seed, "n_q", step, row).integers(1, self.codec.n_q + 1)) for row in rows]
+        return {"wav_BT": wav_BT, "lengths_B": lengths_B, "n_q_B": torch.tensor(n_q)}
+
+    def train_step(self, engines: Mapping[str, Engine], batches: list[Any], step: int) -> dict[str, torch.Tensor]:
+        """All ranks take part. From disc.start_step on both sides learn from the same discriminator weights."""
+        net, codec = self.generator.net, self.codec
+        if not self._ready:
+            self._initialise()
+        game = step >= codec.disc.start_step
+        rows, sums, latents, codes = sum(len(b["wav_BT"]) for b in batches), {}, [], []
+        for i, batch in enumerate(batches):
+            wav_BT, last = batch["wav_BT"].to(self.ctx.device), i == len(batches) - 1
+            share = len(wav_BT) / rows
+            out = engines["generator"](wav_BT, batch["n_q_B"].to(self.ctx.device))
+            fake_BT = out["wav_BT"].float()
+            terms = {"mel": multi_scale_mel(fake_BT, wav_BT), "commitment": out["commitment"]}
+            if game:
+                terms |= self._play(engines["discriminator"], wav_BT, fake_BT, share, last)
+            weights = {"mel": codec.mel_weight, "commitment": codec.commitment_weight,
+                       "adversarial": codec.adversarial_weight, "feature": codec.feature_weight}
+            loss = sum(weights[name] * term for name, term in terms.items() if name in weights)
+            engines["generator"].backward(loss * share, last)
+            for name, term in {"loss": loss, **terms}.items():
+                sums[name] = sums.get(name, 0.0) + term.detach() * share
+            latents.append(out["x_BDT"].transpose(1, 2).flatten(0, 1))
+            codes.append(out["codes_BTQ"].flatten(0, 1))
+        if game:
+            self.modules["discriminator"].requires_grad_(True)
+            norm_d = engines["discriminator"].step()
+        norm_g = engines["generator"].step()
+        replaced_Q = net.quantizer.update(torch.cat(latents), torch.cat(codes), seed=self.seed, step=step,
+                                          reduce=all_sum, rank=self.ctx.rank, world=self.ctx.world)
+        # an average that starts at the first step would remember the random start for long
+        self.generator.ema.update(dict(net.named_parameters()), min(codec.ema, (1 + step) / (10 + step)))
+
+        means = all_sum(torch.stack([v.float() for v in sums.values()])) / self.ctx.world
+        metrics = dict(zip(sums, means, strict=True))
+        metrics["units"] = all_sum(sum(b["lengths_B"].sum() for b in batches).to(means)) / SAMPLE_RATE
+        metrics["grad_norm/generator"] = torch.as_tensor(norm_g)
+        if game:
+            metrics["grad_norm/discriminator"] = torch.as_tensor(norm_d)
+        metrics["codes_replaced"] = replaced_Q.sum()
+        for q, perplexity in enumerate(net.quantizer.perplexity()):
+            metrics[f"perplexity/q{q:02d}"] = perplexity
+        return metrics
+
+    def _play(self, engine: Engine, wav_BT, fake_BT, share: float, last: bool) -> dict[str, torch.Tensor]:
+        """The discriminators' own step on detached fakes, then their judgement of the fakes with frozen weights."""
+        module = self.modules["discriminator"]
+        module.requires_grad_(True)
+        judged = engine(torch.cat([wav_BT, fake_BT.detach()]))
+        real, fake = ([(logits.chunk(2)[k], [f.chunk(2)[k] for f in features]) for logits, features in judged]
+                      for k in (0, 1))
+        loss = discriminator_loss(real, fake)
+        engine.backward(loss * share, last)
+        module.requires_grad_(False)
+        # not through the engine: this graph is the generator's, and DeepSpeed lets an engine's outputs reach its own
+        # backward alone
+        with torch.autocast(fake_BT.device.type, torch.bfloat16, enabled=self.codec.train.dtype == "bfloat16"):
+            fake = module(fake_BT)
+        return {"adversarial": adversarial_loss(fake), "feature": feature_loss(real, fake),
+                "discriminator": loss.detach()}
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        """k-means on what the first batches hold. A rank encodes whole batches, so the world size changes no bit."""
+        net, self._ready = self.generator.net, True
+        if int(net.quantizer.initialised):
+            return
+        batch = self.codec.train.batch
+        frames = batch * self.crops.crop // ACOUSTIC_HOP
+        steps = math.ceil(INIT_FRAMES * self.codec.vocab / frames)
+        slots_SMD = torch.zeros(steps, frames, self.codec.dim, device=self.ctx.device)
+        for step in range(self.ctx.rank, steps, self.ctx.world):
+            wav_BT, _ = self.crops.batch(step, range(batch))
+            slots_SMD[step] = net.latents(wav_BT.to(self.ctx.device)).transpose(1, 2).flatten(0, 1)
+        net.quantizer.initialise(all_sum(slots_SMD).flatten(0, 1), seed=self.seed, reduce=all_sum, rank=self.ctx.rank)
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Mean L1 distance of log-mels (nats) on held-out crops by number of levels: "mel/qNN" with levels up to NN,
+        "gain/qNN" what level NN takes off, "loss" = "mel" with all; use and perplexity of each level's codes."""
+        model, codec = self.averaged(), self.codec
+        mine_BT = self.held_out_BT[self.ctx.rank::self.ctx.world]
+        mel_Q1 = torch.zeros(codec.n_q + 1, device=self.ctx.device)
+        hits_QN = torch.zeros(codec.n_q, codec.vocab, device=self.ctx.device)
+        for rows_BT in mine_BT.split(EVAL_ROWS):
+            wav_BT = rows_BT.to(self.ctx.device)
+            real_BTF, codes_BTQ = log_mel(wav_BT), model.encode(wav_BT)
+            hits_QN += F.one_hot(codes_BTQ, codec.vocab).sum((0, 1)).float()
+            mel_Q1[0] += len(wav_BT)
+            for q in range(codec.n_q):
+                fake_BT = model.decode(codes_BTQ[..., :q + 1])
+                mel_Q1[q + 1] += (log_mel(fake_BT) - real_BTF).abs().mean() * len(wav_BT)
+        mel_Q1, hits_QN = all_sum(mel_Q1), all_sum(hits_QN)
+        mel = (mel_Q1[1:] / mel_Q1[0]).tolist()
+        p_QN = hits_QN / hits_QN.sum(1, keepdim=True)
+        perplexity = torch.special.entr(p_QN).sum(1).exp().tolist()
+        figures = {"loss": mel[-1], "mel": mel[-1]}
+        for q in range(codec.n_q):
+            figures |= {f"mel/q{q:02d}": mel[q], f"perplexity/q{q:02d}": perplexity[q],
+                        f"used/q{q:02d}": float((hits_QN[q] > 0).float().mean())}
+            if q:
+                figures[f"gain/q{q:02d}"] = mel[q - 1] - mel[q]
+        return figures
+
+    def averaged(self) -> SoundStream:
+        """The codec with the averaged weights and the present codebooks: folded, in eval mode, on this worker's device."""
+        model = _soundstream(self.codec).to(self.ctx.device)
+        model.load_state_dict({**self.generator.net.state_dict(), **self.generator.ema.values()})
+        return fold(model).eval().requires_grad_(False)
+
+    def export(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        c = self.codec
+        return self.averaged().state_dict(), {
+            "kind": "soundstream", "sample_rate": SAMPLE_RATE, "strides": list(c.strides),
+            "enc_channels": c.enc_channels, "dec_channels": c.dec_channels, "dim": c.dim, "n_q": c.n_q, "vocab": c.vocab}
+
+
+def _soundstream(c: settings.Codec) -> SoundStream:
+    return SoundStream(c.strides, c.enc_channels, c.dec_channels, c.dim, c.n_q, c.vocab, c.code_decay, c.dead_share)
+
+
+def codec_objective(config: Mapping[str, Any], inputs: Mapping[str, Any], ctx: Context) -> CodecObjective:
+    """config: codec, corpus, seed; inputs: {"manifest": path}. Raises ValueError for what cannot train."""
+    codec, corpus, seed = config["codec"], config["corpus"], config["seed"]
+    if math.prod(codec.strides) != ACOUSTIC_HOP:
+        raise ValueError(f"codec.strides {codec.strides} make a hop of {math.prod(codec.strides)} samples; their "
+                         f"product must be {ACOUSTIC_HOP} (50 Hz at {SAMPLE_RATE} Hz)")
+    crop = round(codec.crop_s * SAMPLE_RATE / SEMANTIC_HOP) * SEMANTIC_HOP
+    longest = max(WINDOWS + codec.disc.windows)
+    if crop <= longest // 2:
+        least_s = (longest // 2 // SEMANTIC_HOP + 1) * SEMANTIC_HOP / SAMPLE_RATE
+        raise ValueError(f"codec.crop_s {codec.crop_s} is {crop} samples; spectral windows of {longest} need more than "
+                         f"{longest // 2}: raise it to at least {least_s}")
+    clips = {split: read_clips(inputs["manifest"], split=split, where=codec.where) for split in ("train", "dev")}
+    for split, found in clips.items():
+        if not found:
+            raise ValueError(f"no clip of split {split!r} is left for the codec (codec.where {codec.where.source}): "
+                             "widen codec.where or look at corpus.dev and the sources' splits")
+    places = roots(corpus)
+    crops = AudioCrops(clips["train"], places, crop, codec.train.batch, seed, ctx.cache_mb)
+    return CodecObjective(codec, crops, _held_out(clips["dev"], places), ctx, seed)
+
+
+def _held_out(clips: list, places: dict[str, str]) -> torch.Tensor:
+    """The same EVAL_CROPS pieces on every rank and at every call, spread evenly over the clips."""
+    wav_BT = torch.zeros(EVAL_CROPS, EVAL_SAMPLES)
+    each = math.ceil(EVAL_CROPS / len(clips))
+    for k in range(EVAL_CROPS):
+        clip = clips[k * len(clips) // EVAL_CROPS]
+        n = min(EVAL_SAMPLES, clip.samples)
+        start = int((clip.samples - n) * ((k % each) + 0.5) / each)
+        wav_BT[k, :n] = torch.from_numpy(read_clip(clip, places, start, n))
+    return wav_BT

@@ -1,0 +1,181 @@
+"""From audio to tokens to `evaluate.json`, with real tokenizers and stages that have not been trained."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import safetensors.torch
+import soundfile
+import torch
+
+from audiolm import rng, store
+from audiolm.config import LM, Cluster, Corpus, Evaluate, Samples, Stage, Tokens, Train
+from audiolm.data import tokens
+from audiolm.data.manifest import Clip, Part, clips_parquet
+from audiolm.eval.evaluate import run_evaluate
+from audiolm.lm.model import build_lm, export_lm
+from audiolm.lm.stages import build_stages
+from audiolm.models.masked import Encoder, EncoderSizes
+from audiolm.models.soundstream import SoundStream
+from audiolm.tokenizers import encode
+from audiolm.tokenizers.base import padded_samples
+from audiolm.tokenizers.semantic import save_semantic
+from tests.conftest import RecordingOut
+
+RATE, K, N_Q, VOCAB = 16_000, 8, 3, 16
+SECONDS = {"train": (1.3, 0.9, 1.04, 1.1), "dev": (0.8, 1.2), "test": (1.5, 1.21, 0.6)}
+SIZES = {"strides": (2, 4, 5, 8), "enc_channels": 2, "dec_channels": 2, "dim": 8, "n_q": N_Q, "vocab": VOCAB}
+SHAPE = Stage(crop_s=1.0, dim=16, layers=1, heads=2, ff=32, train=Train(steps=1, batch=2, lr=1e-3))
+STAGES = LM(coarse_levels=2, semantic=SHAPE, coarse=SHAPE, fine=SHAPE)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Audio, manifest and two untrained tokenizers as the steps' folders."""
+    root = tmp_path_factory.mktemp("world")
+    torch.manual_seed(0)
+    clips = []
+    for shard, (split, lengths) in enumerate(SECONDS.items()):
+        for row, seconds in enumerate(lengths):
+            t, draw = np.arange(int(seconds * RATE)) / RATE, rng.generator(0, split, row)
+            wav = sum(0.1 * np.sin(2 * np.pi * f * t * (1 + 0.3 * t)) for f in draw.uniform(100, 3000, 5))
+            wav = (wav + 0.02 * draw.standard_normal(len(t))).astype(np.float32)
+            name = f"{split}-{row}"
+            (root / "audio").mkdir(exist_ok=True)
+            soundfile.write(root / "audio" / f"{name}.wav", wav, RATE)
+            part = Part(name, f"{name}.wav", 0, len(wav), 0, None)
+            clips.append(Clip(f"a/{name}", "a", "a", name, split, RATE, len(wav), (part,), shard, row))
+    store.put(str(root / "manifest" / "clips.parquet"), clips_parquet(clips))
+    encoder = Encoder(EncoderSizes(dim=8, layers=1, heads=2, ff=16, conv_kernel=3, dropout=0.0))
+    frames = torch.randn(4000, 8)
+    save_semantic(str(root / "kmeans"), encoder, 1, frames.mean(0), frames.std(0), torch.randn(K, 8), {})
+    codec = SoundStream(SIZES["strides"], 2, 2, 8, N_Q, VOCAB, norm=False)
+    codec.quantizer.load_state_dict({k: torch.randn_like(v) * 0.3 if v.is_floating_point() else v
+                                     for k, v in codec.quantizer.state_dict().items()})
+    weights = {k: v.contiguous() for k, v in codec.state_dict().items()}
+    store.put(str(root / "codec" / "export" / "model.safetensors"), safetensors.torch.save(weights))
+    about = {"kind": "soundstream", "sample_rate": RATE, **SIZES}
+    store.put_json(str(root / "codec" / "export" / "config.json"), about)
+    source = {"kind": "folder", "name": "a", "root": str(root / "audio")}
+    return SimpleNamespace(root=root, clips=clips, corpus=Corpus(name="t", sources=[source]))
+
+
+def run_encode(world, which, out, batch_s=4.0):
+    inputs = {n: SimpleNamespace(path=str(world.root / n), build=f"{n}.0001") for n in ("manifest", "kmeans", "codec")}
+    config = {"which": which, "tokens": Tokens(batch_s=batch_s), "corpus": world.corpus, "seed": 0,
+              "cluster": Cluster(device="cpu")}
+    return encode.encode_tokens(config, inputs, out)
+
+
+@pytest.fixture(scope="module")
+def encoded(world):
+    facts = {w: run_encode(world, w, RecordingOut(world.root / f"{w}_tokens")) for w in ("semantic", "acoustic")}
+    store.put_json(str(world.root / "semantic_tokens" / "done.json"), {"facts": facts["semantic"]})
+    return facts
+
+
+def test_both_stores_belong_together_and_hold_every_clip(world, encoded):
+    semantic, acoustic = (tokens.TokenStore(str(world.root / f"{w}_tokens")) for w in ("semantic", "acoustic"))
+    tokens.check_pair(semantic, acoustic)
+    for k in range(3):
+        found = semantic.read(k, ["id", "n_frames"])
+        expected = [c for c in world.clips if c.shard == k]
+        assert list(found["id"]) == [c.id for c in expected]
+        assert list(found["n_frames"]) == [padded_samples(c.samples) // 640 for c in expected]
+    assert (acoustic.meta["device"], acoustic.meta["manifest"]) == ("cpu", "manifest.0001")
+    assert semantic.hash != acoustic.hash and len(acoustic.hash) == 16
+
+
+def test_facts_of_the_token_steps(world, encoded):
+    frames = sum(padded_samples(c.samples) // 640 for c in world.clips)
+    assert encoded["semantic"]["frames"] == frames and encoded["acoustic"]["frames"] == 2 * frames
+    assert encoded["semantic"]["clips"] == len(world.clips) and encoded["acoustic"]["shards"] == 3
+    assert encoded["semantic"]["mean_run"] == pytest.approx(frames / encoded["semantic"]["tokens_dedup"], abs=1e-4)
+    for q in range(N_Q):
+        assert 2 <= encoded["acoustic"][f"used.q{q:02d}"] <= VOCAB
+        assert 0 < encoded["acoustic"][f"entropy_bits.q{q:02d}"] <= math.log2(VOCAB)
+    assert all(isinstance(v, int | float) for v in encoded["acoustic"].values())
+
+
+def test_finished_shards_are_skipped_and_others_made_again(world, encoded, tmp_path):
+    out = RecordingOut(tmp_path)
+    run_encode(world, "acoustic", out)
+    before = {k: store.get(f"{tmp_path}/{tokens.shard_name(k)}") for k in range(3)}
+    assert before[0] == store.get(str(world.root / "acoustic_tokens" / tokens.shard_name(0)))  # same bits again
+    store.remove(f"{tmp_path}/{tokens.shard_name(1)}")
+    foreign = store.get(str(world.root / "semantic_tokens" / tokens.shard_name(2)))
+    store.put(f"{tmp_path}/{tokens.shard_name(2)}", foreign)
+    facts = run_encode(world, "acoustic", out)
+    assert facts["shards_skipped"] == 1
+    assert {k: store.get(f"{tmp_path}/{tokens.shard_name(k)}") for k in range(3)} == before
+    assert {k: v for k, v in facts.items() if "second" not in k and k not in ("x_realtime", "shards_skipped")} == {
+        k: v for k, v in encoded["acoustic"].items() if "second" not in k and k not in ("x_realtime", "shards_skipped")}
+
+
+def test_batches_are_a_rule_of_the_shard_and_bounded():
+    samples = [16_000, 640, 48_000, 1, 32_000, 641, 200_000]
+    plan = encode.plan_batches(samples, 4.0)
+    assert sorted(i for b in plan for i in b) == list(range(7))
+    for batch in plan:
+        longest = max(padded_samples(samples[i]) for i in batch)
+        assert len(batch) == 1 or len(batch) * longest <= 4.0 * RATE
+    assert plan[0] == [3, 1, 5, 0]
+
+
+def test_a_collapsed_tokenizer_is_an_error(world, tmp_path, monkeypatch):
+    class Constant:
+        spec, hash = encode.TokenSpec("dead", RATE, 640, 1, K), "h"
+
+        def encode(self, wav_BT, lengths_B):
+            return [torch.full((padded_samples(int(n)) // 640, 1), 3) for n in lengths_B]
+
+    monkeypatch.setattr(encode, "load_tokenizer", lambda *a: Constant())
+    with pytest.raises(tokens.TokenError, match="semantic tokenizer collapsed: level 1 uses 1 of 8.*kmeans step"):
+        run_encode(world, "semantic", RecordingOut(tmp_path))
+
+
+def test_a_tokenizer_that_breaks_the_length_contract_is_named(world, tmp_path, monkeypatch):
+    class Short:
+        spec, hash = encode.TokenSpec("short", RATE, 640, 1, K), "h"
+
+        def encode(self, wav_BT, lengths_B):
+            return [torch.zeros(int(n) // 640, 1, dtype=torch.int64) for n in lengths_B]
+
+    monkeypatch.setattr(encode, "load_tokenizer", lambda *a: Short())
+    with pytest.raises(tokens.TokenError, match=r"clip a/train-\d: tokenizer 'short' gave shape"):
+        run_encode(world, "semantic", RecordingOut(tmp_path))
+
+
+def test_evaluate_fills_every_table(world, encoded, tmp_path):
+    torch.manual_seed(1)
+    for name, stage in build_stages(STAGES, N_Q, VOCAB, K).items():
+        weights, about = export_lm(build_lm(stage, SHAPE), stage, SHAPE)
+        store.put(str(world.root / name / "export" / "model.safetensors"), safetensors.torch.save(weights))
+        store.put_json(str(world.root / name / "export" / "config.json"), about)
+    names = ("manifest", "kmeans", "codec", "semantic_tokens", "acoustic_tokens", "lm_semantic", "lm_coarse", "lm_fine")
+    config = {"evaluate": Evaluate(clips=2, clip_s=1.0, rows=4), "samples": Samples(prompt_s=0.4), "lm": STAGES,
+              "corpus": world.corpus, "cluster": Cluster(device="cpu"), "seed": 0}
+    facts = run_evaluate(config, {n: SimpleNamespace(path=str(world.root / n)) for n in names}, RecordingOut(tmp_path))
+    table = store.get_json(f"{tmp_path}/evaluate.json")
+    assert [r["n_q"] for r in table["codec"]["levels"]] == [1, 2, 3]
+    assert table["codec"]["levels"][-1]["kbps"] == pytest.approx(50 * 3 * 4 / 1000)
+    assert [u["level"] for u in table["codec"]["usage"]] == [1, 2, 3]
+    assert [r["level"] for r in table["stages"]["lm_fine"]["levels"]] == [3]
+    for figures in table["stages"].values():
+        assert figures["tokens"] > 0 and all(0 < figures[k] < 10 for k in ("loss", "unigram", "bigram"))
+    assert set(table["conditioning"]) == {"lm_coarse", "lm_fine"}
+    assert set(table["tokens"]) == {"entropy_bits", "perplexity", "mean_run", "used"}
+    rungs = [r["rung"] for r in table["ladder"]]
+    assert rungs == ["original", "codec, 3 levels", "codec, 2 levels", "fine from true coarse",
+                     "coarse from true semantic", "continuation"]
+    assert table["ladder"][0]["mel"] == 0 and all(r["mel"] > 0 for r in table["ladder"][1:])
+    for row in table["ladder"]:
+        assert [f["clip"] for f in row["files"]] == ["a/test-0", "a/test-1"]  # those of a second or more
+        for file in row["files"]:
+            wav, rate = soundfile.read(f"{tmp_path}/{file['file']}")
+            assert (len(wav), rate) == (RATE, RATE) and np.isfinite(wav).all()
+    assert facts["lm_coarse.loss"] == pytest.approx(table["stages"]["lm_coarse"]["loss"], abs=1e-6)
+    assert all(isinstance(v, float) for v in facts.values())

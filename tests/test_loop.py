@@ -1,0 +1,101 @@
+"""The training loop: resume equals uninterrupted, checkpoints are committed and pruned, a lost lease stops it."""
+
+from __future__ import annotations
+
+import pytest
+import safetensors.torch
+
+from audiolm.config import Cluster, Train
+from audiolm.dag import Step, plan
+from audiolm.execute import StepFailed, execute
+from audiolm.lease import Lease, LeaseLost
+from audiolm.metrics import read_build
+from audiolm.store import get, get_json, join, names, put_json
+from audiolm.train import checkpoint
+from audiolm.train.loop import Job, run_worker, train
+from tests.tiny import tiny_lm
+
+
+def settings(**changes):
+    return Train(**{"steps": 12, "batch": 8, "lr": 3e-3, "warmup_steps": 2, "decay_steps": 4, "eval_every": 5,
+                    "save_every": 3, "keep": 2, "log_every": 2, "engine": "torch", **changes})
+
+
+def training_step(fail_at=None, **changes):
+    cluster = Cluster(threads=1, device="cpu")
+    cfg = settings(**changes)
+
+    def fn(config, inputs, out):
+        return train(tiny_lm, {"fail_at": fail_at}, cfg, inputs, out, cluster=cluster, seed=0)
+
+    return Step("tiny", fn, {"train": cfg}, trains=True)
+
+
+def build(step, store):
+    execute(plan([step], store), store, inline=True)
+    return plan([step], store)[0].view.artifact
+
+
+@pytest.mark.parametrize("engine", ["torch", "deepspeed"])
+def test_a_run_that_failed_and_resumed_equals_an_uninterrupted_one(tmp_path, engine):
+    whole = build(training_step(engine=engine), str(tmp_path / "whole"))
+    store = str(tmp_path / "broken")
+    with pytest.raises(StepFailed, match="planted at step 8"):
+        build(training_step(fail_at=8, engine=engine), store)
+    resumed = build(training_step(engine=engine), store)
+    assert names(join(resumed.path, "attempts")) == ["0001.json", "0002.json"]
+    assert {k: v for k, v in resumed.facts.items()} == whole.facts
+    assert get(join(resumed.path, "export", "model.safetensors")) == get(join(whole.path, "export", "model.safetensors"))
+    rows = [{r["step"]: r["metrics"]["loss"] for r in read_build(a.path) if "loss" in r["metrics"]} for a in (whole, resumed)]
+    assert all(rows[0][step] == rows[1][step] for step in rows[0])
+
+
+def test_micro_batches_do_not_change_the_run(tmp_path):
+    whole = build(training_step(), str(tmp_path / "a"))
+    parts = build(training_step(micro_batch=2), str(tmp_path / "b"))
+    assert parts.facts["val.loss"] == pytest.approx(whole.facts["val.loss"], rel=1e-2)
+    assert parts.facts["exported_step"] == whole.facts["exported_step"] == 12
+
+
+def test_checkpoints_are_found_by_commit_and_pruned_to_the_last_and_the_best(tmp_path):
+    artifact = build(training_step(), str(tmp_path))
+    live = [c["step"] for c in checkpoint.commits(artifact.path) if not c.get("pruned")]
+    best = artifact.facts["best_step"]
+    assert live == sorted({10, 12, best}) and len(names(join(artifact.path, "checkpoints"))) == len(live)
+    put_json(join(artifact.path, "checkpoints", "00000099-0001", "state.json"), {})  # a save that was never committed
+    assert checkpoint.newest(artifact.path)["step"] == 12
+
+
+def test_the_best_weights_are_exported_when_asked(tmp_path):
+    artifact = build(training_step(export="best", lr=0.2, warmup_steps=0, decay_steps=0), str(tmp_path))
+    best = artifact.facts["best_step"]
+    assert artifact.facts["exported_step"] == best
+    commit = next(c for c in checkpoint.commits(artifact.path) if c["step"] == best)
+    saved = checkpoint.load(artifact.path, commit, "model")
+    exported = safetensors.torch.load(get(join(artifact.path, "export", "model.safetensors")))
+    assert all((exported[k] == saved[f"param/{k}"]).all() for k in exported)
+
+
+def test_a_worker_whose_lease_was_taken_does_not_commit(tmp_path):
+    path = str(tmp_path / "b")
+    lease = Lease(path)
+    job = Job(tiny_lm, {}, settings(), {}, path, lease.attempt, f"{path}/metrics-0001.jsonl", 0, "cpu", 1, 16)
+    taken = Lease(path)
+    with pytest.raises(LeaseLost, match="taken over by attempt 2"):
+        run_worker(job, 0, 1)
+    assert names(join(path, "commits")) == [] and get_json(join(path, "final.json")) is None
+    for each in (lease, taken):
+        each.close("stopped")
+
+
+def test_a_loss_that_is_not_finite_names_what_to_change(tmp_path):
+    with pytest.raises(StepFailed, match=r"the loss is nan at step \d+: lower train.lr \(1e\+30\)"):
+        build(training_step(lr=1e30, clip=0, warmup_steps=0), str(tmp_path))
+
+
+def test_a_batch_that_workers_cannot_share_is_refused(tmp_path):
+    class Out:
+        inline, path, step = False, str(tmp_path), training_step()
+
+    with pytest.raises(ValueError, match="batch 8 is not divisible by cluster.train_workers 3"):
+        train(tiny_lm, {}, settings(), {}, Out, cluster=Cluster(train_workers=3, device="cpu"), seed=0)

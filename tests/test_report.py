@@ -1,0 +1,194 @@
+"""The report: one self-contained, escaped page from complete, partial and absent inputs; pictures that can be read."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+from dataclasses import dataclass, field
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from audiolm.eval import plots
+from audiolm.eval.report import build_report
+from audiolm.metrics import MetricsFile
+
+NASTY = "<script>alert('x')</script> & \"q\""
+VOID = {"meta", "img", "br"}
+
+
+@dataclass
+class Artifact:
+    path: str
+    facts: dict = field(default_factory=dict)
+
+
+@dataclass
+class Out:
+    path: str
+
+    def check(self):
+        pass
+
+
+def tone(path: Path, seconds: float = 2.0, hz: float = 440.0) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    t = np.arange(int(16_000 * seconds)) / 16_000
+    sweep = 0.4 * np.sin(2 * np.pi * (hz + 500 * t) * t) * (0.6 + 0.4 * np.sin(6 * t))
+    soundfile.write(path, sweep, 16_000, subtype="PCM_16")
+
+
+def put(path: Path, value) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value))
+
+
+def build(folder: Path, step: str) -> Path:
+    path = folder / step / "abcdef012345" / "0001"
+    put(path / "done.json", {"seconds": 12.5, "time": 1_750_000_000})
+    put(path.parent / "recipe.json", {"step": step, "config": {"train": {"steps": 80, "note": NASTY}}})
+    return path
+
+
+def example(folder: Path) -> dict[str, Artifact]:
+    """A complete run's outputs, made up."""
+    inputs = {}
+    for step in ("manifest", "masked_model", "codec", "lm_semantic", "lm_coarse", "lm_fine", "samples", "evaluate"):
+        inputs[step] = Artifact(str(build(folder, step)))
+    inputs["manifest"].facts = {
+        "files": 83, "rejected": {"total": 2, "silent": 1, "too short": 1}, "clips_by_split": {"train": 20, "test": 4},
+        "hours": {"quickstart": {"train": 0.09, "test": 0.02}}, "speakers": {"train": 7, "test": 2}}
+    for step, start, end in (("masked_model", 4.6, 3.1), ("codec", 80.0, 9.0), ("lm_semantic", 4.2, 2.9),
+                             ("lm_coarse", 5.5, 4.4), ("lm_fine", 5.5, 5.0)):
+        f = MetricsFile(f"{inputs[step].path}/metrics-0001.jsonl")
+        for s in range(10, 310, 10):
+            loss = end + (start - end) * np.exp(-s / 80)
+            f.add(s, {"loss": loss + 0.05 * np.sin(s), **({"val.loss": loss + 0.1} if s % 50 == 0 else {})})
+        f.close()
+    samples = []
+    for mode in ("unconditional", "acoustic", "continuation", "resynthesis"):
+        for i in (1, 2):
+            tone(Path(inputs["samples"].path) / "wav" / f"{mode}-{i}.wav", 3.0, 200.0 * i)
+            samples.append({"file": f"wav/{mode}-{i}.wav", "mode": mode, "title": f"{mode} {i}", "seconds": 3.0,
+                            "prompt_s": 1.0 if mode == "continuation" else None, "clip": "9009-1",
+                            "text": None if mode == "unconditional" else NASTY, "peak": 0.4})
+    put(Path(inputs["samples"].path) / "samples.json", samples)
+    rungs = []
+    for n, (rung, mel) in enumerate((("original", 0.0), ("codec, 6 levels", 0.5), ("codec, 2 levels", 0.7),
+                                     ("fine from true coarse", 0.72), ("coarse from true semantic", 1.1),
+                                     ("continuation", 1.4))):
+        for clip in ("9009-1", "9010-2"):
+            tone(Path(inputs["evaluate"].path) / "wav" / f"{n}-{clip}.wav", 1.0, 300.0)
+        rungs.append({"rung": rung, "mel": mel,
+                      "files": [{"clip": c, "file": f"wav/{n}-{c}.wav"} for c in ("9009-1", "9010-2")]})
+    put(Path(inputs["evaluate"].path) / "evaluate.json", {
+        "codec": {"levels": [{"n_q": q, "kbps": 0.4 * q, "pesq": 1.1 + 0.1 * q, "si_sdr": None if q == 1 else -5.0 + q,
+                              "mel": 1.0 - 0.1 * q} for q in range(1, 7)], "mean_spectrum_mel": 1.2,
+                  "usage": [{"level": q, "used": 200 - 10 * q, "perplexity": 120.0 - 9 * q} for q in range(1, 7)]},
+        "stages": {"lm_semantic": {"loss": 2.9, "unigram": 3.8, "bigram": 2.8, "tokens": 4000},
+                   "lm_coarse": {"loss": 4.4, "unigram": 5.0, "bigram": 4.6, "tokens": 9000,
+                                 "levels": [{"level": 1, "loss": 4.0, "unigram": 4.9, "bigram": 4.2},
+                                            {"level": 2, "loss": 4.8, "unigram": 5.1, "bigram": 5.0}]},
+                   "lm_fine": {"loss": 5.3, "unigram": 5.2, "bigram": 5.25, "tokens": 12000}},
+        "tokens": {"entropy_bits": 5.2, "perplexity": 36.8, "mean_run": 1.9, "used": 61}, "ladder": rungs,
+        "conditioning": {"lm_coarse": {"true": 4.4, "shuffled": 4.6}, "lm_fine": {"true": 5.3, "shuffled": 5.29}}})
+    return inputs
+
+
+class Checker(HTMLParser):
+    """Every tag closed in order; gathers text and addresses."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.addresses, self.tags, self.text = [], [], [], ""
+
+    def handle_starttag(self, name, attributes):
+        self.tags.append(name)
+        self.addresses += [v for k, v in attributes if k in ("src", "href")]
+        if name not in VOID:
+            self.open.append(name)
+
+    def handle_endtag(self, name):
+        assert self.open.pop() == name
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def read(path: Path) -> Checker:
+    checker = Checker()
+    checker.feed((path / "ui" / "report.html").read_text())
+    checker.close()
+    assert checker.open == []
+    return checker
+
+
+def test_a_complete_report(tmp_path):
+    facts = build_report({"title": f"corpus {NASTY}"}, example(tmp_path), Out(str(tmp_path / "out")))
+    found = read(tmp_path / "out")
+    assert facts["players"] == found.tags.count("audio") == 8 + 12
+    assert "script" not in found.tags and NASTY in found.text
+    assert all(a.startswith(("data:", "#")) for a in found.addresses), "the page must need nothing beside it"
+    for text in ("0.90 better", "0.10 worse", "✗ not used", "✓ 0.200 lost without it", "9010-2", "coarse stage, level 2",
+                 "abcdef012345", "rejected 2 (silent 1, too short 1)", "train.steps", "mean run", "36.80"):
+        assert text in found.text, text
+    sounds = [a for a in found.addresses if a.startswith("data:audio/flac;base64,")]
+    wav, rate = soundfile.read(io.BytesIO(base64.b64decode(sounds[0].split(",", 1)[1])))
+    assert rate == 16_000 and len(wav) == 48_000 and np.abs(wav).max() > 0.3
+    plots_there = {p.name for p in (tmp_path / "out" / "ui" / "plots").iterdir()}
+    assert plots_there == {"ladder.png", "codebook-use.png", *(f"loss-{s}.png" for s in (
+        "masked_model", "codec", "lm_semantic", "lm_coarse", "lm_fine"))}
+
+
+def test_a_report_of_nothing_says_what_is_missing(tmp_path):
+    build_report({"title": "empty"}, {}, Out(str(tmp_path)))
+    found = read(tmp_path)
+    assert found.text.count("is not among this report's inputs") == 5 and found.tags.count("audio") == 0
+
+
+def test_a_report_survives_what_is_half_there(tmp_path):
+    inputs = example(tmp_path)
+    evaluate = Path(inputs["evaluate"].path) / "evaluate.json"
+    put(evaluate, {"codec": {"levels": [{"n_q": 1, "pesq": None}]}, "stages": {"lm_semantic": {"loss": 2.0}},
+                   "conditioning": {"lm_coarse": {"true": 1.0}}, "ladder": [{"rung": "original"}]})
+    (Path(inputs["samples"].path) / "wav" / "acoustic-1.wav").unlink()
+    (Path(inputs["samples"].path) / "wav" / "acoustic-2.wav").write_bytes(b"not a wav")
+    Path(inputs["codec"].path, "metrics-0001.jsonl").unlink()
+    del inputs["lm_fine"]
+    build_report({"title": "half"}, inputs, Out(str(tmp_path / "out")))
+    found = read(tmp_path / "out")
+    assert "wav/acoustic-1.wav is gone." in found.text and "No metrics file in the build of codec" in found.text
+    assert found.tags.count("audio") == 6
+
+
+def size(png: bytes) -> tuple[int, int]:
+    assert png.startswith(b"\x89PNG")
+    return int.from_bytes(png[16:20], "big"), int.from_bytes(png[20:24], "big")
+
+
+@pytest.mark.parametrize("samples", [1, 100, 16_000, 320_000])
+def test_spectrograms_of_any_length(samples):
+    wide, high = size(plots.spectrogram(np.zeros(samples, np.float32), "$silence_$"))
+    assert wide > high > 100
+
+
+def test_a_spectrogram_shows_the_sound_at_its_pitch():
+    from matplotlib.image import imread
+
+    t = np.arange(32_000) / 16_000
+    low, high = (imread(io.BytesIO(plots.spectrogram(np.sin(2 * np.pi * hz * t), ""))).sum(axis=2)[:, 300:600]
+                 for hz in (1000.0, 7000.0))
+    inside = slice(20, 170)  # rows of the picture's axes
+    assert low[inside].mean(axis=1).argmax() > high[inside].mean(axis=1).argmax()
+
+
+def test_curves_with_gaps_and_without_values():
+    size(plots.curves([1, 2, 3], {"a": [3.0, None, 1.0], "b": [None, None, None]}, "t", baselines={"unigram": 2.0}))
+    size(plots.curves([], {}, "t"))
+    size(plots.bars([], [], "t", "x"))
+    assert re.match(rb"\x89PNG", plots.codebook_use([1], [2.0], [3], vocab=256))

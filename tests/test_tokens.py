@@ -1,0 +1,125 @@
+"""The token store: what is written is read, and tokens that do not belong together are refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from audiolm import store
+from audiolm.data import tokens
+
+SEMANTIC = {"name": "semantic", "sample_rate": 16_000, "hop": 640, "n_q": 1, "vocab": 50}
+ACOUSTIC = {"name": "codec", "sample_rate": 16_000, "hop": 320, "n_q": 3, "vocab": 1024}
+
+
+def meta(spec, shards=1, **changed):
+    return {"which": spec["name"], "spec": spec, "hash": "abc", "manifest": "m.0001", "shards": shards, "device": "cpu",
+            "dtype": "float32", "versions": {"torch": "x"}, **changed}
+
+
+def codes(spec, frames, seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, spec["vocab"], (n, spec["n_q"])) for n in frames]
+
+
+def write(folder, spec, frames_by_shard, ids=None, **changed):
+    for k, frames in enumerate(frames_by_shard):
+        names = ids or [f"clip-{k}-{i}" for i in range(len(frames))]
+        data = tokens.shard_bytes(names, codes(spec, frames, k), meta(spec, len(frames_by_shard), **changed), k,
+                                  dedup=spec is SEMANTIC)
+        store.put(store.join(str(folder), tokens.shard_name(k)), data)
+    return str(folder)
+
+
+def test_round_trip_across_row_groups(tmp_path):
+    frames = [int(n) for n in np.random.default_rng(1).integers(1, 30, 450)]  # three row groups
+    path = write(tmp_path / "a", ACOUSTIC, [frames])
+    expected = codes(ACOUSTIC, frames, 0)
+    found = tokens.TokenStore(path).read(0, ["id", "n_frames", "q00", "q02"])
+    assert list(found["id"]) == [f"clip-0-{i}" for i in range(450)]
+    assert list(found["n_frames"]) == frames
+    assert found["q02"].values.dtype == np.uint16
+    for i, c in enumerate(expected):
+        assert np.array_equal(found["q00"][i], c[:, 0]) and np.array_equal(found["q02"][i], c[:, 2])
+
+
+def test_largest_code_survives_and_larger_is_refused():
+    spec = {**ACOUSTIC, "vocab": 65_535, "n_q": 1}
+    top = np.array([[0], [65_534]])
+    assert tokens.shard_bytes(["a"], [top], meta(spec), 0, dedup=False)
+    for wrong in (top + 1, top - 1, top[:, [0, 0]], top[:0]):
+        with pytest.raises(tokens.TokenError, match="clip a"):
+            tokens.shard_bytes(["a"], [wrong], meta(spec), 0, dedup=False)
+
+
+def test_n_dedup_counts_runs(tmp_path):
+    z = np.array([3, 3, 3, 5, 5, 3])[:, None]
+    store.put(str(tmp_path / "shard-00000.parquet"), tokens.shard_bytes(["a"], [z], meta(SEMANTIC), 0, dedup=True))
+    found = tokens.TokenStore(str(tmp_path)).read(0, ["n_frames", "n_dedup", "q00"])
+    assert (found["n_frames"][0], found["n_dedup"][0]) == (6, 3)
+    assert np.array_equal(found["q00"][0], z[:, 0])  # stored as encoded
+
+
+def test_equal_tokens_are_equal_bytes(tmp_path):
+    a, b = write(tmp_path / "a", ACOUSTIC, [[4, 5]]), write(tmp_path / "b", ACOUSTIC, [[4, 5]])
+    assert store.get(f"{a}/shard-00000.parquet") == store.get(f"{b}/shard-00000.parquet")
+
+
+def test_a_store_says_what_it_is(tmp_path):
+    opened = tokens.TokenStore(write(tmp_path, ACOUSTIC, [[4], [5, 6]]))
+    assert (opened.spec, opened.hash, opened.shards) == (ACOUSTIC, "abc", 2)
+    assert [f["clips"] for f in opened.files] == [1, 2]
+
+
+def test_mixed_and_missing_shards_are_refused(tmp_path):
+    path = write(tmp_path, ACOUSTIC, [[4], [5], [6]])
+    data = tokens.shard_bytes(["x"], codes(ACOUSTIC, [5]), meta(ACOUSTIC, 3, hash="other"), 1, dedup=False)
+    store.put(f"{path}/shard-00001.parquet", data)
+    with pytest.raises(tokens.TokenError, match="hash is 'abc' in shard-00000.parquet but 'other' in shard-00001"):
+        tokens.TokenStore(path)
+    store.remove(f"{path}/shard-00001.parquet")
+    with pytest.raises(tokens.TokenError, match=r"lacks 1 of 3 shards, first shard-00001.parquet"):
+        tokens.TokenStore(path)
+    with pytest.raises(tokens.TokenError, match="no token shards"):
+        tokens.TokenStore(str(tmp_path / "none"))
+
+
+def test_other_files_are_refused(tmp_path):
+    store.put(str(tmp_path / "shard-00000.parquet"), b"not parquet")
+    with pytest.raises(tokens.TokenError, match="not a Parquet file"):
+        tokens.TokenStore(str(tmp_path))
+
+
+def test_missing_column_is_named(tmp_path):
+    opened = tokens.TokenStore(write(tmp_path, SEMANTIC, [[4]]))
+    with pytest.raises(tokens.TokenError, match="no column 'q01'"):
+        opened.levels(0, [0, 1])
+
+
+def pair(tmp_path, acoustic_frames=((8, 10), (6,)), **changed):
+    semantic = tokens.TokenStore(write(tmp_path / "s", SEMANTIC, [[4, 5], [3]]))
+    return semantic, tokens.TokenStore(write(tmp_path / "a", ACOUSTIC, acoustic_frames, **changed))
+
+
+def test_a_pair_that_belongs_together_is_taken(tmp_path):
+    tokens.check_pair(*pair(tmp_path))
+
+
+@pytest.mark.parametrize("changed, message", [
+    ({"manifest": "m.0002"}, "manifest 'm.0001' and 'm.0002'"),
+    ({"acoustic_frames": ((8, 10),)}, "shards 2 and 1"),
+    ({"acoustic_frames": ((8, 11), (6,))}, "clip clip-0-1 has 5 semantic and 11 acoustic frames"),
+    ({"acoustic_frames": ((10, 8), (6,))}, "clip clip-0-0 has 4 semantic and 10 acoustic frames"),
+    ({"acoustic_frames": ((8,), (6,))}, "2 and 1 clips"),
+    ({"ids": ["clip-0-0", "other"], "acoustic_frames": ((8, 10), (6, 2))}, "row 1 is clip clip-0-1 and clip other"),
+])
+def test_a_pair_that_does_not_is_refused(tmp_path, changed, message):
+    with pytest.raises(tokens.TokenError, match=message):
+        tokens.check_pair(*pair(tmp_path, **changed))
+
+
+def test_frame_rates_without_the_ratio_are_refused(tmp_path):
+    semantic = tokens.TokenStore(write(tmp_path / "s", SEMANTIC, [[4]]))
+    acoustic = tokens.TokenStore(write(tmp_path / "a", {**ACOUSTIC, "hop": 256}, [[10]]))
+    with pytest.raises(tokens.TokenError, match="hop 640"):
+        tokens.check_pair(semantic, acoustic)

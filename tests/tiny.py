@@ -1,0 +1,59 @@
+"""A small real objective for tests of the engines and the loop: the project's Transformer on a fixed Markov chain."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from audiolm import rng
+from audiolm.models.transformer import Transformer
+from audiolm.train.engine import all_sum
+
+VOCAB, LENGTH = 17, 24
+
+
+class TinyLM:
+    unit = "tokens"
+
+    def __init__(self, config, inputs, ctx):
+        self.ctx = ctx
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(rng.derive(ctx.seed, "tiny"))
+            self.modules = {"model": Transformer(VOCAB, 32, 2, 2, 64, config.get("dropout", 0.1))}
+        self.fail_at = config.get("fail_at")
+
+    def _ids(self, purpose, step, row):
+        draw = rng.generator(self.ctx.seed, purpose, step, row)
+        jumps = np.where(draw.random(LENGTH) < 0.8, 3, draw.integers(VOCAB, size=LENGTH))
+        return np.cumsum(jumps) % VOCAB
+
+    def load(self, step, rows):
+        return torch.from_numpy(np.stack([self._ids("row", step, r) for r in rows]))
+
+    def train_step(self, engines, batches, step):
+        if self.fail_at == step:
+            raise ValueError(f"planted at step {step}")
+        engine = engines["model"]
+        n = all_sum(torch.tensor(float(sum(b[:, 1:].numel() for b in batches))))
+        total = torch.zeros(())
+        for i, ids_BT in enumerate(batches):
+            loss = F.cross_entropy(engine(ids_BT)[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten(), reduction="sum")
+            engine.backward(loss * self.ctx.world / n, i == len(batches) - 1)
+            total += loss.detach()
+        return {"loss": all_sum(total) / n, "units": n, "grad_norm": torch.tensor(engine.step())}
+
+    @torch.no_grad()
+    def evaluate(self):
+        model = self.modules["model"].eval()
+        ids_BT = torch.from_numpy(np.stack([self._ids("val", 0, r) for r in range(8)]))
+        loss = F.cross_entropy(model(ids_BT)[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten())
+        model.train()
+        return {"loss": float(loss)}
+
+    def export(self):
+        return self.modules["model"].state_dict(), {"vocab": VOCAB}
+
+
+def tiny_lm(config, inputs, ctx):
+    return TinyLM(config, inputs, ctx)
