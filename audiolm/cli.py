@@ -28,7 +28,7 @@ from audiolm.store import check_store, get_json, is_local, join, put_json, remov
 
 def main(graph: Callable[[Pipeline], list[Step]], default: Path) -> None:
     """Parses the command line and runs; ends the process."""
-    args = _parser(default).parse_args()
+    args = _parser(default).parse_intermixed_args()
     values = [a for a in args.rest if "=" in a]
     files = [a for a in args.rest if "=" not in a]
     if len(files) > 1:

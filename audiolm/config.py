@@ -15,6 +15,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from audiolm.identity import Config, Runtime
 
+
 class Run(Config):
     name: Runtime[str] = "quickstart"
     experiment: Runtime[str] = "audiolm"
@@ -123,7 +124,8 @@ class Train(Config):
     @model_validator(mode="after")
     def _check(self):
         if self.warmup_steps + self.decay_steps > self.steps:
-            raise ValueError(f"warmup_steps ({self.warmup_steps}) + decay_steps ({self.decay_steps}) exceed steps ({self.steps})")
+            raise ValueError(f"warmup_steps ({self.warmup_steps}) + decay_steps ({self.decay_steps}) exceed "
+                             f"steps ({self.steps})")
         return self
 
 

@@ -66,6 +66,8 @@ class Board:
             now = self._clock()
             if unit != line.unit or done < line.done:  # another phase of the step: its rate is another rate
                 line.seen.clear()
+            if not done:  # what starts up does no work yet
+                line.seen.clear()
             line.done, line.total, line.unit, line.note = done, total, unit, note
             line.seen.append((now, done))
             while len(line.seen) > 2 and line.seen[1][0] <= now - WINDOW_S:

@@ -68,7 +68,8 @@ class RunObserver:
         self.tracker.finish(status)
         if status != "FINISHED":
             return
-        self.say(f"all {len(self.rows)} steps done in {duration(seconds)}")
+        done = "all" if len(self._index) == len(self.rows) else f"{len(self._index)} of"
+        self.say(f"{done} {len(self.rows)} steps done, in {duration(seconds)}")
         for label, step, path in (("sound", "samples", "wav"), ("report", "report", "ui/report.html")):
             if step in self._index:
                 self.say(f"{label + ':':8}{join(self._index[step]['path'], path)}")

@@ -28,11 +28,10 @@ def clip_of(folder, names: list[str]) -> Clip:
     return Clip("c", "s", "s", "x", "train", rate, offset, tuple(parts))
 
 
-@pytest.mark.parametrize("kind", FORMATS)
-@pytest.mark.parametrize("rate", [8000, 16000, 22050, 24000, 44100, 48000])
+@pytest.mark.parametrize(("kind", "rate"), [
+    (k, r) for k in FORMATS for r in (8000, 16000, 22050, 24000, 44100, 48000)
+    if k != "opus" or r not in (22050, 44100)])  # Opus knows no such rates
 def test_every_format_and_rate_has_its_exact_length(tmp_path, kind, rate):
-    if kind == "opus" and rate in (22050, 44100):
-        pytest.skip("Opus knows no such rate")
     frames = rate + 137
     sf.write(tmp_path / f"a.{kind}", tone(frames, rate), rate, **FORMATS[kind])
     assert audio.probe(str(tmp_path / f"a.{kind}")) == (rate, frames, 1)

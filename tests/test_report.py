@@ -142,13 +142,14 @@ def test_a_complete_report(tmp_path):
     assert rate == 16_000 and len(wav) == 48_000 and np.abs(wav).max() > 0.3
     plots_there = {p.name for p in (tmp_path / "out" / "ui" / "plots").iterdir()}
     assert plots_there == {"ladder.png", "codebook-use.png", *(f"loss-{s}.png" for s in (
-        "masked_model", "codec", "lm_semantic", "lm_coarse", "lm_fine"))}
+        "masked_model", "codec-training", "codec-validation", "lm_semantic", "lm_coarse", "lm_fine"))}
 
 
 def test_a_report_of_nothing_says_what_is_missing(tmp_path):
     build_report({"title": "empty"}, {}, Out(str(tmp_path)))
     found = read(tmp_path)
-    assert found.text.count("is not among this report's inputs") == 5 and found.tags.count("audio") == 0
+    assert found.text.count("is not among this report's inputs") == 4 and found.text.count("Not measured.") == 2
+    assert "No training step" in found.text and found.tags.count("audio") == 0
 
 
 def test_a_report_survives_what_is_half_there(tmp_path):

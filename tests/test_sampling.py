@@ -38,7 +38,7 @@ def prompt(name: str, frames: int, seed: int) -> np.ndarray:
 @pytest.mark.parametrize("name", list(STAGES))
 def test_every_id_is_legal(models, name):
     stage = STAGES[name]
-    for temperature, top_k, top_p in ((1.0, None, None), (50.0, None, None), (1.0, 3, None), (1.0, None, 0.5), (0.0, None, None)):
+    for temperature, top_k, top_p in ((1, None, None), (50, None, None), (1, 3, None), (1, None, 0.5), (0, None, None)):
         out = sample(models[name], stage, [prompt(name, 9, s) for s in range(3)], 60, temperature=temperature,
                      top_k=top_k, top_p=top_p, stop_at_eos=True, seeds=[1, 2, 3])
         for ids in out:
@@ -94,7 +94,8 @@ def test_forced_ids_come_back_and_the_rest_follows_them(models):
 def test_no_repeat_at_the_prompts_boundary(models):
     stage = STAGES["semantic"]
     forced = [stage.targets(np.array([i])) for i in range(K)]
-    out = sample(models["semantic"], stage, [stage.prompt()] * K, 30, forced=forced, temperature=30.0, seeds=list(range(K)))
+    out = sample(models["semantic"], stage, [stage.prompt()] * K, 30, forced=forced, temperature=30.0,
+                 seeds=list(range(K)))
     assert all((ids[1:] != ids[:-1]).all() for ids in out)
 
 

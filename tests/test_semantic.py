@@ -89,7 +89,8 @@ def export(objective, path) -> str:
 
 
 def run_kmeans(corpus, model: str, path) -> dict:
-    config = {"model": SEMANTIC.model, "kmeans": SEMANTIC.kmeans, "where": SEMANTIC.where, "corpus": corpus.config, "seed": 3, "cluster": Cluster(device="cpu")}
+    config = {"model": SEMANTIC.model, "kmeans": SEMANTIC.kmeans, "where": SEMANTIC.where, "corpus": corpus.config, "seed": 3,
+              "cluster": Cluster(device="cpu")}
     inputs = {"manifest": SimpleNamespace(path="-"), "masked_model": SimpleNamespace(path=model)}
     return fit_kmeans(config, inputs, Out(path))
 

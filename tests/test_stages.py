@@ -72,7 +72,8 @@ def test_layouts():
     assert semantic.pack(z_T, None, False)[0].tolist() == [semantic.bos, *dedupe(z_T)]
     assert semantic.pack(z_T, None, True)[0].tolist() == [semantic.bos, *dedupe(z_T), semantic.eos]
     flat = [K + q * VOCAB + codes_TQ[t, q] for t in range(6) for q in range(COARSE)]
-    assert coarse.pack(z_T, codes_TQ[:, :COARSE], False)[0].tolist() == [coarse.bos, *dedupe(z_T), coarse.sep, *flat, coarse.eos]
+    ids = coarse.pack(z_T, codes_TQ[:, :COARSE], False)[0]
+    assert ids.tolist() == [coarse.bos, *dedupe(z_T), coarse.sep, *flat, coarse.eos]
     flat = [[q * VOCAB + codes_TQ[t, q] for t in range(6) for q in span] for span in (range(COARSE), range(COARSE, Q))]
     assert fine.pack(None, codes_TQ, True)[0].tolist() == [fine.bos, *flat[0], fine.sep, *flat[1]]
 

@@ -106,7 +106,12 @@ def _look(f: Found) -> tuple[str, Measured | Unusable]:
         if f.size == 0:
             raise Unusable("empty", "no bytes")
         _check_container(head, tail, f.size)
-        return digest, measure(f.path, trust_header=_counts_frames(head))
+        counted = _counts_frames(head)
+        looked = measure(f.path, trust_header=counted)
+        if not counted and mp3_samples(store.get(f.path)) > 1.02 * looked.frames + 10 * 1152:
+            raise Unusable("unreadable", "a variable-rate MP3 without the Xing header that tells its length would be "
+                           "cut short; rewrite it with: ffmpeg -i IN.mp3 -c copy OUT.mp3")
+        return digest, looked
     except Unusable as e:
         return digest, e
 
@@ -165,6 +170,26 @@ def _counts_frames(head: bytes) -> bool:
     """Whether the header counts the frames; an MP3 does so only in a Xing or Info tag, else its length is a guess."""
     is_mp3 = head[:3] == b"ID3" or (len(head) > 1 and head[0] == 0xFF and head[1] & 0xE0 == 0xE0)
     return not is_mp3 or b"Xing" in head or b"Info" in head
+
+
+def mp3_samples(data: bytes) -> int:
+    """Frames that an MP3's bytes hold, by walking its headers (ISO 11172-3 2.4.2.3; versions 2 and 2.5 halve)."""
+    at, total = 0, 0
+    if data[:3] == b"ID3":
+        at = 10 + sum(b << shift for b, shift in zip(data[6:10], (21, 14, 7, 0), strict=True))
+    while 0 <= at <= len(data) - 4:
+        h = int.from_bytes(data[at:at + 4], "big")
+        version, layer, kbps, hz, pad = h >> 19 & 3, h >> 17 & 3, h >> 12 & 15, h >> 10 & 3, h >> 9 & 1
+        if h >> 21 != 0x7FF or version == 1 or layer != 1 or kbps in (0, 15) or hz == 3:
+            at = data.find(b"\xff", at + 1)  # a tag or garbage between frames
+            continue
+        kbps = ((32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320) if version == 3 else
+                (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160))[kbps - 1]
+        rate = (44_100, 48_000, 32_000)[hz] >> {3: 0, 2: 1, 0: 2}[version]
+        samples = 1152 if version == 3 else 576
+        at += samples * kbps * 125 // rate + pad
+        total += samples
+    return total
 
 
 def _stretch(f: Found, m: Measured) -> tuple[int, int]:

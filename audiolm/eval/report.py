@@ -47,7 +47,7 @@ def build_report(config: dict[str, Any], inputs: Mapping[str, Any], out: Any) ->
         ("conditioning", "Is the conditioning used?", _conditioning(figures.get("conditioning") or {})),
         ("codec", "Codec", _codec(figures.get("codec") or {}, plot)),
         ("tokens", "Semantic tokens", _tokens(figures.get("tokens") or {})),
-        ("curves", "Training", _curves(paths, figures.get("stages") or {}, plot)),
+        ("curves", "Training", _curves(paths, figures, plot)),
         ("run", "What ran", _what_ran(inputs)),
     ]
     out.check()
@@ -181,7 +181,7 @@ def _codec(codec: Mapping[str, Any], plot: _Plots) -> Html:
         mark = verdict(levels[-1]["mel"] < yardstick, "better", "worse")
         parts.append(tag("p", "With all levels ", mark, f" than each clip's mean spectrum ({number(yardstick)}).", cls="soft"))
     if usage:
-        png = plots.codebook_use([u["level"] for u in usage], [u["perplexity"] for u in usage], [u["used"] for u in usage])
+        png = plots.codebook_use(*([u.get(k, 0) for u in usage] for k in ("level", "perplexity", "used")))
         parts.append(plot.add("codebook-use", png, "Codes used and perplexity of each level"))
     return join(parts)
 
@@ -194,8 +194,9 @@ def _tokens(tokens: Mapping[str, Any]) -> Html:
     return table(["", ""], [[labels.get(k, k), number(v, 2)] for k, v in tokens.items()], [1])
 
 
-def _curves(paths: Mapping[str, str], stages: Mapping[str, dict], plot: _Plots) -> Html:
+def _curves(paths: Mapping[str, str], figures: Mapping[str, Any], plot: _Plots) -> Html:
     parts = []
+    stages, spectrum = figures.get("stages") or {}, (figures.get("codec") or {}).get("mean_spectrum_mel")
     for name in (n for n in TRAINED if n in paths):
         rows = [r for r in read_build(paths[name]) if "loss" in r["metrics"] or "val.loss" in r["metrics"]]
         if not rows:
@@ -203,12 +204,17 @@ def _curves(paths: Mapping[str, str], stages: Mapping[str, dict], plot: _Plots) 
             continue
         keep = set(np.linspace(0, len(rows) - 1, min(len(rows), POINTS)).round().astype(int).tolist())
         rows = [r for i, r in enumerate(rows) if i in keep or "val.loss" in r["metrics"]]
-        values = {"training": [r["metrics"].get("loss") for r in rows],
-                  "validation": [r["metrics"].get("val.loss") for r in rows]}
-        values = {k: v for k, v in values.items() if any(x is not None for x in v)}
+        seen = {k: [r["metrics"].get(m) for r in rows] for k, m in (("training", "loss"), ("validation", "val.loss"))}
+        seen = {k: v for k, v in seen.items() if any(x is not None for x in v)}
         base = {k: stages[name][k] for k in ("unigram", "bigram") if stages.get(name, {}).get(k) is not None}
-        png = plots.curves([r["step"] for r in rows], values, NAMES[name], "loss", base)
-        parts.append(plot.add(f"loss-{name}", png, f"Loss curves of the {NAMES[name]}"))
+        drawn = [(f"loss-{name}", NAMES[name], "loss", seen, base)]
+        if name == "codec":  # its two losses are not one quantity: a weighted sum, and the mel distance
+            base = {} if spectrum is None else {"mean spectrum": spectrum}
+            drawn = [(f"loss-{name}-{k}", f"{NAMES[name]}, {k}", "loss" if k == "training" else "mel distance",
+                      {k: v}, base if k == "validation" else {}) for k, v in seen.items()]
+        for file, title, y, values, lines in drawn:
+            png = plots.curves([r["step"] for r in rows], values, title, y, lines)
+            parts.append(plot.add(file, png, f"{y} over the training of the {title}"))
     return join(parts) if parts else missing("No training step is among this report's inputs.")
 
 

@@ -55,7 +55,8 @@ def make_samples(config: Mapping[str, Any], inputs: Mapping[str, Any], out: Any)
             sounds, lengths = system.resynthesis(wavs), [*map(len, wavs)]
         spent_s[mode] = time.perf_counter() - began
         sources = [None] * asked.n if mode == "unconditional" else clips
-        entries += [_publish(out.path, mode, i, sound, n, source, len(prompts[i]) / SAMPLE_RATE)
+        cuts_s = [len(p) / SAMPLE_RATE if mode == "continuation" else None for p in prompts]
+        entries += [_publish(out.path, mode, i, sound, n, source, cuts_s[i])
                     for i, (sound, n, source) in enumerate(zip(sounds, lengths, sources, strict=True))]
     out.check()
     store.put_json(store.join(out.path, "samples.json"), entries)
@@ -69,7 +70,7 @@ def pick(clips: Sequence[Clip], n: int, seconds: float, seed: int) -> list[Clip]
     Raises ValueError where there are none.
     """
     if not clips:
-        raise ValueError("the manifest has no test clips for prompts: give the corpus a test split or raise corpus.test")
+        raise ValueError("the manifest has no test clips for prompts: raise corpus.test or give a test split")
     order = rng.generator(seed, "sample clips").permutation(len(clips))
     speakers: dict[str, list[Clip]] = {}
     for i in order:
@@ -86,7 +87,8 @@ def _excerpt(clip: Clip, source_roots: dict[str, str], seconds: float) -> np.nda
     return whole_frames(wav)
 
 
-def _publish(path: str, mode: str, i: int, sound: Sound, samples: int, clip: Clip | None, prompt_s: float) -> dict:
+def _publish(path: str, mode: str, i: int, sound: Sound, samples: int, clip: Clip | None,
+             prompt_s: float | None) -> dict:
     """Checks one sound, writes its wav and spectrogram; returns its line of samples.json."""
     from audiolm.eval.plots import spectrogram
 
@@ -98,9 +100,9 @@ def _publish(path: str, mode: str, i: int, sound: Sound, samples: int, clip: Cli
     data = wav_bytes(wav_T)
     store.put(store.join(path, "wav", f"{name}.wav"), data)
     store.put(store.join(path, "ui", f"{name}.wav"), data)
-    store.put(store.join(path, "ui", f"{name}.png"), spectrogram(wav_T, title))
+    store.put(store.join(path, "ui", f"{name}.png"), spectrogram(wav_T, title, prompt_s))
     return {"file": f"wav/{name}.wav", "mode": mode, "title": title, "seconds": round(len(wav_T) / SAMPLE_RATE, 4),
-            "prompt_s": prompt_s if mode == "continuation" else None, "clip": clip.id if clip else None,
+            "prompt_s": prompt_s, "clip": clip.id if clip else None,
             "text": clip.text if clip else None, "peak": round(float(np.abs(wav_T).max()), 5)}
 
 

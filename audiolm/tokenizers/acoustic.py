@@ -79,8 +79,8 @@ def load_codec(path: str, device: str = "cpu") -> AcousticTokenizer:
     weights, config, digest = read_export(path)
     sizes = ("strides", "enc_channels", "dec_channels", "dim", "n_q", "vocab")
     if config.get("kind") != "soundstream" or any(key not in config for key in sizes):
-        raise ArtefactError(f"{path}/export/config.json is no codec's (kind {config.get('kind')!r}): give the path of a "
-                            "codec build")
+        raise ArtefactError(f"{path}/export/config.json is no codec's (kind {config.get('kind')!r}): give the path of "
+                            "a codec build")
     if config["sample_rate"] != SAMPLE_RATE or math.prod(config["strides"]) != ACOUSTIC_HOP:
         raise ArtefactError(f"{path}/export/config.json: {config['sample_rate']} Hz and strides {config['strides']}; "
                             f"this pipeline takes {SAMPLE_RATE} Hz and a hop of {ACOUSTIC_HOP}")

@@ -182,7 +182,7 @@ class CodecObjective:
         return figures
 
     def averaged(self) -> SoundStream:
-        """The codec with the averaged weights and the present codebooks: folded, in eval mode, on this worker's device."""
+        """The codec with the averaged weights and the present codebooks: folded, in eval mode, on this worker."""
         model = _soundstream(self.codec).to(self.ctx.device)
         model.load_state_dict({**self.generator.net.state_dict(), **self.generator.ema.values()})
         return fold(model).eval().requires_grad_(False)
@@ -191,7 +191,8 @@ class CodecObjective:
         c = self.codec
         return self.averaged().state_dict(), {
             "kind": "soundstream", "sample_rate": SAMPLE_RATE, "strides": list(c.strides),
-            "enc_channels": c.enc_channels, "dec_channels": c.dec_channels, "dim": c.dim, "n_q": c.n_q, "vocab": c.vocab}
+            "enc_channels": c.enc_channels, "dec_channels": c.dec_channels, "dim": c.dim, "n_q": c.n_q,
+            "vocab": c.vocab}
 
 
 def _soundstream(c: settings.Codec) -> SoundStream:

@@ -1,0 +1,206 @@
+"""The cascade with small real models: exact lengths, prompts unchanged, chunks, seeds, and the `samples` step."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save
+
+from audiolm import config, store
+from audiolm.dag import Artifact
+from audiolm.data.manifest import Clip, Part
+from audiolm.lm.generation import load, whole_frames
+from audiolm.lm.model import build_lm, export_lm
+from audiolm.lm.stages import build_stages, dedupe
+from audiolm.models.masked import Encoder, EncoderSizes
+from audiolm.models.soundstream import SoundStream
+from audiolm.tokenizers.semantic import save_semantic
+
+K, VOCAB, Q, COARSE = 12, 16, 4, 2
+TRAIN = config.Train(steps=1, batch=1, lr=1e-3)
+CROPS_S = {"semantic": 4.0, "coarse": 2.0, "fine": 0.4}
+RUN = 1.5
+
+
+def build(folder: str, coarse: int = COARSE) -> dict[str, str]:
+    """A whole system's exports with random weights; returns the steps' paths."""
+    torch.manual_seed(0)
+    paths = {name: store.join(folder, name) for name in ("kmeans", "codec", "lm_semantic", "lm_coarse", "lm_fine")}
+    sizes = EncoderSizes(dim=16, layers=1, heads=2, ff=32)
+    save_semantic(paths["kmeans"], Encoder(sizes).eval(), 1, torch.zeros(16), torch.ones(16), torch.randn(K, 16), {})
+    codec = SoundStream((2, 4, 5, 8), 2, 2, 8, Q, VOCAB, norm=False)
+    torch.nn.init.normal_(codec.quantizer.codebook_QND, std=0.3)
+    export(paths["codec"], codec.state_dict(), {
+        "kind": "soundstream", "sample_rate": 16_000, "strides": [2, 4, 5, 8], "enc_channels": 2, "dec_channels": 2,
+        "dim": 8, "n_q": Q, "vocab": VOCAB})
+    shapes = {name: config.Stage(crop_s=crop_s, dim=16, layers=2, heads=2, ff=32, train=TRAIN)
+              for name, crop_s in CROPS_S.items()}
+    stages = build_stages(config.LM(coarse_levels=coarse, **shapes), Q, VOCAB, K)
+    for step, stage in stages.items():
+        model = build_lm(stage, shapes[stage.name])
+        torch.nn.init.normal_(model.head.weight, std=0.5)
+        export(paths[step], *export_lm(model, stage, shapes[stage.name]))
+    return {name: path for name, path in paths.items() if not name.startswith("lm_") or name in stages}
+
+
+def export(path: str, weights: dict, about: dict) -> None:
+    store.put(store.join(path, "export", "model.safetensors"), save(weights))
+    store.put_json(store.join(path, "export", "config.json"), about)
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory) -> dict[str, str]:
+    return build(str(tmp_path_factory.mktemp("system")))
+
+
+@pytest.fixture(scope="module")
+def lm(paths):
+    return load(paths, mean_run=RUN)
+
+
+def voice(seconds: float, seed: int = 0) -> np.ndarray:
+    rng, t = np.random.default_rng(seed), np.arange(round(seconds * 16_000)) / 16_000
+    return (0.2 * np.sin(700 * t * (1 + np.sin(3 * t))) + 0.1 * rng.standard_normal(len(t))).astype(np.float32)
+
+
+@pytest.mark.parametrize("seconds", [0.4, 0.7371, 2.0])
+def test_unconditional_has_exactly_the_length_asked_for(lm, seconds):
+    for sound in lm.unconditional(seconds, [1, 2]):
+        assert len(sound.wav_T) == round(seconds * 16_000)
+        frames = -(-len(sound.wav_T) // 640)
+        assert sound.codes_TQ.shape == (2 * frames, Q)
+        assert len(sound.z) == int(np.ceil(frames / RUN)) and (sound.z[1:] != sound.z[:-1]).all()
+        assert 0 <= sound.codes_TQ.min() and sound.codes_TQ.max() < VOCAB and np.isfinite(sound.wav_T).all()
+
+
+def test_continuation_keeps_the_prompt_and_has_the_length(lm):
+    prompts = [voice(0.5), voice(0.68, 1)]  # 12 and 17 whole frames; the first is cut to 0.48 s
+    for wav, sound in zip(prompts, lm.continuation(prompts, 0.9, [1, 2]), strict=True):
+        cut = whole_frames(wav)
+        assert len(sound.wav_T) == len(cut) + 14_400
+        codes_TQ, z = lm.encode([cut])[0], dedupe(lm.tokenize([cut])[0])
+        np.testing.assert_array_equal(sound.codes_TQ[:len(codes_TQ)], codes_TQ)
+        np.testing.assert_array_equal(sound.z[:len(z)], z)
+        assert len(sound.z) > len(z) and (sound.z[1:] != sound.z[:-1]).all()
+        # the codec is causal: the prompt's sound is what the codec alone makes of it
+        np.testing.assert_allclose(sound.wav_T[:len(cut)], lm.resynthesis([cut])[0].wav_T, atol=1e-5)
+
+
+def test_no_token_of_a_prompt_hears_what_follows_the_cut(lm):
+    base, other = voice(0.5), voice(0.5)
+    other[7680:] = 0.9  # after 12 whole frames
+    one, two = (lm.continuation([w], 0.5, [3])[0] for w in (base, other))
+    np.testing.assert_array_equal(one.z, two.z)
+    np.testing.assert_array_equal(one.wav_T, two.wav_T)
+
+
+def test_the_prompt_matters(lm):
+    one, two = (lm.continuation([voice(0.48, seed)], 1.0, [3])[0] for seed in (0, 5))
+    assert not np.array_equal(one.codes_TQ[24:], two.codes_TQ[24:])
+
+
+def test_same_seed_same_sound_whatever_the_batch(lm):
+    prompts, seeds = [voice(0.3 + 0.1 * i, i) for i in range(4)], [11, 12, 13, 14]
+    batch = lm.continuation(prompts, 0.6, seeds)
+    for i in (0, 2):
+        alone = lm.continuation([prompts[i]], 0.6, [seeds[i]])[0]
+        np.testing.assert_array_equal(batch[i].codes_TQ, alone.codes_TQ)
+        np.testing.assert_array_equal(batch[i].wav_T, alone.wav_T)
+    other = lm.continuation([prompts[0]], 0.6, [99])[0]
+    assert not np.array_equal(other.codes_TQ, batch[0].codes_TQ)
+
+
+def test_acoustic_generation_follows_the_clips_frames(lm):
+    wav = voice(1.23)
+    z_T = lm.tokenize([wav])[0]
+    sounds = lm.acoustic([z_T, z_T], [1, 2], [len(wav), len(wav)])
+    assert [len(s.wav_T) for s in sounds] == [len(wav)] * 2
+    assert not np.array_equal(sounds[0].codes_TQ, sounds[1].codes_TQ)
+    assert len(lm.acoustic([z_T], [1])[0].wav_T) == 640 * len(z_T)
+
+
+@pytest.mark.parametrize(("frames", "prompt"), [  # a chunk is 20
+    (3, 0), (19, 7), (20, 0), (20, 7), (21, 0), (21, 7), (21, 20), (40, 20), (40, 33), (57, 0), (57, 7), (57, 45)])
+def test_chunks_as_a_batch_equal_chunks_one_by_one(lm, frames, prompt):
+    draw = np.random.default_rng(frames)
+    coarse, known = draw.integers(0, VOCAB, (frames, COARSE)), draw.integers(0, VOCAB, (prompt, Q - COARSE))
+    whole = lm.fine([coarse], [5], [known])[0]
+    assert whole.shape == (frames, Q)
+    np.testing.assert_array_equal(whole[:, :COARSE], coarse)
+    np.testing.assert_array_equal(whole[:prompt, COARSE:], known)
+    for a in range(0, max(frames - 19, 1), 20):  # the grid starts at 0; chunks do not hear each other
+        masked = coarse.copy()
+        masked[:a], masked[a + 20:] = 0, 0
+        np.testing.assert_array_equal(lm.fine([masked], [5], [known])[0][a:a + 20, COARSE:], whole[a:a + 20, COARSE:])
+    beside = lm.fine([coarse[::-1].copy(), coarse], [6, 5], [known[:0], known])[1]
+    np.testing.assert_array_equal(beside, whole)
+
+
+def test_resynthesis_takes_fewer_levels(lm):
+    wav = voice(0.77)
+    full, few = lm.resynthesis([wav])[0], lm.resynthesis([wav], levels=1)[0]
+    assert len(full.wav_T) == len(few.wav_T) == len(wav) and few.codes_TQ.shape[1] == 1
+    assert not np.allclose(full.wav_T, few.wav_T)
+
+
+def test_works_without_a_fine_stage(tmp_path):
+    lm = load(build(str(tmp_path), coarse=Q), mean_run=RUN)
+    sound = lm.continuation([voice(0.4)], 0.5, [0])[0]
+    assert len(sound.wav_T) == 14_400 and sound.codes_TQ.shape == (46, Q)
+    np.testing.assert_array_equal(sound.codes_TQ[:20], lm.encode([voice(0.4)])[0])
+
+
+def test_clear_errors(lm, paths):
+    with pytest.raises(ValueError, match=r"2\.04 s .* exceed the 2 s the coarse stage"):
+        lm.continuation([voice(0.52)], 1.52, [0])
+    with pytest.raises(ValueError, match="exceed the 2 s the coarse stage"):
+        lm.acoustic([np.zeros(51, np.int64)], [0])
+    with pytest.raises(ValueError, match="at least 640"):
+        lm.continuation([voice(0.03)], 1.0, [0])
+    with pytest.raises(ValueError, match="not finite"):
+        lm.continuation([np.full(6400, np.nan, np.float32)], 1.0, [0])
+    with pytest.raises(ValueError, match="lm_coarse is missing"):
+        load({k: v for k, v in paths.items() if k != "lm_coarse"}, mean_run=RUN)
+    with pytest.raises(ValueError, match="levels"):
+        load({k: v for k, v in paths.items() if k != "lm_fine"}, mean_run=RUN)
+    with pytest.raises(ValueError, match="mean_run"):
+        load(paths)
+
+
+def test_mean_run_is_read_from_the_token_store(paths, tmp_path):
+    store.put_json(store.join(str(tmp_path), "done.json"), {"facts": {"mean_run": 2.25}})
+    assert load({**paths, "semantic_tokens": str(tmp_path)}).mean_run == 2.25
+
+
+def test_samples_step(paths, tmp_path, recording_out, monkeypatch):
+    import soundfile
+
+    from audiolm.eval import samples
+
+    speech = {f"c{i}": voice(s, i) for i, s in enumerate((1.5, 0.9, 1.5))}
+    clips = [Clip(name, "o", "o", f"speaker {name}", "test", 16_000, len(wav),
+                  (Part(name, f"{name}.wav", 0, len(wav), 0, "hello"),), 0, row)
+             for row, (name, wav) in enumerate(speech.items())]
+    monkeypatch.setattr(samples, "read_clips", lambda path, split: clips)
+    monkeypatch.setattr(samples, "read_clip", lambda clip, roots, start, n: speech[clip.id][start:start + n])
+    inputs = {name: Artifact(path, "b", {}, {}) for name, path in paths.items()}
+    inputs |= {"manifest": Artifact("m", "b", {}, {}), "semantic_tokens": Artifact("s", "b", {"mean_run": RUN}, {})}
+    corpus = config.Corpus(name="c", sources=[{"kind": "folder", "name": "o", "root": str(tmp_path)}])
+    settings = {"samples": config.Samples(n=3, prompt_s=0.5, seconds=0.8), "corpus": corpus, "lm": config.LM(),
+                "seed": 0, "cluster": config.Cluster(device="cpu")}
+    facts = samples.make_samples(settings, inputs, recording_out)
+    entries = store.get_json(store.join(recording_out.path, "samples.json"))
+    assert facts["wavs"] == len(entries) == 12
+    wanted = {"unconditional": {0.8}, "acoustic": {1.28, 0.88}, "continuation": {1.28}, "resynthesis": {1.28, 0.88}}
+    for entry in entries:
+        wav, rate = soundfile.read(io.BytesIO(store.get(store.join(recording_out.path, entry["file"]))))
+        assert rate == 16_000 and len(wav) == round(entry["seconds"] * rate)
+        assert np.isclose(np.abs(wav).max(), min(entry["peak"], 1.0), atol=1e-3)
+        assert entry["seconds"] in wanted[entry["mode"]]
+    assert {e["clip"] for e in entries if e["mode"] == "continuation"} == set(speech)
+    ui = store.names(store.join(recording_out.path, "ui"))
+    assert len([n for n in ui if n.endswith(".wav")]) == len([n for n in ui if n.endswith(".png")]) == 12
+    assert facts["rtf/continuation"] > 0 and facts["rtf/stage.fine"] > 0
