@@ -13,7 +13,6 @@ import os
 import signal
 import subprocess
 import sys
-import sysconfig
 import time
 import uuid
 import warnings
@@ -108,7 +107,6 @@ def _run(cfg: Pipeline, rows: list[Row], force: tuple[str, ...], inline: bool) -
     from audiolm.run import RunObserver
 
     began = time.monotonic()
-    signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
     try:
         check_store(cfg.store)
         _check_corpus(cfg, rows)
@@ -122,6 +120,7 @@ def _run(cfg: Pipeline, rows: list[Row], force: tuple[str, ...], inline: bool) -
     try:
         if todo and not inline:
             start_ray(cfg, observer.say)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C; set after Ray, which has one of its own
         execute(rows, cfg.store, force=force, inline=inline, slots=cfg.cluster.parallel_training, observer=observer,
                 retries=cfg.cluster.retries, may_retry=worker_died, finished=observer.finished)
         code = 0
@@ -143,12 +142,9 @@ def _run(cfg: Pipeline, rows: list[Row], force: tuple[str, ...], inline: bool) -
 
 
 def quiet() -> None:
-    """The terminal shows the run: no telemetry, no library chatter; and DeepSpeed's build finds ninja."""
+    """The terminal shows the run: no telemetry, no library chatter."""
     os.environ.update(RAY_USAGE_STATS_ENABLED="0", MLFLOW_DISABLE_TELEMETRY="true", RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
                       TF_CPP_MIN_LOG_LEVEL="3", DS_LOG_LEVEL="error", GIT_PYTHON_REFRESH="quiet")
-    scripts = sysconfig.get_path("scripts")
-    if scripts not in os.environ.get("PATH", "").split(os.pathsep):
-        os.environ["PATH"] = scripts + os.pathsep + os.environ.get("PATH", "")
     warnings.simplefilter("ignore")
     for name in ("ray", "mlflow", "alembic", "DeepSpeed", "botocore", "s3fs"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -222,7 +218,8 @@ def git_state() -> dict[str, str]:
     try:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=5, check=True)
         dirty = subprocess.run(["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, timeout=10)
-        return {"git.commit": commit.stdout.strip(), "git.dirty": str(bool(dirty.stdout.strip())).lower()}
+        return {"mlflow.source.git.commit": commit.stdout.strip(), "git.commit": commit.stdout.strip(),
+                "git.dirty": str(bool(dirty.stdout.strip())).lower()}
     except (OSError, subprocess.SubprocessError):
         return {}
 

@@ -92,10 +92,9 @@ class Out:
             self._metrics = MetricsFile(self.metrics_path)
         self._metrics.add(step, metrics)
 
-    def close(self, state: str, error: str | None = None) -> None:
+    def flush(self) -> None:
         if self._metrics is not None:
-            self._metrics.close()
-        self.lease.close(state, error)
+            self._metrics.flush()
 
     def progress(self, done: float, total: float, unit: str, note: str = "") -> None:
         self.check()
@@ -175,9 +174,12 @@ def run_step(step: Step, store: str, inputs: dict[str, Artifact], *, force: bool
         if waiter.free():
             try:
                 lease = Lease(path)
-                break
             except FileExistsError:
                 continue  # lost the race: wait for the winner
+            if not get_json(join(path, "done.json")):
+                break
+            lease.close("done")  # it was finished between the look and the claim
+            continue
         time.sleep(poll_s)
     out, began = Out(step, path, lease, observer, inline), time.time()
     try:
@@ -185,15 +187,17 @@ def run_step(step: Step, store: str, inputs: dict[str, Artifact], *, force: bool
             observer.began(out)
         facts = step.fn(dict(step.config), inputs, out) or {}
         lease.check(now=True)
+        out.flush()
         run_id = observer.ended(out, "done", facts, None) if observer else None
         done = {"facts": facts, "inputs": builds, "seconds": round(time.time() - began, 3), "time": time.time(),
                 "attempt": lease.attempt, "run_id": run_id}
         put_json(join(path, "done.json"), done, exclusive=True)
-        out.close("done")
+        lease.close("done")
         return Artifact(path, f"{step.fingerprint}.{number:04d}", facts, done)
     except BaseException as e:
         stopped = isinstance(e, (LeaseLost, KeyboardInterrupt))
-        out.close("stopped" if stopped else "failed", traceback.format_exc()[-4000:])
+        out.flush()
+        lease.close("stopped" if stopped else "failed", traceback.format_exc()[-4000:])
         if observer:
             observer.ended(out, "stopped" if stopped else "failed", {}, f"{type(e).__name__}: {e}")
         raise

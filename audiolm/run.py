@@ -15,6 +15,7 @@ from audiolm.progress import Board, duration
 from audiolm.store import exists, get_json, join
 from audiolm.tracking import Tracker
 
+PROGRESS_S = 5.0  # how often a data step's progress becomes a metric
 ENDS = {"done": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}  # a step's end in MLflow's words
 
 
@@ -25,7 +26,7 @@ class RunObserver:
         self.cfg, self.rows, self.git = cfg, rows, git
         self.board = Board()
         self.tracker = Tracker(cfg.tracking, cfg.store, cfg.run.experiment, cfg.run.name, self.board.say)
-        self._handles, self._began, self._index = {}, {}, {}
+        self._handles, self._began, self._logged, self._index = {}, {}, {}, {}
         self.tracker.start(flatten(cfg), {**git, "store": cfg.store, "corpus": cfg.corpus.name})
 
     def say(self, text: str) -> None:
@@ -43,7 +44,15 @@ class RunObserver:
         self._handles[name] = handle
 
     def progress(self, out: Out, done: float, total: float, unit: str, note: str) -> None:
-        self.board.update(out.step.name, done, total, unit, note)
+        name = out.step.name
+        self.board.update(name, done, total, unit, note)
+        now = time.monotonic()
+        if out.step.trains or (done < total and now - self._logged.get(name, 0.0) < PROGRESS_S):
+            return  # a training step's workers log their own
+        if done and now > self._began[name]:
+            self._logged[name] = now
+            out.log(int(done), {"progress.share": done / total if total else 1.0,
+                                f"progress.{unit.replace(' ', '_')}_per_s": done / (now - self._began[name])})
 
     def ended(self, out: Out, status: str, facts: dict, error: str | None) -> str | None:
         name = out.step.name
@@ -79,8 +88,8 @@ class RunObserver:
 
 
 def headline(facts: dict) -> str:
-    """A finished step's facts in a line: the `headline` it gave, or its first few numbers."""
-    if "headline" in facts:
-        return facts["headline"]
+    """A finished step's facts in a line: the `summary` it gave, or its first few numbers."""
+    if "summary" in facts:
+        return facts["summary"]
     numbers = [(k, v) for k, v in facts.items() if isinstance(v, (int, float)) and not isinstance(v, bool)]
     return ", ".join(f"{k} {v:.4g}" for k, v in numbers[:4])

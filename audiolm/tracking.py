@@ -75,7 +75,7 @@ class Tracker:
 
     def begin_step(self, name: str, attempt_path: str, params: Mapping[str, str], tags: Mapping[str, str]) -> Run:
         """Opens a nested run; returns at once with its handle."""
-        run = outbox.new(name, self._parent, params, {**tags, "step": name, "attempt": attempt_path})
+        run = outbox.new(name, self._parent, params, {"step": name, "attempt": attempt_path, **tags})
         if not self._off:
             with self._lock:
                 self._runs.append(run)
@@ -234,7 +234,8 @@ class Tracker:
         found = self._client.get_experiment_by_name(self._experiment)
         if found is None:
             try:
-                self._experiment_id = self._client.create_experiment(self._experiment, artifact_location=self.artifacts)
+                self._experiment_id = self._client.create_experiment(
+                    self._experiment, self.artifacts, {"mlflow.experimentKind": "custom_model_development"})  # the UI's pages
                 return
             except MlflowException as e:  # another driver made it in this moment
                 found = self._client.get_experiment_by_name(self._experiment)

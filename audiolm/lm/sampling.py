@@ -7,7 +7,8 @@ sample does not depend on its neighbours; on a CPU the logits' bits do not eithe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,8 @@ import torch
 
 from audiolm.lm.stages import Stage
 from audiolm.models.transformer import ROWS, Cache, Transformer
+
+ONE_THREAD_DIM = 512  # models up to this width sample on one CPU thread
 
 
 @dataclass(frozen=True)
@@ -57,13 +60,26 @@ def sample(model: Transformer, stage: Stage, prompts: Sequence[np.ndarray], n_ta
     # rows that end together run together; on a CPU in groups of ROWS, whose products all have one shape
     todo.sort(key=lambda i: counts[i] - len(given[i]))
     size = ROWS if next(model.parameters()).device.type == "cpu" else max(1, len(todo))
-    for start in range(0, len(todo), size):
-        group = todo[start:start + size]
-        drawn = _group(model, stage, [prompts[i] for i in group], [counts[i] for i in group],
-                       [given[i] for i in group], stop_at_eos, draw, [seeds[i] for i in group])
-        for i, ids in zip(group, drawn, strict=True):
-            out[i] = np.concatenate([given[i], ids])
+    with _threads(model):
+        for start in range(0, len(todo), size):
+            group = todo[start:start + size]
+            drawn = _group(model, stage, [prompts[i] for i in group], [counts[i] for i in group],
+                           [given[i] for i in group], stop_at_eos, draw, [seeds[i] for i in group])
+            for i, ids in zip(group, drawn, strict=True):
+                out[i] = np.concatenate([given[i], ids])
     return out
+
+
+@contextmanager
+def _threads(model: Transformer) -> Iterator[None]:
+    """A small model's products of 8 rows gain nothing from threads, and wait for each other where cores are busy."""
+    before = torch.get_num_threads()
+    if model.dim <= ONE_THREAD_DIM:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @torch.inference_mode()

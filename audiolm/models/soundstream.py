@@ -79,7 +79,8 @@ def decoder(channels: int, dim: int, strides: tuple[int, ...], norm: bool) -> nn
         c = channels * 2**i
         layers += [nn.ELU(), CausalUp(2 * c, c, strides[i], norm)]
         layers += [ResidualUnit(c, d, norm) for d in DILATIONS]
-    return nn.Sequential(*layers, nn.ELU(), CausalConv(channels, 1, KERNEL, norm, gain=0.5))
+    last = CausalConv(channels, 1, KERNEL, norm, gain=0.1)  # starts about as loud as speech
+    return nn.Sequential(*layers, nn.ELU(), last)
 
 
 class SoundStream(nn.Module):

@@ -23,20 +23,33 @@ ROTARY_BASE = 10_000.0
 class Cache:
     """Keys and values of every layer; row b holds `lengths_B[b]` tokens at the places 0, 1, ..."""
 
-    kv: list[torch.Tensor]  # per layer (batch, length, 2 dim)
+    k: list[torch.Tensor]  # per layer (batch, heads, length, width of a head)
+    v: list[torch.Tensor]
     lengths_B: torch.Tensor
-    cos_LD: torch.Tensor
-    sin_LD: torch.Tensor
+    cos_LE: torch.Tensor
+    sin_LE: torch.Tensor
     longest: int = 0  # the longest row, known without asking the device
 
     def row(self, b: int) -> Cache:
-        """A view of one row that shares its memory; set `longest` of the whole afterwards."""
-        return Cache([t[b:b + 1] for t in self.kv], self.lengths_B[b:b + 1], self.cos_LD, self.sin_LD)
+        """A view of one empty row that shares its memory; set `longest` of the whole afterwards."""
+        return Cache([t[b:b + 1] for t in self.k], [t[b:b + 1] for t in self.v], self.lengths_B[b:b + 1],
+                     self.cos_LE, self.sin_LE)
 
     def truncate(self, lengths_B: torch.Tensor, longest: int) -> None:
         """Declares the true lengths after a right-padded prompt; what lies beyond is masked and overwritten."""
         self.lengths_B.copy_(lengths_B)
         self.longest = longest
+
+
+@dataclass
+class Places:
+    """Where a step's new tokens go and what they see; the same for every layer."""
+
+    rows: torch.Tensor  # of the cache seen as (batch x heads x length, width), for each (row, head, new token)
+    cos: torch.Tensor  # (B, t, 1, 1, width)
+    sin: torch.Tensor
+    keys: int
+    seen: torch.Tensor | None  # (B, 1, t, keys) True where a new token sees a key; None: causal among themselves
 
 
 def rotary(positions: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -87,20 +100,23 @@ class Block(nn.Module):
         h = h_BTD + F.dropout(a, self.dropout, self.training)
         return h + F.dropout(self.feed(h), self.dropout, self.training)
 
-    def step(self, h_RtD: torch.Tensor, kv_BLC: torch.Tensor, places: torch.Tensor, cos, sin, mask, causal: bool):
+    def step(self, h_RtD: torch.Tensor, k_BHLE: torch.Tensor, v_BHLE: torch.Tensor, at: Places) -> torch.Tensor:
         """One layer over t new tokens of B rows (R >= B rows of h, the rest is padding); keeps their keys, values."""
         R, t, D = h_RtD.shape
-        B, L, _ = kv_BLC.shape
-        width = D // self.heads
-        qkv = self.qkv(self.norm1(h_RtD))[:B].view(B, t, 3, self.heads, width)
-        qk = _rotate(qkv[:, :, :2], cos, sin)
-        keys, values = qk[:, :, 1], qkv[:, :, 2]
-        kv_BLC.view(B * L, 2 * D).index_copy_(0, places, torch.cat([keys, values], 2).view(B * t, 2 * D))
-        if not causal:  # an empty cache's new tokens see each other only
-            seen = kv_BLC[:, :mask.shape[-1]].unflatten(-1, (2, self.heads, width))
-            keys, values = seen[:, :, 0], seen[:, :, 1]
-        a = F.scaled_dot_product_attention(qk[:, :, 0].transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2),
-                                           attn_mask=mask, is_causal=causal)
+        B, H, _, E = k_BHLE.shape
+        qkv = self.qkv(self.norm1(h_RtD))[:B].view(B, t, 3, H, E)
+        qk = _rotate(qkv[:, :, :2], at.cos, at.sin)
+        q, k, v = (x.transpose(1, 2) for x in (qk[:, :, 0], qk[:, :, 1], qkv[:, :, 2]))
+        k_BHLE.view(-1, E).index_copy_(0, at.rows, k.reshape(-1, E))
+        v_BHLE.view(-1, E).index_copy_(0, at.rows, v.reshape(-1, E))
+        if at.seen is None:  # an empty cache's new tokens see each other only
+            a = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:
+            k, v = k_BHLE[:, :, :at.keys], v_BHLE[:, :, :at.keys]
+            if t == 1 and q.device.type == "cpu":  # the fused kernel splits its sums by threads and batch
+                a = torch.matmul(q * E ** -0.5, k.transpose(2, 3)).masked_fill_(~at.seen, -torch.inf).softmax(-1) @ v
+            else:
+                a = F.scaled_dot_product_attention(q, k, v, attn_mask=at.seen)
         a = a.transpose(1, 2).reshape(B, t, D)
         h = h_RtD + self.out(F.pad(a, (0, 0, 0, 0, 0, R - B)) if R > B else a)
         return h + self.feed(h)
@@ -148,35 +164,39 @@ class Transformer(nn.Module):
               dtype: torch.dtype | None = None) -> Cache:
         """An empty cache for `batch` rows of at most `length` tokens; device and dtype default to the weights'."""
         device, dtype = device or self.embed.weight.device, dtype or self.embed.weight.dtype
-        length = -(-length // KEYS) * KEYS
-        kv = [torch.zeros(batch, length, 2 * self.dim, device=device, dtype=dtype) for _ in self.blocks]
-        cos, sin = self._rotary(torch.arange(length, device=device))
-        return Cache(kv, torch.zeros(batch, dtype=torch.int64, device=device), cos, sin)
+        shape = (batch, self.heads, -(-length // KEYS) * KEYS, self.dim // self.heads)
+        k, v = ([torch.zeros(shape, device=device, dtype=dtype) for _ in self.blocks] for _ in range(2))
+        cos, sin = self._rotary(torch.arange(shape[2], device=device))
+        return Cache(k, v, torch.zeros(batch, dtype=torch.int64, device=device), cos, sin)
 
     def advance(self, ids_Bt: torch.Tensor, cache: Cache) -> torch.Tensor:
         """Appends t >= 1 tokens to each row; returns h_BtD, what `head` turns into logits.
 
         Raises ValueError where the cache is full.
         """
-        B, t = ids_Bt.shape
-        length = cache.kv[0].shape[1]
+        t, length = ids_Bt.shape[1], cache.k[0].shape[2]
         if cache.longest + t > length:
             raise ValueError(f"cache of {length} tokens is full: {cache.longest} held, {t} more; ask for a longer one")
-        device = ids_Bt.device
-        causal = cache.longest == 0 and t > 1
-        at_Bt = cache.lengths_B[:, None] + torch.arange(t, device=device)
-        places = (at_Bt + length * torch.arange(B, device=device)[:, None]).view(-1)
-        keys = min(length, -(-(cache.longest + t) // KEYS) * KEYS)
-        mask = None if causal else (torch.arange(keys, device=device) <= at_Bt[..., None])[:, None]
-        cos, sin = cache.cos_LD[at_Bt][:, :, None, None], cache.sin_LD[at_Bt][:, :, None, None]
+        at = self._places(cache, t)
         h = self.embed(ids_Bt)
-        if t == 1 and device.type == "cpu":
-            h = F.pad(h, (0, 0, 0, 0, 0, -B % ROWS))
-        for block, kv in zip(self.blocks, cache.kv, strict=True):
-            h = block.step(h, kv, places, cos, sin, mask, causal)
+        if t == 1 and h.device.type == "cpu":
+            h = F.pad(h, (0, 0, 0, 0, 0, -len(h) % ROWS))
+        for block, k, v in zip(self.blocks, cache.k, cache.v, strict=True):
+            h = block.step(h, k, v, at)
         cache.lengths_B += t
         cache.longest += t
-        return self.norm(h)[:B]
+        return self.norm(h)[:len(ids_Bt)]
+
+    def _places(self, cache: Cache, t: int) -> Places:
+        B, H, length, _ = cache.k[0].shape
+        device = cache.lengths_B.device
+        at_Bt = cache.lengths_B[:, None] + torch.arange(t, device=device)
+        rows = length * torch.arange(B * H, device=device).view(B, H, 1) + at_Bt[:, None]
+        keys = min(length, -(-(cache.longest + t) // KEYS) * KEYS)
+        alone = cache.longest == 0 and t > 1
+        seen = None if alone else (torch.arange(keys, device=device) <= at_Bt[..., None])[:, None]
+        cos, sin = (x[at_Bt][:, :, None, None] for x in (cache.cos_LE, cache.sin_LE))
+        return Places(rows.view(-1), cos, sin, keys, seen)
 
     def logits(self, h_BtD: torch.Tensor) -> torch.Tensor:
         """logits_BtV of `advance`'s result, with the same care for a CPU's rounding."""

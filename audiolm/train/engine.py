@@ -7,6 +7,8 @@ so that a checkpoint of any engine and world size resumes on any other.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import os
 import socket
@@ -115,6 +117,13 @@ class DeepSpeedEngine:
             load_weights(module, saved)  # before initialize, which copies the weights into its partitions
         numel = sum(p.numel() for p in module.parameters())
         rows = train.batch // ctx.world
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints what it built
+            self._initialize(deepspeed, numel, rows, ctx)
+        if saved and updates:
+            self._load_moments(saved, updates)
+
+    def _initialize(self, deepspeed, numel: int, rows: int, ctx: Context) -> None:
+        train, module = self.train, self.module
         self.engine, self._optimizer, _, _ = deepspeed.initialize(model=module, optimizer=_adamw(module, train), config={
             "train_micro_batch_size_per_gpu": rows, "gradient_accumulation_steps": 1, "train_batch_size": train.batch,
             "managed_gradient_accumulation": False, "gradient_clipping": train.clip,
@@ -123,8 +132,6 @@ class DeepSpeedEngine:
             "zero_optimization": {"stage": train.zero, "overlap_comm": False, "contiguous_gradients": train.zero > 1,
                                   "reduce_bucket_size": max(min(numel, 500_000_000), 1),
                                   "allgather_bucket_size": max(min(numel, 500_000_000), 1)}})
-        if saved and updates:
-            self._load_moments(saved, updates)
 
     def __call__(self, *args) -> Any:
         return self.engine(*args)
@@ -220,11 +227,14 @@ def _deepspeed(ctx: Context):
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # An extension that only speeds up inference between processes on CPUs; compiling it takes a minute and 3 GB.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         dist.init_process_group("nccl" if ctx.device.type == "cuda" else "gloo", rank=0, world_size=1)
-    deepspeed.init_distributed(dist_init_required=False, verbose=False)
+    with contextlib.redirect_stdout(io.StringIO()):
+        deepspeed.init_distributed(dist_init_required=False, verbose=False)
     return deepspeed

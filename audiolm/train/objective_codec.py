@@ -9,6 +9,7 @@ A batch: wav_BT (float32, crops of whole 640-sample frames), lengths_B (true sam
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -71,12 +72,16 @@ class CodecObjective:
         d = codec.disc
         self.modules: dict[str, nn.Module] = {
             "generator": self.generator, "discriminator": Discriminators(d.periods, d.windows, d.channels)}
-        self._ready = False
+        self._ready, self._reading = False, threading.Lock()
 
     def load(self, step: int, rows: Sequence[int]) -> dict[str, torch.Tensor]:
-        wav_BT, lengths_B = self.crops.batch(step, rows)
+        wav_BT, lengths_B = self._crops(step, rows)
         n_q = [int(rng.generator(self.seed, "n_q", step, row).integers(1, self.codec.n_q + 1)) for row in rows]
         return {"wav_BT": wav_BT, "lengths_B": lengths_B, "n_q_B": torch.tensor(n_q)}
+
+    def _crops(self, step: int, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        with self._reading:  # the loop reads ahead in a thread, also while the codebooks start
+            return self.crops.batch(step, rows)
 
     def train_step(self, engines: Mapping[str, Engine], batches: list[Any], step: int) -> dict[str, torch.Tensor]:
         """All ranks take part. From disc.start_step on both sides learn from the same discriminator weights."""
@@ -149,7 +154,7 @@ class CodecObjective:
         steps = math.ceil(INIT_FRAMES * self.codec.vocab / frames)
         slots_SMD = torch.zeros(steps, frames, self.codec.dim, device=self.ctx.device)
         for step in range(self.ctx.rank, steps, self.ctx.world):
-            wav_BT, _ = self.crops.batch(step, range(batch))
+            wav_BT, _ = self._crops(step, range(batch))
             slots_SMD[step] = net.latents(wav_BT.to(self.ctx.device)).transpose(1, 2).flatten(0, 1)
         net.quantizer.initialise(all_sum(slots_SMD).flatten(0, 1), seed=self.seed, reduce=all_sum, rank=self.ctx.rank)
 
@@ -161,7 +166,7 @@ class CodecObjective:
         mine_BT = self.held_out_BT[self.ctx.rank::self.ctx.world]
         mel_Q1 = torch.zeros(codec.n_q + 1, device=self.ctx.device)
         hits_QN = torch.zeros(codec.n_q, codec.vocab, device=self.ctx.device)
-        for rows_BT in mine_BT.split(EVAL_ROWS):
+        for rows_BT in mine_BT.split(EVAL_ROWS) if len(mine_BT) else ():  # a rank beyond the crops has none
             wav_BT = rows_BT.to(self.ctx.device)
             real_BTF, codes_BTQ = log_mel(wav_BT), model.encode(wav_BT)
             hits_QN += F.one_hot(codes_BTQ, codec.vocab).sum((0, 1)).float()

@@ -1,0 +1,198 @@
+"""The whole pipeline as its users run it: a Ray job, submitted again; killed and continued; forced.
+
+One Ray cluster and one whole run per session serve all of these.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import soundfile
+
+from tests.conftest import ROOT
+
+STEPS = ["manifest", "masked_model", "kmeans", "codec", "semantic_tokens", "acoustic_tokens", "lm_semantic", "lm_coarse",
+         "lm_fine", "samples", "evaluate", "report"]
+BIN = sysconfig.get_path("scripts")
+ENV = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 2, "PYTHONPATH": "",
+       "PATH": BIN + os.pathsep + os.environ["PATH"]}
+
+
+def cli(*args, cwd=ROOT, check=True):
+    done = subprocess.run([sys.executable, "workflows/full_pipeline.py", "tests/e2e.yaml", *args], cwd=cwd, env=ENV,
+                          capture_output=True, text=True, timeout=420)
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def index(store):
+    return json.loads(Path(store, "runs", "e2e.json").read_text())["steps"]
+
+
+@pytest.fixture(scope="session")
+def head(tmp_path_factory):
+    """`ray start --head` with token authentication; yields the dashboard's address."""
+    port, dashboard = 6391, 8291
+    temp = tmp_path_factory.mktemp("r")
+    subprocess.run([f"{BIN}/ray", "start", "--head", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=2",
+                    f"--temp-dir={temp}", "--disable-usage-stats"], env=ENV, check=True, capture_output=True, timeout=120)
+    pids = [int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit() and _mentions(p, str(temp))]
+    yield f"http://127.0.0.1:{dashboard}"
+    for pid in pids:  # only what this fixture started
+        try:
+            os.kill(pid, signal.SIGTERM)
+        except ProcessLookupError:
+            pass
+
+
+def _mentions(process: Path, text: str) -> bool:
+    try:
+        return text in process.joinpath("cmdline").read_text(errors="replace")
+    except OSError:
+        return False
+
+
+def submit(head, folder, store):
+    done = subprocess.run([f"{BIN}/ray", "job", "submit", "--address", head, "--working-dir", str(folder), "--",
+                           sys.executable, "workflows/full_pipeline.py", "tests/e2e.yaml", f"store={store}"],
+                          env=ENV, capture_output=True, text=True, timeout=500)
+    return done
+
+
+@pytest.fixture(scope="session")
+def checkout(tmp_path_factory):
+    """A copy of the project, as a user would submit it."""
+    folder = tmp_path_factory.mktemp("checkout") / "audiolm"
+    folder.mkdir()
+    for name in ("audiolm", "workflows", "pyproject.toml", "tests/e2e.yaml"):
+        source, target = ROOT / name, folder / name
+        target.parent.mkdir(exist_ok=True)
+        if source.is_dir():
+            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, target)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def job(head, checkout, tmp_path_factory):
+    """The one whole run: submitted as a Ray job with an absolute store."""
+    store = str(tmp_path_factory.mktemp("job") / "store")
+    done = submit(head, checkout, store)
+    assert done.returncode == 0 and "all 12 steps done" in done.stdout, done.stdout[-6000:] + done.stderr[-3000:]
+    return store
+
+
+def test_a_submitted_job_ends_with_sound_report_and_every_step_done(job):
+    assert list(index(job)) == STEPS
+    samples = index(job)["samples"]["path"]
+    entries = json.loads(Path(samples, "samples.json").read_text())
+    assert len(entries) >= 6 and {e["mode"] for e in entries} == {"unconditional", "acoustic", "continuation", "resynthesis"}
+    for e in entries:
+        wav, rate = soundfile.read(io.BytesIO(Path(samples, e["file"]).read_bytes()))
+        assert rate == 16_000 and len(wav) == round(e["seconds"] * rate)
+        assert np.isfinite(wav).all() and np.abs(wav).max() > 1e-3
+    assert sum(e["mode"] == "continuation" and e["seconds"] == 5.0 for e in entries) == 2  # a prompt of 3 s and 2 s more
+    report = Path(index(job)["report"]["path"], "ui", "report.html").read_text()
+    assert report.count("<audio") >= 6 and "src=\"http" not in report
+
+
+def test_the_same_job_with_an_edited_comment_skips_every_step(job, head, checkout):
+    edited = checkout / "audiolm" / "models" / "rvq.py"
+    edited.write_text(edited.read_text() + "\n# an edited comment\n")
+    began = time.monotonic()
+    done = submit(head, checkout, job)
+    assert done.returncode == 0 and "0 of 12 steps to run" in done.stdout, done.stdout[-4000:] + done.stderr[-2000:]
+    assert time.monotonic() - began < 120
+
+
+def test_a_relative_store_in_a_job_is_refused_with_the_fix(job, head, checkout):
+    done = submit(head, checkout, "outputs")
+    assert done.returncode != 0 and "give an absolute path" in done.stdout + done.stderr
+
+
+def test_mlflow_holds_the_run(job):
+    """A parent run and a nested one for each step, with params, metrics by step, tags and what can be heard."""
+    import mlflow
+
+    client = mlflow.MlflowClient(f"sqlite:///{job}/mlflow.db")
+    experiment = client.get_experiment_by_name("audiolm")
+    runs = {r.info.run_name: r for r in client.search_runs([experiment.experiment_id], max_results=100)}
+    assert set(STEPS) <= set(runs) and runs["e2e"].data.params["codec.n_q"] == "3"
+    coarse = runs["lm_coarse"]
+    assert coarse.info.status == "FINISHED" and coarse.data.params["lm.train.lr"] == "0.002"
+    assert coarse.data.tags["mlflow.parentRunId"] == runs["e2e"].info.run_id
+    assert {"fingerprint", "build", "path"} <= set(coarse.data.tags)
+    assert len({m.step for m in client.get_metric_history(coarse.info.run_id, "loss")}) == 8
+    names = [a.path for a in client.list_artifacts(runs["samples"].info.run_id, "wav")] or \
+        [a.path for a in client.list_artifacts(runs["samples"].info.run_id)]
+    assert any(n.endswith(".wav") for n in names), names
+    assert "report.html" in [a.path for a in client.list_artifacts(runs["report"].info.run_id)]
+
+
+def kill_when(args, ready):
+    """Starts the pipeline and kills it (SIGKILL) as soon as `ready()`."""
+    process = subprocess.Popen([sys.executable, "workflows/full_pipeline.py", "tests/e2e.yaml", *args], cwd=ROOT, env=ENV,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 240
+    while not ready():
+        assert process.poll() is None and time.monotonic() < deadline, "it ended before it could be killed"
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+
+
+def test_killed_in_a_training_and_a_data_step_it_ends_the_same(job, tmp_path):
+    """kill -9 of the driver in the middle; the same command ends with the job's tokens and losses, bit for bit.
+
+    The job ran under Ray and these runs inline: the same bits there and here.
+    """
+    store = tmp_path / "store"
+    args = ["--inline", f"store={store}", "tracking=none", "--only", "manifest,masked_model,kmeans,semantic_tokens"]
+    kill_when(args, lambda: len(list(store.glob("masked_model/*/0001/commits/*.json"))) >= 2)
+    assert not list(store.glob("masked_model/*/0001/done.json"))
+    began = time.monotonic()
+    kill_when(args, lambda: len(list(store.glob("semantic_tokens/*/0001/shard-*.parquet"))) >= 1)
+    assert not list(store.glob("semantic_tokens/*/0001/done.json"))
+    kept = min(p.stat().st_mtime_ns for p in store.glob("semantic_tokens/*/0001/shard-*.parquet"))
+    cli(*args)
+    assert time.monotonic() - began < 120  # nobody waited for a dead owner's lease
+    steps = index(store)
+    assert len(list(Path(steps["masked_model"]["path"], "attempts").iterdir())) == 2
+    assert min(p.stat().st_mtime_ns for p in Path(steps["semantic_tokens"]["path"]).glob("shard-*")) == kept  # not made anew
+    for name in ("masked_model", "kmeans"):
+        ours, theirs = (json.loads(Path(i[name]["path"], "done.json").read_text())["facts"] for i in (steps, index(job)))
+        assert {k: v for k, v in ours.items() if "seconds" not in k} == {k: v for k, v in theirs.items() if "seconds" not in k}
+    shards = sorted(Path(steps["semantic_tokens"]["path"]).glob("shard-*.parquet"))
+    assert len(shards) > 3
+    for shard in shards:
+        theirs = pq.read_table(Path(index(job)["semantic_tokens"]["path"], shard.name))
+        assert pq.read_table(shard).equals(theirs)
+
+
+def test_force_makes_a_step_and_its_descendants_new_and_nothing_else(job):
+    before = {n: e["path"] for n, e in index(job).items()}
+    below = {"acoustic_tokens", "lm_semantic", "lm_coarse", "lm_fine", "samples", "evaluate", "report"}
+    plan = cli(f"store={job}", "--dry-run", "--force", "acoustic_tokens").stdout.splitlines()
+    assert {line.split()[1] for line in plan if line.startswith("run")} == below
+    plan = cli(f"store={job}", "--dry-run", "--force", "lm_coarse").stdout.splitlines()
+    assert {line.split()[1] for line in plan if line.startswith("run")} == {"lm_coarse", "samples", "evaluate", "report"}
+    cli(f"store={job}", "--inline", "tracking=none", "--force", "acoustic_tokens")
+    after = {n: e["path"] for n, e in index(job).items()}
+    assert {n for n in STEPS if before[n] != after[n]} == below
+    for name, pattern in (("acoustic_tokens", "shard-*.parquet"), ("lm_fine", "checkpoints/*/*")):
+        old, new = ({p.stat().st_ino for p in Path(x[name]).glob(pattern)} for x in (before, after))
+        assert new and not old & new
+    assert "12 of 12 steps done" in cli(f"store={job}", "--status").stdout
