@@ -179,10 +179,12 @@ class Codec(Config):
     strides: tuple[int, ...] = (2, 4, 5, 8)
     enc_channels: int = 32
     dec_channels: int = 32
-    dim: int = 512
+    dim: int = 128  # with C = 32: 9.9 M parameters for both sides
     n_q: int = Field(12, ge=1, le=64)
     vocab: int = Field(1024, ge=2, le=65_535)
     code_decay: float = 0.99
+    quantize_from: int = Field(0, ge=0, description="first quantized step: codebooks start by k-means of latents that "
+                                                    "have learned so far")
     dead_share: float = Field(0.1, description="a code is dead below this x (global frames a step / vocab)")
     disc: Discriminators = Discriminators()
     mel_weight: float = 15.0  # the weights follow DAC's 16 kHz recipe

@@ -203,4 +203,4 @@ def test_samples_step(paths, tmp_path, recording_out, monkeypatch):
     assert {e["clip"] for e in entries if e["mode"] == "continuation"} == set(speech)
     ui = store.names(store.join(recording_out.path, "ui"))
     assert len([n for n in ui if n.endswith(".wav")]) == len([n for n in ui if n.endswith(".png")]) == 12
-    assert facts["rtf/continuation"] > 0 and facts["rtf/stage.fine"] > 0
+    assert facts["rtf/continuation"] > 0 and facts["rtf/continuation.fine"] > 0

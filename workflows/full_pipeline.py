@@ -35,13 +35,13 @@ def graph(cfg: Pipeline) -> list[Step]:
     z = Step("semantic_tokens", do.encode_tokens, {**encode, "which": "semantic"}, (manifest, kmeans))
     y = Step("acoustic_tokens", do.encode_tokens, {**encode, "which": "acoustic"}, (manifest, codec_))
 
-    def stage(name: str, size) -> Step:
+    def stage(name: str, size, *stores: Step) -> Step:
         layout = {"dedupe": lm.dedupe, "coarse_levels": lm.coarse_levels, "rows": cfg.evaluate.rows}
-        return Step(name, do.train_lm, {**common, "stage": name, "lm": size, **layout}, (manifest, z, y), trains=True)
+        return Step(name, do.train_lm, {**common, "stage": name, "lm": size, **layout}, (manifest, *stores), trains=True)
 
-    stages = [stage("lm_semantic", lm.semantic), stage("lm_coarse", lm.coarse)]
+    stages = [stage("lm_semantic", lm.semantic, z), stage("lm_coarse", lm.coarse, z, y)]
     if cfg.has_fine:
-        stages.append(stage("lm_fine", lm.fine))
+        stages.append(stage("lm_fine", lm.fine, y))
 
     models = (manifest, kmeans, codec_, z, y, *stages)
     samples = Step("samples", do.make_samples, {**common, "samples": cfg.samples}, models)

@@ -7,6 +7,7 @@ on where it is cut.  Shapes: wav_T; several channels become their mean.
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -157,3 +158,12 @@ class _Watched:
 
     def tell(self) -> int:
         return self.raw.tell()
+
+
+def wav_bytes(wav_T: np.ndarray, sample_rate: int = 16_000) -> bytes:
+    """A 16-bit PCM wav file; what lies beyond full scale is clipped, never wrapped."""
+    import soundfile
+
+    sink = io.BytesIO()
+    soundfile.write(sink, np.clip(wav_T, -1.0, 1.0), sample_rate, format="WAV", subtype="PCM_16")
+    return sink.getvalue()

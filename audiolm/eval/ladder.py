@@ -7,7 +7,6 @@ the original; a continuation is judged after its prompt only.  wav_T: float32 mo
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +15,7 @@ import numpy as np
 
 from audiolm import rng, store
 from audiolm.config import Where
-from audiolm.data.audio import read_clip
+from audiolm.data.audio import read_clip, wav_bytes
 from audiolm.data.manifest import Clip, read_clips
 from audiolm.eval.codec import mel_distance
 from audiolm.lm.generation import AudioLM
@@ -72,15 +71,6 @@ def ladder(lm: AudioLM, clips: Sequence[tuple[Clip, np.ndarray]], prompt_s: floa
             files.append({"clip": clip.id, "file": file})
         table.append({"rung": name, "mel": float(mel), "files": files})
     return table
-
-
-def wav_bytes(wav_T: np.ndarray) -> bytes:
-    """A 16-bit wav file at 16 kHz; what lies beyond full scale is clipped."""
-    import soundfile
-
-    sink = io.BytesIO()
-    soundfile.write(sink, np.clip(wav_T, -1.0, 1.0), SAMPLE_RATE, format="WAV", subtype="PCM_16")
-    return sink.getvalue()
 
 
 def _decoded(lm: AudioLM, codes: Sequence[np.ndarray], wavs: Sequence[np.ndarray]) -> list[np.ndarray]:

@@ -7,7 +7,6 @@ and the wavs with a spectrogram PNG each under ui/.  Shapes: wav_T float32 mono 
 
 from __future__ import annotations
 
-import io
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,9 +14,10 @@ from typing import Any
 import numpy as np
 
 from audiolm import rng, store
-from audiolm.data.audio import read_clip
+from audiolm.data.audio import read_clip, wav_bytes
 from audiolm.data.manifest import Clip, read_clips, roots
-from audiolm.lm.generation import AudioLM, Sound, load, whole_frames
+from audiolm.data.shards import fan_out
+from audiolm.lm.generation import Sound, load, whole_frames
 from audiolm.tokenizers.base import SAMPLE_RATE
 
 MODES = ("unconditional", "acoustic", "continuation", "resynthesis")
@@ -25,43 +25,52 @@ MODELS = ("kmeans", "codec", "lm_semantic", "lm_coarse", "lm_fine")
 
 
 def make_samples(config: Mapping[str, Any], inputs: Mapping[str, Any], out: Any) -> dict[str, Any]:
-    """Step function. config: samples, corpus, lm, seed, cluster; inputs: manifest, kmeans, codec, both token stores and
-    the stages (no lm_fine where Q' = Q). Returns counts, seconds of audio and real-time factors (below 1: faster than
-    the sound lasts). Raises ValueError for a wav that is not finite or not of the length asked for.
+    """Step function. config: samples, corpus, seed, cluster; inputs: manifest, kmeans, codec, semantic_tokens and the
+    stages (no lm_fine where Q' = Q). One task a mode. Returns counts, seconds of audio and real-time factors (below 1:
+    faster than the sound lasts). Raises ValueError for a wav that is not finite or not of the length asked for.
     """
-    asked, corpus, seed = config["samples"], config["corpus"], config["seed"]
     device = _device(config["cluster"].device)
-    system = load({name: inputs[name].path for name in MODELS if name in inputs}, device,
-                  mean_run=inputs["semantic_tokens"].facts["mean_run"],
-                  temperatures={s: getattr(asked, f"temperature_{s}") for s in ("semantic", "coarse", "fine")})
-    clips = pick(read_clips(inputs["manifest"].path, "test"), asked.n, asked.prompt_s + asked.seconds, seed)
-    wavs = [_excerpt(clip, roots(corpus), asked.prompt_s + asked.seconds) for clip in clips]
-    prompts = [whole_frames(wav[:round(asked.prompt_s * SAMPLE_RATE)]) for wav in wavs]
-
-    entries, spent_s = [], {}
-    for done, mode in enumerate(MODES):
-        out.check()
-        out.progress(done, len(MODES), "modes", mode)
-        seeds = [rng.derive(seed, f"sample {mode}", i) for i in range(asked.n)]
-        began = time.perf_counter()
-        if mode == "unconditional":
-            sounds, lengths = system.unconditional(asked.seconds, seeds), [round(asked.seconds * SAMPLE_RATE)] * asked.n
-        elif mode == "acoustic":
-            sounds, lengths = system.acoustic(system.tokenize(wavs), seeds, [len(w) for w in wavs]), [*map(len, wavs)]
-        elif mode == "continuation":
-            sounds = system.continuation(prompts, asked.seconds, seeds)
-            lengths = [len(p) + round(asked.seconds * SAMPLE_RATE) for p in prompts]
-        else:
-            sounds, lengths = system.resynthesis(wavs), [*map(len, wavs)]
-        spent_s[mode] = time.perf_counter() - began
-        sources = [None] * asked.n if mode == "unconditional" else clips
-        cuts_s = [len(p) / SAMPLE_RATE if mode == "continuation" else None for p in prompts]
-        entries += [_publish(out.path, mode, i, sound, n, source, cuts_s[i])
-                    for i, (sound, n, source) in enumerate(zip(sounds, lengths, sources, strict=True))]
+    paths = {name: artifact.path for name, artifact in inputs.items()}
+    settings = {k: config[k] for k in ("samples", "corpus", "seed")}
+    mean_run = inputs["semantic_tokens"].facts["mean_run"]
+    results = fan_out(make_mode, [(mode, settings, paths, mean_run, out.path, device) for mode in MODES], out=out,
+                      cluster=config["cluster"], unit="modes", gpu=device == "cuda")
+    entries = [entry for mode_entries, _ in results for entry in mode_entries]
     out.check()
     store.put_json(store.join(out.path, "samples.json"), entries)
-    out.progress(len(MODES), len(MODES), "modes")
-    return _facts(system, entries, spent_s)
+    facts: dict[str, Any] = {"wavs": len(entries), "audio_s": round(sum(e["seconds"] for e in entries), 3),
+                             "silent": sum(e["peak"] < 1e-4 for e in entries)}
+    for mode, (mode_entries, spent_s) in zip(MODES, results, strict=True):
+        seconds = sum(e["seconds"] for e in mode_entries)
+        facts |= {f"rtf/{mode}{part and '.' + part}": round(spent / seconds, 4) for part, spent in spent_s.items()}
+    return facts
+
+
+def make_mode(mode: str, config: Mapping[str, Any], paths: Mapping[str, str], mean_run: float, folder: str,
+              device: str) -> tuple[list[dict], dict[str, float]]:
+    """One task: the wavs of a mode, and the seconds spent in all ("") and by stage."""
+    asked, corpus, seed = config["samples"], config["corpus"], config["seed"]
+    system = load({name: paths[name] for name in MODELS if name in paths}, device, mean_run=mean_run,
+                  temperatures={s: getattr(asked, f"temperature_{s}") for s in ("semantic", "coarse", "fine")})
+    clips = pick(read_clips(paths["manifest"], "test"), asked.n, asked.prompt_s + asked.seconds, seed)
+    wavs = [_excerpt(clip, roots(corpus), asked.prompt_s + asked.seconds) for clip in clips]
+    prompts = [whole_frames(wav[:round(asked.prompt_s * SAMPLE_RATE)]) for wav in wavs]
+    seeds = [rng.derive(seed, f"sample {mode}", i) for i in range(asked.n)]
+    began = time.perf_counter()
+    if mode == "unconditional":
+        sounds, lengths = system.unconditional(asked.seconds, seeds), [round(asked.seconds * SAMPLE_RATE)] * asked.n
+    elif mode == "acoustic":
+        sounds, lengths = system.acoustic(system.tokenize(wavs), seeds, [len(w) for w in wavs]), [*map(len, wavs)]
+    elif mode == "continuation":
+        sounds = system.continuation(prompts, asked.seconds, seeds)
+        lengths = [len(p) + round(asked.seconds * SAMPLE_RATE) for p in prompts]
+    else:
+        sounds, lengths = system.resynthesis(wavs), [*map(len, wavs)]
+    spent_s = {"": time.perf_counter() - began, **system.spent_s}
+    sources = [None] * asked.n if mode == "unconditional" else clips
+    cuts_s = [len(p) / SAMPLE_RATE if mode == "continuation" else None for p in prompts]
+    return [_publish(folder, mode, i, sound, n, source, cut_s) for i, (sound, n, source, cut_s)
+            in enumerate(zip(sounds, lengths, sources, cuts_s, strict=True))], spent_s
 
 
 def pick(clips: Sequence[Clip], n: int, seconds: float, seed: int) -> list[Clip]:
@@ -106,28 +115,7 @@ def _publish(path: str, mode: str, i: int, sound: Sound, samples: int, clip: Cli
             "text": clip.text if clip else None, "peak": round(float(np.abs(wav_T).max()), 5)}
 
 
-def wav_bytes(wav_T: np.ndarray) -> bytes:
-    """A 16 kHz, 16-bit PCM file; what lies beyond full scale is clipped, never wrapped."""
-    import soundfile
-
-    sink = io.BytesIO()
-    soundfile.write(sink, np.clip(wav_T, -1.0, 1.0), SAMPLE_RATE, format="WAV", subtype="PCM_16")
-    return sink.getvalue()
-
-
 def _device(wanted: str) -> str:
     import torch
 
     return ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
-
-
-def _facts(system: AudioLM, entries: list[dict], spent_s: dict[str, float]) -> dict[str, Any]:
-    seconds = {mode: sum(e["seconds"] for e in entries if e["mode"] == mode) for mode in MODES}
-    generated = {"semantic": seconds["unconditional"] + seconds["continuation"],
-                 **dict.fromkeys(("coarse", "fine"), sum(seconds.values()) - seconds["resynthesis"]),
-                 "decode": sum(seconds.values())}
-    facts: dict[str, Any] = {"wavs": len(entries), "audio_s": round(sum(seconds.values()), 3),
-                             "silent": sum(e["peak"] < 1e-4 for e in entries)}
-    facts |= {f"rtf/{mode}": round(spent_s[mode] / seconds[mode], 4) for mode in MODES}
-    facts |= {f"rtf/stage.{s}": round(system.spent_s[s] / generated[s], 4) for s in generated if s in system.spent_s}
-    return facts

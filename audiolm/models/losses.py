@@ -6,6 +6,8 @@ Adversarial losses sum over discriminators and average over everything else; `ki
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -14,11 +16,12 @@ from audiolm.models.mel import mel_filterbank
 
 WINDOWS = (32, 64, 128, 256, 512, 1024, 2048)
 N_MELS = (5, 10, 20, 40, 80, 160, 320)
-FLOOR = 1e-5
+FLOOR = 10 ** (-70 / 20)  # rms; quieter than speech recordings' noise, where a bare log would take over the gradient
 
 
 def multi_scale_mel(fake_BT: torch.Tensor, real_BT: torch.Tensor, sample_rate: int = 16_000) -> torch.Tensor:
-    """Sum over window lengths of the L1 distance of log10 mel magnitudes (hop: a quarter window), in fp32."""
+    """Sum over window lengths of the L1 distance of log10 (mel magnitude + that of noise at -70 dBFS), in fp32; hop: a
+    quarter window."""
     with torch.autocast(fake_BT.device.type, enabled=False):
         both_BT = torch.cat([fake_BT.float(), real_BT.float()])
         total = both_BT.new_zeros(())
@@ -26,7 +29,7 @@ def multi_scale_mel(fake_BT: torch.Tensor, real_BT: torch.Tensor, sample_rate: i
             window = torch.hann_window(size, device=both_BT.device)
             spec_BFT = torch.stft(both_BT, size, size // 4, size, window=window, return_complex=True).abs()
             mel_BTF = spec_BFT.transpose(1, 2) @ mel_filterbank(sample_rate, size, n_mels).to(both_BT.device)
-            fake, real = mel_BTF.clamp_min(FLOOR).log10().chunk(2)
+            fake, real = (mel_BTF + FLOOR * math.sqrt(3 / 8 * size)).log10().chunk(2)  # 3/8: a Hann window's power
             total = total + F.l1_loss(fake, real)
     return total
 

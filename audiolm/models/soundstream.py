@@ -99,9 +99,13 @@ class SoundStream(nn.Module):
         self.encoder_context = math.ceil((KERNEL - 1 + down + 2 * self.hop) / self.hop)
         self.decoder_context = math.ceil(((KERNEL - 1) * self.hop + down + KERNEL - 1) / self.hop)
 
-    def forward(self, wav_BT: torch.Tensor, n_q_B: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-        """The training pass: wav_BT (as long as the input), codes_BTQ, commitment and x_BDT, the detached latents."""
+    def forward(self, wav_BT: torch.Tensor, n_q_B: torch.Tensor | None = None,
+                quantize: bool = True) -> dict[str, torch.Tensor]:
+        """The training pass: wav_BT (as long as the input), codes_BTQ, commitment and x_BDT, the detached latents; without
+        `quantize` wav_BT alone, from the latents as they are."""
         x_BDT = self.latents(wav_BT)
+        if not quantize:
+            return {"wav_BT": self.synthesize(x_BDT)}
         out = self.quantizer(x_BDT, n_q_B)
         return {"wav_BT": self.synthesize(out["quantized_BDT"]), "codes_BTQ": out["codes_BTQ"],
                 "commitment": out["commitment"], "x_BDT": x_BDT.detach()}

@@ -59,8 +59,9 @@ class Generator(nn.Module):
         self.net = net
         self.ema = Average(dict(net.named_parameters()))
 
-    def forward(self, wav_BT: torch.Tensor, n_q_B: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-        return self.net(wav_BT, n_q_B)
+    def forward(self, wav_BT: torch.Tensor, n_q_B: torch.Tensor | None = None,
+                quantize: bool = True) -> dict[str, torch.Tensor]:
+        return self.net(wav_BT, n_q_B, quantize)
 
 
 class CodecObjective:
@@ -86,16 +87,20 @@ class CodecObjective:
     def train_step(self, engines: Mapping[str, Engine], batches: list[Any], step: int) -> dict[str, torch.Tensor]:
         """All ranks take part. From disc.start_step on both sides learn from the same discriminator weights."""
         net, codec = self.generator.net, self.codec
-        if not self._ready:
+        quantize, game = step >= codec.quantize_from, step >= codec.disc.start_step
+        if quantize and not self._ready:
             self._initialise()
-        game = step >= codec.disc.start_step
         rows, sums, latents, codes = sum(len(b["wav_BT"]) for b in batches), {}, [], []
         for i, batch in enumerate(batches):
             wav_BT, last = batch["wav_BT"].to(self.ctx.device), i == len(batches) - 1
             share = len(wav_BT) / rows
-            out = engines["generator"](wav_BT, batch["n_q_B"].to(self.ctx.device))
+            out = engines["generator"](wav_BT, batch["n_q_B"].to(self.ctx.device), quantize)
             fake_BT = out["wav_BT"].float()
-            terms = {"mel": multi_scale_mel(fake_BT, wav_BT), "commitment": out["commitment"]}
+            terms = {"mel": multi_scale_mel(fake_BT, wav_BT)}
+            if quantize:
+                terms["commitment"] = out["commitment"]
+                latents.append(out["x_BDT"].transpose(1, 2).flatten(0, 1))
+                codes.append(out["codes_BTQ"].flatten(0, 1))
             if game:
                 terms |= self._play(engines["discriminator"], wav_BT, fake_BT, share, last)
             weights = {"mel": codec.mel_weight, "commitment": codec.commitment_weight,
@@ -104,14 +109,13 @@ class CodecObjective:
             engines["generator"].backward(loss * share, last)
             for name, term in {"loss": loss, **terms}.items():
                 sums[name] = sums.get(name, 0.0) + term.detach() * share
-            latents.append(out["x_BDT"].transpose(1, 2).flatten(0, 1))
-            codes.append(out["codes_BTQ"].flatten(0, 1))
         if game:
             self.modules["discriminator"].requires_grad_(True)
             norm_d = engines["discriminator"].step()
         norm_g = engines["generator"].step()
-        replaced_Q = net.quantizer.update(torch.cat(latents), torch.cat(codes), seed=self.seed, step=step,
-                                          reduce=all_sum, rank=self.ctx.rank, world=self.ctx.world)
+        if quantize:
+            replaced_Q = net.quantizer.update(torch.cat(latents), torch.cat(codes), seed=self.seed, step=step,
+                                              reduce=all_sum, rank=self.ctx.rank, world=self.ctx.world)
         # an average that starts at the first step would remember the random start for long
         self.generator.ema.update(dict(net.named_parameters()), min(codec.ema, (1 + step) / (10 + step)))
 
@@ -121,9 +125,9 @@ class CodecObjective:
         metrics["grad_norm/generator"] = torch.as_tensor(norm_g)
         if game:
             metrics["grad_norm/discriminator"] = torch.as_tensor(norm_d)
-        metrics["codes_replaced"] = replaced_Q.sum()
-        for q, perplexity in enumerate(net.quantizer.perplexity()):
-            metrics[f"perplexity/q{q:02d}"] = perplexity
+        if quantize:
+            metrics["codes_replaced"] = replaced_Q.sum()
+            metrics |= {f"perplexity/q{q:02d}": p for q, p in enumerate(net.quantizer.perplexity())}
         return metrics
 
     def _play(self, engine: Engine, wav_BT, fake_BT, share: float, last: bool) -> dict[str, torch.Tensor]:
@@ -171,8 +175,9 @@ class CodecObjective:
             real_BTF, codes_BTQ = log_mel(wav_BT), model.encode(wav_BT)
             hits_QN += F.one_hot(codes_BTQ, codec.vocab).sum((0, 1)).float()
             mel_Q1[0] += len(wav_BT)
-            for q in range(codec.n_q):
-                fake_BT = model.decode(codes_BTQ[..., :q + 1])
+            for q in range(codec.n_q):  # before codec.quantize_from there are no codes: the latents as they are
+                started = int(model.quantizer.initialised)
+                fake_BT = model.decode(codes_BTQ[..., :q + 1]) if started else model.synthesize(model.latents(wav_BT))
                 mel_Q1[q + 1] += (log_mel(fake_BT) - real_BTF).abs().mean() * len(wav_BT)
         mel_Q1, hits_QN = all_sum(mel_Q1), all_sum(hits_QN)
         mel = (mel_Q1[1:] / mel_Q1[0]).tolist()
