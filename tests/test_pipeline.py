@@ -96,7 +96,7 @@ def job(head, checkout, tmp_path_factory):
 
 
 def test_a_submitted_job_ends_with_sound_report_and_every_step_done(job):
-    assert list(index(job)) == STEPS
+    assert set(index(job)) == set(STEPS)
     samples = index(job)["samples"]["path"]
     entries = json.loads(Path(samples, "samples.json").read_text())
     assert len(entries) >= 6 and {e["mode"] for e in entries} == {"unconditional", "acoustic", "continuation", "resynthesis"}
