@@ -196,3 +196,61 @@ def test_force_makes_a_step_and_its_descendants_new_and_nothing_else(job):
         old, new = ({p.stat().st_ino for p in Path(x[name]).glob(pattern)} for x in (before, after))
         assert new and not old & new
     assert "12 of 12 steps done" in cli(f"store={job}", "--status").stdout
+
+
+def test_ctrl_c_stops_cleanly_and_the_same_command_continues(tmp_path):
+    store = tmp_path / "store"
+    args = ["--inline", f"store={store}", "tracking=none", "--only", "manifest,masked_model"]
+    process = subprocess.Popen([sys.executable, "workflows/full_pipeline.py", "tests/e2e.yaml", *args], cwd=ROOT, env=ENV,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while not list(store.glob("masked_model/*/0001/commits/*.json")):
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and "the same command continues" in text and "Traceback" not in text
+    assert json.loads(next(store.glob("masked_model/*/0001/attempts/0001.json")).read_text())["state"] == "stopped"
+    cli(*args)
+    assert len(list(store.glob("masked_model/*/0001/attempts/*.json"))) == 2 and "masked_model" in index(store)
+
+
+def test_the_store_may_be_an_s3_server(tmp_path):
+    """SeaweedFS, a real server: tokens and a trained stage in a bucket; the second run skips all of it."""
+    keys = {"identities": [{"name": "test", "credentials": [{"accessKey": "key", "secretKey": "secret"}],
+                            "actions": ["Admin", "Read", "Write", "List", "Tagging"]}]}
+    (tmp_path / "s3.json").write_text(json.dumps(keys))
+    port = 8533
+    server = subprocess.Popen(
+        [f"{BIN}/weed", "server", "-s3", f"-s3.port={port}", f"-dir={tmp_path}", "-ip=127.0.0.1",
+         f"-s3.config={tmp_path / 's3.json'}", "-master.port=9533", "-volume.port=9581", "-filer.port=9588"],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    env = {**ENV, "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1",
+           "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}
+    steps = "manifest,masked_model,kmeans,semantic_tokens,lm_semantic"
+    command = [sys.executable, "workflows/full_pipeline.py", "tests/e2e.yaml", "--inline", "--only", steps,
+               "store=s3://audiolm/store", "tracking=none"]
+    try:
+        _make_bucket(env, "audiolm")
+        first, second = (subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
+                         for _ in range(2))
+        assert first.returncode == 0 and "lm_semantic      DONE" in first.stdout, first.stdout + first.stderr
+        assert second.returncode == 0 and "0 of 12 steps to run" in second.stdout, second.stdout + second.stderr
+    finally:
+        server.kill()
+        server.wait()
+
+
+def _make_bucket(env, name):
+    import boto3
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    client = boto3.client("s3", endpoint_url=env["AWS_ENDPOINT_URL"], aws_access_key_id="key",
+                          aws_secret_access_key="secret", region_name="us-east-1")
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            client.create_bucket(Bucket=name)
+            return
+        except (BotoCoreError, ClientError):
+            assert time.monotonic() < deadline, "the S3 server did not come up"
+            time.sleep(0.5)
