@@ -36,8 +36,13 @@ def put(path: str, data: bytes, *, exclusive: bool = False) -> None:
     """
     fs, p = open_fs(path)
     if not isinstance(fs, LocalFileSystem):
-        with fs.open(p, "xb" if exclusive else "wb") as f:
-            f.write(data)
+        try:
+            with fs.open(p, "xb" if exclusive else "wb") as f:
+                f.write(data)
+        except OSError as e:
+            if exclusive and _refused(e):
+                raise FileExistsError(path) from e
+            raise
         return
     os.makedirs(os.path.dirname(p), exist_ok=True)
     aside = f"{p}.{uuid.uuid4().hex}.tmp"
@@ -59,6 +64,16 @@ def put(path: str, data: bytes, *, exclusive: bool = False) -> None:
     finally:
         if os.path.exists(aside):
             os.unlink(aside)
+
+
+def _refused(error: BaseException | None) -> bool:
+    """True for a server's 412 (it exists) or 409 (another writer is at it), which servers name differently."""
+    while error is not None:
+        status = getattr(error, "response", {}).get("ResponseMetadata", {}).get("HTTPStatusCode")
+        if status in (409, 412):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def put_json(path: str, value: Any, *, exclusive: bool = False) -> None:
