@@ -157,9 +157,13 @@ def start_ray(cfg: Pipeline, say: Callable[[str], None]) -> None:
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a private cluster on this machine
     import ray
 
-    ray.init(address=address or "local", include_dashboard=False if not address else None, log_to_driver=False,
-             logging_level=logging.ERROR, configure_logging=True,
-             **({} if address else {"num_gpus": 0} if cfg.cluster.device == "cpu" else {}))
+    try:
+        ray.init(address=address or "local", include_dashboard=None if address else False, log_to_driver=False,
+                 logging_level=logging.ERROR, num_gpus=0 if cfg.cluster.device == "cpu" and not address else None)
+    except (ConnectionError, RuntimeError, ValueError) as e:
+        where = f"join the cluster at {address!r}" if address else "start Ray here"
+        raise StepFailed(f"cannot {where}: {str(e).splitlines()[0]}; check cluster.address, RAY_ADDRESS and RAY_AUTH_MODE, "
+                         "or run with --inline") from e
     nodes = [n for n in ray.nodes() if n["Alive"]]
     resources = ray.cluster_resources()
     say(f"ray: {len(nodes)} node(s), {resources.get('CPU', 0):.0f} CPUs, {resources.get('GPU', 0):.0f} GPUs")

@@ -43,7 +43,7 @@ def fan_out(fn: Callable, items: Sequence[tuple], *, out, cluster: Cluster, unit
                 try:
                     results[i] = ray.get(ref)
                 except ray.exceptions.RayTaskError as e:
-                    raise e.as_instanceof_cause() from None
+                    raise e.cause from None  # the function's own error, without Ray's wrapping
                 done += sizes[i]
             out.progress(done, total, unit)
     finally:
