@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
+import socket
+import subprocess
+import sysconfig
+import time
 from pathlib import Path
 
 import pytest
@@ -15,24 +20,47 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 
 @pytest.fixture(scope="session")
-def s3_server():
-    """A real S3 server for the session (moto): its endpoint is in the environment while tests run."""
+def s3_server(tmp_path_factory):
+    """SeaweedFS, a real S3 server whose conditional writes are atomic; its endpoint and keys stand in the environment."""
+    import boto3
     import s3fs
-    from moto.server import ThreadedMotoServer
+    from botocore.exceptions import BotoCoreError, ClientError
 
-    server = ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    keep = {k: os.environ.get(k) for k in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL",
-                                           "AWS_DEFAULT_REGION")}
-    os.environ.update(AWS_ACCESS_KEY_ID="test", AWS_SECRET_ACCESS_KEY="test",
-                      AWS_ENDPOINT_URL=f"http://127.0.0.1:{port}", AWS_DEFAULT_REGION="us-east-1")
+    folder = tmp_path_factory.mktemp("s3")
+    keys = {"name": "test", "credentials": [{"accessKey": "key", "secretKey": "secret"}], "actions": ["Admin"]}
+    (folder / "s3.json").write_text(json.dumps({"identities": [keys]}))
+    ports = {name: _free_port() for name in ("s3", "master", "volume", "filer")}
+    server = subprocess.Popen(
+        [f"{sysconfig.get_path('scripts')}/weed", "server", "-s3", f"-dir={folder}", "-ip=127.0.0.1",
+         f"-s3.config={folder / 's3.json'}", *(f"-{name}.port={port}" for name, port in ports.items()),
+         *(f"-{name}.port.grpc={_free_port()}" for name in ports)],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    url = f"http://127.0.0.1:{ports['s3']}"
+    settings = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_ENDPOINT_URL": url,
+                "AWS_DEFAULT_REGION": "us-east-1"}
+    keep = {k: os.environ.get(k) for k in settings}
+    os.environ.update(settings)
     s3fs.S3FileSystem.clear_instance_cache()
-    yield f"http://127.0.0.1:{port}"
-    server.stop()
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            boto3.client("s3").create_bucket(Bucket="tests")
+            break
+        except (BotoCoreError, ClientError):
+            assert time.monotonic() < deadline and server.poll() is None, "the S3 server did not come up"
+            time.sleep(0.3)
+    yield url
+    server.kill()
+    server.wait()
     s3fs.S3FileSystem.clear_instance_cache()
     for key, value in keep.items():
         os.environ.pop(key, None) if value is None else os.environ.__setitem__(key, value)
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -41,11 +69,7 @@ def store(request, tmp_path):
     if request.param == "local":
         return str(tmp_path / "store")
     request.getfixturevalue("s3_server")
-    import s3fs
-
-    bucket = f"b{abs(hash(str(tmp_path)))}"
-    s3fs.S3FileSystem().mkdir(bucket)
-    return f"s3://{bucket}/store"
+    return f"s3://tests/{tmp_path.name}-{time.time_ns()}"
 
 
 class RecordingOut:
