@@ -52,6 +52,19 @@ def fan_out(fn: Callable, items: Sequence[tuple], *, out, cluster: Cluster, unit
     return results
 
 
+def device_of(cluster: Cluster, inline: bool, gpus: int = 1) -> str:
+    """cuda or cpu: as the config says, else what the cluster (inline: this process) has; the driver may have no GPU."""
+    if cluster.device != "auto":
+        return cluster.device
+    if inline:
+        import torch
+
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    import ray
+
+    return "cuda" if ray.cluster_resources().get("GPU", 0) >= gpus else "cpu"
+
+
 def _call(fn: Callable, item: tuple) -> Any:
     with _threads(1):
         return fn(*item)

@@ -10,13 +10,11 @@ from __future__ import annotations
 import time
 from typing import Any
 
-import torch
-
 from audiolm import store
 from audiolm.config import LM
 from audiolm.data.batches import TokenBatches
 from audiolm.data.manifest import roots
-from audiolm.data.shards import fan_out
+from audiolm.data.shards import device_of, fan_out
 from audiolm.eval import likelihood
 from audiolm.eval.codec import codec_figures
 from audiolm.eval.ladder import held_out, ladder, seconds_within
@@ -40,9 +38,9 @@ def run_evaluate(config: dict[str, Any], inputs: dict[str, Any], out: Any) -> di
     settings = {"lm": LM(), **{k: v for k, v in config.items() if k != "cluster"}}
     stages = [s for s in STAGES if s in paths]
     parts = ["ladder", "codec", *stages[::-1], "tokens"]  # the longest first
-    gpu = cluster.device == "cuda" or (cluster.device == "auto" and torch.cuda.is_available())
-    items = [(part, settings, paths, out.path, cluster.device) for part in parts]
-    results = fan_out(evaluate_part, items, out=out, cluster=cluster, unit="parts", gpu=gpu)
+    device = device_of(cluster, out.inline)
+    items = [(part, settings, paths, out.path, device) for part in parts]
+    results = fan_out(evaluate_part, items, out=out, cluster=cluster, unit="parts", gpu=device == "cuda")
     found = dict(zip(parts, results, strict=True))
     table = {"codec": found["codec"], "stages": {s: found[s]["figures"] for s in stages}, "tokens": found["tokens"],
              "ladder": found["ladder"],
@@ -53,8 +51,6 @@ def run_evaluate(config: dict[str, Any], inputs: dict[str, Any], out: Any) -> di
 
 def evaluate_part(part: str, config: dict[str, Any], paths: dict[str, str], folder: str, device: str) -> Any:
     """One task: a part's table, as plain JSON values."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     if part == "tokens":
         return likelihood.token_statistics(paths["semantic_tokens"])
     if part in STAGES:

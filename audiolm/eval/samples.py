@@ -16,7 +16,7 @@ import numpy as np
 from audiolm import rng, store
 from audiolm.data.audio import read_clip, wav_bytes
 from audiolm.data.manifest import Clip, read_clips, roots
-from audiolm.data.shards import fan_out
+from audiolm.data.shards import device_of, fan_out
 from audiolm.lm.generation import Sound, load, whole_frames
 from audiolm.tokenizers.base import SAMPLE_RATE
 
@@ -29,7 +29,7 @@ def make_samples(config: Mapping[str, Any], inputs: Mapping[str, Any], out: Any)
     stages (no lm_fine where Q' = Q). One task a mode. Returns counts, seconds of audio and real-time factors (below 1:
     faster than the sound lasts). Raises ValueError for a wav that is not finite or not of the length asked for.
     """
-    device = _device(config["cluster"].device)
+    device = device_of(config["cluster"], out.inline)
     paths = {name: artifact.path for name, artifact in inputs.items()}
     settings = {k: config[k] for k in ("samples", "corpus", "seed")}
     mean_run = inputs["semantic_tokens"].facts["mean_run"]
@@ -113,9 +113,3 @@ def _publish(path: str, mode: str, i: int, sound: Sound, samples: int, clip: Cli
     return {"file": f"wav/{name}.wav", "mode": mode, "title": title, "seconds": round(len(wav_T) / SAMPLE_RATE, 4),
             "prompt_s": prompt_s, "clip": clip.id if clip else None,
             "text": clip.text if clip else None, "peak": round(float(np.abs(wav_T).max()), 5)}
-
-
-def _device(wanted: str) -> str:
-    import torch
-
-    return ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted

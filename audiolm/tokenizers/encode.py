@@ -18,7 +18,7 @@ from audiolm import store
 from audiolm.data import tokens
 from audiolm.data.audio import read_clip
 from audiolm.data.manifest import Clip, read_clips, roots
-from audiolm.data.shards import fan_out
+from audiolm.data.shards import device_of, fan_out
 from audiolm.tokenizers.base import ACOUSTIC_HOP, SAMPLE_RATE, SEMANTIC_HOP, TokenSpec, padded_samples
 
 TOKENIZER = {"semantic": "kmeans", "acoustic": "codec"}  # which -> the step whose artifact encodes
@@ -37,20 +37,17 @@ def encode_tokens(config: dict[str, Any], inputs: dict[str, Any], out: Any) -> d
         by_shard.setdefault(clip.shard, []).append(clip)
     if sorted(by_shard) != list(range(len(by_shard))):
         raise tokens.TokenError(f"the manifest's shards are {sorted(by_shard)[:10]}..., expected 0, 1, 2, ...")
-    began = time.monotonic()
+    device, began = device_of(cluster, out.inline), time.monotonic()
     items = [(which, by_shard[k], k, len(by_shard), roots(corpus), inputs[TOKENIZER[which]].path,
-              inputs["manifest"].build, out.path, config["tokens"].batch_s, cluster.device) for k in sorted(by_shard)]
+              inputs["manifest"].build, out.path, config["tokens"].batch_s, device) for k in sorted(by_shard)]
     sizes = [sum(c.seconds for c in by_shard[k]) for k in sorted(by_shard)]
-    gpu = cluster.device == "cuda" or (cluster.device == "auto" and torch.cuda.is_available())
-    parts = fan_out(encode_shard, items, out=out, cluster=cluster, unit="audio s", sizes=sizes, gpu=gpu)
+    parts = fan_out(encode_shard, items, out=out, cluster=cluster, unit="audio s", sizes=sizes, gpu=device == "cuda")
     return _facts(which, parts, sum(sizes), time.monotonic() - began)
 
 
 def encode_shard(which: str, clips: list[Clip], shard: int, shards: int, source_roots: dict[str, str],
                  tokenizer_path: str, manifest: str, out_path: str, batch_s: float, device: str) -> dict[str, Any]:
     """One task: `clips` of a shard to its file, unless it is there. Returns the counts of `_shard_facts`."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = load_tokenizer(which, tokenizer_path, device)
     spec: TokenSpec = tokenizer.spec
     if spec.sample_rate != SAMPLE_RATE or spec.hop != HOP[which]:

@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load, save
 
 from audiolm import rng, store
-from audiolm.config import Cluster, KMeans
+from audiolm.config import KMeans
 from audiolm.data.audio import read_clip
 from audiolm.data.manifest import Clip, read_clips, roots
-from audiolm.data.shards import fan_out
+from audiolm.data.shards import device_of, fan_out
 from audiolm.models import kmeans
 from audiolm.tokenizers.base import SAMPLE_RATE, SEMANTIC_HOP, padded_samples
 from audiolm.tokenizers.semantic import load_encoder, mel_of, save_semantic
@@ -40,7 +40,7 @@ def fit_kmeans(config: dict, inputs: dict, out) -> dict:
     numbers = sorted(shards)
     frames = [sum(_frames(c) for c in shards[n]) for n in numbers]
     quotas = _quotas(frames, settings.max_frames)
-    device = _device(cluster)
+    device = device_of(cluster, out.inline)
     items = [(model, settings.layer, shards[n], roots(config["corpus"]), n, quota, seed, out.path, device)
              for n, quota in zip(numbers, quotas, strict=True)]
     sizes = [min(f, OVERSAMPLE * q) * SEMANTIC_HOP / SAMPLE_RATE for f, q in zip(frames, quotas, strict=True)]
@@ -136,9 +136,3 @@ def _frames(clip: Clip) -> int:
 
 def _file(out_path: str, shard: int) -> str:
     return store.join(out_path, "features", f"{shard:05d}.safetensors")
-
-
-def _device(cluster: Cluster) -> str:
-    if cluster.device != "auto":
-        return cluster.device
-    return "cuda" if torch.cuda.is_available() else "cpu"

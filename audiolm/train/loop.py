@@ -21,6 +21,7 @@ import torch
 
 from audiolm import rng
 from audiolm.config import Cluster, Train
+from audiolm.data.shards import device_of
 from audiolm.lease import check_lease
 from audiolm.metrics import MetricsFile, read_from
 from audiolm.store import get_json, is_local, join, open_fs, put, put_json
@@ -51,8 +52,8 @@ class Job:
 def train(factory: Factory, config: Mapping[str, Any], train: Train, inputs: Mapping[str, Any], out, *,
           cluster: Cluster, seed: int) -> dict:
     """Trains to the end (resuming this build's newest checkpoint) and returns the facts of {build}/final.json."""
-    device = _device(cluster, out.inline)
     world = 1 if out.inline else cluster.train_workers
+    device = device_of(cluster, out.inline, world)
     if train.batch % world:
         raise ValueError(f"{out.step.name}: batch {train.batch} is not divisible by cluster.train_workers {world}")
     threads = cluster.threads or max(1, (os.cpu_count() or 1) // world)
@@ -68,16 +69,6 @@ def train(factory: Factory, config: Mapping[str, Any], train: Train, inputs: Map
     if final is None:
         raise RuntimeError(f"{out.step.name}: training ended without {out.path}/final.json; run it again")
     return final
-
-
-def _device(cluster: Cluster, inline: bool) -> str:
-    if cluster.device != "auto":
-        return cluster.device
-    if inline:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    import ray
-
-    return "cuda" if ray.cluster_resources().get("GPU", 0) >= cluster.train_workers else "cpu"
 
 
 def _fit(job: Job, world: int, threads: int, out) -> None:
