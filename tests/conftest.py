@@ -32,7 +32,8 @@ def s3_server(tmp_path_factory):
     ports = {name: _free_port() for name in ("s3", "master", "volume", "filer")}
     server = subprocess.Popen(
         [f"{sysconfig.get_path('scripts')}/weed", "server", "-s3", f"-dir={folder}", "-ip=127.0.0.1",
-         f"-s3.config={folder / 's3.json'}", *(f"-{name}.port={port}" for name, port in ports.items()),
+         f"-s3.config={folder / 's3.json'}", "-volume.max=100", "-master.volumeSizeLimitMB=64",
+         *(f"-{name}.port={port}" for name, port in ports.items()),
          *(f"-{name}.port.grpc={_free_port()}" for name in ports)],
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     url = f"http://127.0.0.1:{ports['s3']}"
