@@ -29,12 +29,12 @@ def s3_server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("s3")
     keys = {"name": "test", "credentials": [{"accessKey": "key", "secretKey": "secret"}], "actions": ["Admin"]}
     (folder / "s3.json").write_text(json.dumps({"identities": [keys]}))
-    ports = {name: _free_port() for name in ("s3", "master", "volume", "filer")}
+    ports = {name: free_port() for name in ("s3", "master", "volume", "filer")}
     server = subprocess.Popen(
         [f"{sysconfig.get_path('scripts')}/weed", "server", "-s3", f"-dir={folder}", "-ip=127.0.0.1",
          f"-s3.config={folder / 's3.json'}", "-volume.max=100", "-master.volumeSizeLimitMB=64",
          *(f"-{name}.port={port}" for name, port in ports.items()),
-         *(f"-{name}.port.grpc={_free_port()}" for name in ports)],
+         *(f"-{name}.port.grpc={free_port()}" for name in ports)],
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     url = f"http://127.0.0.1:{ports['s3']}"
     settings = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_ENDPOINT_URL": url,
@@ -58,7 +58,7 @@ def s3_server(tmp_path_factory):
         os.environ.pop(key, None) if value is None else os.environ.__setitem__(key, value)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, free_port
 
 STEPS = ["manifest", "masked_model", "kmeans", "codec", "semantic_tokens", "acoustic_tokens", "lm_semantic", "lm_coarse",
          "lm_fine", "samples", "evaluate", "report"]
@@ -44,10 +44,11 @@ def index(store):
 @pytest.fixture(scope="session")
 def head(tmp_path_factory):
     """`ray start --head` with token authentication; yields the dashboard's address."""
-    port, dashboard = 6391, 8291
+    port, dashboard, *agent = (free_port() for _ in range(5))  # another Ray on this machine may hold the usual ports
     temp = tmp_path_factory.mktemp("r")
     subprocess.run([f"{BIN}/ray", "start", "--head", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=2",
-                    f"--temp-dir={temp}", "--disable-usage-stats"], env=ENV, check=True, capture_output=True, timeout=120)
+                    f"--temp-dir={temp}", "--disable-usage-stats", f"--dashboard-agent-listen-port={agent[0]}",
+                    f"--dashboard-agent-grpc-port={agent[1]}", f"--metrics-export-port={agent[2]}"], env=ENV, check=True, capture_output=True, timeout=120)
     pids = [int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit() and _mentions(p, str(temp))]
     yield f"http://127.0.0.1:{dashboard}"
     for pid in pids:  # only what this fixture started
