@@ -48,7 +48,8 @@ def head(tmp_path_factory):
     temp = tmp_path_factory.mktemp("r")
     subprocess.run([f"{BIN}/ray", "start", "--head", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=2",
                     f"--temp-dir={temp}", "--disable-usage-stats", f"--dashboard-agent-listen-port={agent[0]}",
-                    f"--dashboard-agent-grpc-port={agent[1]}", f"--metrics-export-port={agent[2]}"], env=ENV, check=True, capture_output=True, timeout=120)
+                    f"--dashboard-agent-grpc-port={agent[1]}", f"--metrics-export-port={agent[2]}"],
+                   env=ENV, check=True, capture_output=True, timeout=120)
     pids = [int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit() and _mentions(p, str(temp))]
     yield f"http://127.0.0.1:{dashboard}"
     for pid in pids:  # only what this fixture started
