@@ -235,11 +235,3 @@ def index_path(cfg: Pipeline) -> str:
 def write_index(cfg: Pipeline, steps: dict[str, dict]) -> None:
     """runs/{run}.json: the human index, step -> path (DESIGN 4)."""
     put_json(index_path(cfg), {"run": cfg.run.name, "corpus": cfg.corpus.name, "steps": steps})
-
-
-def read_index(store: str, run: str) -> dict[str, str]:
-    """Step -> artifact path of a run, for tools that use a trained run. Raises ValueError naming the run."""
-    index = get_json(join(store, "runs", f"{run}.json"))
-    if index is None:
-        raise ValueError(f"no run {run!r} in store {store!r}: run workflows/full_pipeline.py with run.name={run} first")
-    return {name: entry["path"] for name, entry in index["steps"].items()}

@@ -10,7 +10,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterable
 
-from audiolm.dag import Artifact, Observer, Row, Status, look, run_step
+from audiolm.dag import Artifact, Observer, Row, run_step
 
 
 class StepFailed(RuntimeError):
@@ -73,13 +73,3 @@ def execute(rows: list[Row], store: str, *, force: Iterable[str] = (), inline: b
         name, error = errors[0]
         raise StepFailed(f"step {name} failed: {type(error).__name__}: {error}") from error
     return built
-
-
-def statuses(rows: list[Row], store: str) -> dict[str, Status]:
-    """Fresh statuses of a plan's steps, for --status."""
-    builds, found = {}, {}
-    for r in rows:
-        view = look(r.step, store, {u.name: builds[u.name] for u in r.step.inputs})
-        builds[r.step.name] = view.artifact.build if view.artifact else None
-        found[r.step.name] = view.status
-    return found
