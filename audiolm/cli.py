@@ -19,7 +19,8 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from audiolm.config import ConfigError, Pipeline, load
+from audiolm.config import ConfigError, Pipeline
+from audiolm.configfile import load
 from audiolm.dag import Row, Step, plan, toposort
 from audiolm.execute import StepFailed, execute
 from audiolm.store import check_store, get_json, is_local, join, put_json, remove

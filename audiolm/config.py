@@ -1,4 +1,4 @@
-"""The configuration: frozen pydantic models with the paper's numbers as defaults, one YAML file, `a.b=c` overrides.
+"""The configuration: frozen pydantic models with the paper's numbers as defaults.
 
 Every field is part of a step's identity unless it is marked `Runtime` or `Later` (see identity.py).
 Seconds end in `_s`, hertz in `_hz`.  Unknown keys are refused.
@@ -6,12 +6,9 @@ Seconds end in `_s`, hertz in `_hz`.  Unknown keys are refused.
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from audiolm.identity import Config, Runtime
 
@@ -32,6 +29,7 @@ class Cluster(Config):
     threads: Runtime[int | None] = Field(None, ge=1, description="torch threads a training worker; None = CPUs / ranks")
     parallel_training: Runtime[int] = Field(1, ge=1, description="training steps at once")
     retries: Runtime[int] = Field(2, ge=0, description="relaunches of a step after a node or worker died")
+    compile: Runtime[bool] = Field(True, description="torch.compile what trains on a GPU, where the step knows how")
     audio_cache_mb: Runtime[int] = Field(512, ge=0, description="decoded audio kept in memory by a training worker")
 
 
@@ -166,31 +164,49 @@ class Semantic(Config):
 
 
 class Discriminators(Config):
+    """The adversary. "dac": periods and STFT windows; "soundstream": three waveform scales and one STFT of windows[0]."""
+
     periods: tuple[int, ...] = (2, 3, 5, 7, 11)
     windows: tuple[int, ...] = (2048, 1024, 512)
     channels: int = 32
     start_step: int = Field(1000, ge=0, description="first step of the adversarial game")
 
 
+class CodecWeights(Config):
+    """Weights of the generator's losses; with `codec.balance`, shares of the gradient that reaches the waveform."""
+
+    reconstruction: float = Field(15.0, ge=0)
+    waveform: float = Field(0.0, ge=0, description="of the samples' distance, relative to their magnitude")
+    feature: float = Field(2.0, ge=0)
+    adversarial: float = Field(1.0, ge=0)
+    commitment: float = Field(0.25, ge=0)
+    codebook: float = Field(1.0, ge=0, description="factorised codes only")
+
+
 class Codec(Config):
     """SoundStream (2107.03312) at 16 kHz: strides 2, 4, 5, 8 -> 50 Hz; 12 x 1024 codes = 6 kb/s (paper IV-B)."""
 
     where: Where = Where()
+    pretrained: Runtime[str | None] = Field(None, description="folder or URI of a transformers EnCodec, DAC or Mimi model, "
+                                            "imported instead of training one; n_q and vocab must fit it")
     strides: tuple[int, ...] = (2, 4, 5, 8)
     enc_channels: int = 32
     dec_channels: int = 32
     dim: int = 128  # with C = 32: 9.9 M parameters for both sides
     n_q: int = Field(12, ge=1, le=64)
     vocab: int = Field(1024, ge=2, le=65_535)
-    code_decay: float = 0.99
+    quantizer: Literal["ema", "factorised"] = Field("ema", description="codes that are moving averages (paper), or learned "
+                                                                       "in code_dim dimensions by cosine (DAC)")
+    code_dim: int = Field(8, ge=1, description="factorised codes only")
+    code_decay: float = Field(0.99, gt=0, lt=1)
     quantize_from: int = Field(0, ge=0, description="first quantized step: codebooks start by k-means of latents that "
                                                     "have learned so far")
     dead_share: float = Field(0.1, description="a code is dead below this x (global frames a step / vocab)")
+    losses: Literal["dac", "soundstream"] = Field("dac", description="reconstruction, discriminators and game: DAC's 16 kHz "
+                                                  "recipe, or the paper's (its weights: 1, feature 100, adversarial 1)")
+    weights: CodecWeights = CodecWeights()
+    balance: bool = Field(False, description="scale each loss by its own gradient's running norm (EnCodec's balancer)")
     disc: Discriminators = Discriminators()
-    mel_weight: float = 15.0  # the weights follow DAC's 16 kHz recipe
-    feature_weight: float = 2.0
-    adversarial_weight: float = 1.0
-    commitment_weight: float = 0.25
     ema: float = 0.999
     crop_s: float = 0.48
     train: Train = Train(steps=400_000, batch=64, lr=1e-4, decay_steps=200_000, betas=(0.8, 0.99), weight_decay=0.01,
@@ -240,6 +256,7 @@ class Evaluate(Config):
     clips: int = Field(8, ge=1, description="held-out clips for codec figures and the ladder")
     clip_s: float = Field(8.0, gt=0, description="seconds of each such clip")
     rows: int = Field(64, ge=1, description="held-out crops a stage's losses are measured on")
+    lyra: Runtime[str | None] = Field(None, description="folder or URI of Lyra v2's .tflite models, to set it beside the codec")
 
 
 class Pipeline(Config):
@@ -275,61 +292,3 @@ class Pipeline(Config):
 
 class ConfigError(ValueError):
     """A configuration that cannot be used; the text names the field, the value and the fix."""
-
-
-def load(path: str, overrides: list[str] = ()) -> Pipeline:
-    """Reads a YAML file and applies `a.b=c` overrides (values are YAML; list items by number: `corpus.sources.0.root=x`).
-
-    Relative roots and uris in the file are relative to the file; those in overrides to the working folder.
-    Raises ConfigError.
-    """
-    try:
-        data = yaml.safe_load(Path(path).read_text()) or {}
-    except FileNotFoundError as e:
-        raise ConfigError(f"no config file {path}") from e
-    except yaml.YAMLError as e:
-        raise ConfigError(f"{path} is not YAML: {e}") from e
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path} holds a {type(data).__name__}, expected sections such as corpus: and codec:")
-    _root_paths(data, Path(path).resolve().parent)
-    for item in overrides:
-        _override(data, item)
-    _root_paths(data, Path.cwd())
-    try:
-        return Pipeline.model_validate(data)
-    except ValidationError as e:
-        lines = [f"  {'.'.join(map(str, err['loc'])) or 'config'}: {err['msg']}"
-                 + ("" if isinstance(err["input"], dict) else f" (got {err['input']!r})") for err in e.errors()]
-        raise ConfigError(f"{path} has {len(lines)} error(s):\n" + "\n".join(lines)) from e
-
-
-def _root_paths(data: dict, base: Path) -> None:
-    for source in (data.get("corpus") or {}).get("sources") or []:
-        for key in ("root", "uri") if isinstance(source, dict) else ():
-            value = source.get(key)
-            if isinstance(value, str) and "://" not in value:
-                source[key] = os.path.normpath(base / Path(value).expanduser())
-
-
-def _override(data: dict, item: str) -> None:
-    key, eq, text = item.partition("=")
-    if not eq or not key:
-        raise ConfigError(f"override {item!r} is not of the form a.b=c")
-    *parents, last = key.split(".")
-    node: Any = data
-    for name in parents:
-        if isinstance(node, list):
-            if not name.isdigit() or int(name) >= len(node):
-                raise ConfigError(f"override {item!r}: {name!r} is not one of the {len(node)} items there")
-            node = node[int(name)]
-        else:
-            node = node.setdefault(name, {})
-        if not isinstance(node, (dict, list)):
-            raise ConfigError(f"override {item!r}: {name!r} is a value, not a section")
-    value = yaml.safe_load(text)
-    if isinstance(node, list):
-        if not last.isdigit() or int(last) >= len(node):
-            raise ConfigError(f"override {item!r}: {last!r} is not one of the {len(node)} items there")
-        node[int(last)] = value
-    else:
-        node[last] = value

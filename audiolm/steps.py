@@ -30,6 +30,12 @@ def train_codec(config: dict, inputs: dict, out) -> dict:
     return _train(codec_objective, config, config["codec"].train, inputs, out)
 
 
+def import_codec(config: dict, inputs: dict, out) -> dict:
+    """Takes over a codec in the format of transformers instead of training one."""
+    from audiolm.tokenizers.pretrained import import_codec as step
+    return step(config, inputs, out)
+
+
 def encode_tokens(config: dict, inputs: dict, out) -> dict:
     """Tokenizes the corpus, one Parquet file a shard; config["which"] is semantic or acoustic."""
     from audiolm.tokenizers.encode import encode_tokens as step

@@ -9,7 +9,8 @@ from typing import Annotated
 import pytest
 
 from audiolm.cli import place
-from audiolm.config import Cluster, Codec, ConfigError, Stage, Train, load
+from audiolm.config import Cluster, Codec, ConfigError, Stage, Train
+from audiolm.configfile import load
 from audiolm.identity import Config, Later, flatten, identity
 from tests.conftest import ROOT
 
@@ -56,6 +57,7 @@ def test_paths_in_a_file_are_relative_to_it_and_those_of_overrides_to_the_workin
     monkeypatch.chdir(tmp_path)
     assert load(QUICKSTART).corpus.sources[0].root == str(ROOT / "workflows" / "quickstart" / "flac")
     assert load(QUICKSTART, ["corpus.sources.0.root=here"]).corpus.sources[0].root == str(tmp_path / "here")
+    assert load(QUICKSTART, ["codec.pretrained=here"]).codec.pretrained == str(tmp_path / "here")
     assert load(QUICKSTART, ["corpus.sources.0.root=s3://b/x"]).corpus.sources[0].root == "s3://b/x"
 
 

@@ -57,7 +57,7 @@ def world(tmp_path_factory):
                                      for k, v in codec.quantizer.state_dict().items()})
     weights = {k: v.contiguous() for k, v in codec.state_dict().items()}
     store.put(str(root / "codec" / "export" / "model.safetensors"), safetensors.torch.save(weights))
-    about = {"kind": "soundstream", "sample_rate": RATE, **SIZES}
+    about = {"kind": "soundstream", "sample_rate": RATE, "quantizer": "ema", "code_dim": 8, **SIZES}
     store.put_json(str(root / "codec" / "export" / "config.json"), about)
     source = {"kind": "folder", "name": "a", "root": str(root / "audio")}
     return SimpleNamespace(root=root, clips=clips, corpus=Corpus(name="t", sources=[source]))
@@ -163,6 +163,15 @@ def test_evaluate_fills_every_table(world, encoded, tmp_path):
     assert [r["n_q"] for r in table["codec"]["levels"]] == [1, 2, 3]
     assert table["codec"]["levels"][-1]["kbps"] == pytest.approx(50 * 3 * 4 / 1000)
     assert [u["level"] for u in table["codec"]["usage"]] == [1, 2, 3]
+    assert {r["codec"].split(" (")[0] for r in table["codec"]["rows"]} == {"identity", "Opus", "this codec"}
+    assert table["codec"]["absent"]["Lyra v2"].startswith("no folder") and "codec.levels_that_do_not_help" in facts
+    assert [p["clip"] for p in table["codec"]["players"]] == ["a/test-0", "a/test-1"]
+    for player in table["codec"]["players"]:
+        labels = [f["label"] for f in player["files"]]
+        assert labels[:4] == ["original", "1 level, 0.2 kb/s", "2 levels, 0.4 kb/s", "3 levels, 0.6 kb/s"]
+        assert labels[4].startswith("Opus") and labels[4].endswith("6 kb/s")
+        for file in player["files"]:  # under ui/, so that the tracker shows them
+            assert file["file"].startswith("ui/codec/") and soundfile.info(f"{tmp_path}/{file['file']}").frames == RATE
     assert [r["level"] for r in table["stages"]["lm_fine"]["levels"]] == [3]
     for figures in table["stages"].values():
         assert figures["tokens"] > 0 and all(0 < figures[k] < 10 for k in ("loss", "unigram", "bigram"))

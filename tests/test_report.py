@@ -55,6 +55,22 @@ def build(folder: Path, step: str) -> Path:
     return path
 
 
+def codec_figures(inputs: dict[str, Artifact]) -> dict:
+    levels = [{"n_q": q, "kbps": 0.4 * q, "pesq": 1.1 + 0.1 * q if q in (1, 6) else None, "visqol": None, "stoi": 0.5,
+               "si_sdr": None if q == 1 else -5.0 + q, "mel": 1.0 - 0.1 * q, "gain": None if q == 1 else 0.1,
+               "scored": {"pesq": 2}} for q in range(1, 7)]
+    others = [{"codec": name, "n_q": None, "kbps": kbps, "pesq": pesq, "visqol": None, "stoi": 0.9, "si_sdr": None, "mel": 0.3,
+               "scored": {"pesq": 2}} for name, kbps, pesq in (("identity", None, 4.64), ("Opus (opusenc)", 5.87, 2.17))]
+    labels = ("original", "1 level, 0.4 kb/s", "6 levels, 2.4 kb/s", "Opus (opusenc), 6 kb/s")
+    files = [{"label": label, "file": f"ui/codec/9009-1-{i}.wav"} for i, label in enumerate(labels)]
+    for i, f in enumerate(files):
+        tone(Path(inputs["evaluate"].path) / f["file"], 1.0, 200.0 + 100 * i)
+    return {"levels": levels, "rows": [*others, *({"codec": "this codec", **r} for r in levels if r["pesq"])],
+            "levels_that_do_not_help": [5], "absent": {"visqol": "visqol-python is not installed"}, "visqol": None,
+            "usage": [{"level": q, "used": 200 - 10 * q, "perplexity": 120.0 - 9 * q} for q in range(1, 7)],
+            "mean_spectrum_mel": 1.2, "clips": 2, "seconds": 8.0, "players": [{"clip": "9009-1", "files": files}]}
+
+
 def example(folder: Path) -> dict[str, Artifact]:
     """A complete run's outputs, made up."""
     inputs = {}
@@ -87,9 +103,7 @@ def example(folder: Path) -> dict[str, Artifact]:
         rungs.append({"rung": rung, "mel": mel,
                       "files": [{"clip": c, "file": f"wav/{n}-{c}.wav"} for c in ("9009-1", "9010-2")]})
     put(Path(inputs["evaluate"].path) / "evaluate.json", {
-        "codec": {"levels": [{"n_q": q, "kbps": 0.4 * q, "pesq": 1.1 + 0.1 * q, "si_sdr": None if q == 1 else -5.0 + q,
-                              "mel": 1.0 - 0.1 * q} for q in range(1, 7)], "mean_spectrum_mel": 1.2,
-                  "usage": [{"level": q, "used": 200 - 10 * q, "perplexity": 120.0 - 9 * q} for q in range(1, 7)]},
+        "codec": codec_figures(inputs),
         "stages": {"lm_semantic": {"loss": 2.9, "unigram": 3.8, "bigram": 2.8, "tokens": 4000},
                    "lm_coarse": {"loss": 4.4, "unigram": 5.0, "bigram": 4.6, "tokens": 9000,
                                  "levels": [{"level": 1, "loss": 4.0, "unigram": 4.9, "bigram": 4.2},
@@ -131,17 +145,20 @@ def read(path: Path) -> Checker:
 def test_a_complete_report(tmp_path):
     facts = build_report({"title": f"corpus {NASTY}"}, example(tmp_path), Out(str(tmp_path / "out")))
     found = read(tmp_path / "out")
-    assert facts["players"] == found.tags.count("audio") == 8 + 12
+    assert facts["players"] == found.tags.count("audio") == 8 + 12 + 4
     assert "script" not in found.tags and NASTY in found.text
     assert all(a.startswith(("data:", "#")) for a in found.addresses), "the page must need nothing beside it"
     for text in ("0.90 better", "0.10 worse", "✗ not used", "✓ 0.200 lost without it", "9010-2", "coarse stage, level 2",
-                 "abcdef012345", "rejected 2 (silent 1, too short 1)", "train.steps", "mean run", "36.80"):
+                 "abcdef012345", "rejected 2 (silent 1, too short 1)", "train.steps", "mean run", "36.80",
+                 "Held-out clip 9009-1", "Opus (opusenc), 6 kb/s", "5.87", "4.64", "No ViSQOL: visqol-python is not installed.",
+                 "✗ no gain from 5", "Levels that do not lower the mel distance: 5."):
         assert text in found.text, text
     sounds = [a for a in found.addresses if a.startswith("data:audio/flac;base64,")]
     wav, rate = soundfile.read(io.BytesIO(base64.b64decode(sounds[0].split(",", 1)[1])))
     assert rate == 16_000 and len(wav) == 48_000 and np.abs(wav).max() > 0.3
     plots_there = {p.name for p in (tmp_path / "out" / "ui" / "plots").iterdir()}
-    assert plots_there == {"ladder.png", "codebook-use.png", *(f"loss-{s}.png" for s in (
+    sounds = (f"codec-9009-1-{i}.png" for i in range(4))
+    assert plots_there == {"ladder.png", "codebook-use.png", "codec-rate.png", *sounds, *(f"loss-{s}.png" for s in (
         "masked_model", "codec-training", "codec-validation", "lm_semantic", "lm_coarse", "lm_fine"))}
 
 
@@ -155,7 +172,8 @@ def test_a_report_of_nothing_says_what_is_missing(tmp_path):
 def test_a_report_survives_what_is_half_there(tmp_path):
     inputs = example(tmp_path)
     evaluate = Path(inputs["evaluate"].path) / "evaluate.json"
-    put(evaluate, {"codec": {"levels": [{"n_q": 1, "pesq": None}]}, "stages": {"lm_semantic": {"loss": 2.0}},
+    gone = [{"clip": "9009-1", "files": [{"label": "original", "file": "ui/codec/gone.wav"}]}]
+    put(evaluate, {"codec": {"levels": [{"n_q": 1, "pesq": None}], "players": gone}, "stages": {"lm_semantic": {"loss": 2.0}},
                    "conditioning": {"lm_coarse": {"true": 1.0}}, "ladder": [{"rung": "original"}]})
     (Path(inputs["samples"].path) / "wav" / "acoustic-1.wav").unlink()
     (Path(inputs["samples"].path) / "wav" / "acoustic-2.wav").write_bytes(b"not a wav")
@@ -163,6 +181,7 @@ def test_a_report_survives_what_is_half_there(tmp_path):
     del inputs["lm_fine"]
     build_report({"title": "half"}, inputs, Out(str(tmp_path / "out")))
     found = read(tmp_path / "out")
+    assert "ui/codec/gone.wav is gone." in found.text
     assert "wav/acoustic-1.wav is gone." in found.text and "No metrics file in the build of codec" in found.text
     assert found.tags.count("audio") == 6
 

@@ -16,6 +16,7 @@ sys.path.insert(0, str(HERE.parent))  # a submitted job runs the code that was s
 from audiolm.cli import main  # noqa: E402
 from audiolm.config import Pipeline  # noqa: E402
 from audiolm.dag import Step  # noqa: E402
+from audiolm.tokenizers.pretrained import imported  # noqa: E402
 
 
 def graph(cfg: Pipeline) -> list[Step]:
@@ -29,7 +30,10 @@ def graph(cfg: Pipeline) -> list[Step]:
 
     masked = Step("masked_model", do.train_masked, {**common, "model": sem.model, "where": sem.where}, (manifest,), trains=True)
     kmeans = Step("kmeans", do.fit_kmeans, {**common, "kmeans": sem.kmeans, "where": sem.where}, (manifest, masked))
-    codec_ = Step("codec", do.train_codec, {**common, "codec": codec}, (manifest,), trains=True)
+    if codec.pretrained:
+        codec_ = Step("codec", do.import_codec, {"codec": imported(codec.pretrained, codec.n_q, codec.vocab)})
+    else:
+        codec_ = Step("codec", do.train_codec, {**common, "codec": codec}, (manifest,), trains=True)
 
     encode = {**common, "tokens": cfg.tokens}
     z = Step("semantic_tokens", do.encode_tokens, {**encode, "which": "semantic"}, (manifest, kmeans))

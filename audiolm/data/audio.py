@@ -2,7 +2,7 @@
 
 wav, flac, ogg, opus and mp3 by libsndfile, local or any fsspec place.  A clip's parts are decoded whole at their own
 rate, joined, and resampled once (soxr) to exactly ceil(frames * 16000 / rate) samples, so that a crop never depends
-on where it is cut.  Shapes: wav_T; several channels become their mean.
+on where it is cut.  `stream` gives a long file the same by blocks.  Shapes: wav_T; several channels become their mean.
 """
 
 from __future__ import annotations
@@ -70,6 +70,35 @@ def resample(wav_T: np.ndarray, from_hz: int, to_hz: int) -> np.ndarray:
     out_T = soxr.resample(wav_T, from_hz, to_hz, quality="HQ")
     n = samples_at(len(wav_T), from_hz, to_hz)
     return np.pad(out_T[:n], (0, max(0, n - len(out_T)))).astype(np.float32, copy=False)
+
+
+def stream(path: str, to_hz: int = SAMPLE_RATE_HZ) -> Iterator[np.ndarray]:
+    """A whole file as blocks wav_T float32 mono at `to_hz`, in constant memory; joined they are what `decode` and
+    `resample` give.
+
+    Raises FileNotFoundError, soundfile.LibsndfileError; ValueError for no frames at all, for fewer than a lossless file's
+    header counts, and for NaN or infinite samples, with their time."""
+    import soxr
+
+    frames = made = 0
+    with open_sound(path) as f:
+        rate, counted = f.samplerate, f.frames if f.format in LOSSLESS and f.frames < 1 << 60 else 0
+        resampler = soxr.ResampleStream(rate, to_hz, 1, quality="HQ") if rate != to_hz else None
+        for wav_T in blocks(f):
+            if not np.isfinite(wav_T).all():
+                at_s = (frames + int(np.argmin(np.isfinite(wav_T)))) / rate
+                raise ValueError(f"{path}: the sample at {at_s:.3f} s is NaN or infinite; clean the file")
+            frames += len(wav_T)
+            out_T = resampler.resample_chunk(wav_T) if resampler else wav_T
+            made += len(out_T)
+            yield out_T
+    if frames < counted:
+        raise ValueError(f"{path} is truncated: {frames} of {counted} frames decode; get the file again")
+    if not frames:
+        raise ValueError(f"{path} is empty: its header is followed by no samples")
+    if resampler:
+        rest_T, n = resampler.resample_chunk(np.zeros(0, np.float32), last=True), samples_at(frames, rate, to_hz) - made
+        yield np.pad(rest_T[:n], (0, max(0, n - len(rest_T))))
 
 
 def read_clip(clip: Clip, roots: dict[str, str], start: int = 0, samples: int | None = None) -> np.ndarray:

@@ -1,49 +1,218 @@
-"""Figures of a codec on held-out speech, by number of levels: quality against bit rate.
+"""Figures of a codec on held-out speech, by number of levels, beside shipped codecs: quality against bit rate.
 
-PESQ (wide band, 1 to 4.64), SI-SDR (dB), mel distance (mean L1 of log-mels, nats) and bit rate; the yardstick of the
-mel distance is a clip's own mean spectrum, which any useful codec must beat.  Codes in use and perplexity per level.
+PESQ (wide band, 1 to 4.64), ViSQOL (speech mode at 16 kHz, 1 to 5; the table names its version and mapper), STOI (to
+1), SI-SDR (dB), mel distance (mean L1 of log-mels, nats) and bit rate; the yardstick of the mel distance is a clip's
+own mean spectrum, which any useful codec must beat.  Codes in use and perplexity per level.  wav_T: mono float32 at
+16 kHz.  A metric whose library is missing is None everywhere and the table says why once, in "absent".
 """
 
 from __future__ import annotations
 
 import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
+from audiolm.eval.baseline_codecs import Baseline
 from audiolm.models.mel import HOP, log_mel
 from audiolm.tokenizers.base import SAMPLE_RATE, Codec
 
-PESQ_MIN_S = 0.25  # shorter clips have no PESQ
+METRICS = ("pesq", "visqol", "stoi", "si_sdr_db", "mel")
+PESQ_MIN_S, VISQOL_MIN_S, STOI_MIN_S = 0.25, 1.0, 0.5  # shorter clips have none
+COARSE_BITS_PER_S = 2000  # of the paper's coarse levels: 4 x 10 bits x 50 Hz (III-B)
+INSTALL = "is not installed (pip install 'audiolm[eval]')"
+
+Score = Callable[[np.ndarray, np.ndarray], float | str]  # (wav_T, made_T) -> value, or why there is none
 
 
-def codec_figures(codec: Codec, wavs: list[np.ndarray]) -> dict[str, Any]:
-    """wavs: mono float32 at 16 kHz. Returns "levels" (a row per number of levels: n_q, bits_per_s, pesq, pesq_clips,
-    pesq_failed = {clip number: reason}, si_sdr_db, mel), "codebooks" (a row per level: level, used, perplexity),
-    "mean_spectrum_mel", "clips" and "seconds". A mean over no clip is None. Raises ValueError without wavs.
+@dataclass(frozen=True)
+class Scorers:
+    """The metrics at hand, those that are not with the reason, and which ViSQOL it is."""
+
+    by_name: Mapping[str, Score]
+    absent: Mapping[str, str]
+    visqol: str | None
+
+
+def scorers() -> Scorers:
+    """Every metric whose library is installed. ViSQOL's lattice mapper, its reference's default, needs ai-edge-litert;
+    without that it is the exponential one, whose scores lie 1 to 2 higher and cannot be compared with the lattice's."""
+    by_name: dict[str, Score] = {"si_sdr_db": si_sdr_db, "mel": mel_distance}
+    absent, visqol = {}, None
+    try:
+        import pesq  # noqa: F401
+        by_name["pesq"] = pesq_wb
+    except ImportError:
+        absent["pesq"] = f"pesq {INSTALL}"
+    try:
+        import pystoi  # noqa: F401
+        by_name["stoi"] = stoi
+    except ImportError:
+        absent["stoi"] = f"pystoi {INSTALL}"
+    try:
+        by_name["visqol"], visqol = _visqol()
+    except ImportError:
+        absent["visqol"] = f"visqol-python {INSTALL}"
+    return Scorers(by_name, absent, visqol)
+
+
+def measure(wavs: Sequence[np.ndarray], mades: Iterable[np.ndarray], by_name: Mapping[str, Score]) -> dict[str, Any]:
+    """Mean of each metric over the clips (None where no clip has a value), "scored" = {metric: clips with a value},
+    "failed" = {metric: {clip number: reason}}."""
+    values: dict[str, list[float]] = {name: [] for name in by_name}
+    failed: dict[str, dict[str, str]] = {}
+    for i, (wav, made) in enumerate(zip(wavs, mades, strict=True)):
+        for name, score in by_name.items():
+            value = score(wav, made)
+            if isinstance(value, str) or not math.isfinite(value):
+                failed.setdefault(name, {})[str(i)] = value if isinstance(value, str) else "not finite"
+            else:
+                values[name].append(value)
+    means = {name: _mean(values.get(name, [])) for name in METRICS}
+    return {**means, "scored": {name: len(v) for name, v in values.items()}, "failed": failed}
+
+
+def default_levels(codec: Codec) -> list[int]:
+    """1, the coarse levels (2 kb/s), half of the levels, all."""
+    n_q = codec.spec.n_q
+    coarse = round(COARSE_BITS_PER_S / _bits_per_s(codec, 1))
+    return sorted({1, min(max(coarse, 1), n_q), max(n_q // 2, 1), n_q})
+
+
+def codec_figures(codec: Codec, wavs: list[np.ndarray], levels: Sequence[int] | None = None,
+                  have: Scorers | None = None) -> dict[str, Any]:
+    """Returns "levels" (a row per number of levels: n_q, bits_per_s, mel, gain in mel over one level fewer, and where
+    n_q is in `levels` pesq, visqol, stoi, si_sdr_db, with "scored" and "failed" as in `measure`),
+    "levels_that_do_not_help" (gain <= 0), "codebooks" (a row per level: level, used, perplexity), "mean_spectrum_mel",
+    "absent", "visqol" (version and mapper), "clips" and "seconds".
+
+    levels None: `default_levels`. Raises ValueError without wavs and for levels that the codec has not.
     """
     if not wavs:
         raise ValueError("codec_figures got no clips: give held-out audio")
-    codes = [codec.encode(_tensor(w)[None], torch.tensor([len(w)]))[0] for w in wavs]
-    rows = []
-    for n_q in range(1, codec.spec.n_q + 1):
-        pesqs, failed, si_sdrs, mels = [], {}, [], []
-        for i, (wav, codes_TQ) in enumerate(zip(wavs, codes, strict=True)):
-            made = codec.decode(codes_TQ[None, :, :n_q])[0, :len(wav)].numpy()
-            mels.append(mel_distance(wav, made))
-            si_sdrs.append(si_sdr_db(wav, made))
-            value = pesq_wb(wav, made)
-            if isinstance(value, str):
-                failed[str(i)] = value
-            else:
-                pesqs.append(value)
-        rows.append({"n_q": n_q, "bits_per_s": n_q * codec.spec.rate_hz * math.log2(codec.spec.vocab),
-                     "pesq": _mean(pesqs), "pesq_clips": len(pesqs), "pesq_failed": failed,
-                     "si_sdr_db": _mean([x for x in si_sdrs if math.isfinite(x)]), "mel": _mean(mels)})
-    return {"levels": rows, "codebooks": codebook_use(torch.cat(codes), codec.spec.vocab),
+    n_q, have = codec.spec.n_q, have or scorers()
+    levels = default_levels(codec) if levels is None else levels
+    if unknown := [q for q in levels if not 1 <= q <= n_q]:
+        raise ValueError(f"levels {unknown} do not exist: this codec has 1 to {n_q}")
+    codes = encode(codec, wavs)
+    rows: list[dict[str, Any]] = []
+    for q in range(1, n_q + 1):
+        by_name = have.by_name if q in levels else {"mel": mel_distance}
+        row = measure(wavs, (decode(codec, c[:, :q], len(w)) for c, w in zip(codes, wavs, strict=True)), by_name)
+        mels = [r["mel"] for r in (*rows[-1:], row)]
+        gain = None if len(mels) < 2 or None in mels else mels[0] - mels[1]
+        rows.append({"n_q": q, "bits_per_s": _bits_per_s(codec, q), **row, "gain": gain})
+    return {"levels": rows, "levels_that_do_not_help": [r["n_q"] for r in rows if r["gain"] is not None and r["gain"] <= 0],
+            "codebooks": codebook_use(torch.cat(codes), codec.spec.vocab),
             "mean_spectrum_mel": _mean([mean_spectrum_distance(w) for w in wavs]),
-            "clips": len(wavs), "seconds": sum(map(len, wavs)) / SAMPLE_RATE}
+            "absent": dict(have.absent), "visqol": have.visqol, "clips": len(wavs), "seconds": _seconds(wavs)}
+
+
+def compare(codec: Codec | None, wavs: list[np.ndarray], baselines: Sequence[Baseline] = (),
+            levels: Sequence[int] | None = None) -> dict[str, Any]:
+    """One table of the original against itself, the baselines and the codec at some numbers of levels (None: no codec).
+
+    "rows": codec, n_q (None but for ours), kbps, pesq, visqol, stoi, si_sdr (dB), mel, scored; "levels": the same of
+    ours at every number of levels, with gain; "usage": level, used (codes), share, perplexity; the rest as in
+    `codec_figures`, "absent" with the baselines'. Raises ValueError without wavs.
+    """
+    if not wavs:
+        raise ValueError("compare got no clips: give audio of at least a second")
+    have = scorers()
+    rows = [{"codec": "identity", "n_q": None, "kbps": None, **_reported(measure(wavs, wavs, have.by_name))}]
+    absent = dict(have.absent)
+    for baseline in baselines:
+        if baseline.round_trip is None:
+            absent[baseline.codec] = baseline.absent
+            continue
+        mades, bits = zip(*map(baseline.round_trip, wavs), strict=True)
+        rows.append({"codec": baseline.codec, "n_q": None, "kbps": sum(bits) / _seconds(wavs) / 1000,
+                     **_reported(measure(wavs, mades, have.by_name))})
+    table = {"absent": absent, "visqol": have.visqol, "clips": len(wavs), "seconds": _seconds(wavs)}
+    if codec is None:
+        return {"rows": rows, **table}
+    levels = default_levels(codec) if levels is None else levels
+    found = codec_figures(codec, wavs, levels, have)
+    ours = [{"n_q": r["n_q"], "kbps": r["bits_per_s"] / 1000, **_reported(r), "gain": r["gain"]} for r in found["levels"]]
+    rows += [{"codec": "this codec", **{k: v for k, v in r.items() if k != "gain"}} for r in ours if r["n_q"] in levels]
+    usage = [{"level": r["level"], "used": round(r["used"] * codec.spec.vocab), "share": r["used"],
+              "perplexity": r["perplexity"]} for r in found["codebooks"]]
+    return {"rows": rows, "levels": ours, "usage": usage, "mean_spectrum_mel": found["mean_spectrum_mel"],
+            "levels_that_do_not_help": found["levels_that_do_not_help"], **table}
+
+
+def _reported(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {**{name.removesuffix("_db"): row[name] for name in METRICS}, "scored": row["scored"]}
+
+
+def format_table(table: Mapping[str, Any]) -> str:
+    """The rows of `compare` as aligned text, by bit rate, with `notes` below; a metric without any value has no column."""
+    heads = [(name, head, digits) for name, head, digits in HEADS if any(r[name] is not None for r in table["rows"])]
+    lines = [[head for _, head, _ in heads]]
+    for row in sorted(table["rows"], key=lambda r: (r["kbps"] is not None, r["kbps"] or 0)):
+        cells = ("-" if row[name] is None else f"{row[name]:.{digits}f}" if digits else str(row[name])
+                 for name, _, digits in heads)
+        lines.append(list(cells))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = [f"{line[0]:<{widths[0]}}  " + "  ".join(f"{c:>{w}}" for c, w in zip(line[1:], widths[1:], strict=True))
+            for line in lines]
+    return "\n".join([*text, "", *notes(table)])
+
+
+HEADS = (("codec", "codec", 0), ("n_q", "levels", 0), ("kbps", "kb/s", 2), ("pesq", "PESQ", 2), ("visqol", "ViSQOL", 2),
+         ("stoi", "STOI", 3), ("si_sdr", "SI-SDR dB", 1), ("mel", "mel distance", 3))  # (field, title, digits)
+
+
+def notes(table: Mapping[str, Any]) -> list[str]:
+    """What a reader of the figures has to know: clips, ViSQOL's mapper, what is absent, levels that do not help."""
+    labels = {name: head for name, head, _ in HEADS}
+    lines = [f"{table['clips']} clips, {table['seconds']:.1f} s; identity is the original against itself; rates count "
+             "the packets' bits."]
+    if table.get("visqol"):
+        lines.append(f"ViSQOL: {table['visqol']}; scores of another mapper cannot be set beside these.")
+    lines += [f"No {labels.get(name, name)}: {why}." for name, why in table["absent"].items()]
+    fewest: dict[str, int] = {}
+    for row in table["rows"]:
+        for name, n in row["scored"].items():
+            if name in ("pesq", "visqol", "stoi"):
+                fewest[name] = min(n, fewest.get(name, n))
+    lines += [f"{labels[name]} has a value on as few as {n} of {table['clips']} clips (too short, or no speech found)."
+              for name, n in fewest.items() if n < table["clips"]]
+    if useless := table.get("levels_that_do_not_help"):
+        lines.append(f"Levels that do not lower the mel distance: {', '.join(map(str, useless))}.")
+    return lines
+
+
+def reconstructions(codec: Codec, wav_T: np.ndarray, levels: Sequence[int],
+                    baselines: Sequence[Baseline] = ()) -> list[tuple[str, np.ndarray]]:
+    """(label, wav_T) of the original, of each number of levels and of the baselines at hand, to be heard side by side."""
+    codes_TQ, = encode(codec, [wav_T])
+    ours = [(f"{q} level{'s' * (q > 1)}, {_bits_per_s(codec, q) / 1000:.3g} kb/s",
+             decode(codec, codes_TQ[:, :q], len(wav_T))) for q in levels]
+    theirs = [(f"{b.codec}, {b.kbps:g} kb/s", b.round_trip(wav_T)[0]) for b in baselines if b.round_trip]
+    return [("original", wav_T), *ours, *theirs]
+
+
+def encode(codec: Codec, wavs: Sequence[np.ndarray]) -> list[torch.Tensor]:
+    if codec.spec.sample_rate != SAMPLE_RATE:
+        raise ValueError(f"{codec.spec.name} is a codec of {codec.spec.sample_rate} Hz; these figures are for {SAMPLE_RATE} Hz")
+    return [codec.encode(_tensor(w)[None], torch.tensor([len(w)]))[0] for w in wavs]
+
+
+def decode(codec: Codec, codes_TQ: torch.Tensor, samples: int) -> np.ndarray:
+    return codec.decode(codes_TQ[None])[0, :samples].numpy()
+
+
+def _bits_per_s(codec: Codec, n_q: int) -> float:
+    return n_q * codec.spec.rate_hz * math.log2(codec.spec.vocab)
+
+
+def _seconds(wavs: Sequence[np.ndarray]) -> float:
+    return sum(map(len, wavs)) / SAMPLE_RATE
 
 
 def _mean(values: list[float]) -> float | None:
@@ -84,16 +253,54 @@ def si_sdr_db(wav_T: np.ndarray, made_T: np.ndarray) -> float:
 
 
 def pesq_wb(wav_T: np.ndarray, made_T: np.ndarray) -> float | str:
-    """Wide-band PESQ, or why there is none (too short, no speech found)."""
+    """Wide-band PESQ (ITU-T P.862.2), or why there is none (too short, no speech found)."""
     import pesq
 
     if len(wav_T) < PESQ_MIN_S * SAMPLE_RATE:
         return f"shorter than {PESQ_MIN_S} s"
     try:
-        value = float(pesq.pesq(SAMPLE_RATE, wav_T, made_T, "wb"))
+        return float(pesq.pesq(SAMPLE_RATE, wav_T, made_T, "wb"))
     except (pesq.PesqError, ValueError, ZeroDivisionError) as e:
         return f"{type(e).__name__}: {e}"
-    return value if math.isfinite(value) else "not finite"
+
+
+def stoi(wav_T: np.ndarray, made_T: np.ndarray) -> float | str:
+    """Short-time objective intelligibility, or why there is none."""
+    import pystoi
+
+    if len(wav_T) < STOI_MIN_S * SAMPLE_RATE:
+        return f"shorter than {STOI_MIN_S} s"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # it warns and gives 1e-5 where it finds too little speech
+        value = float(pystoi.stoi(wav_T, made_T, SAMPLE_RATE))
+    return value if wav_T.any() and value != 1e-5 else "too little speech"
+
+
+def _visqol() -> tuple[Score, str]:
+    """ViSQOL in speech mode and its name. Raises ImportError."""
+    from importlib.metadata import version
+
+    from visqol import VisqolApi
+
+    api = VisqolApi()
+    try:
+        api.create(mode="speech", use_lattice_model=True)
+        mapper = "lattice"
+    except ImportError:
+        api.create(mode="speech", use_lattice_model=False)
+        mapper = "exponential"
+
+    def score(wav_T: np.ndarray, made_T: np.ndarray) -> float | str:
+        if len(wav_T) < VISQOL_MIN_S * SAMPLE_RATE:
+            return f"shorter than {VISQOL_MIN_S:g} s"
+        if not wav_T.any():
+            return "silent"
+        try:
+            return float(api.measure_from_arrays(wav_T.astype(np.float64), made_T.astype(np.float64), SAMPLE_RATE).moslqo)
+        except (IndexError, ValueError, ZeroDivisionError) as e:  # no patch with any sound
+            return f"{type(e).__name__}: {e}"
+
+    return score, f"visqol-python {version('visqol-python')}, speech mode, {mapper} mapper"
 
 
 def codebook_use(codes_TQ: torch.Tensor, vocab: int) -> list[dict[str, float]]:

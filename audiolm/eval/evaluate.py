@@ -1,28 +1,33 @@
 """The step `evaluate`: codec figures, losses beside baselines, use of the conditioning, token statistics, the ladder.
 
 Parts run side by side as tasks, each from the artifacts' paths.  `{out.path}/evaluate.json` holds the tables (levels
-count from 1, losses in nats per token, mel distances in nats, rates in kb/s), `{out.path}/wav/` the ladder's sound.
+count from 1, losses in nats per token, mel distances in nats, rates in kb/s), `{out.path}/wav/` the ladder's sound,
+`{out.path}/ui/codec/` the codec's beside the original and Opus, which the tracker shows as well.
 Held-out means: dev for the stages' losses, test (dev where there is none) for codec and ladder.
 """
 
 from __future__ import annotations
 
+import re
 import time
 from typing import Any
 
 from audiolm import store
 from audiolm.config import LM
+from audiolm.data.audio import wav_bytes
 from audiolm.data.batches import TokenBatches
 from audiolm.data.manifest import roots
 from audiolm.data.shards import device_of, fan_out
 from audiolm.eval import likelihood
-from audiolm.eval.codec import codec_figures
+from audiolm.eval.baseline_codecs import baselines, opus
+from audiolm.eval.codec import compare, default_levels, reconstructions
 from audiolm.eval.ladder import held_out, ladder, seconds_within
 from audiolm.lm import generation
 from audiolm.lm.model import load_lm
 from audiolm.tokenizers.acoustic import load_codec
 
 STAGES = ("lm_semantic", "lm_coarse", "lm_fine")
+CODEC_PLAYERS = 2  # clips to be heard at several numbers of levels
 
 
 def run_evaluate(config: dict[str, Any], inputs: dict[str, Any], out: Any) -> dict[str, Any]:
@@ -59,7 +64,7 @@ def evaluate_part(part: str, config: dict[str, Any], paths: dict[str, str], fold
     where = lm.fine.where if "lm_fine" in paths else lm.coarse.where
     if part == "codec":
         clips = held_out(paths["manifest"], source_roots, evaluate.clips, evaluate.clip_s, where)
-        return codec_table(load_codec(paths["codec"], device), [wav for _, wav in clips])
+        return codec_part(load_codec(paths["codec"], device), clips, lm.coarse_levels, evaluate.lyra, folder)
     samples = config["samples"]
     temperatures = {"semantic": samples.temperature_semantic, "coarse": samples.temperature_coarse,
                     "fine": samples.temperature_fine}
@@ -81,22 +86,32 @@ def stage_part(name: str, config: dict[str, Any], paths: dict[str, str], device:
     return {"figures": figures, "conditioning": used}
 
 
-def codec_table(codec: Any, wavs: list) -> dict[str, Any]:
-    """`codec_figures` in the report's units: kb/s, and codes used as a number and a share."""
-    found = codec_figures(codec, wavs)
-    levels = [{"n_q": r["n_q"], "kbps": r["bits_per_s"] / 1000, "pesq": r["pesq"], "si_sdr": r["si_sdr_db"],
-               "mel": r["mel"]} for r in found["levels"]]
-    usage = [{"level": r["level"], "used": round(r["used"] * codec.spec.vocab), "share": r["used"],
-              "perplexity": r["perplexity"]} for r in found["codebooks"]]
-    return {"levels": levels, "mean_spectrum_mel": found["mean_spectrum_mel"], "usage": usage, "clips": found["clips"],
-            "seconds": found["seconds"]}
+def codec_part(codec: Any, clips: list, coarse_levels: int, lyra: str | None, folder: str) -> dict[str, Any]:
+    """`compare` on the (clip, wav_T) at 1, Q', half and all levels, with "players": [{"clip", "files": [{"label",
+    "file"}]}] of the first clips, their wavs under {folder}/ui/codec/."""
+    levels = sorted({*default_levels(codec), min(coarse_levels, codec.spec.n_q)})
+    table = {**compare(codec, [wav for _, wav in clips], baselines(lyra), levels), "players": []}
+    for clip, wav in clips[:CODEC_PLAYERS]:
+        files = []
+        for label, made in reconstructions(codec, wav, levels, opus()[:1]):
+            name = re.sub(r"[^A-Za-z0-9.]+", "-", f"{clip.id}-{len(files)}-{label}")
+            file = f"ui/codec/{name}.wav"
+            store.put(store.join(folder, file), wav_bytes(made))
+            files.append({"label": label, "file": file})
+        table["players"].append({"clip": clip.id, "files": files})
+    return table
 
 
 def flat_facts(table: dict[str, Any]) -> dict[str, float]:
     """The main figures by dotted name."""
-    best = table["codec"]["levels"][-1]
-    facts = {f"codec.{k}": best[k] for k in ("pesq", "si_sdr", "mel") if best[k] is not None}
-    facts["codec.mean_spectrum_mel"] = table["codec"]["mean_spectrum_mel"]
+    codec = table["codec"]
+    names = {name: name for name in ("pesq", "stoi", "si_sdr", "mel")}
+    if codec["visqol"]:  # a name of its own for each mapper, so that no chart draws the two as one
+        names["visqol"] = "visqol_lattice" if "lattice" in codec["visqol"] else "visqol_exponential"
+    best = codec["levels"][-1]
+    facts = {f"codec.{name}": best[k] for k, name in names.items() if best[k] is not None}
+    facts["codec.mean_spectrum_mel"] = codec["mean_spectrum_mel"]
+    facts["codec.levels_that_do_not_help"] = len(codec["levels_that_do_not_help"])
     for name, figures in table["stages"].items():
         facts |= {f"{name}.{k}": figures[k] for k in ("loss", "unigram", "bigram")}
     for name, used in table["conditioning"].items():

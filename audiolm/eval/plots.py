@@ -1,7 +1,7 @@
-"""Pictures as PNG bytes: spectrograms, loss curves, codebook use, bars of a ladder. Matplotlib's Agg, no display.
+"""Pictures as PNG bytes: spectrograms, loss curves, codebook use, quality over rate, bars. No display.
 
-wav is float32 mono at 16 kHz.  matplotlib is imported within functions; figures are objects, never global state, so
-threads may draw at the same time.
+wav is float32 mono at 16 kHz.  matplotlib (its Agg backend) is imported within functions; figures are objects, never
+global state, so threads may draw at the same time.
 """
 
 from __future__ import annotations
@@ -101,6 +101,20 @@ def codebook_use(levels: Sequence[int], perplexity: Sequence[float], used: Seque
     axes.set_xticks(at, [str(level) for level in levels])
     axes.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     _name(axes, title, "quantizer level", "codes")
+    return _png(figure)
+
+
+def rate_quality(series: Mapping[str, Sequence[tuple[float, float]]], title: str, y: str) -> bytes:
+    """Quality over bit rate: of each codec its (kb/s, score), in order of rate."""
+    figure, axes = _figure(6.4, 2.8)
+    for i, (name, points) in enumerate(series.items()):
+        xs, ys = zip(*sorted(points), strict=True)
+        axes.plot(xs, ys, label=name, color=COLOURS[i % len(COLOURS)], linewidth=1.4, marker="o", markersize=4)
+    axes.set_xlim(left=0)
+    axes.grid(axis="y", color="#e5e9ee", linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    _name(axes, title, "kb/s", y)
     return _png(figure)
 
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from audiolm import store
 from audiolm.eval import plots
+from audiolm.eval.codec import HEADS, notes
 from audiolm.eval.page import Html, esc, join, missing, number, page, picture, player, table, tag, verdict
 from audiolm.identity import flatten
 from audiolm.metrics import read_build
@@ -45,7 +46,7 @@ def build_report(config: dict[str, Any], inputs: Mapping[str, Any], out: Any) ->
         ("ladder", "Stage ladder", _ladder(figures.get("ladder") or [], paths.get("evaluate", ""), plot)),
         ("stages", "Language models", _stages(figures.get("stages") or {})),
         ("conditioning", "Is the conditioning used?", _conditioning(figures.get("conditioning") or {})),
-        ("codec", "Codec", _codec(figures.get("codec") or {}, plot)),
+        ("codec", "Codec", _codec(figures.get("codec") or {}, paths.get("evaluate", ""), plot)),
         ("tokens", "Semantic tokens", _tokens(figures.get("tokens") or {})),
         ("curves", "Training", _curves(paths, figures, plot)),
         ("run", "What ran", _what_ran(inputs)),
@@ -170,20 +171,53 @@ def _conditioning(found: Mapping[str, dict]) -> Html:
                  table(["", "true prefix", "shuffled prefix", ""], rows, [1, 2])])
 
 
-def _codec(codec: Mapping[str, Any], plot: _Plots) -> Html:
+def _codec(codec: Mapping[str, Any], folder: str, plot: _Plots) -> Html:
     levels, usage, yardstick = codec.get("levels") or [], codec.get("usage") or [], codec.get("mean_spectrum_mel")
     if not levels and not usage:
         return missing("No codec figures: the step `evaluate` is not among this report's inputs.")
-    rows = [[number(r.get("n_q")), number(r.get("kbps"), 2), number(r.get("pesq"), 2), number(r.get("si_sdr"), 1),
-             number(r.get("mel"))] for r in levels]
-    parts = [table(["levels", "kb/s", "PESQ", "SI-SDR dB", "mel distance"], rows, range(5))]
+    parts = []
+    if codec.get("rows"):
+        parts.append(_figures(sorted(codec["rows"], key=lambda r: r.get("kbps") or 0), HEADS))
+        parts += [tag("p", line, cls="soft") for line in notes(codec)]
+        series: dict[str, list] = {}
+        for r in codec["rows"]:
+            if r["kbps"] is not None and r["pesq"] is not None:
+                series.setdefault(r["codec"], []).append((r["kbps"], r["pesq"]))
+        if series:
+            png = plots.rate_quality(series, "Quality over bit rate", "PESQ, wide band")
+            parts.append(plot.add("codec-rate", png, "PESQ of each codec over its bit rate"))
     if levels and yardstick is not None and levels[-1].get("mel") is not None:
         mark = verdict(levels[-1]["mel"] < yardstick, "better", "worse")
         parts.append(tag("p", "With all levels ", mark, f" than each clip's mean spectrum ({number(yardstick)}).", cls="soft"))
+    if levels:
+        useless = codec.get("levels_that_do_not_help")
+        mark = verdict(None if useless is None else not useless, "every level helps",
+                       f"no gain from {', '.join(map(str, useless or ()))}")
+        parts.append(tag("details", tag("summary", "Each number of levels: ", mark),
+                         _figures(levels, (*HEADS[1:], ("gain", "mel gained by the level", 4)))))
     if usage:
         png = plots.codebook_use(*([u.get(k, 0) for u in usage] for k in ("level", "perplexity", "used")))
         parts.append(plot.add("codebook-use", png, "Codes used and perplexity of each level"))
+    for clip in codec.get("players") or ():
+        cards = []
+        for f in clip["files"]:
+            found, inside = _wav(store.join(folder, f["file"])), [missing(f"{f['file']} is gone.")]
+            if found:
+                name = "codec-" + f["file"].rsplit("/", 1)[-1].removesuffix(".wav")
+                image = plot.add(name, plots.spectrogram(found[0], ""), f"Spectrogram of {clip['clip']}, {f['label']}")
+                inside = [found[1], image]
+            cards.append(tag("div", tag("h3", f["label"]), *inside, cls="card"))
+        parts += [tag("h3", f"Held-out clip {clip['clip']}"), tag("div", *cards, cls="cards")]
     return join(parts)
+
+
+def _figures(rows: Iterable[Mapping[str, Any]], heads: Sequence[tuple[str, str, int]]) -> Html:
+    """A table of the columns in which some row has a value; heads are (field, title, digits)."""
+    rows = list(rows)
+    heads = [h for h in heads if any(r.get(h[0]) is not None for r in rows)]
+    cells = [[r[name] if isinstance(r.get(name), str) else number(r.get(name), digits) for name, _, digits in heads]
+             for r in rows]
+    return table([title for _, title, _ in heads], cells, (i for i, h in enumerate(heads) if h[0] != "codec"))
 
 
 def _tokens(tokens: Mapping[str, Any]) -> Html:

@@ -42,6 +42,19 @@ def kmeans(x_MD: torch.Tensor, k: int, seed: int, level: int,
     return centroids_ND, torch.bincount(nearest(x_MD, centroids_ND), minlength=k).to(x_MD) / len(x_MD)
 
 
+def check_levels(codes_BTQ: torch.Tensor, n_q: int) -> int:
+    """The number of levels in codes; raises ValueError where a quantizer of n_q levels cannot decode them."""
+    levels = codes_BTQ.shape[-1]
+    if not 1 <= levels <= n_q:
+        raise ValueError(f"codes have {levels} levels; this codec decodes 1 to {n_q}")
+    return levels
+
+
+def perplexity(share_QN: torch.Tensor) -> torch.Tensor:
+    """exp(entropy) of each row of shares, (Q,)."""
+    return torch.special.entr(share_QN / share_QN.sum(1, keepdim=True)).sum(1).exp()
+
+
 class ResidualVQ(nn.Module):
     def __init__(self, dim: int, n_q: int, vocab: int, decay: float = 0.99, dead_share: float = 0.1):
         super().__init__()
@@ -59,8 +72,9 @@ class ResidualVQ(nn.Module):
     def forward(self, x_BDT: torch.Tensor, n_q_B: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         """Quantizes with all levels; the first n_q_B levels of each example go to the decoder (all where None).
 
-        quantized_BDT carries the gradient straight through; codes_BTQ; commitment: a scalar, mean over the levels of
-        the squared distance between a level's input and its code, whose gradient reaches x alone.
+        quantized_BDT carries the gradient straight through; codes_BTQ; commitment: a scalar, the sum over the levels of
+        the mean squared distance between a level's input and its code, whose gradient reaches x alone; codebook: 0,
+        as these codes move by `update`.
         """
         with torch.autocast(x_BDT.device.type, enabled=False):
             x_BTD = x_BDT.transpose(1, 2).float()
@@ -68,14 +82,14 @@ class ResidualVQ(nn.Module):
             for level, codes_ND in enumerate(self.codebook_QND):
                 code_BT = nearest(residual_BTD.detach().flatten(0, 1), codes_ND).view(x_BTD.shape[:2])
                 picked_BTD = F.embedding(code_BT, codes_ND)
-                commitment = commitment + F.mse_loss(residual_BTD, picked_BTD) / self.n_q
+                commitment = commitment + F.mse_loss(residual_BTD, picked_BTD)
                 residual_BTD = residual_BTD - picked_BTD
                 kept = picked_BTD if n_q_B is None else picked_BTD * (level < n_q_B)[:, None, None]
                 quantized_BTD = quantized_BTD + kept
                 codes.append(code_BT)
             through_BTD = x_BTD + (quantized_BTD - x_BTD).detach()
         return {"quantized_BDT": through_BTD.transpose(1, 2).to(x_BDT.dtype), "codes_BTQ": torch.stack(codes, -1),
-                "commitment": commitment}
+                "commitment": commitment, "codebook": torch.zeros_like(commitment)}
 
     @torch.no_grad()
     def encode(self, x_BDT: torch.Tensor) -> torch.Tensor:
@@ -84,9 +98,7 @@ class ResidualVQ(nn.Module):
 
     def decode(self, codes_BTQ: torch.Tensor) -> torch.Tensor:
         """The fp32 latents, BDT, of any prefix of the levels."""
-        levels = codes_BTQ.shape[-1]
-        if not 1 <= levels <= self.n_q:
-            raise ValueError(f"codes have {levels} levels; this codec decodes 1 to {self.n_q}")
+        levels = check_levels(codes_BTQ, self.n_q)
         return sum(F.embedding(codes_BTQ[..., q], self.codebook_QND[q]) for q in range(levels)).transpose(1, 2)
 
     @torch.no_grad()
@@ -148,5 +160,4 @@ class ResidualVQ(nn.Module):
 
     def perplexity(self) -> torch.Tensor:
         """exp(entropy) of each level's moving shares, (Q,): N where all codes are used alike, 1 where one is."""
-        p_QN = self.share_QN / self.share_QN.sum(1, keepdim=True)
-        return torch.special.entr(p_QN).sum(1).exp()
+        return perplexity(self.share_QN)

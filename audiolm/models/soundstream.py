@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
+from audiolm.models.factorised import FactorisedVQ
 from audiolm.models.rvq import ResidualVQ
 
 DILATIONS = (1, 3, 9)
@@ -87,12 +88,15 @@ class SoundStream(nn.Module):
     """`norm=False` builds the same model without weight norm, for the folded weights that are exported."""
 
     def __init__(self, strides: tuple[int, ...], enc_channels: int, dec_channels: int, dim: int, n_q: int, vocab: int,
-                 code_decay: float = 0.99, dead_share: float = 0.1, norm: bool = True):
+                 code_decay: float = 0.99, dead_share: float = 0.1, quantizer: str = "ema", code_dim: int = 8,
+                 norm: bool = True):
         super().__init__()
         self.hop = math.prod(strides)
         self.encoder = encoder(enc_channels, dim, tuple(strides), norm)
         self.decoder = decoder(dec_channels, dim, tuple(strides), norm)
-        self.quantizer = ResidualVQ(dim, n_q, vocab, code_decay, dead_share)
+        self.quantizer: ResidualVQ | FactorisedVQ = (
+            FactorisedVQ(dim, n_q, vocab, code_dim, code_decay, norm) if quantizer == "factorised"
+            else ResidualVQ(dim, n_q, vocab, code_decay, dead_share))
         reach = sum(DILATIONS) * (KERNEL - 1)
         hops = [math.prod(strides[:i]) for i in range(len(strides))]
         down = sum((reach + stride) * hop for stride, hop in zip(strides, hops, strict=True))
@@ -101,14 +105,14 @@ class SoundStream(nn.Module):
 
     def forward(self, wav_BT: torch.Tensor, n_q_B: torch.Tensor | None = None,
                 quantize: bool = True) -> dict[str, torch.Tensor]:
-        """The training pass: wav_BT (as long as the input), codes_BTQ, commitment and x_BDT, the detached latents; without
-        `quantize` wav_BT alone, from the latents as they are."""
+        """The training pass: wav_BT (as long as the input), codes_BTQ, the quantizer's commitment and codebook
+        losses and x_BDT, the detached latents; without `quantize` wav_BT alone, from the latents as they are."""
         x_BDT = self.latents(wav_BT)
         if not quantize:
             return {"wav_BT": self.synthesize(x_BDT)}
         out = self.quantizer(x_BDT, n_q_B)
         return {"wav_BT": self.synthesize(out["quantized_BDT"]), "codes_BTQ": out["codes_BTQ"],
-                "commitment": out["commitment"], "x_BDT": x_BDT.detach()}
+                "commitment": out["commitment"], "codebook": out["codebook"], "x_BDT": x_BDT.detach()}
 
     def latents(self, wav_BT: torch.Tensor) -> torch.Tensor:
         """x_BDT with T / hop frames. Raises ValueError where T is no multiple of hop."""

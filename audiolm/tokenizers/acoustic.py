@@ -2,17 +2,30 @@
 
 Shapes: wav_BT float32 at 16 kHz, lengths_B true samples, codes_TQ int64 of one clip on the CPU, codes_BTQ of a batch.
 A clip is padded with zeros to whole semantic frames; the model is causal, so nothing behind a clip's end reaches its
-codes.  Long audio goes by chunks with the model's history in front, which gives what the whole gives in bounded memory.
+codes.  Long audio goes by chunks with the model's history in front, which gives what the whole gives in bounded memory;
+`encode_stream` and `decode_stream` take it in blocks of any length and cut the same chunks.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterable, Iterator
 
+import numpy as np
 import torch
 
 from audiolm.models.soundstream import SoundStream
-from audiolm.tokenizers.base import ACOUSTIC_HOP, SAMPLE_RATE, TokenSpec, padded_samples
+from audiolm.tokenizers import pretrained
+from audiolm.tokenizers.base import (
+    ACOUSTIC_HOP,
+    SAMPLE_RATE,
+    TokenSpec,
+    check_codes,
+    check_finite,
+    clip_lengths,
+    padded_samples,
+)
 from audiolm.tokenizers.semantic import ArtefactError, read_export
 
 CHUNK_FRAMES = 3000  # 60 s
@@ -30,22 +43,14 @@ class AcousticTokenizer:
 
         Raises ValueError for wav_BT of another shape, lengths beyond it and samples that are no numbers.
         """
-        lengths = [int(n) for n in lengths_B]
-        if wav_BT.ndim != 2 or len(lengths) != len(wav_BT) or not all(0 <= n <= wav_BT.shape[1] for n in lengths):
-            raise ValueError(f"encode takes mono wav_BT and lengths_B of at most T samples, got shape "
-                             f"{tuple(wav_BT.shape)} and lengths {lengths[:8]}: mix channels down, give true lengths")
+        lengths = clip_lengths(wav_BT, lengths_B)
         samples = padded_samples(max(lengths))
         padded_BT = torch.zeros(len(lengths), samples, device=self.device)
         for row, wav, n in zip(padded_BT, wav_BT, lengths, strict=True):  # what lies behind a clip's end does not count
             row[:n] = wav[:n].float()
-            if not row.isfinite().all():
-                raise ValueError("the audio holds samples that are NaN or infinite: decode or clean it again")
-        hop, pieces = self.model.hop, []
-        for start, end, before in _chunks(samples // hop, self.chunk, self.model.encoder_context):
-            codes_BTQ = self.model.encode(padded_BT[:, (start - before) * hop:end * hop])
-            pieces.append(codes_BTQ[:, before:].cpu())
-        codes_BTQ = torch.cat(pieces, 1)
-        return [row[:padded_samples(n) // hop].clone() for row, n in zip(codes_BTQ, lengths, strict=True)]
+            check_finite(row)
+        codes_BTQ = torch.cat(list(self._codes([padded_BT])), 1)
+        return [row[:padded_samples(n) // self.model.hop].clone() for row, n in zip(codes_BTQ, lengths, strict=True)]
 
     @torch.inference_mode()
     def decode(self, codes_BTQ: torch.Tensor) -> torch.Tensor:
@@ -53,38 +58,98 @@ class AcousticTokenizer:
 
         Raises ValueError for codes of another shape or outside 0 .. vocab - 1.
         """
-        if codes_BTQ.ndim != 3 or not 1 <= codes_BTQ.shape[2] <= self.spec.n_q:
-            raise ValueError(f"decode takes codes_BTQ with 1 to {self.spec.n_q} levels, got shape "
-                             f"{tuple(codes_BTQ.shape)}")
-        if not codes_BTQ.numel():
-            return torch.zeros(len(codes_BTQ), codes_BTQ.shape[1] * self.model.hop)
-        low, high = int(codes_BTQ.min()), int(codes_BTQ.max())
-        if low < 0 or high >= self.spec.vocab:
-            raise ValueError(f"codes run from {low} to {high}; this codec has codes 0 to {self.spec.vocab - 1} "
-                             "(special ids must be taken off first)")
-        codes_BTQ, pieces = codes_BTQ.to(self.device), []
-        for start, end, before in _chunks(codes_BTQ.shape[1], self.chunk, self.model.decoder_context):
-            wav_BT = self.model.decode(codes_BTQ[:, start - before:end])
-            pieces.append(wav_BT[:, before * self.model.hop:].cpu())
-        return torch.cat(pieces, 1)
+        self._check(codes_BTQ)
+        return torch.cat([torch.zeros(len(codes_BTQ), 0), *self._waves([codes_BTQ])], 1)
+
+    @torch.inference_mode()
+    def encode_stream(self, blocks: Iterable[np.ndarray]) -> Iterator[torch.Tensor]:
+        """What `encode` gives of the joined blocks (wav_T float32 of any lengths), as codes_TQ of one chunk after another.
+
+        Raises ValueError for blocks of another shape and samples that are no numbers, with their time in seconds.
+        """
+        for codes_BTQ in self._codes(_whole_frames(blocks)):
+            yield codes_BTQ[0]
+
+    @torch.inference_mode()
+    def decode_stream(self, codes: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """What `decode` gives of the joined codes_TQ (of any lengths), as wav_T of one chunk after another.
+
+        Raises ValueError as `decode` does.
+        """
+        for wav_BT in self._waves(self._check(codes_TQ[None]) for codes_TQ in codes):
+            yield wav_BT[0]
+
+    def _codes(self, parts_BT: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+        hop, context = self.model.hop, self.model.encoder_context
+        for wav_BT, before, _ in chunks(parts_BT, self.chunk * hop, context * hop):
+            yield self.model.encode(wav_BT.to(self.device))[:, before // hop:].cpu()
+
+    def _waves(self, parts_BTQ: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+        for codes_BTQ, before, _ in chunks(parts_BTQ, self.chunk, self.model.decoder_context):
+            yield self.model.decode(codes_BTQ.to(self.device))[:, before * self.model.hop:].cpu()
+
+    def _check(self, codes_BTQ: torch.Tensor) -> torch.Tensor:
+        check_codes(codes_BTQ, self.spec)
+        return codes_BTQ
 
 
-def _chunks(frames: int, size: int, context: int) -> list[tuple[int, int, int]]:
-    """(start, end, frames of history in front of start) of each chunk."""
-    return [(start, min(start + size, frames), min(start, context)) for start in range(0, frames, size)]
+def chunks(parts: Iterable[torch.Tensor], size: int, history: int,
+           lookahead: int = 0) -> Iterator[tuple[torch.Tensor, int, int]]:
+    """Cuts joined tensors (time is dimension 1) into chunks of `size`, wherever the parts end: (chunk, before, own).
+
+    A chunk's own steps stand behind `before` steps of history (`history`, fewer at the start) and in front of
+    `lookahead` steps (fewer at the end). Holds one chunk and one part.
+    """
+    held, have, before = [], 0, 0
+    for part in itertools.chain(parts, (None,)):
+        if part is not None:
+            held.append(part)
+            have += part.shape[1]
+        enough = before + (1 if part is None else size + lookahead)
+        if have < enough:
+            continue
+        joined = held[0] if len(held) == 1 else torch.cat(held, 1)
+        while (have := joined.shape[1]) >= enough:
+            own = min(size, have - before)
+            yield joined[:, :before + own + lookahead], before, own
+            done, before = before + own, min(before + own, history)
+            joined = joined[:, done - before:]
+            enough = before + (1 if part is None else size + lookahead)
+        held = [joined]
 
 
-def load_codec(path: str, device: str = "cpu") -> AcousticTokenizer:
-    """The tokenizer of a finished codec build. Raises ArtefactError where config and weights do not fit."""
+def _whole_frames(blocks: Iterable[np.ndarray]) -> Iterator[torch.Tensor]:
+    """The blocks as wav_BT of one row, and zeros up to whole semantic frames."""
+    n = 0
+    for wav_T in blocks:
+        if wav_T.ndim != 1:
+            raise ValueError(f"encode_stream takes mono blocks wav_T, got shape {wav_T.shape}: mix channels down")
+        if not np.isfinite(wav_T).all():
+            at_s = (n + int(np.argmin(np.isfinite(wav_T)))) / SAMPLE_RATE
+            raise ValueError(f"the sample at {at_s:.3f} s is NaN or infinite: decode or clean the audio again")
+        n += len(wav_T)
+        yield torch.from_numpy(wav_T)[None]
+    yield torch.zeros(1, padded_samples(n) - n)
+
+
+def load_codec(path: str, device: str = "cpu") -> AcousticTokenizer | pretrained.PretrainedCodec:
+    """The tokenizer of a finished codec build, trained here or imported. Raises ArtefactError where config and weights
+    do not fit."""
     weights, config, digest = read_export(path)
-    sizes = ("strides", "enc_channels", "dec_channels", "dim", "n_q", "vocab")
+    if config.get("kind") in pretrained.CLASSES:
+        codec = pretrained.from_export(path, weights, config, digest, device)
+        if (codec.spec.sample_rate, codec.spec.hop) != (SAMPLE_RATE, ACOUSTIC_HOP):
+            raise ArtefactError(f"{path}/export/config.json: {codec.spec.sample_rate} Hz and a hop of {codec.spec.hop}; "
+                                f"this pipeline takes {SAMPLE_RATE} Hz and a hop of {ACOUSTIC_HOP}")
+        return codec
+    sizes = ("strides", "enc_channels", "dec_channels", "dim", "n_q", "vocab", "quantizer", "code_dim")
     if config.get("kind") != "soundstream" or any(key not in config for key in sizes):
         raise ArtefactError(f"{path}/export/config.json is no codec's (kind {config.get('kind')!r}): give the path of "
                             "a codec build")
     if config["sample_rate"] != SAMPLE_RATE or math.prod(config["strides"]) != ACOUSTIC_HOP:
         raise ArtefactError(f"{path}/export/config.json: {config['sample_rate']} Hz and strides {config['strides']}; "
                             f"this pipeline takes {SAMPLE_RATE} Hz and a hop of {ACOUSTIC_HOP}")
-    model = SoundStream(tuple(config["strides"]), *(config[key] for key in sizes[1:]), norm=False)
+    model = SoundStream(**{key: config[key] for key in sizes}, norm=False)
     try:
         model.load_state_dict(weights)
     except RuntimeError as e:

@@ -36,6 +36,32 @@ def padded_samples(n: int) -> int:
     return max(1, -(-n // SEMANTIC_HOP)) * SEMANTIC_HOP
 
 
+def clip_lengths(wav_BT, lengths_B) -> list[int]:
+    """The lengths as numbers. Raises ValueError for wav_BT that is not mono rows and for lengths beyond it."""
+    lengths = [int(n) for n in lengths_B]
+    if wav_BT.ndim != 2 or len(lengths) != len(wav_BT) or not all(0 <= n <= wav_BT.shape[1] for n in lengths):
+        raise ValueError(f"encode takes mono wav_BT and lengths_B of at most T samples, got shape "
+                         f"{tuple(wav_BT.shape)} and lengths {lengths[:8]}: mix channels down, give true lengths")
+    return lengths
+
+
+def check_finite(wav) -> None:
+    if not wav.isfinite().all():
+        raise ValueError("the audio holds samples that are NaN or infinite: decode or clean it again")
+
+
+def check_codes(codes_BTQ, spec: TokenSpec) -> None:
+    """Raises ValueError for codes of another shape, of more levels or outside 0 .. vocab - 1."""
+    if codes_BTQ.ndim != 3 or not 1 <= codes_BTQ.shape[2] <= spec.n_q:
+        raise ValueError(f"decode takes codes_BTQ with 1 to {spec.n_q} levels, got shape {tuple(codes_BTQ.shape)}")
+    if not codes_BTQ.numel():
+        return
+    low, high = int(codes_BTQ.min()), int(codes_BTQ.max())
+    if low < 0 or high >= spec.vocab:
+        raise ValueError(f"codes run from {low} to {high}; this codec has codes 0 to {spec.vocab - 1} "
+                         "(special ids must be taken off first)")
+
+
 class Tokenizer(Protocol):
     spec: TokenSpec
     hash: str  # of the artefact's bytes

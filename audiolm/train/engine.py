@@ -52,6 +52,16 @@ def _adamw(module: nn.Module, train: Train) -> torch.optim.AdamW:
     return torch.optim.AdamW(_groups(module, train), lr=train.lr, betas=train.betas, eps=1e-8)
 
 
+def _with_gradients(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters that learn, those that took no part with a gradient of zero: so that all have made the same number
+    of updates, which is what a checkpoint knows."""
+    params = [p for p in module.parameters() if p.requires_grad]
+    for p in params:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+    return params
+
+
 def load_weights(module: nn.Module, saved: Saved) -> None:
     """Parameters and buffers of a canonical checkpoint into a module; raises ValueError where they do not fit."""
     state = {k.split("/", 1)[1]: v for k, v in saved.items() if k.startswith(("param/", "buffer/"))}
@@ -82,7 +92,7 @@ class TorchEngine:
         loss.backward()
 
     def step(self) -> float:
-        params = [p for p in self.module.parameters() if p.grad is not None]
+        params = _with_gradients(self.module)
         if self.ctx.world > 1:
             flat = all_sum(torch.cat([p.grad.flatten() for p in params])) / self.ctx.world
             for p, g in zip(params, flat.split([p.numel() for p in params]), strict=True):
@@ -124,14 +134,14 @@ class DeepSpeedEngine:
 
     def _initialize(self, deepspeed, numel: int, rows: int, ctx: Context) -> None:
         train, module = self.train, self.module
+        bucket = min(numel + numel % 2, 500_000_000)  # DeepSpeed wants an even number
         self.engine, self._optimizer, _, _ = deepspeed.initialize(model=module, optimizer=_adamw(module, train), config={
             "train_micro_batch_size_per_gpu": rows, "gradient_accumulation_steps": 1, "train_batch_size": train.batch,
             "managed_gradient_accumulation": False, "gradient_clipping": train.clip,
             "zero_allow_untested_optimizer": True, "steps_per_print": 2**62,
             "torch_autocast": {"enabled": train.dtype == "bfloat16", "dtype": "bfloat16"},
             "zero_optimization": {"stage": train.zero, "overlap_comm": False, "contiguous_gradients": train.zero > 1,
-                                  "reduce_bucket_size": max(min(numel, 500_000_000), 1),
-                                  "allgather_bucket_size": max(min(numel, 500_000_000), 1)}})
+                                  "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}})
 
     def __call__(self, *args) -> Any:
         return self.engine(*args)
@@ -149,8 +159,7 @@ class DeepSpeedEngine:
 
     def _reduced_norm(self) -> torch.Tensor:
         """The norm of the averaged gradients; exact with one rank, where there is nothing to average."""
-        grads = [p.grad.flatten() for p in self.module.parameters() if p.grad is not None]
-        flat = torch.cat(grads)
+        flat = torch.cat([p.grad.flatten() for p in _with_gradients(self.module)])
         if dist.is_initialized() and dist.get_world_size() > 1:
             flat = all_sum(flat) / dist.get_world_size()
         return flat.norm()

@@ -47,6 +47,7 @@ class Job:
     device: str
     threads: int
     cache_mb: int
+    compile: bool
 
 
 def train(factory: Factory, config: Mapping[str, Any], train: Train, inputs: Mapping[str, Any], out, *,
@@ -58,7 +59,7 @@ def train(factory: Factory, config: Mapping[str, Any], train: Train, inputs: Map
         raise ValueError(f"{out.step.name}: batch {train.batch} is not divisible by cluster.train_workers {world}")
     threads = cluster.threads or max(1, (os.cpu_count() or 1) // world)
     job = Job(factory, config, train, {k: a.path for k, a in inputs.items()}, out.path, out.attempt, out.metrics_path,
-              seed, device, threads, cluster.audio_cache_mb)
+              seed, device, threads, cluster.audio_cache_mb, cluster.compile and device == "cuda")
     out.progress(0, train.steps, "steps", "starting workers")
     with _watch(job, out):
         if out.inline:
@@ -119,7 +120,7 @@ class _watch:
         self.thread.join()
 
     def _run(self) -> None:
-        offset, done, note, quiet = 0, 0, "starting workers", 0
+        offset, done, note, alarm, quiet = 0, 0, "starting workers", "", 0
         while not self.stop.wait(1.0):
             try:
                 rows, offset = read_from(self.job.metrics, offset)
@@ -129,8 +130,11 @@ class _watch:
                         done, note = row["step"], f"loss {m['loss']:.3f}"
                     if "units_per_s" in m:
                         note += f", {m['units_per_s']:,.0f} {self.job_unit(m)}/s"
+                    if any(k.startswith("val.") for k in m):
+                        alarm = "".join(f", ALARM {k.removeprefix('val.alarm/')} {v:g}" for k, v in m.items()
+                                        if k.startswith("val.alarm/") and v > 0)
                 if rows or quiet >= 10:
-                    self.out.progress(done, self.job.train.steps, "steps", note)
+                    self.out.progress(done, self.job.train.steps, "steps", note + alarm)
                 quiet = 0 if rows else quiet + 1
             except Exception:  # noqa: BLE001  progress is a courtesy; a lost lease is found by the workers
                 continue
@@ -144,7 +148,7 @@ def run_worker(job: Job, rank: int, world: int, check: Callable[[], None] = lamb
     """One rank's whole run; all ranks take part in every step, evaluation and save."""
     torch.set_num_threads(job.threads)
     device = torch.device("cuda", torch.cuda.current_device()) if job.device == "cuda" else torch.device("cpu")
-    ctx, cfg = Context(rank, world, device, job.seed, job.cache_mb), job.train
+    ctx, cfg = Context(rank, world, device, job.seed, job.cache_mb, job.compile), job.train
     torch.manual_seed(rng.derive(job.seed, "init"))
     objective = job.factory(job.config, job.inputs, ctx)
     commit = checkpoint.newest(job.build)

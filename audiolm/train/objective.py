@@ -23,6 +23,7 @@ class Context:
     device: torch.device
     seed: int
     cache_mb: int = 512
+    compile: bool = False  # torch.compile where an objective can use it
 
 
 class Engine(Protocol):

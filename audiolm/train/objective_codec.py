@@ -23,10 +23,19 @@ from audiolm.data.audio import read_clip
 from audiolm.data.crops import AudioCrops
 from audiolm.data.manifest import read_clips, roots
 from audiolm.models.discriminators import Discriminators
-from audiolm.models.losses import WINDOWS, adversarial_loss, discriminator_loss, feature_loss, multi_scale_mel
+from audiolm.models.losses import (
+    WINDOWS,
+    adversarial_loss,
+    discriminator_loss,
+    feature_loss,
+    multi_scale_mel,
+    multi_scale_spectral,
+    waveform_distance,
+)
 from audiolm.models.mel import log_mel
 from audiolm.models.soundstream import SoundStream, fold
 from audiolm.tokenizers.base import ACOUSTIC_HOP, SAMPLE_RATE, SEMANTIC_HOP
+from audiolm.train.balance import Balance
 from audiolm.train.engine import all_sum
 from audiolm.train.objective import Context, Engine
 
@@ -58,6 +67,7 @@ class Generator(nn.Module):
         super().__init__()
         self.net = net
         self.ema = Average(dict(net.named_parameters()))
+        self.balance = Balance()
 
     def forward(self, wav_BT: torch.Tensor, n_q_B: torch.Tensor | None = None,
                 quantize: bool = True) -> dict[str, torch.Tensor]:
@@ -72,7 +82,10 @@ class CodecObjective:
         self.generator = Generator(_soundstream(codec))
         d = codec.disc
         self.modules: dict[str, nn.Module] = {
-            "generator": self.generator, "discriminator": Discriminators(d.periods, d.windows, d.channels)}
+            "generator": self.generator, "discriminator": Discriminators(codec.losses, d.periods, d.windows, d.channels)}
+        if ctx.compile:  # in place: names of parameters stay
+            for part in (self.generator.net.encoder, self.generator.net.decoder, *self.modules["discriminator"].each):
+                part.compile()
         self._ready, self._reading = False, threading.Lock()
 
     def load(self, step: int, rows: Sequence[int]) -> dict[str, torch.Tensor]:
@@ -95,18 +108,21 @@ class CodecObjective:
             wav_BT, last = batch["wav_BT"].to(self.ctx.device), i == len(batches) - 1
             share = len(wav_BT) / rows
             out = engines["generator"](wav_BT, batch["n_q_B"].to(self.ctx.device), quantize)
-            fake_BT = out["wav_BT"].float()
-            terms = {"mel": multi_scale_mel(fake_BT, wav_BT)}
+            fake_BT = made_BT = out["wav_BT"].float()
+            if codec.balance:  # the losses' own gradients end at the waveform
+                fake_BT = made_BT.detach().requires_grad_()
+            terms = {"reconstruction": self._reconstruction(fake_BT, wav_BT)}
+            if codec.weights.waveform:
+                terms["waveform"] = waveform_distance(fake_BT, wav_BT)
             if quantize:
-                terms["commitment"] = out["commitment"]
+                terms |= {"commitment": out["commitment"], "codebook": out["codebook"]}
                 latents.append(out["x_BDT"].transpose(1, 2).flatten(0, 1))
                 codes.append(out["codes_BTQ"].flatten(0, 1))
             if game:
                 terms |= self._play(engines["discriminator"], wav_BT, fake_BT, share, last)
-            weights = {"mel": codec.mel_weight, "commitment": codec.commitment_weight,
-                       "adversarial": codec.adversarial_weight, "feature": codec.feature_weight}
-            loss = sum(weights[name] * term for name, term in terms.items() if name in weights)
-            engines["generator"].backward(loss * share, last)
+            loss = sum(getattr(codec.weights, name) * term for name, term in terms.items() if name != "discriminator")
+            target = self.generator.balance.target(made_BT, fake_BT, terms, codec.weights, share) if codec.balance else loss
+            engines["generator"].backward(target * share, last)
             for name, term in {"loss": loss, **terms}.items():
                 sums[name] = sums.get(name, 0.0) + term.detach() * share
         if game:
@@ -116,6 +132,8 @@ class CodecObjective:
         if quantize:
             replaced_Q = net.quantizer.update(torch.cat(latents), torch.cat(codes), seed=self.seed, step=step,
                                               reduce=all_sum, rank=self.ctx.rank, world=self.ctx.world)
+        if codec.balance:
+            self.generator.balance.update(all_sum, self.ctx.world)
         # an average that starts at the first step would remember the random start for long
         self.generator.ema.update(dict(net.named_parameters()), min(codec.ema, (1 + step) / (10 + step)))
 
@@ -128,6 +146,8 @@ class CodecObjective:
         if quantize:
             metrics["codes_replaced"] = replaced_Q.sum()
             metrics |= {f"perplexity/q{q:02d}": p for q, p in enumerate(net.quantizer.perplexity())}
+        if codec.balance:
+            metrics |= {f"gradient/{k}": v for k, v in self.generator.balance.norms().items() if v > 0}
         return metrics
 
     def _play(self, engine: Engine, wav_BT, fake_BT, share: float, last: bool) -> dict[str, torch.Tensor]:
@@ -137,15 +157,20 @@ class CodecObjective:
         judged = engine(torch.cat([wav_BT, fake_BT.detach()]))
         real, fake = ([(logits.chunk(2)[k], [f.chunk(2)[k] for f in features]) for logits, features in judged]
                       for k in (0, 1))
-        loss = discriminator_loss(real, fake)
+        loss = discriminator_loss(real, fake, self.codec.losses)
         engine.backward(loss * share, last)
         module.requires_grad_(False)
         # not through the engine: this graph is the generator's, and DeepSpeed lets an engine's outputs reach its own
         # backward alone
         with torch.autocast(fake_BT.device.type, torch.bfloat16, enabled=self.codec.train.dtype == "bfloat16"):
             fake = module(fake_BT)
-        return {"adversarial": adversarial_loss(fake), "feature": feature_loss(real, fake),
+        kind = self.codec.losses
+        return {"adversarial": adversarial_loss(fake, kind), "feature": feature_loss(real, fake, kind),
                 "discriminator": loss.detach()}
+
+    def _reconstruction(self, fake_BT, wav_BT) -> torch.Tensor:
+        measure = multi_scale_mel if self.codec.losses == "dac" else multi_scale_spectral
+        return measure(fake_BT, wav_BT)
 
     @torch.no_grad()
     def _initialise(self) -> None:
@@ -165,30 +190,34 @@ class CodecObjective:
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """Mean L1 distance of log-mels (nats) on held-out crops by number of levels: "mel/qNN" with levels up to NN,
-        "gain/qNN" what level NN takes off, "loss" = "mel" with all; use and perplexity of each level's codes."""
+        "gain/qNN" what level NN takes off, "loss" = "mel" with all, "mel/unquantized" without the quantizer; use and
+        perplexity of each level's codes; "alarm/levels_without_gain" counts the levels that do not lower the error."""
         model, codec = self.averaged(), self.codec
         mine_BT = self.held_out_BT[self.ctx.rank::self.ctx.world]
-        mel_Q1 = torch.zeros(codec.n_q + 1, device=self.ctx.device)
+        mel_Q2 = torch.zeros(codec.n_q + 2, device=self.ctx.device)  # crops, each number of levels, not quantized
         hits_QN = torch.zeros(codec.n_q, codec.vocab, device=self.ctx.device)
         for rows_BT in mine_BT.split(EVAL_ROWS) if len(mine_BT) else ():  # a rank beyond the crops has none
             wav_BT = rows_BT.to(self.ctx.device)
-            real_BTF, codes_BTQ = log_mel(wav_BT), model.encode(wav_BT)
+            real_BTF, x_BDT = log_mel(wav_BT), model.latents(wav_BT)
+            codes_BTQ = model.quantizer.encode(x_BDT)
             hits_QN += F.one_hot(codes_BTQ, codec.vocab).sum((0, 1)).float()
-            mel_Q1[0] += len(wav_BT)
-            for q in range(codec.n_q):  # before codec.quantize_from there are no codes: the latents as they are
-                started = int(model.quantizer.initialised)
-                fake_BT = model.decode(codes_BTQ[..., :q + 1]) if started else model.synthesize(model.latents(wav_BT))
-                mel_Q1[q + 1] += (log_mel(fake_BT) - real_BTF).abs().mean() * len(wav_BT)
-        mel_Q1, hits_QN = all_sum(mel_Q1), all_sum(hits_QN)
-        mel = (mel_Q1[1:] / mel_Q1[0]).tolist()
+            mel_Q2[0] += len(wav_BT)
+            for q in range(1, codec.n_q + 2):  # before codec.quantize_from there are no codes: the latents as they are
+                coded = q <= codec.n_q and int(model.quantizer.initialised)
+                fake_BT = model.decode(codes_BTQ[..., :q]) if coded else model.synthesize(x_BDT)
+                mel_Q2[q] += (log_mel(fake_BT) - real_BTF).abs().mean() * len(wav_BT)
+        mel_Q2, hits_QN = all_sum(mel_Q2), all_sum(hits_QN)
+        *mel, unquantized = (mel_Q2[1:] / mel_Q2[0]).tolist()
         p_QN = hits_QN / hits_QN.sum(1, keepdim=True)
         perplexity = torch.special.entr(p_QN).sum(1).exp().tolist()
-        figures = {"loss": mel[-1], "mel": mel[-1]}
+        figures = {"loss": mel[-1], "mel": mel[-1], "mel/unquantized": unquantized}
         for q in range(codec.n_q):
             figures |= {f"mel/q{q:02d}": mel[q], f"perplexity/q{q:02d}": perplexity[q],
                         f"used/q{q:02d}": float((hits_QN[q] > 0).float().mean())}
             if q:
                 figures[f"gain/q{q:02d}"] = mel[q - 1] - mel[q]
+        if int(model.quantizer.initialised):  # the loop shows alarms above 0 (DESIGN: watch the gain of every level)
+            figures["alarm/levels_without_gain"] = float(sum(b >= a for a, b in zip(mel, mel[1:], strict=False)))
         return figures
 
     def averaged(self) -> SoundStream:
@@ -202,11 +231,12 @@ class CodecObjective:
         return self.averaged().state_dict(), {
             "kind": "soundstream", "sample_rate": SAMPLE_RATE, "strides": list(c.strides),
             "enc_channels": c.enc_channels, "dec_channels": c.dec_channels, "dim": c.dim, "n_q": c.n_q,
-            "vocab": c.vocab}
+            "vocab": c.vocab, "quantizer": c.quantizer, "code_dim": c.code_dim}
 
 
 def _soundstream(c: settings.Codec) -> SoundStream:
-    return SoundStream(c.strides, c.enc_channels, c.dec_channels, c.dim, c.n_q, c.vocab, c.code_decay, c.dead_share)
+    return SoundStream(c.strides, c.enc_channels, c.dec_channels, c.dim, c.n_q, c.vocab, c.code_decay, c.dead_share,
+                       c.quantizer, c.code_dim)
 
 
 def codec_objective(config: Mapping[str, Any], inputs: Mapping[str, Any], ctx: Context) -> CodecObjective:

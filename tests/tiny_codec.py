@@ -1,0 +1,75 @@
+"""A tiny real codec in training: synthetic voices, an objective, engines, for tests of training and of workers."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+
+from audiolm import config, rng
+from audiolm.train.engine import learning_rate, make_engine
+from audiolm.train.objective import Context
+from audiolm.train.objective_codec import CodecObjective
+
+
+@functools.lru_cache(maxsize=32)
+def voice(samples: int, index: int) -> torch.Tensor:
+    """Harmonics of a gliding pitch under a syllable-like envelope, as loud as speech."""
+    draw, t = rng.generator(0, "voice", index), torch.arange(samples) / 16_000
+    pitch = draw.uniform(90, 220) * (1 + 0.2 * torch.sin(2 * math.pi * draw.uniform(0.5, 2) * t))
+    phase = 2 * math.pi * torch.cumsum(pitch, 0) / 16_000
+    tone = sum(torch.sin(k * phase) / k for k in range(1, 12))
+    return (0.15 * tone * (0.55 + 0.45 * torch.sin(2 * math.pi * 4 * t + draw.uniform(0, 6)))).float()
+
+
+class Voices:
+    """Stands in for the corpus: row r of step s is a piece of one of a few voices."""
+
+    crop = 3200
+
+    def batch(self, step, rows):
+        wavs = []
+        for row in rows:
+            draw = rng.generator(1, "piece", step, row)
+            start = int(draw.integers(16_000))
+            wavs.append(voice(32_000, int(draw.integers(6)))[start:start + self.crop])
+        return torch.stack(wavs), torch.full((len(rows),), self.crop)
+
+
+def tiny_codec(start_step: int = 1000, steps: int = 40, engine: str = "torch", zero: int = 0, **changes) -> config.Codec:
+    return config.Codec(
+        enc_channels=4, dec_channels=4, dim=16, n_q=3, vocab=16, code_decay=0.9, crop_s=0.2, code_dim=4,
+        disc=config.Discriminators(periods=(2,), windows=(256,), channels=2, start_step=start_step),
+        train=config.Train(steps=steps, batch=4, lr=3e-3, betas=(0.8, 0.99), weight_decay=0.01, clip=10.0, engine=engine,
+                           zero=zero), **changes)
+
+
+def training(codec: config.Codec, saved: dict | None = None, updates: dict | None = None, rank: int = 0,
+             world: int = 1) -> tuple[CodecObjective, dict]:
+    """An objective and its engines, from the start or from what `saved_state` gave."""
+    torch.manual_seed(0)
+    ctx = Context(rank, world, torch.device("cpu"), 0)
+    held_out_BT = torch.stack([voice(6400, i) for i in (6, 7, 8)])
+    objective = CodecObjective(codec, Voices(), held_out_BT, ctx, 0)
+    return objective, {name: make_engine(m, codec.train, ctx, saved and saved[name], updates[name] if saved else 0)
+                       for name, m in objective.modules.items()}
+
+
+def saved_state(engines: dict) -> tuple[dict, dict]:
+    """(states, updates) of the engines, as a checkpoint keeps them."""
+    return {n: e.state() for n, e in engines.items()}, {n: e.updates for n, e in engines.items()}
+
+
+def run(objective: CodecObjective, engines: dict, start: int, end: int, pieces: int = 1) -> list[dict]:
+    """Metrics of steps start .. end - 1 over this rank's rows in `pieces` micro-batches."""
+    results, ctx, train = [], objective.ctx, objective.codec.train
+    each = train.batch // ctx.world
+    for step in range(start, end):
+        for engine in engines.values():
+            engine.set_lr(learning_rate(train, step))
+        rows = range(ctx.rank * each, (ctx.rank + 1) * each)
+        size = each // pieces
+        batches = [objective.load(step, rows[i:i + size]) for i in range(0, each, size)]
+        results.append({k: float(v) for k, v in objective.train_step(engines, batches, step).items()})
+    return results

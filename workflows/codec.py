@@ -1,0 +1,77 @@
+"""Audio files through a trained codec: to codes files, and back to sound.
+
+    python workflows/codec.py encode recordings/ --out codes/
+    python workflows/codec.py decode codes/ --out again/ --levels 4
+    python workflows/codec.py encode s3://bucket/talk.mp3 --codec s3://bucket/outputs/runs/speech.json --out codes/
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+
+def parser() -> argparse.ArgumentParser:
+    from audiolm.data.sources import AUDIO
+
+    p = argparse.ArgumentParser(prog="codec.py", description="Audio to the codes of a trained codec, and back; long files in "
+                                "constant memory. Files that are done are skipped, so that the same command continues.")
+    do = p.add_subparsers(dest="do", required=True)
+    encode = do.add_parser("encode", help="audio files to codes files", description="Writes one .safetensors of codes per "
+                           "audio file: tensor `codes` uint16 (frames, levels), and what is needed to decode it.")
+    decode = do.add_parser("decode", help="codes files to audio files", description="Writes one 16-bit audio file per codes "
+                           "file, at the codec's sample rate and as long as the original.")
+    for sub, kind in ((encode, f"audio files, or folders to search for {', '.join(AUDIO)}"),
+                      (decode, "codes files, or folders to search for .safetensors")):
+        sub.add_argument("inputs", nargs="+", metavar="INPUT", help=f"{kind}; a local path or any fsspec URI (s3://...)")
+        sub.add_argument("--out", required=True, metavar="FOLDER",
+                         help="where to write; a file keeps its path below the INPUT folder, with another ending")
+        sub.add_argument("--codec", metavar="PATH", help="a codec build, a run's index (OUTPUTS/runs/NAME.json) or the folder "
+                         "of an imported codec; default: the codec of ./outputs/runs/quickstart.json")
+        sub.add_argument("--levels", type=int, metavar="N", help="take the first N levels alone: fewer bits, rougher sound")
+        sub.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one")
+        sub.add_argument("--force", action="store_true", help="make files anew that are done already")
+    decode.add_argument("--format", choices=("wav", "flac"), default="wav", help="of the audio files (default wav)")
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0 done, 1 some files failed, 2 wrong usage, 130 stopped."""
+    args = parser().parse_args(argv)
+    import torch
+
+    from audiolm.data.sources import AUDIO
+    from audiolm.tokenizers import files
+
+    try:
+        if args.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("--device cuda: this machine has no GPU that torch can use; give --device cpu or auto")
+        device = "cpu" if args.device == "cpu" or not torch.cuda.is_available() else "cuda"
+        codec = files.open_codec(args.codec, device)
+        if args.levels is not None and not 1 <= args.levels <= codec.spec.n_q:
+            raise ValueError(f"--levels {args.levels}: this codec has 1 to {codec.spec.n_q}")
+        suffixes, ending = (AUDIO, files.CODES) if args.do == "encode" else ((files.CODES,), f".{args.format}")
+        jobs = files.plan(args.inputs, suffixes, args.out, ending)
+    except Exception as e:  # noqa: BLE001  one line that names the fix, whatever a filesystem raised
+        named = isinstance(e, (ValueError, FileNotFoundError))
+        print(f"error: {e}" if named else f"error: {type(e).__name__}: {e}", file=sys.stderr)
+        return 2
+
+    def do(job: files.Job, tick: files.Tick) -> files.Done | None:
+        if args.do == "encode":
+            return files.encode_file(codec, job, args.levels or codec.spec.n_q, args.force, tick)
+        return files.decode_file(codec, job, args.levels, args.format, args.force, tick)
+
+    print(f"codec {codec.spec.name} {codec.hash} on {device}: {len(jobs)} files to {args.out}", flush=True)
+    try:
+        return 1 if files.work(jobs, do) else 0
+    except KeyboardInterrupt:
+        print("\nstopped; the same command continues with the files that are left", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
