@@ -1,13 +1,15 @@
-"""Audio files through a trained codec: to codes files, and back to sound.
+"""Audio files through a trained codec: to codes files, back to sound, and measured beside shipped codecs.
 
     python workflows/codec.py encode recordings/ --out codes/
     python workflows/codec.py decode codes/ --out again/ --levels 4
+    python workflows/codec.py evaluate recordings/ --clips 20 --seconds 8
     python workflows/codec.py encode s3://bucket/talk.mp3 --codec s3://bucket/outputs/runs/speech.json --out codes/
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -24,18 +26,56 @@ def parser() -> argparse.ArgumentParser:
                            "audio file: tensor `codes` uint16 (frames, levels), and what is needed to decode it.")
     decode = do.add_parser("decode", help="codes files to audio files", description="Writes one 16-bit audio file per codes "
                            "file, at the codec's sample rate and as long as the original.")
-    for sub, kind in ((encode, f"audio files, or folders to search for {', '.join(AUDIO)}"),
-                      (decode, "codes files, or folders to search for .safetensors")):
+    evaluate = do.add_parser("evaluate", help="quality against bit rate, beside Opus and Lyra", description="Prints PESQ, "
+                             "ViSQOL, STOI, SI-SDR and mel distance of the codec at some numbers of levels and of Opus (and "
+                             "Lyra v2 with --lyra) on the same clips.")
+    sounds = f"audio files, or folders to search for {', '.join(AUDIO)}"
+    for sub, kind in ((encode, sounds), (decode, "codes files, or folders to search for .safetensors"),
+                      (evaluate, f"held-out {sounds}")):
         sub.add_argument("inputs", nargs="+", metavar="INPUT", help=f"{kind}; a local path or any fsspec URI (s3://...)")
-        sub.add_argument("--out", required=True, metavar="FOLDER",
-                         help="where to write; a file keeps its path below the INPUT folder, with another ending")
         sub.add_argument("--codec", metavar="PATH", help="a codec build, a run's index (OUTPUTS/runs/NAME.json) or the folder "
                          "of an imported codec; default: the codec of ./outputs/runs/quickstart.json")
-        sub.add_argument("--levels", type=int, metavar="N", help="take the first N levels alone: fewer bits, rougher sound")
         sub.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one")
+    for sub in (encode, decode):
+        sub.add_argument("--out", required=True, metavar="FOLDER",
+                         help="where to write; a file keeps its path below the INPUT folder, with another ending")
+        sub.add_argument("--levels", type=int, metavar="N", help="take the first N levels alone: fewer bits, rougher sound")
         sub.add_argument("--force", action="store_true", help="make files anew that are done already")
     decode.add_argument("--format", choices=("wav", "flac"), default="wav", help="of the audio files (default wav)")
+    evaluate.add_argument("--clips", type=int, default=20, metavar="N", help="files, spread evenly over what is found")
+    evaluate.add_argument("--seconds", type=float, default=8.0, metavar="S", help="of each file, from its start")
+    evaluate.add_argument("--levels", type=int, nargs="+", metavar="N", help="default: one, 2 kb/s, half, all")
+    evaluate.add_argument("--lyra", metavar="FOLDER", help="Lyra v2's three tflite models, for rows of it")
+    evaluate.add_argument("--json", metavar="FILE", help="write the table there too")
     return p
+
+
+def evaluate(codec, args: argparse.Namespace) -> int:
+    """Prints `eval.codec.compare` of the clips."""
+    import numpy as np
+
+    from audiolm import store
+    from audiolm.data.audio import SAMPLE_RATE_HZ, stream
+    from audiolm.data.sources import AUDIO
+    from audiolm.eval.baseline_codecs import baselines
+    from audiolm.eval.codec import compare, format_table
+    from audiolm.tokenizers import files
+
+    found, samples = files.find(args.inputs, AUDIO), round(args.seconds * SAMPLE_RATE_HZ)
+    picked = [found[i * len(found) // args.clips] for i in range(args.clips)] if len(found) > args.clips else found
+    wavs = []
+    for _, path in picked:
+        parts, have = [], 0
+        for wav_T in stream(path):
+            parts.append(wav_T)
+            if (have := have + len(wav_T)) >= samples:
+                break
+        wavs.append(np.concatenate(parts)[:samples])
+    table = compare(codec, wavs, baselines(args.lyra), args.levels)
+    print(format_table(table))
+    if args.json:
+        store.put(args.json, json.dumps(table, indent=1).encode())
+    return 0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -51,6 +91,8 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError("--device cuda: this machine has no GPU that torch can use; give --device cpu or auto")
         device = "cpu" if args.device == "cpu" or not torch.cuda.is_available() else "cuda"
         codec = files.open_codec(args.codec, device)
+        if args.do == "evaluate":
+            return evaluate(codec, args)
         if args.levels is not None and not 1 <= args.levels <= codec.spec.n_q:
             raise ValueError(f"--levels {args.levels}: this codec has 1 to {codec.spec.n_q}")
         suffixes, ending = (AUDIO, files.CODES) if args.do == "encode" else ((files.CODES,), f".{args.format}")

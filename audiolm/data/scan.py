@@ -105,8 +105,8 @@ def _look(f: Found) -> tuple[str, Measured | Unusable]:
         digest = content_hash(head, tail, f.size)
         if f.size == 0:
             raise Unusable("empty", "no bytes")
-        _check_container(head, tail, f.size)
-        counted = _counts_frames(head)
+        check_container(head, tail, f.size)
+        counted = counts_frames(head)
         looked = measure(f.path, trust_header=counted)
         if not counted and mp3_samples(store.get(f.path)) > 1.02 * looked.frames + 10 * 1152:
             raise Unusable("unreadable", "a variable-rate MP3 without the Xing header that tells its length would be "
@@ -146,7 +146,7 @@ def _check_rate(rate: int) -> None:
         raise Unusable("sample rate", f"{rate} Hz, expected {RATES_HZ[0]} to {RATES_HZ[1]}")
 
 
-def _check_container(head: bytes, tail: bytes, size: int) -> None:
+def check_container(head: bytes, tail: bytes, size: int) -> None:
     """What libsndfile forgives: a WAV shorter than its header says or with rate 0, an Ogg stream without its end."""
     if head[:4] == b"RIFF" and head[8:12] == b"WAVE":
         at = 12
@@ -166,7 +166,7 @@ def _check_container(head: bytes, tail: bytes, size: int) -> None:
             raise Unusable("truncated", "the Ogg stream has no end page")
 
 
-def _counts_frames(head: bytes) -> bool:
+def counts_frames(head: bytes) -> bool:
     """Whether the header counts the frames; an MP3 does so only in a Xing or Info tag, else its length is a guess."""
     is_mp3 = head[:3] == b"ID3" or (len(head) > 1 and head[0] == 0xFF and head[1] & 0xE0 == 0xE0)
     return not is_mp3 or b"Xing" in head or b"Info" in head

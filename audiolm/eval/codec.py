@@ -20,9 +20,10 @@ import torch
 from audiolm.eval.baseline_codecs import Baseline
 from audiolm.models.mel import HOP, log_mel
 from audiolm.tokenizers.base import SAMPLE_RATE, Codec
+from audiolm.tokenizers.quality import pesq_wb, si_sdr_db
 
 METRICS = ("pesq", "visqol", "stoi", "si_sdr_db", "mel")
-PESQ_MIN_S, VISQOL_MIN_S, STOI_MIN_S = 0.25, 1.0, 0.5  # shorter clips have none
+VISQOL_MIN_S, STOI_MIN_S = 1.0, 0.5  # shorter clips have none
 COARSE_BITS_PER_S = 2000  # of the paper's coarse levels: 4 x 10 bits x 50 Hz (III-B)
 INSTALL = "is not installed (pip install 'audiolm[eval]')"
 
@@ -236,32 +237,6 @@ def mean_spectrum_distance(wav_T: np.ndarray) -> float:
     """The mel distance of predicting, at every frame, the clip's mean log-mel."""
     mel_TF = _mel(wav_T)
     return float((mel_TF - mel_TF.mean(0)).abs().mean())
-
-
-def si_sdr_db(wav_T: np.ndarray, made_T: np.ndarray) -> float:
-    """Scale-invariant signal-to-distortion ratio in dB; -inf for silence against sound."""
-    wav, made = wav_T.astype(np.float64), made_T.astype(np.float64)
-    wav, made = wav - wav.mean(), made - made.mean()
-    energy = wav @ wav
-    if energy == 0:
-        return -math.inf
-    target = (made @ wav / energy) * wav
-    signal, noise = target @ target, ((made - target) ** 2).sum()
-    if signal == 0:
-        return -math.inf
-    return math.inf if noise == 0 else float(10 * math.log10(signal / noise))
-
-
-def pesq_wb(wav_T: np.ndarray, made_T: np.ndarray) -> float | str:
-    """Wide-band PESQ (ITU-T P.862.2), or why there is none (too short, no speech found)."""
-    import pesq
-
-    if len(wav_T) < PESQ_MIN_S * SAMPLE_RATE:
-        return f"shorter than {PESQ_MIN_S} s"
-    try:
-        return float(pesq.pesq(SAMPLE_RATE, wav_T, made_T, "wb"))
-    except (pesq.PesqError, ValueError, ZeroDivisionError) as e:
-        return f"{type(e).__name__}: {e}"
 
 
 def stoi(wav_T: np.ndarray, made_T: np.ndarray) -> float | str:

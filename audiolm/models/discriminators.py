@@ -25,12 +25,16 @@ def _conv1d(c_in: int, c_out: int, kernel: int, stride: int = 1, groups: int = 1
     return weight_norm(nn.Conv1d(c_in, c_out, kernel, stride, (kernel - 1) // 2, groups=groups))
 
 
-def _judge(layers: nn.ModuleList, x: torch.Tensor, slope: float = 0.1) -> Judgement:
-    features = []
-    for layer in layers[:-1]:
-        x = F.leaky_relu(layer(x), slope)
-        features.append(x)
-    return layers[-1](x), features
+class Layers(nn.ModuleList):
+    """Convolutions with leaky ReLU between: the last one's output, and the activations before it."""
+
+    def forward(self, x: torch.Tensor, slope: float = 0.1) -> Judgement:
+        *inner, last = self
+        features = []
+        for layer in inner:
+            x = F.leaky_relu(layer(x), slope)
+            features.append(x)
+        return last(x), features
 
 
 def _spectrum(wav_BT: torch.Tensor, window: torch.Tensor) -> torch.Tensor:
@@ -50,12 +54,12 @@ class Period(nn.Module):
         self.period = period
         widths = [1, channels, 4 * channels, 16 * channels, 32 * channels]
         layers = [_conv1d(a, b, 5, 3) for a, b in zip(widths, widths[1:], strict=False)]
-        self.layers = nn.ModuleList([*layers, _conv1d(widths[-1], widths[-1], 5), _conv1d(widths[-1], 1, 3)])
+        self.layers = Layers([*layers, _conv1d(widths[-1], widths[-1], 5), _conv1d(widths[-1], 1, 3)])
 
     def forward(self, wav_BT: torch.Tensor) -> Judgement:
         x_BT = F.pad(wav_BT[:, None], (0, -wav_BT.shape[-1] % self.period), mode="reflect")[:, 0]
         # rows of one example stay together, so that halves of the batch stay halves
-        logits, features = _judge(self.layers, x_BT.view(len(x_BT), -1, self.period).transpose(1, 2).flatten(0, 1)[:, None])
+        logits, features = self.layers(x_BT.view(len(x_BT), -1, self.period).transpose(1, 2).flatten(0, 1)[:, None])
         b = len(wav_BT)
         return logits.view(b, self.period, -1), [f.view(b, self.period, *f.shape[1:]) for f in features]
 
@@ -69,10 +73,10 @@ class Spectral(nn.Module):
         layers = [_conv(2, channels, (3, 9))]
         layers += [_conv(channels, channels, (3, 9), (1, 2), dilation) for dilation in (1, 2, 4)]
         layers += [_conv(channels, channels, (3, 3)), _conv(channels, 1, (3, 3))]
-        self.layers = nn.ModuleList(layers)
+        self.layers = Layers(layers)
 
     def forward(self, wav_BT: torch.Tensor) -> Judgement:
-        return _judge(self.layers, _spectrum(wav_BT, self.window).to(self.layers[-1].bias.dtype))
+        return self.layers(_spectrum(wav_BT, self.window).to(self.layers[-1].bias.dtype))
 
 
 class WaveScale(nn.Module):
@@ -84,13 +88,13 @@ class WaveScale(nn.Module):
         widths = [min(channels // 2 * 4**i, 32 * channels) for i in range(5)]
         layers = [_conv1d(1, widths[0], 15)]
         layers += [_conv1d(a, b, 41, 4, groups=max(1, a // 4)) for a, b in zip(widths, widths[1:], strict=False)]
-        self.layers = nn.ModuleList([*layers, _conv1d(widths[-1], widths[-1], 5), _conv1d(widths[-1], 1, 3)])
+        self.layers = Layers([*layers, _conv1d(widths[-1], widths[-1], 5), _conv1d(widths[-1], 1, 3)])
 
     def forward(self, wav_BT: torch.Tensor) -> Judgement:
         x_BCT = wav_BT[:, None]
         if self.scale > 1:
             x_BCT = F.avg_pool1d(x_BCT, 2 * self.scale, self.scale, self.scale // 2)
-        return _judge(self.layers, x_BCT, 0.3)
+        return self.layers(x_BCT, 0.3)
 
 
 class _SpectralUnit(nn.Module):
@@ -119,11 +123,11 @@ class ComplexSTFT(nn.Module):
             stride, wider = ((1, 2), (2, 2))[i % 2], 2 * width if i % 2 == 0 else width
             layers.append(_SpectralUnit(width, wider, stride))
             width, bins = wider, bins // 2
-        self.layers = nn.ModuleList([*layers, weight_norm(nn.Conv2d(width, 1, (1, bins)))])
+        self.layers = Layers([*layers, weight_norm(nn.Conv2d(width, 1, (1, bins)))])
 
     def forward(self, wav_BT: torch.Tensor) -> Judgement:
         x_BCTF = _spectrum(wav_BT, self.window)[..., :-1].contiguous()  # without the last bin F halves six times
-        return _judge(self.layers, x_BCTF.to(self.layers[-1].bias.dtype), 0.3)
+        return self.layers(x_BCTF.to(self.layers[-1].bias.dtype), 0.3)
 
 
 class Discriminators(nn.Module):

@@ -65,23 +65,32 @@ class ResidualUnit(nn.Module):
         return x_BCT + self.body(x_BCT)
 
 
-def encoder(channels: int, dim: int, strides: tuple[int, ...], norm: bool) -> nn.Sequential:
+class Stack(nn.Sequential):
+    """Layers in a row; of our own, as torch.compile takes only such a module as one graph."""
+
+    def forward(self, x_BCT: torch.Tensor) -> torch.Tensor:
+        for layer in self:
+            x_BCT = layer(x_BCT)
+        return x_BCT
+
+
+def encoder(channels: int, dim: int, strides: tuple[int, ...], norm: bool) -> Stack:
     layers: list[nn.Module] = [CausalConv(1, channels, KERNEL, norm)]
     for i, stride in enumerate(strides):
         c = channels * 2**i
         layers += [ResidualUnit(c, d, norm) for d in DILATIONS]
         layers += [nn.ELU(), CausalConv(c, 2 * c, 2 * stride, norm, stride=stride)]
-    return nn.Sequential(*layers, nn.ELU(), CausalConv(channels * 2 ** len(strides), dim, 3, norm))
+    return Stack(*layers, nn.ELU(), CausalConv(channels * 2 ** len(strides), dim, 3, norm))
 
 
-def decoder(channels: int, dim: int, strides: tuple[int, ...], norm: bool) -> nn.Sequential:
+def decoder(channels: int, dim: int, strides: tuple[int, ...], norm: bool) -> Stack:
     layers: list[nn.Module] = [CausalConv(dim, channels * 2 ** len(strides), KERNEL, norm)]
     for i in reversed(range(len(strides))):
         c = channels * 2**i
         layers += [nn.ELU(), CausalUp(2 * c, c, strides[i], norm)]
         layers += [ResidualUnit(c, d, norm) for d in DILATIONS]
     last = CausalConv(channels, 1, KERNEL, norm, gain=0.1)  # starts about as loud as speech
-    return nn.Sequential(*layers, nn.ELU(), last)
+    return Stack(*layers, nn.ELU(), last)
 
 
 class SoundStream(nn.Module):

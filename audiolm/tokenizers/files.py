@@ -83,13 +83,12 @@ def open_codec(place: str | None, device: str = "cpu") -> Any:
     return codec
 
 
-def plan(inputs: Iterable[str], suffixes: tuple[str, ...], out: str, ending: str) -> list[Job]:
-    """What to do: named files whatever their suffix, and those with a known one below folders, hidden ones left out.
+def find(inputs: Iterable[str], suffixes: tuple[str, ...]) -> list[tuple[str, str]]:
+    """(name, path) of named files whatever their suffix, and of those with a known one below folders, hidden ones left out.
 
-    The target is the same relative name below `out` with another ending. Raises ValueError for a folder without such
-    files and where two inputs would have one target.
+    Raises ValueError for a folder without such files.
     """
-    jobs: dict[str, Job] = {}
+    everything = []
     for place in inputs:
         fs, p = store.open_fs(place)
         found = [(posixpath.basename(p.rstrip("/")), place)]
@@ -99,12 +98,22 @@ def plan(inputs: Iterable[str], suffixes: tuple[str, ...], out: str, ending: str
                      if n.lower().endswith(suffixes) and not any(part.startswith(".") for part in n.split("/"))]
         if not found:
             raise ValueError(f"no files ending in {', '.join(suffixes)} below {place}; name another folder, or the files")
-        for name, path in found:
-            job = Job(name, path, store.join(out, posixpath.splitext(name)[0] + ending))
-            if job.target in jobs:
-                raise ValueError(f"{path} and {jobs[job.target].path} would both become {job.target}: take them one at a "
-                                 "time, with an --out of its own each")
-            jobs[job.target] = job
+        everything += found
+    return everything
+
+
+def plan(inputs: Iterable[str], suffixes: tuple[str, ...], out: str, ending: str) -> list[Job]:
+    """What to do: each file found becomes the same relative name below `out` with another ending.
+
+    Raises ValueError as `find` does and where two inputs would have one target.
+    """
+    jobs: dict[str, Job] = {}
+    for name, path in find(inputs, suffixes):
+        job = Job(name, path, store.join(out, posixpath.splitext(name)[0] + ending))
+        if job.target in jobs:
+            raise ValueError(f"{path} and {jobs[job.target].path} would both become {job.target}: take them one at a "
+                             "time, with an --out of its own each")
+        jobs[job.target] = job
     return list(jobs.values())
 
 
@@ -272,14 +281,14 @@ def _look(path: str) -> tuple[str, float]:
         raise ValueError(f"{path} is empty: it holds no bytes")
     head, tail = scan.edges(path, size)
     try:
-        scan._check_container(head, tail, size)
+        scan.check_container(head, tail, size)
     except scan.Unusable as e:
         raise ValueError(f"{path}: {e.args[0]}: {e.args[1]}; get the file again") from e
     with _sound_errors(path), audio.open_sound(path) as f:
         rate, frames = f.samplerate, f.frames
     if not scan.RATES_HZ[0] <= rate <= scan.RATES_HZ[1]:
         raise ValueError(f"{path} says {rate} Hz; from {scan.RATES_HZ[0]} to {scan.RATES_HZ[1]} are read")
-    if not scan._counts_frames(head):  # an MP3 whose length libsndfile guesses, and stops there
+    if not scan.counts_frames(head):  # an MP3 whose length libsndfile guesses, and stops there
         with tempfile.TemporaryDirectory() as folder, open(store.local_copy(path, folder), "rb") as raw:
             with mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 if scan.mp3_samples(data) > 1.02 * frames + 10 * 1152:

@@ -3,7 +3,7 @@
 Each term's gradient with respect to the fake waveform is divided by its own running norm and multiplied by its share of
 the weights, so that the weights say what a term may move, whatever its scale.  Terms that do not pass through the
 waveform keep their plain weights.  The norms used in a step are those of the steps before it, so that micro-batches and
-ranks do not change the run; they are fp32 buffers and so in every checkpoint.
+ranks do not change the run (a term's first step alone has only its own); they are fp32 buffers, in every checkpoint.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ A batch: wav_BT (float32, crops of whole 640-sample frames), lengths_B (true sam
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
 from collections.abc import Mapping, Sequence
@@ -35,12 +36,13 @@ from audiolm.models.losses import (
 from audiolm.models.mel import log_mel
 from audiolm.models.soundstream import SoundStream, fold
 from audiolm.tokenizers.base import ACOUSTIC_HOP, SAMPLE_RATE, SEMANTIC_HOP
+from audiolm.tokenizers.quality import pesq_wb, si_sdr_db
 from audiolm.train.balance import Balance
 from audiolm.train.engine import all_sum
 from audiolm.train.objective import Context, Engine
 
 INIT_FRAMES = 32  # frames a code for the k-means start
-EVAL_CROPS, EVAL_SAMPLES, EVAL_ROWS = 32, 24 * SEMANTIC_HOP, 8  # 0.96 s each
+EVAL_CROPS, EVAL_SAMPLES, EVAL_ROWS = 16, 48 * SEMANTIC_HOP, 4  # 1.92 s each
 
 
 class Average(nn.Module):
@@ -83,9 +85,8 @@ class CodecObjective:
         d = codec.disc
         self.modules: dict[str, nn.Module] = {
             "generator": self.generator, "discriminator": Discriminators(codec.losses, d.periods, d.windows, d.channels)}
-        if ctx.compile:  # in place: names of parameters stay
-            for part in (self.generator.net.encoder, self.generator.net.decoder, *self.modules["discriminator"].each):
-                part.compile()
+        if ctx.compile:
+            _compile(self.generator.net, self.modules["discriminator"])
         self._ready, self._reading = False, threading.Lock()
 
     def load(self, step: int, rows: Sequence[int]) -> dict[str, torch.Tensor]:
@@ -190,12 +191,14 @@ class CodecObjective:
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """Mean L1 distance of log-mels (nats) on held-out crops by number of levels: "mel/qNN" with levels up to NN,
-        "gain/qNN" what level NN takes off, "loss" = "mel" with all, "mel/unquantized" without the quantizer; use and
-        perplexity of each level's codes; "alarm/levels_without_gain" counts the levels that do not lower the error."""
+        "gain/qNN" what level NN takes off, "loss" = "mel" with all, "mel/unquantized" without the quantizer;
+        "pesq" and "si_sdr_db" with all levels, "pesq/q00" with one; use and perplexity of each level's codes;
+        "alarm/levels_without_gain" counts the levels that do not lower the error."""
         model, codec = self.averaged(), self.codec
         mine_BT = self.held_out_BT[self.ctx.rank::self.ctx.world]
         mel_Q2 = torch.zeros(codec.n_q + 2, device=self.ctx.device)  # crops, each number of levels, not quantized
         hits_QN = torch.zeros(codec.n_q, codec.vocab, device=self.ctx.device)
+        scores_222 = torch.zeros(2, 2, 2, device=self.ctx.device)  # one level, all; PESQ, SI-SDR; sum, number
         for rows_BT in mine_BT.split(EVAL_ROWS) if len(mine_BT) else ():  # a rank beyond the crops has none
             wav_BT = rows_BT.to(self.ctx.device)
             real_BTF, x_BDT = log_mel(wav_BT), model.latents(wav_BT)
@@ -206,11 +209,16 @@ class CodecObjective:
                 coded = q <= codec.n_q and int(model.quantizer.initialised)
                 fake_BT = model.decode(codes_BTQ[..., :q]) if coded else model.synthesize(x_BDT)
                 mel_Q2[q] += (log_mel(fake_BT) - real_BTF).abs().mean() * len(wav_BT)
+                if q in (1, codec.n_q):
+                    scores_222[int(q == codec.n_q)] += _scores(wav_BT, fake_BT).to(scores_222)
+        scores_222 = all_sum(scores_222)
         mel_Q2, hits_QN = all_sum(mel_Q2), all_sum(hits_QN)
         *mel, unquantized = (mel_Q2[1:] / mel_Q2[0]).tolist()
         p_QN = hits_QN / hits_QN.sum(1, keepdim=True)
         perplexity = torch.special.entr(p_QN).sum(1).exp().tolist()
         figures = {"loss": mel[-1], "mel": mel[-1], "mel/unquantized": unquantized}
+        names = ("pesq/q00", "si_sdr_db/q00", "pesq", "si_sdr_db")
+        figures |= {name: float(total / n) for name, (total, n) in zip(names, scores_222.flatten(0, 1), strict=True) if n}
         for q in range(codec.n_q):
             figures |= {f"mel/q{q:02d}": mel[q], f"perplexity/q{q:02d}": perplexity[q],
                         f"used/q{q:02d}": float((hits_QN[q] > 0).float().mean())}
@@ -259,6 +267,25 @@ def codec_objective(config: Mapping[str, Any], inputs: Mapping[str, Any], ctx: C
     places = roots(corpus)
     crops = AudioCrops(clips["train"], places, crop, codec.train.batch, seed, ctx.cache_mb)
     return CodecObjective(codec, crops, _held_out(clips["dev"], places), ctx, seed)
+
+
+def _compile(net: SoundStream, judges: Discriminators) -> None:
+    """In place, so that the parameters keep their names; STFTs stay out, as the compiler has no complex numbers."""
+    torch._dynamo.config.recompile_limit = 64  # graphs of one class's forward: sizes x learning or frozen
+    for part in (net.encoder, net.decoder, *(judge.layers for judge in judges.each)):
+        part.compile()
+
+
+def _scores(real_BT: torch.Tensor, fake_BT: torch.Tensor) -> torch.Tensor:
+    """(sum, number) over the rows that have a value, of PESQ and of SI-SDR."""
+    found_22 = torch.zeros(2, 2)
+    for real_T, fake_T in zip(real_BT.cpu().numpy(), fake_BT.cpu().numpy(), strict=True):
+        for row, measure in enumerate((pesq_wb, si_sdr_db)):
+            with contextlib.suppress(ImportError):  # pesq is compiled where it is installed; training does without
+                value = measure(real_T, fake_T)
+                if not isinstance(value, str) and math.isfinite(value):
+                    found_22[row] += torch.tensor([value, 1.0])
+    return found_22
 
 
 def _held_out(clips: list, places: dict[str, str]) -> torch.Tensor:

@@ -1,0 +1,135 @@
+"""How fast the codec encodes and trains here, in seconds of audio per second; nothing is asserted.
+
+    python tests/bench/codec.py                 one CPU thread: encode and decode at C = 32, 16, 8, and a training step
+    python tests/bench/codec.py --device cuda   bfloat16, compiled: encode, and a training step with all discriminators
+
+Each figure is the best of --repeats; random audio.  audiolm-pytorch's SoundStream runs beside ours where it is installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from audiolm.config import Codec, Train  # noqa: E402
+from audiolm.models.soundstream import SoundStream, fold  # noqa: E402
+from audiolm.train.engine import make_engine  # noqa: E402
+from audiolm.train.objective import Context  # noqa: E402
+from audiolm.train.objective_codec import CodecObjective  # noqa: E402
+
+RATE = 16_000
+
+
+def best(work: Callable[[], object], repeats: int, device: str) -> float:
+    """Seconds of the fastest run, after three that warm up (and compile)."""
+    sync = torch.cuda.synchronize if device == "cuda" else lambda: None
+    took = []
+    for i in range(repeats + 3):
+        sync()
+        began = time.perf_counter()
+        work()
+        sync()
+        if i >= 3:
+            took.append(time.perf_counter() - began)
+    return min(took)
+
+
+def say(what: str, audio_s: float, seconds: float) -> None:
+    print(f"{what:68} {audio_s / seconds:10,.1f} x real time", flush=True)
+
+
+def half(device: str):
+    return torch.autocast(device, torch.bfloat16) if device == "cuda" else contextlib.nullcontext()
+
+
+@torch.inference_mode()
+def coding(channels: int, rows: int, seconds: float, repeats: int, device: str) -> None:
+    sizes = Codec(enc_channels=channels, dec_channels=channels)
+    model = fold(SoundStream(sizes.strides, channels, channels, sizes.dim, sizes.n_q, sizes.vocab)).eval().to(device)
+    if device == "cuda":
+        model.encoder.compile()
+        model.decoder.compile()
+    wav_BT = 0.1 * torch.randn(rows, round(seconds * RATE), device=device)
+    with half(device):
+        codes_BTQ = model.encode(wav_BT)
+        name = f"C = {channels}, {sizes.n_q} x {sizes.vocab}, {rows} x {seconds:g} s"
+        say(f"encode  {name}", rows * seconds, best(lambda: model.encode(wav_BT), repeats, device))
+        say(f"decode  {name}", rows * seconds, best(lambda: model.decode(codes_BTQ), repeats, device))
+
+
+class _Noise:
+    """Crops without a disk: what is timed is the step."""
+
+    def __init__(self, rows: int, crop: int):
+        self.crop, self.wav_BT = crop, 0.1 * torch.randn(rows, crop)
+
+    def batch(self, step, rows):
+        return self.wav_BT[:len(rows)], torch.full((len(rows),), self.crop)
+
+
+def training(channels: int, rows: int, repeats: int, device: str, **changes) -> None:
+    """A full step: generator, all discriminators, optimizers, codebooks, moving average."""
+    train = Train(steps=1000, batch=rows, lr=1e-4, betas=(0.8, 0.99), clip=10.0, engine="torch",
+                  dtype="bfloat16" if device == "cuda" else "float32")
+    codec = Codec(enc_channels=channels, dec_channels=channels, train=train, **changes)
+    codec = codec.model_copy(update={"disc": codec.disc.model_copy(update={"start_step": 0})})
+    crop = round(codec.crop_s * RATE)
+    ctx = Context(0, 1, torch.device(device), 0, compile=device == "cuda")
+    objective = CodecObjective(codec, _Noise(rows, crop), torch.zeros(1, crop), ctx, 0)
+    engines = {name: make_engine(module, train, ctx) for name, module in objective.modules.items()}
+    for engine in engines.values():
+        engine.set_lr(1e-4)
+    step = iter(range(10**9))
+
+    def work() -> None:
+        now = next(step)
+        objective.train_step(engines, [objective.load(now, range(rows))], now)
+
+    d = codec.disc
+    what = f"train   C = {channels}, {rows} x {codec.crop_s} s, {len(d.periods)} + {len(d.windows)} judges of {d.channels}"
+    say(what, rows * codec.crop_s, best(work, repeats, device))
+
+
+@torch.inference_mode()
+def peer(rows: int, seconds: float, repeats: int, device: str) -> None:
+    try:
+        from audiolm_pytorch import SoundStream as Theirs
+    except ImportError:
+        print("audiolm-pytorch is not installed: no row of it")
+        return
+    model = Theirs(codebook_size=1024, rq_num_quantizers=12, strides=(2, 4, 5, 8), target_sample_hz=RATE).eval().to(device)
+    wav_BT = 0.1 * torch.randn(rows, round(seconds * RATE), device=device)
+    with half(device):
+        took = best(lambda: model(wav_BT, return_codes_only=True), repeats, device)
+    say(f"encode  audiolm-pytorch's SoundStream, {rows} x {seconds:g} s", rows * seconds, took)
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    p.add_argument("--repeats", type=int, default=5)
+    p.add_argument("--threads", type=int, default=1, help="of the CPU")
+    args = p.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    gpu = args.device == "cuda"
+    print(f"torch {torch.__version__}, {torch.cuda.get_device_name() if gpu else f'{args.threads} CPU thread(s)'}", flush=True)
+    for channels in (32, 16) if gpu else (32, 16, 8):
+        coding(channels, 64 if gpu else 1, 10.0, args.repeats, args.device)
+    peer(32 if gpu else 1, 10.0, args.repeats, args.device)
+    if gpu:
+        training(32, 64, args.repeats, args.device)
+    else:
+        training(8, 8, args.repeats, args.device)
+
+
+if __name__ == "__main__":
+    main()
