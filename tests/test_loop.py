@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import safetensors.torch
 
@@ -9,10 +11,10 @@ from audiolm.config import Cluster, Train
 from audiolm.dag import Step, plan
 from audiolm.execute import StepFailed, execute
 from audiolm.lease import Lease, LeaseLost
-from audiolm.metrics import read_build
+from audiolm.metrics import MetricsFile, read_build
 from audiolm.store import get, get_json, join, names, put_json
 from audiolm.train import checkpoint
-from audiolm.train.loop import Job, run_worker, train
+from audiolm.train.loop import Job, run_worker, train, watch
 from tests.tiny import tiny_lm
 
 
@@ -79,7 +81,7 @@ def test_the_best_weights_are_exported_when_asked(tmp_path):
 def test_a_worker_whose_lease_was_taken_does_not_commit(tmp_path):
     path = str(tmp_path / "b")
     lease = Lease(path)
-    job = Job(tiny_lm, {}, settings(), {}, path, lease.attempt, f"{path}/metrics-0001.jsonl", 0, "cpu", 1, 16)
+    job = Job(tiny_lm, {}, settings(), {}, path, lease.attempt, f"{path}/metrics-0001.jsonl", 0, "cpu", 1, 16, False)
     taken = Lease(path)
     with pytest.raises(LeaseLost, match="taken over by attempt 2"):
         run_worker(job, 0, 1)
@@ -99,3 +101,33 @@ def test_a_batch_that_workers_cannot_share_is_refused(tmp_path):
 
     with pytest.raises(ValueError, match="batch 8 is not divisible by cluster.train_workers 3"):
         train(tiny_lm, {}, settings(), {}, Out, cluster=Cluster(train_workers=3, device="cpu"), seed=0)
+
+
+def test_an_alarm_of_the_validation_stands_in_the_progress_until_it_is_over(tmp_path):
+    notes: list[str] = []
+
+    class Out:
+        def progress(self, done, total, unit, note):
+            notes.append(note)
+
+    job = Job(tiny_lm, {}, settings(), {}, str(tmp_path), 1, f"{tmp_path}/metrics-0001.jsonl", 0, "cpu", 1, 16, False)
+
+    def seen(text: str, present: bool) -> bool:
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            if notes and (text in notes[-1]) == present:
+                return True
+            time.sleep(0.1)
+        return False
+
+    metrics = MetricsFile(job.metrics)
+    with watch(job, Out()):
+        metrics.add(2, {"val.loss": 1.0, "val.alarm/levels_without_gain": 3.0})
+        metrics.add(3, {"loss": 1.0})
+        assert seen("ALARM levels_without_gain 3", True)
+        metrics.add(4, {"loss": 0.9})
+        assert seen("loss 0.900, ALARM levels_without_gain 3", True)
+        metrics.add(5, {"val.loss": 1.0, "val.alarm/levels_without_gain": 0.0})
+        metrics.add(6, {"loss": 0.8})
+        assert seen("loss 0.800", True) and seen("ALARM", False)
+    metrics.close()

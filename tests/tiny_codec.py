@@ -5,9 +5,12 @@ from __future__ import annotations
 import functools
 import math
 
+import numpy as np
+import safetensors.torch
 import torch
 
-from audiolm import config, rng
+from audiolm import config, rng, store
+from audiolm.models.soundstream import SoundStream
 from audiolm.train.engine import learning_rate, make_engine
 from audiolm.train.objective import Context
 from audiolm.train.objective_codec import CodecObjective
@@ -73,3 +76,20 @@ def run(objective: CodecObjective, engines: dict, start: int, end: int, pieces: 
         batches = [objective.load(step, rows[i:i + size]) for i in range(0, each, size)]
         results.append({k: float(v) for k, v in objective.train_step(engines, batches, step).items()})
     return results
+
+
+def noise(*shape: int, index: int = 0) -> np.ndarray:
+    return (0.1 * rng.generator(0, "test-codec-files", index).standard_normal(shape)).astype(np.float32)
+
+
+def built_codec(folder: str, seed: int = 0) -> str:
+    """A codec build of the smallest width; its codebooks lie where its latents do, so that every code can appear."""
+    torch.manual_seed(seed)
+    model = SoundStream((2, 4, 5, 8), 2, 2, 8, 3, 16, norm=False).eval().requires_grad_(False)
+    x_BDT = model.latents(torch.from_numpy(noise(4, 32_000)))
+    model.quantizer.initialise(x_BDT.transpose(1, 2).flatten(0, 1), seed=seed, reduce=lambda x: x)
+    store.put(f"{folder}/export/model.safetensors", safetensors.torch.save(model.state_dict()))
+    store.put_json(f"{folder}/export/config.json", {
+        "kind": "soundstream", "sample_rate": 16_000, "strides": (2, 4, 5, 8), "enc_channels": 2, "dec_channels": 2, "dim": 8,
+        "n_q": 3, "vocab": 16, "quantizer": "ema", "code_dim": 8})
+    return folder

@@ -61,7 +61,7 @@ def train(factory: Factory, config: Mapping[str, Any], train: Train, inputs: Map
     job = Job(factory, config, train, {k: a.path for k, a in inputs.items()}, out.path, out.attempt, out.metrics_path,
               seed, device, threads, cluster.audio_cache_mb, cluster.compile and device == "cuda")
     out.progress(0, train.steps, "steps", "starting workers")
-    with _watch(job, out):
+    with watch(job, out):
         if out.inline:
             run_worker(job, 0, 1, out.check)
         else:
@@ -105,7 +105,7 @@ def _ray_worker(config: dict) -> None:
     run_worker(config["job"], context.get_world_rank(), context.get_world_size())
 
 
-class _watch:
+class watch:
     """Turns the workers' metrics file into the driver's progress, while the block runs."""
 
     def __init__(self, job: Job, out):
