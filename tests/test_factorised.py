@@ -44,6 +44,16 @@ def test_every_level_learns_by_gradient_and_lowers_the_error():
     assert float(x_BDT.square().mean()) > errors[0] > errors[1] > errors[2]
 
 
+def test_latents_with_a_common_offset_do_not_share_one_code():
+    vq, x_BDT = factorised(), 30.0 + noise(4, 8, 50)
+    assert len(vq.encode(x_BDT)[..., 0].unique()) < 4
+    vq.initialise(x_BDT.transpose(1, 2).flatten(0, 1), seed=0, reduce=lambda x: x)
+    codes_BTQ = vq.encode(x_BDT)
+    assert all(len(codes_BTQ[..., q].unique()) > 8 for q in range(3))
+    assert float((vq.decode(codes_BTQ).mean() - 30.0).abs()) < 1.0
+    assert torch.allclose(vq(x_BDT)["quantized_BDT"], vq.decode(codes_BTQ), atol=1e-4)
+
+
 def test_dropout_masks_the_output_and_no_level_s_learning():
     vq, x_BDT = factorised(), noise(3, 8, 20)
     out, whole = vq(x_BDT, torch.tensor([1, 2, 3])), vq(x_BDT)

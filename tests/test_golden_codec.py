@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +25,10 @@ GOLDEN = Path(__file__).parent / "golden" / "codec.safetensors"
 def filled(module: torch.nn.Module) -> torch.nn.Module:
     """The same numbers in every parameter and codebook, whatever the initialisation is today."""
     with torch.no_grad():
-        for i, (name, value) in enumerate(sorted(module.state_dict().items())):
-            if name.endswith(("initialised", "share_QN", "window")):
+        for name, value in module.state_dict().items():
+            if name.endswith(("initialised", "share_QN", "window", "scale")):
                 continue
-            draw = rng.generator(0, "golden", i).standard_normal(tuple(value.shape))
+            draw = rng.generator(0, "golden", zlib.crc32(name.encode())).standard_normal(tuple(value.shape))
             fan_in = value[0].numel() if value.ndim > 1 else 1
             value.copy_(torch.from_numpy((draw * (1.5 / fan_in**0.5 if value.ndim > 1 else 0.1)).astype(np.float32)))
     return module.eval()

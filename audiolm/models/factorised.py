@@ -2,8 +2,9 @@
 
 The other quantizer behind the face of `rvq.ResidualVQ` (same shapes, same methods).  A level projects what the levels
 before it left to code_dim numbers, takes the code of the nearest direction and projects it back.  Codes and projections
-are parameters that learn by gradient, so nothing is set at the start and no code is replaced; `update` only keeps the
-moving shares.  The search is fp32.  All levels learn on all examples: dropout masks the sum that goes to the decoder.
+are parameters that learn by gradient and no code is replaced; `update` only keeps the moving shares.  What `initialise`
+sets is the latents' mean and scale, which are taken off first: latents that share an offset share a direction, and so one
+code.  The search is fp32.  All levels learn on all examples: dropout masks the sum that goes to the decoder.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ class FactorisedVQ(nn.Module):
         self.down = nn.ModuleList(map(weight_norm, down) if norm else down)
         self.up = nn.ModuleList(map(weight_norm, up) if norm else up)
         self.codes_QNK = nn.Parameter(torch.randn(n_q, vocab, code_dim))
+        self.register_buffer("mean_D", torch.zeros(dim))
+        self.register_buffer("scale", torch.ones(()))
         self.register_buffer("share_QN", torch.full((n_q, vocab), 1.0 / vocab))
         self.register_buffer("initialised", torch.zeros((), dtype=torch.int64))
 
@@ -31,7 +34,7 @@ class FactorisedVQ(nn.Module):
         """As ResidualVQ.forward; `commitment` pulls the projected frames to their codes, `codebook` the codes to them
         (each the sum over levels of a mean squared distance in code_dim dimensions)."""
         with torch.autocast(x_BDT.device.type, enabled=False):
-            residual_BTD = x_BDT.transpose(1, 2).float()
+            residual_BTD = (x_BDT.transpose(1, 2).float() - self.mean_D) / self.scale
             quantized_BTD, codes = torch.zeros_like(residual_BTD), []
             commitment = codebook = residual_BTD.new_zeros(())
             for level, codes_NK in enumerate(self.codes_QNK):
@@ -45,6 +48,7 @@ class FactorisedVQ(nn.Module):
                 quantized_BTD = quantized_BTD + (
                     made_BTD if n_q_B is None else made_BTD * (level < n_q_B)[:, None, None])
                 codes.append(code_BT)
+            quantized_BTD = quantized_BTD * self.scale + self.mean_D
         return {"quantized_BDT": quantized_BTD.transpose(1, 2).to(x_BDT.dtype), "codes_BTQ": torch.stack(codes, -1),
                 "commitment": commitment, "codebook": codebook}
 
@@ -61,10 +65,14 @@ class FactorisedVQ(nn.Module):
         """The fp32 latents, BDT, of any prefix of the levels."""
         levels = check_levels(codes_BTQ, self.n_q)
         with torch.autocast(codes_BTQ.device.type, enabled=False):
-            return sum(self.up[q](F.embedding(codes_BTQ[..., q], self.codes_QNK[q])) for q in range(levels)).transpose(1, 2)
+            made_BTD = sum(self.up[q](F.embedding(codes_BTQ[..., q], self.codes_QNK[q])) for q in range(levels))
+            return (made_BTD * self.scale + self.mean_D).transpose(1, 2)
 
+    @torch.no_grad()
     def initialise(self, frames_MD: torch.Tensor, *, seed: int, reduce: Reduce, rank: int = 0) -> None:
-        """Nothing to set: the codes learn from their random start."""
+        """The mean of the frames, the same on every worker, and their scale around it."""
+        self.mean_D.copy_(frames_MD.float().mean(0))
+        self.scale.copy_((frames_MD.float() - self.mean_D).square().mean().sqrt().clamp_min(1e-6))
         self.initialised.fill_(1)
 
     @torch.no_grad()
