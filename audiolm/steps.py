@@ -36,6 +36,12 @@ def import_codec(config: dict, inputs: dict, out) -> dict:
     return step(config, inputs, out)
 
 
+def measure_codec(config: dict, inputs: dict, out) -> dict:
+    """Measures the codec on held-out speakers beside shipped ones."""
+    from audiolm.eval.codec_figures import measure_codec as step
+    return step(config, inputs, out)
+
+
 def encode_tokens(config: dict, inputs: dict, out) -> dict:
     """Tokenizes the corpus, one Parquet file a shard; config["which"] is semantic or acoustic."""
     from audiolm.tokenizers.encode import encode_tokens as step

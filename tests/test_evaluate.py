@@ -12,9 +12,10 @@ import soundfile
 import torch
 
 from audiolm import rng, store
-from audiolm.config import LM, Cluster, Corpus, Evaluate, Samples, Stage, Tokens, Train
+from audiolm.config import LM, Cluster, Corpus, Evaluate, Samples, Stage, Tokens, Train, Where
 from audiolm.data import tokens
 from audiolm.data.manifest import Clip, Part, clips_parquet
+from audiolm.eval.codec_figures import measure_codec
 from audiolm.eval.evaluate import run_evaluate
 from audiolm.lm.model import build_lm, export_lm
 from audiolm.lm.stages import build_stages
@@ -160,18 +161,6 @@ def test_evaluate_fills_every_table(world, encoded, tmp_path):
               "corpus": world.corpus, "cluster": Cluster(device="cpu"), "seed": 0}
     facts = run_evaluate(config, {n: SimpleNamespace(path=str(world.root / n)) for n in names}, RecordingOut(tmp_path))
     table = store.get_json(f"{tmp_path}/evaluate.json")
-    assert [r["n_q"] for r in table["codec"]["levels"]] == [1, 2, 3]
-    assert table["codec"]["levels"][-1]["kbps"] == pytest.approx(50 * 3 * 4 / 1000)
-    assert [u["level"] for u in table["codec"]["usage"]] == [1, 2, 3]
-    assert {r["codec"].split(" (")[0] for r in table["codec"]["rows"]} == {"identity", "Opus", "this codec"}
-    assert table["codec"]["absent"]["Lyra v2"].startswith("no folder") and "codec.levels_that_do_not_help" in facts
-    assert [p["clip"] for p in table["codec"]["players"]] == ["a/test-0", "a/test-1"]
-    for player in table["codec"]["players"]:
-        labels = [f["label"] for f in player["files"]]
-        assert labels[:4] == ["original", "1 level, 0.2 kb/s", "2 levels, 0.4 kb/s", "3 levels, 0.6 kb/s"]
-        assert labels[4].startswith("Opus") and labels[4].endswith("6 kb/s")
-        for file in player["files"]:  # under ui/, so that the tracker shows them
-            assert file["file"].startswith("ui/codec/") and soundfile.info(f"{tmp_path}/{file['file']}").frames == RATE
     assert [r["level"] for r in table["stages"]["lm_fine"]["levels"]] == [3]
     for figures in table["stages"].values():
         assert figures["tokens"] > 0 and all(0 < figures[k] < 10 for k in ("loss", "unigram", "bigram"))
@@ -188,3 +177,24 @@ def test_evaluate_fills_every_table(world, encoded, tmp_path):
             assert (len(wav), rate) == (RATE, RATE) and np.isfinite(wav).all()
     assert facts["lm_coarse.loss"] == pytest.approx(table["stages"]["lm_coarse"]["loss"], abs=1e-6)
     assert all(isinstance(v, float) for v in facts.values())
+
+
+def test_codec_figures_beside_the_original_and_opus(world, tmp_path):
+    config = {"evaluate": Evaluate(clips=2, clip_s=1.0), "where": Where(), "coarse_levels": 2, "corpus": world.corpus,
+              "cluster": Cluster(device="cpu"), "seed": 0}
+    inputs = {n: SimpleNamespace(path=str(world.root / n)) for n in ("manifest", "codec")}
+    facts = measure_codec(config, inputs, RecordingOut(tmp_path))
+    table = store.get_json(f"{tmp_path}/codec.json")
+    assert [r["n_q"] for r in table["levels"]] == [1, 2, 3]
+    assert table["levels"][-1]["kbps"] == pytest.approx(50 * 3 * 4 / 1000)
+    assert [u["level"] for u in table["usage"]] == [1, 2, 3]
+    assert {r["codec"].split(" (")[0] for r in table["rows"]} == {"identity", "Opus", "this codec"}
+    assert table["absent"]["Lyra v2"].startswith("no folder") and facts["levels_that_do_not_help"] >= 0
+    assert [p["clip"] for p in table["players"]] == ["a/test-0", "a/test-1"]
+    for player in table["players"]:
+        labels = [f["label"] for f in player["files"]]
+        assert labels[:4] == ["original", "1 level, 0.2 kb/s", "2 levels, 0.4 kb/s", "3 levels, 0.6 kb/s"]
+        assert labels[4].startswith("Opus") and labels[4].endswith("6 kb/s")
+        for file in player["files"]:  # under ui/, so that the tracker shows them
+            assert file["file"].startswith("ui/codec/") and (tmp_path / file["file"]).with_suffix(".png").exists()
+            assert soundfile.info(f"{tmp_path}/{file['file']}").frames == RATE

@@ -23,8 +23,8 @@ import soundfile
 
 from tests.conftest import ROOT, free_port
 
-STEPS = ["manifest", "masked_model", "kmeans", "codec", "semantic_tokens", "acoustic_tokens", "lm_semantic", "lm_coarse",
-         "lm_fine", "samples", "evaluate", "report"]
+STEPS = ["manifest", "masked_model", "kmeans", "codec", "codec_figures", "semantic_tokens", "acoustic_tokens", "lm_semantic",
+         "lm_coarse", "lm_fine", "samples", "evaluate", "report"]
 BIN = sysconfig.get_path("scripts")
 ENV = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 2, "PYTHONPATH": "",
        "PATH": BIN + os.pathsep + os.environ["PATH"]}
@@ -98,7 +98,7 @@ def job(head, checkout, tmp_path_factory):
     """The one whole run: submitted as a Ray job with an absolute store."""
     store = str(tmp_path_factory.mktemp("job") / "store")
     done = submit(head, checkout, store)
-    assert done.returncode == 0 and "all 12 steps done" in done.stdout, done.stdout[-6000:] + done.stderr[-3000:]
+    assert done.returncode == 0 and "all 13 steps done" in done.stdout, done.stdout[-6000:] + done.stderr[-3000:]
     return store
 
 
@@ -121,7 +121,7 @@ def test_the_same_job_with_an_edited_comment_skips_every_step(job, head, checkou
     edited.write_text(edited.read_text() + "\n# an edited comment\n")
     began = time.monotonic()
     done = submit(head, checkout, job)
-    assert done.returncode == 0 and "0 of 12 steps to run" in done.stdout, done.stdout[-4000:] + done.stderr[-2000:]
+    assert done.returncode == 0 and "0 of 13 steps to run" in done.stdout, done.stdout[-4000:] + done.stderr[-2000:]
     assert time.monotonic() - began < 120
 
 
@@ -202,7 +202,7 @@ def test_force_makes_a_step_and_its_descendants_new_and_nothing_else(job):
     for name, pattern in (("acoustic_tokens", "shard-*.parquet"), ("lm_fine", "checkpoints/*/*")):
         old, new = ({p.stat().st_ino for p in Path(x[name]).glob(pattern)} for x in (before, after))
         assert new and not old & new
-    assert "12 of 12 steps done" in cli(f"store={job}", "--status").stdout
+    assert "13 of 13 steps done" in cli(f"store={job}", "--status").stdout
 
 
 def test_ctrl_c_stops_cleanly_and_the_same_command_continues(tmp_path):
@@ -230,4 +230,4 @@ def test_the_store_may_be_an_s3_server(s3_server):
     first, second = (subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
                      for _ in range(2))
     assert first.returncode == 0 and "lm_semantic      DONE" in first.stdout, first.stdout + first.stderr
-    assert second.returncode == 0 and "0 of 12 steps to run" in second.stdout, second.stdout + second.stderr
+    assert second.returncode == 0 and "0 of 13 steps to run" in second.stdout, second.stdout + second.stderr

@@ -64,7 +64,7 @@ def codec_figures(inputs: dict[str, Artifact]) -> dict:
     labels = ("original", "1 level, 0.4 kb/s", "6 levels, 2.4 kb/s", "Opus (opusenc), 6 kb/s")
     files = [{"label": label, "file": f"ui/codec/9009-1-{i}.wav"} for i, label in enumerate(labels)]
     for i, f in enumerate(files):
-        tone(Path(inputs["evaluate"].path) / f["file"], 1.0, 200.0 + 100 * i)
+        tone(Path(inputs["codec_figures"].path) / f["file"], 1.0, 200.0 + 100 * i)
     return {"levels": levels, "rows": [*others, *({"codec": "this codec", **r} for r in levels if r["pesq"])],
             "levels_that_do_not_help": [5], "absent": {"visqol": "visqol-python is not installed"}, "visqol": None,
             "usage": [{"level": q, "used": 200 - 10 * q, "perplexity": 120.0 - 9 * q} for q in range(1, 7)],
@@ -74,7 +74,8 @@ def codec_figures(inputs: dict[str, Artifact]) -> dict:
 def example(folder: Path) -> dict[str, Artifact]:
     """A complete run's outputs, made up."""
     inputs = {}
-    for step in ("manifest", "masked_model", "codec", "lm_semantic", "lm_coarse", "lm_fine", "samples", "evaluate"):
+    for step in ("manifest", "masked_model", "codec", "codec_figures", "lm_semantic", "lm_coarse", "lm_fine", "samples",
+                 "evaluate"):
         inputs[step] = Artifact(str(build(folder, step)))
     inputs["manifest"].facts = {
         "files": 83, "rejected": {"total": 2, "silent": 1, "too short": 1}, "clips_by_split": {"train": 20, "test": 4},
@@ -103,7 +104,6 @@ def example(folder: Path) -> dict[str, Artifact]:
         rungs.append({"rung": rung, "mel": mel,
                       "files": [{"clip": c, "file": f"wav/{n}-{c}.wav"} for c in ("9009-1", "9010-2")]})
     put(Path(inputs["evaluate"].path) / "evaluate.json", {
-        "codec": codec_figures(inputs),
         "stages": {"lm_semantic": {"loss": 2.9, "unigram": 3.8, "bigram": 2.8, "tokens": 4000},
                    "lm_coarse": {"loss": 4.4, "unigram": 5.0, "bigram": 4.6, "tokens": 9000,
                                  "levels": [{"level": 1, "loss": 4.0, "unigram": 4.9, "bigram": 4.2},
@@ -111,6 +111,7 @@ def example(folder: Path) -> dict[str, Artifact]:
                    "lm_fine": {"loss": 5.3, "unigram": 5.2, "bigram": 5.25, "tokens": 12000}},
         "tokens": {"entropy_bits": 5.2, "perplexity": 36.8, "mean_run": 1.9, "used": 61}, "ladder": rungs,
         "conditioning": {"lm_coarse": {"true": 4.4, "shuffled": 4.6}, "lm_fine": {"true": 5.3, "shuffled": 5.29}}})
+    put(Path(inputs["codec_figures"].path) / "codec.json", codec_figures(inputs))
     return inputs
 
 
@@ -157,8 +158,7 @@ def test_a_complete_report(tmp_path):
     wav, rate = soundfile.read(io.BytesIO(base64.b64decode(sounds[0].split(",", 1)[1])))
     assert rate == 16_000 and len(wav) == 48_000 and np.abs(wav).max() > 0.3
     plots_there = {p.name for p in (tmp_path / "out" / "ui" / "plots").iterdir()}
-    sounds = (f"codec-9009-1-{i}.png" for i in range(4))
-    assert plots_there == {"ladder.png", "codebook-use.png", "codec-rate.png", *sounds, *(f"loss-{s}.png" for s in (
+    assert plots_there == {"ladder.png", "codebook-use.png", "codec-rate.png", *(f"loss-{s}.png" for s in (
         "masked_model", "codec-training", "codec-validation", "lm_semantic", "lm_coarse", "lm_fine"))}
 
 
@@ -173,7 +173,8 @@ def test_a_report_survives_what_is_half_there(tmp_path):
     inputs = example(tmp_path)
     evaluate = Path(inputs["evaluate"].path) / "evaluate.json"
     gone = [{"clip": "9009-1", "files": [{"label": "original", "file": "ui/codec/gone.wav"}]}]
-    put(evaluate, {"codec": {"levels": [{"n_q": 1, "pesq": None}], "players": gone}, "stages": {"lm_semantic": {"loss": 2.0}},
+    put(Path(inputs["codec_figures"].path) / "codec.json", {"levels": [{"n_q": 1, "pesq": None}], "players": gone})
+    put(evaluate, {"stages": {"lm_semantic": {"loss": 2.0}},
                    "conditioning": {"lm_coarse": {"true": 1.0}}, "ladder": [{"rung": "original"}]})
     (Path(inputs["samples"].path) / "wav" / "acoustic-1.wav").unlink()
     (Path(inputs["samples"].path) / "wav" / "acoustic-2.wav").write_bytes(b"not a wav")

@@ -34,6 +34,8 @@ def graph(cfg: Pipeline) -> list[Step]:
         codec_ = Step("codec", do.import_codec, {"codec": imported(codec.pretrained, codec.n_q, codec.vocab)})
     else:
         codec_ = Step("codec", do.train_codec, {**common, "codec": codec}, (manifest,), trains=True)
+    figures = Step("codec_figures", do.measure_codec, {
+        **common, "evaluate": cfg.evaluate, "where": codec.where, "coarse_levels": lm.coarse_levels}, (manifest, codec_))
 
     encode = {**common, "tokens": cfg.tokens}
     z = Step("semantic_tokens", do.encode_tokens, {**encode, "which": "semantic"}, (manifest, kmeans))
@@ -50,8 +52,9 @@ def graph(cfg: Pipeline) -> list[Step]:
     models = (manifest, kmeans, codec_, z, y, *stages)
     samples = Step("samples", do.make_samples, {**common, "samples": cfg.samples}, models)
     evaluate = Step("evaluate", do.run_evaluate, {**common, "samples": cfg.samples, "evaluate": cfg.evaluate, "lm": lm}, models)
-    report = Step("report", do.build_report, {"title": cfg.corpus.name}, (manifest, masked, codec_, *stages, samples, evaluate))
-    return [manifest, masked, kmeans, codec_, z, y, *stages, samples, evaluate, report]
+    told = (manifest, masked, codec_, figures, *stages, samples, evaluate)
+    report = Step("report", do.build_report, {"title": cfg.corpus.name}, told)
+    return [manifest, masked, kmeans, codec_, figures, z, y, *stages, samples, evaluate, report]
 
 
 if __name__ == "__main__":

@@ -1,33 +1,26 @@
-"""The step `evaluate`: codec figures, losses beside baselines, use of the conditioning, token statistics, the ladder.
+"""The step `evaluate`: losses beside baselines, use of the conditioning, token statistics, the ladder.
 
 Parts run side by side as tasks, each from the artifacts' paths.  `{out.path}/evaluate.json` holds the tables (levels
-count from 1, losses in nats per token, mel distances in nats, rates in kb/s), `{out.path}/wav/` the ladder's sound,
-`{out.path}/ui/codec/` the codec's beside the original and Opus, which the tracker shows as well.
-Held-out means: dev for the stages' losses, test (dev where there is none) for codec and ladder.
+count from 1, losses in nats per token, mel distances in nats), `{out.path}/wav/` the ladder's sound.
+Held-out means: dev for the stages' losses, test (dev where there is none) for the ladder.
 """
 
 from __future__ import annotations
 
-import re
 import time
 from typing import Any
 
 from audiolm import store
 from audiolm.config import LM
-from audiolm.data.audio import wav_bytes
 from audiolm.data.batches import TokenBatches
 from audiolm.data.manifest import roots
 from audiolm.data.shards import device_of, fan_out
 from audiolm.eval import likelihood
-from audiolm.eval.baseline_codecs import baselines, opus
-from audiolm.eval.codec import compare, default_levels, reconstructions
 from audiolm.eval.ladder import held_out, ladder, seconds_within
 from audiolm.lm import generation
 from audiolm.lm.model import load_lm
-from audiolm.tokenizers.acoustic import load_codec
 
 STAGES = ("lm_semantic", "lm_coarse", "lm_fine")
-CODEC_PLAYERS = 2  # clips to be heard at several numbers of levels
 
 
 def run_evaluate(config: dict[str, Any], inputs: dict[str, Any], out: Any) -> dict[str, Any]:
@@ -42,12 +35,12 @@ def run_evaluate(config: dict[str, Any], inputs: dict[str, Any], out: Any) -> di
     cluster = config["cluster"]
     settings = {"lm": LM(), **{k: v for k, v in config.items() if k != "cluster"}}
     stages = [s for s in STAGES if s in paths]
-    parts = ["ladder", "codec", *stages[::-1], "tokens"]  # the longest first
+    parts = ["ladder", *stages[::-1], "tokens"]  # the longest first
     device = device_of(cluster, out.inline)
     items = [(part, settings, paths, out.path, device) for part in parts]
     results = fan_out(evaluate_part, items, out=out, cluster=cluster, unit="parts", gpu=device == "cuda")
     found = dict(zip(parts, results, strict=True))
-    table = {"codec": found["codec"], "stages": {s: found[s]["figures"] for s in stages}, "tokens": found["tokens"],
+    table = {"stages": {s: found[s]["figures"] for s in stages}, "tokens": found["tokens"],
              "ladder": found["ladder"],
              "conditioning": {s: found[s]["conditioning"] for s in stages if found[s]["conditioning"]}}
     store.put_json(store.join(out.path, "evaluate.json"), table)
@@ -62,9 +55,6 @@ def evaluate_part(part: str, config: dict[str, Any], paths: dict[str, str], fold
         return stage_part(part, config, paths, device)
     lm, evaluate, source_roots = config["lm"], config["evaluate"], roots(config["corpus"])
     where = lm.fine.where if "lm_fine" in paths else lm.coarse.where
-    if part == "codec":
-        clips = held_out(paths["manifest"], source_roots, evaluate.clips, evaluate.clip_s, where)
-        return codec_part(load_codec(paths["codec"], device), clips, lm.coarse_levels, evaluate.lyra, folder)
     samples = config["samples"]
     temperatures = {"semantic": samples.temperature_semantic, "coarse": samples.temperature_coarse,
                     "fine": samples.temperature_fine}
@@ -86,32 +76,9 @@ def stage_part(name: str, config: dict[str, Any], paths: dict[str, str], device:
     return {"figures": figures, "conditioning": used}
 
 
-def codec_part(codec: Any, clips: list, coarse_levels: int, lyra: str | None, folder: str) -> dict[str, Any]:
-    """`compare` on the (clip, wav_T) at 1, Q', half and all levels, with "players": [{"clip", "files": [{"label",
-    "file"}]}] of the first clips, their wavs under {folder}/ui/codec/."""
-    levels = sorted({*default_levels(codec), min(coarse_levels, codec.spec.n_q)})
-    table = {**compare(codec, [wav for _, wav in clips], baselines(lyra), levels), "players": []}
-    for clip, wav in clips[:CODEC_PLAYERS]:
-        files = []
-        for label, made in reconstructions(codec, wav, levels, opus()[:1]):
-            name = re.sub(r"[^A-Za-z0-9.]+", "-", f"{clip.id}-{len(files)}-{label}")
-            file = f"ui/codec/{name}.wav"
-            store.put(store.join(folder, file), wav_bytes(made))
-            files.append({"label": label, "file": file})
-        table["players"].append({"clip": clip.id, "files": files})
-    return table
-
-
 def flat_facts(table: dict[str, Any]) -> dict[str, float]:
     """The main figures by dotted name."""
-    codec = table["codec"]
-    names = {name: name for name in ("pesq", "stoi", "si_sdr", "mel")}
-    if codec["visqol"]:  # a name of its own for each mapper, so that no chart draws the two as one
-        names["visqol"] = "visqol_lattice" if "lattice" in codec["visqol"] else "visqol_exponential"
-    best = codec["levels"][-1]
-    facts = {f"codec.{name}": best[k] for k, name in names.items() if best[k] is not None}
-    facts["codec.mean_spectrum_mel"] = codec["mean_spectrum_mel"]
-    facts["codec.levels_that_do_not_help"] = len(codec["levels_that_do_not_help"])
+    facts: dict[str, float] = {}
     for name, figures in table["stages"].items():
         facts |= {f"{name}.{k}": figures[k] for k in ("loss", "unigram", "bigram")}
     for name, used in table["conditioning"].items():

@@ -39,6 +39,7 @@ def build_report(config: dict[str, Any], inputs: Mapping[str, Any], out: Any) ->
     paths = {name: artifact.path for name, artifact in inputs.items()}
     samples = _json(paths, "samples", "samples.json") or []
     figures = _json(paths, "evaluate", "evaluate.json") or {}
+    codec = _json(paths, "codec_figures", "codec.json") or {}
     plot = _Plots(store.join(out.path, "ui", "plots"))
     out.check()
     parts = [
@@ -46,9 +47,9 @@ def build_report(config: dict[str, Any], inputs: Mapping[str, Any], out: Any) ->
         ("ladder", "Stage ladder", _ladder(figures.get("ladder") or [], paths.get("evaluate", ""), plot)),
         ("stages", "Language models", _stages(figures.get("stages") or {})),
         ("conditioning", "Is the conditioning used?", _conditioning(figures.get("conditioning") or {})),
-        ("codec", "Codec", _codec(figures.get("codec") or {}, paths.get("evaluate", ""), plot)),
+        ("codec", "Codec", _codec(codec, paths.get("codec_figures", ""), plot)),
         ("tokens", "Semantic tokens", _tokens(figures.get("tokens") or {})),
-        ("curves", "Training", _curves(paths, figures, plot)),
+        ("curves", "Training", _curves(paths, figures, codec, plot)),
         ("run", "What ran", _what_ran(inputs)),
     ]
     out.check()
@@ -174,7 +175,7 @@ def _conditioning(found: Mapping[str, dict]) -> Html:
 def _codec(codec: Mapping[str, Any], folder: str, plot: _Plots) -> Html:
     levels, usage, yardstick = codec.get("levels") or [], codec.get("usage") or [], codec.get("mean_spectrum_mel")
     if not levels and not usage:
-        return missing("No codec figures: the step `evaluate` is not among this report's inputs.")
+        return missing("No codec figures: the step `codec_figures` is not among this report's inputs.")
     parts = []
     if codec.get("rows"):
         parts.append(_figures(sorted(codec["rows"], key=lambda r: r.get("kbps") or 0), HEADS))
@@ -203,8 +204,7 @@ def _codec(codec: Mapping[str, Any], folder: str, plot: _Plots) -> Html:
         for f in clip["files"]:
             found, inside = _wav(store.join(folder, f["file"])), [missing(f"{f['file']} is gone.")]
             if found:
-                name = "codec-" + f["file"].rsplit("/", 1)[-1].removesuffix(".wav")
-                image = plot.add(name, plots.spectrogram(found[0], ""), f"Spectrogram of {clip['clip']}, {f['label']}")
+                image = picture(plots.spectrogram(found[0], ""), f"Spectrogram of {clip['clip']}, {f['label']}")
                 inside = [found[1], image]
             cards.append(tag("div", tag("h3", f["label"]), *inside, cls="card"))
         parts += [tag("h3", f"Held-out clip {clip['clip']}"), tag("div", *cards, cls="cards")]
@@ -228,9 +228,9 @@ def _tokens(tokens: Mapping[str, Any]) -> Html:
     return table(["", ""], [[labels.get(k, k), number(v, 2)] for k, v in tokens.items()], [1])
 
 
-def _curves(paths: Mapping[str, str], figures: Mapping[str, Any], plot: _Plots) -> Html:
+def _curves(paths: Mapping[str, str], figures: Mapping[str, Any], codec: Mapping[str, Any], plot: _Plots) -> Html:
     parts = []
-    stages, spectrum = figures.get("stages") or {}, (figures.get("codec") or {}).get("mean_spectrum_mel")
+    stages, spectrum = figures.get("stages") or {}, codec.get("mean_spectrum_mel")
     for name in (n for n in TRAINED if n in paths):
         rows = [r for r in read_build(paths[name]) if "loss" in r["metrics"] or "val.loss" in r["metrics"]]
         if not rows:
