@@ -49,16 +49,18 @@ def decode(path: str, start: int = 0, frames: int | None = None) -> tuple[np.nda
 
     Raises FileNotFoundError, soundfile.LibsndfileError."""
     with open_sound(path) as f:
-        if start:  # a lossy decoder is right again only some frames after a jump (MP3 borrows bits from earlier ones)
-            early = 0 if f.format in LOSSLESS else min(start, int(PREROLL_S * f.samplerate))
-            f.seek(start - early)
-            if early:
-                f.read(early, dtype="float32")
-        if frames is None:  # a header's length is not to be trusted, so read until nothing comes
-            wav_T = np.concatenate([*blocks(f), np.zeros(0, np.float32)])
-        else:
-            wav_T = mono(f.read(frames, dtype="float32", always_2d=True))
-        return wav_T, f.samplerate
+        return _read(f, start, frames), f.samplerate
+
+
+def _read(f: soundfile.SoundFile, start: int, frames: int | None) -> np.ndarray:
+    if start:  # a lossy decoder is right again only some frames after a jump (MP3 borrows bits from earlier ones)
+        early = 0 if f.format in LOSSLESS else min(start, int(PREROLL_S * f.samplerate))
+        f.seek(start - early)
+        if early:
+            f.read(early, dtype="float32")
+    if frames is None:  # a header's length is not to be trusted, so read until nothing comes
+        return np.concatenate([*blocks(f), np.zeros(0, np.float32)])
+    return mono(f.read(frames, dtype="float32", always_2d=True))
 
 
 def resample(wav_T: np.ndarray, from_hz: int, to_hz: int) -> np.ndarray:
@@ -117,11 +119,15 @@ def read_clip(clip: Clip, roots: dict[str, str], start: int = 0, samples: int | 
         if same and (part.offset >= end or part.offset + part.frames <= start):
             skipped += part.frames if part.offset < start else 0
             continue
-        path = locate(roots[clip.origin], part.uri)
-        wav_T, rate = decode(path, part.start, part.frames)
-        if rate != clip.sample_rate or len(wav_T) != part.frames:
+        path, first, last = locate(roots[clip.origin], part.uri), 0, part.frames
+        with open_sound(path) as f:
+            if same and f.format in LOSSLESS:  # and of those only the frames; elsewhere a jump may change the sound
+                first, last = max(0, start - part.offset), min(part.frames, end - part.offset)
+                skipped += first
+            wav_T, rate = _read(f, part.start + first, last - first), f.samplerate
+        if rate != clip.sample_rate or len(wav_T) != last - first:
             raise ValueError(f"{path} is no longer what the manifest saw: {len(wav_T)} frames at {rate} Hz from frame "
-                             f"{part.start}, expected {part.frames} at {clip.sample_rate}; raise corpus.revision")
+                             f"{part.start + first}, expected {last - first} at {clip.sample_rate}; raise corpus.revision")
         pieces.append(wav_T)
     wav_T = np.concatenate([*pieces, np.zeros(0, np.float32)])
     return resample(wav_T, clip.sample_rate, SAMPLE_RATE_HZ)[start - skipped:end - skipped]

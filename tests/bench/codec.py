@@ -102,8 +102,8 @@ def training(channels: int, rows: int, repeats: int, device: str, **changes) -> 
 def peer(rows: int, seconds: float, repeats: int, device: str) -> None:
     try:
         from audiolm_pytorch import SoundStream as Theirs
-    except ImportError:
-        print("audiolm-pytorch is not installed: no row of it")
+    except (ImportError, OSError) as e:  # OSError: its torchaudio does not fit this torch
+        print(f"no row of audiolm-pytorch: {type(e).__name__}: {e}")
         return
     model = Theirs(codebook_size=1024, rq_num_quantizers=12, strides=(2, 4, 5, 8), target_sample_hz=RATE).eval().to(device)
     wav_BT = 0.1 * torch.randn(rows, round(seconds * RATE), device=device)
