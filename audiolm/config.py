@@ -164,10 +164,11 @@ class Semantic(Config):
 
 
 class Discriminators(Config):
-    """The adversary. "dac": periods and STFT windows; "soundstream": three waveform scales and one STFT of windows[0]."""
+    """The codec's adversary: periods and STFT windows with `codec.losses: dac`, one STFT window with `soundstream`."""
 
     periods: tuple[int, ...] = (2, 3, 5, 7, 11)
     windows: tuple[int, ...] = (2048, 1024, 512)
+    stft_window: int = Field(1024, ge=128, description="of the paper's STFT discriminator (SoundStream III-D)")
     channels: int = 32
     start_step: int = Field(1000, ge=0, description="first step of the adversarial game")
 
@@ -175,8 +176,8 @@ class Discriminators(Config):
 class CodecWeights(Config):
     """Weights of the generator's losses; with `codec.balance`, shares of the gradient that reaches the waveform."""
 
-    reconstruction: float = Field(15.0, ge=0)
-    waveform: float = Field(0.0, ge=0, description="of the samples' distance, relative to their magnitude")
+    reconstruction: float = Field(15.0, gt=0)
+    waveform: float = Field(0.0, ge=0, description="of the power of the difference, relative to the original's")
     feature: float = Field(2.0, ge=0)
     adversarial: float = Field(1.0, ge=0)
     commitment: float = Field(0.25, ge=0)
@@ -211,6 +212,23 @@ class Codec(Config):
     crop_s: float = 0.48
     train: Train = Train(steps=400_000, batch=64, lr=1e-4, decay_steps=200_000, betas=(0.8, 0.99), weight_decay=0.01,
                          clip=10.0, zero=0)
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.quantize_from >= self.train.steps:
+            raise ValueError(f"quantize_from ({self.quantize_from}) must be below train.steps ({self.train.steps})")
+        return self
+
+
+class CodecFigures(Config):
+    """What the step `codec_figures` depends on; whether Lyra v2 stands beside the codec counts, where its models lie not."""
+
+    where: Where
+    clips: int
+    clip_s: float
+    coarse_levels: int
+    with_lyra: bool
+    lyra: Runtime[str | None]
 
 
 class Tokens(Config):

@@ -21,7 +21,7 @@ def noise(*shape: int, index: int = 0) -> torch.Tensor:
 
 def judges(kind: str) -> Discriminators:
     torch.manual_seed(0)
-    return Discriminators(kind, (2, 5), (256,), 4)
+    return Discriminators(kind, (2, 5), (256,), 4, 256)
 
 
 @pytest.mark.parametrize("kind", KINDS)

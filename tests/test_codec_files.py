@@ -278,3 +278,17 @@ def test_evaluate_prints_the_codec_beside_others(tmp_path, built, capsys):
     assert [(row["n_q"], round(row["kbps"], 2)) for row in ours] == [(1, 0.2), (3, 0.6)]
     assert table["rows"][0]["codec"] == "identity" and table["rows"][0]["mel"] == 0
     assert run(*argv[:-4], "9") == 2 and "this codec has 1 to 3" in capsys.readouterr().err
+    (sounds / "1.wav").write_bytes(b"not audio")
+    assert run(*argv[:-2], "--clips", "3") == 0
+    told = capsys.readouterr()
+    assert "left out" in told.err and "1.wav" in told.err and "2 clips" in told.out
+
+
+def test_decode_does_not_replace_what_it_did_not_make(tmp_path, built, capsys):
+    sf.write(tmp_path / "a.wav", voice(16_000, 0).numpy(), 16_000)
+    mine = (tmp_path / "a.wav").read_bytes()
+    assert run("encode", str(tmp_path / "a.wav"), "--codec", built, "--out", str(tmp_path)) == 0
+    decode = ("decode", str(tmp_path / "a.safetensors"), "--codec", built, "--out", str(tmp_path))
+    assert run(*decode) == 1 and (tmp_path / "a.wav").read_bytes() == mine
+    assert "was not made by decode" in capsys.readouterr().err
+    assert run(*decode, "--force") == 0 and (tmp_path / "a.wav").read_bytes() != mine

@@ -24,7 +24,6 @@ RECIPES = {"ema": {}, "factorised": {"quantizer": "factorised"},
 
 def recipe(name: str, start_step: int = 2, engine: str = "torch", zero: int = 0) -> config.Codec:
     plain = tiny_codec(start_step, engine=engine, zero=zero).model_dump()
-    plain["disc"]["windows"] = (512,) if name == "soundstream" else (256,)
     return config.Codec.model_validate({**plain, "quantize_from": 1, **RECIPES[name]})
 
 
@@ -140,6 +139,36 @@ def test_two_workers_train_as_one(name, engine, zero, monkeypatch):
     if name == "ema":
         book = torch.from_numpy(state["generator"]["buffer/net.quantizer.codebook_QND"])
         assert torch.allclose(book, one.generator.net.quantizer.codebook_QND, atol=1e-5)
+
+
+def test_compiled_and_in_bfloat16_as_on_a_gpu(monkeypatch):
+    """The path a GPU takes, but for the kernels: graphs of the same parts, autocast, the balancer's two ways back."""
+    compile_, parts = torch.nn.Module.compile, []
+
+    def by_eager(self, **options):
+        parts.append(self)
+        compile_(self, backend="aot_eager", **options)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", by_eager)
+    plain = recipe("balanced", 0)
+    half = config.Codec.model_validate({**plain.model_dump(), "train": {**plain.train.model_dump(), "dtype": "bfloat16"}})
+    eager, engines = training(plain)
+    compiled, others = training(half, compile=True)
+    assert len(parts) == 2 + 2 and list(compiled.generator.state_dict()) == list(eager.generator.state_dict())
+    for mine, theirs in zip(run(eager, engines, 0, 2), run(compiled, others, 0, 2), strict=True):
+        for key in ("loss", "reconstruction", "adversarial", "discriminator"):
+            assert theirs[key] == pytest.approx(mine[key], rel=0.05), key
+    assert compiled.evaluate()["mel"] == pytest.approx(eager.evaluate()["mel"], rel=0.1)
+
+
+def test_what_is_not_quantized_yet_is_never_the_best():
+    objective, engines = training(recipe("ema"))
+    run(objective, engines, 0, 1)
+    assert "loss" not in objective.evaluate() and objective.evaluate()["mel"] > 0
+    run(objective, engines, 1, 2)
+    assert objective.evaluate()["loss"] == objective.evaluate()["mel"]
+    with pytest.raises(ValueError, match=r"quantize_from \(40\) must be below train.steps \(40\)"):
+        tiny_codec(quantize_from=40)
 
 
 def test_dropout_draws_depend_on_step_and_row_alone():

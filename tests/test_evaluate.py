@@ -12,7 +12,7 @@ import soundfile
 import torch
 
 from audiolm import rng, store
-from audiolm.config import LM, Cluster, Corpus, Evaluate, Samples, Stage, Tokens, Train, Where
+from audiolm.config import LM, Cluster, CodecFigures, Corpus, Evaluate, Samples, Stage, Tokens, Train, Where
 from audiolm.data import tokens
 from audiolm.data.manifest import Clip, Part, clips_parquet
 from audiolm.eval.codec_figures import measure_codec
@@ -180,8 +180,8 @@ def test_evaluate_fills_every_table(world, encoded, tmp_path):
 
 
 def test_codec_figures_beside_the_original_and_opus(world, tmp_path):
-    config = {"evaluate": Evaluate(clips=2, clip_s=1.0), "where": Where(), "coarse_levels": 2, "corpus": world.corpus,
-              "cluster": Cluster(device="cpu"), "seed": 0}
+    want = CodecFigures(where=Where(), clips=2, clip_s=1.0, coarse_levels=2, with_lyra=False, lyra=None)
+    config = {"figures": want, "corpus": world.corpus, "cluster": Cluster(device="cpu")}
     inputs = {n: SimpleNamespace(path=str(world.root / n)) for n in ("manifest", "codec")}
     facts = measure_codec(config, inputs, RecordingOut(tmp_path))
     table = store.get_json(f"{tmp_path}/codec.json")

@@ -44,7 +44,7 @@ def numbers() -> dict[str, torch.Tensor]:
                   f"{kind}/wav_BT": model.decode(codes_BTQ), f"{kind}/one_level_BT": model.decode(codes_BTQ[..., :1])}
     other_BT = voice(6400, 2)[None]
     for kind in ("dac", "soundstream"):
-        judge = filled(Discriminators(kind, (2, 3), (256,), 2))
+        judge = filled(Discriminators(kind, (2, 3), (256,), 2, 256))
         real, fake = judge(wav_BT), judge(other_BT)
         found |= {f"{kind}/discriminator": losses.discriminator_loss(real, fake, kind),
                   f"{kind}/adversarial": losses.adversarial_loss(fake, kind),

@@ -41,7 +41,7 @@ class TinyLM:
             loss = F.cross_entropy(engine(ids_BT)[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten(), reduction="sum")
             engine.backward(loss * self.ctx.world / n, i == len(batches) - 1)
             total += loss.detach()
-        return {"loss": all_sum(total) / n, "units": n, "grad_norm": torch.tensor(engine.step())}
+        return {"loss": all_sum(total) / n, "units": n, "grad_norm": engine.step()}
 
     @torch.no_grad()
     def evaluate(self):

@@ -49,10 +49,10 @@ def tiny_codec(start_step: int = 1000, steps: int = 40, engine: str = "torch", z
 
 
 def training(codec: config.Codec, saved: dict | None = None, updates: dict | None = None, rank: int = 0,
-             world: int = 1) -> tuple[CodecObjective, dict]:
+             world: int = 1, compile: bool = False) -> tuple[CodecObjective, dict]:
     """An objective and its engines, from the start or from what `saved_state` gave."""
     torch.manual_seed(0)
-    ctx = Context(rank, world, torch.device("cpu"), 0)
+    ctx = Context(rank, world, torch.device("cpu"), 0, compile=compile)
     held_out_BT = torch.stack([voice(6400, i) for i in (6, 7, 8)])
     objective = CodecObjective(codec, Voices(), held_out_BT, ctx, 0)
     return objective, {name: make_engine(m, codec.train, ctx, saved and saved[name], updates[name] if saved else 0)

@@ -53,6 +53,7 @@ def parser() -> argparse.ArgumentParser:
 def evaluate(codec, args: argparse.Namespace) -> int:
     """Prints `eval.codec.compare` of the clips."""
     import numpy as np
+    from soundfile import SoundFileError
 
     from audiolm import store
     from audiolm.data.audio import SAMPLE_RATE_HZ, stream
@@ -66,11 +67,17 @@ def evaluate(codec, args: argparse.Namespace) -> int:
     wavs = []
     for _, path in picked:
         parts, have = [], 0
-        for wav_T in stream(path):
-            parts.append(wav_T)
-            if (have := have + len(wav_T)) >= samples:
-                break
+        try:
+            for wav_T in stream(path):
+                parts.append(wav_T)
+                if (have := have + len(wav_T)) >= samples:
+                    break
+        except (OSError, ValueError, SoundFileError) as e:
+            print(f"left out: {path}: {e}", file=sys.stderr)
+            continue
         wavs.append(np.concatenate(parts)[:samples])
+    if not wavs:
+        raise ValueError("none of the files can be read: name others")
     table = compare(codec, wavs, baselines(args.lyra), args.levels)
     print(format_table(table))
     if args.json:
@@ -87,6 +94,8 @@ def main(argv: list[str] | None = None) -> int:
     from audiolm.tokenizers import files
 
     try:
+        if args.do == "evaluate" and args.clips < 1:
+            raise ValueError(f"--clips {args.clips}: at least one")
         if args.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda: this machine has no GPU that torch can use; give --device cpu or auto")
         device = "cpu" if args.device == "cpu" or not torch.cuda.is_available() else "cuda"
@@ -97,6 +106,8 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"--levels {args.levels}: this codec has 1 to {codec.spec.n_q}")
         suffixes, ending = (AUDIO, files.CODES) if args.do == "encode" else ((files.CODES,), f".{args.format}")
         jobs = files.plan(args.inputs, suffixes, args.out, ending)
+    except KeyboardInterrupt:
+        return 130
     except Exception as e:  # noqa: BLE001  one line that names the fix, whatever a filesystem raised
         named = isinstance(e, (ValueError, FileNotFoundError))
         print(f"error: {e}" if named else f"error: {type(e).__name__}: {e}", file=sys.stderr)

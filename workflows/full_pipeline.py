@@ -14,7 +14,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # a submitted job runs the code that was submitted
 
 from audiolm.cli import main  # noqa: E402
-from audiolm.config import Pipeline  # noqa: E402
+from audiolm.config import CodecFigures, Pipeline  # noqa: E402
 from audiolm.dag import Step  # noqa: E402
 from audiolm.tokenizers.pretrained import imported  # noqa: E402
 
@@ -34,8 +34,10 @@ def graph(cfg: Pipeline) -> list[Step]:
         codec_ = Step("codec", do.import_codec, {"codec": imported(codec.pretrained, codec.n_q, codec.vocab)})
     else:
         codec_ = Step("codec", do.train_codec, {**common, "codec": codec}, (manifest,), trains=True)
-    figures = Step("codec_figures", do.measure_codec, {
-        **common, "evaluate": cfg.evaluate, "where": codec.where, "coarse_levels": lm.coarse_levels}, (manifest, codec_))
+    shown = CodecFigures(where=codec.where, clips=cfg.evaluate.clips, clip_s=cfg.evaluate.clip_s, lyra=cfg.evaluate.lyra,
+                         coarse_levels=lm.coarse_levels, with_lyra=cfg.evaluate.lyra is not None)
+    figures = Step("codec_figures", do.measure_codec, {"cluster": cfg.cluster, "corpus": cfg.corpus, "figures": shown},
+                   (manifest, codec_))
 
     encode = {**common, "tokens": cfg.tokens}
     z = Step("semantic_tokens", do.encode_tokens, {**encode, "which": "semantic"}, (manifest, kmeans))

@@ -97,7 +97,7 @@ def stream(path: str, to_hz: int = SAMPLE_RATE_HZ) -> Iterator[np.ndarray]:
     if frames < counted:
         raise ValueError(f"{path} is truncated: {frames} of {counted} frames decode; get the file again")
     if not frames:
-        raise ValueError(f"{path} is empty: its header is followed by no samples")
+        raise ValueError(f"{path} is empty: its header counts no samples; get the file again, or rewrite it if there are some")
     if resampler:
         rest_T, n = resampler.resample_chunk(np.zeros(0, np.float32), last=True), samples_at(frames, rate, to_hz) - made
         yield np.pad(rest_T[:n], (0, max(0, n - len(rest_T))))

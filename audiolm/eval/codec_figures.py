@@ -12,6 +12,7 @@ import time
 from typing import Any
 
 from audiolm import store
+from audiolm.config import CodecFigures
 from audiolm.data.audio import wav_bytes
 from audiolm.data.manifest import roots
 from audiolm.data.shards import device_of, fan_out
@@ -25,23 +26,24 @@ PLAYERS = 2  # clips to be heard at several numbers of levels
 
 
 def measure_codec(config: dict[str, Any], inputs: dict[str, Any], out: Any) -> dict[str, Any]:
-    """Step function. config: evaluate, where, coarse_levels, corpus, cluster; inputs: manifest, codec. Returns the main
+    """Step function. config: figures (config.CodecFigures), corpus, cluster; inputs: manifest, codec. Returns the main
     figures, flat. Raises ValueError where nothing is held out."""
     began, cluster = time.monotonic(), config["cluster"]
     device = device_of(cluster, out.inline)
-    settings = {k: v for k, v in config.items() if k != "cluster"}
-    item = (settings, {name: artifact.path for name, artifact in inputs.items()}, out.path, device)
+    paths = {name: artifact.path for name, artifact in inputs.items()}
+    item = (config["figures"], roots(config["corpus"]), paths, out.path, device)
     table, = fan_out(codec_part, [item], out=out, cluster=cluster, unit="tables", gpu=device == "cuda")
     store.put_json(store.join(out.path, "codec.json"), table)
     return {**flat_facts(table), "seconds": round(time.monotonic() - began, 3)}
 
 
-def codec_part(config: dict[str, Any], paths: dict[str, str], folder: str, device: str) -> dict[str, Any]:
+def codec_part(want: CodecFigures, source_roots: dict[str, str], paths: dict[str, str], folder: str,
+               device: str) -> dict[str, Any]:
     """One task: the table at 1, Q', half and all levels, and the players' files."""
-    codec, evaluate = load_codec(paths["codec"], device), config["evaluate"]
-    clips = held_out(paths["manifest"], roots(config["corpus"]), evaluate.clips, evaluate.clip_s, config["where"])
-    levels = sorted({*default_levels(codec), min(config["coarse_levels"], codec.spec.n_q)})
-    table = {**compare(codec, [wav for _, wav in clips], baselines(evaluate.lyra), levels), "players": []}
+    codec = load_codec(paths["codec"], device)
+    clips = held_out(paths["manifest"], source_roots, want.clips, want.clip_s, want.where)
+    levels = sorted({*default_levels(codec), min(want.coarse_levels, codec.spec.n_q)})
+    table = {**compare(codec, [wav for _, wav in clips], baselines(want.lyra), levels), "players": []}
     for clip, wav in clips[:PLAYERS]:
         files = []
         for label, made in reconstructions(codec, wav, levels, opus()[:1]):

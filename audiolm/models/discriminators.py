@@ -132,12 +132,12 @@ class ComplexSTFT(nn.Module):
 
 class Discriminators(nn.Module):
     """kind "dac": a Period for each of `periods`, a Spectral for each of `windows`; "soundstream": WaveScale at 1, 1/2 and
-    1/4 of the rate and a ComplexSTFT of windows[0]."""
+    1/4 of the rate and a ComplexSTFT of `stft_window`."""
 
-    def __init__(self, kind: str, periods: tuple[int, ...], windows: tuple[int, ...], channels: int):
+    def __init__(self, kind: str, periods: tuple[int, ...], windows: tuple[int, ...], channels: int, stft_window: int = 1024):
         super().__init__()
         if kind == "soundstream":
-            each = [*(WaveScale(s, channels) for s in (1, 2, 4)), ComplexSTFT(windows[0], channels)]
+            each = [*(WaveScale(s, channels) for s in (1, 2, 4)), ComplexSTFT(stft_window, channels)]
         else:
             each = [*(Period(p, channels) for p in periods), *(Spectral(w, channels) for w in windows)]
         self.each = nn.ModuleList(each)

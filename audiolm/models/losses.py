@@ -28,7 +28,7 @@ def _floor(size: int) -> float:
 def _mel(wav_BT: torch.Tensor, size: int, n_mels: int, sample_rate: int) -> torch.Tensor:
     window = torch.hann_window(size, device=wav_BT.device)
     spec_BFT = torch.stft(wav_BT, size, size // 4, size, window=window, return_complex=True).abs()
-    return spec_BFT.transpose(1, 2) @ mel_filterbank(sample_rate, size, n_mels).to(wav_BT.device)
+    return spec_BFT.transpose(1, 2) @ mel_filterbank(sample_rate, size, n_mels, wav_BT.device)
 
 
 def multi_scale_mel(fake_BT: torch.Tensor, real_BT: torch.Tensor, sample_rate: int = 16_000) -> torch.Tensor:
@@ -84,6 +84,6 @@ def adversarial_loss(fake: list[Judgement], kind: str = "dac") -> torch.Tensor:
 
 def feature_loss(real: list[Judgement], fake: list[Judgement], kind: str = "dac") -> torch.Tensor:
     """Mean L1 between the discriminators' activations, layer by layer. The real side gives no gradient."""
-    each = [F.l1_loss(f.float(), r.detach().float())
+    each = [(f - r.detach()).abs().mean(dtype=torch.float32)  # no fp32 copy of a layer is kept
             for (_, reals), (_, fakes) in zip(real, fake, strict=True) for r, f in zip(reals, fakes, strict=True)]
     return sum(each) / len(each) if kind == "soundstream" else sum(each)

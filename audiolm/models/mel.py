@@ -12,22 +12,25 @@ import math
 import torch
 import torch.nn.functional as F
 
+CPU = torch.device("cpu")
 WINDOW, HOP, PAD = 400, 160, 120
 FLOOR = 1e-5  # of a mel magnitude: -100 dBFS
 
 
 @functools.lru_cache(maxsize=64)
-def mel_filterbank(sample_rate: int, n_fft: int, n_mels: int, f_min: float = 0.0) -> torch.Tensor:
-    """Triangles equally spaced on the HTK mel scale: (n_fft // 2 + 1, n_mels), float32, each with peak 1."""
+@torch.inference_mode(False)  # what is kept may be wanted by a backward pass later
+def mel_filterbank(sample_rate: int, n_fft: int, n_mels: int, device: torch.device = CPU) -> torch.Tensor:
+    """Triangles equally spaced on the HTK mel scale: (n_fft // 2 + 1, n_mels), float32, each with peak 1. Kept on its device:
+    a copy at each use would stop a GPU's queue."""
     def to_mel(f):
         return 2595.0 * math.log10(1.0 + f / 700.0)
 
-    mels = torch.linspace(to_mel(f_min), to_mel(sample_rate / 2), n_mels + 2, dtype=torch.float64)
+    mels = torch.linspace(0.0, to_mel(sample_rate / 2), n_mels + 2, dtype=torch.float64)
     edges = 700.0 * (10.0 ** (mels / 2595.0) - 1.0)
     freqs = torch.linspace(0, sample_rate / 2, n_fft // 2 + 1, dtype=torch.float64)[:, None]
     up = (freqs - edges[:-2]) / (edges[1:-1] - edges[:-2])
     down = (edges[2:] - freqs) / (edges[2:] - edges[1:-1])
-    return torch.minimum(up, down).clamp_min(0).float()
+    return torch.minimum(up, down).clamp_min(0).float().to(device)
 
 
 def log_mel(wav_BT: torch.Tensor, n_mels: int = 80, sample_rate: int = 16_000) -> torch.Tensor:
@@ -37,7 +40,7 @@ def log_mel(wav_BT: torch.Tensor, n_mels: int = 80, sample_rate: int = 16_000) -
     window = torch.hann_window(WINDOW, device=wav_BT.device, dtype=torch.float32)
     spec_BFT = torch.stft(F.pad(wav_BT.float(), (PAD, PAD)), WINDOW, HOP, WINDOW, window=window, center=False,
                           return_complex=True).abs()
-    return (spec_BFT.transpose(1, 2) @ mel_filterbank(sample_rate, WINDOW, n_mels).to(spec_BFT.device)).clamp_min(FLOOR).log()
+    return (spec_BFT.transpose(1, 2) @ mel_filterbank(sample_rate, WINDOW, n_mels, spec_BFT.device)).clamp_min(FLOOR).log()
 
 
 def mfcc(mel_BTF: torch.Tensor, n: int = 13) -> torch.Tensor:

@@ -143,9 +143,10 @@ def load_codec(path: str, device: str = "cpu") -> AcousticTokenizer | pretrained
                                 f"this pipeline takes {SAMPLE_RATE} Hz and a hop of {ACOUSTIC_HOP}")
         return codec
     sizes = ("strides", "enc_channels", "dec_channels", "dim", "n_q", "vocab", "quantizer", "code_dim")
-    if config.get("kind") != "soundstream" or any(key not in config for key in sizes):
-        raise ArtefactError(f"{path}/export/config.json is no codec's (kind {config.get('kind')!r}): give the path of "
-                            "a codec build")
+    missing = [key for key in sizes if key not in config]
+    if config.get("kind") != "soundstream" or missing:
+        raise ArtefactError(f"{path}/export/config.json is no codec's of this version (kind {config.get('kind')!r}, without "
+                            f"{', '.join(missing) or 'nothing'}): give the path of a codec build, or train it again")
     if config["sample_rate"] != SAMPLE_RATE or math.prod(config["strides"]) != ACOUSTIC_HOP:
         raise ArtefactError(f"{path}/export/config.json: {config['sample_rate']} Hz and strides {config['strides']}; "
                             f"this pipeline takes {SAMPLE_RATE} Hz and a hop of {ACOUSTIC_HOP}")

@@ -208,8 +208,11 @@ def decode_file(codec: Any, job: Job, levels: int | None, form: str, force: bool
         raise ValueError(f"{job.path} holds {codes_TQ.shape[1]} levels, --levels asks for {levels}: give at most those")
     made_of = hashlib.blake2b(codes_TQ.tobytes() + meta["samples"].encode(), digest_size=8).hexdigest()
     comment = f"audiolm codec {codec.hash} levels {levels} codes {made_of}"
-    if not force and _comment(job.target) == comment:
-        return None
+    if not force and (there := _comment(job.target)) is not None:
+        if there == comment:
+            return None
+        if not there.startswith("audiolm codec "):
+            raise ValueError(f"{job.target} is there and was not made by decode: name another --out, or --force")
     step, made = int(PIECE_S * spec.rate_hz), 0
     pieces = (torch.from_numpy(codes_TQ[i:i + step, :levels].astype(np.int64)) for i in range(0, len(codes_TQ), step))
     with _appears(job.target) as aside, soundfile.SoundFile(aside, "w", spec.sample_rate, 1, "PCM_16", format=form) as f:
@@ -318,7 +321,7 @@ def _made_alike(path: str, meta: dict[str, str]) -> bool:
 
 
 def _comment(path: str) -> str | None:
-    """What decode_file noted in the audio file at a path, if there is one."""
+    """What decode_file noted in the audio file at a path; None where there is none that can be read."""
     import soundfile
 
     try:

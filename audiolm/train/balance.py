@@ -3,7 +3,7 @@
 Each term's gradient with respect to the fake waveform is divided by its own running norm and multiplied by its share of
 the weights, so that the weights say what a term may move, whatever its scale.  Terms that do not pass through the
 waveform keep their plain weights.  The norms used in a step are those of the steps before it, so that micro-batches and
-ranks do not change the run (a term's first step alone has only its own); they are fp32 buffers, in every checkpoint.
+ranks change nothing, but in a term's very first step, where each has only its own.  They are in every checkpoint.
 """
 
 from __future__ import annotations
@@ -48,11 +48,12 @@ class Balance(nn.Module):
         return (made_BT * sum_BT).sum() + plain
 
     @torch.no_grad()
-    def update(self, reduce: Callable[[torch.Tensor], torch.Tensor], world: int) -> None:
-        """Takes in the norms that the step's micro-batches saw. All ranks take part."""
+    def update(self, reduce: Callable[[torch.Tensor], torch.Tensor], world: int) -> dict[str, torch.Tensor]:
+        """Takes in the norms that the step's micro-batches saw; returns those terms' running norms. All ranks take part."""
         seen = [name in self._seen for name in TERMS]
         now = torch.stack([torch.as_tensor(self._seen.get(name, 0.0), device=self.total.device) for name in TERMS])
         mask = torch.tensor(seen, device=self.total.device)
         self.total.copy_(torch.where(mask, DECAY * self.total + reduce(now.float()) / world, self.total))
         self.count.copy_(torch.where(mask, DECAY * self.count + 1, self.count))
         self._seen.clear()
+        return {name: norm for (name, norm), there in zip(self.norms().items(), seen, strict=True) if there}

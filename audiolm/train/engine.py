@@ -91,7 +91,7 @@ class TorchEngine:
     def backward(self, loss: torch.Tensor, last: bool = True) -> None:
         loss.backward()
 
-    def step(self) -> float:
+    def step(self) -> torch.Tensor:
         params = _with_gradients(self.module)
         if self.ctx.world > 1:
             flat = all_sum(torch.cat([p.grad.flatten() for p in params])) / self.ctx.world
@@ -101,7 +101,7 @@ class TorchEngine:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.updates += 1
-        return float(norm)
+        return norm
 
     def set_lr(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
@@ -149,13 +149,13 @@ class DeepSpeedEngine:
     def backward(self, loss: torch.Tensor, last: bool = True) -> None:
         self.engine.backward(loss, scale_wrt_gas=False)
 
-    def step(self) -> float:
+    def step(self) -> torch.Tensor:
         norm = None
         if self.train.zero == 0:  # DeepSpeed reports no norm without ZeRO; its gradients are reduced in step()
             norm = self._reduced_norm()
         self.engine.step()
         self.updates += 1
-        return float(norm if norm is not None else self.engine.get_global_grad_norm() or 0.0)
+        return torch.as_tensor(norm if norm is not None else self.engine.get_global_grad_norm() or 0.0)
 
     def _reduced_norm(self) -> torch.Tensor:
         """The norm of the averaged gradients; exact with one rank, where there is nothing to average."""

@@ -179,30 +179,31 @@ def run_worker(job: Job, rank: int, world: int, check: Callable[[], None] = lamb
                 engine.set_lr(lr)
             torch.manual_seed(rng.derive(job.seed, "step", step, rank))  # dropout
             result = objective.train_step(engines, batches, step)
-            units += float(result.pop("units"))
-            log = done % cfg.log_every == 0 or done == cfg.steps or done == start + 1
-            if log or not math.isfinite(float(result["loss"])):
+            units = units + result.pop("units")
+            save, last = done % cfg.save_every == 0, done == cfg.steps
+            log = done % cfg.log_every == 0 or last or done == start + 1
+            if log or save or done % cfg.eval_every == 0:  # nothing is kept of a loss that was not looked at
                 values = {k: float(v) for k, v in result.items()}
                 if not math.isfinite(values["loss"]):
                     raise FloatingPointError(f"the loss is {values['loss']} at step {done}: lower train.lr ({cfg.lr}), raise "
                                              f"train.warmup_steps ({cfg.warmup_steps}), or look at the input's tokens")
                 now = time.monotonic()
                 if metrics:
-                    metrics.add(done, {**values, "lr": lr, "units_per_s": units / (now - clock),
+                    metrics.add(done, {**values, "lr": lr, "units_per_s": float(units) / (now - clock),
                                        "step_s": (now - clock) / (done - logged),
                                        **({"audio": 1.0} if objective.unit == "audio s" else {})})
                 clock, logged, units = now, done, 0.0
             improved = False
-            if done % cfg.eval_every == 0 or done == cfg.steps:
+            if done % cfg.eval_every == 0 or last:
                 pending.result()  # the loader's cache is not shared with a running load
                 validation = {"step": done, **objective.evaluate()}
-                improved = validation["loss"] < best["loss"]
+                improved = validation.get("loss", math.inf) < best["loss"]
                 if improved:
                     best = {"step": done, "loss": validation["loss"]}
                 if metrics:
                     metrics.add(done, {f"val.{k}": v for k, v in validation.items() if k != "step"})
                 clock, logged, units = time.monotonic(), done, 0.0
-            if done % cfg.save_every == 0 or done == cfg.steps or improved:
+            if save or last or improved:
                 states = {name: engine.state() for name, engine in engines.items()}
                 if rank == 0:
                     checkpoint.save(job.build, job.attempt, done, states, {

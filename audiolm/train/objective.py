@@ -37,8 +37,9 @@ class Engine(Protocol):
     def backward(self, loss: torch.Tensor, last: bool = True) -> None:
         """Adds the gradients of `loss`; `last` marks the last micro-batch of a step. Gradients are averaged over ranks."""
 
-    def step(self) -> float:
-        """Clips, updates, clears the gradients; returns the global gradient norm before clipping."""
+    def step(self) -> torch.Tensor:
+        """Clips, updates, clears the gradients; returns the global gradient norm before clipping, on the device: the
+        loop reads numbers only where it logs, so that a GPU's queue does not run dry."""
 
 
 class Objective(Protocol):
@@ -55,7 +56,8 @@ class Objective(Protocol):
         """
 
     def evaluate(self) -> dict[str, float]:
-        """Validation on held-out clips, all ranks take part, reduced; has "loss", lower is better. No randomness."""
+        """Validation on held-out clips, all ranks take part, reduced; no randomness. "loss" (lower is better) says which
+        checkpoint is the best; it is absent where there is nothing to compare yet, and present at the end."""
 
     def export(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """(weights by name, JSON config) of what later steps load, for safetensors + JSON."""

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch._functorch.config
 import torch.nn.functional as F
 from torch import nn
 
@@ -83,10 +84,10 @@ class CodecObjective:
         self.codec, self.crops, self.held_out_BT, self.ctx, self.seed = codec, crops, held_out_BT, ctx, seed
         self.generator = Generator(_soundstream(codec))
         d = codec.disc
-        self.modules: dict[str, nn.Module] = {
-            "generator": self.generator, "discriminator": Discriminators(codec.losses, d.periods, d.windows, d.channels)}
+        judges = Discriminators(codec.losses, d.periods, d.windows, d.channels, d.stft_window)
+        self.modules: dict[str, nn.Module] = {"generator": self.generator, "discriminator": judges}
         if ctx.compile:
-            _compile(self.generator.net, self.modules["discriminator"])
+            _compile(self.generator.net, judges)
         self._ready, self._reading = False, threading.Lock()
 
     def load(self, step: int, rows: Sequence[int]) -> dict[str, torch.Tensor]:
@@ -133,23 +134,20 @@ class CodecObjective:
         if quantize:
             replaced_Q = net.quantizer.update(torch.cat(latents), torch.cat(codes), seed=self.seed, step=step,
                                               reduce=all_sum, rank=self.ctx.rank, world=self.ctx.world)
-        if codec.balance:
-            self.generator.balance.update(all_sum, self.ctx.world)
+        norms = self.generator.balance.update(all_sum, self.ctx.world) if codec.balance else {}
         # an average that starts at the first step would remember the random start for long
         self.generator.ema.update(dict(net.named_parameters()), min(codec.ema, (1 + step) / (10 + step)))
 
         means = all_sum(torch.stack([v.float() for v in sums.values()])) / self.ctx.world
         metrics = dict(zip(sums, means, strict=True))
-        metrics["units"] = all_sum(sum(b["lengths_B"].sum() for b in batches).to(means)) / SAMPLE_RATE
-        metrics["grad_norm/generator"] = torch.as_tensor(norm_g)
+        metrics["units"] = all_sum(sum(b["lengths_B"].sum() for b in batches).to(means, non_blocking=True)) / SAMPLE_RATE
+        metrics["grad_norm/generator"] = norm_g
         if game:
-            metrics["grad_norm/discriminator"] = torch.as_tensor(norm_d)
+            metrics["grad_norm/discriminator"] = norm_d
         if quantize:
             metrics["codes_replaced"] = replaced_Q.sum()
             metrics |= {f"perplexity/q{q:02d}": p for q, p in enumerate(net.quantizer.perplexity())}
-        if codec.balance:
-            metrics |= {f"gradient/{k}": v for k, v in self.generator.balance.norms().items() if v > 0}
-        return metrics
+        return metrics | {f"gradient/{name}": norm for name, norm in norms.items()}
 
     def _play(self, engine: Engine, wav_BT, fake_BT, share: float, last: bool) -> dict[str, torch.Tensor]:
         """The discriminators' own step on detached fakes, then their judgement of the fakes with frozen weights."""
@@ -190,10 +188,10 @@ class CodecObjective:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Mean L1 distance of log-mels (nats) on held-out crops by number of levels: "mel/qNN" with levels up to NN,
-        "gain/qNN" what level NN takes off, "loss" = "mel" with all, "mel/unquantized" without the quantizer;
-        "pesq" and "si_sdr_db" with all levels, "pesq/q00" with one; use and perplexity of each level's codes;
-        "alarm/levels_without_gain" counts the levels that do not lower the error."""
+        """On held-out crops: "mel/qNN", the mean L1 distance of log-mels (nats) with levels up to NN, "gain/qNN" what
+        level NN takes off, "mel" with all, and once quantized that as "loss", "mel/unquantized" without the quantizer;
+        "pesq" and "si_sdr_db" with all levels, "/q00" with one; "used" and "perplexity" of each level's codes;
+        "alarm/levels_without_gain" counts the levels that do not lower the distance."""
         model, codec = self.averaged(), self.codec
         mine_BT = self.held_out_BT[self.ctx.rank::self.ctx.world]
         mel_Q2 = torch.zeros(codec.n_q + 2, device=self.ctx.device)  # crops, each number of levels, not quantized
@@ -216,7 +214,7 @@ class CodecObjective:
         *mel, unquantized = (mel_Q2[1:] / mel_Q2[0]).tolist()
         p_QN = hits_QN / hits_QN.sum(1, keepdim=True)
         perplexity = torch.special.entr(p_QN).sum(1).exp().tolist()
-        figures = {"loss": mel[-1], "mel": mel[-1], "mel/unquantized": unquantized}
+        figures = {"mel": mel[-1], "mel/unquantized": unquantized}
         names = ("pesq/q00", "si_sdr_db/q00", "pesq", "si_sdr_db")
         figures |= {name: float(total / n) for name, (total, n) in zip(names, scores_222.flatten(0, 1), strict=True) if n}
         for q in range(codec.n_q):
@@ -224,7 +222,8 @@ class CodecObjective:
                         f"used/q{q:02d}": float((hits_QN[q] > 0).float().mean())}
             if q:
                 figures[f"gain/q{q:02d}"] = mel[q - 1] - mel[q]
-        if int(model.quantizer.initialised):  # the loop shows alarms above 0 (DESIGN: watch the gain of every level)
+        if int(model.quantizer.initialised):  # what is not quantized yet is no codec, and must not become the best one
+            figures["loss"] = mel[-1]
             figures["alarm/levels_without_gain"] = float(sum(b >= a for a, b in zip(mel, mel[1:], strict=False)))
         return figures
 
@@ -271,9 +270,10 @@ def codec_objective(config: Mapping[str, Any], inputs: Mapping[str, Any], ctx: C
 
 def _compile(net: SoundStream, judges: Discriminators) -> None:
     """In place, so that the parameters keep their names; STFTs stay out, as the compiler has no complex numbers."""
-    torch._dynamo.config.recompile_limit = 64  # graphs of one class's forward: sizes x learning or frozen
+    torch._dynamo.config.recompile_limit = 64  # graphs of one class's forward: parts x sizes x learning or frozen
+    torch._functorch.config.donated_buffer = False  # the balancer goes through the judges twice
     for part in (net.encoder, net.decoder, *(judge.layers for judge in judges.each)):
-        part.compile()
+        part.compile(dynamic=False)  # else the parts, being of one class, count as one part of many sizes
 
 
 def _scores(real_BT: torch.Tensor, fake_BT: torch.Tensor) -> torch.Tensor:

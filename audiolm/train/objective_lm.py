@@ -96,7 +96,7 @@ class LMObjective:
                 f"{self.shape.train.warmup_steps} (raise it), dtype {self.shape.train.dtype} (try float32); then at "
                 "the code usage in the token steps' facts")
         norm = engine.step()
-        return {"loss": loss, "units": tokens, "grad_norm": torch.tensor(norm), **self._per_level(sums)}
+        return {"loss": loss, "units": tokens, "grad_norm": norm, **self._per_level(sums)}
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:

@@ -115,7 +115,7 @@ class MaskedObjective:
             engine.backward(loss * (self.ctx.world / masked), last=i == len(batches) - 1)
             totals = totals + figures
         norm = engine.step()
-        return {**self._report(all_sum(totals)), "grad_norm": torch.tensor(norm)}
+        return {**self._report(all_sum(totals)), "grad_norm": norm}
 
     def _loss(self, model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Summed cross-entropy on masked frames, and (loss, right, frames, audio s, K predicted, K targets) as sums."""
