@@ -19,7 +19,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from audiolm.config import Codec, Train  # noqa: E402
+from audiolm.config import Codec  # noqa: E402
+from audiolm.configfile import load  # noqa: E402
 from audiolm.models.soundstream import SoundStream, fold  # noqa: E402
 from audiolm.train.engine import make_engine  # noqa: E402
 from audiolm.train.objective import Context  # noqa: E402
@@ -75,18 +76,18 @@ class _Noise:
         return self.wav_BT[:len(rows)], torch.full((len(rows),), self.crop)
 
 
-def training(channels: int, rows: int, repeats: int, device: str, **changes) -> None:
+def training(codec: Codec, what: str, rows: int, engine: str, repeats: int, device: str) -> None:
     """A full step: generator, all discriminators, optimizers, codebooks, moving average."""
-    train = Train(steps=1000, batch=rows, lr=1e-4, betas=(0.8, 0.99), clip=10.0, engine="torch",
-                  dtype="bfloat16" if device == "cuda" else "float32")
-    codec = Codec(enc_channels=channels, dec_channels=channels, train=train, **changes)
-    codec = codec.model_copy(update={"disc": codec.disc.model_copy(update={"start_step": 0})})
+    train = codec.train.model_copy(update={"batch": rows, "engine": engine,
+                                           "dtype": "bfloat16" if device == "cuda" else "float32"})
+    codec = codec.model_copy(update={"train": train, "quantize_from": 0,
+                                     "disc": codec.disc.model_copy(update={"start_step": 0})})
     crop = round(codec.crop_s * RATE)
     ctx = Context(0, 1, torch.device(device), 0, compile=device == "cuda")
     objective = CodecObjective(codec, _Noise(rows, crop), torch.zeros(1, crop), ctx, 0)
-    engines = {name: make_engine(module, train, ctx) for name, module in objective.modules.items()}
-    for engine in engines.values():
-        engine.set_lr(1e-4)
+    engines = {name: make_engine(module, codec.train, ctx) for name, module in objective.modules.items()}
+    for each in engines.values():
+        each.set_lr(1e-4)
     step = iter(range(10**9))
 
     def work() -> None:
@@ -94,8 +95,8 @@ def training(channels: int, rows: int, repeats: int, device: str, **changes) -> 
         objective.train_step(engines, [objective.load(now, range(rows))], now)
 
     d = codec.disc
-    what = f"train   C = {channels}, {rows} x {codec.crop_s} s, {len(d.periods)} + {len(d.windows)} judges of {d.channels}"
-    say(what, rows * codec.crop_s, best(work, repeats, device))
+    name = f"C = {codec.enc_channels}, {rows} x {codec.crop_s} s, {len(d.periods)} + {len(d.windows)} judges, {engine}"
+    say(f"train   {what}, {name}", rows * codec.crop_s, best(work, repeats, device))
 
 
 @torch.inference_mode()
@@ -116,6 +117,7 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     p.add_argument("--repeats", type=int, default=5)
+    p.add_argument("--engines", nargs="+", choices=("torch", "deepspeed"), default=["torch", "deepspeed"])
     p.add_argument("--threads", type=int, default=1, help="of the CPU")
     args = p.parse_args()
     torch.set_num_threads(args.threads)
@@ -125,10 +127,11 @@ def main() -> None:
     for channels in (32, 16) if gpu else (32, 16, 8):
         coding(channels, 64 if gpu else 1, 10.0, args.repeats, args.device)
     peer(32 if gpu else 1, 10.0, args.repeats, args.device)
-    if gpu:
-        training(32, 64, args.repeats, args.device)
-    else:
-        training(8, 8, args.repeats, args.device)
+    small = {} if gpu else {"enc_channels": 8, "dec_channels": 8, "dim": 64}
+    speech = load(str(Path(__file__).resolve().parents[2] / "workflows" / "speech.yaml")).codec
+    for what, codec in (("defaults", Codec()), ("speech.yaml", speech)):
+        for engine in args.engines:
+            training(codec.model_copy(update=small), what, 64 if gpu else 8, engine, args.repeats, args.device)
 
 
 if __name__ == "__main__":
