@@ -85,7 +85,8 @@ def example(folder: Path) -> dict[str, Artifact]:
         f = MetricsFile(f"{inputs[step].path}/metrics-0001.jsonl")
         for s in range(10, 310, 10):
             loss = end + (start - end) * np.exp(-s / 80)
-            f.add(s, {"loss": loss + 0.05 * np.sin(s), **({"val.loss": loss + 0.1} if s % 50 == 0 else {})})
+            seen = {"val.loss": loss + 0.1, "val.mel/q00": loss + 0.3, "val.mel/q01": loss + 0.1, "val.pesq": 1.0 + s / 300}
+            f.add(s, {"loss": loss + 0.05 * np.sin(s), **(seen if s % 50 == 0 else {})})
         f.close()
     samples = []
     for mode in ("unconditional", "acoustic", "continuation", "resynthesis"):
@@ -158,7 +159,7 @@ def test_a_complete_report(tmp_path):
     wav, rate = soundfile.read(io.BytesIO(base64.b64decode(sounds[0].split(",", 1)[1])))
     assert rate == 16_000 and len(wav) == 48_000 and np.abs(wav).max() > 0.3
     plots_there = {p.name for p in (tmp_path / "out" / "ui" / "plots").iterdir()}
-    assert plots_there == {"ladder.png", "codebook-use.png", "codec-rate.png", *(f"loss-{s}.png" for s in (
+    assert plots_there == {"ladder.png", "codebook-use.png", "codec-rate.png", "codec-pesq.png", *(f"loss-{s}.png" for s in (
         "masked_model", "codec-training", "codec-validation", "lm_semantic", "lm_coarse", "lm_fine"))}
 
 

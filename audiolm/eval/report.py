@@ -232,24 +232,33 @@ def _curves(paths: Mapping[str, str], figures: Mapping[str, Any], codec: Mapping
     parts = []
     stages, spectrum = figures.get("stages") or {}, codec.get("mean_spectrum_mel")
     for name in (n for n in TRAINED if n in paths):
-        rows = [r for r in read_build(paths[name]) if "loss" in r["metrics"] or "val.loss" in r["metrics"]]
+        rows = [r for r in read_build(paths[name]) if "loss" in r["metrics"] or any(map(_validates, r["metrics"]))]
         if not rows:
             parts.append(missing(f"No metrics file in the build of {NAMES[name]}."))
             continue
         keep = set(np.linspace(0, len(rows) - 1, min(len(rows), POINTS)).round().astype(int).tolist())
-        rows = [r for i, r in enumerate(rows) if i in keep or "val.loss" in r["metrics"]]
-        seen = {k: [r["metrics"].get(m) for r in rows] for k, m in (("training", "loss"), ("validation", "val.loss"))}
-        seen = {k: v for k, v in seen.items() if any(x is not None for x in v)}
+        rows = [r for i, r in enumerate(rows) if i in keep or any(map(_validates, r["metrics"]))]
         base = {k: stages[name][k] for k in ("unigram", "bigram") if stages.get(name, {}).get(k) is not None}
-        drawn = [(f"loss-{name}", NAMES[name], "loss", seen, base)]
+        drawn = [(f"loss-{name}", NAMES[name], "loss", {"training": "loss", "validation": "val.loss"}, base)]
         if name == "codec":  # its two losses are not one quantity: a weighted sum, and the mel distance
-            base = {} if spectrum is None else {"mean spectrum": spectrum}
-            drawn = [(f"loss-{name}-{k}", f"{NAMES[name]}, {k}", "loss" if k == "training" else "mel distance",
-                      {k: v}, base if k == "validation" else {}) for k, v in seen.items()]
-        for file, title, y, values, lines in drawn:
-            png = plots.curves([r["step"] for r in rows], values, title, y, lines)
-            parts.append(plot.add(file, png, f"{y} over the training of the {title}"))
+            levels = sorted({k for r in rows for k in r["metrics"] if k.startswith("val.mel/q")})
+            by_levels = {f"{i + 1} level{'s' * (i > 0)}": k for i, k in enumerate(levels) if i in (0, 1, 3, len(levels) - 1)}
+            whole = {"not quantized": "val.mel/unquantized"}
+            drawn = [("loss-codec-training", "codec, training", "loss", {"training": "loss"}, {}),
+                     ("loss-codec-validation", "codec, held-out crops", "mel distance",
+                      by_levels | whole, {} if spectrum is None else {"mean spectrum": spectrum}),
+                     ("codec-pesq", "codec, held-out crops", "PESQ", {"1 level": "val.pesq/q00", "all": "val.pesq"}, {})]
+        for file, title, y, metrics, lines in drawn:
+            values = {label: [r["metrics"].get(metric) for r in rows] for label, metric in metrics.items()}
+            values = {label: v for label, v in values.items() if any(x is not None for x in v)}
+            if values:
+                png = plots.curves([r["step"] for r in rows], values, title, y, lines)
+                parts.append(plot.add(file, png, f"{y} over the training of the {title}"))
     return join(parts) if parts else missing("No training step is among this report's inputs.")
+
+
+def _validates(metric: str) -> bool:
+    return metric.startswith("val.")
 
 
 def _what_ran(inputs: Mapping[str, Any]) -> Html:
