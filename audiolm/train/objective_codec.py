@@ -93,7 +93,10 @@ class CodecObjective:
     def load(self, step: int, rows: Sequence[int]) -> dict[str, torch.Tensor]:
         wav_BT, lengths_B = self._crops(step, rows)
         n_q = [int(rng.generator(self.seed, "n_q", step, row).integers(1, self.codec.n_q + 1)) for row in rows]
-        return {"wav_BT": wav_BT, "lengths_B": lengths_B, "n_q_B": torch.tensor(n_q)}
+        batch = {"wav_BT": wav_BT, "n_q_B": torch.tensor(n_q)}
+        if self.ctx.device.type == "cuda":  # what is pinned is copied without waiting for the GPU's queue
+            batch = {name: x.pin_memory() for name, x in batch.items()}
+        return {**batch, "lengths_B": lengths_B}
 
     def _crops(self, step: int, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         with self._reading:  # the loop reads ahead in a thread, also while the codebooks start
@@ -107,9 +110,10 @@ class CodecObjective:
             self._initialise()
         rows, sums, latents, codes = sum(len(b["wav_BT"]) for b in batches), {}, [], []
         for i, batch in enumerate(batches):
-            wav_BT, last = batch["wav_BT"].to(self.ctx.device), i == len(batches) - 1
+            wav_BT, n_q_B = (batch[name].to(self.ctx.device, non_blocking=True) for name in ("wav_BT", "n_q_B"))
+            last = i == len(batches) - 1
             share = len(wav_BT) / rows
-            out = engines["generator"](wav_BT, batch["n_q_B"].to(self.ctx.device), quantize)
+            out = engines["generator"](wav_BT, n_q_B, quantize)
             fake_BT = made_BT = out["wav_BT"].float()
             if codec.balance:  # the losses' own gradients end at the waveform
                 fake_BT = made_BT.detach().requires_grad_()
