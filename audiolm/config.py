@@ -228,6 +228,7 @@ class CodecFigures(Config):
     clip_s: float
     coarse_levels: int
     with_lyra: bool
+    visqol: bool
     lyra: Runtime[str | None]
 
 
@@ -274,6 +275,7 @@ class Evaluate(Config):
     clips: int = Field(8, ge=1, description="held-out clips for codec figures and the ladder")
     clip_s: float = Field(8.0, gt=0, description="seconds of each such clip")
     rows: int = Field(64, ge=1, description="held-out crops a stage's losses are measured on")
+    visqol: bool = Field(True, description="score codecs by ViSQOL too: 2 s a clip, codec and number of levels")
     lyra: Runtime[str | None] = Field(None, description="folder or URI of Lyra v2's .tflite models, to set it beside the codec")
 
 

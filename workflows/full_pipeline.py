@@ -34,8 +34,9 @@ def graph(cfg: Pipeline) -> list[Step]:
         codec_ = Step("codec", do.import_codec, {"codec": imported(codec.pretrained, codec.n_q, codec.vocab)})
     else:
         codec_ = Step("codec", do.train_codec, {**common, "codec": codec}, (manifest,), trains=True)
-    shown = CodecFigures(where=codec.where, clips=cfg.evaluate.clips, clip_s=cfg.evaluate.clip_s, lyra=cfg.evaluate.lyra,
-                         coarse_levels=lm.coarse_levels, with_lyra=cfg.evaluate.lyra is not None)
+    ev = cfg.evaluate
+    shown = CodecFigures(where=codec.where, clips=ev.clips, clip_s=ev.clip_s, coarse_levels=lm.coarse_levels,
+                         visqol=ev.visqol, with_lyra=ev.lyra is not None, lyra=ev.lyra)
     figures = Step("codec_figures", do.measure_codec, {"cluster": cfg.cluster, "corpus": cfg.corpus, "figures": shown},
                    (manifest, codec_))
 
@@ -53,7 +54,7 @@ def graph(cfg: Pipeline) -> list[Step]:
 
     models = (manifest, kmeans, codec_, z, y, *stages)
     samples = Step("samples", do.make_samples, {**common, "samples": cfg.samples}, models)
-    evaluate = Step("evaluate", do.run_evaluate, {**common, "samples": cfg.samples, "evaluate": cfg.evaluate, "lm": lm}, models)
+    evaluate = Step("evaluate", do.run_evaluate, {**common, "samples": cfg.samples, "evaluate": ev, "lm": lm}, models)
     told = (manifest, masked, codec_, figures, *stages, samples, evaluate)
     report = Step("report", do.build_report, {"title": cfg.corpus.name}, told)
     return [manifest, masked, kmeans, codec_, figures, z, y, *stages, samples, evaluate, report]

@@ -39,9 +39,10 @@ class Scorers:
     visqol: str | None
 
 
-def scorers() -> Scorers:
-    """Every metric whose library is installed. ViSQOL's lattice mapper, its reference's default, needs ai-edge-litert;
-    without that it is the exponential one, whose scores lie 1 to 2 higher and cannot be compared with the lattice's."""
+def scorers(with_visqol: bool = True) -> Scorers:
+    """Every metric whose library is installed; ViSQOL, which is slow, only if wanted. Its lattice mapper, its reference's
+    default, needs ai-edge-litert; without that it is the exponential one, whose scores lie 1 to 2 higher and cannot be
+    compared with the lattice's."""
     by_name: dict[str, Score] = {"si_sdr_db": si_sdr_db, "mel": mel_distance}
     absent, visqol = {}, None
     try:
@@ -54,10 +55,13 @@ def scorers() -> Scorers:
         by_name["stoi"] = stoi
     except ImportError:
         absent["stoi"] = f"pystoi {INSTALL}"
-    try:
-        by_name["visqol"], visqol = _visqol()
-    except ImportError:
-        absent["visqol"] = f"visqol-python {INSTALL}"
+    if with_visqol:
+        try:
+            by_name["visqol"], visqol = _visqol()
+        except ImportError:
+            absent["visqol"] = f"visqol-python {INSTALL}"
+    else:
+        absent["visqol"] = "switched off (evaluate.visqol)"
     return Scorers(by_name, absent, visqol)
 
 
@@ -114,7 +118,7 @@ def codec_figures(codec: Codec, wavs: list[np.ndarray], levels: Sequence[int] | 
 
 
 def compare(codec: Codec | None, wavs: list[np.ndarray], baselines: Sequence[Baseline] = (),
-            levels: Sequence[int] | None = None) -> dict[str, Any]:
+            levels: Sequence[int] | None = None, with_visqol: bool = True) -> dict[str, Any]:
     """One table of the original against itself, the baselines and the codec at some numbers of levels (None: no codec).
 
     "rows": codec, n_q (None but for ours), kbps, pesq, visqol, stoi, si_sdr (dB), mel, scored; "levels": the same of
@@ -123,7 +127,7 @@ def compare(codec: Codec | None, wavs: list[np.ndarray], baselines: Sequence[Bas
     """
     if not wavs:
         raise ValueError("compare got no clips: give audio of at least a second")
-    have = scorers()
+    have = scorers(with_visqol)
     rows = [{"codec": "identity", "n_q": None, "kbps": None, **_reported(measure(wavs, wavs, have.by_name))}]
     absent = dict(have.absent)
     for baseline in baselines:

@@ -43,7 +43,8 @@ def codec_part(want: CodecFigures, source_roots: dict[str, str], paths: dict[str
     codec = load_codec(paths["codec"], device)
     clips = held_out(paths["manifest"], source_roots, want.clips, want.clip_s, want.where)
     levels = sorted({*default_levels(codec), min(want.coarse_levels, codec.spec.n_q)})
-    table = {**compare(codec, [wav for _, wav in clips], baselines(want.lyra), levels), "players": []}
+    table = {**compare(codec, [wav for _, wav in clips], baselines(want.lyra), levels, want.visqol),
+             "players": []}
     for clip, wav in clips[:PLAYERS]:
         files = []
         for label, made in reconstructions(codec, wav, levels, opus()[:1]):
