@@ -124,7 +124,7 @@ def look(step: Step, store: str, inputs: Mapping[str, str | None]) -> View:
     if finished:
         n = finished[-1]
         artifact = Artifact(join(root, f"{n:04d}"), f"{step.fingerprint}.{n:04d}", done[n]["facts"], done[n])
-    newest = numbers[-1] if numbers else 0
+    newest = max((n for n in numbers if records[n]), default=0)  # a folder without its record is only being opened
     match = [n for n in numbers if records[n] and records[n]["inputs"] == dict(inputs)]
     if match and done[match[-1]]:
         return View(Status.DONE, artifact, match[-1], newest, f"built in {done[match[-1]]['seconds']:.0f} s")

@@ -154,6 +154,13 @@ def test_two_drivers_run_a_step_once(store):
     assert calls == ["slow"] and len({a.build for a in got}) == 1 and len(got) == 2
 
 
+def test_a_build_that_another_driver_is_just_opening_is_joined(tmp_path):
+    """On a disk the folder is there a moment before its build.json."""
+    step = Step("one", lambda config, inputs, out: {})
+    (tmp_path / "one" / step.fingerprint / "0001").mkdir(parents=True)
+    assert run_step(step, str(tmp_path), {}).build.endswith(".0001")
+
+
 def test_a_worker_that_lost_its_lease_stops_and_cannot_publish(store, monkeypatch):
     monkeypatch.setattr(lease, "HEARTBEAT_S", 0.1)
     step, errors, started = Step("slow", lambda c, i, out: [(time.sleep(0.05), out.check()) for _ in range(400)] and {}), [], \
