@@ -35,7 +35,7 @@ def build(folder: str, coarse: int = COARSE) -> dict[str, str]:
     torch.nn.init.normal_(codec.quantizer.codebook_QND, std=0.3)
     export(paths["codec"], codec.state_dict(), {
         "kind": "soundstream", "sample_rate": 16_000, "strides": [2, 4, 5, 8], "enc_channels": 2, "dec_channels": 2,
-        "dim": 8, "n_q": Q, "vocab": VOCAB})
+        "dim": 8, "n_q": Q, "vocab": VOCAB, "quantizer": "ema", "code_dim": 8})
     shapes = {name: config.Stage(crop_s=crop_s, dim=16, layers=2, heads=2, ff=32, train=TRAIN)
               for name, crop_s in CROPS_S.items()}
     stages = build_stages(config.LM(coarse_levels=coarse, **shapes), Q, VOCAB, K)
