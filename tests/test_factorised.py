@@ -39,7 +39,7 @@ def test_every_level_learns_by_gradient_and_lowers_the_error():
         assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in vq.parameters())
         optimizer.step()
         optimizer.zero_grad()
-    codes_BTQ = vq.encode(x_BDT)
+    codes_BTQ = vq.requires_grad_(False).encode(x_BDT)
     errors = [float((x_BDT - vq.decode(codes_BTQ[..., :q])).square().mean()) for q in (1, 2, 3)]
     assert float(x_BDT.square().mean()) > errors[0] > errors[1] > errors[2]
 

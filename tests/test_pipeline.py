@@ -207,7 +207,8 @@ def test_force_makes_a_step_and_its_descendants_new_and_nothing_else(job):
 
 def test_ctrl_c_stops_cleanly_and_the_same_command_continues(tmp_path):
     store = tmp_path / "store"
-    args = ["--inline", f"store={store}", "tracking=none", "--only", "manifest,masked_model"]
+    args = ["--inline", f"store={store}", "tracking=none", "--only", "manifest,masked_model",
+            "semantic.model.train.steps=300"]  # long enough to be stopped in, however late this process is served
     process = subprocess.Popen([sys.executable, "workflows/full_pipeline.py", "tests/e2e.yaml", *args], cwd=ROOT, env=ENV,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     while not list(store.glob("masked_model/*/0001/commits/*.json")):
