@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from audiolm.identity import Config, Runtime
+from audiolm.identity import Config, Later, Runtime
 
 
 class Run(Config):
@@ -147,7 +147,11 @@ class KMeans(Config):
     layer: int = Field(7, ge=1, description="Conformer block whose output is clustered, from 1")
     k: int = Field(1024, ge=2)  # paper IV-B
     max_frames: int = Field(2_000_000, ge=1, description="frames sampled for the fit")
-    iterations: int = Field(100, ge=1)
+    max_local_frames: Runtime[int] = Field(2_000_000, ge=0, description="up to this, one task fits them all (8 GB at width "
+                                           "1024); above, a task a part and iteration, with the same result")
+    method: Annotated[Literal["lloyd", "minibatch"], Later("lloyd")] = Field(
+        "lloyd", description="minibatch: fewer passes over the frames, an inertia some per cent higher")
+    iterations: int = Field(100, ge=1, description="passes over the frames, at most")
     restarts: int = Field(3, ge=1)
 
 

@@ -1,4 +1,4 @@
-"""k-means: against an oracle, deterministic, empty clusters, clear errors."""
+"""k-means: against oracles, deterministic in every order of work, empty clusters, minibatches, clear errors."""
 
 from __future__ import annotations
 
@@ -56,6 +56,83 @@ def test_empty_cluster_is_seeded_anew():
     init = torch.cat([x[:1], x[60:61], torch.full((1, x.shape[1]), 1e4)])  # the third gets no point
     found = kmeans.fit([x[:100], x[100:]], 3, 0, init_KD=init)
     assert sorted(found.counts.tolist()) == [60, 60, 60]
+
+
+def test_plus_plus_spreads_where_a_uniform_draw_does_not():
+    x = (100 * torch.eye(6)).repeat_interleave(50, 0) + 0.1 * torch.randn(300, 6, generator=torch.Generator().manual_seed(2))
+    for seed in range(10):
+        found = kmeans.plus_plus(x, 6, torch.Generator().manual_seed(seed))
+        assert sorted(torch.cdist(found, x).argmin(1).div(50, rounding_mode="floor").tolist()) == list(range(6))
+    uniform = [x[torch.randperm(300, generator=torch.Generator().manual_seed(seed))[:6]] for seed in range(10)]
+    assert any(torch.pdist(u).min() < 5 for u in uniform)  # two starts in one blob
+
+
+def test_starts_read_a_sample_only_and_differ_between_restarts(monkeypatch):
+    monkeypatch.setattr(kmeans, "INIT_ROWS_PER_K", 5)
+    x, asked = blobs(spread=1.0), []
+
+    def rows_of(rows):
+        asked.append(rows)
+        return kmeans.take(x.split(41), rows)
+
+    one, two = kmeans.starts(rows_of, len(x), 7, 0, 2)
+    assert [len(rows) for rows in asked] == [35, 35] and not torch.equal(one, two)
+    assert (torch.cdist(one, x[asked[0]]).min(1).values < 1e-5).all()
+    assert torch.equal(kmeans.starts(rows_of, len(x), 7, 0, 1)[0], one)
+
+
+@pytest.mark.parametrize("method", ["lloyd", "minibatch"])
+def test_order_and_place_of_the_work_do_not_change_a_bit(monkeypatch, method):
+    monkeypatch.setattr(kmeans, "PART", 90)
+    shards = list(blobs(spread=1.0).split(40))
+    each, number = kmeans.in_memory(shards)
+    assert number == 5  # of two shards each, and one
+
+    def backwards(fn, *args, only=None):  # as workers may finish
+        which = list(range(number)) if only is None else list(only)
+        return [each(fn, *args, only=[i])[0] for i in which[::-1]][::-1]
+
+    begin = kmeans.starts(lambda rows: kmeans.take(shards, rows), 360, 8, 3, 2)
+    told = []
+    here = kmeans.fit(shards, 8, 3, restarts=2, method=method, tell=lambda *said: told.append(said))
+    there = kmeans.best(backwards, number, begin, 100, method, 3)
+    assert torch.equal(here.centroids, there.centroids) and torch.equal(here.counts, there.counts)
+    assert here.inertia == there.inertia and here.iterations == there.iterations
+    assert {run for run, *_ in told} == {0, 1} and told[-1][2] < told[0][2]
+    whole = kmeans.fit([torch.cat(shards)], 8, 3, restarts=2, method=method)
+    assert whole.inertia == pytest.approx(here.inertia, rel=1e-5 if method == "lloyd" else 0.05)
+
+
+def test_parts_are_neighbours_of_bounded_size(monkeypatch):
+    monkeypatch.setattr(kmeans, "PART", 10)
+    assert kmeans.parts([4, 6, 1, 12, 9, 1, 1]) == [[0, 1], [2], [3], [4, 5], [6]]
+
+
+@pytest.mark.parametrize("spread", [0.2, 1.0, 3.0])
+def test_minibatches_come_within_five_per_cent_of_lloyd(spread):
+    x = blobs(k=20, n=200, d=8, spread=spread)
+    lloyd = kmeans.fit([x], 20, 0, restarts=3)
+    mini = kmeans.fit([x], 20, 0, restarts=3, method="minibatch")
+    assert mini.inertia <= 1.05 * lloyd.inertia
+    assert mini.counts.sum() == len(x) and mini.iterations < 40
+    label = kmeans.assign(x, mini.centroids)  # what it reports is of its own centroids
+    assert torch.equal(torch.bincount(label, minlength=20), mini.counts)
+    assert mini.inertia == pytest.approx(float((x - mini.centroids[label]).square().sum()), rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ["lloyd", "minibatch"])
+def test_several_empty_clusters_over_parts_are_seeded_by_distance(monkeypatch, method):
+    monkeypatch.setattr(kmeans, "PART", 70)
+    shards = list(blobs(k=6).split(35))
+    init = torch.cat([shards[0][:1], torch.full((5, 5), 1e4) + torch.arange(5)[:, None]])  # five without a point
+    one, two = (kmeans.fit(s, 6, 0, init_KD=init, method=method) for s in (shards, [x.clone() for x in shards]))
+    assert (one.counts > 0).all() and torch.equal(one.centroids, two.centroids)
+
+
+def test_farthest_points_of_a_part_in_order_of_distance():
+    x = torch.tensor([[0.0], [3.0], [9.0], [3.0], [-7.0]])
+    far, rows = kmeans.farthest([x[:2], x[2:]], torch.tensor([[0.0]]), 4)
+    assert far.tolist() == [81, 49, 9, 9] and rows.flatten().tolist() == [9, -7, 3, 3]
 
 
 def test_assign_is_the_nearest_centroid_across_chunks(monkeypatch):

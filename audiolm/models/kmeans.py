@@ -1,21 +1,31 @@
-"""k-means in torch: k-means++ (Arthur and Vassilvitskii 2007), then full Lloyd iterations, the same result for a seed.
+"""k-means in torch: k-means++ (Arthur and Vassilvitskii 2007), then Lloyd or minibatches, the same result for a seed.
 
-Points come as shards, a list of x_ND float32; sums are float64, taken in chunks of fixed size in shard order, so that
-neither the number of workers nor the device's atomics can change a centroid.  An empty cluster is seeded anew with the
-point farthest from its own centroid.  Legend: N points, D dimensions, K clusters.
+Points come as shards, tensors x_ND float32; neighbouring shards make a part.  Functions of a part are called through
+`each`, here or as one task a part, and only sums come back: float64, in chunks of fixed size, reduced in the order of the
+shards, so that neither the number of workers nor the device's atomics can change a centroid.  An empty cluster is seeded
+anew with the point farthest from its own centroid.  Legend: N points, D dimensions, K clusters.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from audiolm import rng
+
 CHUNK = 65_536  # rows at once: bounds memory, and is part of the order of summation
+PART = 131_072  # rows of a part (0.5 GB at D = 1024) unless one shard has more; part of the order of summation too
 INIT_ROWS_PER_K = 256  # k-means++ reads each of its rows once per centroid: a sample of this many x K is enough
+BATCH_ROWS_PER_K = 16  # of a minibatch
+SETTLED = 1e-3  # minibatches end with a pass that lowers the inertia by less than this share
+
+Part = list[torch.Tensor]
+Each = Callable[..., list]  # each(fn, *args, only=None): [fn(part, *args) for every part or those of `only`], in order
 
 
 @dataclass(frozen=True)
@@ -23,7 +33,7 @@ class KMeans:
     centroids: torch.Tensor  # (K, D) float32
     inertia: float  # sum of squared distances to the nearest centroid
     counts: torch.Tensor  # (K,) int64, points of each cluster
-    iterations: int  # of the best restart
+    iterations: int  # of the best restart; passes over the points with minibatches
 
 
 @contextmanager
@@ -52,20 +62,67 @@ def margins(x_ND: torch.Tensor, centroids_KD: torch.Tensor) -> torch.Tensor:
     return ((d[:, 1] - d[:, 0]) / d[:, 1].clamp_min(1e-12)).float()
 
 
-def partial_sums(x_ND: torch.Tensor, centroids_KD: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """One shard's share of a Lloyd iteration: sums_KD (float64), counts_K (int64), labels_N, squared distance_N."""
-    k, d = centroids_KD.shape
-    sums = torch.zeros(k, d, dtype=torch.float64, device=x_ND.device)
-    counts = torch.zeros(k, dtype=torch.int64, device=x_ND.device)
-    labels, distances = [], []
-    for x in x_ND.split(CHUNK):
-        label = assign(x, centroids_KD)
-        order, count = label.argsort(stable=True), torch.bincount(label, minlength=k)
-        sums += torch.segment_reduce(x[order].double(), "sum", lengths=count)  # no atomics: a fixed order of addition
-        counts += count
-        labels.append(label)
-        distances.append((x - centroids_KD[label]).square().sum(-1))
-    return sums, counts, torch.cat(labels), torch.cat(distances)
+def parts(lengths: Sequence[int]) -> list[list[int]]:
+    """Indices of the shards of each part: neighbours, up to PART rows together."""
+    groups: list[list[int]] = []
+    rows = 0
+    for i, n in enumerate(lengths):
+        if not groups or rows + n > PART:
+            groups.append([])
+            rows = 0
+        groups[-1].append(i)
+        rows += n
+    return groups
+
+
+def in_memory(shards: Sequence[torch.Tensor]) -> tuple[Each, int]:
+    """`each` over the parts of shards held here, and their number."""
+    groups = [[shards[i] for i in group] for group in parts([len(x) for x in shards])]
+
+    def each(fn: Callable, *args, only: Sequence[int] | None = None) -> list:
+        return [fn(groups[i], *args) for i in (range(len(groups)) if only is None else only)]
+
+    return each, len(groups)
+
+
+def partial_sums(part: Part, centroids_KD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float, bytes]:
+    """One part's share of an iteration, on the CPU: sums_KD (float64), counts_K (int64), inertia, a digest of the labels."""
+    c = centroids_KD.to(part[0].device)
+    sums = torch.zeros(c.shape, dtype=torch.float64, device=c.device)
+    counts = torch.zeros(len(c), dtype=torch.int64, device=c.device)
+    inertias, digest = [], hashlib.blake2b(digest_size=16)
+    for x_ND in part:
+        distances = []
+        for x in x_ND.split(CHUNK):
+            label = assign(x, c)
+            order, count = label.argsort(stable=True), torch.bincount(label, minlength=len(c))
+            used = count.nonzero().flatten()  # a small shard touches few rows of the sums
+            # no atomics: a fixed order of addition
+            sums[used] += torch.segment_reduce(x[order].double(), "sum", lengths=count[used])
+            counts += count
+            distances.append((x - c[label]).square().sum(-1))
+            digest.update(label.cpu().numpy().tobytes())
+        inertias.append(float(torch.cat(distances).double().sum()))
+    return sums.cpu(), counts.cpu(), sum(inertias), digest.digest()
+
+
+def farthest(part: Part, centroids_KD: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `most` points (fewer in a small part) farthest from their centroids, on the CPU: squared distances, rows."""
+    c = centroids_KD.to(part[0].device)
+    flat = torch.cat([(x - c[assign(x, c)]).square().sum(-1) for x_ND in part for x in x_ND.split(CHUNK)])
+    far, at = (v[:most].cpu() for v in flat.sort(descending=True, stable=True))
+    rows, back = at.sort()
+    return far, take(part, rows)[back.argsort()].cpu()
+
+
+def take(shards: Iterable[torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
+    """The points at sorted `rows` of all shards together; one shard is looked at after the other."""
+    found, at = [], 0
+    for x in shards:
+        low, high = torch.searchsorted(rows, torch.tensor([at, at + len(x)])).tolist()
+        found.append(x[(rows[low:high] - at).to(x.device)])
+        at += len(x)
+    return torch.cat(found)
 
 
 def plus_plus(x_ND: torch.Tensor, k: int, generator: torch.Generator) -> torch.Tensor | None:
@@ -83,74 +140,122 @@ def plus_plus(x_ND: torch.Tensor, k: int, generator: torch.Generator) -> torch.T
     return x_ND[picks].clone()
 
 
-def _initial(points: torch.Tensor, k: int, generator: torch.Generator) -> torch.Tensor:
-    some = INIT_ROWS_PER_K * k
-    if len(points) > some:
-        rows = torch.randperm(len(points), generator=generator)[:some].sort().values
-        found = plus_plus(points[rows.to(points.device)], k, generator)
-        if found is not None:
-            return found
-    found = plus_plus(points, k, generator) if len(points) >= k else None
-    if found is None:
-        distinct = len(points.unique(dim=0))
-        raise ValueError(f"k-means with k = {k} needs that many distinct points, got {distinct} among {len(points)}; "
-                         "lower k, or fit on more or less uniform data")
+def starts(rows_of: Callable[[torch.Tensor], torch.Tensor], n: int, k: int, seed: int,
+           restarts: int) -> list[torch.Tensor]:
+    """centroids_KD of each restart, by k-means++ on a sample of the n points; `rows_of` gives those at sorted indices.
+
+    Raises ValueError where fewer than k points of the sample differ.
+    """
+    generator, found = torch.Generator().manual_seed(seed), []
+    for _ in range(restarts):
+        some = min(n, INIT_ROWS_PER_K * k)
+        points = rows_of(torch.randperm(n, generator=generator)[:some].sort().values if some < n else torch.arange(n))
+        start = plus_plus(points, k, generator) if some >= k else None
+        if start is None:
+            raise ValueError(f"k-means with k = {k} needs that many distinct points, got {len(points.unique(dim=0))} among "
+                             f"{some}; lower k, or fit on more or less uniform data")
+        found.append(start.cpu())
     return found
 
 
-def _reseed(shards: Sequence[torch.Tensor], means: torch.Tensor, counts: torch.Tensor,
-            distances: list[torch.Tensor]) -> None:
-    """Moves each empty cluster to the farthest point not taken yet (in place)."""
-    flat = torch.cat(distances).clone()
-    ends = torch.tensor([len(x) for x in shards]).cumsum(0)
-    for cluster in (counts == 0).nonzero().flatten().tolist():
-        far = int(flat.argmax())
-        if flat[far] <= 0:
-            return  # every point sits on a centroid: nothing left to give away
-        shard = int(torch.searchsorted(ends, far, right=True))
-        means[cluster] = shards[shard][far - (int(ends[shard - 1]) if shard else 0)].to(means.dtype)
-        flat[far] = 0
+def _reseeded(each: Each, means: torch.Tensor, centroids: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """`means` with each empty cluster at the farthest point not taken yet; fewer where all points sit on centroids."""
+    empty = (counts == 0).nonzero().flatten()
+    if not len(empty):
+        return means
+    found = each(farthest, centroids, len(empty))
+    far, order = torch.cat([f[0] for f in found]).sort(descending=True, stable=True)
+    order = order[:len(empty)][far[:len(empty)] > 0]
+    means = means.clone()
+    means[empty[:len(order)]] = torch.cat([f[1] for f in found])[order].to(means.dtype)
+    return means
 
 
-def _lloyd(shards: Sequence[torch.Tensor], centroids: torch.Tensor, iterations: int) -> KMeans:
-    labels = None
+def _lloyd(each: Each, centroids: torch.Tensor, iterations: int, tell: Callable[[int, float], None]) -> KMeans:
+    before = None
     for done in range(iterations + 1):
-        parts = [partial_sums(x, centroids) for x in shards]
-        sums, counts = parts[0][0], parts[0][1]
-        for s, c, *_ in parts[1:]:
-            sums, counts = sums + s, counts + c
-        now = torch.cat([p[2] for p in parts])
-        if done == iterations or (labels is not None and torch.equal(labels, now)):
+        shares = each(partial_sums, centroids)
+        sums, counts, inertia = (sum(share[i] for share in shares) for i in range(3))
+        digests = [share[3] for share in shares]
+        tell(done, inertia)
+        if done == iterations or digests == before:
             break  # settled (an empty cluster that could not be seeded stays), or out of iterations
-        labels = now
+        before = digests
         means = torch.where(counts[:, None] > 0, sums / counts.clamp_min(1)[:, None], centroids.double())
-        if (counts == 0).any():
-            _reseed(shards, means, counts, [p[3] for p in parts])
-        centroids = means.float()
-    inertia = sum(float(p[3].double().sum()) for p in parts)
-    return KMeans(centroids.cpu(), inertia, counts.cpu(), done)
+        centroids = _reseeded(each, means, centroids, counts).float()
+    return KMeans(centroids, inertia, counts, done)
+
+
+def minibatches(part: Part, centroids_KD: torch.Tensor, seen_K: torch.Tensor, seed: int,
+                index: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]:
+    """One pass over a part in drawn order: centroids_KD and points seen_K (both float64) after it, counts_K, inertia."""
+    x_ND, c, seen = torch.cat(part), centroids_KD.clone(), seen_K.clone()
+    total, inertia = torch.zeros(len(c), dtype=torch.int64), 0.0
+    order = torch.from_numpy(rng.generator(seed, "minibatch", *index).permutation(len(x_ND)))
+    for rows in order.split(BATCH_ROWS_PER_K * len(c)):
+        sums, counts, share, _ = partial_sums([x_ND[rows.to(x_ND.device)]], c.float())
+        seen += counts
+        c += (sums - counts[:, None] * c) / seen.clamp_min(1e-9)[:, None]  # the mean of all points it has seen
+        total, inertia = total + counts, inertia + share
+    return c, seen, total, inertia
+
+
+def _minibatch(each: Each, number: int, centroids: torch.Tensor, iterations: int, seed: int, run: int,
+               tell: Callable[[int, float], None]) -> KMeans:
+    """Passes of minibatches (Sculley 2010), part after part in drawn order, until one brings little."""
+    c, seen, before = centroids.double(), torch.zeros(len(centroids), dtype=torch.float64), math.inf
+    for done in range(1, iterations + 1):
+        counts, inertia = torch.zeros(len(c), dtype=torch.int64), 0.0
+        for part in rng.generator(seed, "minibatch-parts", run, done).permutation(number).tolist():
+            (c, seen, share, sum_), = each(minibatches, c, seen, seed, (run, done, part), only=[part])
+            counts, inertia = counts + share, inertia + sum_
+        tell(done, inertia)
+        empty = counts == 0
+        c = _reseeded(each, c, c.float(), counts)
+        if inertia > (1 - SETTLED) * before and not empty.any():
+            break
+        before, seen = inertia, (seen / 2).masked_fill(empty, 0)  # early points had been given to poor centroids
+    return replace(_lloyd(each, c.float(), 0, lambda *_: None), iterations=done)
+
+
+def best(each: Each, number: int, starts_KD: Sequence[torch.Tensor], iterations: int, method: str = "lloyd", seed: int = 0,
+         tell: Callable[[int, int, float], None] = lambda *_: None) -> KMeans:
+    """The best by inertia of a run from each start over `number` parts, by `method` lloyd or minibatch.
+
+    `tell(run, iteration, inertia)` hears of every iteration; `iterations` are passes over the points in both methods.
+    """
+    found = None
+    for i, start in enumerate(starts_KD):
+        def heard(done: int, inertia: float, i: int = i) -> None:
+            tell(i, done, inertia)
+
+        run = (_minibatch(each, number, start, iterations, seed, i, heard) if method == "minibatch"
+               else _lloyd(each, start, iterations, heard))
+        found = run if found is None or run.inertia < found.inertia else found
+    return found
 
 
 def fit(shards: Sequence[torch.Tensor], k: int, seed: int, iterations: int = 100, restarts: int = 1,
-        init_KD: torch.Tensor | None = None) -> KMeans:
-    """The best of `restarts` runs by inertia. With init_KD there is one run, from those centroids.
+        init_KD: torch.Tensor | None = None, method: str = "lloyd",
+        tell: Callable[[int, int, float], None] = lambda *_: None) -> KMeans:
+    """The best of `restarts` runs by inertia, on points held here. With init_KD there is one run, from those centroids.
 
     Raises ValueError where a value is not finite or fewer than k points differ.
     """
     shards = [x.float() for x in shards if len(x)]
     if not shards:
         raise ValueError(f"k-means with k = {k} got no points")
-    for i, x in enumerate(shards):
+    check_finite(shards, range(len(shards)))
+    begin = [init_KD.float().cpu()] if init_KD is not None else \
+        starts(lambda rows: take(shards, rows), sum(map(len, shards)), k, seed, restarts)
+    return best(*in_memory(shards), begin, iterations, method, seed, tell)
+
+
+def check_finite(shards: Sequence[torch.Tensor], numbers: Sequence[int]) -> None:
+    """Raises ValueError naming the number of a shard with a value that is not finite."""
+    for i, x in zip(numbers, shards, strict=True):
         if not torch.isfinite(x).all():
             raise ValueError(f"k-means got values that are not finite in shard {i}; the features before it are broken")
-    if init_KD is not None:
-        return _lloyd(shards, init_KD.float().to(shards[0].device), iterations)
-    generator = torch.Generator().manual_seed(seed)
-    points, best = torch.cat(shards), None
-    for _ in range(restarts):
-        run = _lloyd(shards, _initial(points, k, generator), iterations)
-        best = run if best is None or run.inertia < best.inertia else best
-    return best
 
 
 def entropy(counts_K: torch.Tensor) -> float:

@@ -1,19 +1,22 @@
 """The step `kmeans`: features of one layer, sampled over shards, z-scored and clustered (paper III-B, IV-B).
 
-Each task samples its shard's training clips from (seed, "kmeans", shard) and writes one file of features; memory is
-bounded by max_frames whatever the corpus.  The fit reads the files in shard order, so that workers change nothing.
-Leaves the artefact that tokenizers.semantic reads.  Legend: N frames, D dimensions, K clusters.
+Each task samples its shard's training clips from (seed, "kmeans", shard) and writes one file of features; max_frames
+bounds them whatever the corpus.  Up to max_local_frames are fitted in one task; more are joined into files of parts, and
+every iteration is a task a part that leaves the features where they are.  Both give the same bits, on any number of
+workers.  Leaves the artefact that tokenizers.semantic reads.  Legend: N frames, D dimensions, K clusters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from safetensors.torch import load, save
 
 from audiolm import rng, store
-from audiolm.config import KMeans
+from audiolm.config import Cluster, KMeans
 from audiolm.data.audio import read_clip
 from audiolm.data.manifest import Clip, read_clips, roots
 from audiolm.data.shards import device_of, fan_out
@@ -24,6 +27,7 @@ from audiolm.tokenizers.semantic import load_encoder, mel_of, save_semantic
 OVERSAMPLE = 4  # frames encoded for one kept, at most: many clips give a few frames each
 BATCH_S = 60.0  # padded audio encoded at once
 MIN_STD = 1e-3  # of a feature that never moves
+SHOW_S = 1.0  # between two notes of a task that fits
 
 
 def fit_kmeans(config: dict, inputs: dict, out) -> dict:
@@ -44,10 +48,10 @@ def fit_kmeans(config: dict, inputs: dict, out) -> dict:
     items = [(model, settings.layer, shards[n], roots(config["corpus"]), n, quota, seed, out.path, device)
              for n, quota in zip(numbers, quotas, strict=True)]
     sizes = [min(f, OVERSAMPLE * q) * SEMANTIC_HOP / SAMPLE_RATE for f, q in zip(frames, quotas, strict=True)]
-    fan_out(sample_shard, items, out=out, cluster=cluster, unit="audio s", sizes=sizes, gpu=device == "cuda")
+    kept = fan_out(sample_shard, items, out=out, cluster=cluster, unit="audio s", sizes=sizes, gpu=device == "cuda")
     out.check()
-    return fan_out(fit_files, [(model, settings, numbers, seed, out.path, device)], out=out, cluster=cluster,
-                   unit="fits", gpu=device == "cuda")[0]
+    fit = fit_here if sum(kept) <= settings.max_local_frames else fit_parts
+    return fit(model, settings, dict(zip(numbers, kept, strict=True)), seed, out, cluster, device)
 
 
 def sample_shard(model: str, layer: int, clips: list[Clip], folders: dict[str, str], shard: int, quota: int, seed: int,
@@ -87,28 +91,139 @@ def encode_frames(encoder, layer: int, wavs: Sequence, device: str) -> torch.Ten
     return torch.cat([x[:n] for x, n in zip(x_BTD, frames_B.tolist(), strict=True)])
 
 
-def fit_files(model: str, sizes: KMeans, numbers: list[int], seed: int, out_path: str, device: str) -> dict:
-    """Z-score, k-means and artefact from the files of features; returns the step's facts."""
-    shards = [load(store.get(_file(out_path, n)))["features"] for n in numbers]
-    mean_D, std_D = zscore(shards)
-    found = kmeans.fit([((x - mean_D) / std_D).to(device) for x in shards], sizes.k, rng.derive(seed, "kmeans"),
-                       sizes.iterations, sizes.restarts)
-    frames, used = sum(map(len, shards)), int((found.counts > 0).sum())
-    encoder, _ = load_encoder(model)
-    facts = {"k": sizes.k, "layer": sizes.layer, "frames": frames, "inertia": found.inertia / frames,
-             "explained": 1.0 - found.inertia / (frames * int((std_D > MIN_STD).sum().clamp_min(1))),
-             "iterations": found.iterations, "used_clusters": used, "dead_clusters": sizes.k - used,
-             "entropy": kmeans.entropy(found.counts)}
-    save_semantic(out_path, encoder, sizes.layer, mean_D, std_D, found.centroids, {"frames": frames, "seed": seed})
+class _Iterations:
+    """An `out` that shows what `at` says, (iteration, of, inertia per frame), in place of fan_out's own count of tasks."""
+
+    def __init__(self, out, at: Callable[[], list | None]):
+        self.out, self.at, self.inline, self.step = out, at, out.inline, getattr(out, "step", None)
+
+    def progress(self, *_) -> None:
+        self.show(self.at() or [0, 1, None])
+
+    def show(self, at: list) -> None:
+        self.out.progress(at[0], at[1], "iterations", "" if at[2] is None else f"inertia {at[2]:.4g}")
+
+
+def fit_here(model: str, settings: KMeans, kept: dict[int, int], seed: int, out, cluster: Cluster, device: str) -> dict:
+    """The fit in one task, which holds all features; returns the step's facts. `kept`: shard -> frames."""
+    note = store.join(out.path, "iterations.json")
+    store.remove(note)
+    shown = _Iterations(out, partial(store.get_json, note))
+    say = shown.show if out.inline else partial(store.put_json, note)  # a task on another machine leaves a file
+    facts = fan_out(fit_files, [(model, settings, list(kept), seed, out.path, device, say)], out=shown, cluster=cluster,
+                    unit="fits", gpu=device == "cuda")[0]
+    store.remove(note)
     return facts
 
 
-def zscore(shards: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """mean_D, std_D (float32) over all frames; float64 sums in shard order, two passes."""
-    n = sum(map(len, shards))
-    mean = sum(x.double().sum(0) for x in shards) / n
-    std = (sum((x.double() - mean).square().sum(0) for x in shards) / n).sqrt()
+def fit_files(model: str, settings: KMeans, numbers: list[int], seed: int, out_path: str, device: str,
+              say: Callable[[list], None]) -> dict:
+    """Z-score, k-means and artefact from the files of features; `say` hears how far it is; returns the facts."""
+    shards = [load(store.get(_file(out_path, n)))["features"] for n in numbers]
+    kmeans.check_finite(shards, numbers)
+    frames, told = sum(map(len, shards)), time.monotonic()
+    mean_D, std_D = zscore(kmeans.in_memory(shards)[0], frames)
+    for i, x in enumerate(shards):  # shard by shard: the features are held once
+        shards[i] = _scaled(x, mean_D, std_D).to(device)
+
+    def tell(run: int, done: int, inertia: float) -> None:
+        nonlocal told
+        if time.monotonic() - told > SHOW_S:
+            told = time.monotonic()
+            say([run * settings.iterations + done, settings.restarts * settings.iterations, inertia / frames])
+
+    found = kmeans.fit(shards, settings.k, rng.derive(seed, "kmeans"), settings.iterations, settings.restarts,
+                       method=settings.method, tell=tell)
+    return leave(model, settings, found, mean_D, std_D, frames, seed, out_path)
+
+
+def fit_parts(model: str, settings: KMeans, kept: dict[int, int], seed: int, out, cluster: Cluster, device: str) -> dict:
+    """The same fit with a task a part and iteration; the driver sees centroids and sums. `kept`: shard -> frames."""
+    groups = [[list(kept)[i] for i in group] for group in kmeans.parts(list(kept.values()))]
+    frames, gpu = sum(kept.values()), device == "cuda"
+    fan_out(join_part, [(out.path, i, group) for i, group in enumerate(groups)], out=out, cluster=cluster, unit="parts")
+    at = [0, settings.restarts * settings.iterations, None]
+    shown = _Iterations(out, lambda: at)
+
+    def each_with(scale: tuple[torch.Tensor, torch.Tensor] | None, device: str) -> kmeans.Each:
+        def each(fn: Callable, *args, only: Sequence[int] | None = None) -> list:
+            which = range(len(groups)) if only is None else only
+            return fan_out(on_part, [(out.path, i, scale, device, fn, args) for i in which], out=shown, cluster=cluster,
+                           unit="parts", gpu=device == "cuda")
+        return each
+
+    def tell(run: int, done: int, inertia: float) -> None:
+        at[0], at[2] = run * settings.iterations + done, inertia / frames
+
+    scale = zscore(each_with(None, "cpu"), frames)
+    begin = fan_out(start_parts, [(out.path, len(groups), scale, device, frames, settings, seed)], out=shown,
+                    cluster=cluster, unit="starts", gpu=gpu)[0]
+    found = kmeans.best(each_with(scale, device), len(groups), begin, settings.iterations, settings.method,
+                        rng.derive(seed, "kmeans"), tell)
+    facts = fan_out(leave, [(model, settings, found, *scale, frames, seed, out.path)], out=shown, cluster=cluster,
+                    unit="fits")[0]
+    out.check()
+    store.remove(store.join(out.path, "parts"))  # the files of the shards stay
+    return facts
+
+
+def join_part(out_path: str, part: int, numbers: list[int]) -> None:
+    """Writes parts/{part}.safetensors, `features` of some shards and their `lengths`: one file to read an iteration."""
+    path = _part(out_path, part)
+    if store.exists(path):
+        return
+    shards = [load(store.get(_file(out_path, n)))["features"] for n in numbers]
+    kmeans.check_finite(shards, numbers)
+    store.put(path, save({"features": torch.cat(shards), "lengths": torch.tensor([len(x) for x in shards])}))
+
+
+def on_part(out_path: str, part: int, scale: tuple[torch.Tensor, torch.Tensor] | None, device: str, fn: Callable,
+            args: tuple):
+    """fn(shards of a part, *args); `scale` (mean_D, std_D) z-scores them first."""
+    found = load(store.get(_part(out_path, part)))
+    shards = found["features"].split(found["lengths"].tolist())
+    return fn([(x if scale is None else _scaled(x, *scale)).to(device) for x in shards], *args)
+
+
+def start_parts(out_path: str, parts: int, scale: tuple[torch.Tensor, torch.Tensor], device: str, frames: int,
+                settings: KMeans, seed: int) -> list[torch.Tensor]:
+    """centroids_KD of each restart; holds a sample of the frames and one part at a time."""
+    def rows_of(rows: torch.Tensor) -> torch.Tensor:
+        return kmeans.take((on_part(out_path, i, scale, device, torch.cat, ()) for i in range(parts)), rows)
+
+    return kmeans.starts(rows_of, frames, settings.k, rng.derive(seed, "kmeans"), settings.restarts)
+
+
+def leave(model: str, settings: KMeans, found: kmeans.KMeans, mean_D: torch.Tensor, std_D: torch.Tensor, frames: int,
+          seed: int, out_path: str) -> dict:
+    """Writes the artefact; returns the step's facts."""
+    encoder, _ = load_encoder(model)
+    used = int((found.counts > 0).sum())
+    facts = {"k": settings.k, "layer": settings.layer, "frames": frames, "inertia": found.inertia / frames,
+             "explained": 1.0 - found.inertia / (frames * int((std_D > MIN_STD).sum().clamp_min(1))),
+             "iterations": found.iterations, "used_clusters": used, "dead_clusters": settings.k - used,
+             "entropy": kmeans.entropy(found.counts)}
+    save_semantic(out_path, encoder, settings.layer, mean_D, std_D, found.centroids, {"frames": frames, "seed": seed})
+    return facts
+
+
+def zscore(each: kmeans.Each, frames: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """mean_D, std_D (float32) over all frames; float64 sums in the order of the shards, two passes."""
+    mean = sum(each(_sums)) / frames
+    std = (sum(each(_squares, mean)) / frames).sqrt()
     return mean.float(), std.clamp_min(MIN_STD).float()
+
+
+def _scaled(x_ND: torch.Tensor, mean_D: torch.Tensor, std_D: torch.Tensor) -> torch.Tensor:
+    return (x_ND - mean_D).div_(std_D)  # in memory of its own: products may round by a view's alignment
+
+
+def _sums(part: kmeans.Part) -> torch.Tensor:
+    return sum(x.double().sum(0) for x in part)
+
+
+def _squares(part: kmeans.Part, mean: torch.Tensor) -> torch.Tensor:
+    return sum((x.double() - mean).square().sum(0) for x in part)
 
 
 def _quotas(frames: list[int], most: int) -> list[int]:
@@ -136,3 +251,7 @@ def _frames(clip: Clip) -> int:
 
 def _file(out_path: str, shard: int) -> str:
     return store.join(out_path, "features", f"{shard:05d}.safetensors")
+
+
+def _part(out_path: str, part: int) -> str:
+    return store.join(out_path, "parts", f"{part:05d}.safetensors")

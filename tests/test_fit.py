@@ -1,0 +1,168 @@
+"""The k-means step where the frames do not fit one task: the same artefact, bounded memory, progress, taken up again."""
+
+from __future__ import annotations
+
+import pickle
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from safetensors.torch import load, save
+
+from audiolm import rng, store
+from audiolm.config import Cluster, Corpus, KMeans, Where
+from audiolm.data.manifest import Clip, Part
+from audiolm.models import kmeans
+from audiolm.models.masked import Encoder, EncoderSizes
+from audiolm.tokenizers import fit
+from audiolm.tokenizers.semantic import FAMILY
+
+RATE = 16_000
+SIZES = KMeans(layer=2, k=9, max_frames=200, iterations=20, restarts=2)
+ARTEFACT = ("model.safetensors", "config.json")
+
+
+@pytest.fixture(scope="module")
+def masked(tmp_path_factory) -> str:
+    """A masked model's export, with random weights."""
+    torch.manual_seed(0)
+    encoder = Encoder(EncoderSizes(dim=16, layers=2, heads=2, ff=24))
+    with torch.no_grad():
+        encoder.statistics.std.fill_(1.0)
+    path = str(tmp_path_factory.mktemp("masked"))
+    store.put(f"{path}/export/model.safetensors", save({f"encoder.{n}": w for n, w in encoder.state_dict().items()}))
+    store.put_json(f"{path}/export/config.json", {"family": FAMILY, "encoder": encoder.sizes.to_json()})
+    return path
+
+
+@pytest.fixture
+def corpus(tmp_path, monkeypatch) -> Corpus:
+    """Eight clips of noise in changing colours, two a shard, and a manifest without its step."""
+    clips = []
+    for i in range(8):
+        g = rng.generator(1, "noise", i)
+        wav = np.concatenate([np.convolve(g.normal(0, 0.1, 3200), g.normal(size=8), "same") for _ in range(6 + i)])
+        soundfile.write(tmp_path / f"{i}.wav", wav, RATE, subtype="FLOAT")
+        part = Part(id=str(i), uri=f"{i}.wav", start=0, frames=len(wav), offset=0, text="")
+        clips.append(Clip(id=str(i), origin="s", source="s", speaker=str(i), split="train", sample_rate=RATE,
+                          frames=len(wav), parts=(part,), shard=i // 2, row=i % 2))
+    monkeypatch.setattr(fit, "read_clips", lambda path, split, where: clips)
+    return Corpus(name="t", sources=({"kind": "folder", "name": "s", "root": str(tmp_path)},))
+
+
+def run(corpus: Corpus, masked: str, out, **change) -> dict:
+    config = {"kmeans": SIZES.model_copy(update=change), "where": Where(), "corpus": corpus, "seed": 3,
+              "cluster": Cluster(device="cpu")}
+    return fit.fit_kmeans(config, {"manifest": SimpleNamespace(path="-"), "masked_model": SimpleNamespace(path=masked)}, out)
+
+
+def export(out, name: str = ARTEFACT[0]) -> bytes:
+    return store.get(store.join(out.path, "export", name))
+
+
+def another(out, name: str):
+    return type(out)(f"{out.path}-{name}")
+
+
+@pytest.mark.parametrize("method", ["lloyd", "minibatch"])
+@pytest.mark.parametrize("part", [70, 131_072])
+def test_tasks_a_part_leave_the_artefact_of_one_task(corpus, masked, recording_out, monkeypatch, method, part):
+    monkeypatch.setattr(kmeans, "PART", part)
+    parts = another(recording_out, "parts")
+    here = run(corpus, masked, recording_out, method=method)
+    there = run(corpus, masked, parts, method=method, max_local_frames=0)
+    assert here == there and 190 <= here["frames"] <= 200 and here["used_clusters"] == 9
+    for name in ARTEFACT:
+        assert export(parts, name) == export(recording_out, name)
+    assert store.names(parts.path) == ["export", "features"]  # what was joined is gone
+    assert store.names(store.join(parts.path, "features")) == [f"{i:05d}.safetensors" for i in range(4)]
+
+
+def test_parts_finish_in_any_order(corpus, masked, recording_out, monkeypatch):
+    monkeypatch.setattr(kmeans, "PART", 70)
+    run(corpus, masked, recording_out, max_local_frames=0)
+    forwards = fit.fan_out
+
+    def backwards(fn, items, **how):
+        return forwards(fn, items[::-1], **{**how, "sizes": None})[::-1]
+
+    monkeypatch.setattr(fit, "fan_out", backwards)
+    other = another(recording_out, "backwards")
+    run(corpus, masked, other, max_local_frames=0)
+    assert export(other) == export(recording_out)
+
+
+def test_only_sums_and_centroids_leave_a_task(corpus, masked, recording_out, monkeypatch):
+    monkeypatch.setattr(kmeans, "PART", 70)
+    monkeypatch.setattr(kmeans, "INIT_ROWS_PER_K", 4)
+    sizes, forwards = {}, fit.fan_out
+
+    def numbers(x) -> int:
+        return x.numel() if isinstance(x, torch.Tensor) else sum(map(numbers, x)) if isinstance(x, (tuple, list)) else 0
+
+    def watched(fn, items, **how):
+        results = forwards(fn, pickle.loads(pickle.dumps(items)), **how)  # as they travel to a worker
+        sizes.setdefault(fn.__name__, []).extend(map(numbers, results))
+        return results
+
+    monkeypatch.setattr(fit, "fan_out", watched)
+    run(corpus, masked, recording_out, max_local_frames=0)
+    assert max(sizes["on_part"]) <= 9 * 16 + 9 and max(sizes["start_parts"]) == 2 * 9 * 16
+    assert len(sizes["join_part"]) == 4 and max(sizes["join_part"]) == max(sizes["sample_shard"]) == 0
+
+
+@pytest.mark.parametrize("local", [0, 10**6])
+def test_every_iteration_is_shown(corpus, masked, recording_out, monkeypatch, local):
+    monkeypatch.setattr(fit, "SHOW_S", -1.0)
+    run(corpus, masked, recording_out, max_local_frames=local)
+    seen = [done for done, total, unit in recording_out.seen if unit == "iterations" and total == 40]
+    assert {1, 2, 3, 20, 21, 22} <= set(seen) and seen == sorted(seen)  # both restarts
+
+
+def test_a_task_elsewhere_tells_through_a_file(corpus, masked, recording_out, monkeypatch):
+    def elsewhere(fn, items, *, out, **_):
+        results = [fn(*pickle.loads(pickle.dumps(item))) for item in items]
+        out.progress(len(items), len(items), "tasks")
+        return results
+
+    monkeypatch.setattr(fit, "SHOW_S", -1.0)
+    monkeypatch.setattr(fit, "fan_out", elsewhere)
+    recording_out.inline = False
+    run(corpus, masked, recording_out)
+    done, total, unit = recording_out.seen[-1]
+    assert unit == "iterations" and total == 40 and 20 < done <= 40
+
+
+def test_a_killed_fit_takes_up_what_was_joined(corpus, masked, recording_out, monkeypatch):
+    monkeypatch.setattr(kmeans, "PART", 70)
+    whole = another(recording_out, "whole")
+    run(corpus, masked, whole, max_local_frames=0)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(fit, "start_parts", killed)
+        run(corpus, masked, recording_out, max_local_frames=0)
+    written, put = [], store.put
+    monkeypatch.setattr(store, "put", lambda path, data, **how: written.append(path) or put(path, data, **how))
+    run(corpus, masked, recording_out, max_local_frames=0)
+    assert [path.rsplit("/", 1)[1] for path in written] == list(ARTEFACT)
+    assert export(recording_out) == export(whole)
+
+
+@pytest.mark.parametrize("local", [0, 10**6])
+def test_broken_and_collapsed_features_are_refused(corpus, masked, recording_out, local):
+    run(corpus, masked, recording_out)
+    path = store.join(recording_out.path, "features", "00001.safetensors")
+    x = load(store.get(path))["features"]
+    store.put(path, save({"features": x.index_fill(0, torch.tensor([5]), float("nan"))}))
+    with pytest.raises(ValueError, match="not finite in shard 1"):
+        run(corpus, masked, recording_out, max_local_frames=local)
+    for shard in range(4):
+        path = store.join(recording_out.path, "features", f"{shard:05d}.safetensors")
+        store.put(path, save({"features": torch.ones_like(load(store.get(path))["features"])}))
+    with pytest.raises(ValueError, match="k = 9 needs that many distinct points, got 1 among"):
+        run(corpus, masked, recording_out, max_local_frames=local)
