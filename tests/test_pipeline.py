@@ -14,6 +14,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -208,9 +209,10 @@ def test_force_makes_a_step_and_its_descendants_new_and_nothing_else(job):
 def test_ctrl_c_stops_cleanly_and_the_same_command_continues(tmp_path):
     store = tmp_path / "store"
     args = ["--inline", f"store={store}", "tracking=none", "--only", "manifest,masked_model",
-            "semantic.model.train.steps=300"]  # long enough to be stopped in, however late this process is served
+            "semantic.model.train.steps=100"]  # long enough to be stopped in, however late this process is served
     process = subprocess.Popen([sys.executable, "workflows/full_pipeline.py", "tests/e2e.yaml", *args], cwd=ROOT, env=ENV,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL))  # a shell's `&` has it ignored
     while not list(store.glob("masked_model/*/0001/commits/*.json")):
         assert process.poll() is None
         time.sleep(0.005)
