@@ -221,6 +221,9 @@ class Codec(Config):
     def _check(self):
         if self.quantize_from >= self.train.steps:
             raise ValueError(f"quantize_from ({self.quantize_from}) must be below train.steps ({self.train.steps})")
+        if self.quantizer == "factorised" and self.balance:
+            raise ValueError("quantizer factorised with balance: true ended in one code a level wherever it was tried: set "
+                             "balance: false with DAC's weights, or quantizer: ema")
         return self
 
 

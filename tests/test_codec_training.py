@@ -169,6 +169,8 @@ def test_what_is_not_quantized_yet_is_never_the_best():
     assert objective.evaluate()["loss"] == objective.evaluate()["mel"]
     with pytest.raises(ValueError, match=r"quantize_from \(40\) must be below train.steps \(40\)"):
         tiny_codec(quantize_from=40)
+    with pytest.raises(ValueError, match="one code a level"):
+        tiny_codec(quantizer="factorised", balance=True)
 
 
 def test_dropout_draws_depend_on_step_and_row_alone():
