@@ -35,6 +35,7 @@ from audiolm.models.losses import (
     waveform_distance,
 )
 from audiolm.models.mel import log_mel
+from audiolm.models.rvq import perplexity
 from audiolm.models.soundstream import SoundStream, fold
 from audiolm.tokenizers.base import ACOUSTIC_HOP, SAMPLE_RATE, SEMANTIC_HOP
 from audiolm.tokenizers.quality import pesq_wb, si_sdr_db
@@ -197,6 +198,7 @@ class CodecObjective:
         "pesq" and "si_sdr_db" with all levels, "/q00" with one; "used" and "perplexity" of each level's codes;
         "alarm/levels_without_gain" counts the levels that do not lower the distance."""
         model, codec = self.averaged(), self.codec
+        started = bool(model.quantizer.initialised)
         mine_BT = self.held_out_BT[self.ctx.rank::self.ctx.world]
         mel_Q2 = torch.zeros(codec.n_q + 2, device=self.ctx.device)  # crops, each number of levels, not quantized
         hits_QN = torch.zeros(codec.n_q, codec.vocab, device=self.ctx.device)
@@ -208,25 +210,23 @@ class CodecObjective:
             hits_QN += F.one_hot(codes_BTQ, codec.vocab).sum((0, 1)).float()
             mel_Q2[0] += len(wav_BT)
             for q in range(1, codec.n_q + 2):  # before codec.quantize_from there are no codes: the latents as they are
-                coded = q <= codec.n_q and int(model.quantizer.initialised)
-                fake_BT = model.decode(codes_BTQ[..., :q]) if coded else model.synthesize(x_BDT)
+                fake_BT = model.decode(codes_BTQ[..., :q]) if started and q <= codec.n_q else model.synthesize(x_BDT)
                 mel_Q2[q] += (log_mel(fake_BT) - real_BTF).abs().mean() * len(wav_BT)
                 if q in (1, codec.n_q):
                     scores_222[int(q == codec.n_q)] += _scores(wav_BT, fake_BT).to(scores_222)
         scores_222 = all_sum(scores_222)
         mel_Q2, hits_QN = all_sum(mel_Q2), all_sum(hits_QN)
         *mel, unquantized = (mel_Q2[1:] / mel_Q2[0]).tolist()
-        p_QN = hits_QN / hits_QN.sum(1, keepdim=True)
-        perplexity = torch.special.entr(p_QN).sum(1).exp().tolist()
+        perplexities = perplexity(hits_QN).tolist()
         figures = {"mel": mel[-1], "mel/unquantized": unquantized}
         names = ("pesq/q00", "si_sdr_db/q00", "pesq", "si_sdr_db")
         figures |= {name: float(total / n) for name, (total, n) in zip(names, scores_222.flatten(0, 1), strict=True) if n}
         for q in range(codec.n_q):
-            figures |= {f"mel/q{q:02d}": mel[q], f"perplexity/q{q:02d}": perplexity[q],
+            figures |= {f"mel/q{q:02d}": mel[q], f"perplexity/q{q:02d}": perplexities[q],
                         f"used/q{q:02d}": float((hits_QN[q] > 0).float().mean())}
             if q:
                 figures[f"gain/q{q:02d}"] = mel[q - 1] - mel[q]
-        if int(model.quantizer.initialised):  # what is not quantized yet is no codec, and must not become the best one
+        if started:  # what is not quantized yet is no codec, and must not become the best one
             figures["loss"] = mel[-1]
             figures["alarm/levels_without_gain"] = float(sum(b >= a for a, b in zip(mel, mel[1:], strict=False)))
         return figures
