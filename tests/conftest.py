@@ -96,3 +96,19 @@ class RecordingOut:
 @pytest.fixture
 def recording_out(tmp_path):
     return RecordingOut(tmp_path / "out")
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory) -> str:
+    """A codec build of the smallest width."""
+    from tests.tiny_codec import built_codec
+
+    return built_codec(str(tmp_path_factory.mktemp("codec")))
+
+
+@pytest.fixture(scope="session")
+def codec(built):
+    """Its tokenizer."""
+    from audiolm.tokenizers.acoustic import load_codec
+
+    return load_codec(built)

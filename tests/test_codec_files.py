@@ -14,29 +14,8 @@ from audiolm import store as stores
 from audiolm.data import audio
 from audiolm.tokenizers import files
 from audiolm.tokenizers.acoustic import AcousticTokenizer, load_codec
-from tests.tiny_codec import built_codec, noise, voice
+from tests.tiny_codec import built_codec, noise, voice, whole_codes
 from workflows import codec as command
-
-STRIDES, LEVELS, VOCAB = (2, 4, 5, 8), 3, 16
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory) -> str:
-    return built_codec(str(tmp_path_factory.mktemp("codec")))
-
-
-@pytest.fixture(scope="module")
-def codec(built) -> AcousticTokenizer:
-    return load_codec(built)
-
-
-def cut(x: np.ndarray | torch.Tensor, size: int) -> list:
-    return [x[i:i + size] for i in range(0, len(x), size)]
-
-
-def whole_codes(codec: AcousticTokenizer, wav_T: np.ndarray) -> torch.Tensor:
-    return codec.encode(torch.from_numpy(wav_T)[None], torch.tensor([len(wav_T)]))[0]
-
 
 CORPUS = {"a.wav": (16_000, 1, 20_011), "deep/er/b.flac": (44_100, 2, 50_000), "deep/c.ogg": (8_000, 1, 4_000),
           "short.wav": (48_000, 1, 480)}

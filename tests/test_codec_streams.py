@@ -12,30 +12,14 @@ import soundfile as sf
 import torch
 
 from audiolm.data import audio
-from audiolm.tokenizers.acoustic import AcousticTokenizer, load_codec
+from audiolm.tokenizers.acoustic import AcousticTokenizer
 from audiolm.tokenizers.base import padded_samples
 from tests.conftest import ROOT
-from tests.tiny_codec import built_codec, noise
-
-STRIDES, LEVELS, VOCAB = (2, 4, 5, 8), 3, 16
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory) -> str:
-    return built_codec(str(tmp_path_factory.mktemp("codec")))
-
-
-@pytest.fixture(scope="module")
-def codec(built) -> AcousticTokenizer:
-    return load_codec(built)
+from tests.tiny_codec import noise, whole_codes
 
 
 def cut(x: np.ndarray | torch.Tensor, size: int) -> list:
     return [x[i:i + size] for i in range(0, len(x), size)]
-
-
-def whole_codes(codec: AcousticTokenizer, wav_T: np.ndarray) -> torch.Tensor:
-    return codec.encode(torch.from_numpy(wav_T)[None], torch.tensor([len(wav_T)]))[0]
 
 
 @pytest.mark.parametrize("samples", [1, 640, 33 * 320, 320 * 200 + 77])

@@ -11,6 +11,7 @@ import torch
 
 from audiolm import config, rng, store
 from audiolm.models.soundstream import SoundStream
+from audiolm.tokenizers.acoustic import AcousticTokenizer
 from audiolm.train.engine import learning_rate, make_engine
 from audiolm.train.objective import Context
 from audiolm.train.objective_codec import CodecObjective
@@ -93,3 +94,7 @@ def built_codec(folder: str, seed: int = 0) -> str:
         "kind": "soundstream", "sample_rate": 16_000, "strides": (2, 4, 5, 8), "enc_channels": 2, "dec_channels": 2, "dim": 8,
         "n_q": 3, "vocab": 16, "quantizer": "ema", "code_dim": 8})
     return folder
+
+
+def whole_codes(codec: AcousticTokenizer, wav_T: np.ndarray) -> torch.Tensor:
+    return codec.encode(torch.from_numpy(wav_T)[None], torch.tensor([len(wav_T)]))[0]
