@@ -10,6 +10,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from audiolm.config_semantic import Semantic
+from audiolm.config_train import Train, Where
 from audiolm.identity import Config, Later, Runtime
 
 
@@ -31,12 +33,6 @@ class Cluster(Config):
     retries: Runtime[int] = Field(2, ge=0, description="relaunches of a step after a node or worker died")
     compile: Runtime[bool] = Field(True, description="torch.compile what trains on a GPU, where the step knows how")
     audio_cache_mb: Runtime[int] = Field(512, ge=0, description="decoded audio kept in memory by a training worker")
-
-
-class Where(Config):
-    """Which clips a step takes; None takes all."""
-
-    source: tuple[str, ...] | None = Field(None, description="names of corpus sources")
 
 
 class _Source(Config):
@@ -83,6 +79,8 @@ class Corpus(Config):
     join_s: float = Field(30.0, ge=0, description="consecutive utterances of a chapter are joined up to this; 0 = off")
     dev: float = Field(0.05, ge=0, lt=0.5, description="share of hours, by speaker, where the corpus has no splits")
     test: float = Field(0.05, ge=0, lt=0.5)
+    hold_out: Annotated[dict[Literal["dev", "test"], tuple[str, ...]], Later({})] = Field(
+        {}, description="speakers by name that are dev or test whatever else the corpus says")
     shard_s: float = Field(3600.0, gt=0, description="audio seconds in a shard, at most")
     max_rejected: float = Field(0.05, ge=0, le=1, description="share of files that may be unusable")
     silence_db: float = Field(-70.0, description="a clip whose peak lies below this (dBFS) is silent")
@@ -95,75 +93,8 @@ class Corpus(Config):
             raise ValueError(f"sources must have different names, got {names}")
         if self.min_s >= self.max_s:
             raise ValueError(f"min_s ({self.min_s}) must be below max_s ({self.max_s})")
-        return self
-
-
-class Train(Config):
-    """One training run: warm-up, constant, decay to zero over the last `decay_steps` (DESIGN 1.6)."""
-
-    steps: int = Field(ge=1)
-    batch: int = Field(ge=1, description="rows of the global batch, over all workers")
-    lr: float = Field(gt=0)
-    warmup_steps: int = Field(0, ge=0)
-    decay_steps: int = Field(0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 0.1
-    clip: float = Field(1.0, ge=0, description="global gradient norm; 0 = off")
-    eval_every: int = Field(1000, ge=1)
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    export: Literal["best", "last"] = Field("last", description="which weights later steps load: best by validation")
-    micro_batch: Runtime[int | None] = Field(None, ge=1, description="rows a forward pass; None = the worker's share")
-    save_every: Runtime[int] = Field(1000, ge=1)
-    keep: Runtime[int] = Field(2, ge=1, description="checkpoints kept besides the best")
-    log_every: Runtime[int] = Field(10, ge=1)
-    engine: Runtime[Literal["deepspeed", "torch"]] = "deepspeed"
-    zero: Runtime[int] = Field(1, ge=0, le=2, description="DeepSpeed ZeRO stage")
-
-    @model_validator(mode="after")
-    def _check(self):
-        if self.warmup_steps + self.decay_steps > self.steps:
-            raise ValueError(f"warmup_steps ({self.warmup_steps}) + decay_steps ({self.decay_steps}) exceed "
-                             f"steps ({self.steps})")
-        return self
-
-
-class Masked(Config):
-    """The masked audio model: a Conformer on log-mels at 25 Hz, HuBERT-style targets (k-means of MFCC)."""
-
-    dim: int = 512
-    layers: int = 12
-    heads: int = 8
-    ff: int = 2048
-    conv_kernel: int = 5
-    dropout: float = 0.1
-    targets_k: int = Field(100, ge=2, description="k of the MFCC targets (HuBERT iteration 1)")
-    mask_span_s: float = 0.4
-    mask_share: float = Field(0.55, gt=0, lt=1, description="share of frames under a mask")
-    crop_s: float = 15.0
-    train: Train = Train(steps=100_000, batch=64, lr=1e-3, warmup_steps=400, decay_steps=20_000, weight_decay=0.01)
-
-
-class KMeans(Config):
-    layer: int = Field(7, ge=1, description="Conformer block whose output is clustered, from 1")
-    k: int = Field(1024, ge=2)  # paper IV-B
-    max_frames: int = Field(2_000_000, ge=1, description="frames sampled for the fit")
-    max_local_frames: Runtime[int] = Field(2_000_000, ge=0, description="up to this, one task fits them all (8 GB at width "
-                                           "1024); above, a task a part and iteration, with the same result")
-    method: Annotated[Literal["lloyd", "minibatch"], Later("lloyd")] = Field(
-        "lloyd", description="minibatch: fewer passes over the frames, an inertia some per cent higher")
-    iterations: int = Field(100, ge=1, description="passes over the frames, at most")
-    restarts: int = Field(3, ge=1)
-
-
-class Semantic(Config):
-    where: Where = Where()
-    model: Masked = Masked()
-    kmeans: KMeans = KMeans()
-
-    @model_validator(mode="after")
-    def _check(self):
-        if self.kmeans.layer > self.model.layers:
-            raise ValueError(f"kmeans.layer ({self.kmeans.layer}) exceeds model.layers ({self.model.layers})")
+        if both := set(self.hold_out.get("dev", ())) & set(self.hold_out.get("test", ())):
+            raise ValueError(f"hold_out names {sorted(both)} as dev and as test: keep each speaker in one")
         return self
 
 
@@ -241,6 +172,8 @@ class CodecFigures(Config):
 
 class Tokens(Config):
     batch_s: float = Field(120.0, gt=0, description="padded audio seconds encoded at once; a rule of the shard alone")
+    dtype: Annotated[Literal["float32", "bfloat16"], Later("float32")] = Field(
+        "float32", description="of the masked model's work on semantic tokens; bfloat16 is for GPUs")
 
 
 class Stage(Config):

@@ -40,10 +40,19 @@ def load(path: str, overrides: list[str] = ()) -> Pipeline:
 
 def _root_paths(data: dict, base: Path) -> None:
     places = [(source, key) for source in (data.get("corpus") or {}).get("sources") or [] for key in ("root", "uri")]
-    for section, key in [*places, (data.get("codec"), "pretrained"), (data.get("evaluate"), "lyra")]:
+    semantic = data.get("semantic") or {}
+    abx, imported = (semantic.get(key) if isinstance(semantic, dict) else None for key in ("abx", "pretrained"))
+    places += [(data.get("codec"), "pretrained"), (data.get("evaluate"), "lyra"), (imported, "uri")]
+    for section, key in [*places, *((abx, key) for key in ("items", "audio", "phones"))]:
         value = section.get(key) if isinstance(section, dict) else None
-        if isinstance(value, str) and "://" not in value:
-            section[key] = os.path.normpath(base / Path(value).expanduser())
+        if isinstance(value, str):
+            section[key] = _rooted(value, base)
+        elif isinstance(value, list):
+            section[key] = [_rooted(v, base) if isinstance(v, str) else v for v in value]
+
+
+def _rooted(place: str, base: Path) -> str:
+    return place if "://" in place else os.path.normpath(base / Path(place).expanduser())
 
 
 def _override(data: dict, item: str) -> None:

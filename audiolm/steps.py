@@ -13,9 +13,24 @@ def build_manifest(config: dict, inputs: dict, out) -> dict:
 
 
 def train_masked(config: dict, inputs: dict, out) -> dict:
-    """Trains the masked audio model (paper II-B; PAPER 2.3 for the objective)."""
-    from audiolm.train.objective_masked import masked_objective
-    return _train(masked_objective, config, config["model"].train, inputs, out)
+    """Trains the masked audio model (paper II-B): one iteration of HuBERT, or w2v-BERT."""
+    if config["model"].objective == "w2vbert":
+        from audiolm.train.objective_w2vbert import w2vbert_objective as factory
+    else:
+        from audiolm.train.objective_masked import masked_objective as factory
+    return _train(factory, config, config["train"], inputs, out)
+
+
+def import_encoder(config: dict, inputs: dict, out) -> dict:
+    """Takes over a masked model in the format of transformers instead of training one."""
+    from audiolm.tokenizers.pretrained_semantic import import_encoder as step
+    return step(config, inputs, out)
+
+
+def choose_layer(config: dict, inputs: dict, out) -> dict:
+    """Chooses the layer and K by ABX on held-out speakers (paper IV-B)."""
+    from audiolm.eval.layer_choice import choose_layer as step
+    return step(config, inputs, out)
 
 
 def fit_kmeans(config: dict, inputs: dict, out) -> dict:

@@ -219,14 +219,15 @@ def test_features_of_a_tokenizer():
     import torch
 
     from audiolm.models.masked import Encoder, EncoderSizes
+    from audiolm.tokenizers.extractor import ConformerExtractor, Window
     from audiolm.tokenizers.semantic import SemanticTokenizer, golden_clip
 
     torch.manual_seed(0)
-    encoder = Encoder(EncoderSizes(dim=8, layers=1, heads=2, ff=16, conv_kernel=3, dropout=0.0))
-    raw = SemanticTokenizer(encoder, 1, torch.zeros(8), torch.ones(8), torch.randn(5, 8), "")
+    heard = ConformerExtractor(Encoder(EncoderSizes(dim=8, layers=1, heads=2, ff=16, conv_kernel=3, dropout=0.0)))
+    raw = SemanticTokenizer(heard, 1, torch.zeros(8), torch.ones(8), torch.randn(5, 8), Window(400, 50), "")
     wav_T = golden_clip()[0].numpy()
     std_D, mean_D = torch.std_mean(torch.from_numpy(abx.extractor("semantic", raw)[0](wav_T)), 0)
-    tokenizer = SemanticTokenizer(encoder, 1, mean_D, std_D, raw.centroids_KD, "")
+    tokenizer = SemanticTokenizer(heard, 1, mean_D, std_D, raw.centroids_KD, raw.window, "")
     (features, rate), (centroids, same_rate) = (abx.extractor(kind, tokenizer) for kind in ("semantic", "centroids"))
     x_TD, c_TD = features(wav_T), centroids(wav_T)
     assert rate == same_rate == 25.0 and x_TD.shape == c_TD.shape == (50, 8)

@@ -23,6 +23,7 @@ from audiolm.models.masked import Encoder, EncoderSizes
 from audiolm.models.soundstream import SoundStream
 from audiolm.tokenizers import encode
 from audiolm.tokenizers.base import padded_samples
+from audiolm.tokenizers.extractor import ConformerExtractor, Window
 from audiolm.tokenizers.semantic import save_semantic
 from tests.conftest import RecordingOut
 
@@ -52,7 +53,8 @@ def world(tmp_path_factory):
     store.put(str(root / "manifest" / "clips.parquet"), clips_parquet(clips))
     encoder = Encoder(EncoderSizes(dim=8, layers=1, heads=2, ff=16, conv_kernel=3, dropout=0.0))
     frames = torch.randn(4000, 8)
-    save_semantic(str(root / "kmeans"), encoder, 1, frames.mean(0), frames.std(0), torch.randn(K, 8), {})
+    save_semantic(str(root / "kmeans"), ConformerExtractor(encoder), 1, frames.mean(0), frames.std(0), torch.randn(K, 8),
+                  Window(400, 50), {})
     codec = SoundStream(SIZES["strides"], 2, 2, 8, N_Q, VOCAB, norm=False)
     codec.quantizer.load_state_dict({k: torch.randn_like(v) * 0.3 if v.is_floating_point() else v
                                      for k, v in codec.quantizer.state_dict().items()})

@@ -17,6 +17,7 @@ from audiolm.lm.model import build_lm, export_lm
 from audiolm.lm.stages import build_stages, dedupe
 from audiolm.models.masked import Encoder, EncoderSizes
 from audiolm.models.soundstream import SoundStream
+from audiolm.tokenizers.extractor import ConformerExtractor, Window
 from audiolm.tokenizers.semantic import save_semantic
 
 K, VOCAB, Q, COARSE = 12, 16, 4, 2
@@ -30,7 +31,8 @@ def build(folder: str, coarse: int = COARSE) -> dict[str, str]:
     torch.manual_seed(0)
     paths = {name: store.join(folder, name) for name in ("kmeans", "codec", "lm_semantic", "lm_coarse", "lm_fine")}
     sizes = EncoderSizes(dim=16, layers=1, heads=2, ff=32)
-    save_semantic(paths["kmeans"], Encoder(sizes).eval(), 1, torch.zeros(16), torch.ones(16), torch.randn(K, 16), {})
+    save_semantic(paths["kmeans"], ConformerExtractor(Encoder(sizes)), 1, torch.zeros(16), torch.ones(16), torch.randn(K, 16),
+                  Window(400, 50), {})
     codec = SoundStream((2, 4, 5, 8), 2, 2, 8, Q, VOCAB, norm=False)
     torch.nn.init.normal_(codec.quantizer.codebook_QND, std=0.3)
     export(paths["codec"], codec.state_dict(), {

@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-LAYERS = [["rng", "store", "identity"], ["config", "lease", "metrics", "progress", "outbox"], ["configfile", "models"],
-          ["data"], ["tokenizers"], ["lm"], ["train"], ["eval"], ["dag"], ["tracking", "execute"], ["steps"], ["cli", "run"]]
+LAYERS = [["rng", "store", "identity"], ["config_train"], ["config_semantic", "config_vocoder", "config_figures"],
+          ["config", "lease", "metrics", "progress", "outbox"], ["configfile", "models"], ["data"], ["tokenizers"], ["lm"],
+          ["train"], ["eval"], ["dag"], ["tracking", "execute"], ["steps"], ["cli", "run"]]
 RANK = {name: i for i, names in enumerate(LAYERS) for name in names}
 DOORS = {"mlflow": {"tracking.py"}, "deepspeed": {"train/engine.py", "train/checkpoint.py"},
          "ray": {"data/shards.py", "train/loop.py", "cli.py"}}

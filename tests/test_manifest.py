@@ -220,6 +220,14 @@ def test_split_by_speaker_is_disjoint_near_the_shares_and_drawn_from_the_seed(bu
     assert again == names != other
 
 
+def test_speakers_named_by_hold_out_are_held_out_of_a_train_folder(build, tmp_path):
+    speakers(tmp_path / "in" / "train-clean-100", dict.fromkeys(map(str, range(10, 20)), 2))
+    held = {(c.split, c.speaker) for c in build(libri(tmp_path / "in"), hold_out={"dev": ("11",), "test": ("12",)})[2]}
+    assert held == {("dev", "11"), ("test", "12"), *(("train", str(n)) for n in (10, *range(13, 20)))}
+    with pytest.raises(ConfigError, match=r"names \['9'\], who have no audio.* 10, 11"):
+        build(libri(tmp_path / "in"), hold_out={"dev": ("9",)})
+
+
 def test_each_source_gives_its_share_and_one_speaker_sources_stay_train(build, tmp_path):
     a = speakers(tmp_path / "a", {f"{n}": 3 for n in range(10)})
     b = speakers(tmp_path / "b", {f"{n}": 1 for n in range(20, 30)})
@@ -339,5 +347,4 @@ def test_other_sample_rates_are_refused(build, tmp_path):
 
 
 def test_progress_counts_files(build):
-    build(libri(QUICKSTART, "quickstart"))
-    assert build.out.seen[-1] == (84, 84, "files")
+    assert build(libri(QUICKSTART, "quickstart")) and build.out.seen[-1] == (84, 84, "files")

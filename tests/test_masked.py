@@ -9,13 +9,16 @@ import pytest
 import torch
 
 from audiolm import rng
-from audiolm.config import Masked, Train
+from audiolm.config_semantic import Augment, Masked
+from audiolm.config_train import Train
 from audiolm.models.masked import Encoder, EncoderSizes, MaskedModel
 from audiolm.models.mel import log_mel
 from audiolm.tokenizers.base import padded_samples
-from audiolm.tokenizers.semantic import mel_of
+from audiolm.tokenizers.extractor import mel_of
+from audiolm.train import masked_inputs
 from audiolm.train import objective_masked as om
 from audiolm.train.engine import make_engine
+from audiolm.train.masked_inputs import MaskedInputs
 from audiolm.train.objective import Context
 
 SIZES = EncoderSizes(dim=32, layers=2, heads=2, ff=48)
@@ -59,7 +62,7 @@ class Crops:
         return wav_BT, torch.tensor(lengths)
 
 
-def objective(k: int = 12, ctx: Context = CTX, dropout: float = 0.0) -> om.MaskedObjective:
+def objective(k: int = 12, ctx: Context = CTX, dropout: float = 0.0, augment: Augment | None = None) -> om.MaskedObjective:
     torch.manual_seed(0)
     model = MaskedModel(EncoderSizes(32, 2, 2, 48, 5, dropout), k)
     points = []
@@ -70,9 +73,10 @@ def objective(k: int = 12, ctx: Context = CTX, dropout: float = 0.0) -> om.Maske
     model.encoder.statistics.mean.fill_(-6.0)
     model.encoder.statistics.std.fill_(3.0)
     train = Train(steps=80, batch=4, lr=3e-3, engine="torch", warmup_steps=5)
-    sizes = Masked(dim=32, layers=2, heads=2, ff=48, targets_k=k, train=train)
-    pieces = [syllables(9000 + i, 2.0) for i in range(3)]
-    return om.MaskedObjective(model, sizes, Crops(), pieces, [0, 1, 2], ctx)
+    still = Augment(pitch=0, noise=0, reverb=0)
+    sizes = Masked(dim=32, layers=2, heads=2, ff=48, targets_k=k, augment=augment or still, train=train)
+    held = {i: syllables(9000 + i, 2.0) for i in range(3)}
+    return om.MaskedObjective(model, MaskedInputs(sizes, Crops(), held, ctx.seed), ctx)
 
 
 def test_every_length_gives_whole_frames():
@@ -142,9 +146,9 @@ def test_masked_frames_are_hidden_from_the_model(model):
 
 @pytest.mark.parametrize(("frames", "share"), [(1, 0.5), (7, 0.5), (25, 0.55), (375, 0.65), (375, 0.95)])
 def test_span_masks_have_the_asked_share_in_spans(frames, share):
-    masks = [om.span_mask(frames, 10, share, rng.generator(1, "mask", 0, row)) for row in range(20)]
+    masks = [masked_inputs.span_mask(frames, 10, share, rng.generator(1, "mask", 0, row)) for row in range(20)]
     assert {int(m.sum()) for m in masks} == {max(1, round(share * frames))}
-    assert all(np.array_equal(m, om.span_mask(frames, 10, share, rng.generator(1, "mask", 0, r)))
+    assert all(np.array_equal(m, masked_inputs.span_mask(frames, 10, share, rng.generator(1, "mask", 0, r)))
                for r, m in enumerate(masks))
     if frames == 375:
         runs = [len(r) for m in masks for r in "".join("x" if b else " " for b in m).split()]
@@ -174,14 +178,15 @@ def test_every_parameter_gets_a_gradient():
 
 def test_masked_loss_falls_and_accuracy_beats_chance():
     o = objective(dropout=0.1)
-    engines = {"model": make_engine(o.model, o.sizes.train, CTX)}
+    engines = {"model": make_engine(o.model, o.inputs.sizes.train, CTX)}
     before = o.evaluate()
-    assert o.evaluate() == before  # no randomness
+    again = o.evaluate()  # no randomness, and a loss that stands still is told
+    assert again == before | {"alarm/constant_loss": 1.0} and before["alarm/no_better_than_guessing"] == 1.0
     for step in range(80):
         result = o.train_step(engines, [o.load(step, range(4))], step)
     after = o.evaluate()
     assert after["loss"] < after["target_entropy"] < before["loss"]  # better than any guess that ignores the context
-    assert after["accuracy"] > 4 / 12
+    assert after["accuracy"] > 4 / 12 and not any(v for name, v in after.items() if name.startswith("alarm/"))
     assert {"loss", "accuracy", "target_entropy", "prediction_perplexity", "units", "grad_norm"} <= set(result)
     assert 1.0 < float(result["prediction_perplexity"]) <= 12.0
     assert float(result["units"]) == pytest.approx(float(o.load(79, range(4)).lengths_B.sum()) / RATE)
@@ -192,7 +197,7 @@ def test_micro_batches_and_ranks_do_not_change_the_step():
     whole, cut = objective(), objective()
     norms = []
     for o, batches in ((whole, [whole.load(3, range(4))]), (cut, [cut.load(3, [0]), cut.load(3, [1, 2, 3])])):
-        norms.append(o.train_step({"model": make_engine(o.model, o.sizes.train, CTX)}, batches, 3))
+        norms.append(o.train_step({"model": make_engine(o.model, o.inputs.sizes.train, CTX)}, batches, 3))
     assert float(norms[0]["loss"]) == pytest.approx(float(norms[1]["loss"]), rel=1e-6)
     assert float(norms[0]["grad_norm"]) == pytest.approx(float(norms[1]["grad_norm"]), rel=1e-4)
 
@@ -229,3 +234,27 @@ def test_empty_or_constant_targets_are_refused():
     with pytest.raises(ValueError, match="all but constant.*1 of targets_k = 5"):
         om.check_targets(torch.tensor([90, 0, 0, 0, 0]))
     assert om.check_targets(torch.tensor([9, 9, 9, 9, 9])) == pytest.approx(math.log(5))
+
+
+def test_a_collapsed_model_and_constant_targets_ring():
+    o = objective()
+    with torch.no_grad():
+        o.model.head.weight.zero_()
+        o.model.head.bias.copy_(torch.tensor([20.0] + [0.0] * 11))
+    rings = o.evaluate()
+    assert rings["alarm/constant_predictions"] == rings["alarm/no_better_than_guessing"] == 1.0
+    assert rings["alarm/constant_targets"] == 0.0
+    o.targets = lambda batch, mel_BTF, frames_B: torch.zeros(batch.mask_BT.shape, dtype=torch.int64)
+    assert o.evaluate()["alarm/constant_targets"] == 1.0
+
+
+def test_targets_come_from_clean_audio_and_the_model_hears_another():
+    o, seen = objective(augment=Augment(pitch=1, noise=1, reverb=1)), []
+    batch = o.load(0, range(4))
+    targets = o.targets
+    o.targets = lambda batch, mel_BTF, frames_B: seen.append(mel_BTF) or targets(batch, mel_BTF, frames_B)
+    o._loss(lambda mel_BTF, *rest: seen.append(mel_BTF) or o.model(mel_BTF, *rest), batch)
+    clean_BTF, frames_B = mel_of(batch.wav_BT, batch.lengths_B)
+    assert torch.equal(seen[0], clean_BTF) and (seen[1] - clean_BTF).abs().mean() > 0.1
+    again = objective(augment=Augment(pitch=1, noise=1, reverb=1)).load(0, [2, 3])
+    assert again.draws == batch.draws[2:]  # a row's own draw, whoever loads it

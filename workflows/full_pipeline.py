@@ -15,8 +15,11 @@ sys.path.insert(0, str(HERE.parent))  # a submitted job runs the code that was s
 
 from audiolm.cli import main  # noqa: E402
 from audiolm.config import CodecFigures, Pipeline  # noqa: E402
+from audiolm.config_semantic import KMeans, Semantic  # noqa: E402
 from audiolm.dag import Step  # noqa: E402
+from audiolm.eval.abx_set import abx_set  # noqa: E402
 from audiolm.tokenizers.pretrained import imported  # noqa: E402
+from audiolm.tokenizers.pretrained_semantic import imported_encoder  # noqa: E402
 
 
 def graph(cfg: Pipeline) -> list[Step]:
@@ -28,8 +31,7 @@ def graph(cfg: Pipeline) -> list[Step]:
 
     manifest = Step("manifest", do.build_manifest, common)
 
-    masked = Step("masked_model", do.train_masked, {**common, "model": sem.model, "where": sem.where}, (manifest,), trains=True)
-    kmeans = Step("kmeans", do.fit_kmeans, {**common, "kmeans": sem.kmeans, "where": sem.where}, (manifest, masked))
+    *before, kmeans = semantic(sem, common, manifest)
     if codec.pretrained:
         codec_ = Step("codec", do.import_codec, {"codec": imported(codec.pretrained, codec.n_q, codec.vocab)})
     else:
@@ -55,9 +57,38 @@ def graph(cfg: Pipeline) -> list[Step]:
     models = (manifest, kmeans, codec_, z, y, *stages)
     samples = Step("samples", do.make_samples, {**common, "samples": cfg.samples}, models)
     evaluate = Step("evaluate", do.run_evaluate, {**common, "samples": cfg.samples, "evaluate": ev, "lm": lm}, models)
-    told = (manifest, masked, codec_, figures, *stages, samples, evaluate)
+    told = (manifest, *before, codec_, figures, *stages, samples, evaluate)
     report = Step("report", do.build_report, {"title": cfg.corpus.name}, told)
-    return [manifest, masked, kmeans, codec_, figures, z, y, *stages, samples, evaluate, report]
+    return [manifest, *before, kmeans, codec_, figures, z, y, *stages, samples, evaluate, report]
+
+
+def semantic(sem: Semantic, common: dict, manifest: Step) -> list[Step]:
+    """The masked model, its further iterations, the choice of layer and K where they say auto, and k-means, which is last."""
+    from audiolm import steps as do
+
+    judged = abx_set(sem.abx) if sem.abx else None
+
+    def clusters(suffix: str, name: str, settings: KMeans, model: Step) -> list[Step]:
+        found = []
+        if "auto" in (settings.layer, settings.k):
+            found = [Step("layers" + suffix, do.choose_layer, {**common, "sweep": sem.sweep, "kmeans": settings, "abx": judged,
+                                                               "where": sem.where}, (manifest, model))]
+        return [*found, Step(name, do.fit_kmeans, {**common, "kmeans": settings, "where": sem.where},
+                             (manifest, model, *found))]
+
+    if sem.pretrained:
+        steps = [Step("masked_model", do.import_encoder, {"encoder": imported_encoder(sem.pretrained.uri)})]
+    else:
+        how = {"model": sem.model, "train": sem.model.train, "iteration": None, "where": sem.where}
+        steps = [Step("masked_model", do.train_masked, {**common, **how}, (manifest,), trains=True)]
+    model = steps[0]
+    for n, again in enumerate(sem.again, 2):
+        wanted = sem.kmeans.model_copy(update={"layer": again.layer, "k": again.k})
+        steps += clusters(f"_{n}", f"targets_{n}", wanted, model)
+        how = {"model": sem.model, "train": again.train or sem.model.train, "iteration": again, "where": sem.where}
+        model = Step(f"masked_model_{n}", do.train_masked, {**common, **how}, (manifest, model, steps[-1]), trains=True)
+        steps.append(model)
+    return [*steps, *clusters("", "kmeans", sem.kmeans, model)]
 
 
 if __name__ == "__main__":

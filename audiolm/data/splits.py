@@ -1,10 +1,10 @@
 """Who is held out: gives every usable stretch of audio its split, before anything is joined.
 
-What the corpus says counts.  The rest is split by speaker within each source, by hours, drawn from (seed, "split",
-source); an unnamed speaker is its file.  A speaker whose other audio has a split keeps that.  Where no dev clip comes
-of this, dev speakers (and test speakers, where there is neither) of the largest train source are held out.  A corpus
-of one speaker is split by chapter, file or piece; a source of one speaker within a larger corpus is train, so that dev
-and test speakers stay unseen.
+Speakers named by corpus.hold_out come first, then what the corpus itself says.  The rest is split by speaker within
+each source, by hours, drawn from (seed, "split", source); an unnamed speaker is its file.  A speaker whose other audio
+has a split keeps that.  Where no dev clip comes of this, dev speakers (and test speakers, where there is neither) of the
+largest train source are held out.  A corpus of one speaker is split by chapter, file or piece; a source of one speaker
+within a larger corpus is train, so that dev and test speakers stay unseen.
 """
 
 from __future__ import annotations
@@ -44,7 +44,11 @@ class Unit:
 
 def assign(units: list[Unit], corpus: Corpus, seed: int) -> tuple[list[str], list[str]]:
     """(the split of every unit, remarks for the user). Raises ConfigError where nothing is left to train on."""
-    splits: list[str | None] = [u.found.split for u in units]
+    named = {speaker: split for split, speakers in corpus.hold_out.items() for speaker in speakers}
+    if unknown := sorted(set(named) - {u.speaker for u in units}):
+        raise ConfigError(f"corpus.hold_out names {unknown}, who have no audio in this corpus; its speakers are "
+                          f"{', '.join(sorted({u.speaker for u in units})[:10])} ...")
+    splits: list[str | None] = [named.get(u.speaker, u.found.split) for u in units]
     known: dict[tuple[str, str], str] = {}
     for u, split in zip(units, splits, strict=True):
         if split and u.found.speaker:

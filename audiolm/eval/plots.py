@@ -1,4 +1,4 @@
-"""Pictures as PNG bytes: spectrograms, loss curves, codebook use, quality over rate, bars. No display.
+"""Pictures as PNG bytes: spectrograms, loss curves, codebook use, quality over rate, bars, shares. No display.
 
 wav is float32 mono at 16 kHz.  matplotlib (its Agg backend) is imported within functions; figures are objects, never
 global state, so threads may draw at the same time.
@@ -130,4 +130,65 @@ def bars(labels: Sequence[str], values: Sequence[float], title: str, x: str) -> 
     if len(values) and max(values) > 0:
         axes.set_xlim(0, 1.12 * max(values))
     _name(axes, title, x, "")
+    return _png(figure)
+
+
+def layers(rows: Sequence[Mapping]) -> bytes:
+    """ABX error by layer, within and across speaker: features as lines with their intervals, centroids as marks, the rows
+    without a layer (a floor) as level lines."""
+    figure, axes = _figure(6.4, 3.0)
+    for mode, colour in (("within", BLUE), ("across", ORANGE)):
+        of = sorted((r for r in rows if r["layer"] is not None and r["k"] is None), key=lambda r: r["layer"])
+        spread = [[r[mode] - r[f"interval_{mode}"][0] for r in of], [r[f"interval_{mode}"][1] - r[mode] for r in of]]
+        axes.errorbar([r["layer"] for r in of], [r[mode] for r in of], spread, color=colour, linewidth=1.4, marker="o",
+                      markersize=3, capsize=2, label=f"features, {mode}")
+        for i, k in enumerate(sorted({r["k"] for r in rows if r["k"]})):
+            some = [r for r in rows if r["k"] == k]
+            axes.scatter([r["layer"] for r in some], [r[mode] for r in some], marker="sD^v*P"[i % 6], s=26, facecolors="none",
+                         edgecolors=colour, label=f"centroids K = {k}, {mode}")
+        for row in (r for r in rows if r["layer"] is None):
+            axes.axhline(row[mode], color=colour, linestyle="--", linewidth=1, label=f"MFCC, {mode}")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(axis="y", color="#e5e9ee", linewidth=0.7)
+    axes.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    _name(axes, "ABX on held-out speakers", "layer", "error, %")
+    return _png(figure)
+
+
+def shares(share_RC: np.ndarray, rows: Sequence[str], title: str, x: str) -> bytes:
+    """A picture of shares from 0 (white) to 1, with its rows' names."""
+    figure, axes = _figure(8.0, 1.2 + 0.125 * len(rows))
+    image = axes.imshow(share_RC, aspect="auto", cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+    axes.set_yticks(np.arange(len(rows)), list(rows))
+    axes.tick_params(axis="y", labelsize=6, length=0)
+    figure.colorbar(image, ax=axes, shrink=0.5, pad=0.01).ax.tick_params(labelsize=7)
+    _name(axes, title, x, "")
+    return _png(figure)
+
+
+def ranked(series: Mapping[str, np.ndarray], title: str) -> bytes:
+    """Of each series its shares in falling order; the dashed line is even use of all."""
+    figure, axes = _figure(6.4, 2.6)
+    for i, (name, share) in enumerate(series.items()):
+        falling = np.sort(share[share > 0])[::-1]
+        axes.plot(np.arange(1, len(falling) + 1), falling, label=name.replace("_", " "), color=COLOURS[i], linewidth=1.4)
+        axes.axhline(1 / len(share), color=GREY, linestyle="--", linewidth=1)
+        axes.annotate("even use", (1.0, 1 / len(share)), xycoords=("axes fraction", "data"), fontsize=7, color=INK, ha="right",
+                      va="bottom")
+    axes.set_yscale("log")
+    axes.legend(fontsize=7, frameon=False, loc="lower left")
+    _name(axes, title, "rank", "share of frames")
+    return _png(figure)
+
+
+def lengths(series: Mapping[str, np.ndarray], title: str, x: str) -> bytes:
+    """Shares by length from 1 side by side; the last length stands for longer ones too."""
+    figure, axes = _figure(6.4, 2.6)
+    for i, (name, share) in enumerate(series.items()):
+        at = np.arange(1, len(share) + 1) + 0.4 * (i - (len(series) - 1) / 2)
+        axes.bar(at, share, 0.38, label=name.replace("_", " "), color=COLOURS[i])
+        axes.set_xticks([1, *range(5, len(share) + 1, 5)], ["1", *map(str, range(5, len(share), 5)), f"{len(share)}+"])
+    axes.set_yscale("log")
+    axes.legend(fontsize=7, frameon=False)
+    _name(axes, title, x, "share of runs")
     return _png(figure)

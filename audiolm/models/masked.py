@@ -9,6 +9,7 @@ the output of block n counted from 1, after that block's closing LayerNorm.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -158,26 +159,41 @@ class Encoder(nn.Module):
     def forward(self, mel_BTF: torch.Tensor, lengths_B: torch.Tensor, mask_BT: torch.Tensor | None = None,
                 layer: int | None = None) -> torch.Tensor:
         """features_BTD of block `layer` (None: the last); frames under mask_BT are replaced by the mask embedding."""
+        return self.outputs(mel_BTF, lengths_B, mask_BT, [len(self.blocks) if layer is None else layer])[0]
+
+    def subsampled(self, mel_BTF: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
+        """x_BTD at 25 Hz that the blocks read, unmasked. Raises ValueError for a broken mel frame."""
         if mel_BTF.shape[1] % SUBSAMPLE:
             raise ValueError(f"the encoder takes a multiple of {SUBSAMPLE} mel frames, got {mel_BTF.shape[1]}; "
                              "pad the audio to whole frames (tokenizers.base.padded_samples)")
-        layer = len(self.blocks) if layer is None else layer
-        if not 1 <= layer <= len(self.blocks):
-            raise ValueError(f"layer {layer} is not one of the {len(self.blocks)} blocks, counted from 1")
-        lengths_B = lengths_B.to(mel_BTF.device)
         mel_BTF = (mel_BTF.float() - self.statistics.mean) / self.statistics.std
-        x_BTD = self.subsample(mel_BTF.to(self.mask_embedding.dtype), lengths_B)
+        return self.subsample(mel_BTF.to(self.mask_embedding.dtype), lengths_B.to(mel_BTF.device))
+
+    def outputs(self, mel_BTF: torch.Tensor, lengths_B: torch.Tensor, mask_BT: torch.Tensor | None,
+                layers: Sequence[int]) -> list[torch.Tensor]:
+        """features_BTD of each of `layers`, in one pass that ends with the highest."""
+        if wrong := [n for n in layers if not 1 <= n <= len(self.blocks)]:
+            raise ValueError(f"layer {wrong[0]} is not one of the {len(self.blocks)} blocks, counted from 1")
+        lengths_B = lengths_B.to(mel_BTF.device)
+        return self.blocks_of(self.subsampled(mel_BTF, lengths_B), lengths_B, mask_BT, layers)
+
+    def blocks_of(self, x_BTD: torch.Tensor, lengths_B: torch.Tensor, mask_BT: torch.Tensor | None,
+                  layers: Sequence[int]) -> list[torch.Tensor]:
+        """`outputs` from what `subsampled` gave."""
         if mask_BT is not None:
             x_BTD = torch.where(mask_BT[..., None], self.mask_embedding.to(x_BTD.dtype), x_BTD)
         valid_BT = valid_frames(lengths_B, x_BTD.shape[1])
-        positions = rotary(x_BTD.shape[1], self.sizes.dim // self.sizes.heads, x_BTD.device)
-        for block in self.blocks[:layer]:
+        positions, found = rotary(x_BTD.shape[1], self.sizes.dim // self.sizes.heads, x_BTD.device), {}
+        for n, block in enumerate(self.blocks[:max(layers)], 1):
             x_BTD = block(x_BTD, valid_BT, positions)
-        return x_BTD
+            if n in layers:
+                found[n] = x_BTD
+        return [found[n] for n in layers]
 
 
 class MaskedModel(nn.Module):
-    """The encoder with a classifier of target clusters; `targets.codebook` (K, 39) is what made those clusters."""
+    """The encoder with a classifier of target clusters; `targets.codebook` (K, 39) is what made those clusters, of no
+    width (target_dim 0) where they come from elsewhere."""
 
     def __init__(self, sizes: EncoderSizes, targets_k: int, target_dim: int = 39):
         super().__init__()

@@ -1,14 +1,19 @@
 """The steps `semantic_tokens` and `acoustic_tokens`: clips to tokens, one task a shard (DESIGN 1.7).
 
-A task decodes its clips, forms batches by a rule of the shard alone, encodes whole clips and writes one file; a file of
-this build that is there and was made alike is done.  Padding: codes_TQ of a clip has padded_samples(n) / hop frames, so
-acoustic frames are exactly twice the semantic ones.  A collapsed tokenizer (fewer than two codes) is an error.
+A task forms batches by a rule of the shard alone, decodes the next batch while one is encoded, and writes one file; a
+file of this build that is there and was made alike is done.  Whole clips are encoded (the semantic tokenizer hears long
+ones by windows).  codes_TQ of a clip has padded_samples(n) / hop frames, so acoustic frames are exactly twice the
+semantic ones.  A collapsed tokenizer (fewer than two codes) is an error.
 """
 
 from __future__ import annotations
 
 import functools
+import os
 import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -22,6 +27,7 @@ from audiolm.data.shards import device_of, fan_out
 from audiolm.tokenizers.base import ACOUSTIC_HOP, SAMPLE_RATE, SEMANTIC_HOP, TokenSpec, padded_samples
 
 TOKENIZER = {"semantic": "kmeans", "acoustic": "codec"}  # which -> the step whose artifact encodes
+READERS = 4  # decoding lets other threads run
 HOP = {"semantic": SEMANTIC_HOP, "acoustic": ACOUSTIC_HOP}
 
 
@@ -39,22 +45,24 @@ def encode_tokens(config: dict[str, Any], inputs: dict[str, Any], out: Any) -> d
         raise tokens.TokenError(f"the manifest's shards are {sorted(by_shard)[:10]}..., expected 0, 1, 2, ...")
     device, began = device_of(cluster, out.inline), time.monotonic()
     items = [(which, by_shard[k], k, len(by_shard), roots(corpus), inputs[TOKENIZER[which]].path,
-              inputs["manifest"].build, out.path, config["tokens"].batch_s, device) for k in sorted(by_shard)]
+              inputs["manifest"].build, out.path, config["tokens"].batch_s, device,
+              config["tokens"].dtype if which == "semantic" else "float32") for k in sorted(by_shard)]
     sizes = [sum(c.seconds for c in by_shard[k]) for k in sorted(by_shard)]
     parts = fan_out(encode_shard, items, out=out, cluster=cluster, unit="audio s", sizes=sizes, gpu=device == "cuda")
     return _facts(which, parts, sum(sizes), time.monotonic() - began)
 
 
 def encode_shard(which: str, clips: list[Clip], shard: int, shards: int, source_roots: dict[str, str],
-                 tokenizer_path: str, manifest: str, out_path: str, batch_s: float, device: str) -> dict[str, Any]:
+                 tokenizer_path: str, manifest: str, out_path: str, batch_s: float, device: str,
+                 dtype: str = "float32") -> dict[str, Any]:
     """One task: `clips` of a shard to its file, unless it is there. Returns the counts of `_shard_facts`."""
-    tokenizer = load_tokenizer(which, tokenizer_path, device)
+    tokenizer = load_tokenizer(which, tokenizer_path, device, dtype)
     spec: TokenSpec = tokenizer.spec
     if spec.sample_rate != SAMPLE_RATE or spec.hop != HOP[which]:
         raise tokens.TokenError(f"{which} tokenizer {spec.name!r} has {spec.sample_rate} Hz and hop {spec.hop}, "
                                 f"expected {SAMPLE_RATE} and {HOP[which]} (25 and 50 frames a second)")
     meta = {"which": which, "spec": spec.to_json(), "hash": tokenizer.hash, "manifest": manifest, "shards": shards,
-            "device": device, "dtype": "float32", "versions": {"torch": torch.__version__, "numpy": np.__version__}}
+            "device": device, "dtype": dtype, "versions": {"torch": torch.__version__, "numpy": np.__version__}}
     path = store.join(out_path, tokens.shard_name(shard))
     done = _is_done(path, {**meta, "shard": shard, "clips": len(clips)})
     if not done:
@@ -67,8 +75,9 @@ def encode_clips(clips: list[Clip], tokenizer: Any, source_roots: dict[str, str]
                  device: str) -> list[np.ndarray]:
     """codes_TQ of each clip, in the clips' order."""
     codes: list[np.ndarray | None] = [None] * len(clips)
-    for batch in plan_batches([c.samples for c in clips], batch_s):
-        wavs = [read_clip(clips[i], source_roots) for i in batch]
+    batches = plan_batches([c.samples for c in clips], batch_s)
+    readers = READERS if device == "cpu" else max(READERS, os.cpu_count() or 1)  # a GPU is faster than four decoders
+    for batch, wavs in zip(batches, _read_ahead(batches, clips, source_roots, readers), strict=True):
         lengths_B = torch.tensor([len(w) for w in wavs])
         wav_BT = torch.zeros(len(wavs), padded_samples(int(lengths_B.max())))
         for row, wav in zip(wav_BT, wavs, strict=True):
@@ -85,6 +94,17 @@ def encode_clips(clips: list[Clip], tokenizer: Any, source_roots: dict[str, str]
     return codes
 
 
+def _read_ahead(batches: list[list[int]], clips: list[Clip], source_roots: dict[str, str],
+                readers: int) -> Iterator[list[np.ndarray]]:
+    """The wavs of each batch; those of the next are decoded meanwhile, by `readers` threads."""
+    with ThreadPoolExecutor(readers) as pool:
+        ahead: deque[list] = deque()
+        for i, _ in enumerate(batches):
+            for batch in batches[i + len(ahead):i + 2]:
+                ahead.append([pool.submit(read_clip, clips[j], source_roots) for j in batch])
+            yield [read.result() for read in ahead.popleft()]
+
+
 def plan_batches(samples: list[int], batch_s: float) -> list[list[int]]:
     """Clips by length into batches of at most batch_s padded seconds (at least one clip each)."""
     batches: list[list[int]] = []
@@ -97,10 +117,10 @@ def plan_batches(samples: list[int], batch_s: float) -> list[list[int]]:
 
 
 @functools.lru_cache(maxsize=1)  # a worker process encodes many shards
-def load_tokenizer(which: str, path: str, device: str) -> Any:
+def load_tokenizer(which: str, path: str, device: str, dtype: str = "float32") -> Any:
     if which == "semantic":
         from audiolm.tokenizers.semantic import load_semantic
-        return load_semantic(path, device)
+        return load_semantic(path, device, dtype)
     from audiolm.tokenizers.acoustic import load_codec
     return load_codec(path, device)
 

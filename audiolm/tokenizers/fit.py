@@ -16,13 +16,15 @@ import torch
 from safetensors.torch import load, save
 
 from audiolm import rng, store
-from audiolm.config import Cluster, KMeans
+from audiolm.config import Cluster
+from audiolm.config_semantic import KMeans
 from audiolm.data.audio import read_clip
 from audiolm.data.manifest import Clip, read_clips, roots
 from audiolm.data.shards import device_of, fan_out
 from audiolm.models import kmeans
 from audiolm.tokenizers.base import SAMPLE_RATE, SEMANTIC_HOP, padded_samples
-from audiolm.tokenizers.semantic import load_encoder, mel_of, save_semantic
+from audiolm.tokenizers.extractor import Extractor, Window, window_of, windowed
+from audiolm.tokenizers.semantic import load_extractor, save_semantic
 
 OVERSAMPLE = 4  # frames encoded for one kept, at most: many clips give a few frames each
 BATCH_S = 60.0  # padded audio encoded at once
@@ -31,10 +33,11 @@ SHOW_S = 1.0  # between two notes of a task that fits
 
 
 def fit_kmeans(config: dict, inputs: dict, out) -> dict:
-    """Step fn: config {"kmeans", "where", "corpus", "seed", "cluster"}, inputs {"manifest", "masked_model"} -> facts."""
-    settings, where = config["kmeans"], config["where"]
+    """Step fn: config {"kmeans", "where", "corpus", "seed", "cluster"}, inputs: manifest, the masked model (masked_model or
+    masked_model_N) and, where layer or k is auto, the step that chose it (layers or layers_N) -> facts."""
+    settings, where = chosen(config["kmeans"], inputs), config["where"]
     cluster, seed = config["cluster"], config["seed"]
-    model = inputs["masked_model"].path
+    model = model_of(inputs).path
     shards: dict[int, list[Clip]] = {}
     for clip in read_clips(inputs["manifest"].path, "train", where):
         shards.setdefault(clip.shard, []).append(clip)
@@ -45,7 +48,8 @@ def fit_kmeans(config: dict, inputs: dict, out) -> dict:
     frames = [sum(_frames(c) for c in shards[n]) for n in numbers]
     quotas = _quotas(frames, settings.max_frames)
     device = device_of(cluster, out.inline)
-    items = [(model, settings.layer, shards[n], roots(config["corpus"]), n, quota, seed, out.path, device)
+    window = window_of(settings.window_s, settings.overlap_s)
+    items = [(model, settings.layer, window, shards[n], roots(config["corpus"]), n, quota, seed, out.path, device)
              for n, quota in zip(numbers, quotas, strict=True)]
     sizes = [min(f, OVERSAMPLE * q) * SEMANTIC_HOP / SAMPLE_RATE for f, q in zip(frames, quotas, strict=True)]
     kept = fan_out(sample_shard, items, out=out, cluster=cluster, unit="audio s", sizes=sizes, gpu=device == "cuda")
@@ -54,24 +58,34 @@ def fit_kmeans(config: dict, inputs: dict, out) -> dict:
     return fit(model, settings, dict(zip(numbers, kept, strict=True)), seed, out, cluster, device)
 
 
-def sample_shard(model: str, layer: int, clips: list[Clip], folders: dict[str, str], shard: int, quota: int, seed: int,
-                 out_path: str, device: str) -> int:
+def model_of(inputs: dict):
+    """The masked model among a step's inputs."""
+    return next(a for name, a in inputs.items() if name.startswith("masked_model"))
+
+
+def chosen(settings: KMeans, inputs: dict) -> KMeans:
+    """`settings` with numbers in place of auto."""
+    facts = next((a.facts for name, a in inputs.items() if name.startswith("layers")), {})
+    return settings.model_copy(update={name: facts[name] for name in ("layer", "k") if getattr(settings, name) == "auto"})
+
+
+def sample_shard(model: str, layer: int, window: Window, clips: list[Clip], folders: dict[str, str], shard: int, quota: int,
+                 seed: int, out_path: str, device: str) -> int:
     """Writes `quota` feature frames of a shard's train clips to features/{shard}.safetensors; returns their number."""
     path = _file(out_path, shard)
     generator = rng.generator(seed, "kmeans", shard)
-    chosen, have = [], 0
+    taken, have = [], 0
     for i in generator.permutation(len(clips)).tolist():
         if have >= OVERSAMPLE * quota:
             break
-        chosen.append(clips[i])
+        taken.append(clips[i])
         have += _frames(clips[i])
     keep = torch.from_numpy(generator.permutation(have)[:quota]).sort().values
     if store.exists(path):  # whole, and of this build: an earlier attempt's
         return len(keep)
-    encoder, _ = load_encoder(model)
-    encoder, parts, at = encoder.to(device), [], 0
-    for group in _groups(chosen):
-        x_ND = encode_frames(encoder, layer, [read_clip(c, folders) for c in group], device)
+    extractor, parts, at = load_extractor(model, device), [], 0
+    for group in _groups(taken):
+        (x_ND,) = encode_frames(extractor, [layer], [read_clip(c, folders) for c in group], window)
         inside = keep[(keep >= at) & (keep < at + len(x_ND))] - at
         parts.append(x_ND[inside])
         at += len(x_ND)
@@ -79,16 +93,15 @@ def sample_shard(model: str, layer: int, clips: list[Clip], folders: dict[str, s
     return len(keep)
 
 
-@torch.no_grad()
-def encode_frames(encoder, layer: int, wavs: Sequence, device: str) -> torch.Tensor:
-    """x_ND (float32, CPU): all frames of some clips, one after the other."""
+def encode_frames(extractor: Extractor, layers: Sequence[int], wavs: Sequence, window: Window) -> list[torch.Tensor]:
+    """x_ND (float32, CPU) of each layer: all frames of some clips, one after the other."""
     lengths_B = torch.tensor([len(w) for w in wavs])
     wav_BT = torch.zeros(len(wavs), padded_samples(int(lengths_B.max())))
     for row, wav in zip(wav_BT, wavs, strict=True):
         row[:len(wav)] = torch.from_numpy(wav)
-    mel_BTF, frames_B = mel_of(wav_BT.to(device), lengths_B)
-    x_BTD = encoder(mel_BTF, frames_B, None, layer).float().cpu()
-    return torch.cat([x[:n] for x, n in zip(x_BTD, frames_B.tolist(), strict=True)])
+    found, frames_B = windowed(extractor, wav_BT, lengths_B, layers, window)
+    frames = frames_B.tolist()
+    return [torch.cat([x[:n] for x, n in zip(x_BTD.cpu(), frames, strict=True)]) for x_BTD in found]
 
 
 class _Iterations:
@@ -197,13 +210,13 @@ def start_parts(out_path: str, parts: int, scale: tuple[torch.Tensor, torch.Tens
 def leave(model: str, settings: KMeans, found: kmeans.KMeans, mean_D: torch.Tensor, std_D: torch.Tensor, frames: int,
           seed: int, out_path: str) -> dict:
     """Writes the artefact; returns the step's facts."""
-    encoder, _ = load_encoder(model)
     used = int((found.counts > 0).sum())
     facts = {"k": settings.k, "layer": settings.layer, "frames": frames, "inertia": found.inertia / frames,
              "explained": 1.0 - found.inertia / (frames * int((std_D > MIN_STD).sum().clamp_min(1))),
              "iterations": found.iterations, "used_clusters": used, "dead_clusters": settings.k - used,
              "entropy": kmeans.entropy(found.counts)}
-    save_semantic(out_path, encoder, settings.layer, mean_D, std_D, found.centroids, {"frames": frames, "seed": seed})
+    save_semantic(out_path, load_extractor(model), settings.layer, mean_D, std_D, found.centroids,
+                  window_of(settings.window_s, settings.overlap_s), {"frames": frames, "seed": seed})
     return facts
 
 

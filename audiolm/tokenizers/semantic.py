@@ -1,9 +1,9 @@
 """Semantic tokens: encoder features at one layer, z-scored per dimension, then the nearest centroid (paper III-B).
 
-ONE self-describing artefact, {kmeans build}/export/: model.safetensors (`encoder.*`, `zscore.mean`, `zscore.std`,
-`centroids`) and config.json (format, family, encoder sizes, layer and its convention, sample rate, k, sha256 of the
-weights, golden tokens).  Whatever does not match is refused on load.  Legend: wav_BT float32 at 16 kHz, lengths_B true
-samples, mel_BTF at 100 Hz, features_BTD and codes_T1 at 25 Hz.
+ONE self-describing artefact, {kmeans build}/export/: model.safetensors (`encoder.*` with the input's statistics,
+`zscore.mean`, `zscore.std`, `centroids`) and config.json (format, family, encoder sizes, layer and its convention, sample
+rate, k, window, sha256 of the weights, golden tokens).  Whatever does not match is refused on load.  Legend: wav_BT
+float32 at 16 kHz, lengths_B true samples, features_BTD and codes_T1 at 25 Hz.
 """
 
 from __future__ import annotations
@@ -17,28 +17,17 @@ from safetensors.torch import load, save
 
 from audiolm import store
 from audiolm.models import kmeans
-from audiolm.models.masked import LAYER_CONVENTION, Encoder, EncoderSizes
-from audiolm.models.mel import log_mel
-from audiolm.tokenizers.base import SAMPLE_RATE, SEMANTIC_HOP, TokenSpec, padded_samples
+from audiolm.models.masked import LAYER_CONVENTION
+from audiolm.tokenizers.base import SAMPLE_RATE, SEMANTIC_HOP, TokenSpec
+from audiolm.tokenizers.extractor import FAMILY, Extractor, Window, rebuilt, windowed
 
-FORMAT = "audiolm-semantic-1"
-FAMILY = "masked-conformer"
+FORMAT = "audiolm-semantic-2"
 GOLDEN_S = 2.0
 SURE = 1e-3  # golden frames nearer to a tie than this may differ between processors
 
 
 class ArtefactError(ValueError):
     """An export that is incomplete, altered, or of another kind; the text names the path, the field and the fix."""
-
-
-def mel_of(wav_BT: torch.Tensor, lengths_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """mel_BTF (100 Hz) and frames_B (25 Hz): audio past a row's length counts as silence, rows end on whole frames."""
-    lengths_B = lengths_B.to(wav_BT.device)
-    target = padded_samples(int(lengths_B.max()))
-    wav_BT = torch.nn.functional.pad(wav_BT[:, :target].float(), (0, max(0, target - wav_BT.shape[1])))
-    inside_BT = torch.arange(target, device=wav_BT.device)[None] < lengths_B[:, None]
-    frames_B = ((lengths_B + SEMANTIC_HOP - 1) // SEMANTIC_HOP).clamp_min(1)
-    return log_mel(wav_BT.masked_fill(~inside_BT, 0.0)), frames_B
 
 
 def golden_clip() -> torch.Tensor:
@@ -53,12 +42,13 @@ def golden_clip() -> torch.Tensor:
 
 
 class SemanticTokenizer:
-    """Frozen. `encode` gives tokens, `features` what was clustered (for ABX); both in float32 unless moved."""
+    """Frozen. `encode` gives tokens, `features` what was clustered (for ABX)."""
 
-    def __init__(self, encoder: Encoder, layer: int, mean_D: torch.Tensor, std_D: torch.Tensor,
-                 centroids_KD: torch.Tensor, digest: str, device: str = "cpu"):
+    def __init__(self, extractor: Extractor, layer: int, mean_D: torch.Tensor, std_D: torch.Tensor,
+                 centroids_KD: torch.Tensor, window: Window, digest: str, device: str = "cpu",
+                 dtype: torch.dtype = torch.float32):
         self.device = torch.device(device)
-        self.encoder, self.layer, self.hash = encoder.eval().requires_grad_(False).to(self.device), layer, digest
+        self.extractor, self.layer, self.window, self.hash = extractor.to(self.device, dtype), layer, window, digest
         self.mean_D, self.std_D = mean_D.to(self.device), std_D.to(self.device)
         self.centroids_KD = centroids_KD.to(self.device)
         self.spec = TokenSpec("semantic", SAMPLE_RATE, SEMANTIC_HOP, 1, len(centroids_KD))
@@ -66,15 +56,18 @@ class SemanticTokenizer:
     @torch.no_grad()
     def features(self, wav_BT: torch.Tensor, lengths_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Z-scored features_BTD (float32, on the tokenizer's device) and frames_B."""
-        mel_BTF, frames_B = mel_of(wav_BT.to(self.device), lengths_B)
-        x_BTD = self.encoder(mel_BTF, frames_B, None, self.layer)
-        return (x_BTD.float() - self.mean_D) / self.std_D, frames_B
+        (x_BTD,), frames_B = windowed(self.extractor, wav_BT.to(self.device), lengths_B, [self.layer], self.window)
+        return (x_BTD - self.mean_D) / self.std_D, frames_B
 
     def encode(self, wav_BT: torch.Tensor, lengths_B: torch.Tensor) -> list[torch.Tensor]:
         """codes_T1 (int64, on the CPU) of each row, T = padded_samples(length) / 640."""
+        codes_BT, frames_B = self.codes(wav_BT, lengths_B)
+        return [row[:n, None] for row, n in zip(codes_BT.cpu(), frames_B.tolist(), strict=True)]
+
+    def codes(self, wav_BT: torch.Tensor, lengths_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """codes_BT and frames_B, where the tokenizer is; codes past a row's frames mean nothing."""
         x_BTD, frames_B = self.features(wav_BT, lengths_B)
-        codes_BT = kmeans.assign(x_BTD.flatten(0, 1), self.centroids_KD).view(x_BTD.shape[:2]).cpu()
-        return [row[:n, None] for row, n in zip(codes_BT, frames_B.tolist(), strict=True)]
+        return kmeans.assign(x_BTD.flatten(0, 1), self.centroids_KD).view(x_BTD.shape[:2]), frames_B
 
 
 def read_export(build: str) -> tuple[dict[str, torch.Tensor], dict, str]:
@@ -94,30 +87,23 @@ def read_export(build: str) -> tuple[dict[str, torch.Tensor], dict, str]:
     return load(weights), config, hashlib.sha256(data[0] + data[1]).hexdigest()[:16]
 
 
-def load_encoder(build: str) -> tuple[Encoder, dict]:
-    """The encoder of a masked model's export, in eval mode, and its config."""
+def load_extractor(build: str, device: str = "cpu") -> Extractor:
+    """The encoder of a masked model's export, trained here or imported. Raises ArtefactError."""
     weights, config, _ = read_export(build)
-    _require(build, config, "family", FAMILY)
-    encoder = Encoder(EncoderSizes(**config["encoder"]))
-    _load(build, encoder, weights)
-    return encoder.eval(), config
+    return _extractor(build, weights, config).to(device)
 
 
-def save_semantic(build: str, encoder: Encoder, layer: int, mean_D: torch.Tensor, std_D: torch.Tensor,
-                  centroids_KD: torch.Tensor, source: dict) -> None:
-    """Writes the artefact; blocks above `layer` are left out. `source` (plain JSON) says where it came from."""
-    sizes = EncoderSizes(**{**encoder.sizes.to_json(), "layers": layer, "dropout": 0.0})
-    kept = Encoder(sizes)
-    state = encoder.state_dict()
-    kept.load_state_dict({name: state[name] for name in kept.state_dict()})
-    tokenizer = SemanticTokenizer(kept, layer, mean_D, std_D, centroids_KD, "")
-    tokens, sure = _golden(tokenizer)
-    weights = {f"encoder.{name}": value for name, value in kept.state_dict().items()}
+def save_semantic(build: str, extractor: Extractor, layer: int, mean_D: torch.Tensor, std_D: torch.Tensor,
+                  centroids_KD: torch.Tensor, window: Window, source: dict) -> None:
+    """Writes the artefact; what lies above `layer` is left out. `source` (plain JSON) says where it came from."""
+    kept = extractor.truncated(layer)
+    tokens, sure = _golden(SemanticTokenizer(kept, layer, mean_D, std_D, centroids_KD, window, ""))
+    weights = {f"encoder.{name}": value for name, value in kept.state().items()}
     weights |= {"zscore.mean": mean_D, "zscore.std": std_D, "centroids": centroids_KD}
     data = save({name: value.detach().float().cpu().contiguous() for name, value in weights.items()})
     config = {
-        "format": FORMAT, "family": FAMILY, "encoder": sizes.to_json(), "layer": layer,
-        "layer_convention": LAYER_CONVENTION, "sample_rate": SAMPLE_RATE, "hop": SEMANTIC_HOP, "k": len(centroids_KD),
+        "format": FORMAT, **kept.to_json(), "layer": layer, "sample_rate": SAMPLE_RATE, "hop": SEMANTIC_HOP,
+        "k": len(centroids_KD), "window_frames": window.frames, "overlap_frames": window.overlap,
         "weights_sha256": hashlib.sha256(data).hexdigest(), "source": source,
         "golden": {"clip": f"golden_clip, {GOLDEN_S} s", "tokens": tokens.tolist(), "sure": sure.int().tolist()},
     }
@@ -125,22 +111,22 @@ def save_semantic(build: str, encoder: Encoder, layer: int, mean_D: torch.Tensor
     store.put_json(store.join(build, "export", "config.json"), config)
 
 
-def load_semantic(kmeans_path: str, device: str = "cpu") -> SemanticTokenizer:
-    """The tokenizer of a finished kmeans build. Raises ArtefactError where anything does not match."""
+def load_semantic(kmeans_path: str, device: str = "cpu", dtype: str = "float32") -> SemanticTokenizer:
+    """The tokenizer of a finished kmeans build; `dtype` (float32 or bfloat16) is that of the encoder's work. Raises
+    ArtefactError where anything does not match."""
     weights, config, digest = read_export(kmeans_path)
-    for field, value in (("format", FORMAT), ("family", FAMILY), ("layer_convention", LAYER_CONVENTION),
-                         ("sample_rate", SAMPLE_RATE), ("hop", SEMANTIC_HOP)):
+    for field, value in (("format", FORMAT), ("sample_rate", SAMPLE_RATE), ("hop", SEMANTIC_HOP)):
         _require(kmeans_path, config, field, value)
-    sizes, layer, centroids = EncoderSizes(**config["encoder"]), config["layer"], weights["centroids"]
-    if not 1 <= layer <= sizes.layers:
-        raise ArtefactError(f"{kmeans_path}: layer {layer} is not one of the encoder's {sizes.layers} blocks")
-    if centroids.shape != (config["k"], sizes.dim):
+    extractor = _extractor(kmeans_path, weights, config)
+    layer, centroids = config["layer"], weights["centroids"]
+    if not 1 <= layer <= extractor.layers:
+        raise ArtefactError(f"{kmeans_path}: layer {layer} is not one of the encoder's {extractor.layers} blocks")
+    if centroids.shape != (config["k"], extractor.dim):
         raise ArtefactError(f"{kmeans_path}: centroids are {tuple(centroids.shape)}, config says k = {config['k']} "
-                            f"and dim = {sizes.dim}; run the kmeans step again (--force kmeans)")
-    encoder = Encoder(sizes)
-    _load(kmeans_path, encoder, weights)
-    parts = (layer, weights["zscore.mean"], weights["zscore.std"], centroids, digest)
-    tokenizer = SemanticTokenizer(encoder, *parts)
+                            f"and dim = {extractor.dim}; run the kmeans step again (--force kmeans)")
+    window = Window(config["window_frames"], config["overlap_frames"])
+    parts = (layer, weights["zscore.mean"], weights["zscore.std"], centroids, window, digest)
+    tokenizer = SemanticTokenizer(extractor, *parts)
     tokens, _ = _golden(tokenizer)
     golden = torch.tensor(config["golden"]["tokens"])
     sure = torch.tensor(config["golden"]["sure"], dtype=torch.bool)
@@ -148,7 +134,7 @@ def load_semantic(kmeans_path: str, device: str = "cpu") -> SemanticTokenizer:
         wrong = "another number" if golden.shape != tokens.shape else f"{int((tokens != golden)[sure].sum())}"
         raise ArtefactError(f"{kmeans_path}: {wrong} of the {len(golden)} golden tokens differ: weights, layer, "
                             "z-score or centroids do not belong together; run the kmeans step again (--force kmeans)")
-    return tokenizer if device == "cpu" else SemanticTokenizer(encoder, *parts, device)
+    return SemanticTokenizer(extractor, *parts, device, getattr(torch, dtype))
 
 
 def _golden(tokenizer: SemanticTokenizer) -> tuple[torch.Tensor, torch.Tensor]:
@@ -164,9 +150,15 @@ def _require(build: str, config: dict, field: str, value) -> None:
                             "run the step that left it again, or use the version of audiolm that wrote it")
 
 
-def _load(build: str, encoder: Encoder, weights: dict[str, torch.Tensor]) -> None:
-    state = {n.removeprefix("encoder."): w for n, w in weights.items() if n.startswith("encoder.")}
+def _extractor(build: str, weights: dict[str, torch.Tensor], config: dict) -> Extractor:
+    family = config.get("family")
+    conventions = {FAMILY: LAYER_CONVENTION}
+    if family in conventions:
+        _require(build, config, "layer_convention", conventions[family])
     try:
-        encoder.load_state_dict(state)
-    except RuntimeError as e:
-        raise ArtefactError(f"{build}/export: the weights do not fit the encoder in config.json: {e}") from e
+        return rebuilt(config, {n.removeprefix("encoder."): w for n, w in weights.items() if n.startswith("encoder.")})
+    except (KeyError, TypeError, ValueError, RuntimeError) as e:
+        if isinstance(e, ArtefactError):
+            raise
+        raise ArtefactError(f"{build}/export: the weights do not fit the encoder in config.json (family {family!r}): "
+                            f"{e}") from e

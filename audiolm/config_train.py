@@ -1,0 +1,44 @@
+"""What every step that trains has in its configuration: which clips it takes, and one training run."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from audiolm.identity import Config, Runtime
+
+
+class Where(Config):
+    """Which clips a step takes; None takes all."""
+
+    source: tuple[str, ...] | None = Field(None, description="names of corpus sources")
+
+
+class Train(Config):
+    """One training run: warm-up, constant, decay to zero over the last `decay_steps` (DESIGN 1.6)."""
+
+    steps: int = Field(ge=1)
+    batch: int = Field(ge=1, description="rows of the global batch, over all workers")
+    lr: float = Field(gt=0)
+    warmup_steps: int = Field(0, ge=0)
+    decay_steps: int = Field(0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.1
+    clip: float = Field(1.0, ge=0, description="global gradient norm; 0 = off")
+    eval_every: int = Field(1000, ge=1)
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    export: Literal["best", "last"] = Field("last", description="which weights later steps load: best by validation")
+    micro_batch: Runtime[int | None] = Field(None, ge=1, description="rows a forward pass; None = the worker's share")
+    save_every: Runtime[int] = Field(1000, ge=1)
+    keep: Runtime[int] = Field(2, ge=1, description="checkpoints kept besides the best")
+    log_every: Runtime[int] = Field(10, ge=1)
+    engine: Runtime[Literal["deepspeed", "torch"]] = "deepspeed"
+    zero: Runtime[int] = Field(1, ge=0, le=2, description="DeepSpeed ZeRO stage")
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.warmup_steps + self.decay_steps > self.steps:
+            raise ValueError(f"warmup_steps ({self.warmup_steps}) + decay_steps ({self.decay_steps}) exceed "
+                             f"steps ({self.steps})")
+        return self

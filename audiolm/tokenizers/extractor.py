@@ -1,0 +1,155 @@
+"""What hears: audio to one vector per 40 ms at any layer of a masked model, trained here or imported, behind one face.
+
+Long audio goes through in windows that overlap, so that no frame depends on more than a window: window k hears `window`
+samples from k (window - 2 overlap) on, and gives its frames but for `overlap` at either side (the first and the last
+keep their ends).  Legend: wav_BT float32 at 16 kHz, lengths_B true samples, features_BTD float32 and frames_B at 25 Hz.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+
+from audiolm.models.masked import LAYER_CONVENTION, Encoder, EncoderSizes
+from audiolm.models.mel import log_mel
+from audiolm.tokenizers.base import SAMPLE_RATE, SEMANTIC_HOP, padded_samples
+
+FAMILY = "masked-conformer"
+
+
+class Extractor(Protocol):
+    """Frozen."""
+
+    family: str
+    convention: str  # what "layer n" means
+    layers: int
+    dim: int
+
+    def features(self, wav_BT: torch.Tensor, lengths_B: torch.Tensor,
+                 layers: Sequence[int]) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """features_BTD (float32, on the extractor's device) of each of `layers`, counted from 1, and frames_B =
+        padded_samples(length) / 640. Audio past a row's length counts as silence and changes nothing (1e-4)."""
+
+    def to(self, device: str | torch.device, dtype: torch.dtype = torch.float32) -> Extractor:
+        """Itself, moved."""
+
+    def truncated(self, layer: int) -> Extractor:
+        """A copy, in float32 on the CPU, without what lies above `layer`."""
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Weights by name, without a prefix."""
+
+    def to_json(self) -> dict:
+        """What rebuilds it beside the weights; {"family", "layer_convention", ...}."""
+
+
+class ConformerExtractor:
+    """A masked model trained here."""
+
+    family, convention = FAMILY, LAYER_CONVENTION
+
+    def __init__(self, encoder: Encoder):
+        self.encoder = encoder.eval().requires_grad_(False)
+        self.layers, self.dim = encoder.sizes.layers, encoder.sizes.dim
+
+    @torch.no_grad()
+    def features(self, wav_BT, lengths_B, layers):
+        mel_BTF, frames_B = mel_of(wav_BT.to(self.encoder.mask_embedding.device), lengths_B)
+        return [x_BTD.float() for x_BTD in self.encoder.outputs(mel_BTF, frames_B, None, layers)], frames_B
+
+    def to(self, device, dtype=torch.float32):
+        self.encoder.to(device=device, dtype=dtype)
+        return self
+
+    def truncated(self, layer):
+        kept = Encoder(EncoderSizes(**{**self.encoder.sizes.to_json(), "layers": layer, "dropout": 0.0}))
+        state = self.encoder.state_dict()
+        kept.load_state_dict({name: state[name].detach().float().cpu() for name in kept.state_dict()})
+        return ConformerExtractor(kept)
+
+    def state(self):
+        return self.encoder.state_dict()
+
+    def to_json(self):
+        return {"family": FAMILY, "layer_convention": LAYER_CONVENTION, "encoder": self.encoder.sizes.to_json()}
+
+
+def mel_of(wav_BT: torch.Tensor, lengths_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """mel_BTF (100 Hz) and frames_B (25 Hz): audio past a row's length counts as silence, rows end on whole frames."""
+    wav_BT, frames_B = silenced(wav_BT, lengths_B)
+    return log_mel(wav_BT), frames_B
+
+
+def silenced(wav_BT: torch.Tensor, lengths_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """wav_BT of whole frames of the longest row, zeros past each length, and frames_B."""
+    lengths_B = lengths_B.to(wav_BT.device)
+    target = padded_samples(int(lengths_B.max()))
+    wav_BT = F.pad(wav_BT[:, :target].float(), (0, max(0, target - wav_BT.shape[1])))
+    inside_BT = torch.arange(target, device=wav_BT.device)[None] < lengths_B[:, None]
+    return wav_BT.masked_fill(~inside_BT, 0.0), ((lengths_B + SEMANTIC_HOP - 1) // SEMANTIC_HOP).clamp_min(1)
+
+
+@dataclass(frozen=True)
+class Window:
+    """In semantic frames. Raises ValueError where nothing would be left of a window."""
+
+    frames: int
+    overlap: int
+
+    def __post_init__(self):
+        if self.overlap < 0 or self.frames <= 2 * self.overlap:
+            raise ValueError(f"window_s ({self.frames * SEMANTIC_HOP / SAMPLE_RATE:g}) must exceed twice overlap_s "
+                             f"({self.overlap * SEMANTIC_HOP / SAMPLE_RATE:g})")
+
+    def spans(self, frames: int) -> list[tuple[int, int, int, int]]:
+        """(first heard, end heard, first kept, end kept) of each window over `frames` frames."""
+        step, found, at = self.frames - 2 * self.overlap, [], 0
+        while True:
+            last = at + self.frames >= frames
+            end = frames if last else at + self.frames
+            found.append((at, end, at + self.overlap if at else 0, end if last else end - self.overlap))
+            if last:
+                return found
+            at += step
+
+
+def window_of(window_s: float, overlap_s: float) -> Window:
+    return Window(round(window_s * SAMPLE_RATE / SEMANTIC_HOP), round(overlap_s * SAMPLE_RATE / SEMANTIC_HOP))
+
+
+@torch.no_grad()
+def windowed(extractor: Extractor, wav_BT: torch.Tensor, lengths_B: torch.Tensor, layers: Sequence[int],
+             window: Window) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """`Extractor.features` by windows, which go through as rows of one batch."""
+    wav_BT, frames_B = silenced(wav_BT, lengths_B)
+    if int(frames_B.max()) <= window.frames:
+        return extractor.features(wav_BT, lengths_B, layers)
+    spans = [(row, *span) for row, n in enumerate(frames_B.tolist()) for span in window.spans(n)]
+    pieces = wav_BT.new_zeros(len(spans), window.frames * SEMANTIC_HOP)
+    lengths = torch.zeros(len(spans), dtype=torch.int64)
+    for i, (row, at, end, _, _) in enumerate(spans):
+        lengths[i] = min(int(lengths_B[row]), end * SEMANTIC_HOP) - at * SEMANTIC_HOP
+        pieces[i, :lengths[i]] = wav_BT[row, at * SEMANTIC_HOP:at * SEMANTIC_HOP + lengths[i]]
+    found, _ = extractor.features(pieces, lengths, layers)
+    whole = [x.new_zeros(len(wav_BT), int(frames_B.max()), x.shape[-1]) for x in found]
+    for i, (row, at, _, first, end) in enumerate(spans):
+        for x, made in zip(found, whole, strict=True):
+            made[row, first:end] = x[i, first - at:end - at]
+    return whole, frames_B
+
+
+def rebuilt(config: dict, weights: dict[str, torch.Tensor]) -> Extractor:
+    """The extractor of `to_json` and `state`; in float32 on the CPU. Raises KeyError, RuntimeError or ValueError where they
+    do not fit."""
+    if config["family"] == FAMILY:
+        encoder = Encoder(EncoderSizes(**config["encoder"]))
+        encoder.load_state_dict(weights)
+        return ConformerExtractor(encoder)
+    from audiolm.tokenizers.pretrained_semantic import rebuilt as imported
+
+    return imported(copy.deepcopy(config), weights)

@@ -1,0 +1,118 @@
+"""HuBERT's iterations as steps, layer and K chosen by ABX: the whole semantic side on the quickstart's audio, inline."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from audiolm.config import ConfigError
+from audiolm.configfile import load
+from audiolm.data.manifest import read_clips
+from audiolm.tokenizers.semantic import load_semantic
+from tests.conftest import ROOT
+
+STEPS = "manifest,masked_model,layers_2,targets_2,masked_model_2,layers,kmeans"
+MODEL = ("{dim: 16, layers: 2, heads: 2, ff: 24, targets_k: 8, crop_s: 2.0, "
+         "train: {steps: 4, batch: 2, lr: 1.0e-3, eval_every: 2, save_every: 2, engine: torch}}")
+AGAIN = ("[{layer: auto, k: 6, start: previous, "
+         "train: {steps: 3, batch: 2, lr: 1.0e-3, eval_every: 3, save_every: 3, engine: torch}}]")
+
+
+@pytest.fixture(scope="module")
+def items(tmp_path_factory) -> str:
+    """Every 0.2 s of each file is an item of one of four phones, whatever is said: no score is asserted."""
+    path = tmp_path_factory.mktemp("items") / "quickstart.item"
+    lines = ["#file onset offset #phone prev-phone next-phone speaker"]
+    for file in sorted((ROOT / "workflows/quickstart/flac").rglob("*.flac")):
+        speaker = file.stem.split("-")[0]
+        lines += [f"{file.stem} {i * 0.2:.2f} {i * 0.2 + 0.2:.2f} {'ABCD'[i % 4]} x y {speaker}" for i in range(10)]
+    path.write_text("\n".join(lines) + "\n")
+    return str(path)
+
+
+def run(store: Path, items: str, *more: str, check: bool = True) -> subprocess.CompletedProcess:
+    done = subprocess.run(
+        [sys.executable, "workflows/full_pipeline.py", "workflows/quickstart.yaml", "--inline", f"store={store}",
+         "tracking=none",
+         f"semantic.model={MODEL}", f"semantic.again={AGAIN}", "semantic.kmeans={layer: auto, k: auto, restarts: 1}",
+         "semantic.sweep={k: [4, 6], top: 1, frames: 500, iterations: 5}",
+         f"semantic.abx={{items: {items}, audio: [workflows/quickstart/flac]}}", *more],
+        cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def built(items, tmp_path_factory):
+    store = tmp_path_factory.mktemp("store")
+    run(store, items, "--only", STEPS)
+    steps = json.loads((store / "runs" / "quickstart.json").read_text())["steps"]
+    return store, {name: Path(step["path"]) for name, step in steps.items()}
+
+
+def facts(path: Path) -> dict:
+    return json.loads((path / "done.json").read_text())["facts"]
+
+
+def test_every_iteration_is_a_step_and_the_choice_is_what_kmeans_uses(built):
+    _, paths = built
+    chosen, fitted = facts(paths["layers"]), facts(paths["kmeans"])
+    assert (fitted["layer"], fitted["k"]) == (chosen["layer"], chosen["k"]) and chosen["k"] in (4, 6)
+    first, targets = facts(paths["layers_2"]), facts(paths["targets_2"])
+    assert targets["layer"] == first["layer"] in (1, 2) and targets["k"] == first["k"] == 6
+    table = json.loads((paths["layers"] / "layers.json").read_text())
+    rows = [(row["layer"], row["k"]) for row in table["rows"]]
+    assert rows[:3] == [(None, None), (1, None), (2, None)] and {k for _, k in rows[3:]} == {4, 6} and len(rows) == 5
+    best = min(table["rows"][3:], key=lambda row: row["within"] + row["across"])
+    assert table["choice"] == {"layer": best["layer"], "k": best["k"]}
+    assert all(row["interval_within"][0] <= row["within"] <= row["interval_within"][1] for row in table["rows"])
+    assert (paths["layers"] / "ui" / "layers.png").stat().st_size > 5000
+    assert load_semantic(str(paths["kmeans"])).spec.vocab == chosen["k"]
+
+
+def test_the_choice_is_made_on_speakers_that_nothing_was_trained_on(built):
+    _, paths = built
+    judged = set(json.loads((paths["layers"] / "layers.json").read_text())["speakers"])
+    trained = {c.speaker for c in read_clips(str(paths["manifest"]), "train")}
+    assert judged and not judged & trained
+
+
+def test_a_second_iteration_starts_where_the_first_ended_and_learns_its_own_targets(built):
+    _, paths = built
+    config = json.loads((paths["masked_model_2"] / "export" / "config.json").read_text())
+    assert config["targets_k"] == 6 and facts(paths["masked_model_2"])["val.target_entropy"] > 0.2
+    lines = [json.loads(line) for f in sorted(paths["masked_model_2"].glob("metrics-*.jsonl")) for line in f.open()]
+    assert any("val.alarm/constant_targets" in row["metrics"] for row in lines)
+
+
+def test_what_is_done_is_not_done_again_and_one_step_can_be_forced(built, items):
+    store, _ = built
+    assert "0 of 17 steps to run" in run(store, items, "--only", STEPS).stdout
+    plan = run(store, items, "--dry-run", "--force", "masked_model_2").stdout.splitlines()
+    todo = [line.split()[1] for line in plan if line.startswith("run")]
+    assert "masked_model_2" in todo and "layers" in todo and not {"masked_model", "layers_2", "targets_2"} & set(todo)
+
+
+def test_the_items_bytes_and_not_their_place_are_the_identity(items, tmp_path):
+    def prints(path) -> list[str]:
+        done = run(tmp_path / "none", str(path), "--dry-run")
+        return [line.split()[3] for line in done.stdout.splitlines() if " layers" in line]
+
+    moved, changed = tmp_path / "moved.item", tmp_path / "changed.item"
+    moved.write_bytes(Path(items).read_bytes())
+    changed.write_bytes(Path(items).read_bytes()[:-1])
+    assert prints(items) == prints(moved) != prints(changed)
+
+
+def test_what_cannot_be_chosen_is_refused_at_once(items, tmp_path):
+    quick = str(ROOT / "workflows" / "quickstart.yaml")
+    for wrong, text in (("semantic.kmeans.layer=auto", "give semantic.abx.items"),
+                        ("semantic.kmeans.layer=9", "layer 9 is not"), ("semantic.kmeans.k=auto", "at least two values"),
+                        ("semantic.again=[{layer: 7}]", r"again.0: layer 7 is not one of model.layers \(4\)")):
+        with pytest.raises(ConfigError, match=text):
+            load(quick, [wrong])
+    assert "semantic.abx.items" in run(tmp_path, str(tmp_path / "no.item"), "--dry-run", check=False).stderr
