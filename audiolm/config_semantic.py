@@ -79,15 +79,6 @@ class Abx(Config):
     speakers: tuple[str, ...] | None = Field(None, description="None: those of the items that are not trained on")
 
 
-class AbxSet(Config):
-    """What a step that measures ABX depends on: the items' bytes, wherever they lie."""
-
-    items: Runtime[str]
-    audio: Runtime[tuple[str, ...]]
-    digest: str
-    speakers: tuple[str, ...] | None
-
-
 class Sweep(Config):
     """The choice of layer and K by ABX where semantic.kmeans or an iteration says auto."""
 
@@ -125,6 +116,12 @@ class Semantic(Config):
     def _check(self):
         if self.pretrained and self.again:
             raise ValueError("again needs a model that is trained here: drop pretrained, or again")
+        if self.again and self.model.objective != "hubert":
+            raise ValueError(f"again is for objective hubert, model.objective is {self.model.objective}: drop one of them")
+        half = self.model.w2vbert.contrastive_layers
+        if self.model.objective == "w2vbert" and half is not None and half >= self.model.layers:
+            raise ValueError(f"model.w2vbert.contrastive_layers ({half}) must leave blocks of model.layers "
+                             f"({self.model.layers}) to masked prediction")
         chosen = [("kmeans", self.kmeans.layer), *((f"again.{i}", a.layer) for i, a in enumerate(self.again))]
         chosen += [("sweep", n) for n in self.sweep.layers or ()]
         for name, layer in chosen:

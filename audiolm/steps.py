@@ -39,6 +39,12 @@ def fit_kmeans(config: dict, inputs: dict, out) -> dict:
     return step(config, inputs, out)
 
 
+def measure_semantic(config: dict, inputs: dict, out) -> dict:
+    """Measures the semantic tokens: use, examples, phones, ABX (paper III-B)."""
+    from audiolm.eval.semantic_figures import measure_semantic as step
+    return step(config, inputs, out)
+
+
 def train_codec(config: dict, inputs: dict, out) -> dict:
     """Trains SoundStream (2107.03312)."""
     from audiolm.train.objective_codec import codec_objective

@@ -24,8 +24,8 @@ import soundfile
 
 from tests.conftest import ROOT, free_port
 
-STEPS = ["manifest", "masked_model", "kmeans", "codec", "codec_figures", "semantic_tokens", "acoustic_tokens", "lm_semantic",
-         "lm_coarse", "lm_fine", "samples", "evaluate", "report"]
+STEPS = ["manifest", "masked_model", "kmeans", "codec", "codec_figures", "semantic_tokens", "semantic_figures",
+         "acoustic_tokens", "lm_semantic", "lm_coarse", "lm_fine", "samples", "evaluate", "report"]
 BIN = sysconfig.get_path("scripts")
 ENV = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 2, "PYTHONPATH": "",
        "PATH": BIN + os.pathsep + os.environ["PATH"]}

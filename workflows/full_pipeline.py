@@ -15,9 +15,9 @@ sys.path.insert(0, str(HERE.parent))  # a submitted job runs the code that was s
 
 from audiolm.cli import main  # noqa: E402
 from audiolm.config import CodecFigures, Pipeline  # noqa: E402
+from audiolm.config_figures import abx_set, semantic_figures_of  # noqa: E402
 from audiolm.config_semantic import KMeans, Semantic  # noqa: E402
 from audiolm.dag import Step  # noqa: E402
-from audiolm.eval.abx_set import abx_set  # noqa: E402
 from audiolm.tokenizers.pretrained import imported  # noqa: E402
 from audiolm.tokenizers.pretrained_semantic import imported_encoder  # noqa: E402
 
@@ -44,6 +44,8 @@ def graph(cfg: Pipeline) -> list[Step]:
 
     encode = {**common, "tokens": cfg.tokens}
     z = Step("semantic_tokens", do.encode_tokens, {**encode, "which": "semantic"}, (manifest, kmeans))
+    heard = Step("semantic_figures", do.measure_semantic, {**common, "figures": semantic_figures_of(sem.abx, sem.where)},
+                 (manifest, kmeans, z))
     y = Step("acoustic_tokens", do.encode_tokens, {**encode, "which": "acoustic"}, (manifest, codec_))
 
     def stage(name: str, size, *stores: Step) -> Step:
@@ -57,9 +59,9 @@ def graph(cfg: Pipeline) -> list[Step]:
     models = (manifest, kmeans, codec_, z, y, *stages)
     samples = Step("samples", do.make_samples, {**common, "samples": cfg.samples}, models)
     evaluate = Step("evaluate", do.run_evaluate, {**common, "samples": cfg.samples, "evaluate": ev, "lm": lm}, models)
-    told = (manifest, *before, codec_, figures, *stages, samples, evaluate)
+    told = (manifest, *before, heard, codec_, figures, *stages, samples, evaluate)
     report = Step("report", do.build_report, {"title": cfg.corpus.name}, told)
-    return [manifest, *before, kmeans, codec_, figures, z, y, *stages, samples, evaluate, report]
+    return [manifest, *before, kmeans, codec_, figures, z, heard, y, *stages, samples, evaluate, report]
 
 
 def semantic(sem: Semantic, common: dict, manifest: Step) -> list[Step]:

@@ -18,6 +18,7 @@ from audiolm import store
 from audiolm.eval import plots
 from audiolm.eval.codec import HEADS, notes
 from audiolm.eval.page import Html, esc, join, missing, number, page, picture, player, table, tag, verdict
+from audiolm.eval.semantic_page import semantic, title_of
 from audiolm.identity import flatten
 from audiolm.metrics import read_build
 
@@ -48,7 +49,8 @@ def build_report(config: dict[str, Any], inputs: Mapping[str, Any], out: Any) ->
         ("stages", "Language models", _stages(figures.get("stages") or {})),
         ("conditioning", "Is the conditioning used?", _conditioning(figures.get("conditioning") or {})),
         ("codec", "Codec", _codec(codec, paths.get("codec_figures", ""), plot)),
-        ("tokens", "Semantic tokens", _tokens(figures.get("tokens") or {})),
+        ("tokens", "Semantic tokens", join([
+            semantic(paths, plot.add, _wav), "" if "semantic_figures" in paths else _tokens(figures.get("tokens") or {})])),
         ("curves", "Training", _curves(paths, figures, codec, plot)),
         ("run", "What ran", _what_ran(inputs)),
     ]
@@ -231,15 +233,17 @@ def _tokens(tokens: Mapping[str, Any]) -> Html:
 def _curves(paths: Mapping[str, str], figures: Mapping[str, Any], codec: Mapping[str, Any], plot: _Plots) -> Html:
     parts = []
     stages, spectrum = figures.get("stages") or {}, codec.get("mean_spectrum_mel")
-    for name in (n for n in TRAINED if n in paths):
+    trained = [n for n in paths if n.startswith("masked_model_")]
+    for name in (n for n in (TRAINED[0], *trained, *TRAINED[1:]) if n in paths):
         rows = [r for r in read_build(paths[name]) if "loss" in r["metrics"] or any(map(_validates, r["metrics"]))]
         if not rows:
-            parts.append(missing(f"No metrics file in the build of {NAMES[name]}."))
+            parts.append(missing(f"No metrics file in the build of {NAMES.get(name) or title_of(name)}."))
             continue
         keep = set(np.linspace(0, len(rows) - 1, min(len(rows), POINTS)).round().astype(int).tolist())
         rows = [r for i, r in enumerate(rows) if i in keep or any(map(_validates, r["metrics"]))]
         base = {k: stages[name][k] for k in ("unigram", "bigram") if stages.get(name, {}).get(k) is not None}
-        drawn = [(f"loss-{name}", NAMES[name], "loss", {"training": "loss", "validation": "val.loss"}, base)]
+        title = NAMES.get(name) or title_of(name)
+        drawn = [(f"loss-{name}", title, "loss", {"training": "loss", "validation": "val.loss"}, base)]
         if name == "codec":  # its two losses are not one quantity: a weighted sum, and the mel distance
             levels = sorted({k for r in rows for k in r["metrics"] if k.startswith("val.mel/q")})
             by_levels = {f"{i + 1} level{'s' * (i > 0)}": k for i, k in enumerate(levels) if i in (0, 1, 3, len(levels) - 1)}
