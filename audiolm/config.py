@@ -237,9 +237,10 @@ class Pipeline(Config):
         if self.lm.coarse_levels > self.codec.n_q:
             raise ValueError(f"lm.coarse_levels ({self.lm.coarse_levels}) exceeds codec.n_q ({self.codec.n_q})")
         known = {s.name for s in self.corpus.sources}
-        for field, where in (("semantic.where", self.semantic.where), ("codec.where", self.codec.where),
-                             ("lm.semantic.where", self.lm.semantic.where), ("lm.coarse.where", self.lm.coarse.where),
-                             ("lm.fine.where", self.lm.fine.where)):
+        sounds = self.semantic.vocoder.where if self.semantic.vocoder else Where()
+        for field, where in (("semantic.where", self.semantic.where), ("semantic.vocoder.where", sounds),
+                             ("codec.where", self.codec.where), ("lm.semantic.where", self.lm.semantic.where),
+                             ("lm.coarse.where", self.lm.coarse.where), ("lm.fine.where", self.lm.fine.where)):
             if unknown := set(where.source or ()) - known:
                 if not any(isinstance(s, ManifestSource) for s in self.corpus.sources):
                     raise ValueError(f"{field}.source names {sorted(unknown)}; corpus.sources are {sorted(known)}")

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from audiolm.config_train import Train, Where
+from audiolm.config_vocoder import Residual, Vocoder
 from audiolm.identity import Config, Later, Runtime
 
 
@@ -49,6 +50,8 @@ class Masked(Config):
     mask_span_s: float = 0.4
     mask_share: float = Field(0.55, gt=0, lt=1, description="share of frames under a mask")
     crop_s: float = 15.0
+    unmasked: Annotated[float, Later(0.0)] = Field(0.0, ge=0, description="weight of the mean loss on frames that are not "
+                                                   "masked, beside 1 on masked ones (HuBERT's alpha); it speeds up the start")
     augment: Augment = Augment()
     w2vbert: W2vBert = W2vBert()
     train: Train = Train(steps=100_000, batch=64, lr=1e-3, warmup_steps=400, decay_steps=20_000, weight_decay=0.01)
@@ -111,6 +114,8 @@ class Semantic(Config):
     abx: Abx | None = None
     sweep: Sweep = Sweep()
     kmeans: KMeans = KMeans()
+    residual: Residual = Residual()
+    vocoder: Vocoder | None = Field(None, description="also train a decoder of semantic tokens alone (paper, Table I)")
 
     @model_validator(mode="after")
     def _check(self):
@@ -127,6 +132,8 @@ class Semantic(Config):
         for name, layer in chosen:
             if layer != "auto" and (layer < 1 or (layer > self.model.layers and not self.pretrained)):
                 raise ValueError(f"{name}: layer {layer} is not one of model.layers ({self.model.layers}), counted from 1")
+        if self.vocoder and self.vocoder.levels > self.residual.levels:
+            raise ValueError(f"vocoder.levels ({self.vocoder.levels}) exceeds residual.levels ({self.residual.levels})")
         if self.kmeans.window_s <= 2 * self.kmeans.overlap_s:
             raise ValueError(f"kmeans.window_s ({self.kmeans.window_s}) must exceed twice kmeans.overlap_s "
                              f"({self.kmeans.overlap_s})")

@@ -45,6 +45,18 @@ def measure_semantic(config: dict, inputs: dict, out) -> dict:
     return step(config, inputs, out)
 
 
+def fit_residual(config: dict, inputs: dict, out) -> dict:
+    """Further levels of semantic tokens by residual k-means (paper, Table I)."""
+    from audiolm.tokenizers.residual import fit_residual as step
+    return step(config, inputs, out)
+
+
+def train_vocoder(config: dict, inputs: dict, out) -> dict:
+    """Trains a decoder of semantic tokens alone (paper, Table I)."""
+    from audiolm.train.objective_vocoder import vocoder_objective
+    return _train(vocoder_objective, config, config["vocoder"].train, inputs, out)
+
+
 def train_codec(config: dict, inputs: dict, out) -> dict:
     """Trains SoundStream (2107.03312)."""
     from audiolm.train.objective_codec import codec_objective

@@ -221,7 +221,8 @@ def test_two_ranks_average_to_one_ranks_gradient(monkeypatch):
         def step(self):
             return 0.0
 
-    monkeypatch.setattr(om, "all_sum", lambda x: torch.tensor(total) if x.ndim == 0 else x)
+    everything = torch.tensor([total, 4 * 50.0])
+    monkeypatch.setattr(om, "all_sum", lambda x: everything if x.shape == (2,) else x)
     for rows in ([0, 1], [2, 3]):
         split.train_step({"model": Averaging(split.model)}, [split.load(3, rows)], 3)
     for (name, a), (_, b) in zip(whole.model.named_parameters(), split.model.named_parameters(), strict=True):

@@ -46,6 +46,12 @@ def graph(cfg: Pipeline) -> list[Step]:
     z = Step("semantic_tokens", do.encode_tokens, {**encode, "which": "semantic"}, (manifest, kmeans))
     heard = Step("semantic_figures", do.measure_semantic, {**common, "figures": semantic_figures_of(sem.abx, sem.where)},
                  (manifest, kmeans, z))
+    decoders = []
+    if sem.vocoder:  # for Table I alone: nothing below needs it
+        more = {**common, "residual": sem.residual, "where": sem.where}
+        decoders = [Step("residual", do.fit_residual, more, (manifest, kmeans))] if sem.vocoder.levels > 1 else []
+        decoders.append(Step("semantic_vocoder", do.train_vocoder, {**common, "vocoder": sem.vocoder},
+                             (manifest, kmeans, *decoders), trains=True))
     y = Step("acoustic_tokens", do.encode_tokens, {**encode, "which": "acoustic"}, (manifest, codec_))
 
     def stage(name: str, size, *stores: Step) -> Step:
@@ -61,7 +67,7 @@ def graph(cfg: Pipeline) -> list[Step]:
     evaluate = Step("evaluate", do.run_evaluate, {**common, "samples": cfg.samples, "evaluate": ev, "lm": lm}, models)
     told = (manifest, *before, heard, codec_, figures, *stages, samples, evaluate)
     report = Step("report", do.build_report, {"title": cfg.corpus.name}, told)
-    return [manifest, *before, kmeans, codec_, figures, z, heard, y, *stages, samples, evaluate, report]
+    return [manifest, *before, kmeans, codec_, figures, z, heard, *decoders, y, *stages, samples, evaluate, report]
 
 
 def semantic(sem: Semantic, common: dict, manifest: Step) -> list[Step]:

@@ -7,7 +7,6 @@ Legend: B rows, T frames at 25 Hz, F mel bands at 100 Hz.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +21,7 @@ from audiolm.data.crops import AudioCrops
 from audiolm.data.manifest import Clip, read_clips, roots
 from audiolm.models.augment import Draw, draw, heard
 from audiolm.models.masked import Encoder
-from audiolm.tokenizers.base import SAMPLE_RATE, SEMANTIC_HOP
+from audiolm.tokenizers.base import SAMPLE_RATE, SEMANTIC_HOP, padded_samples
 from audiolm.tokenizers.extractor import mel_of, silenced
 from audiolm.train.objective import Context
 
@@ -57,6 +56,10 @@ def span_mask(frames: int, span: int, share: float, generator: np.random.Generat
     return mask_T
 
 
+def frames_of(samples: list[int]) -> list[int]:
+    return [padded_samples(n) // SEMANTIC_HOP for n in samples]
+
+
 class MaskedInputs:
     """`crops` gives batches; `held` are this rank's validation pieces by number."""
 
@@ -79,7 +82,7 @@ class MaskedInputs:
                                None)
 
     def _masked(self, wav_BT, lengths_B, generators: list, step: int, rows: list[int], draws) -> MaskedBatch:
-        frames = [max(1, math.ceil(n / SEMANTIC_HOP)) for n in lengths_B.tolist()]
+        frames = frames_of(lengths_B.tolist())
         mask_BT = torch.zeros(len(frames), max(frames), dtype=torch.bool)
         span = max(1, round(self.sizes.mask_span_s * SAMPLE_RATE / SEMANTIC_HOP))
         for row, n, generator in zip(mask_BT, frames, generators, strict=True):

@@ -8,28 +8,22 @@ A batch: wav_BT (float32, crops of whole 640-sample frames), lengths_B (true sam
 
 from __future__ import annotations
 
-import contextlib
 import math
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch._functorch.config
 import torch.nn.functional as F
 from torch import nn
 
 from audiolm import config as settings
 from audiolm import rng
-from audiolm.data.audio import read_clip
 from audiolm.data.crops import AudioCrops
 from audiolm.data.manifest import read_clips, roots
 from audiolm.models.discriminators import Discriminators
 from audiolm.models.losses import (
     WINDOWS,
-    adversarial_loss,
-    discriminator_loss,
-    feature_loss,
     multi_scale_mel,
     multi_scale_spectral,
     waveform_distance,
@@ -38,30 +32,12 @@ from audiolm.models.mel import log_mel
 from audiolm.models.rvq import perplexity
 from audiolm.models.soundstream import SoundStream, fold
 from audiolm.tokenizers.base import ACOUSTIC_HOP, SAMPLE_RATE, SEMANTIC_HOP
-from audiolm.tokenizers.quality import pesq_wb, si_sdr_db
+from audiolm.train.adversary import EVAL_ROWS, Average, compile_parts, held_out, play, scores
 from audiolm.train.balance import Balance
 from audiolm.train.engine import all_sum
 from audiolm.train.objective import Context, Engine
 
 INIT_FRAMES = 32  # frames a code for the k-means start
-EVAL_CROPS, EVAL_SAMPLES, EVAL_ROWS = 16, 48 * SEMANTIC_HOP, 4  # 1.92 s each
-
-
-class Average(nn.Module):
-    """Moving average of named parameters, in fp32 buffers ("." in a name becomes "/")."""
-
-    def __init__(self, named: Mapping[str, torch.Tensor]):
-        super().__init__()
-        for name, value in named.items():
-            self.register_buffer(name.replace(".", "/"), value.detach().float().clone())
-
-    @torch.no_grad()
-    def update(self, named: Mapping[str, torch.Tensor], decay: float) -> None:
-        mine = [self._buffers[name.replace(".", "/")] for name in named]
-        torch._foreach_lerp_(mine, [p.float() for p in named.values()], 1 - decay)
-
-    def values(self) -> dict[str, torch.Tensor]:
-        return {name.replace("/", "."): value for name, value in self.named_buffers()}
 
 
 class Generator(nn.Module):
@@ -88,7 +64,8 @@ class CodecObjective:
         judges = Discriminators(codec.losses, d.periods, d.windows, d.channels, d.stft_window)
         self.modules: dict[str, nn.Module] = {"generator": self.generator, "discriminator": judges}
         if ctx.compile:
-            _compile(self.generator.net, judges)
+            net = self.generator.net
+            compile_parts(net.encoder, net.decoder, *(judge.layers for judge in judges.each))
         self._ready, self._reading = False, threading.Lock()
 
     def load(self, step: int, rows: Sequence[int]) -> dict[str, torch.Tensor]:
@@ -126,7 +103,8 @@ class CodecObjective:
                 latents.append(out["x_BDT"].transpose(1, 2).flatten(0, 1))
                 codes.append(out["codes_BTQ"].flatten(0, 1))
             if game:
-                terms |= self._play(engines["discriminator"], wav_BT, fake_BT, share, last)
+                terms |= play(engines["discriminator"], self.modules["discriminator"], wav_BT, fake_BT, share, last,
+                              codec.losses, codec.train.dtype)
             loss = sum(getattr(codec.weights, name) * term for name, term in terms.items() if name != "discriminator")
             target = self.generator.balance.target(made_BT, fake_BT, terms, codec.weights, share) if codec.balance else loss
             engines["generator"].backward(target * share, last)
@@ -153,24 +131,6 @@ class CodecObjective:
             metrics["codes_replaced"] = replaced_Q.sum()
             metrics |= {f"perplexity/q{q:02d}": p for q, p in enumerate(net.quantizer.perplexity())}
         return metrics | {f"gradient/{name}": norm for name, norm in norms.items()}
-
-    def _play(self, engine: Engine, wav_BT, fake_BT, share: float, last: bool) -> dict[str, torch.Tensor]:
-        """The discriminators' own step on detached fakes, then their judgement of the fakes with frozen weights."""
-        module = self.modules["discriminator"]
-        module.requires_grad_(True)
-        judged = engine(torch.cat([wav_BT, fake_BT.detach()]))
-        real, fake = ([(logits.chunk(2)[k], [f.chunk(2)[k] for f in features]) for logits, features in judged]
-                      for k in (0, 1))
-        loss = discriminator_loss(real, fake, self.codec.losses)
-        engine.backward(loss * share, last)
-        module.requires_grad_(False)
-        # not through the engine: this graph is the generator's, and DeepSpeed lets an engine's outputs reach its own
-        # backward alone
-        with torch.autocast(fake_BT.device.type, torch.bfloat16, enabled=self.codec.train.dtype == "bfloat16"):
-            fake = module(fake_BT)
-        kind = self.codec.losses
-        return {"adversarial": adversarial_loss(fake, kind), "feature": feature_loss(real, fake, kind),
-                "discriminator": loss.detach()}
 
     def _reconstruction(self, fake_BT, wav_BT) -> torch.Tensor:
         measure = multi_scale_mel if self.codec.losses == "dac" else multi_scale_spectral
@@ -213,7 +173,7 @@ class CodecObjective:
                 fake_BT = model.decode(codes_BTQ[..., :q]) if started and q <= codec.n_q else model.synthesize(x_BDT)
                 mel_Q2[q] += (log_mel(fake_BT) - real_BTF).abs().mean() * len(wav_BT)
                 if q in (1, codec.n_q):
-                    scores_222[int(q == codec.n_q)] += _scores(wav_BT, fake_BT).to(scores_222)
+                    scores_222[int(q == codec.n_q)] += scores(wav_BT, fake_BT).to(scores_222)
         scores_222 = all_sum(scores_222)
         mel_Q2, hits_QN = all_sum(mel_Q2), all_sum(hits_QN)
         *mel, unquantized = (mel_Q2[1:] / mel_Q2[0]).tolist()
@@ -269,36 +229,4 @@ def codec_objective(config: Mapping[str, Any], inputs: Mapping[str, Any], ctx: C
                              "widen codec.where or look at corpus.dev and the sources' splits")
     places = roots(corpus)
     crops = AudioCrops(clips["train"], places, crop, codec.train.batch, seed, ctx.cache_mb)
-    return CodecObjective(codec, crops, _held_out(clips["dev"], places), ctx, seed)
-
-
-def _compile(net: SoundStream, judges: Discriminators) -> None:
-    """In place, so that the parameters keep their names; STFTs stay out, as the compiler has no complex numbers."""
-    torch._dynamo.config.recompile_limit = 64  # graphs of one class's forward: parts x sizes x learning or frozen
-    torch._functorch.config.donated_buffer = False  # the balancer goes through the judges twice
-    for part in (net.encoder, net.decoder, *(judge.layers for judge in judges.each)):
-        part.compile(dynamic=False)  # else the parts, being of one class, count as one part of many sizes
-
-
-def _scores(real_BT: torch.Tensor, fake_BT: torch.Tensor) -> torch.Tensor:
-    """(sum, number) over the rows that have a value, of PESQ and of SI-SDR."""
-    found_22 = torch.zeros(2, 2)
-    for real_T, fake_T in zip(real_BT.cpu().numpy(), fake_BT.cpu().numpy(), strict=True):
-        for row, measure in enumerate((pesq_wb, si_sdr_db)):
-            with contextlib.suppress(ImportError):  # pesq is compiled where it is installed; training does without
-                value = measure(real_T, fake_T)
-                if not isinstance(value, str) and math.isfinite(value):
-                    found_22[row] += torch.tensor([value, 1.0])
-    return found_22
-
-
-def _held_out(clips: list, places: dict[str, str]) -> torch.Tensor:
-    """The same EVAL_CROPS pieces on every rank and at every call, spread evenly over the clips."""
-    wav_BT = torch.zeros(EVAL_CROPS, EVAL_SAMPLES)
-    each = math.ceil(EVAL_CROPS / len(clips))
-    for k in range(EVAL_CROPS):
-        clip = clips[k * len(clips) // EVAL_CROPS]
-        n = min(EVAL_SAMPLES, clip.samples)
-        start = int((clip.samples - n) * ((k % each) + 0.5) / each)
-        wav_BT[k, :n] = torch.from_numpy(read_clip(clip, places, start, n))
-    return wav_BT
+    return CodecObjective(codec, crops, held_out(clips["dev"], places), ctx, seed)

@@ -24,7 +24,15 @@ from audiolm.tokenizers.base import SAMPLE_RATE
 from audiolm.tokenizers.extractor import FAMILY, ConformerExtractor
 from audiolm.tokenizers.semantic import load_extractor, load_semantic
 from audiolm.train.engine import all_sum
-from audiolm.train.masked_inputs import MaskedBatch, MaskedInputs, Statistics, crop_samples, fit_sample, masked_inputs
+from audiolm.train.masked_inputs import (
+    MaskedBatch,
+    MaskedInputs,
+    Statistics,
+    crop_samples,
+    fit_sample,
+    frames_of,
+    masked_inputs,
+)
 from audiolm.train.objective import Context
 
 MIN_ENTROPY = 0.1  # of ln k: below it the targets are as good as constant and the loss says nothing (fairseq PR 4521)
@@ -79,27 +87,34 @@ class MaskedObjective:
 
     def train_step(self, engines: Mapping[str, Any], batches: list[MaskedBatch], step: int) -> dict[str, torch.Tensor]:
         device, engine = self.ctx.device, engines["model"]
-        masked = all_sum(torch.tensor(float(sum(int(b.mask_BT.sum()) for b in batches)), device=device))
+        counts = [(int(b.mask_BT.sum()), sum(frames_of(b.lengths_B.tolist()))) for b in batches]
+        masked, frames = all_sum(torch.tensor(counts, dtype=torch.float32, device=device).sum(0))
         totals = 0
         for i, batch in enumerate(batches):
-            loss, figures = self._loss(engine, batch)
+            loss, figures = self._loss(engine, batch, self.inputs.sizes.unmasked * masked / (frames - masked).clamp_min(1))
             # The engine averages over ranks: times the world, over all masked frames, each frame weighs the same.
             engine.backward(loss * (self.ctx.world / masked), last=i == len(batches) - 1)
             totals = totals + figures
         norm = engine.step()
         return {**self._report(all_sum(totals)), "grad_norm": norm}
 
-    def _loss(self, model: Any, batch: MaskedBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Summed cross-entropy on masked frames, and (loss, right, frames, audio s, K predicted, K targets) as sums."""
+    def _loss(self, model: Any, batch: MaskedBatch,
+              unmasked: float | torch.Tensor = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
+        """Summed cross-entropy on masked frames and `unmasked` times that on the others; and, of masked frames alone, (loss,
+        right, frames, audio s, K predicted, K targets) as sums."""
         device = self.ctx.device
         clean_BTF, heard_BTF, frames_B = self.inputs.mels(batch, device)
         mask_BT = batch.mask_BT.to(device)
         with torch.no_grad():
-            targets_N = self.targets(batch, clean_BTF, frames_B)[mask_BT]
-        logits_NK = model(heard_BTF, frames_B, mask_BT)[mask_BT].float()
-        loss = F.cross_entropy(logits_NK, targets_N, reduction="sum")
+            targets_BT = self.targets(batch, clean_BTF, frames_B)
+        logits_BTK, targets_N = model(heard_BTF, frames_B, mask_BT), targets_BT[mask_BT]
+        logits_NK = logits_BTK[mask_BT].float()
+        guessed = loss = F.cross_entropy(logits_NK, targets_N, reduction="sum")
+        if self.inputs.sizes.unmasked:
+            seen_BT = valid_frames(frames_B, mask_BT.shape[1]) & ~mask_BT
+            loss = loss + unmasked * F.cross_entropy(logits_BTK[seen_BT].float(), targets_BT[seen_BT], reduction="sum")
         with torch.no_grad():
-            head = torch.stack([loss.detach(), (logits_NK.argmax(-1) == targets_N).sum().float(), mask_BT.sum().float(),
+            head = torch.stack([guessed.detach(), (logits_NK.argmax(-1) == targets_N).sum().float(), mask_BT.sum().float(),
                                 torch.tensor(batch.audio_s, device=device)]).double()
             figures = torch.cat([head, logits_NK.softmax(-1).sum(0).double(),
                                  torch.bincount(targets_N, minlength=logits_NK.shape[-1]).double()])

@@ -1,0 +1,63 @@
+"""Semantic tokens as a codec (base.Codec): the tokenizer that makes them and the vocoder that was trained on them.
+
+Shapes as in base; codes at 25 Hz, of one or more levels, and any prefix of them decodes.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from audiolm.models.vocoder import SemanticVocoder
+from audiolm.tokenizers.base import TokenSpec, check_codes
+from audiolm.tokenizers.residual import ResidualTokenizer
+from audiolm.tokenizers.semantic import ArtefactError, read_export
+
+KIND = "semantic-vocoder"
+SIZES = ("levels", "vocab", "dim", "layers", "channels")
+
+
+class SemanticCodec:
+    """Frozen. Its levels are the vocoder's, which may be fewer than the tokenizer's."""
+
+    def __init__(self, tokenizer: ResidualTokenizer, model: SemanticVocoder, digest: str, device: str = "cpu"):
+        self.tokenizer, self.model, self.hash, self.device = tokenizer, model.to(device).eval(), digest, device
+        spec = tokenizer.spec
+        self.spec = TokenSpec(KIND, spec.sample_rate, spec.hop, model.levels, spec.vocab)
+
+    def encode(self, wav_BT: torch.Tensor, lengths_B: torch.Tensor) -> list[torch.Tensor]:
+        """codes_TQ (int64, on the CPU) of each clip, T = padded_samples(length) / 640."""
+        return [codes_TQ[:, :self.spec.n_q] for codes_TQ in self.tokenizer.encode(wav_BT, lengths_B)]
+
+    @torch.inference_mode()
+    def decode(self, codes_BTQ: torch.Tensor) -> torch.Tensor:
+        """wav_BT float32 on the CPU, T = frames x 640, of any prefix of the levels; a clip is held whole.
+
+        Raises ValueError for codes of another shape or outside 0 .. vocab - 1.
+        """
+        check_codes(codes_BTQ, self.spec)
+        if not codes_BTQ.numel():
+            return torch.zeros(len(codes_BTQ), 0)
+        return self.model(codes_BTQ.to(self.device)).float().cpu()
+
+
+def load_vocoder(build: str, tokenizer: ResidualTokenizer, device: str = "cpu") -> SemanticCodec:
+    """The codec of a finished vocoder build and the tokenizer it was trained on. Raises ArtefactError for another one, and
+    where config and weights do not fit."""
+    weights, config, digest = read_export(build)
+    missing = [key for key in (*SIZES, "tokens") if key not in config]
+    if config.get("kind") != KIND or missing:
+        raise ArtefactError(f"{build}/export/config.json is no semantic vocoder's (kind {config.get('kind')!r}, without "
+                            f"{', '.join(missing) or 'nothing'}): give the path of a semantic_vocoder build")
+    levels, has = config["levels"], tokenizer.spec.n_q
+    if levels > has:
+        raise ArtefactError(f"{build} was trained on {levels} levels, the tokenizer has {has}: give the residual build too")
+    if config["tokens"] != tokenizer.hash_of(levels):
+        raise ArtefactError(f"{build} was trained on the tokens of {config['tokens']}, these are of "
+                            f"{tokenizer.hash_of(levels)}: give the kmeans (and residual) builds it was trained "
+                            "on, or train it again")
+    model = SemanticVocoder(**{key: config[key] for key in SIZES}, norm=False)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as e:
+        raise ArtefactError(f"{build}/export: the weights do not fit the vocoder that config.json describes: {e}") from e
+    return SemanticCodec(tokenizer, model, digest, device)
