@@ -192,9 +192,12 @@ def test_masked_loss_falls_and_accuracy_beats_chance():
     assert float(result["units"]) == pytest.approx(float(o.load(79, range(4)).lengths_B.sum()) / RATE)
 
 
-def test_micro_batches_and_ranks_do_not_change_the_step():
-    """Rows of unequal length: every masked frame weighs the same however the rows are dealt out."""
+@pytest.mark.parametrize("unmasked", [0.0, 0.5])
+def test_micro_batches_do_not_change_the_step(unmasked):
+    """Rows of unequal length: every masked frame weighs the same however the rows are dealt out, and every other one too."""
     whole, cut = objective(), objective()
+    for o in (whole, cut):
+        o.inputs.sizes = o.inputs.sizes.model_copy(update={"unmasked": unmasked})
     norms = []
     for o, batches in ((whole, [whole.load(3, range(4))]), (cut, [cut.load(3, [0]), cut.load(3, [1, 2, 3])])):
         norms.append(o.train_step({"model": make_engine(o.model, o.inputs.sizes.train, CTX)}, batches, 3))
@@ -235,6 +238,27 @@ def test_empty_or_constant_targets_are_refused():
     with pytest.raises(ValueError, match="all but constant.*1 of targets_k = 5"):
         om.check_targets(torch.tensor([90, 0, 0, 0, 0]))
     assert om.check_targets(torch.tensor([9, 9, 9, 9, 9])) == pytest.approx(math.log(5))
+
+
+def test_frames_that_are_seen_count_only_where_asked():
+    """Without a weight on them, what is predicted where nothing is hidden earns nothing: no gradient comes from there."""
+    o = objective()
+    batch = o.load(0, range(4))
+    shown = batch.mask_BT.clone()
+
+    def gradient_on_seen_frames(unmasked: float) -> float:
+        o.inputs.sizes = o.inputs.sizes.model_copy(update={"unmasked": unmasked})
+        kept = {}
+
+        def model(*args):
+            kept["logits"] = o.model(*args)
+            kept["logits"].retain_grad()
+            return kept["logits"]
+
+        o._loss(model, batch, unmasked)[0].backward()
+        return float(kept["logits"].grad[~shown].abs().sum())
+
+    assert gradient_on_seen_frames(0.0) == 0.0 < gradient_on_seen_frames(0.5)
 
 
 def test_a_collapsed_model_and_constant_targets_ring():
