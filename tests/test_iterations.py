@@ -97,6 +97,23 @@ def test_what_is_done_is_not_done_again_and_one_step_can_be_forced(built, items)
     assert "masked_model_2" in todo and "layers" in todo and not {"masked_model", "layers_2", "targets_2"} & set(todo)
 
 
+def test_abx_of_every_checkpoint_by_command(built, items, tmp_path):
+    """The curve over the training; its end is the model that was left."""
+    _, paths = built
+    line = [sys.executable, "workflows/abx.py", "--items", items, "--audio", "workflows/quickstart/flac", "--features", "layer",
+            "--model", str(paths["masked_model"]), "--json", str(tmp_path / "out.json")]
+
+    def rows(*more: str) -> list[dict]:
+        subprocess.run([*line, "--layer", "2", *more], cwd=ROOT, check=True, capture_output=True, timeout=120)
+        return json.loads((tmp_path / "out.json").read_text())
+
+    curve, (last,) = rows("--checkpoints"), rows()
+    assert [row["name"] for row in curve] == ["layer 2, step 2", "layer 2, step 4"]
+    assert curve[0]["within"] != curve[1]["within"] == last["within"]
+    wrong = subprocess.run([*line, "--checkpoints"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert wrong.returncode == 2 and "--layer N" in wrong.stderr
+
+
 def test_the_items_bytes_and_not_their_place_are_the_identity(items, tmp_path):
     def prints(path) -> list[str]:
         done = run(tmp_path / "none", str(path), "--dry-run")

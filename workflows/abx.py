@@ -3,16 +3,19 @@
     python workflows/abx.py --items dev-clean.item --audio LibriSpeech/dev-clean --features mfcc
     python workflows/abx.py --items dev-clean.item --audio LibriSpeech/dev-clean --features centroids \
         --tokenizer outputs/kmeans/FINGERPRINT/BUILD --speakers 1272,1462
+    python workflows/abx.py --items dev-clean.item --audio LibriSpeech/dev-clean --features layer --layer 7 \
+        --model outputs/masked_model/FINGERPRINT/BUILD --checkpoints
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import posixpath
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -23,9 +26,14 @@ def parser() -> argparse.ArgumentParser:
                    "speaker")
     p.add_argument("--audio", required=True, nargs="+", metavar="FOLDER", help="where the items' files lie, at any depth, as "
                    "#file and an audio ending")
-    p.add_argument("--features", required=True, choices=("mfcc", "mel", "semantic", "centroids"), help="mfcc (39 at 100 Hz), "
-                   "mel (80 at 100 Hz), a tokenizer's z-scored features or its centroids (25 Hz)")
+    p.add_argument("--features", required=True, choices=("mfcc", "mel", "semantic", "centroids", "layer"), help="mfcc (39 at "
+                   "100 Hz), mel (80 at 100 Hz), a tokenizer's z-scored features or its centroids, or a masked model's layer, "
+                   "z-scored over the items' files (25 Hz)")
     p.add_argument("--tokenizer", metavar="BUILD", help="a finished kmeans build, for semantic and centroids")
+    p.add_argument("--model", metavar="BUILD", help="a masked_model build, for layer")
+    p.add_argument("--layer", type=int, metavar="N", help="block whose output is measured, from 1, for layer")
+    p.add_argument("--checkpoints", action="store_true", help="with layer: a row for each checkpoint that was kept "
+                   "(semantic.model.train.keep), the curve over the training")
     p.add_argument("--speakers", metavar="A,B", help="only these, as A, B and X; default: all of the item file")
     p.add_argument("--seed", type=int, default=0, help="of the draws (default 0)")
     p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="of the tokenizer")
@@ -33,31 +41,53 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def measure(args: argparse.Namespace) -> dict:
-    """`eval.abx.abx` of the audio's features, with "seconds"."""
+def measure(args: argparse.Namespace) -> list[dict]:
+    """`eval.abx.abx` of the audio's features, with "name" and "seconds"; several rows for checkpoints."""
     import torch
 
-    from audiolm.data import audio
-    from audiolm.data.sources import AUDIO
     from audiolm.eval import abx
-    from audiolm.tokenizers import files
-    from audiolm.tokenizers.semantic import load_semantic
 
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: this machine has no GPU that torch can use; give --device cpu or auto")
+    whole = args.model is not None and args.layer is not None
+    if (args.features == "layer") != whole or (args.checkpoints and not whole):
+        raise ValueError("--features layer goes with --model BUILD and --layer N, and --checkpoints with them; the other "
+                         "features with none of these")
     items = abx.read_items(args.items)
     items = items.of(args.speakers.split(",")) if args.speakers else items
+    rows, began = [], time.monotonic()
+    for name, features, rate_hz in sources(args, set(items.file.tolist())):
+        rows.append({"name": name, **abx.abx(features, items, rate_hz, seed=args.seed),
+                     "seconds": round(time.monotonic() - began, 1)})
+        began = time.monotonic()
+    return rows
+
+
+def sources(args: argparse.Namespace, files: set[str]) -> Iterator[tuple[str, Any, float]]:
+    """(name, features by file, rate in Hz)."""
+    import torch
+
+    from audiolm.data import audio
+    from audiolm.eval import abx, layer_choice
+    from audiolm.eval.abx_curve import checkpoints
+    from audiolm.eval.abx_set import audio_paths
+    from audiolm.tokenizers.extractor import window_of
+    from audiolm.tokenizers.semantic import load_extractor, load_semantic
+
     device = "cpu" if args.device == "cpu" or not torch.cuda.is_available() else "cuda"
-    tokenizer = load_semantic(args.tokenizer, device) if args.tokenizer else None
-    extract, rate_hz = abx.extractor(args.features, tokenizer)
-    paths = {posixpath.splitext(posixpath.basename(name))[0]: path for name, path in files.find(args.audio, AUDIO)}
+    if args.features != "layer":
+        extract, rate_hz = abx.extractor(args.features, load_semantic(args.tokenizer, device) if args.tokenizer else None)
+    paths = audio_paths(tuple(args.audio), files, "--audio")
+    if args.features != "layer":
+        yield args.features, lambda file: extract(audio.resample(*audio.decode(paths[file]), audio.SAMPLE_RATE_HZ)), rate_hz
+        return
+    from audiolm.config_semantic import KMeans  # its windows, which tokens are made with
 
-    def features(file: str):
-        return extract(audio.resample(*audio.decode(paths[file]), audio.SAMPLE_RATE_HZ)) if file in paths else None
-
-    began = time.monotonic()
-    found = abx.abx(features, items, rate_hz, seed=args.seed)
-    return {"features": args.features, **found, "seconds": round(time.monotonic() - began, 1)}
+    window = window_of(KMeans().window_s, KMeans().overlap_s)
+    models = checkpoints(args.model, device) if args.checkpoints else [(None, load_extractor(args.model, device))]
+    for step, model in models:
+        name = f"layer {args.layer}" + ("" if step is None else f", step {step}")
+        yield name, layer_choice.zscored(layer_choice.frames_of(paths, model, args.layer, window)), layer_choice.RATE_HZ
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -67,19 +97,20 @@ def main(argv: list[str] | None = None) -> int:
     from audiolm.eval.abx import MODES
 
     try:
-        found = measure(args)
+        rows = measure(args)
     except KeyboardInterrupt:
         return 130
     except (ValueError, FileNotFoundError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
-    for mode in MODES:
+    for found, mode in ((row, mode) for row in rows for mode in MODES):
         lo, hi = found[f"interval_{mode}"]
-        print(f"{args.features} {mode} speaker: {found[mode]:.2f} % [{lo:.2f}, {hi:.2f}]  {found[f'triplets_{mode}']} "
+        print(f"{found['name']} {mode} speaker: {found[mode]:.2f} % [{lo:.2f}, {hi:.2f}]  {found[f'triplets_{mode}']} "
               f"triplets, {found[f'phone_pairs_{mode}']} phone pairs, {len(found[f'by_speaker_{mode}'])} speakers")
-    print(f"{found['items']} items ({found['dropped']} shorter than a frame left out), {found['seconds']} s")
+    last = rows[-1]
+    print(f"{last['items']} items ({last['dropped']} shorter than a frame left out), {sum(r['seconds'] for r in rows):.1f} s")
     if args.json:
-        store.put(args.json, json.dumps(found, indent=1).encode())
+        store.put(args.json, json.dumps(rows, indent=1).encode())
     return 0
 
 

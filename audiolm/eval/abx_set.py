@@ -21,10 +21,10 @@ def held_out_speakers(items, wanted: tuple[str, ...] | None, manifest: str) -> l
     return found
 
 
-def audio_paths(folders: tuple[str, ...], wanted: set[str]) -> dict[str, str]:
-    """{file id of the items: path}. Raises ValueError naming files that lie nowhere."""
+def audio_paths(folders: tuple[str, ...], wanted: set[str], field: str = "semantic.abx.audio") -> dict[str, str]:
+    """{file id of the items: path}. Raises ValueError naming `field` and a file that lies nowhere."""
     found = {posixpath.splitext(posixpath.basename(name))[0]: path for name, path in files.find(list(folders), AUDIO)}
     if missing := sorted(wanted - set(found)):
-        raise ValueError(f"semantic.abx.audio: {len(missing)} of the items' {len(wanted)} files lie nowhere below "
+        raise ValueError(f"{field}: {len(missing)} of the items' {len(wanted)} files lie nowhere below "
                          f"{', '.join(folders)}; the first is {missing[0]}")
     return {name: found[name] for name in sorted(wanted)}

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from audiolm import rng, store
@@ -115,10 +116,14 @@ def score_mfcc(place: Place) -> dict[str, Any]:
 
 def score_layer(place: Place, layer: int) -> dict[str, Any]:
     """One layer's features."""
-    x = _held_out(place, load_extractor(place.model, place.device), layer)
+    x = frames_of(place.paths, load_extractor(place.model, place.device), layer, place.window)
+    return _row(place, layer, None, zscored(x), RATE_HZ)
+
+
+def zscored(x: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    """features (T, D) of each file, per dimension over all files."""
     std_D, mean_D = torch.std_mean(torch.cat(list(x.values())), 0)
-    return _row(place, layer, None, {f: ((v - mean_D) / std_D.clamp_min(STD)).numpy() for f, v in x.items()},
-                RATE_HZ)
+    return {file: ((v - mean_D) / std_D.clamp_min(STD)).numpy() for file, v in x.items()}
 
 
 def score_centroids(place: Place, layer: int, k: int, folder: str, shards: list[int], iterations: int) -> dict[str, Any]:
@@ -130,13 +135,14 @@ def score_centroids(place: Place, layer: int, k: int, folder: str, shards: list[
     std_D = std_D.clamp_min(STD)
     scaled = [((x - mean_D) / std_D).to(place.device) for x in parts]
     centroids_KD = kmeans.fit(scaled, k, rng.derive(place.seed, "sweep", layer, k), iterations).centroids.cpu()
-    x = _held_out(place, load_extractor(place.model, place.device), layer)
+    x = frames_of(place.paths, load_extractor(place.model, place.device), layer, place.window)
     codes = {f: kmeans.assign((v - mean_D) / std_D, centroids_KD) for f, v in x.items()}
     return _row(place, layer, k, {f: centroids_KD[c].numpy() for f, c in codes.items()}, RATE_HZ)
 
 
-def _held_out(place: Place, extractor: Extractor, layer: int) -> dict[str, torch.Tensor]:
-    return {file: encode_frames(extractor, [layer], [_wav(path)], place.window)[0] for file, path in place.paths.items()}
+def frames_of(paths: dict[str, str], extractor: Extractor, layer: int, window: Window) -> dict[str, torch.Tensor]:
+    """features_TD of each file at a layer."""
+    return {file: encode_frames(extractor, [layer], [_wav(path)], window)[0] for file, path in paths.items()}
 
 
 def _wav(path: str):
