@@ -53,8 +53,22 @@ class Masked(Config):
     unmasked: Annotated[float, Later(0.0)] = Field(0.0, ge=0, description="weight of the mean loss on frames that are not "
                                                    "masked, beside 1 on masked ones (HuBERT's alpha); it speeds up the start")
     augment: Augment = Augment()
-    w2vbert: W2vBert = W2vBert()
+    w2vbert: W2vBert | None = Field(None, description="of objective w2vbert; None: the paper's")
     train: Train = Train(steps=100_000, batch=64, lr=1e-3, warmup_steps=400, decay_steps=20_000, weight_decay=0.01)
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.w2vbert and self.objective != "w2vbert":
+            raise ValueError(f"w2vbert is a section of objective w2vbert, objective is {self.objective}: drop one of them")
+        if self.objective == "w2vbert":
+            half = (self.w2vbert or W2vBert()).contrastive_layers
+            if half is not None and half >= self.layers:
+                raise ValueError(f"w2vbert.contrastive_layers ({half}) must leave blocks of layers ({self.layers}) to masked "
+                                 "prediction")
+            if self.train.export == "best":
+                raise ValueError("train.export: best goes by the loss, which is lowest where w2v-BERT's codes have collapsed: "
+                                 "say last")
+        return self
 
 
 class PretrainedEncoder(Config):
@@ -114,7 +128,7 @@ class Semantic(Config):
     abx: Abx | None = None
     sweep: Sweep = Sweep()
     kmeans: KMeans = KMeans()
-    residual: Residual = Residual()
+    residual: Residual | None = Field(None, description="also fit more levels of tokens by residual k-means (paper, Table I)")
     vocoder: Vocoder | None = Field(None, description="also train a decoder of semantic tokens alone (paper, Table I)")
 
     @model_validator(mode="after")
@@ -123,17 +137,15 @@ class Semantic(Config):
             raise ValueError("again needs a model that is trained here: drop pretrained, or again")
         if self.again and self.model.objective != "hubert":
             raise ValueError(f"again is for objective hubert, model.objective is {self.model.objective}: drop one of them")
-        half = self.model.w2vbert.contrastive_layers
-        if self.model.objective == "w2vbert" and half is not None and half >= self.model.layers:
-            raise ValueError(f"model.w2vbert.contrastive_layers ({half}) must leave blocks of model.layers "
-                             f"({self.model.layers}) to masked prediction")
         chosen = [("kmeans", self.kmeans.layer), *((f"again.{i}", a.layer) for i, a in enumerate(self.again))]
         chosen += [("sweep", n) for n in self.sweep.layers or ()]
         for name, layer in chosen:
             if layer != "auto" and (layer < 1 or (layer > self.model.layers and not self.pretrained)):
                 raise ValueError(f"{name}: layer {layer} is not one of model.layers ({self.model.layers}), counted from 1")
-        if self.vocoder and self.vocoder.levels > self.residual.levels:
-            raise ValueError(f"vocoder.levels ({self.vocoder.levels}) exceeds residual.levels ({self.residual.levels})")
+        have = self.residual.levels if self.residual else 1
+        if self.vocoder and self.vocoder.levels > have:
+            raise ValueError(f"vocoder.levels ({self.vocoder.levels}) exceeds the {have} level(s) there are: say "
+                             f"residual={{levels: {self.vocoder.levels}}}, or vocoder.levels=1")
         if self.kmeans.window_s <= 2 * self.kmeans.overlap_s:
             raise ValueError(f"kmeans.window_s ({self.kmeans.window_s}) must exceed twice kmeans.overlap_s "
                              f"({self.kmeans.overlap_s})")

@@ -17,9 +17,10 @@ from audiolm.config_semantic import KMeans
 from audiolm.config_train import Where
 from audiolm.data.manifest import Clip, Part
 from audiolm.models import kmeans
-from audiolm.models.masked import LAYER_CONVENTION, Encoder, EncoderSizes
+from audiolm.models.masked import Encoder, EncoderSizes
 from audiolm.tokenizers import fit
-from audiolm.tokenizers.extractor import FAMILY
+from audiolm.tokenizers.extractor import ConformerExtractor
+from audiolm.tokenizers.semantic import MASKED_FORMAT
 
 RATE = 16_000
 SIZES = KMeans(layer=2, k=9, max_frames=200, iterations=20, restarts=2)
@@ -35,8 +36,8 @@ def masked(tmp_path_factory) -> str:
         encoder.statistics.std.fill_(1.0)
     path = str(tmp_path_factory.mktemp("masked"))
     store.put(f"{path}/export/model.safetensors", save({f"encoder.{n}": w for n, w in encoder.state_dict().items()}))
-    store.put_json(f"{path}/export/config.json", {"family": FAMILY, "layer_convention": LAYER_CONVENTION,
-                                                         "encoder": encoder.sizes.to_json()})
+    store.put_json(f"{path}/export/config.json", {"format": MASKED_FORMAT, "sample_rate": RATE,
+                                                  **ConformerExtractor(encoder).to_json()})
     return path
 
 

@@ -8,11 +8,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from audiolm.config import ConfigError
+from audiolm.config_semantic import Iteration
 from audiolm.configfile import load
 from audiolm.data.manifest import read_clips
-from audiolm.tokenizers.semantic import load_semantic
+from audiolm.tokenizers.semantic import load_extractor, load_semantic
+from audiolm.train.objective import Context
+from audiolm.train.objective_masked import masked_objective
 from tests.conftest import ROOT
 
 STEPS = "manifest,masked_model,layers_2,targets_2,masked_model_2,layers,kmeans"
@@ -40,7 +44,8 @@ def run(store: Path, items: str, *more: str, check: bool = True) -> subprocess.C
          "tracking=none",
          f"semantic.model={MODEL}", f"semantic.again={AGAIN}", "semantic.kmeans={layer: auto, k: auto, restarts: 1}",
          "semantic.sweep={k: [4, 6], top: 1, frames: 500, iterations: 5}",
-         f"semantic.abx={{items: {items}, audio: [workflows/quickstart/flac]}}", *more],
+         f"semantic.abx={{items: {items}, audio: [workflows/quickstart/flac]}}",
+         "corpus.hold_out={dev: ['9007', '9008']}", *more],
         cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
@@ -64,7 +69,7 @@ def test_every_iteration_is_a_step_and_the_choice_is_what_kmeans_uses(built):
     assert (fitted["layer"], fitted["k"]) == (chosen["layer"], chosen["k"]) and chosen["k"] in (4, 6)
     first, targets = facts(paths["layers_2"]), facts(paths["targets_2"])
     assert targets["layer"] == first["layer"] in (1, 2) and targets["k"] == first["k"] == 6
-    table = json.loads((paths["layers"] / "layers.json").read_text())
+    table = json.loads((paths["layers"] / "ui" / "layers.json").read_text())
     rows = [(row["layer"], row["k"]) for row in table["rows"]]
     assert rows[:3] == [(None, None), (1, None), (2, None)] and {k for _, k in rows[3:]} == {4, 6} and len(rows) == 5
     best = min(table["rows"][3:], key=lambda row: row["within"] + row["across"])
@@ -76,13 +81,21 @@ def test_every_iteration_is_a_step_and_the_choice_is_what_kmeans_uses(built):
 
 def test_the_choice_is_made_on_speakers_that_nothing_was_trained_on(built):
     _, paths = built
-    judged = set(json.loads((paths["layers"] / "layers.json").read_text())["speakers"])
+    judged = set(json.loads((paths["layers"] / "ui" / "layers.json").read_text())["speakers"])
     trained = {c.speaker for c in read_clips(str(paths["manifest"]), "train")}
     assert judged and not judged & trained
 
 
 def test_a_second_iteration_starts_where_the_first_ended_and_learns_its_own_targets(built):
     _, paths = built
+    cfg = load(str(ROOT / "workflows" / "quickstart.yaml"), [f"semantic.model={MODEL}", "semantic.kmeans.layer=1"])
+    again = Iteration(start="previous", k=6)
+    inputs = {name: str(paths[name]) for name in ("manifest", "masked_model", "targets_2")}
+    begun = masked_objective({"model": cfg.semantic.model, "train": cfg.semantic.model.train, "iteration": again,
+                              "where": cfg.semantic.where, "corpus": cfg.corpus, "seed": 0}, inputs,
+                             Context(0, 1, torch.device("cpu"), 0))
+    before = load_extractor(str(paths["masked_model"])).state()
+    assert all(torch.equal(w, before[name]) for name, w in begun.model.encoder.state_dict().items())
     config = json.loads((paths["masked_model_2"] / "export" / "config.json").read_text())
     assert config["targets_k"] == 6 and facts(paths["masked_model_2"])["val.target_entropy"] > 0.2
     lines = [json.loads(line) for f in sorted(paths["masked_model_2"].glob("metrics-*.jsonl")) for line in f.open()]
@@ -112,6 +125,17 @@ def test_abx_of_every_checkpoint_by_command(built, items, tmp_path):
     assert curve[0]["within"] != curve[1]["within"] == last["within"]
     wrong = subprocess.run([*line, "--checkpoints"], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert wrong.returncode == 2 and "--layer N" in wrong.stderr
+
+
+def test_tuning_the_last_kmeans_leaves_the_iterations_alone(items, tmp_path):
+    def prints(*more: str) -> dict[str, str]:
+        return {line.split()[1]: line.split()[3] for line in run(tmp_path, items, "--dry-run", *more).stdout.splitlines()
+                if line.startswith("run ")}
+
+    before, after = prints(), prints("semantic.sweep.k=[4, 5, 6]", "semantic.kmeans.restarts=2", "tokens.dtype=bfloat16")
+    changed = {name for name in before if before[name] != after[name]}
+    assert {"layers", "kmeans", "semantic_tokens"} <= changed
+    assert not changed & {"layers_2", "targets_2", "masked_model_2", "acoustic_tokens"}
 
 
 def test_the_items_bytes_and_not_their_place_are_the_identity(items, tmp_path):

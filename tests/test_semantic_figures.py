@@ -200,7 +200,7 @@ def measure(world, want: SemanticFigures, path, **changed):
     config = {"figures": want, "corpus": corpus, "cluster": Cluster(device="cpu"), "seed": 0}
     out = RecordingOut(path)
     facts = figures.measure_semantic(config, {**world.inputs, **changed}, out)
-    return facts, json.loads(store.get(store.join(out.path, "semantic.json"))), out
+    return facts, json.loads(store.get(store.join(out.path, "ui", "semantic.json"))), out
 
 
 @pytest.fixture(scope="module")
@@ -265,7 +265,7 @@ def test_the_page_shows_it_all(world, measured, tmp_path):
     for name in ("layers", "layers_2", "masked_model", "masked_model_2"):
         inputs[name] = SimpleNamespace(path=str(tmp_path / name / "aaaaaaaaaaaa" / "0001"), facts={})
     for name in ("layers", "layers_2"):
-        store.put_json(store.join(inputs[name].path, "layers.json"), {"choice": {"layer": 7, "k": 256}, "rows": [
+        store.put_json(store.join(inputs[name].path, "ui", "layers.json"), {"choice": {"layer": 7, "k": 256}, "rows": [
             {"layer": None, "k": None, **row}, {"layer": 7, "k": None, **row}, {"layer": 7, "k": 256, **row}]})
     store.put(store.join(inputs["layers"].path, "ui", "layers.png"), store.get(
         store.join(measured[2].path, "ui/semantic/use.png")))

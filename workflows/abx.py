@@ -67,10 +67,9 @@ def sources(args: argparse.Namespace, files: set[str]) -> Iterator[tuple[str, An
     """(name, features by file, rate in Hz)."""
     import torch
 
-    from audiolm.data import audio
     from audiolm.eval import abx, layer_choice
     from audiolm.eval.abx_curve import checkpoints
-    from audiolm.eval.abx_set import audio_paths
+    from audiolm.eval.abx_set import audio_paths, wav_of
     from audiolm.tokenizers.extractor import window_of
     from audiolm.tokenizers.semantic import load_extractor, load_semantic
 
@@ -79,7 +78,7 @@ def sources(args: argparse.Namespace, files: set[str]) -> Iterator[tuple[str, An
         extract, rate_hz = abx.extractor(args.features, load_semantic(args.tokenizer, device) if args.tokenizer else None)
     paths = audio_paths(tuple(args.audio), files, "--audio")
     if args.features != "layer":
-        yield args.features, lambda file: extract(audio.resample(*audio.decode(paths[file]), audio.SAMPLE_RATE_HZ)), rate_hz
+        yield args.features, lambda file: extract(wav_of(paths[file])), rate_hz
         return
     from audiolm.config_semantic import KMeans  # its windows, which tokens are made with
 

@@ -46,13 +46,15 @@ def graph(cfg: Pipeline) -> list[Step]:
     z = Step("semantic_tokens", do.encode_tokens, {**encode, "which": "semantic"}, (manifest, kmeans))
     heard = Step("semantic_figures", do.measure_semantic, {**common, "figures": semantic_figures_of(sem.abx, sem.where)},
                  (manifest, kmeans, z))
-    decoders = []
-    if sem.vocoder:  # for Table I alone: nothing below needs it
+    decoders = []  # for Table I alone: nothing below needs them
+    if sem.residual:
         more = {**common, "residual": sem.residual, "where": sem.where}
-        decoders = [Step("residual", do.fit_residual, more, (manifest, kmeans))] if sem.vocoder.levels > 1 else []
+        decoders = [Step("residual", do.fit_residual, more, (manifest, kmeans))]
+    if sem.vocoder:
         decoders.append(Step("semantic_vocoder", do.train_vocoder, {**common, "vocoder": sem.vocoder},
                              (manifest, kmeans, *decoders), trains=True))
-    y = Step("acoustic_tokens", do.encode_tokens, {**encode, "which": "acoustic"}, (manifest, codec_))
+    plain = cfg.tokens.model_copy(update={"dtype": "float32"})  # the codec's work is float32 whatever the masked model's
+    y = Step("acoustic_tokens", do.encode_tokens, {**encode, "which": "acoustic", "tokens": plain}, (manifest, codec_))
 
     def stage(name: str, size, *stores: Step) -> Step:
         layout = {"dedupe": lm.dedupe, "coarse_levels": lm.coarse_levels, "rows": cfg.evaluate.rows}
@@ -79,7 +81,9 @@ def semantic(sem: Semantic, common: dict, manifest: Step) -> list[Step]:
     def clusters(suffix: str, name: str, settings: KMeans, model: Step) -> list[Step]:
         found = []
         if "auto" in (settings.layer, settings.k):
-            found = [Step("layers" + suffix, do.choose_layer, {**common, "sweep": sem.sweep, "kmeans": settings, "abx": judged,
+            sweep = sem.sweep if settings.k == "auto" else sem.sweep.model_copy(update={"k": ()})
+            asked = settings.model_dump(include={"layer", "k", "window_s", "overlap_s"})
+            found = [Step("layers" + suffix, do.choose_layer, {**common, **asked, "sweep": sweep, "abx": judged,
                                                                "where": sem.where}, (manifest, model))]
         return [*found, Step(name, do.fit_kmeans, {**common, "kmeans": settings, "where": sem.where},
                              (manifest, model, *found))]
@@ -91,7 +95,9 @@ def semantic(sem: Semantic, common: dict, manifest: Step) -> list[Step]:
         steps = [Step("masked_model", do.train_masked, {**common, **how}, (manifest,), trains=True)]
     model = steps[0]
     for n, again in enumerate(sem.again, 2):
-        wanted = sem.kmeans.model_copy(update={"layer": again.layer, "k": again.k})
+        of = sem.kmeans  # its other settings are the last k-means' own: they may change without a new iteration
+        wanted = KMeans(layer=again.layer, k=again.k, restarts=1, window_s=of.window_s, overlap_s=of.overlap_s,
+                        max_local_frames=of.max_local_frames)
         steps += clusters(f"_{n}", f"targets_{n}", wanted, model)
         how = {"model": sem.model, "train": again.train or sem.model.train, "iteration": again, "where": sem.where}
         model = Step(f"masked_model_{n}", do.train_masked, {**common, **how}, (manifest, model, steps[-1]), trains=True)

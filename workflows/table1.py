@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import posixpath
 import sys
 import time
 from pathlib import Path
@@ -67,6 +66,7 @@ def measure(args: argparse.Namespace) -> dict:
     from audiolm.data import audio
     from audiolm.data.sources import AUDIO
     from audiolm.eval import abx
+    from audiolm.eval.abx_set import audio_paths, wav_of
     from audiolm.eval.codec import scorers
     from audiolm.eval.table1 import acoustic_side, semantic_side, table1
     from audiolm.tokenizers import files
@@ -81,28 +81,20 @@ def measure(args: argparse.Namespace) -> dict:
     began, paths = time.monotonic(), builds(args)
     items = abx.read_items(args.items)
     items = items.of(args.speakers.split(",")) if args.speakers else items
-    by_name = {posixpath.splitext(posixpath.basename(name))[0]: path for name, path in files.find(args.audio, AUDIO)}
-
-    def read(path: str):
-        return audio.resample(*audio.decode(path), audio.SAMPLE_RATE_HZ)
-
+    by_name = audio_paths(tuple(args.audio), set(items.file.tolist()), "--audio")
     sides = [acoustic_side(files.open_codec(paths["codec"], device))] if paths["codec"] else []
     if paths["tokenizer"]:
         tokenizer = load_residual(paths["tokenizer"], paths["residual"], device)
         vocoder = load_vocoder(paths["vocoder"], tokenizer, device) if paths["vocoder"] else None
         sides.append(semantic_side(tokenizer, vocoder))
-    names = sorted({name for name in items.file.tolist() if name in by_name})
-    if not names:
-        raise ValueError(f"none of the items' files ({items.file[0]}, ...) lies below {', '.join(args.audio)}: name its folder "
-                         "with --audio")
-    places = [path for _, path in files.find(args.clips, AUDIO)] if args.clips else [by_name[name] for name in names]
+    places = [path for _, path in files.find(args.clips, AUDIO)] if args.clips else list(by_name.values())
     some = [places[i * len(places) // args.number] for i in range(args.number)] if len(places) > args.number else places
-    wavs = [read(place)[:round(args.seconds * audio.SAMPLE_RATE_HZ)] for place in some]
+    wavs = [wav_of(place)[:round(args.seconds * audio.SAMPLE_RATE_HZ)] for place in some]
 
     def say(text: str) -> None:
         print(f"{time.monotonic() - began:6.0f} s  {text}", file=sys.stderr, flush=True)
 
-    found = table1(sides, items, lambda name: read(by_name[name]) if name in by_name else None, wavs, scorers(), args.seed, say)
+    found = table1(sides, items, lambda name: wav_of(by_name[name]), wavs, scorers(), args.seed, say)
     return {**found, "builds": paths, "wall_s": round(time.monotonic() - began, 1)}
 
 

@@ -4,21 +4,41 @@ from __future__ import annotations
 
 import posixpath
 
+import numpy as np
+
+from audiolm.config_train import Where
+from audiolm.data.audio import SAMPLE_RATE_HZ, decode, resample
 from audiolm.data.manifest import read_clips
 from audiolm.data.sources import AUDIO
+from audiolm.eval.abx import Items
 from audiolm.tokenizers import files
 
 
-def held_out_speakers(items, wanted: tuple[str, ...] | None, manifest: str) -> list[str]:
-    """`wanted`, else the items' speakers whom the manifest does not train on. Raises ValueError where none is left."""
-    if wanted is not None:
-        return list(wanted)
-    seen = {c.speaker for c in read_clips(manifest, "train")}
-    found = sorted(set(items.speaker.tolist()) - seen)
-    if not found:
-        raise ValueError("semantic.abx: every speaker of the item file is trained on: hold some out with "
-                         "corpus.hold_out.dev=[...], or name semantic.abx.speakers")
-    return found
+def groups_of(items: Items, wanted: tuple[str, ...] | None, manifest: str,
+              where: Where) -> tuple[dict[str, tuple[str, ...]], list[str]]:
+    """({"held_out", "test", "seen": speakers of the items}, remarks); a group without speakers is absent.
+
+    A speaker is seen (test) where a train (test) clip names them, or is cut from a file that the items call theirs; the others
+    are held out, those of dev clips and those of no clip: what is chosen is chosen on them. `wanted` takes their place; the
+    remark names those of them that are trained on."""
+    speakers = set(items.speaker.tolist())
+
+    def of(split: str) -> set[str]:
+        clips = read_clips(manifest, split, where)
+        files_ = {posixpath.splitext(posixpath.basename(p.uri))[0] for c in clips for p in c.parts}
+        return speakers & {c.speaker for c in clips} | set(items.speaker[np.isin(items.file, list(files_))].tolist())
+
+    seen, test = of("train"), of("test")
+    held = set(wanted) if wanted else speakers - seen - test
+    groups = {"held_out": held, "test": test - seen - held, "seen": seen - held}
+    wrong = sorted(held & seen)
+    remarks = [f"semantic.abx.speakers holds {', '.join(wrong)}, who are trained on: what is called held out is partly seen"]
+    return {name: tuple(sorted(g)) for name, g in groups.items() if g}, remarks if wrong else []
+
+
+def wav_of(path: str) -> np.ndarray:
+    """wav_T at the pipeline's rate."""
+    return resample(*decode(path), SAMPLE_RATE_HZ)
 
 
 def audio_paths(folders: tuple[str, ...], wanted: set[str], field: str = "semantic.abx.audio") -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 First every layer by its features, z-scored over the held-out audio; then, for the best `sweep.top` layers and each K, the
 centroids of k-means fitted on a sample of training frames.  The choice has the lowest mean of within and across, of
-centroids; it is the step's fact.  Leaves layers.json {"rows": [{layer, k (None: features), within, across,
+centroids; it is the step's fact.  Leaves ui/layers.json {"rows": [{layer, k (None: features), within, across,
 interval_within, interval_across}], "choice", "speakers"} and ui/layers.png.
 """
 
@@ -15,20 +15,18 @@ import numpy as np
 import torch
 
 from audiolm import rng, store
-from audiolm.config_semantic import KMeans, Sweep
-from audiolm.data import audio
+from audiolm.config_semantic import Sweep
 from audiolm.data.manifest import Clip, read_clips, roots
 from audiolm.data.shards import device_of, fan_out
 from audiolm.eval import abx, plots
-from audiolm.eval.abx_set import audio_paths, held_out_speakers
+from audiolm.eval.abx_set import audio_paths, groups_of, wav_of
 from audiolm.models import kmeans
 from audiolm.tokenizers.base import SAMPLE_RATE, SEMANTIC_HOP
 from audiolm.tokenizers.extractor import Extractor, Window, window_of
-from audiolm.tokenizers.fit import encode_frames, model_of, sample_shard
+from audiolm.tokenizers.fit import MIN_STD, encode_frames, model_of, sample_shard
 from audiolm.tokenizers.semantic import load_extractor
 
 RATE_HZ = SAMPLE_RATE / SEMANTIC_HOP
-STD = 1e-3  # of a feature that never moves
 
 
 @dataclass(frozen=True)
@@ -45,18 +43,22 @@ class Place:
 
 
 def choose_layer(config: dict[str, Any], inputs: dict[str, Any], out: Any) -> dict[str, Any]:
-    """Step fn: config {"sweep", "kmeans" (layer, k: a number or auto), "abx" (AbxSet), "where", "corpus", "seed", "cluster"},
-    inputs: manifest and the masked model. Facts: layer, k, within, across (% of the centroids chosen) and their floors.
+    """Step fn: config {"sweep", "layer" and "k" (a number or auto), "window_s", "overlap_s", "abx" (AbxSet), "where", "corpus",
+    "seed", "cluster"}, inputs: manifest and the masked model. Facts: layer, k, within, across (% of the centroids chosen) and
+    their floors.
 
-    Raises ValueError where no speaker is held out or audio is missing."""
-    sweep, settings, judged, cluster = config["sweep"], config["kmeans"], config["abx"], config["cluster"]
+    Raises ValueError where fewer than two speakers are held out or audio is missing."""
+    sweep, judged, cluster = config["sweep"], config["abx"], config["cluster"]
     model, manifest, device = model_of(inputs).path, inputs["manifest"].path, device_of(cluster, out.inline)
     items = abx.read_items(judged.items)
-    speakers = held_out_speakers(items, judged.speakers, manifest)
+    speakers = list(groups_of(items, judged.speakers, manifest, config["where"])[0].get("held_out", ()))
+    if len(speakers) < 2:
+        raise ValueError("semantic.abx: the choice is made within and across speakers who are neither trained on nor test; of "
+                         f"the item file's these are {speakers}: hold at least two out with corpus.hold_out.dev=[...]")
     items = items.of(speakers)
     place = Place(model, judged.items, audio_paths(judged.audio, set(items.file.tolist())), speakers,
-                  window_of(settings.window_s, settings.overlap_s), config["seed"], device)
-    layers = _layers(sweep, settings, load_extractor(model).layers)
+                  window_of(config["window_s"], config["overlap_s"]), config["seed"], device)
+    layers = _layers(sweep, config["layer"], load_extractor(model).layers)
 
     def spread(fn, tasks: list[tuple], unit: str) -> list:
         return fan_out(fn, tasks, out=out, cluster=cluster, unit=unit, gpu=device == "cuda")
@@ -70,14 +72,14 @@ def choose_layer(config: dict[str, Any], inputs: dict[str, Any], out: Any) -> di
     sampled = [(model, row["layer"], place.window, shards[n], roots(config["corpus"]), n, quota, config["seed"],
                 _folder(out.path, row["layer"]), device) for row in best for n in sorted(shards)]
     spread(sample_shard, sampled, "samples")
-    ks = [settings.k] if settings.k != "auto" else list(sweep.k)
+    ks = list(sweep.k) if config["k"] == "auto" else [config["k"]]
     tasks = [(place, row["layer"], k, _folder(out.path, row["layer"]), sorted(shards), sweep.iterations)
              for row in best for k in ks]
     rows += spread(score_centroids, tasks, "candidates")
     choice = min((row for row in rows if row["k"]), key=_badness)
     found = {"rows": rows, "choice": {"layer": choice["layer"], "k": choice["k"]}, "speakers": speakers}
     out.check()
-    store.put_json(store.join(out.path, "layers.json"), found)
+    store.put_json(store.join(out.path, "ui", "layers.json"), found)
     store.put(store.join(out.path, "ui", "layers.png"), plots.layers(rows))
     for row in best:
         store.remove(_folder(out.path, row["layer"]))
@@ -86,9 +88,9 @@ def choose_layer(config: dict[str, Any], inputs: dict[str, Any], out: Any) -> di
             "mfcc_across": floor["across"], "candidates": len(rows) - 1, "speakers": len(speakers)}
 
 
-def _layers(sweep: Sweep, settings: KMeans, n: int) -> list[int]:
-    if settings.layer != "auto":
-        return [settings.layer]
+def _layers(sweep: Sweep, layer: int | str, n: int) -> list[int]:
+    if layer != "auto":
+        return [layer]
     wanted = list(sweep.layers or range(1, n + 1))
     if wrong := [layer for layer in wanted if not 1 <= layer <= n]:
         raise ValueError(f"semantic.sweep.layers: {wrong} are not among the model's {n} layers, counted from 1")
@@ -111,7 +113,7 @@ def _row(place: Place, layer: int | None, k: int | None, features, rate_hz: floa
 def score_mfcc(place: Place) -> dict[str, Any]:
     """The floor: layer and k None."""
     extract, rate_hz = abx.extractor("mfcc")
-    return _row(place, None, None, lambda file: extract(_wav(place.paths[file])), rate_hz)
+    return _row(place, None, None, lambda file: extract(wav_of(place.paths[file])), rate_hz)
 
 
 def score_layer(place: Place, layer: int) -> dict[str, Any]:
@@ -123,7 +125,7 @@ def score_layer(place: Place, layer: int) -> dict[str, Any]:
 def zscored(x: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
     """features (T, D) of each file, per dimension over all files."""
     std_D, mean_D = torch.std_mean(torch.cat(list(x.values())), 0)
-    return {file: ((v - mean_D) / std_D.clamp_min(STD)).numpy() for file, v in x.items()}
+    return {file: ((v - mean_D) / std_D.clamp_min(MIN_STD)).numpy() for file, v in x.items()}
 
 
 def score_centroids(place: Place, layer: int, k: int, folder: str, shards: list[int], iterations: int) -> dict[str, Any]:
@@ -132,7 +134,7 @@ def score_centroids(place: Place, layer: int, k: int, folder: str, shards: list[
 
     parts = [load(store.get(store.join(folder, "features", f"{n:05d}.safetensors")))["features"] for n in shards]
     std_D, mean_D = torch.std_mean(torch.cat(parts), 0)
-    std_D = std_D.clamp_min(STD)
+    std_D = std_D.clamp_min(MIN_STD)
     scaled = [((x - mean_D) / std_D).to(place.device) for x in parts]
     centroids_KD = kmeans.fit(scaled, k, rng.derive(place.seed, "sweep", layer, k), iterations).centroids.cpu()
     x = frames_of(place.paths, load_extractor(place.model, place.device), layer, place.window)
@@ -142,8 +144,4 @@ def score_centroids(place: Place, layer: int, k: int, folder: str, shards: list[
 
 def frames_of(paths: dict[str, str], extractor: Extractor, layer: int, window: Window) -> dict[str, torch.Tensor]:
     """features_TD of each file at a layer."""
-    return {file: encode_frames(extractor, [layer], [_wav(path)], window)[0] for file, path in paths.items()}
-
-
-def _wav(path: str):
-    return audio.resample(*audio.decode(path), SAMPLE_RATE)
+    return {file: encode_frames(extractor, [layer], [wav_of(path)], window)[0] for file, path in paths.items()}

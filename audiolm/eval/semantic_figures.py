@@ -1,6 +1,6 @@
 """The step `semantic_figures`: what the semantic tokens are like, sound like and stand for.
 
-Leaves `{out.path}/semantic.json` and, under `ui/semantic/`, which the tracker shows, a wav of each example token and PNGs.
+Leaves, below `{out.path}/ui/`, which the tracker shows, semantic.json and semantic/: a wav of each example token and PNGs.
 Statistics are of the token store; examples of held-out clips (train clips where there are none); phones by token and ABX of the
 item file's speakers, held out (nothing trained on them) apart from seen.  Times in seconds, ABX errors in %.
 Legend: P phones, K tokens.
@@ -8,7 +8,6 @@ Legend: P phones, K tokens.
 
 from __future__ import annotations
 
-import posixpath
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,18 +17,17 @@ import torch
 
 from audiolm import store
 from audiolm.config_figures import SemanticFigures
-from audiolm.data.audio import decode, read_clip, resample, wav_bytes
+from audiolm.data.audio import read_clip, wav_bytes
 from audiolm.data.manifest import Clip, read_clips, roots
 from audiolm.data.shards import device_of, fan_out
 from audiolm.data.tokens import TokenStore
 from audiolm.eval import abx, plots
 from audiolm.eval import token_statistics as ts
-from audiolm.eval.abx_set import audio_paths
+from audiolm.eval.abx_set import audio_paths, groups_of, wav_of
 from audiolm.tokenizers.base import SAMPLE_RATE, SEMANTIC_HOP
 from audiolm.tokenizers.semantic import load_semantic
 
 KINDS = ("centroids", "semantic", "mfcc")  # of abx.KINDS; the last is the floor
-GROUPS = ("held_out", "seen")
 OCCURRENCES = 6  # of a token, in its example
 CONTEXT_S, GAP_S, FADE_S = 0.12, 0.15, 0.01
 LONGEST_S = 1.0  # of a run, in an example
@@ -60,7 +58,7 @@ def measure_semantic(config: dict[str, Any], inputs: dict[str, Any], out: Any) -
         table["abx"] = {g: {"speakers": list(groups[g]), "rows": abx_rows({k: found[k][g] for k in KINDS}, config["seed"])}
                         for g in groups}
         table["absent"] |= {g: why for g, why in (
-            ("held_out", "every speaker of the item file is trained on"),
+            ("held_out", "every speaker of the item file is trained on, or test"),
             ("seen", "no speaker of the item file is trained on")) if g not in groups}
     else:
         table["absent"]["abx"] = "no item file: give semantic.abx.items and semantic.abx.audio"
@@ -70,7 +68,7 @@ def measure_semantic(config: dict[str, Any], inputs: dict[str, Any], out: Any) -
         for example in table["examples"]:
             example["phone"], example["phone_share"] = table["phones"]["phone_of"].get(str(example["token"]), (None, None))
     out.check()
-    store.put_json(store.join(out.path, "semantic.json"), table)
+    store.put_json(store.join(out.path, "ui", "semantic.json"), table)
     return {**flat_facts(table), "seconds": round(time.monotonic() - began, 3)}
 
 
@@ -79,26 +77,12 @@ def _part(task, *arguments: Any) -> Any:
 
 
 def _item_files(want: SemanticFigures, manifest: str) -> tuple[Groups, dict[str, str], list[str]]:
-    """(the groups that have speakers, file id -> path of their audio, remarks); all empty without items.
-
-    A speaker is seen where a train clip names it, or is cut from a file that the items call its own."""
+    """(the groups that have speakers, file id -> path of their audio, remarks); all empty without items."""
     if want.items is None:
         return {}, {}, []
     items = abx.read_items(want.items)
-    train = read_clips(manifest, "train", want.where)
-    heard = {posixpath.splitext(posixpath.basename(p.uri))[0] for c in train for p in c.parts}
-    speakers = set(items.speaker.tolist())
-    seen = speakers & {c.speaker for c in train} | set(items.speaker[np.isin(items.file, list(heard))].tolist())
-    held = set(want.speakers) if want.speakers else speakers - seen
-    groups = {name: tuple(sorted(g)) for name, g in zip(GROUPS, (held, seen - held), strict=True) if g}
-    files = audio_paths(want.audio, {f for g in groups.values() for f in items.of(g).file.tolist()})
-    wrong = sorted(held & seen)
-    remarks = [f"semantic.abx.speakers holds {', '.join(wrong)}, who are trained on: what is called held out is partly seen"]
-    return groups, files, remarks if wrong else []
-
-
-def _wav(path: str) -> np.ndarray:
-    return resample(*decode(path), SAMPLE_RATE)
+    groups, remarks = groups_of(items, want.speakers, manifest, want.where)
+    return groups, audio_paths(want.audio, {f for g in groups.values() for f in items.of(g).file.tolist()}), remarks
 
 
 def abx_part(kind: str, items_path: str, groups: Groups, files: Mapping[str, str], kmeans: str, seed: int,
@@ -106,7 +90,7 @@ def abx_part(kind: str, items_path: str, groups: Groups, files: Mapping[str, str
     """One task: {group: {mode: scores}} of one kind of features; across takes two speakers."""
     items = abx.read_items(items_path)
     extract, rate_hz = abx.extractor(kind, None if kind == "mfcc" else load_semantic(kmeans, device))
-    return {group: abx.scores(lambda file: extract(_wav(files[file])), items, rate_hz,
+    return {group: abx.scores(lambda file: extract(wav_of(files[file])), items, rate_hz,
                               abx.MODES if len(speakers) > 1 else abx.MODES[:1], speakers, seed)
             for group, speakers in groups.items()}
 
@@ -138,7 +122,7 @@ def phones_part(items_path: str, alignment: str, speakers: Sequence[str], files:
     names = sorted({p for _, _, phones in spoken.values() for p in phones})
     frames_PK = np.zeros((len(names), tokenizer.spec.vocab), np.int64)
     for file, (onset, offset, phones) in spoken.items():
-        wav_T = _wav(files[file])
+        wav_T = wav_of(files[file])
         z_T = tokenizer.encode(torch.from_numpy(wav_T)[None], torch.tensor([len(wav_T)]))[0][:, 0].numpy()
         at_T, inside_T = frame_phones(onset, offset, len(z_T))
         number = np.array([names.index(p) for p in phones])
@@ -257,7 +241,7 @@ def flat_facts(table: Mapping[str, Any]) -> dict[str, float]:
         facts["drift_bits"] = table["drift_bits"]
     if table["phones"]:
         facts |= {k: table["phones"][k] for k in ("pnmi", "phone_purity", "cluster_purity")}
-    for group, held in (("held_out", ""), ("seen", "seen_")):
+    for group, held in (("held_out", ""), ("test", "test_"), ("seen", "seen_")):
         for row in ((table["abx"] or {}).get(group) or {}).get("rows", ()):
             kind = {"centroids": "", "semantic": "features_"}.get(row["features"], row["features"] + "_")
             facts |= {f"abx_{held}{kind}{mode}": row[mode] for mode in abx.MODES if mode in row}

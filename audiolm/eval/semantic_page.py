@@ -17,7 +17,7 @@ from audiolm.eval import plots
 from audiolm.eval.page import Html, esc, join, missing, number, picture, table, tag, verdict
 from audiolm.metrics import read_build
 
-GROUPS = {"held_out": "held-out speakers", "seen": "seen speakers"}
+GROUPS = {"held_out": "held-out speakers", "test": "test speakers", "seen": "seen speakers"}
 FEATURES = {"centroids": "tokens (centroids)", "semantic": "features", "mfcc": "MFCC (floor)"}
 STATISTICS = (("rate", "tokens/s", 2), ("rate_dedup", "tokens/s, deduplicated", 2), ("bits_per_s", "bit/s", 1),
               ("bits_per_s_dedup", "bit/s, deduplicated", 1), ("entropy_bits", "entropy, bits", 2),
@@ -33,7 +33,7 @@ def semantic(paths: Mapping[str, str], add: Add, sound: Sound) -> Html:
     """The section. paths: builds by step; add(name, png, text) files a picture with the report; sound(path) gives (wav_T,
     player) or None. Raises nothing for what is missing."""
     parts = []
-    if (folder := paths.get("semantic_figures")) and (found := store.get_json(store.join(folder, "semantic.json"))):
+    if (folder := paths.get("semantic_figures")) and (found := store.get_json(store.join(folder, "ui", "semantic.json"))):
         parts = [_statistics(found, folder), _abx(found), _phones(found, folder), _examples(found, folder, sound)]
     for name in (n for n in paths if re.fullmatch(r"layers(_\d+)?", n)):
         parts.append(_layers(name, paths[name]))
@@ -151,7 +151,7 @@ def _examples(found: Mapping[str, Any], folder: str, sound: Sound) -> Html:
 
 def _layers(name: str, folder: str) -> Html:
     target = f"for {title_of('masked_model_' + name[7:])}" if name[7:] else "for the tokens"
-    found = store.get_json(store.join(folder, "layers.json"))
+    found = store.get_json(store.join(folder, "ui", "layers.json"))
     parts = [tag("h3", f"Choice of layer and K, {target}")]
     if not found:
         return join([*parts, missing("layers.json is gone.")])

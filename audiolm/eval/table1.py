@@ -54,12 +54,12 @@ def semantic_side(tokenizer: ResidualTokenizer, vocoder: SemanticCodec | None) -
     return Side("semantic", tokenizer, sorted({1, tokenizer.spec.n_q}), tokenizer.vectors_of, vocoder)
 
 
-def table1(sides: Sequence[Side], items: abx.Items, read: Callable[[str], np.ndarray | None], wavs: Sequence[np.ndarray],
+def table1(sides: Sequence[Side], items: abx.Items, read: Callable[[str], np.ndarray], wavs: Sequence[np.ndarray],
            have: Scorers, seed: int = 0, say: Say = lambda text: None) -> dict[str, Any]:
     """"rows": tokens, levels, bits_per_s, within, interval_within, across, interval_across, by_speaker_*, visqol, pesq, stoi,
     si_sdr_db, mel, scored (None where there is none); "items", "clips", "seconds", "visqol", "absent" and "remarks".
 
-    `read` gives wav_T of an item's file, or None where it is missing; `wavs` are what is decoded; `say` hears of progress.
+    `read` gives wav_T of an item's file; `wavs` are what is decoded; `say` hears of progress.
     Raises ValueError as eval.abx does, and where there is nothing to measure.
     """
     if not sides or not len(wavs):
@@ -93,21 +93,19 @@ def _bits_per_s(tokenizer: Tokenizer, levels: int) -> float:
     return levels * tokenizer.spec.rate_hz * math.log2(tokenizer.spec.vocab)
 
 
-def _codes_of(side: Side, items: abx.Items, read: Callable[[str], np.ndarray | None], say: Say) -> dict[str, torch.Tensor]:
-    """codes_TQ of each of the items' files that is there: encoded once for all numbers of levels."""
+def _codes_of(side: Side, items: abx.Items, read: Callable[[str], np.ndarray], say: Say) -> dict[str, torch.Tensor]:
+    """codes_TQ of each of the items' files: encoded once for all numbers of levels."""
     names, codes = sorted(set(items.file.tolist())), {}
     for i, name in enumerate(names):
         if i % max(1, len(names) // 10) == 0:
             say(f"{side.name}: tokens of file {i + 1} of {len(names)}")
-        wav_T = read(name)
-        if wav_T is not None:
-            codes[name], = encode(side.tokenizer, [wav_T])
+        codes[name], = encode(side.tokenizer, [read(name)])
     return codes
 
 
 def _abx(side: Side, levels: int, codes: Mapping[str, torch.Tensor], items: abx.Items, seed: int) -> dict[str, Any]:
-    def features(file: str) -> np.ndarray | None:
-        return side.vectors(codes[file][:, :levels]).numpy() if file in codes else None
+    def features(file: str) -> np.ndarray:
+        return side.vectors(codes[file][:, :levels]).numpy()
 
     return abx.abx(features, items, side.tokenizer.spec.rate_hz, seed=seed)
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from audiolm import rng
 from audiolm.data.tokens import Ragged, TokenStore, level_name, run_starts
+from audiolm.tokenizers.encode import entropy_bits
 
 RUN_LENGTHS = 25  # bins of the histogram; the last counts longer runs too
 ENDS = 10  # most and least used tokens that are listed
@@ -91,11 +92,6 @@ def statistics(use: Use, rate_hz: float) -> dict[str, Any] | None:
             "used": len(used), "vocab": len(use.frames_K), "dedup_ratio": n_runs / frames, "mean_run": frames / n_runs,
             "runs_by_length": use.lengths_L.tolist(), "most_used": listed(used[:ENDS]),
             "least_used": listed(used[ENDS:][::-1][:ENDS])}
-
-
-def entropy_bits(counts: np.ndarray) -> float:
-    p = counts[counts > 0] / counts.sum()
-    return float(-(p * np.log2(p)).sum())
 
 
 def drift_bits(a_K: np.ndarray, b_K: np.ndarray) -> float:

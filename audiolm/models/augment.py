@@ -51,8 +51,8 @@ def heard(wav_BT: torch.Tensor, lengths_B: torch.Tensor, draws: list[Draw], samp
         if d.snr_db is not None:
             clean = with_noise(clean, d.snr_db, d.colour, generator)
         rows.append(torch.nn.functional.pad(clean, (0, len(wav_T) - n)))
-    ratio_B = torch.tensor([2.0 ** (d.cents / 1200) for d in draws], device=wav_BT.device)
-    return log_mel(torch.stack(rows), sample_rate=sample_rate, ratio_B=None if bool((ratio_B == 1).all()) else ratio_B)
+    ratio_B = torch.tensor([2.0 ** (d.cents / 1200) for d in draws]).to(wav_BT.device, non_blocking=True)
+    return log_mel(torch.stack(rows), sample_rate=sample_rate, ratio_B=ratio_B if any(d.cents for d in draws) else None)
 
 
 def in_a_room(wav_T: torch.Tensor, reverb_s: float, wet: float, sample_rate: int, generator: torch.Generator) -> torch.Tensor:
@@ -63,7 +63,7 @@ def in_a_room(wav_T: torch.Tensor, reverb_s: float, wet: float, sample_rate: int
     room[0] = 0
     room *= (wet / room.square().sum().clamp_min(1e-12)).sqrt()
     room[0] = 1
-    size = len(wav_T) + n - 1
+    size = 1 << (len(wav_T) + n - 2).bit_length()  # few sizes: a GPU plans each anew
     made = torch.fft.irfft(torch.fft.rfft(wav_T, size) * torch.fft.rfft(room, size), size)[:len(wav_T)]
     return made * (wav_T.square().sum() / made.square().sum().clamp_min(1e-12)).sqrt()
 

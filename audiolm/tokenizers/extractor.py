@@ -20,13 +20,13 @@ from audiolm.models.mel import log_mel
 from audiolm.tokenizers.base import SAMPLE_RATE, SEMANTIC_HOP, padded_samples
 
 FAMILY = "masked-conformer"
+GROUP = 16  # windows at once: what bounds memory, however long a file
 
 
 class Extractor(Protocol):
     """Frozen."""
 
     family: str
-    convention: str  # what "layer n" means
     layers: int
     dim: int
 
@@ -51,7 +51,7 @@ class Extractor(Protocol):
 class ConformerExtractor:
     """A masked model trained here."""
 
-    family, convention = FAMILY, LAYER_CONVENTION
+    family = FAMILY
 
     def __init__(self, encoder: Encoder):
         self.encoder = encoder.eval().requires_grad_(False)
@@ -87,8 +87,8 @@ def mel_of(wav_BT: torch.Tensor, lengths_B: torch.Tensor) -> tuple[torch.Tensor,
 
 def silenced(wav_BT: torch.Tensor, lengths_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """wav_BT of whole frames of the longest row, zeros past each length, and frames_B."""
+    target = padded_samples(int(lengths_B.max()))  # of lengths on the CPU, where a caller has them: no waiting for a GPU
     lengths_B = lengths_B.to(wav_BT.device)
-    target = padded_samples(int(lengths_B.max()))
     wav_BT = F.pad(wav_BT[:, :target].float(), (0, max(0, target - wav_BT.shape[1])))
     inside_BT = torch.arange(target, device=wav_BT.device)[None] < lengths_B[:, None]
     return wav_BT.masked_fill(~inside_BT, 0.0), ((lengths_B + SEMANTIC_HOP - 1) // SEMANTIC_HOP).clamp_min(1)
@@ -125,7 +125,7 @@ def window_of(window_s: float, overlap_s: float) -> Window:
 @torch.no_grad()
 def windowed(extractor: Extractor, wav_BT: torch.Tensor, lengths_B: torch.Tensor, layers: Sequence[int],
              window: Window) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """`Extractor.features` by windows, which go through as rows of one batch."""
+    """`Extractor.features` by windows, which go through as rows of batches."""
     wav_BT, frames_B = silenced(wav_BT, lengths_B)
     if int(frames_B.max()) <= window.frames:
         return extractor.features(wav_BT, lengths_B, layers)
@@ -135,11 +135,13 @@ def windowed(extractor: Extractor, wav_BT: torch.Tensor, lengths_B: torch.Tensor
     for i, (row, at, end, _, _) in enumerate(spans):
         lengths[i] = min(int(lengths_B[row]), end * SEMANTIC_HOP) - at * SEMANTIC_HOP
         pieces[i, :lengths[i]] = wav_BT[row, at * SEMANTIC_HOP:at * SEMANTIC_HOP + lengths[i]]
-    found, _ = extractor.features(pieces, lengths, layers)
-    whole = [x.new_zeros(len(wav_BT), int(frames_B.max()), x.shape[-1]) for x in found]
-    for i, (row, at, _, first, end) in enumerate(spans):
-        for x, made in zip(found, whole, strict=True):
-            made[row, first:end] = x[i, first - at:end - at]
+    whole: list[torch.Tensor] = []
+    for n in range(0, len(spans), GROUP):
+        found, _ = extractor.features(pieces[n:n + GROUP], lengths[n:n + GROUP], layers)
+        whole = whole or [x.new_zeros(len(wav_BT), int(frames_B.max()), x.shape[-1]) for x in found]
+        for i, (row, at, _, first, end) in enumerate(spans[n:n + GROUP]):
+            for x, made in zip(found, whole, strict=True):
+                made[row, first:end] = x[i, first - at:end - at]
     return whole, frames_B
 
 

@@ -45,8 +45,8 @@ def fit_kmeans(config: dict, inputs: dict, out) -> dict:
         raise ValueError(f"k-means needs train clips and the manifest has none for semantic.where = "
                          f"{where.source}: widen it")
     numbers = sorted(shards)
-    frames = [sum(_frames(c) for c in shards[n]) for n in numbers]
-    quotas = _quotas(frames, settings.max_frames)
+    frames = [sum(frames_in(c) for c in shards[n]) for n in numbers]
+    quotas = quotas_of(frames, settings.max_frames)
     device = device_of(cluster, out.inline)
     window = window_of(settings.window_s, settings.overlap_s)
     items = [(model, settings.layer, window, shards[n], roots(config["corpus"]), n, quota, seed, out.path, device)
@@ -72,14 +72,14 @@ def chosen(settings: KMeans, inputs: dict) -> KMeans:
 def sample_shard(model: str, layer: int, window: Window, clips: list[Clip], folders: dict[str, str], shard: int, quota: int,
                  seed: int, out_path: str, device: str) -> int:
     """Writes `quota` feature frames of a shard's train clips to features/{shard}.safetensors; returns their number."""
-    path = _file(out_path, shard)
+    path = features_file(out_path, shard)
     generator = rng.generator(seed, "kmeans", shard)
     taken, have = [], 0
     for i in generator.permutation(len(clips)).tolist():
         if have >= OVERSAMPLE * quota:
             break
         taken.append(clips[i])
-        have += _frames(clips[i])
+        have += frames_in(clips[i])
     keep = torch.from_numpy(generator.permutation(have)[:quota]).sort().values
     if store.exists(path):  # whole, and of this build: an earlier attempt's
         return len(keep)
@@ -104,7 +104,7 @@ def encode_frames(extractor: Extractor, layers: Sequence[int], wavs: Sequence, w
     return [torch.cat([x[:n] for x, n in zip(x_BTD.cpu(), frames, strict=True)]) for x_BTD in found]
 
 
-class _Iterations:
+class Iterations:
     """An `out` that shows what `at` says, (iteration, of, inertia per frame), in place of fan_out's own count of tasks."""
 
     def __init__(self, out, at: Callable[[], list | None]):
@@ -121,7 +121,7 @@ def fit_here(model: str, settings: KMeans, kept: dict[int, int], seed: int, out,
     """The fit in one task, which holds all features; returns the step's facts. `kept`: shard -> frames."""
     note = store.join(out.path, "iterations.json")
     store.remove(note)
-    shown = _Iterations(out, partial(store.get_json, note))
+    shown = Iterations(out, partial(store.get_json, note))
     say = shown.show if out.inline else partial(store.put_json, note)  # a task on another machine leaves a file
     facts = fan_out(fit_files, [(model, settings, list(kept), seed, out.path, device, say)], out=shown, cluster=cluster,
                     unit="fits", gpu=device == "cuda")[0]
@@ -132,12 +132,12 @@ def fit_here(model: str, settings: KMeans, kept: dict[int, int], seed: int, out,
 def fit_files(model: str, settings: KMeans, numbers: list[int], seed: int, out_path: str, device: str,
               say: Callable[[list], None]) -> dict:
     """Z-score, k-means and artefact from the files of features; `say` hears how far it is; returns the facts."""
-    shards = [load(store.get(_file(out_path, n)))["features"] for n in numbers]
+    shards = [load(store.get(features_file(out_path, n)))["features"] for n in numbers]
     kmeans.check_finite(shards, numbers)
     frames, told = sum(map(len, shards)), time.monotonic()
     mean_D, std_D = zscore(kmeans.in_memory(shards)[0], frames)
     for i, x in enumerate(shards):  # shard by shard: the features are held once
-        shards[i] = _scaled(x, mean_D, std_D).to(device)
+        shards[i] = scaled(x, mean_D, std_D).to(device)
 
     def tell(run: int, done: int, inertia: float) -> None:
         nonlocal told
@@ -156,7 +156,7 @@ def fit_parts(model: str, settings: KMeans, kept: dict[int, int], seed: int, out
     frames, gpu = sum(kept.values()), device == "cuda"
     fan_out(join_part, [(out.path, i, group) for i, group in enumerate(groups)], out=out, cluster=cluster, unit="parts")
     at = [0, settings.restarts * settings.iterations, None]
-    shown = _Iterations(out, lambda: at)
+    shown = Iterations(out, lambda: at)
 
     def each_with(scale: tuple[torch.Tensor, torch.Tensor] | None, device: str) -> kmeans.Each:
         def each(fn: Callable, *args, only: Sequence[int] | None = None) -> list:
@@ -185,7 +185,7 @@ def join_part(out_path: str, part: int, numbers: list[int]) -> None:
     path = _part(out_path, part)
     if store.exists(path):
         return
-    shards = [load(store.get(_file(out_path, n)))["features"] for n in numbers]
+    shards = [load(store.get(features_file(out_path, n)))["features"] for n in numbers]
     kmeans.check_finite(shards, numbers)
     store.put(path, save({"features": torch.cat(shards), "lengths": torch.tensor([len(x) for x in shards])}))
 
@@ -195,7 +195,7 @@ def on_part(out_path: str, part: int, scale: tuple[torch.Tensor, torch.Tensor] |
     """fn(shards of a part, *args); `scale` (mean_D, std_D) z-scores them first."""
     found = load(store.get(_part(out_path, part)))
     shards = found["features"].split(found["lengths"].tolist())
-    return fn([(x if scale is None else _scaled(x, *scale)).to(device) for x in shards], *args)
+    return fn([(x if scale is None else scaled(x, *scale)).to(device) for x in shards], *args)
 
 
 def start_parts(out_path: str, parts: int, scale: tuple[torch.Tensor, torch.Tensor], device: str, frames: int,
@@ -227,7 +227,7 @@ def zscore(each: kmeans.Each, frames: int) -> tuple[torch.Tensor, torch.Tensor]:
     return mean.float(), std.clamp_min(MIN_STD).float()
 
 
-def _scaled(x_ND: torch.Tensor, mean_D: torch.Tensor, std_D: torch.Tensor) -> torch.Tensor:
+def scaled(x_ND: torch.Tensor, mean_D: torch.Tensor, std_D: torch.Tensor) -> torch.Tensor:
     return (x_ND - mean_D).div_(std_D)  # in memory of its own: products may round by a view's alignment
 
 
@@ -239,7 +239,7 @@ def _squares(part: kmeans.Part, mean: torch.Tensor) -> torch.Tensor:
     return sum((x.double() - mean).square().sum(0) for x in part)
 
 
-def _quotas(frames: list[int], most: int) -> list[int]:
+def quotas_of(frames: list[int], most: int) -> list[int]:
     """Each shard's share of `most` frames, by its length, at least 1."""
     total = sum(frames)
     return [f if total <= most else max(1, f * most // total) for f in frames]
@@ -258,11 +258,11 @@ def _groups(clips: list[Clip]) -> list[list[Clip]]:
     return groups
 
 
-def _frames(clip: Clip) -> int:
+def frames_in(clip: Clip) -> int:
     return padded_samples(clip.samples) // SEMANTIC_HOP
 
 
-def _file(out_path: str, shard: int) -> str:
+def features_file(out_path: str, shard: int) -> str:
     return store.join(out_path, "features", f"{shard:05d}.safetensors")
 
 

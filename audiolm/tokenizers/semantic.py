@@ -22,6 +22,7 @@ from audiolm.tokenizers.base import SAMPLE_RATE, SEMANTIC_HOP, TokenSpec
 from audiolm.tokenizers.extractor import FAMILY, Extractor, Window, rebuilt, windowed
 
 FORMAT = "audiolm-semantic-2"
+MASKED_FORMAT = "audiolm-masked-1"  # of a masked model's export
 GOLDEN_S = 2.0
 SURE = 1e-3  # golden frames nearer to a tie than this may differ between processors
 
@@ -88,8 +89,10 @@ def read_export(build: str) -> tuple[dict[str, torch.Tensor], dict, str]:
 
 
 def load_extractor(build: str, device: str = "cpu") -> Extractor:
-    """The encoder of a masked model's export, trained here or imported. Raises ArtefactError."""
+    """The encoder of a masked model's export, trained here or imported, or of a tokenizer's. Raises ArtefactError."""
     weights, config, _ = read_export(build)
+    _require(build, config, "format", FORMAT if config.get("format") == FORMAT else MASKED_FORMAT)
+    _require(build, config, "sample_rate", SAMPLE_RATE)
     return _extractor(build, weights, config).to(device)
 
 
@@ -152,9 +155,8 @@ def _require(build: str, config: dict, field: str, value) -> None:
 
 def _extractor(build: str, weights: dict[str, torch.Tensor], config: dict) -> Extractor:
     family = config.get("family")
-    conventions = {FAMILY: LAYER_CONVENTION}
-    if family in conventions:
-        _require(build, config, "layer_convention", conventions[family])
+    if family == FAMILY:
+        _require(build, config, "layer_convention", LAYER_CONVENTION)
     try:
         return rebuilt(config, {n.removeprefix("encoder."): w for n, w in weights.items() if n.startswith("encoder.")})
     except (KeyError, TypeError, ValueError, RuntimeError) as e:

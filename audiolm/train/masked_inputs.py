@@ -21,6 +21,7 @@ from audiolm.data.crops import AudioCrops
 from audiolm.data.manifest import Clip, read_clips, roots
 from audiolm.models.augment import Draw, draw, heard
 from audiolm.models.masked import Encoder
+from audiolm.models.mel import log_mel
 from audiolm.tokenizers.base import SAMPLE_RATE, SEMANTIC_HOP, padded_samples
 from audiolm.tokenizers.extractor import mel_of, silenced
 from audiolm.train.objective import Context
@@ -91,11 +92,11 @@ class MaskedInputs:
 
     def mels(self, batch: MaskedBatch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(clean mel_BTF, the one that the model hears, frames_B) on the device; one tensor where nothing is done to it."""
-        wav_BT, lengths_B = batch.wav_BT.to(device), batch.lengths_B.to(device)
-        clean_BTF, frames_B = mel_of(wav_BT, lengths_B)
+        wav_BT, frames_B = silenced(batch.wav_BT.to(device), batch.lengths_B)
+        clean_BTF = log_mel(wav_BT)
         if batch.draws is None:
             return clean_BTF, clean_BTF, frames_B
-        return clean_BTF, heard(silenced(wav_BT, lengths_B)[0], batch.lengths_B, batch.draws), frames_B
+        return clean_BTF, heard(wav_BT, batch.lengths_B, batch.draws), frames_B
 
 
 def masked_inputs(config: Mapping[str, Any], inputs: Mapping[str, str], ctx: Context) -> tuple[MaskedInputs, list[Clip]]:
@@ -105,7 +106,7 @@ def masked_inputs(config: Mapping[str, Any], inputs: Mapping[str, str], ctx: Con
     for split, clips in (("train", train), ("dev", dev)):
         if not clips:
             raise ValueError(f"the masked model needs {split} clips and the manifest has none for semantic.where = "
-                             f"{where.source}: widen semantic.where or raise corpus.{split}")
+                             f"{where.source}: widen semantic.where" + (" or raise corpus.dev" if split == "dev" else ""))
     crop = crop_samples(sizes)
     mine = list(enumerate(eval_pieces(dev, crop)))[ctx.rank::ctx.world]
     held = {j: torch.from_numpy(read_clip(dev[i], folders, at, n)) for j, (i, at, n) in mine}

@@ -20,9 +20,10 @@ from audiolm.data.manifest import roots
 from audiolm.models import kmeans
 from audiolm.models.masked import LAYER_CONVENTION, SUBSAMPLE, EncoderSizes, MaskedModel, valid_frames
 from audiolm.models.mel import mfcc
+from audiolm.models.rvq import perplexity
 from audiolm.tokenizers.base import SAMPLE_RATE
 from audiolm.tokenizers.extractor import FAMILY, ConformerExtractor
-from audiolm.tokenizers.semantic import load_extractor, load_semantic
+from audiolm.tokenizers.semantic import MASKED_FORMAT, load_extractor, load_semantic
 from audiolm.train.engine import all_sum
 from audiolm.train.masked_inputs import (
     MaskedBatch,
@@ -54,14 +55,14 @@ def target_features(mel_BTF: torch.Tensor, lengths_B: torch.Tensor) -> torch.Ten
     return (c_BTC / std_B1C.clamp_min(1e-3)).unflatten(1, (-1, SUBSAMPLE)).mean(2)
 
 
-def check_targets(counts_K: torch.Tensor) -> float:
-    """The entropy (nats) of the targets in use; raises ValueError where they are empty or all but constant."""
+def check_targets(counts_K: torch.Tensor, field: str = "semantic.model.targets_k") -> float:
+    """The entropy (nats) of the targets in use; raises ValueError, naming `field`, where they are empty or all but constant."""
     total, used, h = int(counts_K.sum()), int((counts_K > 0).sum()), kmeans.entropy(counts_K)
     if total == 0 or h < MIN_ENTROPY * math.log(len(counts_K)):
         what = "empty" if total == 0 else "all but constant"
-        raise ValueError(f"masked targets are {what}: {total} frames, {used} of targets_k = {len(counts_K)} in use, "
+        raise ValueError(f"masked targets are {what}: {total} frames, {used} of {len(counts_K)} in use, "
                          f"entropy {h:.3f} nats; the loss would fall without learning. Look "
-                         "at the corpus (silent or repeated audio?) or lower semantic.model.targets_k")
+                         f"at the corpus (silent or repeated audio?) or lower {field}")
     return h
 
 
@@ -122,10 +123,9 @@ class MaskedObjective:
 
     def _report(self, totals: torch.Tensor) -> dict[str, torch.Tensor]:
         loss, right, frames, audio_s = totals[:4]
-        predicted_K, targets_K = totals[4:].chunk(2)
+        predicted, targets = perplexity(totals[4:].view(2, -1))
         return {"loss": loss / frames, "accuracy": right / frames, "units": audio_s,
-                "target_entropy": torch.tensor(kmeans.entropy(targets_K)),
-                "prediction_perplexity": torch.tensor(math.exp(kmeans.entropy(predicted_K)))}
+                "target_entropy": targets.log(), "prediction_perplexity": predicted}
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -152,7 +152,7 @@ class MaskedObjective:
 def export(encoder, objective: str, more: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """What `tokenizers.semantic.load_extractor` reads."""
     return ({f"encoder.{name}": value for name, value in encoder.state_dict().items()},
-            {"format": "audiolm-masked-1", "family": FAMILY, "layer_convention": LAYER_CONVENTION, "objective": objective,
+            {"format": MASKED_FORMAT, "family": FAMILY, "layer_convention": LAYER_CONVENTION, "objective": objective,
              "encoder": encoder.sizes.to_json(), "sample_rate": SAMPLE_RATE, **more})
 
 
@@ -169,19 +169,19 @@ def fit_targets(model: MaskedModel, points: list[torch.Tensor], seed: int) -> fl
     return check_targets(found.counts)
 
 
-def teacher(path: str, device: torch.device, pieces: Iterable[MaskedBatch]) -> tuple[Targets, int]:
-    """Targets of the artefact at `path`, checked on some batches, and how many there are."""
-    tokenizer = load_semantic(path, str(device))
+def teacher(path: str, device: torch.device, dtype: str, pieces: Iterable[MaskedBatch]) -> tuple[Targets, int]:
+    """Targets of the artefact at `path`, checked on some batches, and how many there are. All ranks take part."""
+    tokenizer = load_semantic(path, str(device), dtype)
 
     def targets(batch: MaskedBatch, mel_BTF: torch.Tensor, frames_B: torch.Tensor) -> torch.Tensor:
         return tokenizer.codes(batch.wav_BT.to(device), batch.lengths_B)[0]
 
     k = tokenizer.spec.vocab
-    counts_K = torch.zeros(k, dtype=torch.int64)
+    counts_K = torch.zeros(k, dtype=torch.int64, device=device)
     for batch in pieces:
         labels_BT, frames_B = tokenizer.codes(batch.wav_BT.to(device), batch.lengths_B)
-        counts_K += torch.bincount(labels_BT[valid_frames(frames_B, labels_BT.shape[1])].cpu(), minlength=k)
-    check_targets(all_sum(counts_K))
+        counts_K += torch.bincount(labels_BT[valid_frames(frames_B, labels_BT.shape[1])], minlength=k)
+    check_targets(all_sum(counts_K).cpu(), "semantic.again's k")
     return targets, k
 
 
@@ -196,7 +196,7 @@ def masked_objective(config: Mapping[str, Any], inputs: Mapping[str, str], ctx: 
         model, targets = MaskedModel(conformer, sizes.targets_k), None
     else:
         path = next(p for name, p in inputs.items() if name.startswith("targets"))
-        targets, k = teacher(path, ctx.device, data.pieces())
+        targets, k = teacher(path, ctx.device, config["train"].dtype, data.pieces())
         model = MaskedModel(conformer, k, target_dim=0)
     if again is not None and again.start == "previous":
         before = load_extractor(next(p for name, p in inputs.items() if name.startswith("masked_model")))

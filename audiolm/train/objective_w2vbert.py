@@ -2,7 +2,8 @@
 
 Loss = beta contrastive + gamma masked (means over the masked frames of the global batch, in nats) + 0.1 diversity, which
 is a function of the codes' mean probabilities over those same frames.  That mean is taken first, without gradients and
-over all micro-batches and ranks; the loss is then linear in each frame, so that neither changes the step.
+over all micro-batches and ranks, with dropout of its own; the loss is then linear in each frame, so that neither changes the
+step.
 Where the input is augmented, the codes come from the clean audio (the papers do not augment): a code should not depend
 on the noise.  Gumbel noise and negatives are drawn from (seed, purpose, step, row).  V codes; the rest as models.w2vbert.
 """
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 
-from audiolm.config_semantic import Masked
+from audiolm.config_semantic import Masked, W2vBert
 from audiolm.data.manifest import roots
 from audiolm.models.masked import EncoderSizes
 from audiolm.models.rvq import perplexity
@@ -38,7 +39,7 @@ class Batch:
 def w2vbert_model(sizes: Masked) -> W2vBertModel:
     """The model of a configuration; half the blocks are contrastive where it does not say. Raises ValueError."""
     conformer = EncoderSizes(sizes.dim, sizes.layers, sizes.heads, sizes.ff, sizes.conv_kernel, sizes.dropout)
-    w = sizes.w2vbert
+    w = sizes.w2vbert or W2vBert()
     return W2vBertModel(conformer, w.contrastive_layers or sizes.layers // 2, w.codes, w.code_dim)
 
 
@@ -47,7 +48,7 @@ class W2vBertObjective:
 
     def __init__(self, model: W2vBertModel, inputs: MaskedInputs, ctx: Context):
         self.modules = {"model": model.to(ctx.device)}
-        self.inputs, self.ctx = inputs, ctx
+        self.inputs, self.ctx, self.settings = inputs, ctx, inputs.sizes.w2vbert or W2vBert()
 
     @property
     def model(self) -> W2vBertModel:
@@ -57,15 +58,15 @@ class W2vBertObjective:
         return self._with_negatives(self.inputs.batch(step, rows))
 
     def _with_negatives(self, b: MaskedBatch) -> Batch:
-        return Batch(b, draw_negatives(b.mask_BT, self.inputs.sizes.w2vbert.negatives, self.inputs.seed, b.step, b.rows))
+        return Batch(b, draw_negatives(b.mask_BT, self.settings.negatives, self.inputs.seed, b.step, b.rows))
 
     def temperature(self, step: int) -> float:
         """Of the Gumbel softmax."""
-        first, last, factor = self.inputs.sizes.w2vbert.gumbel
+        first, last, factor = self.settings.gumbel
         return max(last, first * factor**step)
 
     def train_step(self, engines: Mapping[str, Any], batches: list[Batch], step: int) -> dict[str, torch.Tensor]:
-        device, w, engine, tau = self.ctx.device, self.inputs.sizes.w2vbert, engines["model"], self.temperature(step)
+        device, w, engine, tau = self.ctx.device, self.settings, engines["model"], self.temperature(step)
         heard = [(*self.inputs.mels(b.masked, device), b.masked.mask_BT.to(device)) for b in batches]
         mean_V, masked = self._mean_use(heard)
         slope_V, = torch.autograd.grad(diversity(mean_V), mean_V)
@@ -98,7 +99,7 @@ class W2vBertObjective:
         """What the model sums, and without gradients FIGURES, audio s, and V each of targets, predictions, probabilities."""
         clean_BTF, heard_BTF, frames_B, mask_BT = seen
         sums = model(heard_BTF, frames_B, mask_BT, batch.negatives_BMK.to(self.ctx.device),
-                     self.inputs.sizes.w2vbert.temperature, noise_BMV, tau, None if clean_BTF is heard_BTF else clean_BTF)
+                     self.settings.temperature, noise_BMV, tau, None if clean_BTF is heard_BTF else clean_BTF)
         audio_s = torch.tensor(batch.masked.audio_s, device=self.ctx.device)
         head = torch.stack([*(sums[name].detach().float() for name in FIGURES), audio_s])
         counts = [sums[name].detach() for name in ("codes_V", "predicted_V", "probabilities_V")]
@@ -117,7 +118,7 @@ class W2vBertObjective:
     def evaluate(self) -> dict[str, float]:
         """The losses on masked frames of dev pieces with the likeliest codes (each rank takes every world-th), "loss" the
         sum of contrastive and masked, and alarms (1 = it rings): few codes in use, or predictions all but constant."""
-        w = self.inputs.sizes.w2vbert
+        w = self.settings
         totals = torch.zeros(len(FIGURES) + 1 + 3 * w.codes, dtype=torch.float64, device=self.ctx.device)
         self.model.eval()
         for piece in self.inputs.pieces():
