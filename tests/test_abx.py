@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections import defaultdict
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -44,7 +45,8 @@ def plain_abx(features, rows, rate_hz, mode, seed=0, most=10, most_x=5, between=
     """rows: (file, onset, offset, phone, before, after, speaker)."""
     groups = defaultdict(list)
     for file, on, off, phone, before, after, speaker in rows:
-        first, last = max(0, math.ceil(rate_hz * on - 0.5)), math.floor(rate_hz * off - 0.5)
+        first, last = (Fraction(str(rate_hz)) * Fraction(str(t)) - Fraction(1, 2) for t in (on, off))
+        first, last = max(0, math.ceil(first)), math.floor(last)
         if len(x := features[file][first:last].tolist()):
             groups[f"{before} {after}", speaker, phone].append(x)
     for (c, s, p), members in groups.items():
@@ -136,9 +138,11 @@ def test_null_frames_without_a_codebook(tmp_path, monkeypatch):
     assert abx.abx(features, items, 25.0)["across"] == pytest.approx(plain_abx(features, rows, 25.0, "across"), abs=1e-6)
 
 
-def test_agrees_with_fastabx(tmp_path):
-    fastabx = pytest.importorskip("fastabx")
+def test_agrees_with_fastabx(tmp_path, monkeypatch):
+    fastabx = pytest.importorskip("fastabx", reason="fastabx is not installed (it needs Python 3.12)")
     import torch
+
+    monkeypatch.setenv("FASTABX_WITH_LIBRILIGHT_BUG", "1")  # libri-light's frames: the last one of an item is left out
 
     features, _, items = corpus(tmp_path, 1, gaussian)
     for name, x_TD in features.items():

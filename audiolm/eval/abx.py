@@ -171,8 +171,9 @@ def _segments(features: Features, items: Items, rate_hz: float) -> tuple[dict[in
     by_file = defaultdict(list)
     for i, name in enumerate(items.file.tolist()):
         by_file[name].append(i)
-    first = np.maximum(np.ceil(rate_hz * items.onset_s - 0.5), 0).astype(int)
-    last = np.floor(rate_hz * items.offset_s - 0.5).astype(int)
+    # 25 x 0.58 is a hair below 14.5 in floating point; times are decimals, and a half has to be one
+    on, off = (np.round(rate_hz * t, 6) - 0.5 for t in (items.onset_s, items.offset_s))
+    first, last = np.maximum(np.ceil(on), 0).astype(int), np.floor(off).astype(int)
     frames, missing, dims = {}, [], set()
     for name, members in by_file.items():
         x_TD = get(name)
