@@ -120,7 +120,8 @@ def test_abx_of_every_checkpoint_by_command(built, items, tmp_path):
         subprocess.run([*line, "--layer", "2", *more], cwd=ROOT, check=True, capture_output=True, timeout=120)
         return json.loads((tmp_path / "out.json").read_text())
 
-    curve, (last,) = rows("--checkpoints"), rows()
+    curve, (last,) = rows("--checkpoints", "--plot", str(tmp_path / "curve.png")), rows()
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert [row["name"] for row in curve] == ["layer 2, step 2", "layer 2, step 4"]
     assert curve[0]["within"] != curve[1]["within"] == last["within"]
     wrong = subprocess.run([*line, "--checkpoints"], cwd=ROOT, capture_output=True, text=True, timeout=60)

@@ -38,6 +38,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=0, help="of the draws (default 0)")
     p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="of the tokenizer")
     p.add_argument("--json", metavar="FILE", help="write the figures there too, those of each speaker among them")
+    p.add_argument("--plot", metavar="PNG", help="with --checkpoints: draw the curve")
     return p
 
 
@@ -50,21 +51,23 @@ def measure(args: argparse.Namespace) -> list[dict]:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: this machine has no GPU that torch can use; give --device cpu or auto")
     whole = args.model is not None and args.layer is not None
+    if args.plot and not args.checkpoints:
+        raise ValueError("--plot draws a curve over checkpoints: add --checkpoints, or leave it out")
     if (args.features == "layer") != whole or (args.checkpoints and not whole):
         raise ValueError("--features layer goes with --model BUILD and --layer N, and --checkpoints with them; the other "
                          "features with none of these")
     items = abx.read_items(args.items)
     items = items.of(args.speakers.split(",")) if args.speakers else items
     rows, began = [], time.monotonic()
-    for name, features, rate_hz in sources(args, set(items.file.tolist())):
-        rows.append({"name": name, **abx.abx(features, items, rate_hz, seed=args.seed),
+    for name, step, features, rate_hz in sources(args, set(items.file.tolist())):
+        rows.append({"name": name, "step": step, **abx.abx(features, items, rate_hz, seed=args.seed),
                      "seconds": round(time.monotonic() - began, 1)})
         began = time.monotonic()
     return rows
 
 
-def sources(args: argparse.Namespace, files: set[str]) -> Iterator[tuple[str, Any, float]]:
-    """(name, features by file, rate in Hz)."""
+def sources(args: argparse.Namespace, files: set[str]) -> Iterator[tuple[str, int | None, Any, float]]:
+    """(name, step of a checkpoint, features by file, rate in Hz)."""
     import torch
 
     from audiolm.eval import abx, layer_choice
@@ -78,7 +81,7 @@ def sources(args: argparse.Namespace, files: set[str]) -> Iterator[tuple[str, An
         extract, rate_hz = abx.extractor(args.features, load_semantic(args.tokenizer, device) if args.tokenizer else None)
     paths = audio_paths(tuple(args.audio), files, "--audio")
     if args.features != "layer":
-        yield args.features, lambda file: extract(wav_of(paths[file])), rate_hz
+        yield args.features, None, lambda file: extract(wav_of(paths[file])), rate_hz
         return
     from audiolm.config_semantic import KMeans  # its windows, which tokens are made with
 
@@ -86,13 +89,14 @@ def sources(args: argparse.Namespace, files: set[str]) -> Iterator[tuple[str, An
     models = checkpoints(args.model, device) if args.checkpoints else [(None, load_extractor(args.model, device))]
     for step, model in models:
         name = f"layer {args.layer}" + ("" if step is None else f", step {step}")
-        yield name, layer_choice.zscored(layer_choice.frames_of(paths, model, args.layer, window)), layer_choice.RATE_HZ
+        yield name, step, layer_choice.zscored(layer_choice.frames_of(paths, model, args.layer, window)), layer_choice.RATE_HZ
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, 2 wrong usage, 130 stopped."""
     args = parser().parse_args(argv)
     from audiolm import store
+    from audiolm.eval import plots
     from audiolm.eval.abx import MODES
 
     try:
@@ -110,6 +114,9 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{last['items']} items ({last['dropped']} shorter than a frame left out), {sum(r['seconds'] for r in rows):.1f} s")
     if args.json:
         store.put(args.json, json.dumps(rows, indent=1).encode())
+    if args.plot:
+        curve = {f"{mode} speaker": [row[mode] for row in rows] for mode in MODES}
+        store.put(args.plot, plots.curves([row["step"] for row in rows], curve, f"ABX, layer {args.layer}", "error, %"))
     return 0
 
 
