@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,7 +23,7 @@ from audiolm.lm.stages import build_stages
 from audiolm.models.masked import Encoder, EncoderSizes
 from audiolm.models.soundstream import SoundStream
 from audiolm.tokenizers import encode
-from audiolm.tokenizers.base import padded_samples
+from audiolm.tokenizers.base import TokenSpec, padded_samples
 from audiolm.tokenizers.extractor import ConformerExtractor, Window
 from audiolm.tokenizers.semantic import save_semantic
 from tests.conftest import RecordingOut
@@ -116,6 +117,29 @@ def test_finished_shards_are_skipped_and_others_made_again(world, encoded, tmp_p
     assert {k: store.get(f"{tmp_path}/{tokens.shard_name(k)}") for k in range(3)} == before
     assert {k: v for k, v in facts.items() if "second" not in k and k not in ("x_realtime", "shards_skipped")} == {
         k: v for k, v in encoded["acoustic"].items() if "second" not in k and k not in ("x_realtime", "shards_skipped")}
+    made_s = sum(c.seconds for c in world.clips if c.shard != 0)
+    assert facts["x_realtime"] * facts["seconds"] == pytest.approx(made_s, rel=0.05)  # not of what was there
+    assert "x_realtime" not in run_encode(world, "acoustic", out)
+
+
+def test_the_next_batch_is_decoded_while_one_is_encoded(world, monkeypatch):
+    clips = [c for c in world.clips if c.shard == 0]
+    order = [clips[i].id for batch in encode.plan_batches([c.samples for c in clips], 0.1) for i in batch]
+    read = {name: threading.Event() for name in order}
+    forwards, encoded = encode.read_clip, []
+    monkeypatch.setattr(encode, "read_clip", lambda clip, roots: (forwards(clip, roots), read[clip.id].set())[0])
+
+    class Slow:
+        spec = TokenSpec("slow", RATE, 640, 1, 2)
+
+        def encode(self, wav_BT, lengths_B):
+            encoded.append(int(lengths_B))
+            if len(encoded) < len(order):
+                assert read[order[len(encoded)]].wait(20), "nothing is decoded meanwhile"
+            return [torch.zeros(padded_samples(int(lengths_B)) // 640, 1, dtype=torch.int64)]
+
+    codes = encode.encode_clips(clips, Slow(), {"a": str(world.root / "audio")}, 0.1, "cpu")
+    assert encoded == sorted(c.samples for c in clips) and len(encoded) == len(codes) == 4
 
 
 def test_batches_are_a_rule_of_the_shard_and_bounded():

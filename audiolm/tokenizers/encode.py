@@ -49,7 +49,7 @@ def encode_tokens(config: dict[str, Any], inputs: dict[str, Any], out: Any) -> d
               config["tokens"].dtype if which == "semantic" else "float32") for k in sorted(by_shard)]
     sizes = [sum(c.seconds for c in by_shard[k]) for k in sorted(by_shard)]
     parts = fan_out(encode_shard, items, out=out, cluster=cluster, unit="audio s", sizes=sizes, gpu=device == "cuda")
-    return _facts(which, parts, sum(sizes), time.monotonic() - began)
+    return _facts(which, parts, sizes, time.monotonic() - began)
 
 
 def encode_shard(which: str, clips: list[Clip], shard: int, shards: int, source_roots: dict[str, str],
@@ -142,11 +142,13 @@ def _shard_facts(path: str, spec: TokenSpec, which: str) -> dict[str, Any]:
             "counts": np.stack([np.bincount(columns[n].values, minlength=spec.vocab) for n in levels])}
 
 
-def _facts(which: str, parts: list[dict[str, Any]], audio_s: float, seconds: float) -> dict[str, Any]:
+def _facts(which: str, parts: list[dict[str, Any]], sizes: list[float], seconds: float) -> dict[str, Any]:
+    """`sizes` are the parts' audio s. x_realtime, audio hours an hour, is of what was encoded now; none where nothing was."""
     total = {k: sum(p[k] for p in parts) for k in ("clips", "frames", "dedup", "skipped")}
-    facts: dict[str, Any] = {"clips": total["clips"], "audio_s": round(audio_s, 3), "frames": total["frames"],
-                             "shards": len(parts), "shards_skipped": total["skipped"], "seconds": round(seconds, 3),
-                             "x_realtime": round(audio_s / max(seconds, 1e-9), 2)}
+    facts: dict[str, Any] = {"clips": total["clips"], "audio_s": round(sum(sizes), 3), "frames": total["frames"],
+                             "shards": len(parts), "shards_skipped": total["skipped"], "seconds": round(seconds, 3)}
+    if made_s := sum(s for s, part in zip(sizes, parts, strict=True) if not part["skipped"]):
+        facts["x_realtime"] = round(made_s / max(seconds, 1e-9), 2)
     for q, counts in enumerate(sum(p["counts"] for p in parts)):
         used = int((counts > 0).sum())
         if used < 2:
