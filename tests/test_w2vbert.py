@@ -269,7 +269,7 @@ def trained():
     o = objective(diversity=1.7)
     engines = {"model": make_engine(o.model, o.inputs.sizes.train, CTX)}
     before = o.evaluate()
-    assert o.evaluate() == before  # no randomness
+    assert o.evaluate() == before | {"alarm/constant_loss": 1.0}  # no randomness
     first = o.train_step(engines, [o.load(0, range(4))], 0)
     for step in range(1, 170):
         last = o.train_step(engines, [o.load(step, range(4))], step)
@@ -282,7 +282,7 @@ def test_it_learns_without_collapse(trained):
     assert after["loss"] < before["loss"]
     assert after["code_perplexity"] > 5
     assert after["accuracy"] > 3 / CODES and after["contrastive_accuracy"] > 3 / 21
-    assert after["alarm/codes_collapsed"] == after["alarm/constant_predictions"] == 0.0
+    assert not any(value for name, value in after.items() if name.startswith("alarm/"))
 
 
 def test_alarms_ring_on_collapse(trained):

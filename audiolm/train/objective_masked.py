@@ -142,11 +142,16 @@ class MaskedObjective:
         rings = {"constant_targets": entropy < MIN_ENTROPY * math.log(k),
                  "constant_predictions": report["prediction_perplexity"] < max(1.5, COLLAPSED * math.exp(entropy)),
                  "no_better_than_guessing": report["loss"] >= entropy,
-                 "constant_loss": before is not None and abs(before - report["loss"]) < 1e-5 * before}
+                 "constant_loss": stands_still(before, report["loss"])}
         return report | {f"alarm/{name}": float(on) for name, on in rings.items()}
 
     def export(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         return export(self.model.encoder, "hubert", {"targets_k": self.model.head.out_features})
+
+
+def stands_still(before: float | None, loss: float) -> bool:
+    """Whether a validation's loss is that of the one before."""
+    return before is not None and abs(before - loss) < 1e-5 * before
 
 
 def export(encoder, objective: str, more: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -24,7 +24,7 @@ from audiolm.models.w2vbert import W2vBertModel, diversity, draw_gumbel, draw_ne
 from audiolm.train.engine import all_sum
 from audiolm.train.masked_inputs import MaskedBatch, MaskedInputs, Statistics, crop_samples, fit_sample, masked_inputs
 from audiolm.train.objective import Context
-from audiolm.train.objective_masked import COLLAPSED, export
+from audiolm.train.objective_masked import COLLAPSED, export, stands_still
 
 FIGURES = ("contrastive", "masked", "contrastive_right", "masked_right", "frames")
 MIN_USE = 0.01  # of the codes: a codebook of a lower perplexity has collapsed
@@ -49,6 +49,7 @@ class W2vBertObjective:
     def __init__(self, model: W2vBertModel, inputs: MaskedInputs, ctx: Context):
         self.modules = {"model": model.to(ctx.device)}
         self.inputs, self.ctx, self.settings = inputs, ctx, inputs.sizes.w2vbert or W2vBert()
+        self._before: float | None = None  # the last validation's loss
 
     @property
     def model(self) -> W2vBertModel:
@@ -117,7 +118,8 @@ class W2vBertObjective:
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """The losses on masked frames of dev pieces with the likeliest codes (each rank takes every world-th), "loss" the
-        sum of contrastive and masked, and alarms (1 = it rings): few codes in use, or predictions all but constant."""
+        sum of contrastive and masked, and alarms (1 = it rings): few codes in use, predictions all but constant, a loss that
+        stands still."""
         w = self.settings
         totals = torch.zeros(len(FIGURES) + 1 + 3 * w.codes, dtype=torch.float64, device=self.ctx.device)
         self.model.eval()
@@ -126,10 +128,12 @@ class W2vBertObjective:
             totals += self._sums(self.model, self._with_negatives(piece), seen, None, 1.0)[1]
         self.model.train()
         report = {name: float(value) for name, value in self._report(all_sum(totals)).items() if name != "units"}
-        used, named = report["code_perplexity"], report["prediction_perplexity"]
+        used, named, loss = report["code_perplexity"], report["prediction_perplexity"], report["contrastive"] + report["masked"]
         rings = {"codes_collapsed": used < max(2.0, MIN_USE * w.codes),
-                 "constant_predictions": used > 2 and named < max(1.5, COLLAPSED * used)}
-        return {"loss": report["contrastive"] + report["masked"], **report,
+                 "constant_predictions": used > 2 and named < max(1.5, COLLAPSED * used),
+                 "constant_loss": stands_still(self._before, loss)}
+        self._before = loss
+        return {"loss": loss, **report,
                 **{f"alarm/{name}": float(on) for name, on in rings.items()}}
 
     def export(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
