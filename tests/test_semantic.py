@@ -123,6 +123,17 @@ def test_silence_cannot_make_targets(read, monkeypatch):
         make_objective(read)
 
 
+def test_targets_of_a_collapsed_tokenizer_are_refused(read, artefact, tmp_path):
+    """Of an iteration beyond the first: all frames but none to speak of lie nearest to one centroid."""
+    good, pieces = load_semantic(artefact), [*make_objective(read).inputs.pieces()]
+    cpu = torch.device("cpu")
+    assert om.teacher(artefact, cpu, "float32", pieces)[1] == 12
+    far_KD = torch.cat([torch.zeros(1, 16), 1e3 + torch.arange(11.0)[:, None].expand(-1, 16)])
+    save_semantic(str(tmp_path / "one"), good.extractor, 2, good.mean_D, good.std_D, far_KD, good.window, {})
+    with pytest.raises(ValueError, match="all but constant.*1 of 12 in use.*semantic.again's k"):
+        om.teacher(str(tmp_path / "one"), cpu, "float32", pieces)
+
+
 def test_no_dev_clips_is_a_clear_error(corpus, monkeypatch):
     monkeypatch.setattr(masked_inputs, "read_clips", lambda path, split, where: corpus.clips if split == "train" else [])
     with pytest.raises(ValueError, match="needs dev clips"):
@@ -226,9 +237,18 @@ def test_other_mismatches_are_named(artefact):
         edit(artefact, config=lambda c, change=change: {**c, **change})
         with pytest.raises(ArtefactError, match=text):
             load_semantic(artefact)
+    for name, text in (("encoder.mask_embedding", "mask_embedding"), ("centroids", "lacks centroids;")):
+        restore()
+        edit(artefact, weights=lambda w, name=name: {n: v for n, v in w.items() if n != name})
+        with pytest.raises(ArtefactError, match=text):
+            load_semantic(artefact)
     restore()
-    edit(artefact, weights=lambda w: {n: v for n, v in w.items() if n != "encoder.mask_embedding"})
-    with pytest.raises(ArtefactError, match="mask_embedding"):
+    edit(artefact, config=lambda c: {n: v for n, v in c.items() if n not in ("golden", "layer")})
+    with pytest.raises(ArtefactError, match="lacks layer, golden;"):
+        load_semantic(artefact)
+    restore()
+    edit(artefact, weights=lambda w: {**w, "zscore.std": w["zscore.std"][:5]})
+    with pytest.raises(ArtefactError, match=r"zscore.std has shape \(5,\).*dim = 16"):
         load_semantic(artefact)
     store.remove(path)
     with pytest.raises(ArtefactError, match="model.safetensors is missing"):

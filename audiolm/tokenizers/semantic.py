@@ -120,15 +120,20 @@ def load_semantic(kmeans_path: str, device: str = "cpu", dtype: str = "float32")
     weights, config, digest = read_export(kmeans_path)
     for field, value in (("format", FORMAT), ("sample_rate", SAMPLE_RATE), ("hop", SEMANTIC_HOP)):
         _require(kmeans_path, config, field, value)
+    missing = [f for f in ("layer", "k", "window_frames", "overlap_frames", "golden") if f not in config]
+    missing += [name for name in ("zscore.mean", "zscore.std", "centroids") if name not in weights]
+    if missing:
+        raise ArtefactError(f"{kmeans_path}/export lacks {', '.join(missing)}; run the kmeans step again (--force kmeans)")
     extractor = _extractor(kmeans_path, weights, config)
-    layer, centroids = config["layer"], weights["centroids"]
+    layer, k, dim = config["layer"], config["k"], extractor.dim
     if not 1 <= layer <= extractor.layers:
         raise ArtefactError(f"{kmeans_path}: layer {layer} is not one of the encoder's {extractor.layers} blocks")
-    if centroids.shape != (config["k"], extractor.dim):
-        raise ArtefactError(f"{kmeans_path}: centroids are {tuple(centroids.shape)}, config says k = {config['k']} "
-                            f"and dim = {extractor.dim}; run the kmeans step again (--force kmeans)")
+    for name, shape in (("zscore.mean", (dim,)), ("zscore.std", (dim,)), ("centroids", (k, dim))):
+        if weights[name].shape != shape:
+            raise ArtefactError(f"{kmeans_path}: {name} has shape {tuple(weights[name].shape)}, config says k = {k} and dim = "
+                                f"{dim}; run the kmeans step again (--force kmeans)")
     window = Window(config["window_frames"], config["overlap_frames"])
-    parts = (layer, weights["zscore.mean"], weights["zscore.std"], centroids, window, digest)
+    parts = (layer, weights["zscore.mean"], weights["zscore.std"], weights["centroids"], window, digest)
     tokenizer = SemanticTokenizer(extractor, *parts)
     tokens, _ = _golden(tokenizer)
     golden = torch.tensor(config["golden"]["tokens"])
