@@ -266,6 +266,8 @@ def test_command_line(tmp_path, capsys):
         assert command.main([*line, "--features", kind]) == 0
         out = capsys.readouterr().out
         assert f"{kind} within speaker: 0.00 %" in out and f"{kind} across speaker: 0.00 %" in out and "12 items (0 " in out
+    (tmp_path / "deep" / "f1.wav").write_bytes(b"no sound")
+    assert command.main([*line, "--features", "mel"]) == 2 and "f1.wav" in capsys.readouterr().err
     (tmp_path / "deep" / "f1.wav").unlink()
     assert command.main([*line, "--features", "mel"]) == 2 and "f1" in capsys.readouterr().err
     assert command.main([*line, "--features", "semantic"]) == 2 and "tokenizer" in capsys.readouterr().err

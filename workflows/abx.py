@@ -95,6 +95,8 @@ def sources(args: argparse.Namespace, files: set[str]) -> Iterator[tuple[str, in
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, 2 wrong usage, 130 stopped."""
     args = parser().parse_args(argv)
+    from soundfile import SoundFileError
+
     from audiolm import store
     from audiolm.eval import plots
     from audiolm.eval.abx import MODES
@@ -103,7 +105,7 @@ def main(argv: list[str] | None = None) -> int:
         rows = measure(args)
     except KeyboardInterrupt:
         return 130
-    except (ValueError, FileNotFoundError) as e:
+    except (ValueError, FileNotFoundError, SoundFileError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
     for found, mode in ((row, mode) for row in rows for mode in MODES):
