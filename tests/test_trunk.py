@@ -28,7 +28,7 @@ def exported(artifact):
 @pytest.mark.parametrize("changes", [
     {},
     {"decay_steps": 0},  # its last validation is one that a longer run does not make
-    {"export": "best", "lr": 0.2, "warmup_steps": 0, "decay_steps": 1},  # the best lies in the trunk
+    {"export": "best", "lr": 0.2, "warmup_steps": 0, "decay_steps": 1, "steps": 17},  # the best lies in the trunk
     {"engine": "deepspeed"},
 ], ids=["decay", "no-decay", "best", "deepspeed"])
 def test_more_steps_continue_and_equal_a_run_of_that_length(tmp_path, changes):

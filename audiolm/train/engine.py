@@ -23,6 +23,7 @@ from audiolm.train.objective import Context
 
 Saved = dict[str, torch.Tensor]
 MOMENTS = ("exp_avg", "exp_avg_sq")
+WHOLE_NUMEL = 100_000  # ZeRO 3 leaves parameters up to this size whole on every rank
 
 
 _alone = False
@@ -160,7 +161,8 @@ class DeepSpeedEngine:
             "zero_allow_untested_optimizer": True, "steps_per_print": 2**62,
             "torch_autocast": {"enabled": train.dtype == "bfloat16", "dtype": "bfloat16"},
             "zero_optimization": {"stage": train.zero, "overlap_comm": False, "contiguous_gradients": train.zero > 1,
-                                  "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}})
+                                  "reduce_bucket_size": bucket, "allgather_bucket_size": bucket,
+                                  "stage3_param_persistence_threshold": WHOLE_NUMEL}})
 
     def __call__(self, *args) -> Any:
         return self.engine(*args)
