@@ -168,7 +168,7 @@ def run_worker(job: Job, rank: int, world: int, check: Callable[[], None] = lamb
     start = commit["step"] if commit else 0
     best = {"step": commit["best_step"], "loss": commit["best_loss"]} if commit else {"step": None, "loss": math.inf}
     regular = best  # by validations that a run of any length makes
-    validation = commit["validation"] if commit else {}
+    validation, validated = (commit["validation"], commit.get("validated")) if commit else ({}, None)
     engines = {name: make_engine(module, cfg, ctx, checkpoint.load(job.build, commit, name) if commit else None,
                                  commit["updates"][name] if commit else 0)
                for name, module in objective.modules.items()}
@@ -218,7 +218,7 @@ def run_worker(job: Job, rank: int, world: int, check: Callable[[], None] = lamb
                     best = {"step": done, "loss": validation["loss"]}
                 regular = best if done % cfg.eval_every == 0 else regular
                 if metrics:
-                    metrics.add(done, {f"val.{k}": v for k, v in validation.items() if k != "step"})
+                    validated = metrics.add(done, {f"val.{k}": v for k, v in validation.items() if k != "step"})
                 clock, logged, units = time.monotonic(), done, 0.0
             if save or last or improved or done == cfg.trunk_steps:
                 if saver:
@@ -228,7 +228,7 @@ def run_worker(job: Job, rank: int, world: int, check: Callable[[], None] = lamb
                     trunk = {"best_step": regular["step"], "best_loss": regular["loss"]}
                     saver.save(done, states, {
                         "best_step": best["step"], "best_loss": best["loss"], "validation": validation,
-                        "updates": {name: engine.updates for name, engine in engines.items()},
+                        "validated": validated, "updates": {name: engine.updates for name, engine in engines.items()},
                         **({"trunk": trunk} if done <= cfg.trunk_steps else {})})
                 del states
             if saver:
