@@ -195,7 +195,7 @@ def run_worker(job: Job, rank: int, world: int, check: Callable[[], None] = lamb
             torch.manual_seed(rng.derive(job.seed, "step", step, rank))  # dropout
             result = objective.train_step(engines, batches, step)
             units = units + result.pop("units")
-            save, last = done % cfg.save_every == 0, done == cfg.steps
+            save, last = done % cfg.save_every == 0 or done == cfg.trunk_steps, done == cfg.steps
             log = done % cfg.log_every == 0 or last or done == start + 1
             if log or save or done % cfg.eval_every == 0:  # nothing is kept of a loss that was not looked at
                 values = {k: float(v) for k, v in result.items()}
@@ -220,7 +220,7 @@ def run_worker(job: Job, rank: int, world: int, check: Callable[[], None] = lamb
                 if metrics:
                     validated = metrics.add(done, {f"val.{k}": v for k, v in validation.items() if k != "step"})
                 clock, logged, units = time.monotonic(), done, 0.0
-            if save or last or improved or done == cfg.trunk_steps:
+            if save or last or improved:
                 if saver:
                     saver.wait()  # one copy of the state at a time
                 states = {name: engine.state() for name, engine in engines.items()}
