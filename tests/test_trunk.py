@@ -5,11 +5,16 @@ from __future__ import annotations
 import pytest
 
 from audiolm.cli import table
-from audiolm.dag import Step, plan
+from audiolm.config import Cluster, Stage, Train
+from audiolm.dag import Artifact, Step, plan
 from audiolm.execute import StepFailed, execute
+from audiolm.lm.model import load_lm
 from audiolm.metrics import read_build, read_from
 from audiolm.store import get, get_json, join, names, remove
-from audiolm.train.commits import commits
+from audiolm.train.commits import commits, path_of
+from audiolm.train.loop import train
+from audiolm.train.objective_lm import lm_objective
+from tests import token_corpus
 from tests.test_loop import build, training_step
 
 
@@ -110,3 +115,29 @@ def test_another_recipe_is_another_trunk(tmp_path):
     assert training_step(steps=20).trunk == training_step().trunk != training_step(lr=1e-3).trunk
     assert "goes on" not in table(plan([training_step(steps=20, lr=1e-3)], store), run=True)
     assert names(join(store, "tiny")) == [training_step().fingerprint]
+
+
+def test_a_language_model_of_100_then_200_steps_is_that_of_200_at_once_and_each_checkpoint_is_an_export(tmp_path):
+    corpus = token_corpus.make(tmp_path / "corpus", {"train": [60] * 8 + [17, 9], "dev": [40, 33]})
+
+    def stage(steps):
+        run = Train(steps=steps, batch=4, lr=1e-2, warmup_steps=5, decay_steps=20, eval_every=40, save_every=70, engine="torch",
+                    export="best")
+        size = Stage(crop_s=0.8, dim=16, layers=1, heads=2, ff=32, dropout=0.1, train=run)
+        config = {"stage": "lm_coarse", "seed": 0, "lm": size, "dedupe": False, "coarse_levels": 2, "rows": 4}
+        inputs = {name: Artifact(path, "0001", {}) for name, path in corpus.paths.items()}
+
+        def fn(config, _, out):
+            return train(lm_objective, config, run, inputs, out, cluster=Cluster(threads=1, device="cpu"), seed=0)
+
+        return Step("lm_coarse", fn, config, trains=run)
+
+    at_once = build(stage(200), str(tmp_path / "a"))
+    build(stage(100), str(tmp_path / "b"))
+    continued = build(stage(200), str(tmp_path / "b"))
+    assert first_step(continued) == 81
+    assert continued.facts == at_once.facts and exported(continued) == exported(at_once)
+    commit = get_json(path_of(continued.path, continued.facts["exported_step"]))
+    kept, _ = load_lm(join(continued.path, "checkpoints", commit["folder"]))
+    final, _ = load_lm(continued.path)
+    assert all((a == b).all() for a, b in zip(kept.state_dict().values(), final.state_dict().values(), strict=True))
