@@ -24,6 +24,7 @@ from audiolm.configfile import load
 from audiolm.dag import Row, Step, plan, toposort
 from audiolm.execute import StepFailed, execute
 from audiolm.store import check_store, get_json, is_local, join, put_json, remove
+from audiolm.train.commits import start
 
 
 def main(graph: Callable[[Pipeline], list[Step]], default: Path) -> None:
@@ -96,11 +97,20 @@ def table(rows: list[Row], run: bool) -> str:
     lines = []
     for r in rows:
         verb = ("run " if r.run else "skip") if run else ""
-        reason = r.reason if run else r.view.note
+        reason = r.reason + _goes_on(r) if run else r.view.note
         path = r.view.artifact.path if r.view.artifact and not (run and r.run) else ""
         lines.append(f"{verb:5}{r.step.name:{width}}  {r.view.status:8} {r.step.fingerprint}  {reason}  {path}".rstrip())
     n = sum(r.run for r in rows)
     return "\n".join([*lines, f"{n} of {len(rows)} steps to run" if run else f"{len(rows) - n} of {len(rows)} steps done"])
+
+
+def _goes_on(row: Row) -> str:
+    """From which step a training would go on, and whose checkpoint that is where it is another build's."""
+    found = start(row.builds[0], row.builds[1:], row.step.trains.trunk_steps) if row.builds else None
+    if found is None:
+        return ""
+    whose = "" if found[0] == row.builds[0] else f" of {'/'.join(found[0].split('/')[-2:])}"
+    return f"; goes on from step {found[1]['step']}{whose}"
 
 
 def _run(cfg: Pipeline, rows: list[Row], force: tuple[str, ...], inline: bool) -> int:

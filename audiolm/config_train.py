@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from audiolm.identity import Config, Runtime
+from audiolm.identity import Config, Leaf, Runtime
 
 
 class Where(Config):
@@ -16,25 +16,34 @@ class Where(Config):
 
 
 class Train(Config):
-    """One training run: warm-up, constant, decay to zero over the last `decay_steps` (DESIGN 1.6)."""
+    """One training run: warm-up, constant, decay to zero over the last `decay_steps` (DESIGN 1.6).
 
-    steps: int = Field(ge=1)
+    Runs that differ in `steps` and `decay_steps` alone are one trunk up to their decay: the longer one continues.
+    """
+
+    steps: Leaf[int] = Field(ge=1)
     batch: int = Field(ge=1, description="rows of the global batch, over all workers")
     lr: float = Field(gt=0)
     warmup_steps: int = Field(0, ge=0)
-    decay_steps: int = Field(0, ge=0)
+    decay_steps: Leaf[int] = Field(0, ge=0)
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.1
     clip: float = Field(1.0, ge=0, description="global gradient norm; 0 = off")
     eval_every: int = Field(1000, ge=1)
     dtype: Literal["float32", "bfloat16"] = "float32"
     export: Literal["best", "last"] = Field("last", description="which weights later steps load: best by validation")
-    micro_batch: Runtime[int | None] = Field(None, ge=1, description="rows a forward pass; None = the worker's share")
+    micro_batch: Runtime[Annotated[int, Field(ge=1)] | Literal["auto"] | None] = Field(
+        None, description="rows a forward pass; None = the worker's share; auto = what fits the GPU, half by half")
     save_every: Runtime[int] = Field(1000, ge=1)
-    keep: Runtime[int] = Field(2, ge=1, description="checkpoints kept besides the best")
+    keep: Runtime[int] = Field(2, ge=1, description="checkpoints kept besides the best and the trunk's last")
     log_every: Runtime[int] = Field(10, ge=1)
     engine: Runtime[Literal["deepspeed", "torch"]] = "deepspeed"
-    zero: Runtime[int] = Field(1, ge=0, le=2, description="DeepSpeed ZeRO stage")
+    zero: Runtime[int] = Field(1, ge=0, le=3, description="DeepSpeed ZeRO stage; 3 is neither compiled nor for codecs")
+
+    @property
+    def trunk_steps(self) -> int:
+        """Updates before the decay begins."""
+        return self.steps - self.decay_steps
 
     @model_validator(mode="after")
     def _check(self):

@@ -41,7 +41,7 @@ class Step:
     config: Mapping[str, Any] = field(default_factory=dict)
     inputs: tuple[Step, ...] = ()
     version: int = 1  # raise it when the meaning of fn changes
-    trains: bool = False  # takes one of the cluster's training slots
+    trains: Any = False  # where it trains: its config.Train; it takes one of the cluster's training slots
 
     @property
     def recipe(self) -> dict:
@@ -50,10 +50,19 @@ class Step:
 
     @property
     def fingerprint(self) -> str:
-        return hashlib.sha256(json.dumps(self.recipe, sort_keys=True).encode()).hexdigest()[:12]
+        return _digest(self.recipe)
+
+    @property
+    def trunk(self) -> str:
+        """The fingerprint of what it has in common with runs of another length (DESIGN 1.6)."""
+        return _digest({**self.recipe, "config": identity(dict(self.config), trunk=True)})
 
     def root(self, store: str) -> str:
         return join(store, self.name, self.fingerprint)
+
+
+def _digest(recipe: dict) -> str:
+    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True)
@@ -75,10 +84,10 @@ class Observer(Protocol):
 
 
 class Out:
-    """A running step's folder: its lease, its metrics, its progress."""
+    """A running step's folder: its lease, its metrics, its progress; `kin` are the other builds of its trunk."""
 
-    def __init__(self, step: Step, path: str, lease: Lease, observer: Observer | None, inline: bool):
-        self.step, self.path, self.lease, self.inline = step, path, lease, inline
+    def __init__(self, step: Step, path: str, lease: Lease, observer: Observer | None, inline: bool, kin: list[str]):
+        self.step, self.path, self.lease, self.inline, self.kin = step, path, lease, inline, kin
         self.attempt = lease.attempt
         self.metrics_path = join(path, f"metrics-{self.attempt:04d}.jsonl")
         self._observer, self._metrics = observer, None
@@ -145,6 +154,27 @@ def look(step: Step, store: str, inputs: Mapping[str, str | None]) -> View:
     return View(Status.MISSING, artifact, None, newest)
 
 
+def kin(step: Step, store: str, inputs: Mapping[str, str | None], build: str | None,
+        force: bool = False) -> tuple[dict, list[str]]:
+    """The trunk of a build (one to be opened where `build` is None) and the other builds that stand on it.
+
+    Such builds have the same inputs and differ in their training's length alone.  Forcing starts a new trunk, so that
+    nothing old is continued.
+    """
+    found = {}
+    for recipe in names(join(store, step.name)):
+        for n in names(join(store, step.name, recipe)):
+            path = join(store, step.name, recipe, n)
+            record = get_json(join(path, "build.json")) if n.isdigit() else None
+            if record and record["inputs"] == dict(inputs) and record.get("trunk", {}).get("recipe") == step.trunk:
+                found[path] = record["trunk"]
+    if build is None:
+        own = {"recipe": step.trunk, "forced": max((t["forced"] for t in found.values()), default=0) + force}
+    else:
+        own = found.get(build, {})
+    return own, [path for path, trunk in found.items() if trunk == own and path != build]
+
+
 def _open_build(step: Step, store: str, inputs: dict[str, str], force: bool) -> tuple[str, int]:
     """The build to work on: the newest for these inputs, or a new one (exclusive: two drivers agree on it)."""
     while True:
@@ -152,9 +182,11 @@ def _open_build(step: Step, store: str, inputs: dict[str, str], force: bool) -> 
         if view.build is not None and not (force and view.status is Status.DONE):
             return join(step.root(store), f"{view.build:04d}"), view.build
         n = view.newest + 1
+        trunk = {"trunk": kin(step, store, inputs, None, force)[0]} if step.trains else {}
         try:
             put_json(join(step.root(store), "recipe.json"), step.recipe)
-            put_json(join(step.root(store), f"{n:04d}", "build.json"), {"inputs": inputs, "time": time.time()}, exclusive=True)
+            put_json(join(step.root(store), f"{n:04d}", "build.json"), {"inputs": inputs, "time": time.time(), **trunk},
+                     exclusive=True)
         except FileExistsError:
             pass
         force = False  # whoever opened it: this build is newer than the one that was to be replaced
@@ -181,7 +213,8 @@ def run_step(step: Step, store: str, inputs: dict[str, Artifact], *, force: bool
             lease.close("done")  # it was finished between the look and the claim
             continue
         time.sleep(poll_s)
-    out, began = Out(step, path, lease, observer, inline), time.time()
+    out = Out(step, path, lease, observer, inline, kin(step, store, builds, path)[1] if step.trains else [])
+    began = time.time()
     try:
         if observer:
             observer.began(out)
@@ -222,12 +255,13 @@ def toposort(targets: Iterable[Step]) -> list[Step]:
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One step of a plan: will it run, and why."""
+    """One step of a plan: will it run, and why; for training, the builds it may go on from, its own first."""
 
     step: Step
     view: View
     run: bool
     reason: str
+    builds: tuple[str | None, ...] = ()
 
 
 def plan(steps: list[Step], store: str, *, only: Iterable[str] = (), from_: Iterable[str] = (),
@@ -243,7 +277,8 @@ def plan(steps: list[Step], store: str, *, only: Iterable[str] = (), from_: Iter
     for s in steps:
         if from_ and any(u.name in chosen for u in s.inputs):
             chosen.add(s.name)
-        view = look(s, store, {u.name: builds[u.name] for u in s.inputs})
+        inputs = {u.name: builds[u.name] for u in s.inputs}
+        view = look(s, store, inputs)
         builds[s.name] = view.artifact.build if view.artifact else None
         above = [u.name for u in s.inputs if u.name in will_run]
         run = s.name in chosen and (s.name in force or bool(above) or view.status is not Status.DONE)
@@ -251,7 +286,12 @@ def plan(steps: list[Step], store: str, *, only: Iterable[str] = (), from_: Iter
             raise ValueError(f"{s.name} needs {', '.join(missing)}, not built and not selected: "
                              f"add --only {','.join([*missing, s.name])} or run without --only/--from")
         will_run |= {s.name} if run else set()
-        rows.append(Row(s, view, run, _reason(s, store, view, run, s.name in force, above)))
+        before = ()
+        if run and s.trains and not above:
+            again = view.build is None or (s.name in force and view.status is Status.DONE)
+            own = None if again else join(s.root(store), f"{view.build:04d}")
+            before = (own, *kin(s, store, inputs, own, s.name in force)[1])
+        rows.append(Row(s, view, run, _reason(s, store, view, run, s.name in force, above), before))
     return rows
 
 

@@ -43,7 +43,7 @@ def execute(rows: list[Row], store: str, *, force: Iterable[str] = (), inline: b
     def launch() -> None:
         for row in list(todo):
             inputs = {u.name: built[u.name] for u in row.step.inputs if u.name in built}
-            busy = sum(r.step.trains for r in running) >= slots
+            busy = sum(bool(r.step.trains) for r in running) >= slots
             if len(inputs) < len(row.step.inputs) or (row.step.trains and busy) or (inline and running):
                 continue
             todo.remove(row)

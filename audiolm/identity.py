@@ -1,7 +1,8 @@
 """What of a config says *what* is computed, as plain JSON to be hashed (DESIGN 1.2).
 
 Every field counts unless it is marked `Runtime` (where and how: roots, workers, micro-batch, engine) or
-`Later(default)` (added after a release: left out while it holds its first value).
+`Later(default)` (added after a release: left out while it holds its first value).  `Leaf` marks what a training run can
+differ in and still begin alike (its length): it counts, but not in the identity of the trunk (DESIGN 1.6).
 """
 
 from __future__ import annotations
@@ -19,6 +20,11 @@ class _Runtime:
 
 
 @dataclass(frozen=True)
+class _Leaf:
+    pass
+
+
+@dataclass(frozen=True)
 class Later:
     """Marks a field added after a release: it joins the identity only when it differs from `default`."""
 
@@ -27,28 +33,33 @@ class Later:
 
 T = TypeVar("T")
 Runtime = Annotated[T, _Runtime()]
+Leaf = Annotated[T, _Leaf()]
 
 
 class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-def identity(x: Any) -> Any:
-    """The identity-bearing part of a config as plain JSON (DESIGN 1.2); raises TypeError for anything else."""
+def identity(x: Any, trunk: bool = False) -> Any:
+    """The identity-bearing part of a config as plain JSON (DESIGN 1.2); raises TypeError for anything else.
+
+    `trunk` leaves out the fields marked `Leaf`.
+    """
     if isinstance(x, BaseModel):
         plain, fields = x.model_dump(mode="json"), type(x).model_fields
         kept = {}
         for name, field in fields.items():
             later = next((m for m in field.metadata if isinstance(m, Later)), None)
-            if any(isinstance(m, _Runtime) for m in field.metadata) or (later and plain[name] == later.default):
+            left_out = (_Runtime, _Leaf) if trunk else _Runtime
+            if any(isinstance(m, left_out) for m in field.metadata) or (later and plain[name] == later.default):
                 continue
             value = getattr(x, name)
-            kept[name] = identity(value) if isinstance(value, (BaseModel, dict, list, tuple)) else plain[name]
+            kept[name] = identity(value, trunk) if isinstance(value, (BaseModel, dict, list, tuple)) else plain[name]
         return kept
     if isinstance(x, dict):  # a section that has only Runtime fields leaves no trace
-        return {str(k): v for k, v in ((k, identity(v)) for k, v in x.items()) if v != {}}
+        return {str(k): v for k, v in ((k, identity(v, trunk)) for k, v in x.items()) if v != {}}
     if isinstance(x, (list, tuple)):
-        return [identity(v) for v in x]
+        return [identity(v, trunk) for v in x]
     if isinstance(x, (str, int, float, bool, type(None))):
         return x
     raise TypeError(f"cannot take the identity of a {type(x).__name__}: use a config model or a plain value")

@@ -33,14 +33,14 @@ class MetricsFile:
         self._unsent = False
         self._sent_at = time.monotonic()
 
-    def add(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Adds one row; values become floats (0-d arrays and tensors included)."""
+    def add(self, step: int, metrics: Mapping[str, float]) -> float:
+        """Adds one row; values become floats (0-d arrays and tensors included). Returns its time, epoch seconds."""
         row = {"step": int(step), "time": time.time(), "metrics": {k: float(v) for k, v in metrics.items()}}
         line = json.dumps(row).encode() + b"\n"
         with self._lock:
             if store.is_local(self.path):
                 self._append(line)
-                return
+                return row["time"]
             if self._text is None:
                 self._text = bytearray(_existing(self.path))
             self._text += line
@@ -48,6 +48,7 @@ class MetricsFile:
             wait_s = REWRITE_S * (1 + len(self._text) / 2**20)
             if time.monotonic() - self._sent_at >= wait_s:
                 self._rewrite()
+        return row["time"]
 
     def flush(self) -> None:
         """Every row added so far is in the store after this."""

@@ -41,6 +41,7 @@ class Run:
     tags: dict[str, str] = field(default_factory=dict)
     facts: dict[str, float] = field(default_factory=dict)
     metrics_path: str | None = None
+    build: str | None = None  # whose checkpoints are shown
     offset: int = 0
     ui_folder: str | None = None
     status: str | None = None
@@ -138,6 +139,10 @@ def mask(text: Any) -> str:
     for pattern, shown in _HIDE:
         text = pattern.sub(shown, text)
     return text
+
+
+def first_line(e: BaseException) -> str:
+    return mask(f"{type(e).__name__}: {e}".splitlines()[0][:300])
 
 
 def numbers(prefix: str, facts: Mapping[str, Any]) -> dict[str, float]:

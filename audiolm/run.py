@@ -40,7 +40,7 @@ class RunObserver:
             name, join(out.path, "attempts", f"{out.attempt:04d}.json"), flatten(out.step.recipe["config"]),
             {**self.git, "fingerprint": out.step.fingerprint, "build": out.path.rsplit("/", 1)[1],
              "attempt": str(out.attempt), "path": out.path})
-        self.tracker.ship(handle, out.metrics_path)
+        self.tracker.ship(handle, out.metrics_path, out.path if out.step.trains else None)
         self._handles[name] = handle
 
     def progress(self, out: Out, done: float, total: float, unit: str, note: str) -> None:

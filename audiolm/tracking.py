@@ -19,11 +19,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.parse import quote
 
-from audiolm import outbox, store
+from audiolm import outbox, store, tracked_checkpoints
 from audiolm.metrics import read_from
 from audiolm.outbox import Run, key, mask
 
 EVERY_S = 3.0
+REFUSED = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "ENDPOINT_NOT_FOUND")
 BATCH, METRICS = 100, 1000  # params or tags, and metrics, of one call: MLflow's limits
 
 
@@ -43,6 +44,7 @@ class Tracker:
         self._off = self.uri is None
         self._runs: list[Run] = []
         self._saved: dict[str, str] = {}
+        self._models: dict[str, tracked_checkpoints.Shown] = {}
         self._parent: Run | None = None
         self._client = self._experiment_id = None
         self._lock = threading.Lock()
@@ -64,7 +66,7 @@ class Tracker:
         try:
             left, killed = outbox.left_over(self._folder, self._head)
         except Exception as e:  # noqa: BLE001  a store that stumbles here fails its steps with a better error
-            self._say(f"tracking: cannot read {mask(self._folder)}: {mask(_first_line(e))}")
+            self._say(f"tracking: cannot read {mask(self._folder)}: {outbox.first_line(e)}")
         over = {"takes_over": ",".join(killed)} if killed else {}
         self._parent = outbox.new(self._run_name, None, params, {**tags, **over})
         with self._lock:
@@ -82,10 +84,11 @@ class Tracker:
             self._wake.set()
         return run
 
-    def ship(self, handle: Run, metrics_path: str) -> None:
-        """Names a step's metrics file; from then on its rows are delivered every few seconds. May be called again."""
+    def ship(self, handle: Run, metrics_path: str, build: str | None = None) -> None:
+        """Names a step's metrics file, and the build whose checkpoints are shown; what is new there is delivered from then
+        on, every few seconds. May be called again."""
         with self._lock:
-            handle.metrics_path = metrics_path
+            handle.metrics_path, handle.build = metrics_path, build
 
     def end_step(self, handle: Run, status: str, facts: Mapping[str, Any], ui_folder: str | None) -> str | None:
         """Ends a nested run: FINISHED, FAILED or KILLED. Flush the metrics file first. Returns the run's id if known.
@@ -184,7 +187,7 @@ class Tracker:
             self._failures += 1
             if self._failures == 1:
                 self._say(f"tracking: MLflow at {mask(self.uri)} does not answer; the run goes on and what it has to "
-                          f"show is delivered later ({mask(_first_line(e))})")
+                          f"show is delivered later ({outbox.first_line(e)})")
             with self._lock:  # let the others go first next time
                 if run in self._runs:
                     self._runs.append(self._runs.pop(self._runs.index(run)))
@@ -213,7 +216,9 @@ class Tracker:
         self._send(run, params, tags)
         self._send_metrics(run)
         self._log_batch(run, metrics=[(k, v, run.ended_ms, 0) for k, v in facts.items()])
-        if ui:
+        self._refusable(run, tracked_checkpoints.deliver, self._client, self._experiment_id, run,
+                        self._models.setdefault(run.key, {}), self._log_batch)
+        if ui and store.names(ui):
             self._upload(run, ui)
         with self._lock:
             for kept, sent in ((run.params, params), (run.tags, tags), (run.facts, facts)):
@@ -309,13 +314,11 @@ class Tracker:
     def _log_batch(self, run: Run, metrics: list[tuple]) -> None:
         from mlflow.entities import Metric
 
-        items = [Metric(k, float(v), at_ms, step) for k, v, at_ms, step in metrics]
+        items = [Metric(k, float(v), *rest) for k, v, *rest in metrics]
         for i in range(0, len(items), METRICS):
             self._refusable(run, self._client.log_batch, run.run_id, items[i:i + METRICS])
 
     def _upload(self, run: Run, folder: str) -> None:
-        if not store.names(folder):
-            return
         with tempfile.TemporaryDirectory() as aside:
             self._refusable(run, self._client.log_artifacts, run.run_id, store.local_copy(folder, aside))
 
@@ -326,11 +329,11 @@ class Tracker:
         try:
             fn(*args)
         except MlflowException as e:
-            if e.error_code not in ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS"):
+            if e.error_code not in REFUSED:
                 raise
             if run.key not in self._refused:
                 self._refused.add(run.key)
-                self._say(f"tracking: MLflow refused something of {run.name}: {mask(_first_line(e))}")
+                self._say(f"tracking: MLflow refused something of {run.name}: {outbox.first_line(e)}")
 
     def _quiet_import(self) -> None:
         """Imports mlflow in the caller's thread (two threads importing the same packages can deadlock), quietly."""
@@ -344,7 +347,3 @@ class Tracker:
             logging.getLogger(name).setLevel(logging.WARNING)
         if "://" in self.uri and not self.uri.startswith("http"):
             import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
-
-
-def _first_line(e: BaseException) -> str:
-    return f"{type(e).__name__}: {e}".splitlines()[0][:300]

@@ -14,6 +14,8 @@ from audiolm.lease import Lease, LeaseLost
 from audiolm.metrics import MetricsFile, read_build
 from audiolm.store import get, get_json, join, names, put_json
 from audiolm.train import checkpoint
+from audiolm.train import engine as engines
+from audiolm.train.commits import commits, newest
 from audiolm.train.loop import Job, run_worker, train, watch
 from tests.tiny import tiny_lm
 
@@ -30,7 +32,7 @@ def training_step(fail_at=None, **changes):
     def fn(config, inputs, out):
         return train(tiny_lm, {"fail_at": fail_at}, cfg, inputs, out, cluster=cluster, seed=0)
 
-    return Step("tiny", fn, {"train": cfg}, trains=True)
+    return Step("tiny", fn, {"train": cfg}, trains=cfg)
 
 
 def build(step, store):
@@ -38,13 +40,15 @@ def build(step, store):
     return plan([step], store)[0].view.artifact
 
 
-@pytest.mark.parametrize("engine", ["torch", "deepspeed"])
-def test_a_run_that_failed_and_resumed_equals_an_uninterrupted_one(tmp_path, engine):
-    whole = build(training_step(engine=engine), str(tmp_path / "whole"))
+@pytest.mark.parametrize(("engine", "zero"), [("torch", 0), ("deepspeed", 1), ("deepspeed", 3)])
+def test_a_run_that_failed_and_resumed_equals_an_uninterrupted_one(tmp_path, engine, zero, monkeypatch):
+    monkeypatch.setattr(engines, "WHOLE_NUMEL", 0)
+    how = {"engine": engine, "zero": zero, "export": "best"}
+    whole = build(training_step(**how), str(tmp_path / "whole"))
     store = str(tmp_path / "broken")
     with pytest.raises(StepFailed, match="planted at step 8"):
-        build(training_step(fail_at=8, engine=engine), store)
-    resumed = build(training_step(engine=engine), store)
+        build(training_step(fail_at=8, **how), store)
+    resumed = build(training_step(**how), store)
     assert names(join(resumed.path, "attempts")) == ["0001.json", "0002.json"]
     assert {k: v for k, v in resumed.facts.items()} == whole.facts
     assert get(join(resumed.path, "export", "model.safetensors")) == get(join(whole.path, "export", "model.safetensors"))
@@ -59,20 +63,24 @@ def test_micro_batches_do_not_change_the_run(tmp_path):
     assert parts.facts["exported_step"] == whole.facts["exported_step"] == 12
 
 
-def test_checkpoints_are_found_by_commit_and_pruned_to_the_last_and_the_best(tmp_path):
+def test_checkpoints_are_found_by_commit_and_pruned_to_the_last_the_best_and_the_trunks_end(tmp_path):
     artifact = build(training_step(), str(tmp_path))
-    live = [c["step"] for c in checkpoint.commits(artifact.path) if not c.get("pruned")]
-    best = artifact.facts["best_step"]
-    assert live == sorted({10, 12, best}) and len(names(join(artifact.path, "checkpoints"))) == len(live)
+    live = [c["step"] for c in commits(artifact.path) if not c.get("pruned")]
+    best = artifact.facts["best_step"]  # the decay begins at 8, and 5 was the best then
+    assert live == sorted({5, 8, 10, 12, best}) and len(names(join(artifact.path, "checkpoints"))) == len(live)
     put_json(join(artifact.path, "checkpoints", "00000099-0001", "state.json"), {})  # a save that was never committed
-    assert checkpoint.newest(artifact.path)["step"] == 12
+    assert newest(artifact.path)["step"] == 12
 
 
-def test_the_best_weights_are_exported_when_asked(tmp_path):
-    artifact = build(training_step(export="best", lr=0.2, warmup_steps=0, decay_steps=0), str(tmp_path))
+@pytest.mark.parametrize(("engine", "zero"), [("torch", 0), ("deepspeed", 3)])
+def test_the_best_weights_are_exported_when_asked(tmp_path, engine, zero, monkeypatch):
+    monkeypatch.setattr(engines, "WHOLE_NUMEL", 0)
+    step = training_step(export="best", lr=0.2, warmup_steps=0, decay_steps=1, steps=24, engine=engine, zero=zero)
+    artifact = build(step, str(tmp_path))
     best = artifact.facts["best_step"]
+    assert best < 24
     assert artifact.facts["exported_step"] == best
-    commit = next(c for c in checkpoint.commits(artifact.path) if c["step"] == best)
+    commit = next(c for c in commits(artifact.path) if c["step"] == best)
     saved = checkpoint.load(artifact.path, commit, "model")
     exported = safetensors.torch.load(get(join(artifact.path, "export", "model.safetensors")))
     assert all((exported[k] == saved[f"param/{k}"]).all() for k in exported)

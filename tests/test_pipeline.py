@@ -22,10 +22,15 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 
+from audiolm.dag import plan
+from audiolm.execute import execute
+from audiolm.metrics import read_build
 from tests.conftest import ROOT, free_port
+from tests.dying_worker import graph
 
 STEPS = ["manifest", "masked_model", "kmeans", "codec", "codec_figures", "semantic_tokens", "semantic_figures",
          "acoustic_tokens", "lm_semantic", "lm_coarse", "lm_fine", "samples", "evaluate", "report"]
+PIPELINE = ("workflows/full_pipeline.py", "tests/e2e.yaml")
 BIN = sysconfig.get_path("scripts")
 ENV = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 2, "PYTHONPATH": "",
        "PATH": BIN + os.pathsep + os.environ["PATH"]}
@@ -67,12 +72,12 @@ def _mentions(process: Path, text: str) -> bool:
         return False
 
 
-def submit(head, folder, store):
-    """Submits the pipeline as a user would; a head that has just started may not take jobs yet."""
+def submit(head, folder, *command):
+    """Submits a script as a user would; a head that has just started may not take jobs yet."""
     deadline = time.monotonic() + 120
     while True:
         done = subprocess.run([f"{BIN}/ray", "job", "submit", "--address", head, "--working-dir", str(folder), "--",
-                               sys.executable, "workflows/full_pipeline.py", "tests/e2e.yaml", f"store={store}"],
+                               sys.executable, *command],
                               env=ENV, capture_output=True, text=True, timeout=500)
         if "No available agent to submit job" not in done.stdout + done.stderr or time.monotonic() > deadline:
             return done
@@ -84,7 +89,8 @@ def checkout(tmp_path_factory):
     """A copy of the project, as a user would submit it."""
     folder = tmp_path_factory.mktemp("checkout") / "audiolm"
     folder.mkdir()
-    for name in ("audiolm", "workflows", "pyproject.toml", "tests/e2e.yaml"):
+    for name in ("audiolm", "workflows", "pyproject.toml", *(f"tests/{n}" for n in (
+            "e2e.yaml", "__init__.py", "tiny.py", "dying_worker.py"))):
         source, target = ROOT / name, folder / name
         target.parent.mkdir(exist_ok=True)
         if source.is_dir():
@@ -98,7 +104,7 @@ def checkout(tmp_path_factory):
 def job(head, checkout, tmp_path_factory):
     """The one whole run: submitted as a Ray job with an absolute store."""
     store = str(tmp_path_factory.mktemp("job") / "store")
-    done = submit(head, checkout, store)
+    done = submit(head, checkout, *PIPELINE, f"store={store}")
     assert done.returncode == 0 and f"all {len(STEPS)} steps done" in done.stdout, done.stdout[-6000:] + done.stderr[-3000:]
     return store
 
@@ -121,13 +127,13 @@ def test_the_same_job_with_an_edited_comment_skips_every_step(job, head, checkou
     edited = checkout / "audiolm" / "models" / "rvq.py"
     edited.write_text(edited.read_text() + "\n# an edited comment\n")
     began = time.monotonic()
-    done = submit(head, checkout, job)
+    done = submit(head, checkout, *PIPELINE, f"store={job}")
     assert done.returncode == 0 and f"0 of {len(STEPS)} steps to run" in done.stdout, done.stdout[-4000:] + done.stderr[-2000:]
     assert time.monotonic() - began < 120
 
 
 def test_a_relative_store_in_a_job_is_refused_with_the_fix(job, head, checkout):
-    done = submit(head, checkout, "outputs")
+    done = submit(head, checkout, *PIPELINE, "store=outputs")
     assert done.returncode != 0 and "give an absolute path" in done.stdout + done.stderr
 
 
@@ -148,6 +154,19 @@ def test_mlflow_holds_the_run(job):
         [a.path for a in client.list_artifacts(runs["samples"].info.run_id)]
     assert any(n.endswith(".wav") for n in names), names
     assert "report.html" in [a.path for a in client.list_artifacts(runs["report"].info.run_id)]
+
+
+def test_a_training_worker_that_was_killed_ends_with_the_losses_of_one_that_was_not(head, checkout, tmp_path):
+    """kill -9 of Ray Train's worker: the step is launched again and resumes; the same bits as undisturbed, without Ray."""
+    store = tmp_path / "store"
+    done = submit(head, checkout, "tests/dying_worker.py", str(store))
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
+    execute(plan(graph(None), str(tmp_path / "calm")), str(tmp_path / "calm"), inline=True)
+    ours, theirs = (plan(graph(None), str(s))[0].view.artifact for s in (store, tmp_path / "calm"))
+    assert (store / "died").exists() and len(list(Path(ours.path, "attempts").iterdir())) == 2
+    assert ours.facts == theirs.facts
+    losses = [[(r["step"], r["metrics"]["loss"]) for r in read_build(a.path) if "loss" in r["metrics"]] for a in (ours, theirs)]
+    assert losses[0] == losses[1] and len(losses[0]) == 12
 
 
 def kill_when(args, ready):

@@ -97,6 +97,38 @@ def test_a_whole_run_is_shown(tmp_path):
     assert str(tmp_path / "mlflow.db") in t.url() and "mlflow ui" in t.url()
 
 
+def commit(build: Path, step: int, **more) -> None:
+    record = {"step": step, "folder": f"{step:08d}-0001", "validation": {"step": 2, "loss": 0.5}, "validated": 7.25, **more}
+    store.put_json(str(build / "commits" / f"{step:08d}.json"), record)
+
+
+def test_a_commit_is_a_model_with_its_validation_and_one_that_was_pruned_says_so(ready, tmp_path):
+    t, build = Tracker("sqlite", str(tmp_path), "tests", "demo"), tmp_path / "lm" / "0001"
+    t.start({}, {})
+    run = t.begin_step("lm", "a", {}, {})
+    commit(build, 1)
+    commit(build, 2, export="lm")
+    (build / "checkpoints" / "00000009-0001").mkdir(parents=True)  # written, never committed
+    t.ship(run, metrics_file(build / "metrics-0001.jsonl", [1]), str(build))
+    assert t.flush(30)
+    t._models.clear()  # as another driver would begin
+    commit(build, 1, pruned=True)
+    commit(build, 3)
+    assert t.flush(30)
+    commit(build, 3, pruned=True)
+    t.end_step(run, "FINISHED", {}, None)
+    t.finish("FINISHED")
+    c = client(t)
+    models = c.search_logged_models([c.get_experiment_by_name("tests").experiment_id])
+    found = {int(m.params["step"]): m for m in models}
+    assert len(models) == 3 and found.keys() == {1, 2, 3}
+    assert {m.model_type for m in models} == {"checkpoint"} and {str(m.status) for m in models} == {"READY"}
+    assert {s for s, m in found.items() if "pruned" in m.tags} == {1, 3}
+    assert found[2].tags["uri"] == f"{build}/checkpoints/00000002-0001" and found[2].tags["export"].endswith("/export")
+    assert found[2].source_run_id == run.run_id and "export" not in found[1].tags
+    assert [(m.key, m.value, m.step) for m in found[2].metrics] == [("val.loss", 0.5, 2)] and not found[3].metrics
+
+
 def test_metrics_arrive_while_a_step_runs_and_none_twice(ready, tmp_path):
     t = Tracker("sqlite", str(tmp_path), "tests", "demo")
     t.start({}, {})

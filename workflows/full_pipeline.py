@@ -35,7 +35,7 @@ def graph(cfg: Pipeline) -> list[Step]:
     if codec.pretrained:
         codec_ = Step("codec", do.import_codec, {"codec": imported(codec.pretrained, codec.n_q, codec.vocab)})
     else:
-        codec_ = Step("codec", do.train_codec, {**common, "codec": codec}, (manifest,), trains=True)
+        codec_ = Step("codec", do.train_codec, {**common, "codec": codec}, (manifest,), trains=codec.train)
     ev = cfg.evaluate
     shown = CodecFigures(where=codec.where, clips=ev.clips, clip_s=ev.clip_s, coarse_levels=lm.coarse_levels,
                          visqol=ev.visqol, with_lyra=ev.lyra is not None, lyra=ev.lyra)
@@ -52,13 +52,13 @@ def graph(cfg: Pipeline) -> list[Step]:
         decoders = [Step("residual", do.fit_residual, more, (manifest, kmeans))]
     if sem.vocoder:
         decoders.append(Step("semantic_vocoder", do.train_vocoder, {**common, "vocoder": sem.vocoder},
-                             (manifest, kmeans, *decoders), trains=True))
+                             (manifest, kmeans, *decoders), trains=sem.vocoder.train))
     plain = cfg.tokens.model_copy(update={"dtype": "float32"})  # the codec's work is float32 whatever the masked model's
     y = Step("acoustic_tokens", do.encode_tokens, {**encode, "which": "acoustic", "tokens": plain}, (manifest, codec_))
 
     def stage(name: str, size, *stores: Step) -> Step:
         layout = {"dedupe": lm.dedupe, "coarse_levels": lm.coarse_levels, "rows": cfg.evaluate.rows}
-        return Step(name, do.train_lm, {**common, "stage": name, "lm": size, **layout}, (manifest, *stores), trains=True)
+        return Step(name, do.train_lm, {**common, "stage": name, "lm": size, **layout}, (manifest, *stores), trains=size.train)
 
     stages = [stage("lm_semantic", lm.semantic, z), stage("lm_coarse", lm.coarse, z, y)]
     if cfg.has_fine:
@@ -92,7 +92,7 @@ def semantic(sem: Semantic, common: dict, manifest: Step) -> list[Step]:
         steps = [Step("masked_model", do.import_encoder, {"encoder": imported_encoder(sem.pretrained.uri)})]
     else:
         how = {"model": sem.model, "train": sem.model.train, "iteration": None, "where": sem.where}
-        steps = [Step("masked_model", do.train_masked, {**common, **how}, (manifest,), trains=True)]
+        steps = [Step("masked_model", do.train_masked, {**common, **how}, (manifest,), trains=how["train"])]
     model = steps[0]
     for n, again in enumerate(sem.again, 2):
         of = sem.kmeans  # its other settings are the last k-means' own: they may change without a new iteration
@@ -100,7 +100,7 @@ def semantic(sem: Semantic, common: dict, manifest: Step) -> list[Step]:
                         max_local_frames=of.max_local_frames)
         steps += clusters(f"_{n}", f"targets_{n}", wanted, model)
         how = {"model": sem.model, "train": again.train or sem.model.train, "iteration": again, "where": sem.where}
-        model = Step(f"masked_model_{n}", do.train_masked, {**common, **how}, (manifest, model, steps[-1]), trains=True)
+        model = Step(f"masked_model_{n}", do.train_masked, {**common, **how}, (manifest, model, steps[-1]), trains=how["train"])
         steps.append(model)
     return [*steps, *clusters("", "kmeans", sem.kmeans, model)]
 

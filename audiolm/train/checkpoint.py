@@ -1,51 +1,104 @@
 """Canonical training checkpoints: safetensors by parameter name plus JSON, the same for every engine (DESIGN 1.6).
 
 `checkpoints/{step:08d}-{attempt:04d}/` holds one safetensors file a module; `commits/{step:08d}.json`, created
-exclusively after the lease was checked, makes it count.  A checkpoint is found by its commit, never by listing folders.
+exclusively after the lease was checked, makes it count (see commits.py).  Where a module's weights are the step's export
+they lie in the folder's `export/`, as in a finished step's: one copy serves resume and inference, which so reads no moments.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import safetensors.torch
 
 from audiolm.lease import LeaseLost, check_lease
-from audiolm.store import get, get_json, join, names, put, put_json, remove
+from audiolm.store import get, join, put, put_json, remove
+from audiolm.train.commits import commits, folder_of, path_of
 
 Saved = dict  # name -> tensor
+WEIGHTS = "export/model.safetensors"
 
 
-def save(build: str, attempt: int, step: int, states: Mapping[str, Saved], record: dict) -> None:
-    """Writes and commits one checkpoint; rank 0 only. Raises LeaseLost when another worker owns the build."""
-    folder = f"{step:08d}-{attempt:04d}"
+def save(build: str, attempt: int, step: int, states: Mapping[str, Saved], record: dict,
+         export: tuple[str, dict[str, Any]] | None = None) -> dict:
+    """Writes one checkpoint and returns its commit; rank 0 only.
+
+    `export`: the module whose weights are the export, and the export's config.
+    Raises LeaseLost when another worker owns the build.
+    """
+    folder, states = folder_of(step, attempt), dict(states)
+    if export:
+        name, config = export
+        kept = {k: v for k, v in states[name].items() if k.startswith(("param/", "buffer/"))}
+        states[name] = {k: v for k, v in states[name].items() if k not in kept}
+        record = {**record, "export": name, "buffers": [k for k in kept if k.startswith("buffer/")]}
+        put(join(build, "checkpoints", folder, WEIGHTS),
+            safetensors.torch.save({k.partition("/")[2]: v for k, v in kept.items()}))
+        put_json(join(build, "checkpoints", folder, "export", "config.json"), config)
     for name, state in states.items():
         put(join(build, "checkpoints", folder, f"{name}.safetensors"), safetensors.torch.save(dict(state)))
     check_lease(build, attempt)
+    commit = {"folder": folder, "step": step, **record}
     try:
-        put_json(join(build, "commits", f"{step:08d}.json"), {"folder": folder, "step": step, **record}, exclusive=True)
+        put_json(path_of(build, step), commit, exclusive=True)
+        return commit
     except FileExistsError as e:
         raise LeaseLost(f"{build}: another attempt committed step {step}") from e
 
 
-def commits(build: str) -> list[dict]:
-    """Every commit, oldest first, pruned ones too."""
-    return [c for n in names(join(build, "commits")) if (c := get_json(join(build, "commits", n)))]
-
-
-def newest(build: str) -> dict | None:
-    return next((c for c in reversed(commits(build)) if not c.get("pruned")), None)
-
-
 def load(build: str, commit: dict, name: str) -> Saved:
-    return safetensors.torch.load(get(join(build, "checkpoints", commit["folder"], f"{name}.safetensors")))
+    """A module's canonical state, from the checkpoint of a commit."""
+    folder = join(build, "checkpoints", commit["folder"])
+    state = safetensors.torch.load(get(join(folder, f"{name}.safetensors")))
+    if commit.get("export") == name:
+        for k, v in safetensors.torch.load(get(join(folder, WEIGHTS))).items():
+            state[f"buffer/{k}" if f"buffer/{k}" in commit["buffers"] else f"param/{k}"] = v
+    return state
 
 
-def prune(build: str, attempt: int, keep: int, best_step: int | None) -> None:
-    """Keeps the last `keep` and the best; a pruned checkpoint's commit says so before its folder goes."""
-    check_lease(build, attempt)
-    live = [c for c in commits(build) if not c.get("pruned")]
-    for commit in live[:-keep]:
-        if commit["step"] != best_step:
-            put_json(join(build, "commits", f"{commit['step']:08d}.json"), {**commit, "pruned": True})
-            remove(join(build, "checkpoints", commit["folder"]))
+class Saver:
+    """Writes checkpoints off the training path: one in flight, a second waits. What went wrong surfaces at the next call
+    and at the end, which waits; a process that dies loses only what was in flight. Rank 0 only.
+
+    Kept are the last `keep`, the best, and for good those of step `pin` (the trunk's end) and of its best.
+    """
+
+    def __init__(self, build: str, attempt: int, keep: int, pin: int, export: tuple[str, dict[str, Any]] | None):
+        self.build, self.attempt, self.keep, self.pin, self.export = build, attempt, keep, pin, export
+        self._live = [c for c in commits(build) if not c.get("pruned")]
+        self._pool, self._pending = ThreadPoolExecutor(1, "saver"), Future()
+        self._pending.set_result(None)
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, kind, *rest) -> None:
+        self._pool.shutdown()
+        if kind is None:
+            self.wait()
+
+    def check(self) -> None:
+        """Raises what the last checkpoint failed with, if it did so by now."""
+        if self._pending.done():
+            self.wait()
+
+    def wait(self) -> None:
+        self._pending.result()
+
+    def save(self, step: int, states: Mapping[str, Saved], record: dict) -> None:
+        """Takes the states, which nobody may change afterwards."""
+        self.wait()
+        self._pending = self._pool.submit(self._write, step, states, record)
+
+    def _write(self, step: int, states: Mapping[str, Saved], record: dict) -> None:
+        self._live.append(save(self.build, self.attempt, step, states, record, self.export))
+        kept = {record["best_step"], self.pin}
+        kept |= {c["trunk"]["best_step"] for c in self._live if c["step"] == self.pin and "trunk" in c}
+        check_lease(self.build, self.attempt)
+        for commit in self._live[:-self.keep]:  # its commit says so before a checkpoint's folder goes
+            if commit["step"] not in kept:
+                put_json(path_of(self.build, commit["step"]), {**commit, "pruned": True})
+                remove(join(self.build, "checkpoints", commit["folder"]))
+                self._live.remove(commit)

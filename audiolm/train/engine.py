@@ -1,4 +1,4 @@
-"""Modules under an optimizer: `torch` and `deepspeed` (ZeRO 0, 1, 2), alike in what they compute (STACK: fp32 weights).
+"""Modules under an optimizer: `torch` and `deepspeed` (ZeRO 0 to 3), alike in what they compute (STACK: fp32 weights).
 
 Both keep fp32 weights and buffers and run bfloat16 by autocast.  Gradients are averaged over ranks; a loss is this
 rank's share.  `state()` and `saved` speak one canonical form: param/NAME, exp_avg/NAME, exp_avg_sq/NAME, buffer/NAME,
@@ -23,11 +23,26 @@ from audiolm.train.objective import Context
 
 Saved = dict[str, torch.Tensor]
 MOMENTS = ("exp_avg", "exp_avg_sq")
+WHOLE_NUMEL = 100_000  # ZeRO 3 leaves parameters up to this size whole on every rank
+
+
+_alone = False
+
+
+@contextlib.contextmanager
+def alone():
+    """While it lasts all_sum asks no other rank: for what a rank tries by itself."""
+    global _alone
+    _alone = True
+    try:
+        yield
+    finally:
+        _alone = False
 
 
 def all_sum(x: torch.Tensor) -> torch.Tensor:
     """The sum over ranks; x itself when there is one. All ranks take part."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
+    if dist.is_initialized() and dist.get_world_size() > 1 and not _alone:
         x = x.detach().clone()
         dist.all_reduce(x)
     return x
@@ -49,7 +64,13 @@ def _groups(module: nn.Module, train: Train) -> list[dict]:
 
 
 def _adamw(module: nn.Module, train: Train) -> torch.optim.AdamW:
-    return torch.optim.AdamW(_groups(module, train), lr=train.lr, betas=train.betas, eps=1e-8)
+    fused = next(module.parameters()).is_cuda
+    return torch.optim.AdamW(_groups(module, train), lr=train.lr, betas=train.betas, eps=1e-8, fused=fused)
+
+
+def _count(updates: int, like: torch.Tensor) -> torch.Tensor:
+    """AdamW's own count of updates, where it keeps it: fused, beside the weights."""
+    return torch.tensor(float(updates), device=like.device)
 
 
 def _with_gradients(module: nn.Module) -> list[nn.Parameter]:
@@ -108,13 +129,12 @@ class TorchEngine:
             group["lr"] = lr
 
     def state(self) -> Saved:
-        """The canonical state, complete on every rank."""
-        state = weights(self.module)
-        for name, p in self.module.named_parameters():
-            for key in MOMENTS if self.updates else ():
-                moment = self.optimizer.state[p].get(key)
-                state[f"{key}/{name}"] = (torch.zeros_like(p) if moment is None else moment).detach().cpu().clone()
-        return state
+        """The canonical state, a copy on the CPU of rank 0; {} on others."""
+        return {} if self.ctx.rank else _plain_state(self.module, self.optimizer, self.updates)
+
+    def gathered(self) -> contextlib.AbstractContextManager:
+        """While it lasts the module's weights are whole, and rank 0 may change them. All ranks take part."""
+        return contextlib.nullcontext()
 
 
 class DeepSpeedEngine:
@@ -122,7 +142,7 @@ class DeepSpeedEngine:
 
     def __init__(self, module: nn.Module, train: Train, ctx: Context, saved: Saved | None, updates: int):
         deepspeed = _deepspeed(ctx)
-        self.module, self.train, self.updates = module.to(ctx.device), train, updates
+        self.module, self.train, self.ctx, self.updates = module.to(ctx.device), train, ctx, updates
         if saved:
             load_weights(module, saved)  # before initialize, which copies the weights into its partitions
         numel = sum(p.numel() for p in module.parameters())
@@ -141,7 +161,8 @@ class DeepSpeedEngine:
             "zero_allow_untested_optimizer": True, "steps_per_print": 2**62,
             "torch_autocast": {"enabled": train.dtype == "bfloat16", "dtype": "bfloat16"},
             "zero_optimization": {"stage": train.zero, "overlap_comm": False, "contiguous_gradients": train.zero > 1,
-                                  "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}})
+                                  "reduce_bucket_size": bucket, "allgather_bucket_size": bucket,
+                                  "stage3_param_persistence_threshold": WHOLE_NUMEL}})
 
     def __call__(self, *args) -> Any:
         return self.engine(*args)
@@ -169,27 +190,35 @@ class DeepSpeedEngine:
             group["lr"] = lr
 
     def state(self) -> Saved:
-        """The canonical state, complete on every rank. All ranks take part."""
+        """The canonical state, a copy on the CPU of rank 0; {} on others. All ranks take part."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-        state = weights(self.module)
+        first = self.ctx.rank == 0
         if self.train.zero == 0:
-            for name, p in self.module.named_parameters():
-                for key in MOMENTS if self.updates else ():
-                    moment = self._optimizer.state[p].get(key)
-                    state[f"{key}/{name}"] = (torch.zeros_like(p) if moment is None else moment).detach().cpu().clone()
-            return state
+            return _plain_state(self.module, self._optimizer, self.updates) if first else {}
         if self.updates:
             self._link_moments()
-        for name, p in self.module.named_parameters():
-            state[f"param/{name}"] = safe_get_full_fp32_param(p).detach().cpu().clone()
-            for key in MOMENTS if self.updates else ():
-                state[f"{key}/{name}"] = safe_get_full_optimizer_state(p, key).detach().cpu().clone()
+        state = weights(self.module, parameters=False) if first else {}
+        for name, p in self.module.named_parameters():  # whole one at a time, so that a GPU need not hold all of it
+            whole = {"param": safe_get_full_fp32_param(p),
+                     **{key: safe_get_full_optimizer_state(p, key) for key in MOMENTS if self.updates}}
+            if first:
+                state |= {f"{key}/{name}": value.detach().to("cpu", copy=True) for key, value in whole.items()}
         return state
+
+    def gathered(self) -> contextlib.AbstractContextManager:
+        """While it lasts the module's weights are whole, and rank 0 may change them. All ranks take part."""
+        if self.train.zero < 3:
+            return contextlib.nullcontext()
+        import deepspeed
+
+        return deepspeed.zero.GatheredParameters(list(self.module.parameters()), modifier_rank=0)
 
     def _link_moments(self) -> None:
         """Points the parameters at their moments. ZeRO does it once, after its first group stepped, and so misses the
         moments of the other groups; the names are private, tests/test_engine.py guards them."""
+        if self.train.zero == 3:
+            return
         zero = self.engine.optimizer
         zero._hp_optimizer_states_linked = False
         zero._lazy_init_hp_params_optimizer_state()
@@ -201,8 +230,9 @@ class DeepSpeedEngine:
         from deepspeed.utils import safe_set_full_optimizer_state
 
         zero = self.engine.optimizer
-        for flat in zero.single_partition_of_fp32_groups:  # the state that AdamW's first step would create
-            zero.optimizer.state[flat] = {"step": torch.tensor(float(updates)), "exp_avg": torch.zeros_like(flat),
+        parts = zero.fp32_partitioned_groups_flat if self.train.zero == 3 else zero.single_partition_of_fp32_groups
+        for flat in parts:  # the state that AdamW's first step would create
+            zero.optimizer.state[flat] = {"step": _count(updates, flat), "exp_avg": torch.zeros_like(flat),
                                           "exp_avg_sq": torch.zeros_like(flat)}
         self._link_moments()
         for name, p in self.module.named_parameters():
@@ -210,15 +240,25 @@ class DeepSpeedEngine:
                 safe_set_full_optimizer_state(p, saved[f"{key}/{name}"].to(p.device), key)
 
 
-def weights(module: nn.Module) -> Saved:
-    """Parameters and buffers in canonical names, on the CPU."""
+def weights(module: nn.Module, parameters: bool = True) -> Saved:
+    """Parameters (unless told) and buffers in canonical names, copied to the CPU."""
     params = {n for n, _ in module.named_parameters()}
-    return {f"{'param' if n in params else 'buffer'}/{n}": v.detach().cpu().clone() for n, v in module.state_dict().items()}
+    return {f"{'param' if n in params else 'buffer'}/{n}": v.detach().to("cpu", copy=True)
+            for n, v in module.state_dict().items() if parameters or n not in params}
+
+
+def _plain_state(module: nn.Module, optimizer: torch.optim.Optimizer, updates: int) -> Saved:
+    state = weights(module)
+    for name, p in module.named_parameters():
+        for key in MOMENTS if updates else ():
+            moment = optimizer.state[p].get(key)
+            state[f"{key}/{name}"] = (torch.zeros_like(p) if moment is None else moment.detach()).to("cpu", copy=True)
+    return state
 
 
 def _set_moments(module: nn.Module, optimizer: torch.optim.Optimizer, saved: Saved, updates: int) -> None:
     for name, p in module.named_parameters():
-        optimizer.state[p] = {"step": torch.tensor(float(updates)),
+        optimizer.state[p] = {"step": _count(updates, p),
                               **{key: saved[f"{key}/{name}"].to(p.device).clone() for key in MOMENTS}}
 
 

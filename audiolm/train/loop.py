@@ -7,6 +7,7 @@ step), so that a resumed run equals an uninterrupted one bit for bit on CPU at t
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import threading
@@ -26,7 +27,9 @@ from audiolm.lease import check_lease
 from audiolm.metrics import MetricsFile, read_from
 from audiolm.store import get_json, is_local, join, open_fs, put, put_json
 from audiolm.train import checkpoint
+from audiolm.train.commits import newest, path_of, take_over
 from audiolm.train.engine import learning_rate, load_weights, make_engine
+from audiolm.train.hardware import matmul_rate, micro_batch
 from audiolm.train.objective import Context, Factory
 
 LEASE_CHECK_S = 10.0
@@ -60,6 +63,7 @@ def train(factory: Factory, config: Mapping[str, Any], train: Train, inputs: Map
     threads = cluster.threads or max(1, (os.cpu_count() or 1) // world)
     job = Job(factory, config, train, {k: a.path for k, a in inputs.items()}, out.path, out.attempt, out.metrics_path,
               seed, device, threads, cluster.audio_cache_mb, cluster.compile and device == "cuda")
+    take_over(out.path, out.attempt, out.kin, train.trunk_steps)
     out.progress(0, train.steps, "steps", "starting workers")
     with watch(job, out):
         if out.inline:
@@ -148,27 +152,38 @@ def run_worker(job: Job, rank: int, world: int, check: Callable[[], None] = lamb
     """One rank's whole run; all ranks take part in every step, evaluation and save."""
     torch.set_num_threads(job.threads)
     device = torch.device("cuda", torch.cuda.current_device()) if job.device == "cuda" else torch.device("cpu")
-    ctx, cfg = Context(rank, world, device, job.seed, job.cache_mb, job.compile), job.train
+    cfg = job.train
+    sharded = cfg.engine == "deepspeed" and cfg.zero == 3
+    ctx = Context(rank, world, device, job.seed, job.cache_mb, job.compile and not sharded)
     torch.manual_seed(rng.derive(job.seed, "init"))
     objective = job.factory(job.config, job.inputs, ctx)
-    commit = checkpoint.newest(job.build)
+    if sharded and len(objective.modules) > 1:
+        raise ValueError(f"train.zero 3 needs a step of one module, and this one has {', '.join(objective.modules)}: set "
+                         "train.zero to 2")
+    micro = micro_batch(cfg, objective, ctx)
+    exported = getattr(objective, "exported", None)
+    saver = checkpoint.Saver(job.build, job.attempt, cfg.keep, cfg.trunk_steps, exported and (
+        exported, objective.export()[1])) if rank == 0 else None
+    commit = newest(job.build)
     start = commit["step"] if commit else 0
     best = {"step": commit["best_step"], "loss": commit["best_loss"]} if commit else {"step": None, "loss": math.inf}
-    validation = commit["validation"] if commit else {}
+    regular = best  # by validations that a run of any length makes
+    validation, validated = (commit["validation"], commit.get("validated")) if commit else ({}, None)
     engines = {name: make_engine(module, cfg, ctx, checkpoint.load(job.build, commit, name) if commit else None,
                                  commit["updates"][name] if commit else 0)
                for name, module in objective.modules.items()}
     metrics = MetricsFile(job.metrics) if rank == 0 else None
     share = cfg.batch // world
     rows = range(rank * share, (rank + 1) * share)
-    micro = cfg.micro_batch or share
+    flops = getattr(objective, "flops_per_unit", None) if job.device == "cuda" else None
+    full_rate = matmul_rate(device) * world if flops else None
 
     def load(step: int) -> list:
         return [objective.load(step, rows[i:i + micro]) for i in range(0, share, micro)]
 
     checked = clock = time.monotonic()
     logged, units = start, 0.0
-    with ThreadPoolExecutor(1) as loader:
+    with ThreadPoolExecutor(1) as loader, saver or contextlib.nullcontext():
         pending = loader.submit(load, start) if start < cfg.steps else None
         for step in range(start, cfg.steps):
             batches, done = pending.result(), step + 1
@@ -180,7 +195,7 @@ def run_worker(job: Job, rank: int, world: int, check: Callable[[], None] = lamb
             torch.manual_seed(rng.derive(job.seed, "step", step, rank))  # dropout
             result = objective.train_step(engines, batches, step)
             units = units + result.pop("units")
-            save, last = done % cfg.save_every == 0, done == cfg.steps
+            save, last = done % cfg.save_every == 0 or done == cfg.trunk_steps, done == cfg.steps
             log = done % cfg.log_every == 0 or last or done == start + 1
             if log or save or done % cfg.eval_every == 0:  # nothing is kept of a loss that was not looked at
                 values = {k: float(v) for k, v in result.items()}
@@ -188,9 +203,10 @@ def run_worker(job: Job, rank: int, world: int, check: Callable[[], None] = lamb
                     raise FloatingPointError(f"the loss is {values['loss']} at step {done}: lower train.lr ({cfg.lr}), raise "
                                              f"train.warmup_steps ({cfg.warmup_steps}), or look at the input's tokens")
                 now = time.monotonic()
+                per_s = float(units) / (now - clock)
                 if metrics:
-                    metrics.add(done, {**values, "lr": lr, "units_per_s": float(units) / (now - clock),
-                                       "step_s": (now - clock) / (done - logged),
+                    metrics.add(done, {**values, "lr": lr, "units_per_s": per_s, "step_s": (now - clock) / (done - logged),
+                                       **({"mfu": per_s * flops / full_rate} if flops else {}),
                                        **({"audio": 1.0} if objective.unit == "audio s" else {})})
                 clock, logged, units = now, done, 0.0
             improved = False
@@ -200,31 +216,41 @@ def run_worker(job: Job, rank: int, world: int, check: Callable[[], None] = lamb
                 improved = validation.get("loss", math.inf) < best["loss"]
                 if improved:
                     best = {"step": done, "loss": validation["loss"]}
+                regular = best if done % cfg.eval_every == 0 else regular
                 if metrics:
-                    metrics.add(done, {f"val.{k}": v for k, v in validation.items() if k != "step"})
+                    validated = metrics.add(done, {f"val.{k}": v for k, v in validation.items() if k != "step"})
                 clock, logged, units = time.monotonic(), done, 0.0
             if save or last or improved:
+                if saver:
+                    saver.wait()  # one copy of the state at a time
                 states = {name: engine.state() for name, engine in engines.items()}
-                if rank == 0:
-                    checkpoint.save(job.build, job.attempt, done, states, {
+                if saver:
+                    trunk = {"best_step": regular["step"], "best_loss": regular["loss"]}
+                    saver.save(done, states, {
                         "best_step": best["step"], "best_loss": best["loss"], "validation": validation,
-                        "updates": {name: engine.updates for name, engine in engines.items()}})
-                    checkpoint.prune(job.build, job.attempt, cfg.keep, best["step"])
+                        "validated": validated, "updates": {name: engine.updates for name, engine in engines.items()},
+                        **({"trunk": trunk} if done <= cfg.trunk_steps else {})})
+                del states
+            if saver:
+                saver.check()
             if time.monotonic() - checked > LEASE_CHECK_S:
                 checked = time.monotonic()
                 check()
                 if rank == 0:
                     check_lease(job.build, job.attempt)
-    if rank == 0:
-        metrics.close()
-        _finish(job, objective, best, validation)
+    with contextlib.ExitStack() as whole:
+        for engine in engines.values():
+            whole.enter_context(engine.gathered())
+        if rank == 0:
+            metrics.close()
+            _finish(job, objective, best, validation)
 
 
 def _finish(job: Job, objective, best: dict, validation: dict) -> None:
     """Exports what later steps load: the last weights, or the best by validation loss. Rank 0 only."""
     step = job.train.steps
     if job.train.export == "best" and best["step"] is not None and best["step"] != step:
-        commit = next(c for c in checkpoint.commits(job.build) if c["step"] == best["step"])
+        commit = get_json(path_of(job.build, best["step"]))
         for name, module in objective.modules.items():
             load_weights(module, checkpoint.load(job.build, commit, name))
         step, validation = best["step"], commit["validation"]

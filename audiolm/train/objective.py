@@ -43,6 +43,9 @@ class Engine(Protocol):
 
 
 class Objective(Protocol):
+    """Optional: `exported`, the name of the module whose weights are the export as they stand, so that every checkpoint
+    can be loaded as one; `flops_per_unit`, floating-point operations of a unit's training, for MFU on GPUs."""
+
     modules: dict[str, nn.Module]  # one engine and optimizer each; built from (config, seed) alike on every rank
     unit: str  # what `units` counts: "audio s" or "tokens"
 

@@ -54,7 +54,7 @@ def stage_of(config: Mapping[str, Any], inputs: Mapping[str, str]) -> Stage:
 class LMObjective:
     """State of one stage's training: the model, its batches and its validation rows."""
 
-    unit = "tokens"
+    unit, exported = "tokens", "lm"
 
     def __init__(self, config: Mapping[str, Any], inputs: Mapping[str, str], ctx: Context):
         self.ctx, self.name, self.seed = ctx, config["stage"], config["seed"]
