@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from audiolm.identity import Config, Runtime
+from audiolm.identity import Config, Later, Runtime
 
 
 class Where(Config):
@@ -29,6 +29,8 @@ class Train(Config):
     eval_every: int = Field(1000, ge=1)
     dtype: Literal["float32", "bfloat16"] = "float32"
     export: Literal["best", "last"] = Field("last", description="which weights later steps load: best by validation")
+    patience: Annotated[int | None, Later(None)] = Field(None, ge=1, description="validations in a row without a new best "
+                                                         "that end the training early; None = never")
     micro_batch: Runtime[int | None] = Field(None, ge=1, description="rows a forward pass; None = the worker's share")
     save_every: Runtime[int] = Field(1000, ge=1)
     keep: Runtime[int] = Field(2, ge=1, description="checkpoints kept besides the best")
@@ -41,4 +43,7 @@ class Train(Config):
         if self.warmup_steps + self.decay_steps > self.steps:
             raise ValueError(f"warmup_steps ({self.warmup_steps}) + decay_steps ({self.decay_steps}) exceed "
                              f"steps ({self.steps})")
+        if self.patience and self.export != "best":
+            raise ValueError(f"patience ({self.patience}) ends a training past its best, and export is {self.export!r}: set "
+                             "export: best, or leave patience out")
         return self

@@ -12,7 +12,8 @@ from audiolm.dag import Step, plan
 from audiolm.execute import StepFailed, execute
 from audiolm.lease import Lease, LeaseLost
 from audiolm.metrics import MetricsFile, read_build
-from audiolm.store import get, get_json, join, names, put_json
+from audiolm.run import headline
+from audiolm.store import get, get_json, join, names, put_json, remove
 from audiolm.train import checkpoint
 from audiolm.train.loop import Job, run_worker, train, watch
 from tests.tiny import tiny_lm
@@ -131,3 +132,38 @@ def test_an_alarm_of_the_validation_stands_in_the_progress_until_it_is_over(tmp_
         metrics.add(6, {"loss": 0.8})
         assert seen("loss 0.800", True) and seen("ALARM", False)
     metrics.close()
+
+
+EARLY = {"steps": 60, "lr": 0.2, "warmup_steps": 0, "decay_steps": 0, "eval_every": 4, "patience": 2, "export": "best"}
+
+
+def test_patience_ends_a_training_past_its_best_and_exports_the_best(tmp_path):
+    whole = build(training_step(**EARLY), str(tmp_path / "a"))
+    best, stopped = whole.facts["best_step"], whole.facts["stopped_at"]
+    assert stopped == best + 2 * 4 < 60 and whole.facts["steps"] == stopped and whole.facts["exported_step"] == best
+    validated = {r["step"]: r["metrics"]["val.loss"] for r in read_build(whole.path) if "val.loss" in r["metrics"]}
+    assert max(validated) == stopped and min(validated, key=validated.get) == best
+    assert f"stopped at step {stopped} of 60: 2 validations were no better than step {best}'s" in headline(whole.facts)
+    assert checkpoint.newest(whole.path)["step"] == stopped  # saved, so that it is known to be over
+
+    store = str(tmp_path / "b")
+    with pytest.raises(StepFailed, match="planted"):
+        build(training_step(fail_at=stopped - 2, **EARLY), store)
+    resumed = build(training_step(**EARLY), store)  # the validations before the failure count
+    assert resumed.facts == whole.facts
+
+
+def test_a_training_that_was_killed_at_its_early_end_is_not_trained_on(tmp_path):
+    path = build(training_step(**EARLY), str(tmp_path)).path
+    final, commits = get_json(join(path, "final.json")), checkpoint.commits(path)
+    remove(join(path, "final.json"))
+    lease = Lease(path)
+    run_worker(Job(tiny_lm, {"fail_at": final["steps"]}, settings(**EARLY), {}, path, lease.attempt,
+                   f"{path}/metrics-0002.jsonl", 0, "cpu", 1, 16, False), 0, 1)
+    lease.close("done")
+    assert get_json(join(path, "final.json")) == final and checkpoint.commits(path) == commits
+
+
+def test_patience_without_the_best_exported_is_refused():
+    with pytest.raises(ValueError, match=r"patience \(2\).*export is 'last': set export: best"):
+        settings(patience=2)

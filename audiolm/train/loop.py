@@ -25,7 +25,7 @@ from audiolm.data.shards import device_of
 from audiolm.lease import check_lease
 from audiolm.metrics import MetricsFile, read_from
 from audiolm.store import get_json, is_local, join, open_fs, put, put_json
-from audiolm.train import checkpoint
+from audiolm.train import checkpoint, early
 from audiolm.train.engine import learning_rate, load_weights, make_engine
 from audiolm.train.objective import Context, Factory
 
@@ -152,7 +152,7 @@ def run_worker(job: Job, rank: int, world: int, check: Callable[[], None] = lamb
     torch.manual_seed(rng.derive(job.seed, "init"))
     objective = job.factory(job.config, job.inputs, ctx)
     commit = checkpoint.newest(job.build)
-    start = commit["step"] if commit else 0
+    start = done = commit["step"] if commit else 0
     best = {"step": commit["best_step"], "loss": commit["best_loss"]} if commit else {"step": None, "loss": math.inf}
     validation = commit["validation"] if commit else {}
     engines = {name: make_engine(module, cfg, ctx, checkpoint.load(job.build, commit, name) if commit else None,
@@ -169,8 +169,9 @@ def run_worker(job: Job, rank: int, world: int, check: Callable[[], None] = lamb
     checked = clock = time.monotonic()
     logged, units = start, 0.0
     with ThreadPoolExecutor(1) as loader:
-        pending = loader.submit(load, start) if start < cfg.steps else None
-        for step in range(start, cfg.steps):
+        end = start if early.stops(cfg, start, best["step"]) else cfg.steps  # it may have been killed at its last step
+        pending = loader.submit(load, start) if start < end else None
+        for step in range(start, end):
             batches, done = pending.result(), step + 1
             if done < cfg.steps:
                 pending = loader.submit(load, done)
@@ -203,6 +204,7 @@ def run_worker(job: Job, rank: int, world: int, check: Callable[[], None] = lamb
                 if metrics:
                     metrics.add(done, {f"val.{k}": v for k, v in validation.items() if k != "step"})
                 clock, logged, units = time.monotonic(), done, 0.0
+                last = last or early.stops(cfg, done, best["step"])
             if save or last or improved:
                 states = {name: engine.state() for name, engine in engines.items()}
                 if rank == 0:
@@ -215,14 +217,16 @@ def run_worker(job: Job, rank: int, world: int, check: Callable[[], None] = lamb
                 check()
                 if rank == 0:
                     check_lease(job.build, job.attempt)
+            if last:
+                break
     if rank == 0:
         metrics.close()
-        _finish(job, objective, best, validation)
+        _finish(job, objective, done, best, validation)
 
 
-def _finish(job: Job, objective, best: dict, validation: dict) -> None:
+def _finish(job: Job, objective, done: int, best: dict, validation: dict) -> None:
     """Exports what later steps load: the last weights, or the best by validation loss. Rank 0 only."""
-    step = job.train.steps
+    step = done
     if job.train.export == "best" and best["step"] is not None and best["step"] != step:
         commit = next(c for c in checkpoint.commits(job.build) if c["step"] == best["step"])
         for name, module in objective.modules.items():
@@ -235,5 +239,6 @@ def _finish(job: Job, objective, best: dict, validation: dict) -> None:
     parameters = sum(p.numel() for m in objective.modules.values() for p in m.parameters())
     check_lease(job.build, job.attempt)
     put_json(join(job.build, "final.json"), {
-        "steps": job.train.steps, "exported_step": step, "best_step": best["step"], "best_loss": best["loss"],
-        "parameters": parameters, **{f"val.{k}": v for k, v in validation.items() if k != "step"}})
+        "steps": done, "exported_step": step, "best_step": best["step"], "best_loss": best["loss"],
+        "parameters": parameters, **early.facts(job.train, done, best["step"]),
+        **{f"val.{k}": v for k, v in validation.items() if k != "step"}})
