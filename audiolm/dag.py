@@ -75,10 +75,10 @@ class Observer(Protocol):
 
 
 class Out:
-    """A running step's folder: its lease, its metrics, its progress."""
+    """A running step's folder: its lease, its metrics, its progress, and whether the user forced it."""
 
-    def __init__(self, step: Step, path: str, lease: Lease, observer: Observer | None, inline: bool):
-        self.step, self.path, self.lease, self.inline = step, path, lease, inline
+    def __init__(self, step: Step, path: str, lease: Lease, observer: Observer | None, inline: bool, forced: bool):
+        self.step, self.path, self.lease, self.inline, self.forced = step, path, lease, inline, forced
         self.attempt = lease.attempt
         self.metrics_path = join(path, f"metrics-{self.attempt:04d}.jsonl")
         self._observer, self._metrics = observer, None
@@ -181,7 +181,7 @@ def run_step(step: Step, store: str, inputs: dict[str, Artifact], *, force: bool
             lease.close("done")  # it was finished between the look and the claim
             continue
         time.sleep(poll_s)
-    out, began = Out(step, path, lease, observer, inline), time.time()
+    out, began = Out(step, path, lease, observer, inline, force), time.time()
     try:
         if observer:
             observer.began(out)

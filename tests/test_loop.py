@@ -13,7 +13,7 @@ from audiolm.execute import StepFailed, execute
 from audiolm.lease import Lease, LeaseLost
 from audiolm.metrics import MetricsFile, read_build
 from audiolm.run import headline
-from audiolm.store import get, get_json, join, names, put_json, remove
+from audiolm.store import exists, get, get_json, join, names, put_json, remove
 from audiolm.train import checkpoint
 from audiolm.train.loop import Job, run_worker, train, watch
 from tests.tiny import tiny_lm
@@ -24,12 +24,12 @@ def settings(**changes):
                     "save_every": 3, "keep": 2, "log_every": 2, "engine": "torch", **changes})
 
 
-def training_step(fail_at=None, **changes):
+def training_step(fail_at=None, objective=None, **changes):
     cluster = Cluster(threads=1, device="cpu")
     cfg = settings(**changes)
 
     def fn(config, inputs, out):
-        return train(tiny_lm, {"fail_at": fail_at}, cfg, inputs, out, cluster=cluster, seed=0)
+        return train(tiny_lm, {"fail_at": fail_at, **(objective or {})}, cfg, inputs, out, cluster=cluster, seed=0)
 
     return Step("tiny", fn, {"train": cfg}, trains=True)
 
@@ -92,8 +92,21 @@ def test_a_worker_whose_lease_was_taken_does_not_commit(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_names_what_to_change(tmp_path):
-    with pytest.raises(StepFailed, match=r"the loss is nan at step \d+: lower train.lr \(1e\+30\)"):
+    with pytest.raises(StepFailed, match=r"the loss is nan at step \d+: look at train: lr 1e\+30 and clip 0"):
         build(training_step(lr=1e30, clip=0, warmup_steps=0), str(tmp_path))
+
+
+@pytest.mark.parametrize(("spoil", "kept", "message"), [
+    ("weights", 5, "weights are not finite after step 6, and are not saved"),
+    ("validation", 3, "the validation loss is nan at step 5")])
+def test_what_is_not_finite_is_never_saved(tmp_path, spoil, kept, message):
+    step = training_step(objective={"spoil": {spoil: 5}})  # no step's loss shows it: update 5 is the last before a save
+    with pytest.raises(StepFailed, match=message):
+        build(step, str(tmp_path))
+    path = join(step.root(str(tmp_path)), "0001")
+    saved = checkpoint.newest(path)
+    assert saved["step"] == kept and all(v.isfinite().all() for v in checkpoint.load(path, saved, "model").values())
+    assert not exists(join(path, "export"))
 
 
 def test_a_batch_that_workers_cannot_share_is_refused(tmp_path):

@@ -8,7 +8,7 @@ worse ignores it.  Levels count from 0 here and from 1 in figures, as in the pap
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +16,10 @@ import numpy as np
 import torch
 
 from audiolm import rng
+from audiolm.config import Where
 from audiolm.data.batches import Crop, TokenBatches
 from audiolm.data.tokens import TokenStore, level_name, run_starts
+from audiolm.lm.model import load_lm
 from audiolm.lm.nats import by_level, target_nats
 from audiolm.lm.stages import Stage
 
@@ -84,12 +86,25 @@ def packed_rows(data: TokenBatches, crops: Sequence[Crop]) -> Iterator[Packed]:
     return (data.packed(*c) for c in crops)
 
 
+def measure_stage(name: str, paths: Mapping[str, str], where: Where, n: int, seed: int,
+                  device: str | torch.device = "cpu") -> dict[str, Any]:
+    """Figures of the trained stage paths[name], and its conditioning where it has a prefix and two held-out rows (else
+    None), on n held-out rows; paths also has manifest and the token stores that the stage reads."""
+    model, stage = load_lm(paths[name], device)
+    train, dev = (TokenBatches(paths["manifest"], paths.get("semantic_tokens"), paths.get("acoustic_tokens"), stage, split,
+                               where, 1, seed) for split in ("train", "dev"))
+    crops, used = dev.fixed(n), None
+    if stage.name != "semantic" and len(crops) > 1:
+        used = conditioning(model, stage, dev, crops, seed, device)
+    return {"figures": stage_figures(model, stage, train, dev, n, device), "conditioning": used}
+
+
 def stage_figures(model: torch.nn.Module, stage: Stage, train: TokenBatches, dev: TokenBatches, n: int,
                   device: str | torch.device = "cpu") -> dict[str, Any]:
     """loss, unigram, bigram and tokens on n held-out rows; acoustic stages also per level (level counts from 1)."""
     ngrams = count(stage, (ids[t] for ids, t in packed_rows(train, train.fixed(BASELINE_CROPS))))
     rows = list(packed_rows(dev, dev.fixed(n)))
-    sums = {"loss": loss_sums(model, stage, dev, rows, device)}
+    sums = {"loss": row_sums(model, stage, dev, rows, device).sum(1)}
     baselines = {"unigram": np.zeros_like(sums["loss"]), "bigram": np.zeros_like(sums["loss"])}
     for ids, target in rows:
         at = stage.level_table()[ids[target]] + 1
@@ -106,21 +121,23 @@ def stage_figures(model: torch.nn.Module, stage: Stage, train: TokenBatches, dev
 
 
 @torch.no_grad()
-def loss_sums(model: torch.nn.Module, stage: Stage, data: TokenBatches, rows: Sequence[Packed],
-              device: str | torch.device = "cpu") -> np.ndarray:
-    """(2, levels + 1): nats and number of targets at level + 1. The model is in eval mode and on `device`."""
-    levels_V = torch.from_numpy(stage.level_table()).to(device)
-    sums = torch.zeros(2, stage.levels[1] + 1, dtype=torch.float64, device=device)
+def row_sums(model: torch.nn.Module, stage: Stage, data: TokenBatches, rows: Sequence[Packed],
+             device: str | torch.device = "cpu") -> np.ndarray:
+    """(2, R, levels + 1): nats and number of each row's targets at level + 1. The model is in eval mode and on `device`."""
+    levels_V, n, parts = torch.from_numpy(stage.level_table()).to(device), stage.levels[1] + 1, []
     for i in range(0, len(rows), BATCH):
         batch = data.collate(rows[i:i + BATCH])
         ids_BT, target_BT = batch["ids_BT"].to(device), batch["target_BT"].to(device)
-        sums += by_level(*target_nats(model(ids_BT), ids_BT, target_BT, levels_V), sums.shape[1])
-    return sums.cpu().numpy()
+        nats_N, levels_N = target_nats(model(ids_BT), ids_BT, target_BT, levels_V)
+        row_N = torch.nonzero(target_BT[:, 1:])[:, 0]
+        parts.append(by_level(nats_N, levels_N + n * row_N, n * len(ids_BT)).view(2, len(ids_BT), n))
+    return torch.cat(parts, 1).cpu().numpy()
 
 
 def conditioning(model: torch.nn.Module, stage: Stage, data: TokenBatches, crops: Sequence[Crop], seed: int,
                  device: str | torch.device = "cpu") -> dict[str, float]:
-    """Loss with each row's own prefix ("true") and with another clip's ("shuffled"); the targets are the same.
+    """Loss with each row's own prefix ("true") and with another clip's ("shuffled"); the targets are the same. "se" is the
+    standard error over rows of shuffled - true, a ratio of sums (rows of more targets weigh more).
 
     Stage 2's prefix is semantic, stage 3's the coarse levels; stage 1 has none and is refused. Needs two rows.
     """
@@ -141,11 +158,11 @@ def conditioning(model: torch.nn.Module, stage: Stage, data: TokenBatches, crops
         else:
             prefix = np.resize(other_codes[:, :stage.n_coarse], (len(codes_TQ), stage.n_coarse))
             shuffled.append(stage.pack(z_T, np.concatenate([prefix, codes_TQ[:, stage.n_coarse:]], 1), at_end))
-    figures = {}
-    for name, rows in (("true", true), ("shuffled", shuffled)):
-        nats, number = loss_sums(model, stage, data, rows, device)
-        figures[name] = float(nats.sum() / number.sum())
-    return figures
+    (true_R, number_R), (shuffled_R, _) = (row_sums(model, stage, data, rows, device).sum(2) for rows in (true, shuffled))
+    number, gain_R = number_R.sum(), shuffled_R - true_R
+    spread_R = gain_R - gain_R.sum() / number * number_R
+    se = np.sqrt((spread_R ** 2).sum() * len(crops) / (len(crops) - 1)) / number
+    return {"true": float(true_R.sum() / number), "shuffled": float(shuffled_R.sum() / number), "se": float(se)}
 
 
 def token_statistics(path: str) -> dict[str, float]:

@@ -25,7 +25,7 @@ from audiolm.data.shards import device_of
 from audiolm.lease import check_lease
 from audiolm.metrics import MetricsFile, read_from
 from audiolm.store import get_json, is_local, join, open_fs, put, put_json
-from audiolm.train import checkpoint, early
+from audiolm.train import checkpoint, early, finite
 from audiolm.train.engine import learning_rate, load_weights, make_engine
 from audiolm.train.objective import Context, Factory
 
@@ -52,7 +52,10 @@ class Job:
 
 def train(factory: Factory, config: Mapping[str, Any], train: Train, inputs: Mapping[str, Any], out, *,
           cluster: Cluster, seed: int) -> dict:
-    """Trains to the end (resuming this build's newest checkpoint) and returns the facts of {build}/final.json."""
+    """Trains to the end (resuming this build's newest checkpoint) and returns the facts of {build}/final.json, which is
+    written last: where it stands, nothing is left to do."""
+    if final := get_json(join(out.path, "final.json")):
+        return final
     world = 1 if out.inline else cluster.train_workers
     device = device_of(cluster, out.inline, world)
     if train.batch % world:
@@ -185,9 +188,7 @@ def run_worker(job: Job, rank: int, world: int, check: Callable[[], None] = lamb
             log = done % cfg.log_every == 0 or last or done == start + 1
             if log or save or done % cfg.eval_every == 0:  # nothing is kept of a loss that was not looked at
                 values = {k: float(v) for k, v in result.items()}
-                if not math.isfinite(values["loss"]):
-                    raise FloatingPointError(f"the loss is {values['loss']} at step {done}: lower train.lr ({cfg.lr}), raise "
-                                             f"train.warmup_steps ({cfg.warmup_steps}), or look at the input's tokens")
+                finite.check_loss(values["loss"], "loss", done, cfg)
                 now = time.monotonic()
                 if metrics:
                     metrics.add(done, {**values, "lr": lr, "units_per_s": float(units) / (now - clock),
@@ -198,6 +199,7 @@ def run_worker(job: Job, rank: int, world: int, check: Callable[[], None] = lamb
             if done % cfg.eval_every == 0 or last:
                 pending.result()  # the loader's cache is not shared with a running load
                 validation = {"step": done, **objective.evaluate()}
+                finite.check_loss(validation.get("loss", 0.0), "validation loss", done, cfg)
                 improved = validation.get("loss", math.inf) < best["loss"]
                 if improved:
                     best = {"step": done, "loss": validation["loss"]}
@@ -206,6 +208,7 @@ def run_worker(job: Job, rank: int, world: int, check: Callable[[], None] = lamb
                 clock, logged, units = time.monotonic(), done, 0.0
                 last = last or early.stops(cfg, done, best["step"])
             if save or last or improved:
+                finite.check_weights(objective.modules, done, cfg)
                 states = {name: engine.state() for name, engine in engines.items()}
                 if rank == 0:
                     checkpoint.save(job.build, job.attempt, done, states, {
