@@ -15,6 +15,13 @@ class Where(Config):
     source: tuple[str, ...] | None = Field(None, description="names of corpus sources")
 
 
+class Rollback(Config):
+    """When a step's loss has spiked (train/spike.py)."""
+
+    deviations: float = Field(10.0, gt=0, description="above the median of the window, in standard deviations")
+    window: int = Field(100, ge=4, description="steps; no spike is seen before there were as many, but for a loss of nan")
+
+
 class Train(Config):
     """One training run: warm-up, constant, decay to zero over the last `decay_steps` (DESIGN 1.6)."""
 
@@ -31,6 +38,8 @@ class Train(Config):
     export: Literal["best", "last"] = Field("last", description="which weights later steps load: best by validation")
     patience: Annotated[int | None, Later(None)] = Field(None, ge=1, description="validations in a row without a new best "
                                                          "that end the training early; None = never")
+    rollback: Annotated[Rollback | None, Later(None)] = Field(None, description="go back to the newest checkpoint when the "
+                                                              "loss spikes and pass over those rows, three times at most")
     micro_batch: Runtime[int | None] = Field(None, ge=1, description="rows a forward pass; None = the worker's share")
     save_every: Runtime[int] = Field(1000, ge=1)
     keep: Runtime[int] = Field(2, ge=1, description="checkpoints kept besides the best")

@@ -109,7 +109,7 @@ def test_a_failed_gate_stops_after_training_trains_nothing_again_and_is_forced(c
     assert artifact.facts["gate/failed"] == 2
     assert artifact.facts["gate/conditioning"] < artifact.facts["gate/conditioning.needed"]
     assert "GATE the prefix is not used" in headline(artifact.facts)
-    assert gates.failures(path)[-1].endswith("(forced)")
+    assert gates.failures(path)[0].endswith("(forced)")
     with pytest.raises(StepFailed, match=UNUSED):  # a new build is judged anew
         go(graph(corpus), store, force=["lm_coarse"])
 

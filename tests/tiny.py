@@ -22,13 +22,16 @@ class TinyLM:
             torch.manual_seed(rng.derive(ctx.seed, "tiny"))
             self.modules = {"model": Transformer(VOCAB, 32, 2, 2, 64, config.get("dropout", 0.1))}
         self.fail_at, self.spoil = config.get("fail_at"), config.get("spoil", {})  # {what: after which step}
+        self.noisy, self.without = config.get("noisy", ()), config.get("without", ())  # batches of noise, batches left out
 
     def _ids(self, purpose, step, row):
         draw = rng.generator(self.ctx.seed, purpose, step, row)
-        jumps = np.where(draw.random(LENGTH) < 0.8, 3, draw.integers(VOCAB, size=LENGTH))
+        jumps = np.where(draw.random(LENGTH) < (0.0 if purpose == "row" and step in self.noisy else 0.8), 3,
+                         draw.integers(VOCAB, size=LENGTH))
         return np.cumsum(jumps) % VOCAB
 
     def load(self, step, rows):
+        step = [b for b in range(step + len(self.without) + 1) if b not in self.without][step]
         return torch.from_numpy(np.stack([self._ids("row", step, r) for r in rows]))
 
     def train_step(self, engines, batches, step):

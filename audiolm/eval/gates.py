@@ -1,7 +1,7 @@
 """Gates of a language-model stage: what would make it worthless stops its step and says what to look at.
 
 Before training: a tokenizer whose codes collapsed.  After it, on held-out rows: a loss that does not beat unigrams, a
-prefix that is not used.  {build}/gates.json keeps each verdict, {name: {ok, text, forced, figures}}, and the weights are
+prefix that is not used.  {build}/gates.json keeps each verdict, {name: {ok, text, look, forced, figures}}, and the weights are
 exported before the stage is judged: nothing is trained again.  A rerun stops at once; `--force STEP` overrides the failures
 that stand there already, and those alone.  `lm.STAGE.gates: warn` makes notes of them.  Losses in nats per token.
 """
@@ -67,8 +67,8 @@ def judge_tokens(which: str, step: str, facts: Mapping[str, Any], vocab: int, le
     bad = [f"level {q + 1} uses {facts[f'used.{n}']} of {vocab} codes and {facts[f'entropy_bits.{n}']:.2f} of "
            f"{math.log2(vocab):.2f} bits" for q, n in enumerate(map(level_name, range(levels)))
            if collapsed(vocab, facts["frames"], facts[f"used.{n}"], facts[f"entropy_bits.{n}"])]
-    return {"ok": not bad, "figures": {}, "text": f"the {which} tokenizer collapsed: {'; '.join(bad)}. Look at the step {step} "
-            f"(its loss, code usage and {which}_figures or codec_figures), and whether the audio is silent"}
+    return {"ok": not bad, "figures": {}, "text": f"the {which} tokenizer collapsed: {'; '.join(bad)}",
+            "look": f"the step {step} (its loss, the use of its codes) and whether the audio is silent"}
 
 
 def collapsed(vocab: int, frames: int, used: int, entropy_bits: float) -> bool:
@@ -80,9 +80,9 @@ def collapsed(vocab: int, frames: int, used: int, entropy_bits: float) -> bool:
 def judge_unigram(figures: Mapping[str, float]) -> Verdict:
     loss, unigram = figures["loss"], figures["unigram"]
     return {"ok": loss < unigram, "figures": {"unigram": unigram - loss},
-            "text": f"the validation loss {loss:.3f} does not beat counting tokens (unigram {unigram:.3f}). Look at the curves "
-                    "of loss and val.loss: a loss that does not fall wants another train.lr, more warmup_steps or more steps; "
-                    "one that falls alone wants more data, dropout or a smaller model"}
+            "text": f"the validation loss {loss:.3f} does not beat counting tokens (unigram {unigram:.3f})",
+            "look": "the curves of loss and val.loss (where neither falls: train.lr, warmup_steps, steps; where loss falls "
+                    "alone: more data, dropout, a smaller model)"}
 
 
 def judge_conditioning(name: str, found: Mapping[str, float]) -> Verdict:
@@ -91,9 +91,9 @@ def judge_conditioning(name: str, found: Mapping[str, float]) -> Verdict:
     prefix = {"lm_coarse": "semantic tokens", "lm_fine": "coarse levels"}[name]
     return {"ok": gain > needed, "figures": {"conditioning": gain, "conditioning.needed": needed},
             "text": f"the prefix is not used: the loss is {found['true']:.3f} after a clip's own {prefix} and "
-                    f"{found['shuffled']:.3f} after another's: {gain:.3f} more, and {needed:.3f} is wanted. Look at "
-                    f"train.steps (a prefix is learned late), at whether the {prefix} say anything of these targets, and at "
-                    "lm.dedupe and crop_s, which set how far apart they stand"}
+                    f"{found['shuffled']:.3f} after another's, {gain:.3f} more where {needed:.3f} is wanted",
+            "look": f"train.steps (a prefix is learned late), whether the {prefix} say anything of these targets, and crop_s, "
+                    "which sets how far apart they stand"}
 
 
 def needed_gain(found: Mapping[str, float]) -> float:
@@ -121,9 +121,10 @@ def _pass(config: Mapping[str, Any], out: Any, found: Mapping[str, Verdict], sta
         before = known.get(name, {"ok": True, "forced": False})
         known[name] = {**verdict, "forced": before["forced"] or (out.forced and not before["ok"])}
     put_json(_path(out), known)
-    stopping = [v["text"] for k, v in sorted(known.items()) if k in found and not (v["ok"] or v["forced"])]
+    stopping = [f"{v['text']}. Look at {v['look']}" for k, v in sorted(known.items())
+                if k in found and not (v["ok"] or v["forced"])]
     if stopping and config["lm"].gates == "stop":
         name = config["stage"]
-        raise GateFailed(f"{'; and '.join(stopping)}. To go on all the same ({state}): --force {name}; to be told only: "
+        raise GateFailed(f"{'. And '.join(stopping)}. To go on all the same ({state}): --force {name}; to be told only: "
                          f"lm.{name.removeprefix('lm_')}.gates=warn")
     return known

@@ -7,6 +7,7 @@ step), so that a resumed run equals an uninterrupted one bit for bit on CPU at t
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import threading
@@ -18,6 +19,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
+import torch.distributed as dist
 
 from audiolm import rng
 from audiolm.config import Cluster, Train
@@ -25,7 +27,7 @@ from audiolm.data.shards import device_of
 from audiolm.lease import check_lease
 from audiolm.metrics import MetricsFile, read_from
 from audiolm.store import get_json, is_local, join, open_fs, put, put_json
-from audiolm.train import checkpoint, early, finite
+from audiolm.train import checkpoint, early, finite, spike
 from audiolm.train.engine import learning_rate, load_weights, make_engine
 from audiolm.train.objective import Context, Factory
 
@@ -133,6 +135,8 @@ class watch:
                         done, note = row["step"], f"loss {m['loss']:.3f}"
                     if "units_per_s" in m:
                         note += f", {m['units_per_s']:,.0f} {self.job_unit(m)}/s"
+                    if "rollbacks" in m:
+                        note = f"rolled back from step {row['step']}, where the loss spiked"
                     if any(k.startswith("val.") for k in m):
                         alarm = "".join(f", ALARM {k.removeprefix('val.alarm/')} {v:g}" for k, v in m.items()
                                         if k.startswith("val.alarm/") and v > 0)
@@ -148,7 +152,28 @@ class watch:
 
 
 def run_worker(job: Job, rank: int, world: int, check: Callable[[], None] = lambda: None) -> None:
-    """One rank's whole run; all ranks take part in every step, evaluation and save."""
+    """One rank's whole run, begun again from the newest checkpoint where the loss spikes (train.rollback)."""
+    metrics = MetricsFile(job.metrics) if rank == 0 else None
+    skipped = None
+    try:
+        while True:
+            try:
+                return _run(job, rank, world, check, metrics, skipped)
+            except spike.Spiked as e:  # on every rank
+                skipped = e.skipped
+                if metrics:
+                    metrics.add(e.step + 1, {"rollbacks": len(skipped)})
+            gc.collect()  # the old engines
+            if world > 1:
+                dist.barrier()  # rank 0 has committed what it was going to
+    finally:
+        if metrics:
+            metrics.close()
+
+
+def _run(job: Job, rank: int, world: int, check: Callable[[], None], metrics: MetricsFile | None,
+         skipped: list[dict[str, int]] | None) -> None:
+    """Trains to the end; all ranks take part in every step, evaluation and save."""
     torch.set_num_threads(job.threads)
     device = torch.device("cuda", torch.cuda.current_device()) if job.device == "cuda" else torch.device("cpu")
     ctx, cfg = Context(rank, world, device, job.seed, job.cache_mb, job.compile), job.train
@@ -161,13 +186,14 @@ def run_worker(job: Job, rank: int, world: int, check: Callable[[], None] = lamb
     engines = {name: make_engine(module, cfg, ctx, checkpoint.load(job.build, commit, name) if commit else None,
                                  commit["updates"][name] if commit else 0)
                for name, module in objective.modules.items()}
-    metrics = MetricsFile(job.metrics) if rank == 0 else None
+    spikes = spike.Spikes(cfg, commit, skipped)
     share = cfg.batch // world
     rows = range(rank * share, (rank + 1) * share)
     micro = cfg.micro_batch or share
 
     def load(step: int) -> list:
-        return [objective.load(step, rows[i:i + micro]) for i in range(0, share, micro)]
+        batch = spike.rows_of(step, spikes.skipped)
+        return [objective.load(batch, rows[i:i + micro]) for i in range(0, share, micro)]
 
     checked = clock = time.monotonic()
     logged, units = start, 0.0
@@ -184,9 +210,11 @@ def run_worker(job: Job, rank: int, world: int, check: Callable[[], None] = lamb
             torch.manual_seed(rng.derive(job.seed, "step", step, rank))  # dropout
             result = objective.train_step(engines, batches, step)
             units = units + result.pop("units")
+            spikes.add(step, result["loss"])
             save, last = done % cfg.save_every == 0, done == cfg.steps
             log = done % cfg.log_every == 0 or last or done == start + 1
             if log or save or done % cfg.eval_every == 0:  # nothing is kept of a loss that was not looked at
+                spikes.look()
                 values = {k: float(v) for k, v in result.items()}
                 finite.check_loss(values["loss"], "loss", done, cfg)
                 now = time.monotonic()
@@ -212,7 +240,7 @@ def run_worker(job: Job, rank: int, world: int, check: Callable[[], None] = lamb
                 states = {name: engine.state() for name, engine in engines.items()}
                 if rank == 0:
                     checkpoint.save(job.build, job.attempt, done, states, {
-                        "best_step": best["step"], "best_loss": best["loss"], "validation": validation,
+                        "best_step": best["step"], "best_loss": best["loss"], "validation": validation, **spikes.record(),
                         "updates": {name: engine.updates for name, engine in engines.items()}})
                     checkpoint.prune(job.build, job.attempt, cfg.keep, best["step"])
             if time.monotonic() - checked > LEASE_CHECK_S:
@@ -223,11 +251,10 @@ def run_worker(job: Job, rank: int, world: int, check: Callable[[], None] = lamb
             if last:
                 break
     if rank == 0:
-        metrics.close()
-        _finish(job, objective, done, best, validation)
+        _finish(job, objective, done, best, validation, spikes.facts())
 
 
-def _finish(job: Job, objective, done: int, best: dict, validation: dict) -> None:
+def _finish(job: Job, objective, done: int, best: dict, validation: dict, facts: dict) -> None:
     """Exports what later steps load: the last weights, or the best by validation loss. Rank 0 only."""
     step = done
     if job.train.export == "best" and best["step"] is not None and best["step"] != step:
@@ -243,5 +270,5 @@ def _finish(job: Job, objective, done: int, best: dict, validation: dict) -> Non
     check_lease(job.build, job.attempt)
     put_json(join(job.build, "final.json"), {
         "steps": done, "exported_step": step, "best_step": best["step"], "best_loss": best["loss"],
-        "parameters": parameters, **early.facts(job.train, done, best["step"]),
+        "parameters": parameters, **facts, **early.facts(job.train, done, best["step"]),
         **{f"val.{k}": v for k, v in validation.items() if k != "step"}})
