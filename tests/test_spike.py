@@ -9,10 +9,14 @@ import torch
 
 from audiolm.config import Train
 from audiolm.execute import StepFailed
+from audiolm.lease import Lease
 from audiolm.metrics import read_build
-from audiolm.store import get, join
+from audiolm.store import get, get_json, join
 from audiolm.train import checkpoint, spike
-from tests.test_loop import build, training_step
+from audiolm.train.loop import Job, run_worker
+from tests.conftest import free_port
+from tests.test_loop import build, settings, training_step
+from tests.tiny import tiny_lm
 
 LONG = {"steps": 40, "lr": 1e-2, "save_every": 7, "log_every": 4}
 RULE = {"rollback": {"deviations": 10, "window": 6}}
@@ -93,3 +97,26 @@ def test_after_three_it_fails_and_names_the_steps(tmp_path):
     with pytest.raises(StepFailed, match=r"spiked to [\d.]+ at step 26, after 3 rollbacks for spikes at steps 21, 21, 26: "
                                          r"single rows are not to blame. Look at train: lr 0.01"):
         build(training_step(objective={"noisy": (20, 21, 27, 28)}, **LONG, **RULE), str(tmp_path))
+
+
+def _rank(rank, world, port, job):
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    run_worker(job, rank, world)
+    torch.distributed.destroy_process_group()
+
+
+def test_two_workers_roll_back_and_stop_early_alike(tmp_path):
+    """Each rank decides for itself, from reduced figures: did they differ, one would wait for the other for ever."""
+    changes = {**LONG, **RULE, "steps": 60, "decay_steps": 0, "eval_every": 4, "patience": 1, "export": "best", "lr": 2e-2}
+    objective = {"noisy": (20,), "dropout": 0.0}
+    alone = build(training_step(objective=objective, **changes), str(tmp_path / "a"))
+    assert alone.facts["rollbacks"] == 1 and alone.facts["stopped_at"] < 60
+    path = str(tmp_path / "b")
+    lease = Lease(path)
+    job = Job(tiny_lm, objective, settings(**changes), {}, path, lease.attempt, f"{path}/metrics-0001.jsonl", 0, "cpu", 1, 16,
+              False)
+    workers = torch.multiprocessing.spawn(_rank, (2, free_port(), job), nprocs=2, join=False)
+    assert any(workers.join(60) for _ in range(3))  # a call returns when one of them has ended
+    lease.close("done")
+    both = get_json(join(path, "final.json"))
+    assert both == {k: pytest.approx(v, rel=1e-5) if "loss" in k else v for k, v in alone.facts.items()}
