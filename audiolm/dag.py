@@ -259,7 +259,7 @@ def _reason(step: Step, store: str, view: View, run: bool, forced: bool, above: 
     if not run:
         return view.note if view.status is Status.DONE else f"{view.status}, not selected"
     if forced:
-        return "forced"
+        return "forced" if view.status is Status.DONE or view.build is None else f"forced, goes on with build {view.build:04d}"
     if view.status is Status.MISSING:
         return sibling_difference(step, store) or "never built"
     return view.note or (f"after {', '.join(above)}" if above else str(view.status))

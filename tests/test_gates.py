@@ -101,6 +101,7 @@ def test_a_failed_gate_stops_after_training_trains_nothing_again_and_is_forced(c
     with pytest.raises(StepFailed) as again:
         go(graph(corpus), store)
     assert str(again.value) == str(first.value)
+    assert plan(graph(corpus), store, force=["lm_coarse"])[-1].reason == "forced, goes on with build 0001"
     artifact = go(graph(corpus), store, force=["lm_coarse"])
     assert artifact.path == path and len(names(join(path, "attempts"))) == 3 and names(join(path, "commits")) == commits
     assert get(join(path, "export", "model.safetensors")) == weights

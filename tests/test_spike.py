@@ -116,7 +116,7 @@ def test_two_workers_roll_back_and_stop_early_alike(tmp_path):
     job = Job(tiny_lm, objective, settings(**changes), {}, path, lease.attempt, f"{path}/metrics-0001.jsonl", 0, "cpu", 1, 16,
               False)
     workers = torch.multiprocessing.spawn(_rank, (2, free_port(), job), nprocs=2, join=False)
-    assert any(workers.join(60) for _ in range(3))  # a call returns when one of them has ended
+    assert any(workers.join(120) for _ in range(3))  # a call returns when one of them has ended
     lease.close("done")
     both = get_json(join(path, "final.json"))
     assert both == {k: pytest.approx(v, rel=1e-5) if "loss" in k else v for k, v in alone.facts.items()}

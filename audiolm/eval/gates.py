@@ -17,7 +17,7 @@ from audiolm.data.tokens import level_name, read_meta, shard_name
 from audiolm.eval.likelihood import measure_stage
 from audiolm.store import get_json, join, put_json
 
-# Levels in use had 0.79 to 0.99 of their bits on speech (README's runs), silence included; one that collapsed used 13 of
+# Levels in use had 0.79 to 0.99 of their bits on speech (README's unigrams); one that collapsed used 13 of
 # 1,024 codes, 0.37 of them at most.
 BITS_SHARE = 0.5  # of the entropy of equally frequent codes, so a perplexity below the vocabulary's square root
 USED_SHARE = 0.1  # of the codes, or of the frames where there are fewer

@@ -104,7 +104,7 @@ def stage_figures(model: torch.nn.Module, stage: Stage, train: TokenBatches, dev
     """loss, unigram, bigram and tokens on n held-out rows; acoustic stages also per level (level counts from 1)."""
     ngrams = count(stage, (ids[t] for ids, t in packed_rows(train, train.fixed(BASELINE_CROPS))))
     rows = list(packed_rows(dev, dev.fixed(n)))
-    sums = {"loss": row_sums(model, stage, dev, rows, device).sum(1)}
+    sums = {"loss": loss_sums(model, stage, dev, rows, device)}
     baselines = {"unigram": np.zeros_like(sums["loss"]), "bigram": np.zeros_like(sums["loss"])}
     for ids, target in rows:
         at = stage.level_table()[ids[target]] + 1
@@ -121,17 +121,16 @@ def stage_figures(model: torch.nn.Module, stage: Stage, train: TokenBatches, dev
 
 
 @torch.no_grad()
-def row_sums(model: torch.nn.Module, stage: Stage, data: TokenBatches, rows: Sequence[Packed],
-             device: str | torch.device = "cpu") -> np.ndarray:
-    """(2, R, levels + 1): nats and number of each row's targets at level + 1. The model is in eval mode and on `device`."""
-    levels_V, n, parts = torch.from_numpy(stage.level_table()).to(device), stage.levels[1] + 1, []
+def loss_sums(model: torch.nn.Module, stage: Stage, data: TokenBatches, rows: Sequence[Packed],
+              device: str | torch.device = "cpu") -> np.ndarray:
+    """(2, levels + 1): nats and number of targets at level + 1. The model is in eval mode and on `device`."""
+    levels_V = torch.from_numpy(stage.level_table()).to(device)
+    sums = torch.zeros(2, stage.levels[1] + 1, dtype=torch.float64, device=device)
     for i in range(0, len(rows), BATCH):
         batch = data.collate(rows[i:i + BATCH])
         ids_BT, target_BT = batch["ids_BT"].to(device), batch["target_BT"].to(device)
-        nats_N, levels_N = target_nats(model(ids_BT), ids_BT, target_BT, levels_V)
-        row_N = torch.nonzero(target_BT[:, 1:])[:, 0]
-        parts.append(by_level(nats_N, levels_N + n * row_N, n * len(ids_BT)).view(2, len(ids_BT), n))
-    return torch.cat(parts, 1).cpu().numpy()
+        sums += by_level(*target_nats(model(ids_BT), ids_BT, target_BT, levels_V), sums.shape[1])
+    return sums.cpu().numpy()
 
 
 def conditioning(model: torch.nn.Module, stage: Stage, data: TokenBatches, crops: Sequence[Crop], seed: int,
@@ -158,7 +157,8 @@ def conditioning(model: torch.nn.Module, stage: Stage, data: TokenBatches, crops
         else:
             prefix = np.resize(other_codes[:, :stage.n_coarse], (len(codes_TQ), stage.n_coarse))
             shuffled.append(stage.pack(z_T, np.concatenate([prefix, codes_TQ[:, stage.n_coarse:]], 1), at_end))
-    (true_R, number_R), (shuffled_R, _) = (row_sums(model, stage, data, rows, device).sum(2) for rows in (true, shuffled))
+    (true_R, number_R), (shuffled_R, _) = (np.stack([loss_sums(model, stage, data, [row], device).sum(1) for row in rows], 1)
+                                           for rows in (true, shuffled))  # row by row: the spread over rows is wanted
     number, gain_R = number_R.sum(), shuffled_R - true_R
     spread_R = gain_R - gain_R.sum() / number * number_R
     se = np.sqrt((spread_R ** 2).sum() * len(crops) / (len(crops) - 1)) / number
