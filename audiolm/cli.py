@@ -58,7 +58,8 @@ def _parser(default: Path) -> argparse.ArgumentParser:
     p.add_argument("--status", action="store_true", help="print where every step stands; start nothing")
     p.add_argument("--only", metavar="A,B", help="run these steps alone; their inputs must exist")
     p.add_argument("--from", dest="from_", metavar="A", help="run this step and those after it")
-    p.add_argument("--force", metavar="A,B", help="build these anew; what depends on them follows")
+    p.add_argument("--force", metavar="A,B", help="build these anew, or past the gate that stopped them; "
+                                                   "what depends on them follows")
     p.add_argument("--inline", action="store_true", help="run in this one process, without Ray")
     return p
 

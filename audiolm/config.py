@@ -186,6 +186,8 @@ class Stage(Config):
     ff: int = 4096
     dropout: float = 0.1
     where: Where = Where()
+    gates: Runtime[Literal["stop", "warn"]] = Field("stop", description="what a failed gate does: no better than unigrams, "
+                                                                        "prefix not used, tokenizer collapsed")
     train: Train
 
 

@@ -6,13 +6,20 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from audiolm.identity import Config, Leaf, Runtime
+from audiolm.identity import Config, Later, Leaf, Runtime
 
 
 class Where(Config):
     """Which clips a step takes; None takes all."""
 
     source: tuple[str, ...] | None = Field(None, description="names of corpus sources")
+
+
+class Rollback(Config):
+    """When a step's loss has spiked (train/spike.py)."""
+
+    deviations: float = Field(10.0, gt=0, description="above the median of the window, in standard deviations")
+    window: int = Field(100, ge=4, description="steps; no spike is seen before there were as many, but for a loss of nan")
 
 
 class Train(Config):
@@ -32,6 +39,10 @@ class Train(Config):
     eval_every: int = Field(1000, ge=1)
     dtype: Literal["float32", "bfloat16"] = "float32"
     export: Literal["best", "last"] = Field("last", description="which weights later steps load: best by validation")
+    patience: Annotated[int | None, Later(None)] = Field(None, ge=1, description="validations in a row without a new best "
+                                                         "that end the training early; None = never")
+    rollback: Annotated[Rollback | None, Later(None)] = Field(None, description="go back to the newest checkpoint when the "
+                                                              "loss spikes and pass over those rows, three times at most")
     micro_batch: Runtime[Annotated[int, Field(ge=1)] | Literal["auto"] | None] = Field(
         None, description="rows a forward pass; None = the worker's share; auto = what fits the GPU, half by half")
     save_every: Runtime[int] = Field(1000, ge=1)
@@ -50,4 +61,7 @@ class Train(Config):
         if self.warmup_steps + self.decay_steps > self.steps:
             raise ValueError(f"warmup_steps ({self.warmup_steps}) + decay_steps ({self.decay_steps}) exceed "
                              f"steps ({self.steps})")
+        if self.patience and self.export != "best":
+            raise ValueError(f"patience ({self.patience}) ends a training past its best, and export is {self.export!r}: set "
+                             "export: best, or leave patience out")
         return self

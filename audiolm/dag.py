@@ -84,10 +84,12 @@ class Observer(Protocol):
 
 
 class Out:
-    """A running step's folder: its lease, its metrics, its progress; `kin` are the other builds of its trunk."""
+    """A running step's folder: its lease, its metrics, its progress, whether the user forced it; `kin` are the other builds
+    of its trunk."""
 
-    def __init__(self, step: Step, path: str, lease: Lease, observer: Observer | None, inline: bool, kin: list[str]):
-        self.step, self.path, self.lease, self.inline, self.kin = step, path, lease, inline, kin
+    def __init__(self, step: Step, path: str, lease: Lease, observer: Observer | None, inline: bool, forced: bool,
+                 kin: list[str]):
+        self.step, self.path, self.lease, self.inline, self.forced, self.kin = step, path, lease, inline, forced, kin
         self.attempt = lease.attempt
         self.metrics_path = join(path, f"metrics-{self.attempt:04d}.jsonl")
         self._observer, self._metrics = observer, None
@@ -213,7 +215,7 @@ def run_step(step: Step, store: str, inputs: dict[str, Artifact], *, force: bool
             lease.close("done")  # it was finished between the look and the claim
             continue
         time.sleep(poll_s)
-    out = Out(step, path, lease, observer, inline, kin(step, store, builds, path)[1] if step.trains else [])
+    out = Out(step, path, lease, observer, inline, force, kin(step, store, builds, path)[1] if step.trains else [])
     began = time.time()
     try:
         if observer:
@@ -299,7 +301,7 @@ def _reason(step: Step, store: str, view: View, run: bool, forced: bool, above: 
     if not run:
         return view.note if view.status is Status.DONE else f"{view.status}, not selected"
     if forced:
-        return "forced"
+        return "forced" if view.status is Status.DONE or view.build is None else f"forced, goes on with build {view.build:04d}"
     if view.status is Status.MISSING:
         return sibling_difference(step, store) or "never built"
     return view.note or (f"after {', '.join(above)}" if above else str(view.status))

@@ -88,8 +88,8 @@ class RunObserver:
 
 
 def headline(facts: dict) -> str:
-    """A finished step's facts in a line: the `summary` it gave, or its first few numbers."""
+    """A finished step's facts in a line: the `summary` it gave, or its first few numbers and its `notes`."""
     if "summary" in facts:
         return facts["summary"]
     numbers = [(k, v) for k, v in facts.items() if isinstance(v, (int, float)) and not isinstance(v, bool)]
-    return ", ".join(f"{k} {v:.4g}" for k, v in numbers[:4])
+    return "; ".join([", ".join(f"{k} {v:.4g}" for k, v in numbers[:4]), *facts.get("notes", ())])

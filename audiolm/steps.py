@@ -82,9 +82,12 @@ def encode_tokens(config: dict, inputs: dict, out) -> dict:
 
 
 def train_lm(config: dict, inputs: dict, out) -> dict:
-    """Trains one language-model stage; config["stage"] says which (paper III-C)."""
+    """Trains one language-model stage, between its gates; config["stage"] says which (paper III-C)."""
+    from audiolm.eval import gates
     from audiolm.train.objective_lm import lm_objective
-    return _train(lm_objective, config, config["lm"].train, inputs, out)
+    gates.check_inputs(config, inputs, out)
+    facts = _train(lm_objective, config, config["lm"].train, inputs, out)
+    return gates.check_stage(config, inputs, out, facts)
 
 
 def make_samples(config: dict, inputs: dict, out) -> dict:

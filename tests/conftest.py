@@ -80,7 +80,8 @@ class RecordingOut:
         name = "step"
 
     def __init__(self, path):
-        self.path, self.inline, self.attempt, self.logged, self.seen, self.kin = str(path), True, 1, [], [], []
+        self.path, self.inline, self.forced, self.attempt = str(path), True, False, 1
+        self.logged, self.seen, self.kin = [], [], []
         self.metrics_path = f"{path}/metrics-0001.jsonl"
 
     def check(self):

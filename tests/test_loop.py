@@ -12,7 +12,8 @@ from audiolm.dag import Step, plan
 from audiolm.execute import StepFailed, execute
 from audiolm.lease import Lease, LeaseLost
 from audiolm.metrics import MetricsFile, read_build
-from audiolm.store import get, get_json, join, names, put_json
+from audiolm.run import headline
+from audiolm.store import exists, get, get_json, join, names, put_json, remove
 from audiolm.train import checkpoint
 from audiolm.train import engine as engines
 from audiolm.train.commits import commits, newest
@@ -25,12 +26,12 @@ def settings(**changes):
                     "save_every": 3, "keep": 2, "log_every": 2, "engine": "torch", **changes})
 
 
-def training_step(fail_at=None, **changes):
+def training_step(fail_at=None, objective=None, **changes):
     cluster = Cluster(threads=1, device="cpu")
     cfg = settings(**changes)
 
     def fn(config, inputs, out):
-        return train(tiny_lm, {"fail_at": fail_at}, cfg, inputs, out, cluster=cluster, seed=0)
+        return train(tiny_lm, {"fail_at": fail_at, **(objective or {})}, cfg, inputs, out, cluster=cluster, seed=0)
 
     return Step("tiny", fn, {"train": cfg}, trains=cfg)
 
@@ -99,8 +100,21 @@ def test_a_worker_whose_lease_was_taken_does_not_commit(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_names_what_to_change(tmp_path):
-    with pytest.raises(StepFailed, match=r"the loss is nan at step \d+: lower train.lr \(1e\+30\)"):
+    with pytest.raises(StepFailed, match=r"the loss is nan at step \d+: look at train: lr 1e\+30 and clip 0"):
         build(training_step(lr=1e30, clip=0, warmup_steps=0), str(tmp_path))
+
+
+@pytest.mark.parametrize(("spoil", "kept", "message"), [
+    ("weights", 5, "weights are not finite after step 6, and are not saved"),
+    ("validation", 3, "the validation loss is nan at step 5")])
+def test_what_is_not_finite_is_never_saved(tmp_path, spoil, kept, message):
+    step = training_step(objective={"spoil": {spoil: 5}})  # no step's loss shows it: update 5 is the last before a save
+    with pytest.raises(StepFailed, match=message):
+        build(step, str(tmp_path))
+    path = join(step.root(str(tmp_path)), "0001")
+    saved = checkpoint.newest(path)
+    assert saved["step"] == kept and all(v.isfinite().all() for v in checkpoint.load(path, saved, "model").values())
+    assert not exists(join(path, "export"))
 
 
 def test_a_batch_that_workers_cannot_share_is_refused(tmp_path):
@@ -139,3 +153,38 @@ def test_an_alarm_of_the_validation_stands_in_the_progress_until_it_is_over(tmp_
         metrics.add(6, {"loss": 0.8})
         assert seen("loss 0.800", True) and seen("ALARM", False)
     metrics.close()
+
+
+EARLY = {"steps": 60, "lr": 0.2, "warmup_steps": 0, "decay_steps": 0, "eval_every": 4, "patience": 2, "export": "best"}
+
+
+def test_patience_ends_a_training_past_its_best_and_exports_the_best(tmp_path):
+    whole = build(training_step(**EARLY), str(tmp_path / "a"))
+    best, stopped = whole.facts["best_step"], whole.facts["stopped_at"]
+    assert stopped == best + 2 * 4 < 60 and whole.facts["steps"] == stopped and whole.facts["exported_step"] == best
+    validated = {r["step"]: r["metrics"]["val.loss"] for r in read_build(whole.path) if "val.loss" in r["metrics"]}
+    assert max(validated) == stopped and min(validated, key=validated.get) == best
+    assert f"stopped at step {stopped} of 60: 2 validations were no better than step {best}'s" in headline(whole.facts)
+    assert checkpoint.newest(whole.path)["step"] == stopped  # saved, so that it is known to be over
+
+    store = str(tmp_path / "b")
+    with pytest.raises(StepFailed, match="planted"):
+        build(training_step(fail_at=stopped - 2, **EARLY), store)
+    resumed = build(training_step(**EARLY), store)  # the validations before the failure count
+    assert resumed.facts == whole.facts
+
+
+def test_a_training_that_was_killed_at_its_early_end_is_not_trained_on(tmp_path):
+    path = build(training_step(**EARLY), str(tmp_path)).path
+    final, commits = get_json(join(path, "final.json")), checkpoint.commits(path)
+    remove(join(path, "final.json"))
+    lease = Lease(path)
+    run_worker(Job(tiny_lm, {"fail_at": final["steps"]}, settings(**EARLY), {}, path, lease.attempt,
+                   f"{path}/metrics-0002.jsonl", 0, "cpu", 1, 16, False), 0, 1)
+    lease.close("done")
+    assert get_json(join(path, "final.json")) == final and checkpoint.commits(path) == commits
+
+
+def test_patience_without_the_best_exported_is_refused():
+    with pytest.raises(ValueError, match=r"patience \(2\).*export is 'last': set export: best"):
+        settings(patience=2)

@@ -145,7 +145,11 @@ def read(path: Path) -> Checker:
 
 
 def test_a_complete_report(tmp_path):
-    facts = build_report({"title": f"corpus {NASTY}"}, example(tmp_path), Out(str(tmp_path / "out")))
+    inputs = example(tmp_path)
+    put(Path(inputs["lm_fine"].path) / "gates.json", {
+        "unigram": {"ok": True, "forced": False, "text": "not this", "figures": {}},
+        "conditioning": {"ok": False, "forced": True, "text": "the prefix is not used", "figures": {}}})
+    facts = build_report({"title": f"corpus {NASTY}"}, inputs, Out(str(tmp_path / "out")))
     found = read(tmp_path / "out")
     assert facts["players"] == found.tags.count("audio") == 8 + 12 + 4
     assert "script" not in found.tags and NASTY in found.text
@@ -153,7 +157,8 @@ def test_a_complete_report(tmp_path):
     for text in ("0.90 better", "0.10 worse", "✗ not used", "✓ 0.200 lost without it", "9010-2", "coarse stage, level 2",
                  "abcdef012345", "rejected 2 (silent 1, too short 1)", "train.steps", "mean run", "36.80",
                  "Held-out clip 9009-1", "Opus (opusenc), 6 kb/s", "5.87", "4.64", "No ViSQOL: visqol-python is not installed.",
-                 "✗ no gain from 5", "Levels that do not lower the mel distance: 5."):
+                 "✗ no gain from 5", "Levels that do not lower the mel distance: 5.",
+                 "✗ fine stage, a gate failed: the prefix is not used (forced)"):
         assert text in found.text, text
     sounds = [a for a in found.addresses if a.startswith("data:audio/flac;base64,")]
     wav, rate = soundfile.read(io.BytesIO(base64.b64decode(sounds[0].split(",", 1)[1])))

@@ -21,14 +21,17 @@ class TinyLM:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(rng.derive(ctx.seed, "tiny"))
             self.modules = {"model": Transformer(VOCAB, 32, 2, 2, 64, config.get("dropout", 0.1))}
-        self.fail_at = config.get("fail_at")
+        self.fail_at, self.spoil = config.get("fail_at"), config.get("spoil", {})  # {what: after which step}
+        self.noisy, self.without = config.get("noisy", ()), config.get("without", ())  # batches of noise, batches left out
 
     def _ids(self, purpose, step, row):
         draw = rng.generator(self.ctx.seed, purpose, step, row)
-        jumps = np.where(draw.random(LENGTH) < 0.8, 3, draw.integers(VOCAB, size=LENGTH))
+        jumps = np.where(draw.random(LENGTH) < (0.0 if purpose == "row" and step in self.noisy else 0.8), 3,
+                         draw.integers(VOCAB, size=LENGTH))
         return np.cumsum(jumps) % VOCAB
 
     def load(self, step, rows):
+        step = [b for b in range(step + len(self.without) + 1) if b not in self.without][step]
         return torch.from_numpy(np.stack([self._ids("row", step, r) for r in rows]))
 
     def train_step(self, engines, batches, step):
@@ -41,7 +44,11 @@ class TinyLM:
             loss = F.cross_entropy(engine(ids_BT)[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten(), reduction="sum")
             engine.backward(loss * self.ctx.world / n, i == len(batches) - 1)
             total += loss.detach()
-        return {"loss": all_sum(total) / n, "units": n, "grad_norm": engine.step()}
+        norm = engine.step()
+        if self.spoil.get("weights") == step:
+            with torch.no_grad():
+                next(engine.module.parameters())[0] = float("nan")
+        return {"loss": all_sum(total) / n, "units": n, "grad_norm": norm}
 
     @torch.no_grad()
     def evaluate(self):
@@ -49,7 +56,7 @@ class TinyLM:
         ids_BT = torch.from_numpy(np.stack([self._ids("val", 0, r) for r in range(8)]))
         loss = F.cross_entropy(model(ids_BT)[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten())
         model.train()
-        return {"loss": float(loss)}
+        return {"loss": float("nan") if "validation" in self.spoil else float(loss)}
 
     def export(self):
         return self.modules["model"].state_dict(), {"vocab": VOCAB}

@@ -12,13 +12,11 @@ from typing import Any
 
 from audiolm import store
 from audiolm.config import LM
-from audiolm.data.batches import TokenBatches
 from audiolm.data.manifest import roots
 from audiolm.data.shards import device_of, fan_out
 from audiolm.eval import likelihood
 from audiolm.eval.ladder import held_out, ladder, seconds_within
 from audiolm.lm import generation
-from audiolm.lm.model import load_lm
 
 STAGES = ("lm_semantic", "lm_coarse", "lm_fine")
 
@@ -52,7 +50,8 @@ def evaluate_part(part: str, config: dict[str, Any], paths: dict[str, str], fold
     if part == "tokens":
         return likelihood.token_statistics(paths["semantic_tokens"])
     if part in STAGES:
-        return stage_part(part, config, paths, device)
+        where = getattr(config["lm"], part.removeprefix("lm_")).where
+        return likelihood.measure_stage(part, paths, where, config["evaluate"].rows, config["seed"], device)
     lm, evaluate, source_roots = config["lm"], config["evaluate"], roots(config["corpus"])
     where = lm.fine.where if "lm_fine" in paths else lm.coarse.where
     samples = config["samples"]
@@ -61,19 +60,6 @@ def evaluate_part(part: str, config: dict[str, Any], paths: dict[str, str], fold
     system = generation.load(paths, device, temperatures=temperatures)
     clips = held_out(paths["manifest"], source_roots, evaluate.clips, seconds_within(system, evaluate.clip_s), where)
     return ladder(system, clips, samples.prompt_s, config["seed"], folder)
-
-
-def stage_part(name: str, config: dict[str, Any], paths: dict[str, str], device: str) -> dict[str, Any]:
-    """Figures of one stage, and its conditioning where it has a prefix and two held-out rows."""
-    model, stage = load_lm(paths[name], device)
-    shape, n = getattr(config["lm"], stage.name), config["evaluate"].rows
-    train, dev = (TokenBatches(paths["manifest"], paths["semantic_tokens"], paths["acoustic_tokens"], stage, split,
-                               shape.where, 1, config["seed"]) for split in ("train", "dev"))
-    figures = likelihood.stage_figures(model, stage, train, dev, n, device)
-    crops, used = dev.fixed(n), None
-    if stage.name != "semantic" and len(crops) > 1:
-        used = likelihood.conditioning(model, stage, dev, crops, config["seed"], device)
-    return {"figures": figures, "conditioning": used}
 
 
 def flat_facts(table: dict[str, Any]) -> dict[str, float]:

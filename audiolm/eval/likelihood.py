@@ -8,7 +8,7 @@ worse ignores it.  Levels count from 0 here and from 1 in figures, as in the pap
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +16,10 @@ import numpy as np
 import torch
 
 from audiolm import rng
+from audiolm.config import Where
 from audiolm.data.batches import Crop, TokenBatches
 from audiolm.data.tokens import TokenStore, level_name, run_starts
+from audiolm.lm.model import load_lm
 from audiolm.lm.nats import by_level, target_nats
 from audiolm.lm.stages import Stage
 
@@ -84,6 +86,19 @@ def packed_rows(data: TokenBatches, crops: Sequence[Crop]) -> Iterator[Packed]:
     return (data.packed(*c) for c in crops)
 
 
+def measure_stage(name: str, paths: Mapping[str, str], where: Where, n: int, seed: int,
+                  device: str | torch.device = "cpu") -> dict[str, Any]:
+    """Figures of the trained stage paths[name], and its conditioning where it has a prefix and two held-out rows (else
+    None), on n held-out rows; paths also has manifest and the token stores that the stage reads."""
+    model, stage = load_lm(paths[name], device)
+    train, dev = (TokenBatches(paths["manifest"], paths.get("semantic_tokens"), paths.get("acoustic_tokens"), stage, split,
+                               where, 1, seed) for split in ("train", "dev"))
+    crops, used = dev.fixed(n), None
+    if stage.name != "semantic" and len(crops) > 1:
+        used = conditioning(model, stage, dev, crops, seed, device)
+    return {"figures": stage_figures(model, stage, train, dev, n, device), "conditioning": used}
+
+
 def stage_figures(model: torch.nn.Module, stage: Stage, train: TokenBatches, dev: TokenBatches, n: int,
                   device: str | torch.device = "cpu") -> dict[str, Any]:
     """loss, unigram, bigram and tokens on n held-out rows; acoustic stages also per level (level counts from 1)."""
@@ -120,7 +135,8 @@ def loss_sums(model: torch.nn.Module, stage: Stage, data: TokenBatches, rows: Se
 
 def conditioning(model: torch.nn.Module, stage: Stage, data: TokenBatches, crops: Sequence[Crop], seed: int,
                  device: str | torch.device = "cpu") -> dict[str, float]:
-    """Loss with each row's own prefix ("true") and with another clip's ("shuffled"); the targets are the same.
+    """Loss with each row's own prefix ("true") and with another clip's ("shuffled"); the targets are the same. "se" is the
+    standard error over rows of shuffled - true, a ratio of sums (rows of more targets weigh more).
 
     Stage 2's prefix is semantic, stage 3's the coarse levels; stage 1 has none and is refused. Needs two rows.
     """
@@ -141,11 +157,12 @@ def conditioning(model: torch.nn.Module, stage: Stage, data: TokenBatches, crops
         else:
             prefix = np.resize(other_codes[:, :stage.n_coarse], (len(codes_TQ), stage.n_coarse))
             shuffled.append(stage.pack(z_T, np.concatenate([prefix, codes_TQ[:, stage.n_coarse:]], 1), at_end))
-    figures = {}
-    for name, rows in (("true", true), ("shuffled", shuffled)):
-        nats, number = loss_sums(model, stage, data, rows, device)
-        figures[name] = float(nats.sum() / number.sum())
-    return figures
+    (true_R, number_R), (shuffled_R, _) = (np.stack([loss_sums(model, stage, data, [row], device).sum(1) for row in rows], 1)
+                                           for rows in (true, shuffled))  # row by row: the spread over rows is wanted
+    number, gain_R = number_R.sum(), shuffled_R - true_R
+    spread_R = gain_R - gain_R.sum() / number * number_R
+    se = np.sqrt((spread_R ** 2).sum() * len(crops) / (len(crops) - 1)) / number
+    return {"true": float(true_R.sum() / number), "shuffled": float(shuffled_R.sum() / number), "se": float(se)}
 
 
 def token_statistics(path: str) -> dict[str, float]:

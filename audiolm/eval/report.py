@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from audiolm import store
-from audiolm.eval import plots
+from audiolm.eval import gates, plots
 from audiolm.eval.codec import HEADS, notes
 from audiolm.eval.page import Html, esc, join, missing, number, page, picture, player, table, tag, verdict
 from audiolm.eval.semantic_page import semantic, title_of
@@ -46,7 +46,7 @@ def build_report(config: dict[str, Any], inputs: Mapping[str, Any], out: Any) ->
     parts = [
         ("sound", "Sound", _sound(samples, paths.get("samples", ""))),
         ("ladder", "Stage ladder", _ladder(figures.get("ladder") or [], paths.get("evaluate", ""), plot)),
-        ("stages", "Language models", _stages(figures.get("stages") or {})),
+        ("stages", "Language models", join([_stages(figures.get("stages") or {}), *_gates(paths)])),
         ("conditioning", "Is the conditioning used?", _conditioning(figures.get("conditioning") or {})),
         ("codec", "Codec", _codec(codec, paths.get("codec_figures", ""), plot)),
         ("tokens", "Semantic tokens", join([
@@ -148,6 +148,11 @@ def _stages(stages: Mapping[str, dict]) -> Html:
                  table([*head, "tokens"], rows, [1, 2, 3, 6]), more])
 
 
+def _gates(paths: Mapping[str, str]) -> list[Html]:
+    return [tag("p", verdict(False, "", f"{name}, a gate failed"), f": {text}") for step, name in NAMES.items()
+            if step in paths for text in gates.failures(paths[step])]
+
+
 def _loss_row(label: str, s: Mapping[str, Any]) -> list:
     loss = s.get("loss")
 
@@ -167,7 +172,7 @@ def _conditioning(found: Mapping[str, dict]) -> Html:
     for name, c in found.items():
         true, shuffled = c.get("true"), c.get("shuffled")
         gain = None if true is None or shuffled is None else shuffled - true
-        mark = verdict(None if gain is None else gain > 0, f"{gain or 0:.3f} lost without it", "not used")
+        mark = verdict(None if gain is None else gain > gates.needed_gain(c), f"{gain or 0:.3f} lost without it", "not used")
         rows.append([NAMES.get(name, name), number(true), number(shuffled), mark])
     return join([tag("p", "The same targets after their own prefix and after another clip's. A stage that reads its prefix "
                           "is worse with the wrong one.", cls="soft"),

@@ -8,6 +8,7 @@ step), so that a resumed run equals an uninterrupted one bit for bit on CPU at t
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 import os
 import threading
@@ -19,6 +20,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
+import torch.distributed as dist
 
 from audiolm import rng
 from audiolm.config import Cluster, Train
@@ -26,7 +28,7 @@ from audiolm.data.shards import device_of
 from audiolm.lease import check_lease
 from audiolm.metrics import MetricsFile, read_from
 from audiolm.store import get_json, is_local, join, open_fs, put, put_json
-from audiolm.train import checkpoint
+from audiolm.train import checkpoint, early, finite, spike
 from audiolm.train.commits import newest, path_of, take_over
 from audiolm.train.engine import learning_rate, load_weights, make_engine
 from audiolm.train.hardware import matmul_rate, micro_batch
@@ -55,7 +57,10 @@ class Job:
 
 def train(factory: Factory, config: Mapping[str, Any], train: Train, inputs: Mapping[str, Any], out, *,
           cluster: Cluster, seed: int) -> dict:
-    """Trains to the end (resuming this build's newest checkpoint) and returns the facts of {build}/final.json."""
+    """Trains to the end (resuming this build's newest checkpoint) and returns the facts of {build}/final.json, which is
+    written last: where it stands, nothing is left to do."""
+    if final := get_json(join(out.path, "final.json")):
+        return final
     world = 1 if out.inline else cluster.train_workers
     device = device_of(cluster, out.inline, world)
     if train.batch % world:
@@ -134,6 +139,8 @@ class watch:
                         done, note = row["step"], f"loss {m['loss']:.3f}"
                     if "units_per_s" in m:
                         note += f", {m['units_per_s']:,.0f} {self.job_unit(m)}/s"
+                    if "rollbacks" in m:
+                        note = f"rolled back from step {row['step']}, where the loss spiked"
                     if any(k.startswith("val.") for k in m):
                         alarm = "".join(f", ALARM {k.removeprefix('val.alarm/')} {v:g}" for k, v in m.items()
                                         if k.startswith("val.alarm/") and v > 0)
@@ -149,7 +156,28 @@ class watch:
 
 
 def run_worker(job: Job, rank: int, world: int, check: Callable[[], None] = lambda: None) -> None:
-    """One rank's whole run; all ranks take part in every step, evaluation and save."""
+    """One rank's whole run, begun again from the newest checkpoint where the loss spikes (train.rollback)."""
+    metrics = MetricsFile(job.metrics) if rank == 0 else None
+    skipped = None
+    try:
+        while True:
+            try:
+                return _run(job, rank, world, check, metrics, skipped)
+            except spike.Spiked as e:  # on every rank
+                skipped = e.skipped
+                if metrics:
+                    metrics.add(e.step + 1, {"rollbacks": len(skipped)})
+            gc.collect()  # the old engines
+            if world > 1:
+                dist.barrier()  # rank 0 has committed what it was going to
+    finally:
+        if metrics:
+            metrics.close()
+
+
+def _run(job: Job, rank: int, world: int, check: Callable[[], None], metrics: MetricsFile | None,
+         skipped: list[dict[str, int]] | None) -> None:
+    """Trains to the end; all ranks take part in every step, evaluation and save."""
     torch.set_num_threads(job.threads)
     device = torch.device("cuda", torch.cuda.current_device()) if job.device == "cuda" else torch.device("cpu")
     cfg = job.train
@@ -165,27 +193,29 @@ def run_worker(job: Job, rank: int, world: int, check: Callable[[], None] = lamb
     saver = checkpoint.Saver(job.build, job.attempt, cfg.keep, cfg.trunk_steps, exported and (
         exported, objective.export()[1])) if rank == 0 else None
     commit = newest(job.build)
-    start = commit["step"] if commit else 0
+    start = done = commit["step"] if commit else 0
     best = {"step": commit["best_step"], "loss": commit["best_loss"]} if commit else {"step": None, "loss": math.inf}
     regular = best  # by validations that a run of any length makes
     validation, validated = (commit["validation"], commit.get("validated")) if commit else ({}, None)
     engines = {name: make_engine(module, cfg, ctx, checkpoint.load(job.build, commit, name) if commit else None,
                                  commit["updates"][name] if commit else 0)
                for name, module in objective.modules.items()}
-    metrics = MetricsFile(job.metrics) if rank == 0 else None
+    spikes = spike.Spikes(cfg, commit, skipped)
     share = cfg.batch // world
     rows = range(rank * share, (rank + 1) * share)
     flops = getattr(objective, "flops_per_unit", None) if job.device == "cuda" else None
     full_rate = matmul_rate(device) * world if flops else None
 
     def load(step: int) -> list:
-        return [objective.load(step, rows[i:i + micro]) for i in range(0, share, micro)]
+        batch = spike.rows_of(step, spikes.skipped)
+        return [objective.load(batch, rows[i:i + micro]) for i in range(0, share, micro)]
 
     checked = clock = time.monotonic()
     logged, units = start, 0.0
     with ThreadPoolExecutor(1) as loader, saver or contextlib.nullcontext():
-        pending = loader.submit(load, start) if start < cfg.steps else None
-        for step in range(start, cfg.steps):
+        end = start if early.stops(cfg, start, best["step"]) else cfg.steps  # it may have been killed at its last step
+        pending = loader.submit(load, start) if start < end else None
+        for step in range(start, end):
             batches, done = pending.result(), step + 1
             if done < cfg.steps:
                 pending = loader.submit(load, done)
@@ -195,13 +225,13 @@ def run_worker(job: Job, rank: int, world: int, check: Callable[[], None] = lamb
             torch.manual_seed(rng.derive(job.seed, "step", step, rank))  # dropout
             result = objective.train_step(engines, batches, step)
             units = units + result.pop("units")
+            spikes.add(step, result["loss"])
             save, last = done % cfg.save_every == 0 or done == cfg.trunk_steps, done == cfg.steps
             log = done % cfg.log_every == 0 or last or done == start + 1
             if log or save or done % cfg.eval_every == 0:  # nothing is kept of a loss that was not looked at
+                spikes.look()
                 values = {k: float(v) for k, v in result.items()}
-                if not math.isfinite(values["loss"]):
-                    raise FloatingPointError(f"the loss is {values['loss']} at step {done}: lower train.lr ({cfg.lr}), raise "
-                                             f"train.warmup_steps ({cfg.warmup_steps}), or look at the input's tokens")
+                finite.check_loss(values["loss"], "loss", done, cfg)
                 now = time.monotonic()
                 per_s = float(units) / (now - clock)
                 if metrics:
@@ -213,6 +243,7 @@ def run_worker(job: Job, rank: int, world: int, check: Callable[[], None] = lamb
             if done % cfg.eval_every == 0 or last:
                 pending.result()  # the loader's cache is not shared with a running load
                 validation = {"step": done, **objective.evaluate()}
+                finite.check_loss(validation.get("loss", 0.0), "validation loss", done, cfg)
                 improved = validation.get("loss", math.inf) < best["loss"]
                 if improved:
                     best = {"step": done, "loss": validation["loss"]}
@@ -220,7 +251,9 @@ def run_worker(job: Job, rank: int, world: int, check: Callable[[], None] = lamb
                 if metrics:
                     validated = metrics.add(done, {f"val.{k}": v for k, v in validation.items() if k != "step"})
                 clock, logged, units = time.monotonic(), done, 0.0
+                last = last or early.stops(cfg, done, best["step"])
             if save or last or improved:
+                finite.check_weights(objective.modules, done, cfg)
                 if saver:
                     saver.wait()  # one copy of the state at a time
                 states = {name: engine.state() for name, engine in engines.items()}
@@ -229,7 +262,7 @@ def run_worker(job: Job, rank: int, world: int, check: Callable[[], None] = lamb
                     saver.save(done, states, {
                         "best_step": best["step"], "best_loss": best["loss"], "validation": validation,
                         "validated": validated, "updates": {name: engine.updates for name, engine in engines.items()},
-                        **({"trunk": trunk} if done <= cfg.trunk_steps else {})})
+                        **spikes.record(), **({"trunk": trunk} if done <= cfg.trunk_steps else {})})
                 del states
             if saver:
                 saver.check()
@@ -238,17 +271,18 @@ def run_worker(job: Job, rank: int, world: int, check: Callable[[], None] = lamb
                 check()
                 if rank == 0:
                     check_lease(job.build, job.attempt)
+            if last:
+                break
     with contextlib.ExitStack() as whole:
         for engine in engines.values():
             whole.enter_context(engine.gathered())
         if rank == 0:
-            metrics.close()
-            _finish(job, objective, best, validation)
+            _finish(job, objective, done, best, validation, spikes.facts())
 
 
-def _finish(job: Job, objective, best: dict, validation: dict) -> None:
+def _finish(job: Job, objective, done: int, best: dict, validation: dict, facts: dict) -> None:
     """Exports what later steps load: the last weights, or the best by validation loss. Rank 0 only."""
-    step = job.train.steps
+    step = done
     if job.train.export == "best" and best["step"] is not None and best["step"] != step:
         commit = get_json(path_of(job.build, best["step"]))
         for name, module in objective.modules.items():
@@ -261,5 +295,6 @@ def _finish(job: Job, objective, best: dict, validation: dict) -> None:
     parameters = sum(p.numel() for m in objective.modules.values() for p in m.parameters())
     check_lease(job.build, job.attempt)
     put_json(join(job.build, "final.json"), {
-        "steps": job.train.steps, "exported_step": step, "best_step": best["step"], "best_loss": best["loss"],
-        "parameters": parameters, **{f"val.{k}": v for k, v in validation.items() if k != "step"}})
+        "steps": done, "exported_step": step, "best_step": best["step"], "best_loss": best["loss"],
+        "parameters": parameters, **facts, **early.facts(job.train, done, best["step"]),
+        **{f"val.{k}": v for k, v in validation.items() if k != "step"}})

@@ -50,7 +50,9 @@ class Objective(Protocol):
     unit: str  # what `units` counts: "audio s" or "tokens"
 
     def load(self, step: int, rows: Sequence[int]) -> Any:
-        """Rows of step's global batch as CPU tensors. Depends on (seed, step, row) alone, never on rank or total steps."""
+        """Rows of step's global batch as CPU tensors. Depends on (seed, step, row) alone, never on rank or total steps.
+
+        After a rollback (spike.py) `step` is the batch's number, which runs ahead of train_step's."""
 
     def train_step(self, engines: Mapping[str, Engine], batches: list[Any], step: int) -> dict[str, torch.Tensor]:
         """Forward, backward and engine steps over this rank's micro-batches; all ranks take part.
