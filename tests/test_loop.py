@@ -112,7 +112,7 @@ def test_what_is_not_finite_is_never_saved(tmp_path, spoil, kept, message):
     with pytest.raises(StepFailed, match=message):
         build(step, str(tmp_path))
     path = join(step.root(str(tmp_path)), "0001")
-    saved = checkpoint.newest(path)
+    saved = newest(path)
     assert saved["step"] == kept and all(v.isfinite().all() for v in checkpoint.load(path, saved, "model").values())
     assert not exists(join(path, "export"))
 
@@ -165,7 +165,7 @@ def test_patience_ends_a_training_past_its_best_and_exports_the_best(tmp_path):
     validated = {r["step"]: r["metrics"]["val.loss"] for r in read_build(whole.path) if "val.loss" in r["metrics"]}
     assert max(validated) == stopped and min(validated, key=validated.get) == best
     assert f"stopped at step {stopped} of 60: 2 validations were no better than step {best}'s" in headline(whole.facts)
-    assert checkpoint.newest(whole.path)["step"] == stopped  # saved, so that it is known to be over
+    assert newest(whole.path)["step"] == stopped  # saved, so that it is known to be over
 
     store = str(tmp_path / "b")
     with pytest.raises(StepFailed, match="planted"):
@@ -176,13 +176,13 @@ def test_patience_ends_a_training_past_its_best_and_exports_the_best(tmp_path):
 
 def test_a_training_that_was_killed_at_its_early_end_is_not_trained_on(tmp_path):
     path = build(training_step(**EARLY), str(tmp_path)).path
-    final, commits = get_json(join(path, "final.json")), checkpoint.commits(path)
+    final, made = get_json(join(path, "final.json")), commits(path)
     remove(join(path, "final.json"))
     lease = Lease(path)
     run_worker(Job(tiny_lm, {"fail_at": final["steps"]}, settings(**EARLY), {}, path, lease.attempt,
                    f"{path}/metrics-0002.jsonl", 0, "cpu", 1, 16, False), 0, 1)
     lease.close("done")
-    assert get_json(join(path, "final.json")) == final and checkpoint.commits(path) == commits
+    assert get_json(join(path, "final.json")) == final and commits(path) == made
 
 
 def test_patience_without_the_best_exported_is_refused():

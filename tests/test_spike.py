@@ -12,7 +12,8 @@ from audiolm.execute import StepFailed
 from audiolm.lease import Lease
 from audiolm.metrics import read_build
 from audiolm.store import get, get_json, join
-from audiolm.train import checkpoint, spike
+from audiolm.train import spike
+from audiolm.train.commits import newest
 from audiolm.train.loop import Job, run_worker
 from tests.conftest import free_port
 from tests.test_loop import build, settings, training_step
@@ -74,7 +75,7 @@ def test_a_run_that_rolled_back_equals_one_without_those_rows(tmp_path, spared, 
         assert all(ours[s] == pytest.approx(theirs[s], rel=1e-4) for s in theirs)
     else:
         assert weights(rolled) == weights(spared) and all(ours[s] == theirs[s] for s in ours if s in theirs)
-    record = checkpoint.newest(rolled.path)["spikes"]
+    record = newest(rolled.path)["spikes"]
     assert record["skipped"] == [{"step": 20, "rows": 20}, {"step": 29, "rows": 30}] and len(record["recent"]) == 6
     told = {r["step"]: r["metrics"]["rollbacks"] for r in read_build(rolled.path) if "rollbacks" in r["metrics"]}
     assert told == {21: 1, 30: 2}
