@@ -33,7 +33,8 @@ class Train(Config):
     dtype: Literal["float32", "bfloat16"] = "float32"
     export: Literal["best", "last"] = Field("last", description="which weights later steps load: best by validation")
     micro_batch: Runtime[Annotated[int, Field(ge=1)] | Literal["auto"] | None] = Field(
-        None, description="rows a forward pass; None = the worker's share; auto = what fits the GPU, half by half")
+        None, description="rows a forward pass; None = the worker's share; auto = half by half what fits the GPU; "
+                          "changes nothing but rounding and which units dropout hits")
     save_every: Runtime[int] = Field(1000, ge=1)
     keep: Runtime[int] = Field(2, ge=1, description="checkpoints kept besides the best and the trunk's last")
     log_every: Runtime[int] = Field(10, ge=1)
