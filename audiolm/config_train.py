@@ -44,7 +44,8 @@ class Train(Config):
     rollback: Annotated[Rollback | None, Later(None)] = Field(None, description="go back to the newest checkpoint when the "
                                                               "loss spikes and pass over those rows, three times at most")
     micro_batch: Runtime[Annotated[int, Field(ge=1)] | Literal["auto"] | None] = Field(
-        None, description="rows a forward pass; None = the worker's share; auto = what fits the GPU, half by half")
+        None, description="rows a forward pass; None = the worker's share; auto = half by half what fits the GPU; "
+                          "changes nothing but rounding and which units dropout hits")
     save_every: Runtime[int] = Field(1000, ge=1)
     keep: Runtime[int] = Field(2, ge=1, description="checkpoints kept besides the best and the trunk's last")
     log_every: Runtime[int] = Field(10, ge=1)

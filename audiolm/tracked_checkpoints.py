@@ -62,8 +62,8 @@ def _make(client: Any, experiment_id: str, run: Run, commit: dict, log: Callable
     tags = {"uri": uri, "audiolm.build": run.build, **({"export": join(uri, "export")} if "export" in commit else {})}
     model = client.create_logged_model(experiment_id, f"{run.name}-{step}", run.run_id, {k: mask(v) for k, v in tags.items()},
                                        {"step": str(step)}, "checkpoint").model_id
-    if validation.get("step") == step:  # with the time stamp of the metrics file's row, so that a curve has it once
-        at_ms = round(commit["validated"] * 1000)
+    if validation.get("step") == step and commit.get("validated"):
+        at_ms = round(commit["validated"] * 1000)  # the time stamp of the metrics file's row: so a curve has it once
         log(run, [(key(f"val.{k}"), v, at_ms, step, model) for k, v in validation.items()
                   if k != "step" and isinstance(v, (int, float)) and math.isfinite(v)])
     client.finalize_logged_model(model, "READY")

@@ -49,7 +49,7 @@ def start(build: str | None, kin: Iterable[str], trunk_steps: int) -> tuple[str,
     own = newest(build) if build else None
     found = (build, own) if own else None
     for other in kin:
-        usable = (c for c in latest_first(other, trunk_steps) if "trunk" in c and len(_with_best(other, c)) > 0)
+        usable = (c for c in latest_first(other, trunk_steps) if "trunk" in c and _with_best(other, c))
         commit = next(usable, None)
         if commit and (found is None or commit["step"] > found[1]["step"]):
             found = (other, commit)
