@@ -181,7 +181,7 @@ class Stage(Config):
 
     crop_s: float
     min_crop_s: Annotated[float | None, Later(None)] = Field(
-        None, ge=0, description="cut rows further, into crops of this to crop_s; 0 = off; None = 1.0 in the fine stage, else off")
+        None, ge=0, description="rows are cut further, into crops of at least this; 0 = off; None = 1 s in the fine stage")
     dim: int = 1024
     layers: int = 12
     heads: int = 16

@@ -11,7 +11,6 @@ Shapes: z_T semantic ids at 25 Hz; codes_TQ at 50 Hz; ids_BT int64, target_BT bo
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -24,7 +23,7 @@ from audiolm.config import Where
 from audiolm.data.lengths import read_lengths
 from audiolm.data.rows import RowPlan
 from audiolm.data.shard_cache import ShardCache
-from audiolm.data.tokens import RATIO, TokenStore, check_pair, run_starts
+from audiolm.data.tokens import RATIO, TokenStore, check_pair, run_starts, side_by_side
 
 Crop = tuple[int, int]  # (clip number, start in semantic frames)
 Piece = tuple[int, int, int]  # (clip number, start, stop)
@@ -74,11 +73,10 @@ class TokenBatches:
         if stage.needs_semantic and not stage.dedupe:
             costs += self.frames
         elif stage.needs_semantic:
-            with ThreadPoolExecutor(16) as pool:
-                dedup = pool.map(lambda k: self.semantic.read(k, ["n_dedup"])["n_dedup"], lengths.shards.tolist())
-                for s, n_dedup in enumerate(dedup):
-                    of_shard = slice(lengths.firsts[s], lengths.firsts[s + 1])
-                    costs[of_shard] += n_dedup[lengths.rows[of_shard]]
+            dedup = side_by_side(lambda k: self.semantic.read(k, ["n_dedup"])["n_dedup"], lengths.shards.tolist())
+            for s, n_dedup in enumerate(dedup):
+                of_shard = slice(lengths.firsts[s], lengths.firsts[s + 1])
+                costs[of_shard] += n_dedup[lengths.rows[of_shard]]
         # a row has one cut clip more than the costs know of, and ends within a frame of its end
         stride = max(1, stage.max_len - stage.special - stage.frame_ids // 2)
         size = float(self._sizes[lengths.shards].mean())

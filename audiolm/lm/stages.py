@@ -23,7 +23,9 @@ FINE_MIN_S = 1.0  # the last piece of a generated sound is shorter than the rest
 def dedupe(z_T: np.ndarray) -> np.ndarray:
     """Runs of equal ids collapsed to one (paper III-B, as GSLM)."""
     z_T = np.asarray(z_T)
-    return z_T[np.r_[True, z_T[1:] != z_T[:-1]]] if len(z_T) else z_T
+    begins = np.ones(len(z_T), bool)
+    begins[1:] = z_T[1:] != z_T[:-1]
+    return z_T[begins]
 
 
 @dataclass(frozen=True)
