@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -55,7 +56,7 @@ def documents(d, row, i=0):
 @pytest.mark.parametrize("name", ["lm_semantic", "lm_coarse", "lm_fine"])
 def test_documents_are_the_stages_packing_of_their_clips(corpus, name, dedupe):
     d = data(corpus, name, dedupe=dedupe)
-    names = [c.id for c in read_clips(corpus.paths["manifest"], "train")]
+    names = [c.id for c in d.clips]
     ends = set()
     for step in range(20):
         batch = d.batch(step, range(4))
@@ -207,7 +208,8 @@ def test_fixed_crops_are_legal_different_and_evenly_spread(corpus):
 
 
 def test_splits_and_where_are_kept_apart(corpus):
-    assert data(corpus, split="dev").frames.tolist() == FRAMES["dev"]
+    dev = data(corpus, split="dev")
+    assert dev.frames.tolist() == FRAMES["dev"] and {c.split for c in dev.clips} == {"dev"}
     only, every = data(corpus, where=Where(source=("b",))), data(corpus)
     assert only.frames.tolist() == FRAMES["train"][1::2] and every.frames.tolist() == FRAMES["train"]
     for i, n in enumerate(only.frames):
@@ -226,6 +228,28 @@ def test_stores_that_do_not_belong_together_are_refused(corpus, tmp_path):
         TokenBatches(corpus.paths["manifest"], None, other.paths["acoustic_tokens"], stages()["lm_fine"], "train", None, 4, 0)
     with pytest.raises(ValueError, match="needs semantic_tokens"):
         TokenBatches(corpus.paths["manifest"], None, None, stages()["lm_semantic"], "train", None, 4, 0)
+
+
+def test_copies_at_other_speeds_stand_behind_a_shards_clips(tmp_path):
+    c, draw = token_corpus.make(tmp_path, {"train": [40, 30, 20, 60], "dev": [25]}), np.random.default_rng(0)
+    path = c.paths["semantic_tokens"]
+    meta = {k: v for k, v in tokens.read_meta(f"{path}/shard-00000.parquet").items() if k not in tokens._OWN}
+    copies = {}
+    for k in range(3):
+        own = [clip for clip in c.clips if clip.shard == k]
+        codes = {clip.id: c.z[clip.id] for clip in own}
+        for clip in own if k < 2 else ():
+            frames = math.ceil(math.ceil(clip.samples / 0.9) / 640)
+            codes[f"{clip.id}@0.9"] = copies[f"{clip.id}@0.9"] = draw.integers(0, token_corpus.K, frames)
+        data_k = tokens.shard_bytes(list(codes), [z[:, None] for z in codes.values()], {**meta, "speeds": [0.9]}, k, True)
+        stored.put(f"{path}/{tokens.shard_name(k)}", data_k)
+    train, dev = (TokenBatches(c.paths["manifest"], path, None, stages()["lm_semantic"], split, None, 2, 0)
+                  for split in ("train", "dev"))
+    order = ["train-0", "train-1", "train-2", "train-0@0.9", "train-1@0.9", "train-2@0.9", "train-3", "train-3@0.9"]
+    assert len(train.frames) == 8 and dev.frames.tolist() == [25]
+    for i, name in enumerate(order):
+        assert np.array_equal(train.cut(i, 0, train.frames[i])[0], copies.get(name, c.z.get(name)))
+    assert {clip for step in range(30) for i in range(2) for clip, *_ in train.pieces(step, i)} == set(range(8))
 
 
 def test_a_clip_that_is_not_in_the_store_is_named(corpus, tmp_path):

@@ -21,6 +21,7 @@ import torch
 from audiolm import rng
 from audiolm.config import Where
 from audiolm.data.lengths import read_lengths
+from audiolm.data.manifest import Clip, read_clips
 from audiolm.data.rows import RowPlan
 from audiolm.data.shard_cache import ShardCache
 from audiolm.data.tokens import RATIO, TokenStore, check_pair, run_starts, side_by_side
@@ -64,6 +65,12 @@ class TokenBatches:
         self._sizes = width * frames + 8 * np.array([f["clips"] for f in self.stores[0].files])
         self.cache = ShardCache(self._read, self._sizes, cache_mb * 2**20)
         self._least = max(1, min(LEAST, stage.crop_frames // 8))
+        self._of = manifest_path, split, where
+
+    @cached_property
+    def clips(self) -> list[Clip]:
+        """The split's clips as the manifest describes them; training does without, for there may be millions."""
+        return read_clips(*self._of)
 
     @cached_property
     def plan(self) -> RowPlan:

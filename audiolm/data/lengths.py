@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +16,7 @@ import pyarrow.parquet as pq
 
 from audiolm import store
 from audiolm.config import Where
-from audiolm.data.audio import samples_at
+from audiolm.data.audio import SAMPLE_RATE_HZ, samples_at
 from audiolm.data.tokens import TokenError, TokenStore, digest_clips, new_digest
 
 COLUMNS = ["id", "origin", "source", "split", "sample_rate", "frames", "shard"]
@@ -39,24 +38,29 @@ class Lengths:
 
 def read_lengths(manifest_path: str, split: str, where: Where | None, hop: int, stores: Sequence[TokenStore]) -> Lengths:
     """Raises TokenError where a store holds other clips than the manifest, or clips of another length."""
-    frames, rows, shards, numbers = [], [], [], []
-    for k, ids, lengths, taken in _shards(manifest_path, split, where, hop):
+    speeds = stores[0].meta.get("speeds", ()) if split == "train" else ()
+    frames, rows, shards, numbers = [np.zeros(0, np.int32)], [np.zeros(0, np.int32)], [], []
+    for k, ids, samples, taken in _shards(manifest_path, split, where):
+        ids = [*ids, *(f"{i}@{speed}" for speed in speeds for i in ids)]  # a shard's copies stand behind its clips
+        samples = np.concatenate([samples, *(samples_at(samples, round(speed * SAMPLE_RATE_HZ)) for speed in speeds)])
+        taken = np.tile(taken, 1 + len(speeds))
+        lengths = np.maximum(1, -(-samples // hop))
         digest = new_digest()
-        digest_clips(digest, ids, lengths.astype(np.int64) * hop)
+        digest_clips(digest, ids, lengths * hop)
         for tokens in stores:
             if k >= tokens.shards or tokens.files[k]["digest"] != digest.hexdigest():
                 raise TokenError(f"{_difference(tokens, k, ids, lengths * hop)}; run the token steps again on this manifest")
         if taken.any():
-            frames.append(lengths[taken])
+            frames.append(lengths[taken].astype(np.int32))
             rows.append(np.flatnonzero(taken).astype(np.int32))
             shards.append(k)
             numbers.append(len(rows[-1]))
-    return Lengths(np.concatenate([np.zeros(0, np.int32), *frames]), np.concatenate([np.zeros(0, np.int32), *rows]),
-                   np.array(shards, np.int64), np.concatenate([[0], np.cumsum(numbers, dtype=np.int64)]))
+    return Lengths(np.concatenate(frames), np.concatenate(rows), np.array(shards, np.int64),
+                   np.concatenate([[0], np.cumsum(numbers, dtype=np.int64)]))
 
 
-def _shards(manifest_path: str, split: str, where: Where | None, hop: int) -> Iterator[tuple[int, list[str], Any, Any]]:
-    """(number, ids, frames, whether `where` takes it) of the clips of each shard, in the manifest's order."""
+def _shards(manifest_path: str, split: str, where: Where | None) -> Iterator[tuple[int, list[str], np.ndarray, np.ndarray]]:
+    """(number, ids, samples at 16 kHz, whether `where` takes it) of the clips of each shard, in the manifest's order."""
     fs, p = store.open_fs(store.join(manifest_path, "clips.parquet"))
     held: list[tuple[list[str], np.ndarray, np.ndarray]] = []
     number = -1
@@ -65,8 +69,7 @@ def _shards(manifest_path: str, split: str, where: Where | None, hop: int) -> It
             batch = batch.filter(pc.equal(batch["split"], split))
             shard, ids = batch["shard"].to_numpy(), batch["id"]
             samples = samples_at(batch["frames"].to_numpy(), batch["sample_rate"].to_numpy())
-            frames = np.maximum(1, -(-samples // hop)).astype(np.int32)
-            taken = np.ones(len(frames), bool)
+            taken = np.ones(len(samples), bool)
             if where is not None and where.source is not None:
                 named = [pc.is_in(batch[n], value_set=pa.array(where.source, pa.string())) for n in ("origin", "source")]
                 taken = pc.or_(*named).to_numpy(zero_copy_only=False)
@@ -77,14 +80,14 @@ def _shards(manifest_path: str, split: str, where: Where | None, hop: int) -> It
                     held = []
                 if a < b:
                     number = int(shard[a])
-                    held.append((ids[a:b].to_pylist(), frames[a:b], taken[a:b]))
+                    held.append((ids[a:b].to_pylist(), samples[a:b], taken[a:b]))
     if held:
         yield number, *_joined(held)
 
 
 def _joined(parts: list[tuple[list[str], np.ndarray, np.ndarray]]) -> tuple[list[str], np.ndarray, np.ndarray]:
-    ids, frames, taken = zip(*parts, strict=True)
-    return [i for part in ids for i in part], np.concatenate(frames), np.concatenate(taken)
+    ids, samples, taken = zip(*parts, strict=True)
+    return [i for part in ids for i in part], np.concatenate(samples), np.concatenate(taken)
 
 
 def _difference(tokens: TokenStore, k: int, ids: list[str], samples: np.ndarray) -> str:
