@@ -40,6 +40,7 @@ def seaweedfs(folder: Path):
     server = subprocess.Popen(
         [f"{sysconfig.get_path('scripts')}/weed", "server", "-s3", f"-dir={folder}", "-ip=127.0.0.1",
          f"-s3.config={folder / 's3.json'}", "-volume.max=100", "-master.volumeSizeLimitMB=64",
+         "-s3.port.iceberg=0", "-s3.port.lance=0",  # else fixed ports, and so one server a machine
          *(f"-{name}.port={port}" for name, port in ports.items()),
          *(f"-{name}.port.grpc={free_port()}" for name in ports)],
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
