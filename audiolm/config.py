@@ -180,6 +180,8 @@ class Stage(Config):
     """One language model: the paper's 12 x 1024 x 16 x 4096 by default."""
 
     crop_s: float
+    min_crop_s: Annotated[float | None, Later(None)] = Field(
+        None, ge=0, description="rows are cut further, into crops of at least this; 0 = off; None = 1 s in the fine stage")
     dim: int = 1024
     layers: int = 12
     heads: int = 16

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -22,17 +23,24 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory):
     """SeaweedFS, a real S3 server whose conditional writes are atomic; its endpoint and keys stand in the environment."""
+    with seaweedfs(tmp_path_factory.mktemp("s3")) as url:
+        yield url
+
+
+@contextlib.contextmanager
+def seaweedfs(folder: Path):
+    """A server with its data in `folder` and one bucket, `tests`."""
     import boto3
     import s3fs
     from botocore.exceptions import BotoCoreError, ClientError
 
-    folder = tmp_path_factory.mktemp("s3")
     keys = {"name": "test", "credentials": [{"accessKey": "key", "secretKey": "secret"}], "actions": ["Admin"]}
     (folder / "s3.json").write_text(json.dumps({"identities": [keys]}))
     ports = {name: free_port() for name in ("s3", "master", "volume", "filer")}
     server = subprocess.Popen(
         [f"{sysconfig.get_path('scripts')}/weed", "server", "-s3", f"-dir={folder}", "-ip=127.0.0.1",
          f"-s3.config={folder / 's3.json'}", "-volume.max=100", "-master.volumeSizeLimitMB=64",
+         "-s3.port.iceberg=0", "-s3.port.lance=0",  # else fixed ports, and so one server a machine
          *(f"-{name}.port={port}" for name, port in ports.items()),
          *(f"-{name}.port.grpc={free_port()}" for name in ports)],
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

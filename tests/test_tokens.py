@@ -43,6 +43,14 @@ def test_round_trip_across_row_groups(tmp_path):
         assert np.array_equal(found["q00"][i], c[:, 0]) and np.array_equal(found["q02"][i], c[:, 2])
 
 
+def test_levels_side_by_side_across_row_groups(tmp_path):
+    frames = [int(n) for n in np.random.default_rng(1).integers(1, 30, 450)]
+    opened = tokens.TokenStore(write(tmp_path / "a", ACOUSTIC, [frames]))
+    firsts, codes_TQ = opened.codes(0, (2, 0))
+    assert firsts.tolist() == [0, *np.cumsum(frames)] and codes_TQ.dtype == np.uint16
+    assert np.array_equal(codes_TQ, np.concatenate(codes(ACOUSTIC, frames, 0))[:, [2, 0]])
+
+
 def test_largest_code_survives_and_larger_is_refused():
     spec = {**ACOUSTIC, "vocab": 65_535, "n_q": 1}
     top = np.array([[0], [65_534]])

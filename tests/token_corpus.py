@@ -22,9 +22,10 @@ class TokenCorpus:
     codes: dict[str, np.ndarray]
 
 
-def make(folder, frames: dict[str, list[int]], per_shard: int = 3, seed: int = 0, sources=("a",)) -> TokenCorpus:
-    """Clips of the given semantic frames by split. z is a chain z + 5 (else uniform); both frames of level 1 copy z
-    (else uniform), level 2 repeats itself (else uniform), level 3 is level 1 plus 1 (else uniform)."""
+def make(folder, frames: dict[str, list[int]], per_shard: int = 3, seed: int = 0, sources=("a",),
+         runs: bool = False) -> TokenCorpus:
+    """Clips of the given semantic frames by split. z is a chain z + 5 (else uniform), with `runs` of 1.5 frames or so; both
+    frames of level 1 copy z (else uniform), level 2 repeats itself (else uniform), level 3 is level 1 plus 1 (else uniform)."""
     folder, draw = str(folder), np.random.default_rng(seed)
     clips, z, codes, shard = [], {}, {}, 0
     for split, lengths in frames.items():
@@ -36,7 +37,7 @@ def make(folder, frames: dict[str, list[int]], per_shard: int = 3, seed: int = 0
             source = sources[i % len(sources)]
             clips.append(Clip(name, source, source, f"s-{split}-{i}", split, 16_000, size,
                               (Part(name, name, 0, size, 0, None),), shard, i % per_shard))
-            z[name], codes[name] = _law(n, draw)
+            z[name], codes[name] = _law(n, draw, runs)
         shard += 1
     paths = {n: store.join(folder, n) for n in ("manifest", "semantic_tokens", "acoustic_tokens")}
     store.put(store.join(paths["manifest"], "clips.parquet"), clips_parquet(clips))
@@ -51,10 +52,12 @@ def make(folder, frames: dict[str, list[int]], per_shard: int = 3, seed: int = 0
     return TokenCorpus(paths, clips, z, codes)
 
 
-def _law(n: int, draw: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def _law(n: int, draw: np.random.Generator, runs: bool) -> tuple[np.ndarray, np.ndarray]:
     z = np.zeros(n, np.int64)
     for t in range(n):
         z[t] = (z[t - 1] + 5) % K if t and draw.random() < STAY else draw.integers(K)
+    if runs:
+        z = z[np.sort(draw.integers(0, n, n))]
     codes = draw.integers(0, VOCAB, (2 * n, N_Q))
     kept = draw.random((2 * n, N_Q)) < STAY
     codes[:, 0] = np.where(kept[:, 0], np.repeat(z, 2), codes[:, 0])

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -20,11 +20,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from fsspec.parquet import open_parquet_file
 
 from audiolm import store
 
 RATIO = 2  # acoustic frames per semantic frame, the contract of tokenizers.base
 ROW_GROUP = 200  # clips; small enough that a reader of one clip does not decode an hour
+FOOTER = 65_536  # bytes at a file's end that hold what is where, unless it has very many columns
 _KEY = b"audiolm.tokens"
 _OWN = ("shard", "clips", "frames", "digest")  # what may differ from file to file
 
@@ -87,8 +89,18 @@ def shard_bytes(ids: Sequence[str], codes: Sequence[np.ndarray], meta: dict[str,
 
 def _digest(ids: Sequence[str], samples: np.ndarray) -> str:
     """Of clips and their padded samples: equal in two stores exactly where every clip's frames agree."""
-    text = "".join(f"{i}\t{int(n)}\n" for i, n in zip(ids, samples, strict=True))
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+    digest = new_digest()
+    digest_clips(digest, ids, samples)
+    return digest.hexdigest()
+
+
+def new_digest() -> hashlib.blake2b:
+    return hashlib.blake2b(digest_size=8)
+
+
+def digest_clips(digest: hashlib.blake2b, ids: Sequence[str], samples: np.ndarray) -> None:
+    """Adds clips to a shard's digest."""
+    digest.update("".join([f"{i}\t{n}\n" for i, n in zip(ids, samples.tolist(), strict=True)]).encode())
 
 
 def read_meta(path: str) -> dict[str, Any]:
@@ -102,6 +114,14 @@ def read_meta(path: str) -> dict[str, Any]:
     if found is None:
         raise TokenError(f"{path} is not a token shard: its metadata has no {_KEY.decode()}")
     return json.loads(found)
+
+
+def open_columns(path: str, columns: Sequence[str]) -> Any:
+    """A shard file to read these columns from; of an object store only their bytes are fetched, side by side."""
+    fs, p = store.open_fs(path)
+    if store.is_local(path):
+        return fs.open(p, "rb")
+    return open_parquet_file(p, fs=fs, columns=list(columns), engine="pyarrow", footer_sample_size=FOOTER)
 
 
 def read_shard(path: str, columns: Sequence[str]) -> dict[str, Any]:
@@ -122,6 +142,13 @@ def read_shard(path: str, columns: Sequence[str]) -> dict[str, Any]:
     return out
 
 
+def side_by_side(fn: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+    """fn of each item, in order, by 16 threads: of an object store one waits for small things; few are held at once."""
+    with ThreadPoolExecutor(16) as pool:
+        for i in range(0, len(items), 512):
+            yield from pool.map(fn, items[i:i + 512])
+
+
 class TokenStore:
     """A finished store: `spec` (TokenSpec as JSON), `hash` of its tokenizer, `shards` (their number), `meta`, `files`.
 
@@ -133,14 +160,15 @@ class TokenStore:
         found = [n for n in store.names(path) if n.startswith("shard-") and n.endswith(".parquet")]
         if not found:
             raise TokenError(f"no token shards in {path}; run its token step first")
-        with ThreadPoolExecutor(16) as pool:  # footers of an object store: waiting, not work
-            self.files = list(pool.map(lambda n: read_meta(store.join(path, n)), found))
-        self.meta = {k: v for k, v in self.files[0].items() if k not in _OWN}
-        for name, meta in zip(found, self.files, strict=True):
+        self.meta: dict[str, Any] = {}
+        self.files: list[dict[str, Any]] = []  # what each shard has of its own
+        for name, meta in zip(found, side_by_side(lambda n: read_meta(store.join(path, n)), found), strict=True):
+            self.meta = self.meta or {k: v for k, v in meta.items() if k not in _OWN}
             for field, value in self.meta.items():
                 if meta.get(field) != value:
                     raise TokenError(f"{path} mixes tokens: {field} is {value!r} in {found[0]} but {meta.get(field)!r} "
                                      f"in {name}; run the token step again with --force")
+            self.files.append({k: meta[k] for k in _OWN})
         self.spec: dict[str, Any] = self.meta["spec"]
         self.hash: str = self.meta["hash"]
         self.shards: int = self.meta["shards"]
@@ -156,6 +184,22 @@ class TokenStore:
     def levels(self, k: int, levels: Sequence[int]) -> dict[str, Any]:
         """id and the given levels (from 0) of shard k."""
         return self.read(k, ["id", *map(level_name, levels)])
+
+    def codes(self, k: int, levels: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """(first frame of each clip, and the end; codes_TQ uint16 of the given levels) of shard k, read a row group at a
+        time, so that little more than the result is in memory."""
+        names = list(map(level_name, levels))
+        codes_TQ, lengths, at = np.empty((self.files[k]["frames"], len(names)), np.uint16), [], 0
+        with open_columns(store.join(self.path, shard_name(k)), names) as f:
+            file = pq.ParquetFile(f)
+            for group in range(file.num_row_groups):
+                table = file.read_row_group(group, columns=names)
+                lengths.append(pc.list_value_length(table[names[0]]).to_numpy())
+                end = at + int(lengths[-1].sum())
+                for q, name in enumerate(names):
+                    codes_TQ[at:end, q] = pc.list_flatten(table[name]).to_numpy()
+                at = end
+        return np.concatenate([[0], *lengths]).cumsum(), codes_TQ
 
 
 def check_pair(semantic: TokenStore, acoustic: TokenStore) -> None:

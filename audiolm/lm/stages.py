@@ -17,12 +17,15 @@ from audiolm.config import LM
 SEMANTIC_HZ = 25
 FRAMES = 2  # acoustic frames per semantic frame
 NO_LEVEL = -2  # of BOS and SEP
+FINE_MIN_S = 1.0  # the last piece of a generated sound is shorter than the rest
 
 
 def dedupe(z_T: np.ndarray) -> np.ndarray:
     """Runs of equal ids collapsed to one (paper III-B, as GSLM)."""
     z_T = np.asarray(z_T)
-    return z_T[np.r_[True, z_T[1:] != z_T[:-1]]] if len(z_T) else z_T
+    begins = np.ones(len(z_T), bool)
+    begins[1:] = z_T[1:] != z_T[:-1]
+    return z_T[begins]
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class Stage:
     n_coarse: int  # Q'
     dedupe: bool
     crop_s: float
+    min_crop_s: float = 0.0  # training rows are cut on into crops of at least this; 0: only where a row or clip ends
 
     @property
     def needs_semantic(self) -> bool:
@@ -80,12 +84,24 @@ class Stage:
         return int(self.crop_s * SEMANTIC_HZ + 1e-6)
 
     @property
+    def min_crop_frames(self) -> int:
+        """Semantic frames of the shortest crop that a row is cut into; 0: it is not."""
+        return min(self.crop_frames, int(self.min_crop_s * SEMANTIC_HZ + 1e-6))
+
+    @property
+    def special(self) -> int:
+        """BOS, SEP and EOS of a packed crop."""
+        return 3 if self.name == "coarse" else 2
+
+    @property
+    def frame_ids(self) -> int:
+        """Acoustic ids of a semantic frame."""
+        return FRAMES * len(self.columns)
+
+    @property
     def max_len(self) -> int:
-        """Ids of the longest packed crop."""
-        n = self.crop_frames
-        semantic = n if self.needs_semantic else 0
-        special = {"semantic": 2, "coarse": 3, "fine": 2}[self.name]
-        return semantic + FRAMES * n * len(self.columns) + special
+        """Ids of the longest packed crop, and of a packed row."""
+        return (int(self.needs_semantic) + self.frame_ids) * self.crop_frames + self.special
 
     def prompt(self, z_T: np.ndarray | None = None, coarse_TQ: np.ndarray | None = None) -> np.ndarray:
         """The ids before the first target: BOS; BOS z... SEP; BOS coarse SEP."""
@@ -216,5 +232,10 @@ def build_stages(config: LM, codec_n_q: int, codec_vocab: int, k: int) -> dict[s
     if coarse > codec_n_q:
         raise ValueError(f"lm.coarse_levels ({coarse}) exceeds codec.n_q ({codec_n_q}): lower it or raise codec.n_q")
     levels = {"semantic": (0, 0), "coarse": (0, coarse), "fine": (coarse, codec_n_q)}
-    return {f"lm_{name}": Stage(name, k, codec_vocab, span, coarse, config.dedupe, getattr(config, name).crop_s)
-            for name, span in levels.items() if name != "fine" or coarse < codec_n_q}
+    stages = {}
+    for name, span in levels.items():
+        if name != "fine" or coarse < codec_n_q:
+            shape = getattr(config, name)
+            least = FINE_MIN_S if shape.min_crop_s is None and name == "fine" else shape.min_crop_s or 0.0
+            stages[f"lm_{name}"] = Stage(name, k, codec_vocab, span, coarse, config.dedupe, shape.crop_s, least)
+    return stages
