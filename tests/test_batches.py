@@ -8,8 +8,9 @@ import torch
 
 from audiolm import store
 from audiolm.config import LM, Stage, Train, Where
-from audiolm.data import batches, tokens
+from audiolm.data import tokens
 from audiolm.data.batches import TokenBatches
+from audiolm.data.manifest import read_clips
 from audiolm.lm.stages import build_stages, dedupe
 from tests import token_corpus
 
@@ -154,7 +155,7 @@ def test_stores_that_do_not_belong_together_are_refused(corpus, tmp_path):
 
 
 def test_a_clip_that_is_not_in_the_store_is_named(corpus, tmp_path):
-    clip = batches.read_clips(corpus.paths["manifest"])[0]
+    clip = read_clips(corpus.paths["manifest"])[0]
     renamed = type(clip)(**{**vars(clip), "id": "stranger"})
     store.put(str(tmp_path / "clips.parquet"), token_corpus.clips_parquet([renamed]))
     d = TokenBatches(str(tmp_path), corpus.paths["semantic_tokens"], None, stages()["lm_semantic"], "train", None, 1, 0)

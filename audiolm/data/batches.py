@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from audiolm.config import Where
-from audiolm.data.manifest import read_clips
+from audiolm.data.manifest import token_clips
 from audiolm.data.order import Order
 from audiolm.data.tokens import RATIO, Ragged, TokenError, TokenStore, check_pair
 
@@ -35,7 +35,7 @@ class TokenBatches:
         self.acoustic = _open(acoustic_path, "acoustic_tokens", stage) if stage.needs_acoustic else None
         if self.semantic and self.acoustic:
             check_pair(self.semantic, self.acoustic)
-        self.clips = read_clips(manifest_path, split=split, where=where)
+        self.clips = token_clips(manifest_path, (self.semantic or self.acoustic).speeds, split, where)
         if not self.clips:
             raise ValueError(f"lm.{stage.name}.where leaves no {split} clips (it is {where!r}): widen it, or give the "
                              f"corpus a larger {split} share")

@@ -2,9 +2,10 @@
 
 Fitted on and asked about the stage's own targets (its deduplication, its EOS, its crops), so a baseline's nats per token
 and the stage's are one quantity.  Semantic stage: Kneser-Ney of orders 1, 2 and 5 which know, as the model can, that a
-deduplicated id never repeats.  Acoustic stages, each level by itself: its frequencies, its own code one frame before,
-and the code one level below in the same frame (the first coarse level has none; a fine level's may be a coarse one).
-Legend: N places of an ngram sequence; levels count from 0.
+deduplicated id never repeats.  Acoustic stages, each level by itself: its frequencies; its own code one frame before, and
+the code one level below in the same frame (the first coarse level has none; a fine level's may be a coarse one), each as
+relative frequencies, Kneser-Ney's and the unigram's mixed by weights fitted on a tenth of the train rows.
+Legend: N places of an ngram sequence, M laws; levels count from 0.
 """
 
 from __future__ import annotations
@@ -42,15 +43,27 @@ def train_rows(data: TokenBatches, most: int = COUNTED) -> Iterator[Packed]:
 def sums(stage: Stage, train: Sequence[Packed], held_out: Sequence[Packed]) -> dict[str, np.ndarray]:
     """{baseline: (2, levels + 1)}: nats and number of the held-out targets at level + 1, as lm.nats.by_level."""
     found: dict[str, np.ndarray] = {}
+    rest, tenth = [row for i, row in enumerate(train) if i % 10], train[::10]
     for level in range(*stage.levels) if stage.needs_acoustic else (-1,):
-        asked = views(stage, held_out, level)
+        asked, counted = views(stage, held_out, level), views(stage, train, level)
         support = (stage.vocab if level >= 0 else stage.k) + (stage.level_table()[stage.eos] == level and stage.name != "fine")
-        for name, (order, *counted) in views(stage, train, level).items():
-            model = ngram.fit(*counted, order, stage.vocab_size, support)
-            nats_N = model.nats(*asked[name][1:], stage.no_repeat)
+        for name, (order, *places) in asked.items():
+            if level < 0 or order == 1:
+                nats_N = ngram.fit(*counted[name][1:], order, stage.vocab_size, support).nats(*places, stage.no_repeat)
+            else:
+                w_M = ngram.mix(_chances(views(stage, rest, level)[name], views(stage, tenth, level)[name], stage, support))
+                nats_N = -np.log(w_M @ _chances(counted[name], asked[name], stage, support))
             total = found.setdefault(name, np.zeros((2, stage.levels[1] + 1)))
             total[:, level + 1] = nats_N.sum(), len(nats_N)
     return found
+
+
+def _chances(counted: View, asked: View, stage: Stage, support: int) -> np.ndarray:
+    """p_MN of what is asked by relative frequencies, Kneser-Ney and the unigram."""
+    laws = [ngram.fit(*counted[1:], order, stage.vocab_size, support, discounted)
+            for order, discounted in ((2, False), (2, True), (1, True))]
+    _, x_N, depth_N = asked
+    return np.stack([law.p(x_N, depth_N, x_N)[depth_N > 0] for law in laws])
 
 
 def views(stage: Stage, rows: Sequence[Packed], level: int) -> dict[str, View]:

@@ -65,8 +65,9 @@ def sequence(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     return x_N, np.arange(len(x_N)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
 
 
-def fit(x_N: np.ndarray, depth_N: np.ndarray, order: int, ids: int, support: int) -> KneserNey:
-    """A model of grams of up to `order` ids; all ids lie below `ids`, and `support` of them may follow a context."""
+def fit(x_N: np.ndarray, depth_N: np.ndarray, order: int, ids: int, support: int, discounted: bool = True) -> KneserNey:
+    """A model of grams of up to `order` ids; all ids lie below `ids`, and `support` of them may follow a context. Without
+    discounts, relative frequencies after every context that was seen."""
     keys = [np.arange(ids)]
     raw, begins, context = [np.bincount(x_N[depth_N > 0], minlength=ids)], [np.zeros(ids, bool)], [np.zeros(ids, np.int64)]
     gram_N = x_N  # the number of the gram that ends in each place
@@ -83,7 +84,7 @@ def fit(x_N: np.ndarray, depth_N: np.ndarray, order: int, ids: int, support: int
         counts_G = raw[i] if i == order - 1 else np.where(
             begins[i], raw[i], np.bincount(keys[i + 1] % len(keys_G), minlength=len(keys_G)))
         rest = len(keys[i - 1]) if i else 1
-        off_G = discounts(counts_G)[np.minimum(counts_G, 3)]
+        off_G = (discounts(counts_G) if discounted else np.zeros(4))[np.minimum(counts_G, 3)]
         total_C, left_C = (np.bincount(context[i], v, minlength=rest) for v in (counts_G, off_G))
         share_G = (counts_G - off_G) / np.maximum(total_C, 1)[context[i]]
         orders.append(Order(np.append(keys_G, END), rest, np.append(share_G, 0.0),
@@ -98,3 +99,13 @@ def discounts(counts_G: np.ndarray) -> np.ndarray:
         return np.array(FALLBACK)
     d = np.array([0.0, *(i - (i + 1) * n[1] / (n[1] + 2 * n[2]) * n[i + 1] / n[i] for i in (1, 2, 3))])
     return d if (d[1:] > 0).all() else np.array(FALLBACK)
+
+
+def mix(p_MN: np.ndarray, steps: int = 50) -> np.ndarray:
+    """The weights w_M of a mixture of laws that make N held-out chances likeliest, by EM from equal ones."""
+    w_M = np.full(len(p_MN), 1 / len(p_MN))
+    for _ in range(steps):
+        share_MN = w_M[:, None] * p_MN
+        w_M = (share_MN / share_MN.sum(0)).sum(1) + 1  # a place for each, so that none is lost
+        w_M /= w_M.sum()
+    return w_M
