@@ -66,9 +66,9 @@ def world(tmp_path_factory):
     return SimpleNamespace(root=root, clips=clips, corpus=Corpus(name="t", sources=[source]))
 
 
-def run_encode(world, which, out, batch_s=4.0):
+def run_encode(world, which, out, batch_s=4.0, speeds=()):
     inputs = {n: SimpleNamespace(path=str(world.root / n), build=f"{n}.0001") for n in ("manifest", "kmeans", "codec")}
-    config = {"which": which, "tokens": Tokens(batch_s=batch_s), "corpus": world.corpus, "seed": 0,
+    config = {"which": which, "tokens": Tokens(batch_s=batch_s, speeds=speeds), "corpus": world.corpus, "seed": 0,
               "cluster": Cluster(device="cpu")}
     return encode.encode_tokens(config, inputs, out)
 

@@ -90,7 +90,8 @@ def read_clips(manifest_path: str, split: str | None = None, where: Where | None
     return clips
 
 
-def token_clips(manifest_path: str, speeds: Sequence[float], split: str | None = None, where: Where | None = None) -> list[Clip]:
+def token_clips(manifest_path: str, speeds: Sequence[float], split: str | None = None,
+                where: Where | None = None) -> list[Clip]:
     """The rows of a token store: `read_clips`, and after a shard's own the copies of its train clips, a speed after the other,
     with ids `{id}@{speed}`."""
     found = []

@@ -108,15 +108,18 @@ def conditioning(model: torch.nn.Module, stage: Stage, data: TokenBatches, crops
 
 
 def token_statistics(path: str) -> dict[str, float]:
-    """entropy_bits, perplexity, used codes and mean run (frames) of a store's level 1, over some of its shards."""
+    """entropy_bits, perplexity, used codes and mean run (frames) of a store's level 1, over the clips of some of its shards."""
     tokens = TokenStore(path)
     counts, frames, runs = np.zeros(tokens.spec["vocab"], np.int64), 0, 0
     for k in np.unique(np.linspace(0, tokens.shards - 1, min(tokens.shards, STATISTICS_SHARDS)).astype(int)):
-        column = tokens.read(int(k), [level_name(0)])[level_name(0)]
-        counts += np.bincount(column.values, minlength=len(counts))
-        starts = run_starts(column.values)
-        starts[column.offsets[:-1][np.diff(column.offsets) > 0]] = True  # a clip begins a run
-        frames, runs = frames + len(column.values), runs + int(starts.sum())
+        data = tokens.levels(int(k), [0])
+        column = data[level_name(0)]
+        offsets = column.offsets[:tokens.originals(data["id"]) + 1]
+        values = column.values[:offsets[-1]]
+        counts += np.bincount(values, minlength=len(counts))
+        starts = run_starts(values)
+        starts[offsets[:-1][np.diff(offsets) > 0]] = True  # a clip begins a run
+        frames, runs = frames + len(values), runs + int(starts.sum())
     p = counts[counts > 0] / frames
     nats = float(-(p * np.log(p)).sum())
     return {"entropy_bits": nats / np.log(2), "perplexity": float(np.exp(nats)), "mean_run": frames / runs,
