@@ -10,6 +10,7 @@ from audiolm.data import audio, tokens
 from audiolm.data.batches import TokenBatches
 from audiolm.data.manifest import Clip, Part, read_clips, token_clips
 from audiolm.eval import baselines
+from audiolm.eval import token_statistics as ts
 from audiolm.eval.likelihood import token_statistics
 from audiolm.lm.stages import build_stages
 from audiolm.tokenizers.base import padded_samples
@@ -70,6 +71,10 @@ def test_the_clips_own_tokens_and_figures_do_not_change(world, encoded, copied):
         told = {k: v for k, v in facts[which].items() if k not in ("audio_s", "seconds", "x_realtime", "copies")}
         assert told == {k: encoded[which][k] for k in told} and facts[which]["copies"] == 8
     assert token_statistics(paths["semantic"]) == token_statistics(str(world.root / "semantic_tokens"))
+    group_of = {c.id: "all" for c in world.clips}
+    a, b = (ts.tally(tokens.TokenStore(p), group_of, ["all"])["all"]
+            for p in (paths["semantic"], str(world.root / "semantic_tokens")))
+    assert (a.runs_K == b.runs_K).all() and (a.frames_K == b.frames_K).all()
     with pytest.raises(tokens.TokenError, match=r"speeds \[0.9, 1.1\] and \[\]; encode both .* with the same tokens.speeds"):
         tokens.check_pair(tokens.TokenStore(paths["semantic"]), tokens.TokenStore(str(world.root / "acoustic_tokens")))
 
@@ -85,4 +90,10 @@ def test_training_hears_the_copies_and_validation_does_not(world, copied, name):
     for i, clip in enumerate(train.clips):
         ids, _ = train.packed(i, 0)
         assert len(ids) and train.frames[i] == padded_samples(clip.samples) // 640
-    assert len(list(baselines.train_rows(train))) >= len(train.clips)
+    rows = [dev.packed(*c) for c in dev.fixed(9)]
+    both = [baselines.sums(stage, list(baselines.train_rows(train, copies=c)), rows) for c in (False, True)]
+    lowest, counted = baselines.lowest(train, rows)
+    assert all((s[0] == np.minimum(both[0][n][0], both[1][n][0])).all() for n, s in lowest.items())
+    assert any((both[0][n][0] != both[1][n][0]).any() for n in lowest)
+    assert counted == sum(t.sum() for i, c in enumerate(train.clips) if c.speed == 1
+                          for start in range(0, train.frames[i], 25) for t in train.packed(i, start)[1:])

@@ -29,15 +29,16 @@ def stage_figures(model: torch.nn.Module, stage: Stage, train: TokenBatches, dev
                   device: str | torch.device = "cpu") -> dict[str, Any]:
     """`beside` of n held-out rows, their tokens and how many train tokens the baselines have counted; acoustic stages also
     per level (level counts from 1), their `baseline` being the mean of each level's better one."""
-    rows, counted = [dev.packed(*c) for c in dev.fixed(n)], list(baselines.train_rows(train))
-    sums = {"loss": loss_sums(model, stage, dev, rows, device), **baselines.sums(stage, counted, rows)}
+    rows = [dev.packed(*c) for c in dev.fixed(n)]
+    found, counted = baselines.lowest(train, rows)
+    sums = {"loss": loss_sums(model, stage, dev, rows, device), **found}
     levels = [{"level": q + 1, **beside({name: ratio(s[:, q + 1]) for name, s in sums.items()})} for q in range(*stage.levels)]
     tokens = sums["loss"][1]
     whole = beside({name: ratio(s.sum(1)) if (s[1] == tokens).all() else None for name, s in sums.items()})
     if levels:
         whole["baseline"] = float(sum(row["baseline"] * tokens[row["level"]] for row in levels) / tokens.sum())
         whole |= {"better": "by level", "difference_percent": percent(whole["loss"], whole["baseline"]), "levels": levels}
-    return {**whole, "tokens": int(tokens.sum()), "counted": int(sum(target.sum() for _, target in counted))}
+    return {**whole, "tokens": int(tokens.sum()), "counted": counted}
 
 
 def beside(values: Mapping[str, float | None]) -> dict[str, Any]:
