@@ -106,3 +106,13 @@ def test_pairs_and_nothing_at_all():
     for order in (1, 2, 5):
         empty = ngram.fit(*ngram.sequence([]), order, IDS, BOS)
         np.testing.assert_allclose(empty.nats(*ngram.sequence(rows(3))), np.log(BOS))
+
+
+def test_relative_frequencies_and_the_weights_of_a_mixture():
+    x_N, depth_N = np.array([0, 1, 0, 1, 0, 2]), np.array([0, 1] * 3)
+    plain = ngram.fit(x_N, depth_N, 2, 4, 4, discounted=False)
+    np.testing.assert_allclose(plain.p(x_N, depth_N, x_N)[1::2], [2 / 3, 2 / 3, 1 / 3])
+    draw, laws = np.random.default_rng(0), np.array([[0.7, 0.2, 0.1], [0.1, 0.1, 0.8]])
+    seen = draw.choice(3, 20_000, p=np.array([0.6, 0.4]) @ laws)
+    np.testing.assert_allclose(ngram.mix(laws[:, seen]), [0.6, 0.4], atol=0.03)
+    np.testing.assert_allclose(ngram.mix(laws[:, :0]), [0.5, 0.5])
