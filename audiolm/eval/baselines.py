@@ -44,7 +44,7 @@ def train_rows(data: TokenBatches, most: int = COUNTED, copies: bool = False) ->
         if copies or clip.speed == 1:
             by_shard.setdefault(clip.shard, []).append(i)
     shards, step = list(by_shard.values()), data.stage.crop_frames
-    frames = sum(data.frames[i] for members in shards for i in members) * (RATIO if data.stage.needs_acoustic else 1)
+    frames = sum(int(data.frames[i]) for members in shards for i in members) * (RATIO if data.stage.needs_acoustic else 1)
     n = max(1, min(len(shards), len(shards) * most // frames))
     for k in range(n):
         clips = {i: data.clips[i] for i in shards[(2 * k + 1) * len(shards) // (2 * n)]}
