@@ -9,7 +9,7 @@ from typing import Annotated
 import pytest
 
 from audiolm.cli import place
-from audiolm.config import Cluster, Codec, ConfigError, Stage, Train
+from audiolm.config import Cluster, Codec, ConfigError, Stage, Tokens, Train
 from audiolm.configfile import load
 from audiolm.identity import Config, Later, flatten, identity
 from tests.conftest import ROOT
@@ -36,6 +36,7 @@ def test_runtime_fields_leave_no_trace_and_later_ones_only_when_they_differ():
 
     assert identity(New()) == identity(Old()) and identity(New(b=2)) == {"a": 1, "b": 2}
     assert identity({"cluster": Cluster(workers=7), "x": 1}) == {"x": 1}
+    assert "speeds" not in identity(Tokens()) and identity(Tokens(speeds=[0.9, 1.1]))["speeds"] == [0.9, 1.1]
     with pytest.raises(TypeError, match="identity of a set"):
         identity({"x": {1}})
 
@@ -45,6 +46,8 @@ def test_runtime_fields_leave_no_trace_and_later_ones_only_when_they_differ():
     ("lm.coarse_levels=9", r"lm.coarse_levels \(9\) exceeds codec.n_q \(3\)"),
     ("codec.train.steps=0", "codec.train.steps: Input should be greater than or equal to 1 .*got 0"),
     ("codec.where.source=[nowhere]", "codec.where.source names .'nowhere'.; corpus.sources are .'quickstart'."),
+    ("tokens.speeds=[0.9, 1]", "speeds has 1.0: give speeds from 0.5 to 2"),
+    ("tokens.speeds=[0.9, 0.9]", "names one twice"),
     ("corpus.sources.3.root=x", "'3' is not one of the 1 items there"),
     ("codec", "not of the form a.b=c"),
 ])

@@ -67,9 +67,9 @@ def world(tmp_path_factory):
     return SimpleNamespace(root=root, clips=clips, corpus=Corpus(name="t", sources=[source]))
 
 
-def run_encode(world, which, out, batch_s=4.0):
+def run_encode(world, which, out, batch_s=4.0, speeds=()):
     inputs = {n: SimpleNamespace(path=str(world.root / n), build=f"{n}.0001") for n in ("manifest", "kmeans", "codec")}
-    config = {"which": which, "tokens": Tokens(batch_s=batch_s), "corpus": world.corpus, "seed": 0,
+    config = {"which": which, "tokens": Tokens(batch_s=batch_s, speeds=speeds), "corpus": world.corpus, "seed": 0,
               "cluster": Cluster(device="cpu")}
     return encode.encode_tokens(config, inputs, out)
 
@@ -188,8 +188,14 @@ def test_evaluate_fills_every_table(world, encoded, tmp_path):
     facts = run_evaluate(config, {n: SimpleNamespace(path=str(world.root / n)) for n in names}, RecordingOut(tmp_path))
     table = store.get_json(f"{tmp_path}/evaluate.json")
     assert [r["level"] for r in table["stages"]["lm_fine"]["levels"]] == [3]
-    for figures in table["stages"].values():
-        assert figures["tokens"] > 0 and all(0 < figures[k] < 10 for k in ("loss", "unigram", "bigram"))
+    for name, figures in table["stages"].items():
+        of = ("unigram", "bigram", "fivegram") if name == "lm_semantic" else ("unigram", "previous")
+        assert figures["tokens"] > 0 and all(0 < figures[k] < 10 for k in ("loss", *of, "baseline"))
+        assert facts[f"{name}.{of[1]}"] == pytest.approx(figures[of[1]], abs=1e-6)
+    for row in table["not_under"]:  # nothing was trained
+        name = ".".join(["over_baseline", row["stage"], *([f"level{row['level']}"] if row["level"] else [])])
+        assert facts[name] == pytest.approx(row["percent"], abs=1e-6) and row["percent"] >= 0
+    assert {"stage": "lm_coarse", "level": 1} in [{k: r[k] for k in ("stage", "level")} for r in table["not_under"]]
     assert set(table["conditioning"]) == {"lm_coarse", "lm_fine"}
     assert set(table["tokens"]) == {"entropy_bits", "perplexity", "mean_run", "used"}
     rungs = [r["rung"] for r in table["ladder"]]

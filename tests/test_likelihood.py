@@ -9,7 +9,7 @@ from torch import nn
 
 from audiolm.config import LM, Stage, Train
 from audiolm.data.batches import TokenBatches
-from audiolm.eval import likelihood
+from audiolm.eval import baselines, likelihood
 from audiolm.lm.stages import build_stages
 from tests import token_corpus
 from tests.token_corpus import STAY, VOCAB, K
@@ -74,53 +74,78 @@ class Planted(nn.Module):
                 row[t, s.offset + s.levels[0] * VOCAB + known] += np.log(STAY * VOCAB / (1 - STAY) + 1)
 
 
-def test_bigram_beats_unigram_on_a_markov_chain_and_the_true_law_wins(corpus):
+def test_the_bigram_beats_the_unigram_on_a_markov_chain_and_the_true_law_wins(corpus):
     s = stage("lm_semantic")
     found = likelihood.stage_figures(Planted(s), s, data(corpus, s, "train"), data(corpus, s, "dev"), 100)
     assert found["unigram"] == pytest.approx(np.log(K), abs=0.1)
     assert found["loss"] < found["bigram"] < 0.75 * found["unigram"]
+    assert abs(found["fivegram"] - found["bigram"]) < 0.1  # there is no more to know
     assert ENTROPY - 0.1 < found["loss"] < ENTROPY + 0.3  # a crop's first token and its EOS cost more
+    assert found["better"] in ("bigram", "fivegram") and found["baseline"] == found[found["better"]]
+    assert found["difference_percent"] == pytest.approx(100 * (found["loss"] / found["baseline"] - 1)) and found["loss"] > 0
+    assert (found["counted"], found["tokens"]) == (30 * 101, 12 * 51)  # each clip's tokens once, with its EOS
     blind = nn.Sequential(nn.Embedding(s.vocab_size, s.vocab_size))
     nn.init.zeros_(blind[0].weight)
     worse = likelihood.stage_figures(blind, s, data(corpus, s, "train"), data(corpus, s, "dev"), 100)
     assert worse["loss"] == pytest.approx(np.log(s.vocab_size), rel=1e-5)
-    assert worse["loss"] > found["unigram"] and worse["bigram"] == found["bigram"]
+    assert worse["loss"] > found["unigram"] and worse["bigram"] == found["bigram"] and worse["difference_percent"] > 0
+    assert likelihood.not_under({"lm_semantic": found, "lm_b": worse}) == [
+        {"stage": "lm_b", "level": None, "better": worse["better"], "percent": worse["difference_percent"]}]
 
 
-def test_the_bigram_of_acoustic_stages_looks_one_frame_back_at_its_level(corpus):
+def test_acoustic_baselines_look_one_frame_back_and_one_level_down(corpus):
     s = stage("lm_coarse")
     found = likelihood.stage_figures(Planted(s), s, data(corpus, s, "train"), data(corpus, s, "dev"), 100)
     one, two = found["levels"]
     assert (one["level"], two["level"]) == (1, 2)
-    assert two["bigram"] < 0.7 * two["unigram"]  # level 2 repeats itself from frame to frame
-    assert one["bigram"] < one["unigram"]  # two acoustic frames share a semantic one
-    assert one["loss"] < one["bigram"]  # the semantic prefix tells more
+    assert two["previous"] < 0.7 * two["unigram"] and two["better"] == "previous"  # level 2 repeats itself
+    assert one["previous"] < one["unigram"]  # two acoustic frames share a semantic one
+    assert one["loss"] < one["previous"]  # the semantic prefix tells more
+    assert one["below"] is None and found["below"] is None and two["below"] == pytest.approx(two["unigram"], abs=0.1)
     eos = 12 * 2  # dev crops, each with one EOS
     assert found["tokens"] == 12 * 100 * 2 + eos
+    n = [12 * 100 + eos, 12 * 100]
+    assert found["baseline"] == pytest.approx((one["previous"] * n[0] + two["previous"] * n[1]) / sum(n))
+    over = likelihood.not_under({"lm_coarse": found})  # Planted knows nothing of level 2
+    assert [(r["stage"], r["level"]) for r in over if r["level"]] == [("lm_coarse", 2)]
+
+
+def test_the_level_below_a_fine_level_is_the_last_coarse_one():
+    s, draw = stage("lm_fine"), np.random.default_rng(0)
+
+    def rows(n):
+        codes = draw.integers(0, VOCAB, (n, 50, 3))
+        codes[:, :, 2] = (codes[:, :, 1] * 3 + 1) % VOCAB
+        return [s.pack(None, c, True) for c in codes]
+
+    found = {name: sums[0, 3] / sums[1, 3] for name, sums in baselines.sums(s, rows(40), rows(5)).items()}
+    assert found["below"] < 0.1 and found["previous"] > 2.5 and found["unigram"] == pytest.approx(np.log(VOCAB), abs=0.05)
 
 
 @pytest.mark.parametrize("name, dedupe", [("lm_semantic", True), ("lm_semantic", False), ("lm_coarse", True),
                                           ("lm_fine", True)])
-def test_baselines_are_distributions(corpus, name, dedupe):
+def test_baselines_count_what_the_stage_counts_and_know_what_it_may_say(corpus, name, dedupe):
     s = stage(name, dedupe)
-    d = data(corpus, s, "train")
-    ngrams = likelihood.count(s, (ids[t] for ids, t in likelihood.packed_rows(d, d.fixed(5))))
-    ids, target = d.packed(*d.fixed(1)[0])
-    head = ids[target][:4 * s.slots]  # whole frames, then every id that may follow
-    for row in (head, head[:0]):
-        legal = np.flatnonzero(s.allowed(len(row))) if len(row) else np.flatnonzero(s.slot_masks()[0])
-        if s.no_repeat and len(row):
-            legal = np.union1d(legal, row[-1:])  # counts do not know that repeats are impossible
-        p = np.exp([[-x[-1] for x in ngrams.nats(np.append(row, i))] for i in legal])
-        if not len(row) and s.name != "fine":  # nothing was said yet: EOS keeps a little of the mass
-            p = np.concatenate([p, np.exp([[-x[-1] for x in ngrams.nats(np.array([s.eos]))]])])
-        assert p.sum(0) == pytest.approx([1, 1], abs=1e-9)
+    dev = data(corpus, s, "dev")
+    rows = [dev.packed(*c) for c in dev.fixed(100)]
+    counted = likelihood.loss_sums(Planted(s), s, dev, rows)[1]
+    legal = {"lm_semantic": [K + 1], "lm_coarse": [0, VOCAB + 1, VOCAB], "lm_fine": [0, 0, 0, VOCAB]}[name]  # level 1 has EOS
+    for found, (nats, number) in baselines.sums(s, [], rows).items():
+        absent = found == "below" and name == "lm_coarse"
+        assert (number == np.where(absent & (np.arange(len(number)) < 2), 0, counted)).all()
+        if not dedupe or name != "lm_semantic":  # nothing was counted: all that is legal is as likely
+            assert nats == pytest.approx(number * np.log(np.maximum(legal, 1)))
+        else:
+            assert nats == pytest.approx(len(rows) * np.log(K + 1) + (number - len(rows)) * np.log(K))
 
 
-def test_counts_of_nothing_are_uniform():
-    s = stage("lm_fine")
-    unigram, bigram = likelihood.count(s, []).nats(np.array([s.offset + 2 * VOCAB + 3] * 4))
-    assert unigram == pytest.approx(np.log(VOCAB)) and bigram == pytest.approx(np.log(VOCAB))
+def test_baselines_count_originals_of_spread_shards(corpus):
+    s = stage("lm_semantic")
+    train = data(corpus, s, "train")
+    few = list(baselines.train_rows(train, most=600))  # of ten shards of 300 frames
+    expected = [c for c in corpus.clips if c.split == "train" and c.shard in (2, 7)]
+    assert sum(len(ids) for ids, _ in few) == sum(len(corpus.z[c.id]) + -(-len(corpus.z[c.id]) // 25) + 1 for c in expected)
+    assert len(list(baselines.train_rows(train, most=1))) == 12 and len(list(baselines.train_rows(train))) == 120
 
 
 @pytest.mark.parametrize("name", ["lm_coarse", "lm_fine"])

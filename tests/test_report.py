@@ -105,11 +105,15 @@ def example(folder: Path) -> dict[str, Artifact]:
         rungs.append({"rung": rung, "mel": mel,
                       "files": [{"clip": c, "file": f"wav/{n}-{c}.wav"} for c in ("9009-1", "9010-2")]})
     put(Path(inputs["evaluate"].path) / "evaluate.json", {
-        "stages": {"lm_semantic": {"loss": 2.9, "unigram": 3.8, "bigram": 2.8, "tokens": 4000},
-                   "lm_coarse": {"loss": 4.4, "unigram": 5.0, "bigram": 4.6, "tokens": 9000,
-                                 "levels": [{"level": 1, "loss": 4.0, "unigram": 4.9, "bigram": 4.2},
-                                            {"level": 2, "loss": 4.8, "unigram": 5.1, "bigram": 5.0}]},
-                   "lm_fine": {"loss": 5.3, "unigram": 5.2, "bigram": 5.25, "tokens": 12000}},
+        "stages": {"lm_semantic": {"loss": 2.6, "unigram": 3.8, "bigram": 2.8, "fivegram": 2.7, "baseline": 2.7,
+                                   "tokens": 4000},
+                   "lm_coarse": {"loss": 4.4, "unigram": 5.0, "previous": 4.6, "below": None, "baseline": 4.5, "tokens": 9000,
+                                 "levels": [{"level": 1, "loss": 4.0, "unigram": 4.9, "previous": 4.2, "baseline": 4.2},
+                                            {"level": 2, "loss": 4.8, "unigram": 5.1, "previous": 5.0, "below": 4.75,
+                                             "baseline": 4.75}]},
+                   "lm_fine": {"loss": 5.3, "unigram": 5.2, "previous": 5.25, "below": 5.2, "baseline": 5.2, "tokens": 12000}},
+        "not_under": [{"stage": "lm_coarse", "level": 2, "better": "below", "percent": 1.05},
+                      {"stage": "lm_fine", "level": None, "better": "by level", "percent": 1.92}],
         "tokens": {"entropy_bits": 5.2, "perplexity": 36.8, "mean_run": 1.9, "used": 61}, "ladder": rungs,
         "conditioning": {"lm_coarse": {"true": 4.4, "shuffled": 4.6}, "lm_fine": {"true": 5.3, "shuffled": 5.29}}})
     put(Path(inputs["codec_figures"].path) / "codec.json", codec_figures(inputs))
@@ -154,7 +158,8 @@ def test_a_complete_report(tmp_path):
     assert facts["players"] == found.tags.count("audio") == 8 + 12 + 4
     assert "script" not in found.tags and NASTY in found.text
     assert all(a.startswith(("data:", "#")) for a in found.addresses), "the page must need nothing beside it"
-    for text in ("0.90 better", "0.10 worse", "✗ not used", "✓ 0.200 lost without it", "9010-2", "coarse stage, level 2",
+    for text in ("✓ 7.1 % under", "✓ 3.7 % under", "✗ 1.1 % over", "✗ Not under the better baseline: coarse stage, level 2 "
+                 "(1.1 % over); fine stage (1.9 % over).", "✗ not used", "✓ 0.200 lost without it", "9010-2",
                  "abcdef012345", "rejected 2 (silent 1, too short 1)", "train.steps", "mean run", "36.80",
                  "Held-out clip 9009-1", "Opus (opusenc), 6 kb/s", "5.87", "4.64", "No ViSQOL: visqol-python is not installed.",
                  "✗ no gain from 5", "Levels that do not lower the mel distance: 5.",

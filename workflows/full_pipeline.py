@@ -66,7 +66,8 @@ def graph(cfg: Pipeline) -> list[Step]:
 
     models = (manifest, kmeans, codec_, z, y, *stages)
     samples = Step("samples", do.make_samples, {**common, "samples": cfg.samples}, models)
-    evaluate = Step("evaluate", do.run_evaluate, {**common, "samples": cfg.samples, "evaluate": ev, "lm": lm}, models)
+    measured = {**common, "samples": cfg.samples, "evaluate": ev, "lm": lm}
+    evaluate = Step("evaluate", do.run_evaluate, measured, models, version=2)
     told = (manifest, *before, heard, codec_, figures, *stages, samples, evaluate)
     report = Step("report", do.build_report, {"title": cfg.corpus.name}, told)
     return [manifest, *before, kmeans, codec_, figures, z, heard, *decoders, y, *stages, samples, evaluate, report]

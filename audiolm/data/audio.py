@@ -11,6 +11,7 @@ import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -33,6 +34,11 @@ _BLOCK = 1 << 18  # frames decoded at once where only figures are wanted
 def samples_at(frames: int, from_hz: int, to_hz: int = SAMPLE_RATE_HZ) -> int:
     """ceil(frames * to / from), the length of resampled audio."""
     return -(-frames * to_hz // from_hz)
+
+
+def speed_hz(speed: float) -> int:
+    """The rate at which 16 kHz audio is heard at another speed; whole for speeds of three decimals."""
+    return round(SAMPLE_RATE_HZ * speed)
 
 
 def probe(path: str) -> tuple[int, int, int]:
@@ -104,7 +110,8 @@ def stream(path: str, to_hz: int = SAMPLE_RATE_HZ) -> Iterator[np.ndarray]:
 
 
 def read_clip(clip: Clip, roots: dict[str, str], start: int = 0, samples: int | None = None) -> np.ndarray:
-    """wav_T float32 mono at 16 kHz: the whole clip (`clip.samples`), or `samples` of it from `start`.
+    """wav_T float32 mono at 16 kHz: the whole clip (`clip.samples`), or `samples` of it from `start`. A copy at another
+    speed is the clip resampled as a whole, so its pitch moves too.
 
     Raises FileNotFoundError where a file is gone, ValueError where it is no longer what the manifest saw or where the
     piece lies outside the clip."""
@@ -113,6 +120,8 @@ def read_clip(clip: Clip, roots: dict[str, str], start: int = 0, samples: int | 
         raise ValueError(f"clip {clip.id}: samples {start} to {end} asked for, it has {clip.samples}")
     if clip.origin not in roots:
         raise ValueError(f"clip {clip.id} comes from source {clip.origin!r}; corpus.sources are {sorted(roots)}")
+    if clip.speed != 1:
+        return resample(read_clip(replace(clip, speed=1.0), roots), speed_hz(clip.speed), SAMPLE_RATE_HZ)[start:end]
     same = clip.sample_rate == SAMPLE_RATE_HZ  # then only the parts that the piece touches are needed
     pieces, skipped = [], 0
     for part in clip.parts:

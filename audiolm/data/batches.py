@@ -21,7 +21,7 @@ import torch
 from audiolm import rng
 from audiolm.config import Where
 from audiolm.data.lengths import read_lengths
-from audiolm.data.manifest import Clip, read_clips
+from audiolm.data.manifest import Clip, token_clips
 from audiolm.data.rows import RowPlan
 from audiolm.data.shard_cache import ShardCache
 from audiolm.data.tokens import RATIO, TokenStore, check_pair, run_starts, side_by_side
@@ -70,7 +70,8 @@ class TokenBatches:
     @cached_property
     def clips(self) -> list[Clip]:
         """The split's clips as the manifest describes them; training does without, for there may be millions."""
-        return read_clips(*self._of)
+        manifest_path, split, where = self._of
+        return token_clips(manifest_path, self.stores[0].speeds, split, where)
 
     @cached_property
     def plan(self) -> RowPlan:

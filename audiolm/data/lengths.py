@@ -38,7 +38,7 @@ class Lengths:
 
 def read_lengths(manifest_path: str, split: str, where: Where | None, hop: int, stores: Sequence[TokenStore]) -> Lengths:
     """Raises TokenError where a store holds other clips than the manifest, or clips of another length."""
-    speeds = stores[0].meta.get("speeds", ()) if split == "train" else ()
+    speeds = stores[0].speeds if split == "train" else ()
     frames, rows, shards, numbers = [np.zeros(0, np.int32)], [np.zeros(0, np.int32)], [], []
     for k, ids, samples, taken in _shards(manifest_path, split, where):
         ids = [*ids, *(f"{i}@{speed}" for speed in speeds for i in ids)]  # a shard's copies stand behind its clips

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -19,12 +19,12 @@ from itertools import groupby
 from audiolm import rng, store
 from audiolm.config import ConfigError, Corpus, Where
 from audiolm.data import scan, sources
-from audiolm.data.audio import SAMPLE_RATE_HZ, samples_at
+from audiolm.data.audio import SAMPLE_RATE_HZ, samples_at, speed_hz
 from audiolm.data.shards import fan_out
 from audiolm.data.sources import SPLITS, roots
 from audiolm.data.splits import Unit, assign
 
-__all__ = ["Clip", "Part", "build_manifest", "changed_files", "read_clips", "roots"]
+__all__ = ["Clip", "Part", "build_manifest", "changed_files", "read_clips", "roots", "token_clips"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,8 @@ class Part:
 
 @dataclass(frozen=True)
 class Clip:
-    """A row of the manifest; `origin` is the corpus source whose root its uris are relative to."""
+    """A row of the manifest; `origin` is the corpus source whose root its uris are relative to. One of another `speed` is a
+    copy that stands in token stores alone; frames and parts are the original's."""
 
     id: str
     origin: str
@@ -53,15 +54,17 @@ class Clip:
     parts: tuple[Part, ...]
     shard: int = -1
     row: int = -1
+    speed: float = 1.0
 
     @property
     def samples(self) -> int:
         """Length at 16 kHz."""
-        return samples_at(self.frames, self.sample_rate)
+        n = samples_at(self.frames, self.sample_rate)
+        return n if self.speed == 1 else samples_at(n, speed_hz(self.speed))
 
     @property
     def seconds(self) -> float:
-        return self.frames / self.sample_rate
+        return self.frames / self.sample_rate / self.speed
 
     @property
     def text(self) -> str | None:
@@ -82,9 +85,26 @@ def read_clips(manifest_path: str, split: str | None = None, where: Where | None
     clips = []
     for values in zip(*columns, strict=True):
         row = dict(zip(table.column_names, values, strict=True))
-        if where is None or where.source is None or {row["source"], row["origin"]} & set(where.source):
+        if _wanted(where, row["source"], row["origin"]):
             clips.append(Clip(**{**row, "parts": tuple(Part(**p) for p in row["parts"])}))
     return clips
+
+
+def token_clips(manifest_path: str, speeds: Sequence[float], split: str | None = None,
+                where: Where | None = None) -> list[Clip]:
+    """The rows of a token store: `read_clips`, and after a shard's own the copies of its train clips, a speed after the other,
+    with ids `{id}@{speed}`."""
+    found = []
+    for _, members in groupby(read_clips(manifest_path, split), key=lambda c: c.shard):
+        own = list(members)
+        found += own
+        for k, speed in enumerate(speeds if own[0].split == "train" else (), 1):
+            found += [replace(c, id=f"{c.id}@{speed}", row=k * len(own) + c.row, speed=speed) for c in own]
+    return [c for c in found if _wanted(where, c.source, c.origin)]
+
+
+def _wanted(where: Where | None, source: str, origin: str) -> bool:
+    return where is None or where.source is None or not {source, origin}.isdisjoint(where.source)
 
 
 def build_manifest(config: dict, inputs: dict, out) -> dict:

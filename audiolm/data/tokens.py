@@ -2,6 +2,7 @@
 
 `shard-00000.parquet` holds the manifest's shard 0 in its order: id, n_frames, n_dedup (semantic only: frames after
 collapsing runs) and one list<uint16> column per quantizer level (q00, q01, ...), so a reader takes the levels it needs.
+Copies of train clips at other speeds (ids `{id}@{speed}`) follow a shard's clips; the language models alone hear them.
 Every file's metadata names the TokenSpec, the tokenizer's hash, device, dtype, library versions and the manifest's
 build; files that disagree are refused.  A spec here is the plain JSON of tokenizers.base.TokenSpec.
 """
@@ -172,6 +173,7 @@ class TokenStore:
         self.spec: dict[str, Any] = self.meta["spec"]
         self.hash: str = self.meta["hash"]
         self.shards: int = self.meta["shards"]
+        self.speeds = tuple(self.meta.get("speeds", ()))
         if missing := sorted(set(map(shard_name, range(self.shards))) - set(found)):
             raise TokenError(f"{path} lacks {len(missing)} of {self.shards} shards, first {missing[0]}; "
                              "run the token step again, it makes only what is missing")
@@ -201,14 +203,20 @@ class TokenStore:
                 at = end
         return np.concatenate([[0], *lengths]).cumsum(), codes_TQ
 
+    def originals(self, ids: Sequence[str]) -> int:
+        """How many rows of a shard are clips; the others, behind them, are copies."""
+        n = len(ids) // (1 + len(self.speeds))
+        return n if self.speeds and n and ids[n] == f"{ids[0]}@{self.speeds[0]}" else len(ids)
+
 
 def check_pair(semantic: TokenStore, acoustic: TokenStore) -> None:
     """Raises TokenError unless both hold the same clips of one manifest, with RATIO acoustic per semantic frame."""
     pair = f"{semantic.path} and {acoustic.path}"
-    for field in ("manifest", "shards"):
-        a, b = semantic.meta[field], acoustic.meta[field]
-        if a != b:
-            raise TokenError(f"{pair} do not belong together: {field} {a!r} and {b!r}; encode both from one manifest")
+    for field in ("manifest", "shards", "speeds"):
+        a, b = semantic.meta.get(field), acoustic.meta.get(field)
+        if (a or []) != (b or []):
+            raise TokenError(f"{pair} do not belong together: {field} {a!r} and {b!r}; encode both from one manifest, with the "
+                             "same tokens.speeds")
     if semantic.spec["hop"] != RATIO * acoustic.spec["hop"]:
         raise TokenError(f"frame rates do not fit: hop {semantic.spec['hop']} of {semantic.spec['name']!r} must be "
                          f"{RATIO} x hop {acoustic.spec['hop']} of {acoustic.spec['name']!r}")

@@ -19,6 +19,7 @@ from audiolm.eval.ladder import held_out, ladder, seconds_within
 from audiolm.lm import generation
 
 STAGES = ("lm_semantic", "lm_coarse", "lm_fine")
+BASELINES = ("unigram", "bigram", "fivegram", "previous", "below")
 
 
 def run_evaluate(config: dict[str, Any], inputs: dict[str, Any], out: Any) -> dict[str, Any]:
@@ -39,7 +40,7 @@ def run_evaluate(config: dict[str, Any], inputs: dict[str, Any], out: Any) -> di
     results = fan_out(evaluate_part, items, out=out, cluster=cluster, unit="parts", gpu=device == "cuda")
     found = dict(zip(parts, results, strict=True))
     table = {"stages": {s: found[s]["figures"] for s in stages}, "tokens": found["tokens"],
-             "ladder": found["ladder"],
+             "ladder": found["ladder"], "not_under": likelihood.not_under({s: found[s]["figures"] for s in stages}),
              "conditioning": {s: found[s]["conditioning"] for s in stages if found[s]["conditioning"]}}
     store.put_json(store.join(out.path, "evaluate.json"), table)
     return {**flat_facts(table), "seconds": round(time.monotonic() - began, 3)}
@@ -66,7 +67,10 @@ def flat_facts(table: dict[str, Any]) -> dict[str, float]:
     """The main figures by dotted name."""
     facts: dict[str, float] = {}
     for name, figures in table["stages"].items():
-        facts |= {f"{name}.{k}": figures[k] for k in ("loss", "unigram", "bigram")}
+        facts |= {f"{name}.{k}": figures[k] for k in ("loss", *BASELINES, "baseline", "difference_percent")
+                  if figures.get(k) is not None}
+    for row in table["not_under"]:  # named, so that it is seen
+        facts[f"over_baseline.{row['stage']}" + (f".level{row['level']}" if row["level"] else "")] = row["percent"]
     for name, used in table["conditioning"].items():
         facts |= {f"{name}.conditioning.{k}": v for k, v in used.items()}
     facts |= {f"tokens.{k}": v for k, v in table["tokens"].items()}

@@ -51,7 +51,7 @@ def check_stage(config: Mapping[str, Any], inputs: Mapping[str, Any], out: Any, 
         name, shape, cluster = config["stage"], config["lm"], config["cluster"]
         device = device_of(cluster, out.inline)
         item = (name, {**{k: a.path for k, a in inputs.items()}, name: out.path}, shape.where, config["rows"], config["seed"],
-                device)
+                device, ("unigram",))
         measured = fan_out(measure_stage, [item], out=out, cluster=cluster, unit="gates", gpu=device == "cuda")[0]
         found["unigram"] = judge_unigram(measured["figures"])
         if measured["conditioning"]:

@@ -1,15 +1,13 @@
 """How well a stage predicts held-out tokens: its loss beside count baselines, and whether its prefix is used.
 
-All figures are nats per target token on the same rows.  Baselines are counted on train crops: unigram (add-one, per
-level) and bigram (context: the previous token, for acoustic stages the same level one frame before), interpolated with
-the unigram by Witten-Bell's weights.  `conditioning` swaps the prefix for another clip's: a stage that does not get
-worse ignores it.  Levels count from 0 here and from 1 in figures, as in the paper.
+All figures are nats per target token on the same rows; eval/baselines.py says what is counted.  `conditioning` swaps the
+prefix for another clip's: a stage that does not get worse ignores it.  Levels count from 0 here and from 1 in figures, as
+in the paper.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,105 +17,67 @@ from audiolm import rng
 from audiolm.config import Where
 from audiolm.data.batches import Crop, TokenBatches
 from audiolm.data.tokens import TokenStore, level_name, run_starts
+from audiolm.eval import baselines
+from audiolm.eval.baselines import Packed
 from audiolm.lm.model import load_lm
 from audiolm.lm.nats import by_level, target_nats
 from audiolm.lm.stages import Stage
 
 BATCH = 8  # rows a forward pass
-BASELINE_CROPS = 5_000  # train crops counted, evenly spaced: more changes the third digit only
 STATISTICS_SHARDS = 50
-
-Packed = tuple[np.ndarray, np.ndarray]  # (ids_T, target_T)
-
-
-@dataclass(frozen=True)
-class NGrams:
-    """Counts of a stage's targets: unigrams by id, bigrams as sorted (context x vocab_size + id) keys."""
-
-    stage: Stage
-    unigram_V: np.ndarray
-    keys: np.ndarray
-    counts: np.ndarray
-    total_C: np.ndarray  # bigrams of a context
-    kinds_C: np.ndarray  # different ids seen after it
-
-    def nats(self, targets_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(unigram_N, bigram_N): -log p of each target of one row."""
-        levels_V = self.stage.level_table() + 1
-        seen = np.bincount(np.maximum(levels_V, 0), self.unigram_V * (levels_V >= 0))
-        uni_N = (self.unigram_V[targets_N] + 1.0) / (seen + support(self.stage))[levels_V[targets_N]]
-        context_N = contexts(self.stage, targets_N)
-        key_N = context_N * self.stage.vocab_size + targets_N
-        at_N = np.minimum(np.searchsorted(self.keys, key_N), max(len(self.keys) - 1, 0))
-        both_N = np.where(self.keys[at_N] == key_N, self.counts[at_N], 0) if len(self.keys) else np.zeros(len(key_N))
-        total_N, kinds_N = self.total_C[context_N], self.kinds_C[context_N]
-        known_N = np.maximum(total_N + kinds_N, 1)
-        bi_N = np.where(total_N > 0, (both_N + kinds_N * uni_N) / known_N, uni_N)
-        return -np.log(uni_N), -np.log(bi_N)
-
-
-def support(stage: Stage) -> np.ndarray:
-    """How many ids each level + 1 may take; EOS belongs to the level in whose slot it is predicted."""
-    levels_V = stage.level_table()
-    legal_V = levels_V >= -1
-    if stage.name == "fine":
-        legal_V[stage.eos] = False
-    return np.bincount(levels_V[legal_V] + 1, minlength=stage.levels[1] + 1)
-
-
-def contexts(stage: Stage, targets_N: np.ndarray) -> np.ndarray:
-    """The id one frame before each target at the same level; vocab_size + slot where there is none."""
-    start = stage.vocab_size + np.arange(stage.slots)
-    return np.concatenate([start, targets_N])[:len(targets_N)]
-
-
-def count(stage: Stage, rows: Iterable[np.ndarray]) -> NGrams:
-    """N-grams of target rows (ids, EOS included)."""
-    rows = list(rows)
-    targets_N = np.concatenate([*rows, np.empty(0, np.int64)])
-    context_N = np.concatenate([*(contexts(stage, r) for r in rows), np.empty(0, np.int64)])
-    keys, counts = np.unique(context_N * stage.vocab_size + targets_N, return_counts=True)
-    size = stage.vocab_size + stage.slots
-    return NGrams(stage, np.bincount(targets_N, minlength=stage.vocab_size), keys, counts,
-                  np.bincount(context_N, minlength=size), np.bincount(keys // stage.vocab_size, minlength=size))
-
-
-def packed_rows(data: TokenBatches, crops: Sequence[Crop]) -> Iterator[Packed]:
-    return (data.packed(*c) for c in crops)
 
 
 def measure_stage(name: str, paths: Mapping[str, str], where: Where, n: int, seed: int,
-                  device: str | torch.device = "cpu") -> dict[str, Any]:
+                  device: str | torch.device = "cpu", only: Sequence[str] | None = None) -> dict[str, Any]:
     """Figures of the trained stage paths[name], and its conditioning where it has a prefix and two held-out rows (else
-    None), on n held-out rows; paths also has manifest and the token stores that the stage reads."""
+    None), on n held-out rows; paths also has manifest and the token stores that the stage reads. `only`: these baselines."""
     model, stage = load_lm(paths[name], device)
     train, dev = (TokenBatches(paths["manifest"], paths.get("semantic_tokens"), paths.get("acoustic_tokens"), stage, split,
                                where, 1, seed) for split in ("train", "dev"))
     crops, used = dev.fixed(n), None
     if stage.name != "semantic" and len(crops) > 1:
         used = conditioning(model, stage, dev, crops, seed, device)
-    return {"figures": stage_figures(model, stage, train, dev, n, device), "conditioning": used}
+    return {"figures": stage_figures(model, stage, train, dev, n, device, only), "conditioning": used}
 
 
 def stage_figures(model: torch.nn.Module, stage: Stage, train: TokenBatches, dev: TokenBatches, n: int,
-                  device: str | torch.device = "cpu") -> dict[str, Any]:
-    """loss, unigram, bigram and tokens on n held-out rows; acoustic stages also per level (level counts from 1)."""
-    ngrams = count(stage, (ids[t] for ids, t in packed_rows(train, train.fixed(BASELINE_CROPS))))
-    rows = list(packed_rows(dev, dev.fixed(n)))
-    sums = {"loss": loss_sums(model, stage, dev, rows, device)}
-    baselines = {"unigram": np.zeros_like(sums["loss"]), "bigram": np.zeros_like(sums["loss"])}
-    for ids, target in rows:
-        at = stage.level_table()[ids[target]] + 1
-        for name, nats_N in zip(baselines, ngrams.nats(ids[target]), strict=True):
-            np.add.at(baselines[name][0], at, nats_N)
-            np.add.at(baselines[name][1], at, 1)
-    sums |= baselines
-    figures: dict[str, Any] = {name: float(s[0].sum() / s[1].sum()) for name, s in sums.items()}
-    figures["tokens"] = int(sums["loss"][1].sum())
-    if stage.needs_acoustic:
-        figures["levels"] = [{"level": q + 1, **{name: float(s[0, q + 1] / s[1, q + 1]) for name, s in sums.items()}}
-                             for q in range(*stage.levels)]
-    return figures
+                  device: str | torch.device = "cpu", only: Sequence[str] | None = None) -> dict[str, Any]:
+    """`beside` of n held-out rows, their tokens and how many train tokens the baselines have counted; acoustic stages also
+    per level (level counts from 1), their `baseline` being the mean of each level's better one."""
+    rows = [dev.packed(*c) for c in dev.fixed(n)]
+    found, counted = baselines.lowest(train, rows, only)
+    sums = {"loss": loss_sums(model, stage, dev, rows, device), **found}
+    levels = [{"level": q + 1, **beside({name: ratio(s[:, q + 1]) for name, s in sums.items()})} for q in range(*stage.levels)]
+    tokens = sums["loss"][1]
+    whole = beside({name: ratio(s.sum(1)) if (s[1] == tokens).all() else None for name, s in sums.items()})
+    if levels:
+        whole["baseline"] = float(sum(row["baseline"] * tokens[row["level"]] for row in levels) / tokens.sum())
+        whole |= {"better": "by level", "difference_percent": percent(whole["loss"], whole["baseline"]), "levels": levels}
+    return {**whole, "tokens": int(tokens.sum()), "counted": counted}
+
+
+def beside(values: Mapping[str, float | None]) -> dict[str, Any]:
+    """loss and baselines (None where one does not apply), the lowest of these by name (`better`) and value (`baseline`), and
+    the loss's difference to it in per cent, negative where the loss lies under it."""
+    known = {name: v for name, v in values.items() if name != "loss" and v is not None}
+    better = min(known, key=known.__getitem__)
+    return {**values, "better": better, "baseline": known[better], "difference_percent": percent(values["loss"], known[better])}
+
+
+def ratio(sums: np.ndarray) -> float | None:
+    """Nats per token of (nats, tokens)."""
+    return float(sums[0] / sums[1]) if sums[1] else None
+
+
+def percent(value: float, base: float) -> float:
+    return 100 * (value / base - 1)
+
+
+def not_under(stages: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The stages, and levels of stages (None: all of it), whose loss is not under their better baseline."""
+    rows = [{"stage": name, "level": row.get("level"), "better": row["better"], "percent": row["difference_percent"]}
+            for name, figures in stages.items() for row in (figures, *figures.get("levels", ()))]
+    return [row for row in rows if not row["percent"] < 0]
 
 
 @torch.no_grad()
@@ -166,15 +126,18 @@ def conditioning(model: torch.nn.Module, stage: Stage, data: TokenBatches, crops
 
 
 def token_statistics(path: str) -> dict[str, float]:
-    """entropy_bits, perplexity, used codes and mean run (frames) of a store's level 1, over some of its shards."""
+    """entropy_bits, perplexity, used codes and mean run (frames) of a store's level 1, over the clips of some of its shards."""
     tokens = TokenStore(path)
     counts, frames, runs = np.zeros(tokens.spec["vocab"], np.int64), 0, 0
     for k in np.unique(np.linspace(0, tokens.shards - 1, min(tokens.shards, STATISTICS_SHARDS)).astype(int)):
-        column = tokens.read(int(k), [level_name(0)])[level_name(0)]
-        counts += np.bincount(column.values, minlength=len(counts))
-        starts = run_starts(column.values)
-        starts[column.offsets[:-1][np.diff(column.offsets) > 0]] = True  # a clip begins a run
-        frames, runs = frames + len(column.values), runs + int(starts.sum())
+        data = tokens.levels(int(k), [0])
+        column = data[level_name(0)]
+        offsets = column.offsets[:tokens.originals(data["id"]) + 1]
+        values = column.values[:offsets[-1]]
+        counts += np.bincount(values, minlength=len(counts))
+        starts = run_starts(values)
+        starts[offsets[:-1][np.diff(offsets) > 0]] = True  # a clip begins a run
+        frames, runs = frames + len(values), runs + int(starts.sum())
     p = counts[counts > 0] / frames
     nats = float(-(p * np.log(p)).sum())
     return {"entropy_bits": nats / np.log(2), "perplexity": float(np.exp(nats)), "mean_run": frames / runs,

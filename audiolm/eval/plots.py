@@ -14,6 +14,7 @@ import numpy as np
 SAMPLE_RATE = 16_000
 BLUE, ORANGE, GREY, INK = "#2f6db5", "#d9822b", "#9aa4b1", "#27313d"
 COLOURS = (BLUE, ORANGE, "#3c9a6b", "#8a5bb5", "#c0504d", "#5b7b94")
+DASHES = ("--", ":", "-.", (0, (6, 1)))
 
 
 def _figure(width: float, height: float):
@@ -73,16 +74,14 @@ def curves(steps: Sequence[float], values: Mapping[str, Sequence[float | None]],
         log = log or (min(vs) > 0 and max(vs) / min(vs) > 50)
         axes.plot(xs, vs, label=name, color=COLOURS[i % len(COLOURS)], linewidth=1.4,
                   marker="o" if len(points) < 30 else None, markersize=3)
-    for name, value in (baselines or {}).items():
-        axes.axhline(value, color=GREY, linestyle="--", linewidth=1)
-        axes.annotate(name, (1.0, value), xycoords=("axes fraction", "data"), fontsize=7, color=INK, ha="right",
-                      va="bottom")
+    for i, (name, value) in enumerate((baselines or {}).items()):  # they may lie close together: named in the legend
+        axes.axhline(value, color=GREY, linestyle=DASHES[i % len(DASHES)], linewidth=1, label=f"{name}, {value:.3f}")
     if log:
         axes.set_yscale("log")
     axes.grid(axis="y", color="#e5e9ee", linewidth=0.7)
     axes.set_axisbelow(True)
     if values:
-        axes.legend(fontsize=7, frameon=False)
+        axes.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     _name(axes, title, "step", y)
     return _png(figure)
 

@@ -17,7 +17,7 @@ import numpy as np
 from audiolm import store
 from audiolm.eval import gates, plots
 from audiolm.eval.codec import HEADS, notes
-from audiolm.eval.page import Html, esc, join, missing, number, page, picture, player, table, tag, verdict
+from audiolm.eval.page import Html, join, missing, number, page, picture, player, table, tag, verdict
 from audiolm.eval.semantic_page import semantic, title_of
 from audiolm.identity import flatten
 from audiolm.metrics import read_build
@@ -28,6 +28,8 @@ MODES = {"unconditional": "Unconditional: everything is made up", "acoustic": "A
          "where the prompt ends)", "resynthesis": "Resynthesis: held-out clips through the codec alone"}
 NAMES = {"lm_semantic": "semantic stage", "lm_coarse": "coarse stage", "lm_fine": "fine stage", "codec": "codec",
          "masked_model": "masked audio model"}
+BASELINES = {"unigram": "unigram", "bigram": "Kneser-Ney 2", "fivegram": "Kneser-Ney 5", "previous": "previous frame",
+             "below": "level below", "baseline": "the better"}
 LADDER_CLIPS = 4  # with players; the distances count all clips
 POINTS = 1000  # of a curve
 
@@ -46,7 +48,8 @@ def build_report(config: dict[str, Any], inputs: Mapping[str, Any], out: Any) ->
     parts = [
         ("sound", "Sound", _sound(samples, paths.get("samples", ""))),
         ("ladder", "Stage ladder", _ladder(figures.get("ladder") or [], paths.get("evaluate", ""), plot)),
-        ("stages", "Language models", join([_stages(figures.get("stages") or {}), *_gates(paths)])),
+        ("stages", "Language models", join([_stages(figures.get("stages") or {}, figures.get("not_under") or ()),
+                                            *_gates(paths)])),
         ("conditioning", "Is the conditioning used?", _conditioning(figures.get("conditioning") or {})),
         ("codec", "Codec", _codec(codec, paths.get("codec_figures", ""), plot)),
         ("tokens", "Semantic tokens", join([
@@ -134,18 +137,27 @@ def _ladder(rungs: list[dict], folder: str, plot: _Plots) -> Html:
                  bars, table(["rung", "mel", *clips], rows, [1])])
 
 
-def _stages(stages: Mapping[str, dict]) -> Html:
+def _stages(stages: Mapping[str, dict], over: Sequence[Mapping[str, Any]]) -> Html:
     if not stages:
         return missing("No stage losses: the step `evaluate` is not among this report's inputs.")
-    rows, levels = [], []
-    for name, s in stages.items():
-        rows.append(_loss_row(NAMES.get(name, name), s) + [number(s.get("tokens"))])
-        levels += [_loss_row(f"{NAMES.get(name, name)}, level {level.get('level')}", level) for level in s.get("levels") or ()]
-    head = ["", "loss", "unigram", "bigram", "against unigram", "against bigram"]
-    more = tag("details", tag("summary", "Each quantizer level"), table(head, levels, [1, 2, 3])) if levels else ""
-    return join([tag("p", "Validation loss on unseen speakers, nats per token, against counting tokens (unigram) and pairs "
-                          "of tokens (bigram) in the training set.", cls="soft"),
-                 table([*head, "tokens"], rows, [1, 2, 3, 6]), more])
+    parts = [tag("p", "Validation loss on unseen speakers in nats per token, beside what counting the training tokens tells: "
+                      "how often each occurs, what follows the tokens before it (Kneser-Ney) and, of acoustic tokens, what "
+                      "follows the same level one frame before or goes with the level below. All are asked about the same "
+                      "tokens.", cls="soft")]
+    for columns, against in ((("unigram", "bigram", "fivegram"), ("bigram", "fivegram")),
+                             (("unigram", "previous", "below", "baseline"), ("baseline",))):
+        rows = []
+        for stage, s in stages.items():
+            if (stage == "lm_semantic") == ("bigram" in columns):
+                rows += [_loss_row(_stage(stage, row.get("level")), row, columns, against)
+                         for row in (s, *(s.get("levels") or ()))]
+        head = ["", "loss", *(BASELINES[n] for n in columns), *(f"against {BASELINES[n]}" for n in against), "tokens"]
+        parts.append(table(head, rows, [*range(1, 2 + len(columns)), len(head) - 1]))
+    if all(s.get("baseline") is not None for s in stages.values()):
+        named = "; ".join(f"{_stage(r['stage'], r['level'])} ({r['percent']:.1f} % over)" for r in over)
+        parts.append(tag("p", verdict(not over, "Every stage and level is under its better baseline.",
+                                      f"Not under the better baseline: {named}.")))
+    return join(parts)
 
 
 def _gates(paths: Mapping[str, str]) -> list[Html]:
@@ -153,16 +165,16 @@ def _gates(paths: Mapping[str, str]) -> list[Html]:
             if step in paths for text in gates.failures(paths[step])]
 
 
-def _loss_row(label: str, s: Mapping[str, Any]) -> list:
-    loss = s.get("loss")
+def _stage(name: str, level: int | None) -> str:
+    return NAMES.get(name, name) + (f", level {level}" if level else "")
 
-    def against(name: str) -> Html:
-        base = s.get(name)
-        if loss is None or base is None:
-            return esc("–")
-        return verdict(loss < base, f"{base - loss:.2f} better", f"{loss - base:.2f} worse")
 
-    return [label, number(loss), number(s.get("unigram")), number(s.get("bigram")), against("unigram"), against("bigram")]
+def _loss_row(label: str, s: Mapping[str, Any], columns: Sequence[str], against: Sequence[str]) -> list:
+    loss, marks = s.get("loss"), []
+    for base in map(s.get, against):
+        apart = None if loss is None or base is None else 100 * (loss / base - 1)
+        marks.append(verdict(None if apart is None else apart < 0, f"{-(apart or 0):.1f} % under", f"{apart or 0:.1f} % over"))
+    return [label, *(number(s.get(k)) for k in ("loss", *columns)), *marks, number(s.get("tokens"))]
 
 
 def _conditioning(found: Mapping[str, dict]) -> Html:
@@ -246,7 +258,9 @@ def _curves(paths: Mapping[str, str], figures: Mapping[str, Any], codec: Mapping
             continue
         keep = set(np.linspace(0, len(rows) - 1, min(len(rows), POINTS)).round().astype(int).tolist())
         rows = [r for i, r in enumerate(rows) if i in keep or any(map(_validates, r["metrics"]))]
-        base = {k: stages[name][k] for k in ("unigram", "bigram") if stages.get(name, {}).get(k) is not None}
+        told = stages.get(name, {})
+        base = {title: told[k] for k, title in BASELINES.items() if told.get(k) is not None and
+                (k != "baseline" or told.get("levels"))}  # the mean of each level's better one, a line of its own
         title = NAMES.get(name) or title_of(name)
         drawn = [(f"loss-{name}", title, "loss", {"training": "loss", "validation": "val.loss"}, base)]
         if name == "codec":  # its two losses are not one quantity: a weighted sum, and the mel distance

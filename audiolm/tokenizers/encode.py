@@ -3,7 +3,8 @@
 A task forms batches by a rule of the shard alone, decodes the next batch while one is encoded, and writes one file; a
 file of this build that is there and was made alike is done.  Whole clips are encoded (the semantic tokenizer hears long
 ones by windows).  codes_TQ of a clip has padded_samples(n) / hop frames, so acoustic frames are exactly twice the
-semantic ones.  A collapsed tokenizer (fewer than two codes) is an error.
+semantic ones.  Copies at other speeds (tokens.speeds) are encoded in batches of their own, so they change no clip's tokens,
+and count in no figure but `copies` and the seconds.  A collapsed tokenizer (fewer than two codes) is an error.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import functools
 import os
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -22,7 +23,7 @@ import torch
 from audiolm import store
 from audiolm.data import tokens
 from audiolm.data.audio import read_clip
-from audiolm.data.manifest import Clip, read_clips, roots
+from audiolm.data.manifest import Clip, roots, token_clips
 from audiolm.data.shards import device_of, fan_out
 from audiolm.tokenizers.base import ACOUSTIC_HOP, SAMPLE_RATE, SEMANTIC_HOP, TokenSpec, padded_samples
 
@@ -38,15 +39,16 @@ def encode_tokens(config: dict[str, Any], inputs: dict[str, Any], out: Any) -> d
     Raises tokens.TokenError for frames that break the contract and for a collapsed tokenizer.
     """
     which, corpus, cluster = config["which"], config["corpus"], config["cluster"]
+    speeds = config["tokens"].speeds
     by_shard: dict[int, list[Clip]] = {}
-    for clip in read_clips(inputs["manifest"].path):
+    for clip in token_clips(inputs["manifest"].path, speeds):
         by_shard.setdefault(clip.shard, []).append(clip)
     if sorted(by_shard) != list(range(len(by_shard))):
         raise tokens.TokenError(f"the manifest's shards are {sorted(by_shard)[:10]}..., expected 0, 1, 2, ...")
     device, began = device_of(cluster, out.inline), time.monotonic()
     items = [(which, by_shard[k], k, len(by_shard), roots(corpus), inputs[TOKENIZER[which]].path,
               inputs["manifest"].build, out.path, config["tokens"].batch_s, device,
-              config["tokens"].dtype if which == "semantic" else "float32") for k in sorted(by_shard)]
+              config["tokens"].dtype if which == "semantic" else "float32", speeds) for k in sorted(by_shard)]
     sizes = [sum(c.seconds for c in by_shard[k]) for k in sorted(by_shard)]
     parts = fan_out(encode_shard, items, out=out, cluster=cluster, unit="audio s", sizes=sizes, gpu=device == "cuda")
     return _facts(which, parts, sizes, time.monotonic() - began)
@@ -54,21 +56,25 @@ def encode_tokens(config: dict[str, Any], inputs: dict[str, Any], out: Any) -> d
 
 def encode_shard(which: str, clips: list[Clip], shard: int, shards: int, source_roots: dict[str, str],
                  tokenizer_path: str, manifest: str, out_path: str, batch_s: float, device: str,
-                 dtype: str = "float32") -> dict[str, Any]:
-    """One task: `clips` of a shard to its file, unless it is there. Returns the counts of `_shard_facts`."""
+                 dtype: str = "float32", speeds: Sequence[float] = ()) -> dict[str, Any]:
+    """One task: `clips` of a shard, and its copies behind them, to its file, unless it is there. Returns the counts of
+    `_shard_facts`."""
     tokenizer = load_tokenizer(which, tokenizer_path, device, dtype)
     spec: TokenSpec = tokenizer.spec
     if spec.sample_rate != SAMPLE_RATE or spec.hop != HOP[which]:
         raise tokens.TokenError(f"{which} tokenizer {spec.name!r} has {spec.sample_rate} Hz and hop {spec.hop}, "
                                 f"expected {SAMPLE_RATE} and {HOP[which]} (25 and 50 frames a second)")
     meta = {"which": which, "spec": spec.to_json(), "hash": tokenizer.hash, "manifest": manifest, "shards": shards,
-            "device": device, "dtype": dtype, "versions": {"torch": torch.__version__, "numpy": np.__version__}}
+            "speeds": list(speeds), "device": device, "dtype": dtype,
+            "versions": {"torch": torch.__version__, "numpy": np.__version__}}
     path = store.join(out_path, tokens.shard_name(shard))
     done = _is_done(path, {**meta, "shard": shard, "clips": len(clips)})
     if not done:
-        codes = encode_clips(clips, tokenizer, source_roots, batch_s, device)
+        codes = [c for speed in (1, *speeds)
+                 for c in encode_clips([c for c in clips if c.speed == speed], tokenizer, source_roots, batch_s, device)]
         store.put(path, tokens.shard_bytes([c.id for c in clips], codes, meta, shard, dedup=which == "semantic"))
-    return {**_shard_facts(path, spec, which), "skipped": int(done)}
+    own = sum(c.speed == 1 for c in clips)
+    return {**_shard_facts(path, spec, which, own), "copies": len(clips) - own, "skipped": int(done)}
 
 
 def encode_clips(clips: list[Clip], tokenizer: Any, source_roots: dict[str, str], batch_s: float,
@@ -133,20 +139,21 @@ def _is_done(path: str, expected: dict[str, Any]) -> bool:
     return all(found.get(k) == v for k, v in expected.items())
 
 
-def _shard_facts(path: str, spec: TokenSpec, which: str) -> dict[str, Any]:
-    """Read back from the file, so that a skipped shard counts like a new one."""
+def _shard_facts(path: str, spec: TokenSpec, which: str, own: int) -> dict[str, Any]:
+    """Of the first `own` clips, read back from the file, so that a skipped shard counts like a new one."""
     levels = [tokens.level_name(q) for q in range(spec.n_q)]
     columns = tokens.read_shard(path, ["n_frames", *levels, *(["n_dedup"] if which == "semantic" else [])])
-    return {"clips": len(columns["n_frames"]), "frames": int(columns["n_frames"].sum()),
-            "dedup": int(columns["n_dedup"].sum()) if which == "semantic" else 0,
-            "counts": np.stack([np.bincount(columns[n].values, minlength=spec.vocab) for n in levels])}
+    frames = int(columns["n_frames"][:own].sum())
+    return {"clips": own, "frames": frames, "dedup": int(columns["n_dedup"][:own].sum()) if which == "semantic" else 0,
+            "counts": np.stack([np.bincount(columns[n].values[:frames], minlength=spec.vocab) for n in levels])}
 
 
 def _facts(which: str, parts: list[dict[str, Any]], sizes: list[float], seconds: float) -> dict[str, Any]:
     """`sizes` are the parts' audio s. x_realtime, audio hours an hour, is of what was encoded now; none where nothing was."""
-    total = {k: sum(p[k] for p in parts) for k in ("clips", "frames", "dedup", "skipped")}
+    total = {k: sum(p[k] for p in parts) for k in ("clips", "copies", "frames", "dedup", "skipped")}
     facts: dict[str, Any] = {"clips": total["clips"], "audio_s": round(sum(sizes), 3), "frames": total["frames"],
-                             "shards": len(parts), "shards_skipped": total["skipped"], "seconds": round(seconds, 3)}
+                             "shards": len(parts), "copies": total["copies"], "shards_skipped": total["skipped"],
+                             "seconds": round(seconds, 3)}
     if made_s := sum(s for s, part in zip(sizes, parts, strict=True) if not part["skipped"]):
         facts["x_realtime"] = round(made_s / max(seconds, 1e-9), 2)
     for q, counts in enumerate(sum(p["counts"] for p in parts)):
