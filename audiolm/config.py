@@ -185,6 +185,13 @@ class Stage(Config):
     heads: int = 16
     ff: int = 4096
     dropout: float = 0.1
+    positions: Annotated[Literal["rotary", "t5"], Later("rotary")] = Field(
+        "rotary", description="t5: the paper's learned bias by distance; slower (a dense bias)")
+    gated: Annotated[bool, Later(False)] = Field(False, description="gated feed-forward: three matrices of ff instead of two")
+    activation: Annotated[Literal["gelu", "silu"], Later("gelu")] = "gelu"
+    norm: Annotated[Literal["layer", "rms"], Later("layer")] = "layer"
+    checkpointing: Runtime[bool] = Field(False, description="less memory, a third more work: blocks are computed again in "
+                                                            "the backward pass")
     where: Where = Where()
     train: Train
 

@@ -2,7 +2,7 @@
 
 The loss is the mean in nats per target token over the whole global batch, token-weighted over micro-batches and ranks;
 acoustic stages also report it per level (EOS counts in the level's slot it is predicted in).  Three stages are three
-values of one Stage type.  Shapes: ids_BT, target_BT as data.batches; logits_BTV, entry t predicts ids t + 1.
+values of one Stage type.  Shapes: a batch is what lm.nats.prepare makes of data.batches' rows.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ from audiolm.config import LM
 from audiolm.data.batches import TokenBatches
 from audiolm.data.tokens import TokenStore
 from audiolm.lm.model import build_lm, export_lm
-from audiolm.lm.nats import by_level, target_nats
+from audiolm.lm.nats import batch_sums, inputs_of, level_sums, prepare
 from audiolm.lm.stages import Stage, build_stages
+from audiolm.models.heads import NO_TARGET
 from audiolm.train.engine import all_sum
 from audiolm.train.objective import Context
 
+FLASH_WIDTH = 256  # of a head, at most
 EVAL_BATCH = 8  # validation rows a forward pass, over a rank's share
 
 
@@ -68,25 +70,32 @@ class LMObjective:
         self.data = TokenBatches(*paths, self.stage, "train", where, batch, self.seed)
         self.dev = TokenBatches(*paths, self.stage, "dev", where, batch, self.seed)
         self.rows = self.dev.fixed(config["rows"])
-        self.levels_V = torch.from_numpy(self.stage.level_table())
+        cuda = ctx.device.type == "cuda"
+        half, width = self.shape.train.dtype == "bfloat16", self.shape.dim // self.shape.heads
+        self.flash = cuda and half and self.shape.positions == "rotary" and width % 8 == 0 and width <= FLASH_WIDTH
+        if ctx.compile:
+            self.modules["lm"].compile_training()
 
     def load(self, step: int, rows: Sequence[int]) -> dict[str, torch.Tensor]:
-        return self.data.batch(step, rows)
+        batch = prepare(self.stage, self.data.batch(step, rows), self.flash)
+        if self.ctx.device.type == "cuda":  # what is pinned is copied without waiting for the GPU's queue
+            batch = {name: x.pin_memory() for name, x in batch.items()}
+        return batch
 
     def train_step(self, engines: Mapping[str, Any], batches: list[dict[str, torch.Tensor]],
                    step: int) -> dict[str, torch.Tensor]:
         """One update; all ranks take part. Raises FloatingPointError for a loss that is not finite."""
         engine, device = engines["lm"], self.ctx.device
         engine.module.train()
-        own = sum(b["target_BT"][:, 1:].sum() for b in batches).to(device)
-        tokens = all_sum(own.double())
+        batches = [{name: x.to(device, non_blocking=True) for name, x in batch.items()} for batch in batches]
+        counts = [(batch["label_SN"] != NO_TARGET).sum() for batch in batches]
+        tokens = all_sum(torch.stack(counts).sum().double())
         sums = torch.zeros(2, self.stage.levels[1] + 1, dtype=torch.float64, device=device)  # nats, tokens by level
         for i, batch in enumerate(batches):
-            ids_BT, target_BT = batch["ids_BT"].to(device), batch["target_BT"].to(device)
-            nats, levels = target_nats(engine(ids_BT), ids_BT, target_BT, self.levels_V.to(device))
+            nats_SN = engine(*inputs_of(batch))
             # engines average over ranks, so each rank's share is scaled by their number: the sum is the global mean
-            engine.backward(nats.sum() * (self.ctx.world / tokens.float()), last=i == len(batches) - 1)
-            sums += by_level(nats.detach(), levels, sums.shape[1])
+            engine.backward(nats_SN.sum() * (self.ctx.world / tokens.float()), last=i == len(batches) - 1)
+            sums += level_sums(self.stage, nats_SN.detach(), batch["label_SN"])
         sums = all_sum(sums)
         loss = sums[0].sum() / tokens
         if not math.isfinite(float(loss)):  # every rank sees the same sum, so all stop together
@@ -107,11 +116,8 @@ class LMObjective:
         own = self.rows[self.ctx.rank::self.ctx.world]
         for i in range(0, len(own), EVAL_BATCH):
             batch = self.dev.collate([self.dev.packed(*row) for row in own[i:i + EVAL_BATCH]])
-            ids_BT, target_BT = batch["ids_BT"].to(device), batch["target_BT"].to(device)
             with torch.autocast(device.type, torch.bfloat16, enabled=self.shape.train.dtype == "bfloat16"):
-                logits_BTV = module(ids_BT)
-            nats, levels = target_nats(logits_BTV, ids_BT, target_BT, self.levels_V.to(device))
-            sums += by_level(nats, levels, sums.shape[1])
+                sums += batch_sums(module, self.stage, batch, device)
         module.train()
         sums = all_sum(sums)
         loss = sums[0].sum() / sums[1].sum()
