@@ -58,7 +58,8 @@ def graph(cfg: Pipeline) -> list[Step]:
 
     def stage(name: str, size, *stores: Step) -> Step:
         layout = {"dedupe": lm.dedupe, "coarse_levels": lm.coarse_levels, "rows": cfg.evaluate.rows}
-        return Step(name, do.train_lm, {**common, "stage": name, "lm": size, **layout}, (manifest, *stores), trains=True)
+        return Step(name, do.train_lm, {**common, "stage": name, "lm": size, **layout}, (manifest, *stores), trains=True,
+                    version=2)
 
     stages = [stage("lm_semantic", lm.semantic, z), stage("lm_coarse", lm.coarse, z, y)]
     if cfg.has_fine:

@@ -21,8 +21,11 @@ Inputs = dict[str, torch.Tensor]
 
 
 def prepare(stage: Stage, batch: Mapping[str, torch.Tensor], flash: bool = False) -> Inputs:
-    """The tensors a model takes (see `inputs_of`) of a batch on the CPU; `flash`: documents are laid out for flash
-    attention, also where every row is one. Raises ValueError for a target that no slot may take."""
+    """The tensors a model takes (see `inputs_of`) of a batch on the CPU, and count_2, its targets and its tokens without the
+    padding. `flash`: documents are laid out for flash attention, also where every row is one.
+
+    Raises ValueError for a target that no slot may take.
+    """
     ids_BT, target_BT, doc_BT = batch["ids_BT"], batch["target_BT"], batch["doc_BT"]
     at_N = target_BT[:, 1:].flatten().nonzero()[:, 0]
     at_N += at_N // (ids_BT.shape[1] - 1)  # the place before each target, among B x T
@@ -39,7 +42,9 @@ def prepare(stage: Stage, batch: Mapping[str, torch.Tensor], flash: bool = False
     for s, own in enumerate(each):
         index_SN[s, :len(own)], label_SN[s, :len(own)] = at_N[own], label_N[own]
     docs = documents(doc_BT, flash) if flash or (target_BT & (doc_BT > 0)).any() else ALONE
-    return {"ids_BT": ids_BT, "index_SN": index_SN, "label_SN": label_SN,
+    rows_B = torch.where(target_BT, torch.arange(1, ids_BT.shape[1] + 1), 0).amax(1)  # a row ends with its last target
+    count_2 = torch.tensor([len(ids_N), int(rows_B.sum())])
+    return {"ids_BT": ids_BT, "index_SN": index_SN, "label_SN": label_SN, "count_2": count_2,
             **{name: x for name, x in docs._asdict().items() if x is not None}}
 
 

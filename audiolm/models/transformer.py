@@ -122,7 +122,14 @@ class Transformer(nn.Module):
 
     def compile_training(self, backend: str = "inductor") -> None:
         """Compiles the training pass, for shapes that stay the same; evaluation, whose shapes vary, stays as it is."""
+        torch._dynamo.config.recompile_limit = 64  # one graph for each number of rows that is tried
         self._compiled = torch.compile(self._nats, backend=backend, dynamic=False)
+
+    def flops_per_token(self, length: int) -> float:
+        """Of training on rows of `length` tokens: 6 N + 6 layers x dim x length (causal attention), N the weights of matrix
+        products; of the heads that of one slot. What activation checkpointing does again is not counted."""
+        weights = sum(p.numel() for p in self.blocks.parameters() if p.ndim == 2) + max(self.head.sizes) * self.dim
+        return 6.0 * weights + 6.0 * len(self.blocks) * self.dim * length
 
     def hidden(self, ids_BT: torch.Tensor, docs: Documents = ALONE) -> torch.Tensor:
         """h_BTD, what the heads score. Raises ValueError for T5 positions on documents that were laid out for flash."""
