@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from audiolm import config as settings
 from audiolm import rng
 from audiolm.config import LM
-from audiolm.data.batches import TokenBatches
+from audiolm.data.batches import Crop, TokenBatches
 from audiolm.data.tokens import TokenStore
 from audiolm.lm.model import build_lm, export_lm
 from audiolm.lm.nats import batch_sums, inputs_of, level_sums, prepare
@@ -33,7 +34,10 @@ def lm_objective(config: Mapping[str, Any], inputs: Mapping[str, str], ctx: Cont
 
     Raises TokenError for stores that do not belong together, ValueError for a stage the codec leaves no room for.
     """
-    return LMObjective(config, inputs, ctx)
+    stage, shape, seed = stage_of(config, inputs), config["lm"], config["seed"]
+    paths = [inputs["manifest"], inputs.get("semantic_tokens"), inputs.get("acoustic_tokens")]
+    train, dev = (TokenBatches(*paths, stage, split, shape.where, shape.train.batch, seed) for split in ("train", "dev"))
+    return LMObjective(stage, shape, train, dev, dev.fixed(config["rows"]), seed, ctx)
 
 
 def stage_of(config: Mapping[str, Any], inputs: Mapping[str, str]) -> Stage:
@@ -56,18 +60,12 @@ class LMObjective:
 
     unit = "tokens"
 
-    def __init__(self, config: Mapping[str, Any], inputs: Mapping[str, str], ctx: Context):
-        self.ctx, self.name, self.seed = ctx, config["stage"], config["seed"]
-        self.stage = stage_of(config, inputs)
-        self.shape = config["lm"]
+    def __init__(self, stage: Stage, shape: settings.Stage, train: TokenBatches, dev: TokenBatches, rows: list[Crop], seed: int,
+                 ctx: Context):
+        self.stage, self.shape, self.data, self.dev, self.rows, self.ctx = stage, shape, train, dev, rows, ctx
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(rng.derive(self.seed, f"init {self.name}"))
-            self.modules: dict[str, nn.Module] = {"lm": build_lm(self.stage, self.shape)}
-        paths = [inputs["manifest"], inputs.get("semantic_tokens"), inputs.get("acoustic_tokens")]
-        where, batch = self.shape.where, self.shape.train.batch
-        self.data = TokenBatches(*paths, self.stage, "train", where, batch, self.seed)
-        self.dev = TokenBatches(*paths, self.stage, "dev", where, batch, self.seed)
-        self.rows = self.dev.fixed(config["rows"])
+            torch.manual_seed(rng.derive(seed, f"init lm_{stage.name}"))
+            self.modules: dict[str, nn.Module] = {"lm": build_lm(stage, shape)}
         cuda = ctx.device.type == "cuda"
         half, width = self.shape.train.dtype == "bfloat16", self.shape.dim // self.shape.heads
         self.flash = cuda and half and self.shape.positions == "rotary" and width % 8 == 0 and width <= FLASH_WIDTH
