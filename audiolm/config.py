@@ -176,6 +176,10 @@ class Tokens(Config):
         "float32", description="of the masked model's work on semantic tokens; bfloat16 is for GPUs")
 
 
+class WarmStart(Config):
+    uri: Runtime[str] = Field(description="folder or URI of a text model in transformers' format (lm/warm_start.py)")
+
+
 class Stage(Config):
     """One language model: the paper's 12 x 1024 x 16 x 4096 by default."""
 
@@ -192,6 +196,7 @@ class Stage(Config):
     norm: Annotated[Literal["layer", "rms"], Later("layer")] = "layer"
     checkpointing: Runtime[bool] = Field(False, description="less memory, a third more work: blocks are computed again in "
                                                             "the backward pass")
+    warm_start: Annotated[WarmStart | None, Later(None)] = Field(None, description="stage 1 alone: take a text model's body")
     where: Where = Where()
     train: Train
 
@@ -207,6 +212,13 @@ class LM(Config):
     semantic: Stage = Stage(crop_s=30.0, train=_lm(256))
     coarse: Stage = Stage(crop_s=10.0, train=_lm(256))
     fine: Stage = Stage(crop_s=3.0, train=_lm(256))
+
+    @model_validator(mode="after")
+    def _check(self):
+        for name in ("coarse", "fine"):
+            if getattr(self, name).warm_start:
+                raise ValueError(f"lm.{name}.warm_start is set: text models start lm.semantic alone, leave it out here")
+        return self
 
 
 class Samples(Config):

@@ -18,6 +18,7 @@ from audiolm.config import CodecFigures, Pipeline  # noqa: E402
 from audiolm.config_figures import abx_set, semantic_figures_of  # noqa: E402
 from audiolm.config_semantic import KMeans, Semantic  # noqa: E402
 from audiolm.dag import Step  # noqa: E402
+from audiolm.lm.warm_start import text_model  # noqa: E402
 from audiolm.tokenizers.pretrained import imported  # noqa: E402
 from audiolm.tokenizers.pretrained_semantic import imported_encoder  # noqa: E402
 
@@ -58,6 +59,8 @@ def graph(cfg: Pipeline) -> list[Step]:
 
     def stage(name: str, size, *stores: Step) -> Step:
         layout = {"dedupe": lm.dedupe, "coarse_levels": lm.coarse_levels, "rows": cfg.evaluate.rows}
+        if size.warm_start:
+            layout["text_model"] = text_model(size.warm_start.uri)
         return Step(name, do.train_lm, {**common, "stage": name, "lm": size, **layout}, (manifest, *stores), trains=True,
                     version=2)
 

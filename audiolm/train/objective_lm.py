@@ -21,6 +21,7 @@ from audiolm.data.tokens import TokenStore
 from audiolm.lm.model import build_lm, export_lm
 from audiolm.lm.nats import batch_sums, inputs_of, level_sums, prepare
 from audiolm.lm.stages import Stage, build_stages
+from audiolm.lm.warm_start import start_from
 from audiolm.train.engine import all_sum
 from audiolm.train.objective import Context
 
@@ -30,14 +31,18 @@ EVAL_BATCH = 8  # validation rows a forward pass, over a rank's share
 
 def lm_objective(config: Mapping[str, Any], inputs: Mapping[str, str], ctx: Context) -> LMObjective:
     """Factory. config: stage ("lm_semantic", "lm_coarse" or "lm_fine"), lm (its config.Stage), dedupe, coarse_levels,
-    rows (validation crops), seed; inputs: paths of manifest, semantic_tokens, acoustic_tokens (what the stage reads).
+    rows (validation crops), seed, text_model (where it starts from one); inputs: paths of manifest, semantic_tokens,
+    acoustic_tokens (what the stage reads).
 
     Raises TokenError for stores that do not belong together, ValueError for a stage the codec leaves no room for.
     """
     stage, shape, seed = stage_of(config, inputs), config["lm"], config["seed"]
     paths = [inputs["manifest"], inputs.get("semantic_tokens"), inputs.get("acoustic_tokens")]
     train, dev = (TokenBatches(*paths, stage, split, shape.where, shape.train.batch, seed) for split in ("train", "dev"))
-    return LMObjective(stage, shape, train, dev, dev.fixed(config["rows"]), seed, ctx)
+    objective = LMObjective(stage, shape, train, dev, dev.fixed(config["rows"]), seed, ctx)
+    if config.get("text_model"):
+        start_from(objective.modules["lm"], shape, config["text_model"])
+    return objective
 
 
 def stage_of(config: Mapping[str, Any], inputs: Mapping[str, str]) -> Stage:
