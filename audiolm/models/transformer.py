@@ -144,6 +144,7 @@ class Transformer(nn.Module):
         else:
             bias = self.bias(T)[None]
             mask = (bias if mask is None else bias.masked_fill(~mask, -torch.inf)).to(_dtype(self.embed.weight))
+            mask = F.pad(mask, (0, -T % 8))[..., :T]  # rows begin at multiples of 8, else a GPU's kernel copies it each layer
         h_BTD = F.dropout(self.embed(ids_BT), self.dropout, self.training)
         for block in self.blocks:
             if self.checkpointing and torch.is_grad_enabled():
