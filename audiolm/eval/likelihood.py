@@ -20,7 +20,7 @@ from audiolm.data.tokens import TokenStore, level_name, run_starts
 from audiolm.eval import baselines
 from audiolm.eval.baselines import Packed
 from audiolm.lm.model import load_lm
-from audiolm.lm.nats import by_level, target_nats
+from audiolm.lm.nats import batch_sums
 from audiolm.lm.stages import Stage
 
 BATCH = 8  # rows a forward pass
@@ -84,12 +84,9 @@ def not_under(stages: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
 def loss_sums(model: torch.nn.Module, stage: Stage, data: TokenBatches, rows: Sequence[Packed],
               device: str | torch.device = "cpu") -> np.ndarray:
     """(2, levels + 1): nats and number of targets at level + 1. The model is in eval mode and on `device`."""
-    levels_V = torch.from_numpy(stage.level_table()).to(device)
     sums = torch.zeros(2, stage.levels[1] + 1, dtype=torch.float64, device=device)
     for i in range(0, len(rows), BATCH):
-        batch = data.collate(rows[i:i + BATCH])
-        ids_BT, target_BT = batch["ids_BT"].to(device), batch["target_BT"].to(device)
-        sums += by_level(*target_nats(model(ids_BT), ids_BT, target_BT, levels_V), sums.shape[1])
+        sums += batch_sums(model, stage, data.collate(rows[i:i + BATCH]), device)
     return sums.cpu().numpy()
 
 

@@ -1,7 +1,7 @@
 """A trained stage as safetensors + JSON (DESIGN 1.6), loadable with torch and numpy alone; no pickle.
 
 `{path}/export/model.safetensors` holds the float32 weights by parameter name, `{path}/export/config.json` the layout
-and the shape: {"kind": "lm", "stage": Stage, "model": Transformer's arguments}.
+and the shape: {"kind": "lm", "format": FORMAT, "stage": Stage, "model": Transformer's arguments}.
 """
 
 from __future__ import annotations
@@ -16,31 +16,41 @@ from audiolm import config, store
 from audiolm.lm.stages import Stage, stage_from_json
 from audiolm.models.transformer import Transformer
 
+FORMAT = 2  # 1 had one head over all ids
+
 
 def build_lm(stage: Stage, shape: config.Stage) -> Transformer:
     """The untrained model of a stage; draws its weights from torch's current generator."""
-    return Transformer(stage.vocab_size, shape.dim, shape.layers, shape.heads, shape.ff, shape.dropout)
+    model = Transformer(**_arguments(stage, shape))
+    model.checkpointing = shape.checkpointing
+    return model
+
+
+def _arguments(stage: Stage, shape: config.Stage) -> dict[str, Any]:
+    return {"vocab": stage.vocab_size, "slots": [len(ids) for ids in stage.slot_ids()], "longest": stage.max_len,
+            **shape.model_dump(include={"dim", "layers", "heads", "ff", "dropout", "positions", "gated", "norm", "activation"})}
 
 
 def export_lm(module: Transformer, stage: Stage, shape: config.Stage) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """(float32 weights on the CPU by name, JSON config) of a stage."""
     weights = {name: t.detach().to("cpu", torch.float32, copy=True).contiguous()
                for name, t in module.state_dict().items()}
-    model = {"vocab": stage.vocab_size, "dim": shape.dim, "layers": shape.layers, "heads": shape.heads,
-             "ff": shape.ff, "dropout": shape.dropout}
-    return weights, {"kind": "lm", "stage": stage.to_json(), "model": model}
+    return weights, {"kind": "lm", "format": FORMAT, "stage": stage.to_json(), "model": _arguments(stage, shape)}
 
 
 def load_lm(path: str, device: str | torch.device = "cpu") -> tuple[Transformer, Stage]:
     """(model in eval mode, its Stage) from a training step's output folder.
 
-    Raises FileNotFoundError where there is no export, ValueError where it is not a language model.
+    Raises FileNotFoundError where there is no export, ValueError where it is not a language model of this format.
     """
     about = store.get_json(store.join(path, "export", "config.json"))
     if about is None:
         raise FileNotFoundError(f"no export/config.json under {path}: is its training step done?")
     if about.get("kind") != "lm":
         raise ValueError(f"{path} holds a {about.get('kind')!r} export, expected 'lm': pass an lm_* step's output")
+    if about.get("format", 1) != FORMAT:
+        raise ValueError(f"{path} holds a language model of format {about.get('format', 1)}, this code reads {FORMAT}: train "
+                         "the stage again with this code, or use the code that made it")
     model = Transformer(**about["model"])
     with tempfile.TemporaryDirectory() as folder:
         weights = load_file(store.local_copy(store.join(path, "export", "model.safetensors"), folder))

@@ -1,25 +1,78 @@
 """Negative log-likelihood of a stage's targets in nats, by level: one rule for training, validation and evaluation.
 
-Shapes: logits_BTV (entry t predicts ids t + 1), ids_BT, target_BT (the id carries loss); N targets, row after row.
+A target's probability is among the ids its slot may take.  `prepare` says on the CPU where the targets are, so that the
+device is never asked, at a size that the batch's shape decides, so that nothing is compiled twice.
+Shapes: ids_BT, target_BT (the id carries loss), doc_BT as data.batches; index_SN, label_SN, nats_SN as models.heads.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+
+import numpy as np
 import torch
-import torch.nn.functional as F
+
+from audiolm.lm.stages import Stage
+from audiolm.models.attention import ALONE, Documents, documents
+from audiolm.models.heads import NO_TARGET
+
+Inputs = dict[str, torch.Tensor]
 
 
-def target_nats(logits_BTV: torch.Tensor, ids_BT: torch.Tensor, target_BT: torch.Tensor,
-                levels_V: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(nats_N float32, levels_N) of the targets; levels_V is Stage.level_table(), -1 being semantic."""
-    wanted_BT = target_BT[:, 1:]
-    ids_N = ids_BT[:, 1:][wanted_BT]
-    return F.cross_entropy(logits_BTV[:, :-1][wanted_BT].float(), ids_N, reduction="none"), levels_V[ids_N]
+def prepare(stage: Stage, batch: Mapping[str, torch.Tensor], flash: bool = False) -> Inputs:
+    """The tensors a model takes (see `inputs_of`) of a batch on the CPU, and count_2, its targets and its tokens without the
+    padding. `flash`: documents are laid out for flash attention, also where every row is one.
+
+    Raises ValueError for a target that no slot may take.
+    """
+    ids_BT, target_BT, doc_BT = batch["ids_BT"], batch["target_BT"], batch["doc_BT"]
+    at_N = target_BT[:, 1:].flatten().nonzero()[:, 0]
+    at_N += at_N // (ids_BT.shape[1] - 1)  # the place before each target, among B x T
+    ids_N = ids_BT.flatten()[at_N + 1]
+    slot_V, label_V = _tables(stage)
+    slot_N, label_N = slot_V[ids_N], label_V[ids_N]
+    if (slot_N < 0).any():
+        raise ValueError(f"{stage.name}: id {int(ids_N[slot_N < 0][0])} is marked as a target and belongs in no slot")
+    each = [(slot_N == s).nonzero()[:, 0] for s in range(stage.slots)]
+    size = max(math.ceil(stage.target_share * ids_BT.numel()), *map(len, each))
+    # places without a target look at different tokens: gradients of zero, all added to one, would wait for each other
+    index_SN = (torch.arange(size) % ids_BT.numel()).repeat(stage.slots, 1)
+    label_SN = torch.full((stage.slots, size), NO_TARGET)
+    for s, own in enumerate(each):
+        index_SN[s, :len(own)], label_SN[s, :len(own)] = at_N[own], label_N[own]
+    docs = documents(doc_BT, flash) if flash or (target_BT & (doc_BT > 0)).any() else ALONE
+    rows_B = torch.where(target_BT, torch.arange(1, ids_BT.shape[1] + 1), 0).amax(1)  # a row ends with its last target
+    count_2 = torch.tensor([len(ids_N), int(rows_B.sum())])
+    return {"ids_BT": ids_BT, "index_SN": index_SN, "label_SN": label_SN, "count_2": count_2,
+            **{name: x for name, x in docs._asdict().items() if x is not None}}
 
 
-def by_level(nats_N: torch.Tensor, levels_N: torch.Tensor, n: int) -> torch.Tensor:
-    """float64 (2, n): nats and number of the targets, summed at level + 1."""
-    sums = torch.zeros(2, n, dtype=torch.float64, device=nats_N.device)
-    sums[0].index_add_(0, levels_N + 1, nats_N.double())
-    sums[1].index_add_(0, levels_N + 1, torch.ones_like(nats_N, dtype=torch.float64))
+def inputs_of(tensors: Inputs) -> tuple:
+    """The model's arguments: ids_BT, its documents, index_SN, label_SN."""
+    docs = Documents(*(tensors.get(name) for name in Documents._fields))
+    return tensors["ids_BT"], docs, tensors["index_SN"], tensors["label_SN"]
+
+
+def level_sums(stage: Stage, nats_SN: torch.Tensor, label_SN: torch.Tensor) -> torch.Tensor:
+    """float64 (2, levels + 1): nats and number of the targets, summed at level + 1 (0: semantic)."""
+    sums = torch.zeros(2, stage.levels[1] + 1, dtype=torch.float64, device=nats_SN.device)
+    first = 0 if stage.name == "semantic" else stage.levels[0] + 1
+    sums[0, first:] = nats_SN.double().sum(1)
+    sums[1, first:] = (label_SN != NO_TARGET).sum(1)
     return sums
+
+
+def batch_sums(model: torch.nn.Module, stage: Stage, batch: Mapping[str, torch.Tensor],
+               device: str | torch.device) -> torch.Tensor:
+    """`level_sums` of a batch under a model on `device`."""
+    tensors = {name: x.to(device) for name, x in prepare(stage, batch).items()}
+    return level_sums(stage, model(*inputs_of(tensors)), tensors["label_SN"])
+
+
+def _tables(stage: Stage) -> tuple[torch.Tensor, torch.Tensor]:
+    """(slot_V, label_V): where every id stands as a target, -1 where it never does."""
+    slot_V, label_V = np.full((2, stage.vocab_size), -1)
+    for slot, ids in enumerate(stage.slot_ids()):
+        slot_V[ids], label_V[ids] = slot, np.arange(len(ids))
+    return torch.from_numpy(slot_V), torch.from_numpy(label_V)

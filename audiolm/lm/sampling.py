@@ -1,6 +1,6 @@
 """Sampling from a stage with a KV cache (paper III-D): only legal ids are ever drawn, each sample has its own seed.
 
-Shapes: prompts and targets are 1-D int64 ids in the stage's layout; logits_BV float32; mask_SV per slot of a frame.
+Shapes: prompts and targets are 1-D int64 ids in the stage's layout; scores_BW float32 over a slot's own ids (models.heads).
 A draw is the inverse of the distribution at a uniform number that depends on (seed, target position) alone, so a
 sample does not depend on its neighbours; on a CPU the logits' bits do not either (models/transformer.py).
 """
@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from audiolm.lm.stages import Stage
-from audiolm.models.transformer import ROWS, Cache, Transformer
+from audiolm.models.cache import Cache
+from audiolm.models.transformer import ROWS, Transformer
 
 ONE_THREAD_DIM = 512  # models up to this width sample on one CPU thread
 
@@ -90,32 +91,34 @@ def _group(model: Transformer, stage: Stage, prompts, counts, given, stop_at_eos
     steps = [n - s for n, s in zip(counts, starts, strict=True)]
     rows = [np.concatenate([p, g]).astype(np.int64) for p, g in zip(prompts, given, strict=True)]
     cache = model.cache(B, max(map(len, rows)) + max(steps), device)
-    logits_BV = _prefill(model, rows, cache)
+    h_BD = _prefill(model, rows, cache)
 
     noise = [_noise(seed, s, s + max(steps)) for seed, s in zip(seeds, starts, strict=True)]
     noise_SB = torch.stack(noise, 1).to(device)
-    n_SB = torch.arange(max(steps))[:, None] + torch.tensor(starts)
-    slots_SB = (n_SB % stage.slots).to(device)
-    legal_SV = torch.from_numpy(stage.slot_masks()).to(device)
-    illegal_SV = torch.zeros(legal_SV.shape, device=device).masked_fill_(~legal_SV, -torch.inf)
-    eos_SB = torch.from_numpy(stage.eos_legal(n_SB.numpy())).to(device) if stop_at_eos else None
+    n_SB = np.arange(max(steps))[:, None] + np.array(starts)
+    slots_SB = (n_SB % stage.slots).tolist()
+    own = stage.slot_ids()  # what a slot's head scores, nothing else can be drawn
+    ids_SW = np.stack([np.pad(ids, (0, max(map(len, own)) - len(ids)), constant_values=stage.eos) for ids in own])
+    ids_SW, eos_W = torch.from_numpy(ids_SW).to(device), torch.from_numpy(own[0] == stage.eos).to(device)
+    eos_SB = torch.from_numpy(stage.eos_legal(n_SB) & stop_at_eos).to(device)
+    slot_SB = torch.tensor(slots_SB, device=device)
     last_B = torch.tensor([row[-1] for row in rows], device=device)
 
     drawn, ended_B = [], torch.zeros(B, dtype=torch.bool, device=device)
     for s in range(max(steps)):
-        masked_BV = logits_BV.float() + illegal_SV[slots_SB[s]]
-        if eos_SB is not None:
-            masked_BV[:, stage.eos] = torch.where(eos_SB[s], logits_BV[:, stage.eos].float(), -torch.inf)
+        ids_BW = ids_SW[slot_SB[s]]
+        barred_BW = eos_W & ~eos_SB[s][:, None]
         if stage.no_repeat:
-            masked_BV.scatter_(1, last_B[:, None], -torch.inf)
-        last_B = _draw(masked_BV, noise_SB[s], draw)
+            barred_BW = barred_BW | (ids_BW == last_B[:, None])
+        scores_BW = model.scores(h_BD, slots_SB[s]).masked_fill(barred_BW, -torch.inf)
+        last_B = ids_BW.gather(1, _draw(scores_BW, noise_SB[s], draw)[:, None])[:, 0]
         drawn.append(last_B)
-        if eos_SB is not None:
+        if stop_at_eos:
             ended_B |= (last_B == stage.eos) | torch.tensor([s + 1 >= n for n in steps], device=device)
             if bool(ended_B.all()):
                 break
         if s + 1 < max(steps):
-            logits_BV = model.step(last_B[:, None], cache)[:, 0]
+            h_BD = model.advance(last_B[:, None], cache)[:, 0]
     ids_BS = torch.stack(drawn, 1).cpu().numpy()
     out = []
     for ids, n in zip(ids_BS, steps, strict=True):
@@ -126,20 +129,20 @@ def _group(model: Transformer, stage: Stage, prompts, counts, given, stop_at_eos
 
 
 def _prefill(model: Transformer, rows: list[np.ndarray], cache: Cache) -> torch.Tensor:
-    """Fills the cache with prompts of any lengths; returns logits_BV of each row's next id."""
+    """Fills the cache with prompts of any lengths; returns h_BD, what scores each row's next id."""
     device = cache.lengths_B.device
     longest = max(map(len, rows))
     if device.type == "cpu":  # one by one: a prompt's rounding must not depend on the others' lengths
-        hidden = [model.advance(torch.from_numpy(row)[None], cache.row(b))[:, -1:] for b, row in enumerate(rows)]
+        hidden = [model.advance(torch.from_numpy(row)[None], cache.row(b))[:, -1] for b, row in enumerate(rows)]
         cache.longest = longest
-        return model.logits(torch.cat(hidden))[:, 0]
+        return torch.cat(hidden)
     padded = torch.zeros(len(rows), longest, dtype=torch.int64)
     for b, row in enumerate(rows):
         padded[b, :len(row)] = torch.from_numpy(row)
     lengths_B = torch.tensor([len(row) for row in rows], device=device)
     h_BTD = model.advance(padded.to(device), cache)
     cache.truncate(lengths_B, longest)
-    return model.logits(h_BTD[torch.arange(len(rows), device=device), lengths_B - 1][:, None])[:, 0]
+    return h_BTD[torch.arange(len(rows), device=device), lengths_B - 1]
 
 
 def _noise(seed: int, first: int, last: int) -> torch.Tensor:
@@ -148,7 +151,7 @@ def _noise(seed: int, first: int, last: int) -> torch.Tensor:
 
 
 def _draw(logits_BV: torch.Tensor, noise_B: torch.Tensor, draw: Draw) -> torch.Tensor:
-    """ids_B: -inf has probability 0 and is never drawn."""
+    """Columns drawn, one a row: -inf has probability 0 and is never drawn."""
     if draw.temperature == 0:
         return logits_BV.argmax(1)
     logits_BV = logits_BV / draw.temperature

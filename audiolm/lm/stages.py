@@ -176,15 +176,32 @@ class Stage:
             raise ValueError(f"{self.name}: an id stands in another level's slot")
         return codes_TQ
 
+    def slot_ids(self) -> list[np.ndarray]:
+        """The ids each slot of a frame may take, in the order of its output head; EOS, where it may stand, comes last."""
+        if self.name == "semantic":
+            codes = [np.arange(self.k)]
+        else:
+            codes = [self.offset + level * self.vocab + np.arange(self.vocab) for level in range(*self.levels)]
+        if self.name != "fine":
+            codes[0] = np.append(codes[0], self.eos)
+        return codes
+
     def slot_masks(self) -> np.ndarray:
         """mask_SV: the codes legal in each slot of a frame, without EOS."""
         mask_SV = np.zeros((self.slots, self.vocab_size), bool)
-        if self.name == "semantic":
-            mask_SV[0, :self.k] = True
-            return mask_SV
-        for slot, level in enumerate(range(*self.levels)):
-            mask_SV[slot, self.offset + level * self.vocab:self.offset + (level + 1) * self.vocab] = True
+        for slot, ids in enumerate(self.slot_ids()):
+            mask_SV[slot, ids[ids < self.bos]] = True
         return mask_SV
+
+    @property
+    def target_share(self) -> float:
+        """The most of any row's ids that are targets of one slot: what `pack` makes is never denser."""
+        if self.name == "semantic":
+            return 1.0
+        if self.name == "fine":
+            return 1 / len(self.columns)
+        # the first slot's in a crop of n semantic frames, all deduplicated into one: (2 n + 1) / (4 + 2 n slots)
+        return max(1 / self.slots, 3 / (4 + 2 * self.slots))
 
     def eos_legal(self, n_target: int | np.ndarray) -> bool | np.ndarray:
         """EOS may follow `n_target` targets: after whole frames, at least one; never in stage 3."""

@@ -1,159 +1,157 @@
-"""The decoder-only Transformer of all three stages (paper III-C, IV-B): pre-norm, rotary positions, GELU, untied head.
+"""The decoder-only Transformer of all three stages (paper III-C, IV-B): pre-norm, rotary or T5 positions, no biases.
 
-Shapes: ids_BT int64; doc_BT int64, equal within one document of a packed row; h_BTD; logits_BTV in the weights' dtype
-(a sampler takes them to float32).  Documents of a row never see each other and their positions start at 0.
-`step` with a cache gives the logits of `forward` up to rounding; rows of a batch may have different lengths.
+Shapes: ids_BT int64; docs of models.attention: documents of a row never see each other and their positions start at 0;
+h_BTD; scores over the ids of a slot (models.heads), one slot of `vocab` ids unless `slots` says otherwise.
+`advance` with a cache gives the result of `hidden` up to rounding; rows of a batch may have different lengths.
 On a CPU single tokens run in rows of 8 and keys in runs of 64, so that a row's bits do not depend on its batch.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from audiolm.models.attention import ALONE, Documents, attend, mask_of
+from audiolm.models.cache import KEYS, Cache, Places, places
+from audiolm.models.heads import Heads
+from audiolm.models.positions import DistanceBias, rotary, rotate
 
 ROWS = 8  # rows of a CPU matrix product while sampling; a product's rounding depends on its shape
-KEYS = 64  # keys come in whole runs of these, masked ones add exact zeros
-ROTARY_BASE = 10_000.0
+EPS = 1e-5
+Turns = tuple[torch.Tensor, torch.Tensor] | None  # rotary cosines and signed sines
 
 
-@dataclass
-class Cache:
-    """Keys and values of every layer; row b holds `lengths_B[b]` tokens at the places 0, 1, ..."""
-
-    k: list[torch.Tensor]  # per layer (batch, heads, length, width of a head)
-    v: list[torch.Tensor]
-    lengths_B: torch.Tensor
-    cos_LE: torch.Tensor
-    sin_LE: torch.Tensor
-    longest: int = 0  # the longest row, known without asking the device
-
-    def row(self, b: int) -> Cache:
-        """A view of one empty row that shares its memory; set `longest` of the whole afterwards."""
-        return Cache([t[b:b + 1] for t in self.k], [t[b:b + 1] for t in self.v], self.lengths_B[b:b + 1],
-                     self.cos_LE, self.sin_LE)
-
-    def truncate(self, lengths_B: torch.Tensor, longest: int) -> None:
-        """Declares the true lengths after a right-padded prompt; what lies beyond is masked and overwritten."""
-        self.lengths_B.copy_(lengths_B)
-        self.longest = longest
-
-
-@dataclass
-class Places:
-    """Where a step's new tokens go and what they see; the same for every layer."""
-
-    rows: torch.Tensor  # of the cache seen as (batch x heads x length, width), for each (row, head, new token)
-    cos: torch.Tensor  # (B, t, 1, 1, width)
-    sin: torch.Tensor
-    keys: int
-    seen: torch.Tensor | None  # (B, 1, t, keys) True where a new token sees a key; None: causal among themselves
-
-
-def rotary(positions: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and signed sines (..., width) in float32: positions do not fit in bfloat16."""
-    half = torch.arange(width // 2, device=positions.device, dtype=torch.float32)
-    angles = positions.float()[..., None] * ROTARY_BASE ** (-2.0 * half / width)
-    cos, sin = angles.cos(), angles.sin()
-    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
-
-
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotates the pairs (i, i + width/2) of the last axis; sin carries the sign of its half."""
-    y = torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
-    return y.to(x.dtype)
-
-
-def positions_of(doc_BT: torch.Tensor) -> torch.Tensor:
-    """Positions that start at 0 with each document of a row."""
-    at = torch.arange(doc_BT.shape[1], device=doc_BT.device).expand_as(doc_BT)
-    new = torch.ones_like(doc_BT, dtype=torch.bool)
-    new[:, 1:] = doc_BT[:, 1:] != doc_BT[:, :-1]
-    return at - torch.where(new, at, 0).cummax(1).values
+def _norm(kind: str, dim: int) -> nn.Module:
+    return nn.RMSNorm(dim, eps=EPS) if kind == "rms" else nn.LayerNorm(dim, eps=EPS, bias=False)
 
 
 class Block(nn.Module):
-    def __init__(self, dim: int, heads: int, ff: int, dropout: float):
+    def __init__(self, dim: int, heads: int, ff: int, dropout: float, gated: bool, norm: str, activation: str):
         super().__init__()
-        self.heads = heads
-        self.norm1 = nn.LayerNorm(dim, bias=False)
+        self.heads, self.gated, self.silu, self.dropout = heads, gated, activation == "silu", dropout
+        self.norm1 = _norm(norm, dim)
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.out = nn.Linear(dim, dim, bias=False)
-        self.norm2 = nn.LayerNorm(dim, bias=False)
-        self.up = nn.Linear(dim, ff, bias=False)
+        self.norm2 = _norm(norm, dim)
+        self.up = nn.Linear(dim, 2 * ff if gated else ff, bias=False)
         self.down = nn.Linear(ff, dim, bias=False)
-        self.dropout = dropout
 
     def feed(self, h: torch.Tensor) -> torch.Tensor:
-        return self.down(F.gelu(self.up(self.norm2(h)), approximate="tanh"))
+        x = self.up(self.norm2(h))
+        gate, x = x.chunk(2, -1) if self.gated else (x, None)
+        a = F.silu(gate) if self.silu else F.gelu(gate, approximate="tanh")
+        return self.down(a if x is None else a * x)
 
-    def forward(self, h_BTD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, mask: torch.Tensor | None):
-        """`mask` (B, 1, T, T): True where a query sees a key; None is causal. cos, sin (B or 1, T, 1, 1, D / heads)."""
+    def project(self, h_BTD: torch.Tensor, turns: Turns, rows: int | None = None) -> tuple[torch.Tensor, ...]:
+        """q, k, v (B, T, H, E), of the first rows alone where the rest is padding; turns (B or 1, T, 1, 1, E)."""
         B, T, D = h_BTD.shape
-        qkv = self.qkv(self.norm1(h_BTD)).view(B, T, 3, self.heads, D // self.heads)
-        qk = _rotate(qkv[:, :, :2], cos, sin)
-        q, k, v = (x.transpose(1, 2) for x in (qk[:, :, 0], qk[:, :, 1], qkv[:, :, 2]))
-        a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-        a = self.out(a.transpose(1, 2).reshape(B, T, D))
+        qkv = self.qkv(self.norm1(h_BTD)).view(B, T, 3, self.heads, D // self.heads)[:rows]
+        qk = rotate(qkv[:, :, :2], *turns) if turns else qkv[:, :, :2]
+        return qk[:, :, 0], qk[:, :, 1], qkv[:, :, 2]
+
+    def forward(self, h_BTD: torch.Tensor, turns: Turns, mask: torch.Tensor | None, bounds_N: torch.Tensor | None):
+        """mask and bounds as `attend` takes them."""
+        a = self.out(attend(*self.project(h_BTD, turns), mask, bounds_N))
         h = h_BTD + F.dropout(a, self.dropout, self.training)
         return h + F.dropout(self.feed(h), self.dropout, self.training)
 
     def step(self, h_RtD: torch.Tensor, k_BHLE: torch.Tensor, v_BHLE: torch.Tensor, at: Places) -> torch.Tensor:
         """One layer over t new tokens of B rows (R >= B rows of h, the rest is padding); keeps their keys, values."""
         R, t, D = h_RtD.shape
-        B, H, _, E = k_BHLE.shape
-        qkv = self.qkv(self.norm1(h_RtD))[:B].view(B, t, 3, H, E)
-        qk = _rotate(qkv[:, :, :2], at.cos, at.sin)
-        q, k, v = (x.transpose(1, 2) for x in (qk[:, :, 0], qk[:, :, 1], qkv[:, :, 2]))
+        B, _, _, E = k_BHLE.shape
+        q, k, v = (x.transpose(1, 2) for x in self.project(h_RtD, at.turns, B))
         k_BHLE.view(-1, E).index_copy_(0, at.rows, k.reshape(-1, E))
         v_BHLE.view(-1, E).index_copy_(0, at.rows, v.reshape(-1, E))
-        if at.seen is None:  # an empty cache's new tokens see each other only
-            a = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        if at.seen is None:
+            a = F.scaled_dot_product_attention(q, k, v, attn_mask=at.bias, is_causal=at.bias is None)
         else:
             k, v = k_BHLE[:, :, :at.keys], v_BHLE[:, :, :at.keys]
             if t == 1 and q.device.type == "cpu":  # the fused kernel splits its sums by threads and batch
-                a = torch.matmul(q * E ** -0.5, k.transpose(2, 3)).masked_fill_(~at.seen, -torch.inf).softmax(-1) @ v
+                scores = torch.matmul(q * E ** -0.5, k.transpose(2, 3))
+                scores = scores.masked_fill_(~at.seen, -torch.inf) if at.bias is None else scores + at.bias
+                a = scores.softmax(-1) @ v
             else:
-                a = F.scaled_dot_product_attention(q, k, v, attn_mask=at.seen)
+                a = F.scaled_dot_product_attention(q, k, v, attn_mask=at.seen if at.bias is None else at.bias)
         a = a.transpose(1, 2).reshape(B, t, D)
         h = h_RtD + self.out(F.pad(a, (0, 0, 0, 0, 0, R - B)) if R > B else a)
         return h + self.feed(h)
 
 
 class Transformer(nn.Module):
-    """`vocab` ids in and out; dim, ff in channels; raises ValueError where dim does not split into even heads."""
+    """`vocab` ids in; dim, ff in channels (`gated`: each of the two); `longest` distance in tokens, for t5.
 
-    def __init__(self, vocab: int, dim: int, layers: int, heads: int, ff: int, dropout: float):
+    Raises ValueError where dim does not split into even heads, or t5 is not told the longest distance.
+    """
+
+    def __init__(self, vocab: int, dim: int, layers: int, heads: int, ff: int, dropout: float, *,
+                 slots: Sequence[int] | None = None, positions: str = "rotary", longest: int = 0, gated: bool = False,
+                 norm: str = "layer", activation: str = "gelu"):
         super().__init__()
         if dim % heads or (dim // heads) % 2:
             raise ValueError(f"dim ({dim}) must be an even multiple of heads ({heads}), for rotary positions")
+        if positions == "t5" and longest < 1:
+            raise ValueError(f"positions t5 need the longest distance, got longest {longest}: pass the stage's max_len")
         self.vocab, self.dim, self.heads, self.dropout = vocab, dim, heads, dropout
+        self.checkpointing, self._compiled = False, None  # of the training pass alone
         self.embed = nn.Embedding(vocab, dim)
-        self.blocks = nn.ModuleList(Block(dim, heads, ff, dropout) for _ in range(layers))
-        self.norm = nn.LayerNorm(dim, bias=False)
-        self.head = nn.Linear(dim, vocab, bias=False)
+        self.bias = DistanceBias(heads, longest) if positions == "t5" else None
+        self.blocks = nn.ModuleList(Block(dim, heads, ff, dropout, gated, norm, activation) for _ in range(layers))
+        self.norm = _norm(norm, dim)
+        self.head = Heads(dim, slots or (vocab,))
         for name, p in self.named_parameters():
             if p.ndim == 2:
                 # residual branches shrink with depth, so that the sum over 2 x layers of them keeps its scale
                 deep = (2 * layers) ** -0.5 if name.endswith(("out.weight", "down.weight")) else 1.0
-                nn.init.normal_(p, std=0.02 if name in ("embed.weight", "head.weight") else deep * p.shape[1] ** -0.5)
+                small = name in ("embed.weight", "head.weight", "bias.table")
+                nn.init.normal_(p, std=0.02 if small else deep * p.shape[1] ** -0.5)
 
-    def forward(self, ids_BT: torch.Tensor, doc_BT: torch.Tensor | None = None) -> torch.Tensor:
-        """logits_BTV; entry t predicts ids_BT[:, t + 1] from the ids up to t of the same document."""
-        T = ids_BT.shape[1]
-        if doc_BT is None:
-            positions, mask = torch.arange(T, device=ids_BT.device)[None], None
+    def forward(self, ids_BT: torch.Tensor, docs: Documents = ALONE, index_SN: torch.Tensor | None = None,
+                label_SN: torch.Tensor | None = None) -> torch.Tensor:
+        """nats_SN of the targets that models.heads describes, N counted over B x T; without them the scores (B, T, ids) of
+        all slots side by side. Entry t predicts ids_BT[:, t + 1] from the ids up to t of the same document."""
+        if label_SN is None:
+            return F.linear(self.hidden(ids_BT, docs), self.head.weight)
+        return (self._compiled if self._compiled and self.training else self._nats)(ids_BT, docs, index_SN, label_SN)
+
+    def _nats(self, ids_BT, docs, index_SN, label_SN) -> torch.Tensor:
+        return self.head(self.hidden(ids_BT, docs).flatten(0, 1), index_SN, label_SN)
+
+    def compile_training(self, backend: str = "inductor") -> None:
+        """Compiles the training pass, for shapes that stay the same; evaluation, whose shapes vary, stays as it is."""
+        torch._dynamo.config.recompile_limit = 64  # one graph for each number of rows that is tried
+        self._compiled = torch.compile(self._nats, backend=backend, dynamic=False)
+
+    def flops_per_token(self, length: int) -> float:
+        """Of training on rows of `length` tokens: 6 N + 6 layers x dim x length (causal attention), N the weights of matrix
+        products; of the heads that of one slot. What activation checkpointing does again is not counted."""
+        weights = sum(p.numel() for p in self.blocks.parameters() if p.ndim == 2) + max(self.head.sizes) * self.dim
+        return 6.0 * weights + 6.0 * len(self.blocks) * self.dim * length
+
+    def hidden(self, ids_BT: torch.Tensor, docs: Documents = ALONE) -> torch.Tensor:
+        """h_BTD, what the heads score. Raises ValueError for T5 positions on documents that were laid out for flash."""
+        T, turns, mask = ids_BT.shape[1], None, None
+        if docs.doc_BT is not None:
+            mask = mask_of(docs.doc_BT)
+        if self.bias is None:
+            positions = torch.arange(T, device=ids_BT.device)[None] if docs.positions_BT is None else docs.positions_BT
+            turns = tuple(x[:, :, None, None] for x in self._rotary(positions))
+        elif docs.bounds_N is not None:
+            raise ValueError("T5 positions need documents laid out for dense attention: documents(doc_BT, flash=False)")
         else:
-            positions = positions_of(doc_BT)
-            causal = torch.ones(T, T, dtype=torch.bool, device=ids_BT.device).tril()
-            mask = (causal & (doc_BT[:, :, None] == doc_BT[:, None, :]))[:, None]
-        cos, sin = (x[:, :, None, None] for x in self._rotary(positions))
+            bias = self.bias(T)[None]
+            mask = (bias if mask is None else bias.masked_fill(~mask, -torch.inf)).to(_dtype(self.embed.weight))
+            mask = F.pad(mask, (0, -T % 8))[..., :T]  # rows begin at multiples of 8, else a GPU's kernel copies it each layer
         h_BTD = F.dropout(self.embed(ids_BT), self.dropout, self.training)
         for block in self.blocks:
-            h_BTD = block(h_BTD, cos, sin, mask)
-        return self.head(self.norm(h_BTD))
+            if self.checkpointing and torch.is_grad_enabled():
+                h_BTD = checkpoint(block, h_BTD, turns, mask, docs.bounds_N, use_reentrant=False)
+            else:
+                h_BTD = block(h_BTD, turns, mask, docs.bounds_N)
+        return self.norm(h_BTD)
 
     def _rotary(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         cos, sin = rotary(positions, self.dim // self.heads)
@@ -166,18 +164,16 @@ class Transformer(nn.Module):
         device, dtype = device or self.embed.weight.device, dtype or self.embed.weight.dtype
         shape = (batch, self.heads, -(-length // KEYS) * KEYS, self.dim // self.heads)
         k, v = ([torch.zeros(shape, device=device, dtype=dtype) for _ in self.blocks] for _ in range(2))
-        cos, sin = self._rotary(torch.arange(shape[2], device=device))
-        return Cache(k, v, torch.zeros(batch, dtype=torch.int64, device=device), cos, sin)
+        turns = None if self.bias else self._rotary(torch.arange(shape[2], device=device))
+        return Cache(k, v, torch.zeros(batch, dtype=torch.int64, device=device), turns)
 
     def advance(self, ids_Bt: torch.Tensor, cache: Cache) -> torch.Tensor:
-        """Appends t >= 1 tokens to each row; returns h_BtD, what `head` turns into logits.
+        """Appends t >= 1 tokens to each row; returns h_BtD. Use under torch.no_grad() and in eval mode.
 
         Raises ValueError where the cache is full.
         """
-        t, length = ids_Bt.shape[1], cache.k[0].shape[2]
-        if cache.longest + t > length:
-            raise ValueError(f"cache of {length} tokens is full: {cache.longest} held, {t} more; ask for a longer one")
-        at = self._places(cache, t)
+        t = ids_Bt.shape[1]
+        at = places(cache, t, self.bias)
         h = self.embed(ids_Bt)
         if t == 1 and h.device.type == "cpu":
             h = F.pad(h, (0, 0, 0, 0, 0, -len(h) % ROWS))
@@ -187,24 +183,14 @@ class Transformer(nn.Module):
         cache.longest += t
         return self.norm(h)[:len(ids_Bt)]
 
-    def _places(self, cache: Cache, t: int) -> Places:
-        B, H, length, _ = cache.k[0].shape
-        device = cache.lengths_B.device
-        at_Bt = cache.lengths_B[:, None] + torch.arange(t, device=device)
-        rows = length * torch.arange(B * H, device=device).view(B, H, 1) + at_Bt[:, None]
-        keys = min(length, -(-(cache.longest + t) // KEYS) * KEYS)
-        alone = cache.longest == 0 and t > 1
-        seen = None if alone else (torch.arange(keys, device=device) <= at_Bt[..., None])[:, None]
-        cos, sin = (x[at_Bt][:, :, None, None] for x in (cache.cos_LE, cache.sin_LE))
-        return Places(rows.view(-1), cos, sin, keys, seen)
+    def scores(self, h_BD: torch.Tensor, slots: Sequence[int]) -> torch.Tensor:
+        """scores_BW float32 of one token a row, in slot slots[b] (models.heads), with the same care for a CPU's rounding."""
+        if h_BD.device.type == "cpu":
+            h_BD = F.pad(h_BD, (0, 0, 0, -len(h_BD) % ROWS))
+        return self.head.scores(h_BD, slots)
 
-    def logits(self, h_BtD: torch.Tensor) -> torch.Tensor:
-        """logits_BtV of `advance`'s result, with the same care for a CPU's rounding."""
-        B, t, _ = h_BtD.shape
-        if t == 1 and h_BtD.device.type == "cpu":
-            h_BtD = F.pad(h_BtD, (0, 0, 0, 0, 0, -B % ROWS))
-        return self.head(h_BtD)[:B]
 
-    def step(self, ids_Bt: torch.Tensor, cache: Cache) -> torch.Tensor:
-        """logits_BtV of t >= 1 new tokens of each row; use under torch.no_grad() and in eval mode."""
-        return self.logits(self.advance(ids_Bt, cache))
+def _dtype(weight: torch.Tensor) -> torch.dtype:
+    """What products are computed in."""
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype

@@ -2,7 +2,7 @@
 
 The loss is the mean in nats per target token over the whole global batch, token-weighted over micro-batches and ranks;
 acoustic stages also report it per level (EOS counts in the level's slot it is predicted in).  Three stages are three
-values of one Stage type.  Shapes: ids_BT, target_BT as data.batches; logits_BTV, entry t predicts ids t + 1.
+values of one Stage type.  Shapes: a batch is what lm.nats.prepare makes of data.batches' rows.
 """
 
 from __future__ import annotations
@@ -13,26 +13,36 @@ from typing import Any
 import torch
 from torch import nn
 
+from audiolm import config as settings
 from audiolm import rng
 from audiolm.config import LM
-from audiolm.data.batches import TokenBatches
+from audiolm.data.batches import Crop, TokenBatches
 from audiolm.data.tokens import TokenStore
 from audiolm.lm.model import build_lm, export_lm
-from audiolm.lm.nats import by_level, target_nats
+from audiolm.lm.nats import batch_sums, inputs_of, level_sums, prepare
 from audiolm.lm.stages import Stage, build_stages
+from audiolm.lm.warm_start import start_from
 from audiolm.train.engine import all_sum
 from audiolm.train.objective import Context
 
+FLASH_WIDTH = 256  # of a head, at most
 EVAL_BATCH = 8  # validation rows a forward pass, over a rank's share
 
 
 def lm_objective(config: Mapping[str, Any], inputs: Mapping[str, str], ctx: Context) -> LMObjective:
     """Factory. config: stage ("lm_semantic", "lm_coarse" or "lm_fine"), lm (its config.Stage), dedupe, coarse_levels,
-    rows (validation crops), seed; inputs: paths of manifest, semantic_tokens, acoustic_tokens (what the stage reads).
+    rows (validation crops), seed, text_model (where it starts from one); inputs: paths of manifest, semantic_tokens,
+    acoustic_tokens (what the stage reads).
 
     Raises TokenError for stores that do not belong together, ValueError for a stage the codec leaves no room for.
     """
-    return LMObjective(config, inputs, ctx)
+    stage, shape, seed = stage_of(config, inputs), config["lm"], config["seed"]
+    paths = [inputs["manifest"], inputs.get("semantic_tokens"), inputs.get("acoustic_tokens")]
+    train, dev = (TokenBatches(*paths, stage, split, shape.where, shape.train.batch, seed) for split in ("train", "dev"))
+    objective = LMObjective(stage, shape, train, dev, dev.fixed(config["rows"]), seed, ctx)
+    if config.get("text_model"):
+        start_from(objective.modules["lm"], shape, config["text_model"])
+    return objective
 
 
 def stage_of(config: Mapping[str, Any], inputs: Mapping[str, str]) -> Stage:
@@ -55,39 +65,41 @@ class LMObjective:
 
     unit, exported = "tokens", "lm"
 
-    def __init__(self, config: Mapping[str, Any], inputs: Mapping[str, str], ctx: Context):
-        self.ctx, self.name, self.seed = ctx, config["stage"], config["seed"]
-        self.stage = stage_of(config, inputs)
-        self.shape = config["lm"]
+    def __init__(self, stage: Stage, shape: settings.Stage, train: TokenBatches, dev: TokenBatches, rows: list[Crop], seed: int,
+                 ctx: Context):
+        self.stage, self.shape, self.data, self.dev, self.rows, self.ctx = stage, shape, train, dev, rows, ctx
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(rng.derive(self.seed, f"init {self.name}"))
-            self.modules: dict[str, nn.Module] = {"lm": build_lm(self.stage, self.shape)}
-        paths = [inputs["manifest"], inputs.get("semantic_tokens"), inputs.get("acoustic_tokens")]
-        where, batch = self.shape.where, self.shape.train.batch
-        self.data = TokenBatches(*paths, self.stage, "train", where, batch, self.seed)
-        self.dev = TokenBatches(*paths, self.stage, "dev", where, batch, self.seed)
-        self.rows = self.dev.fixed(config["rows"])
-        self.levels_V = torch.from_numpy(self.stage.level_table())
+            torch.manual_seed(rng.derive(seed, f"init lm_{stage.name}"))
+            self.modules: dict[str, nn.Module] = {"lm": build_lm(stage, shape)}
+        cuda = ctx.device.type == "cuda"
+        half, width = self.shape.train.dtype == "bfloat16", self.shape.dim // self.shape.heads
+        self.flash = cuda and half and self.shape.positions == "rotary" and width % 8 == 0 and width <= FLASH_WIDTH
+        # the attention of a row that is one document: of several it is less, so MFU is a little too high for short clips
+        self.flops_per_unit = self.modules["lm"].flops_per_token(self.stage.max_len)
+        if ctx.compile:
+            self.modules["lm"].compile_training()
 
     def load(self, step: int, rows: Sequence[int]) -> dict[str, torch.Tensor]:
-        return self.data.batch(step, rows)
+        batch = prepare(self.stage, self.data.batch(step, rows), self.flash)
+        if self.ctx.device.type == "cuda":  # what is pinned is copied without waiting for the GPU's queue
+            batch = {name: x.pin_memory() for name, x in batch.items()}
+        return batch
 
     def train_step(self, engines: Mapping[str, Any], batches: list[dict[str, torch.Tensor]],
                    step: int) -> dict[str, torch.Tensor]:
         """One update; all ranks take part."""
         engine, device = engines["lm"], self.ctx.device
         engine.module.train()
-        own = sum(b["target_BT"][:, 1:].sum() for b in batches).to(device)
-        tokens = all_sum(own.double())
+        batches = [{name: x.to(device, non_blocking=True) for name, x in batch.items()} for batch in batches]
+        targets, tokens = all_sum(torch.stack([batch["count_2"] for batch in batches]).sum(0).double())
         sums = torch.zeros(2, self.stage.levels[1] + 1, dtype=torch.float64, device=device)  # nats, tokens by level
         for i, batch in enumerate(batches):
-            ids_BT, target_BT = batch["ids_BT"].to(device), batch["target_BT"].to(device)
-            nats, levels = target_nats(engine(ids_BT), ids_BT, target_BT, self.levels_V.to(device))
+            nats_SN = engine(*inputs_of(batch))
             # engines average over ranks, so each rank's share is scaled by their number: the sum is the global mean
-            engine.backward(nats.sum() * (self.ctx.world / tokens.float()), last=i == len(batches) - 1)
-            sums += by_level(nats.detach(), levels, sums.shape[1])
+            engine.backward(nats_SN.sum() * (self.ctx.world / targets.float()), last=i == len(batches) - 1)
+            sums += level_sums(self.stage, nats_SN.detach(), batch["label_SN"])
         sums = all_sum(sums)
-        loss = sums[0].sum() / tokens
+        loss = sums[0].sum() / targets
         norm = engine.step()
         return {"loss": loss, "units": tokens, "grad_norm": norm, **self._per_level(sums)}
 
@@ -100,11 +112,8 @@ class LMObjective:
         own = self.rows[self.ctx.rank::self.ctx.world]
         for i in range(0, len(own), EVAL_BATCH):
             batch = self.dev.collate([self.dev.packed(*row) for row in own[i:i + EVAL_BATCH]])
-            ids_BT, target_BT = batch["ids_BT"].to(device), batch["target_BT"].to(device)
             with torch.autocast(device.type, torch.bfloat16, enabled=self.shape.train.dtype == "bfloat16"):
-                logits_BTV = module(ids_BT)
-            nats, levels = target_nats(logits_BTV, ids_BT, target_BT, self.levels_V.to(device))
-            sums += by_level(nats, levels, sums.shape[1])
+                sums += batch_sums(module, self.stage, batch, device)
         module.train()
         sums = all_sum(sums)
         loss = sums[0].sum() / sums[1].sum()

@@ -1,0 +1,95 @@
+"""Stage 1 may start from a text language model of the same shape (as TWIST, 2305.13009): its blocks and closing norm alone,
+embeddings and head are new.
+
+A model is a folder or URI with config.json and one model.safetensors in transformers' format, of model_type llama: what
+our block is with gated: true, activation: silu, norm: rms and rotary positions.  Keys and values that several heads share
+are given to each.  Nothing heavy is imported before weights are read, so a plan needs neither torch nor the model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import TYPE_CHECKING, Any
+
+from audiolm import config, store
+from audiolm.identity import Config, Runtime
+
+if TYPE_CHECKING:
+    from audiolm.models.transformer import Transformer
+
+FIELD, FILES = "lm.semantic.warm_start.uri", ("config.json", "model.safetensors")
+
+
+class TextModel(Config):
+    """What a stage starts from: the model is its bytes, wherever they lie."""
+
+    uri: Runtime[str]
+    digest: str
+
+
+def text_model(uri: str) -> TextModel:
+    """Read in pieces. Raises ValueError where a file is missing."""
+    sha = hashlib.sha256()
+    for name in FILES:
+        fs, p = store.open_fs(store.join(uri, name))
+        try:
+            with fs.open(p, "rb") as f:
+                while piece := f.read(1 << 20):
+                    sha.update(piece)
+        except (FileNotFoundError, NotADirectoryError) as e:
+            raise ValueError(f"{FIELD}: {uri} holds no {name}; give a folder or URI with config.json and one model.safetensors "
+                             "(save_pretrained(folder, max_shard_size='1TB') of transformers writes them)") from e
+    return TextModel(uri=uri, digest=sha.hexdigest()[:16])
+
+
+def start_from(model: Transformer, shape: config.Stage, want: TextModel) -> None:
+    """Gives the model the text model's body. Raises ValueError naming what differs where it does not fit."""
+    import safetensors.torch
+    import torch
+
+    data = [store.get(store.join(want.uri, name)) for name in FILES]
+    if (found := hashlib.sha256(b"".join(data)).hexdigest()[:16]) != want.digest:
+        raise ValueError(f"{FIELD}: the files at {want.uri} changed since this run was planned ({want.digest} -> {found}): "
+                         "start it again")
+    about = json.loads(data[0])
+    if wrong := _differences(about, shape):
+        raise ValueError(f"{FIELD}: {want.uri} is no model of this stage's shape: {'; '.join(wrong)}")
+    theirs = {name.removeprefix("model."): t.float() for name, t in safetensors.torch.load(data[1]).items()}
+    shared = shape.heads // about.get("num_key_value_heads", shape.heads)
+    try:
+        body = {"norm.weight": theirs["norm.weight"]}
+        for n in range(shape.layers):
+            own, layer = f"blocks.{n}.", f"layers.{n}."
+            q, k, v = (theirs[f"{layer}self_attn.{x}_proj.weight"] for x in "qkv")
+            k, v = (x.unflatten(0, (-1, shape.dim // shape.heads)).repeat_interleave(shared, 0).flatten(0, 1) for x in (k, v))
+            body |= {own + "qkv.weight": torch.cat([q, k, v]), own + "out.weight": theirs[layer + "self_attn.o_proj.weight"],
+                     own + "up.weight": torch.cat([theirs[f"{layer}mlp.{x}_proj.weight"] for x in ("gate", "up")]),
+                     own + "down.weight": theirs[layer + "mlp.down_proj.weight"],
+                     own + "norm1.weight": theirs[layer + "input_layernorm.weight"],
+                     own + "norm2.weight": theirs[layer + "post_attention_layernorm.weight"]}
+        missing = model.load_state_dict(body, strict=False).missing_keys
+    except (KeyError, RuntimeError) as e:
+        raise ValueError(f"{FIELD}: model.safetensors at {want.uri} does not fit its config.json: {e}; save the model again "
+                         "with save_pretrained(folder)") from e
+    assert set(missing) == {"embed.weight", "head.weight"}, missing
+
+
+def _differences(about: dict[str, Any], shape: config.Stage) -> list[str]:
+    """What keeps the bodies from being the same function, as texts that say what to set."""
+    from audiolm.models.positions import ROTARY_BASE
+    from audiolm.models.transformer import EPS
+
+    rope = about.get("rope_parameters") or about.get("rope_scaling") or {}
+    ours = {"dim": about.get("hidden_size"), "layers": about.get("num_hidden_layers"),
+            "heads": about.get("num_attention_heads"), "ff": about.get("intermediate_size"), "gated": True,
+            "activation": "silu", "norm": "rms", "positions": "rotary"}
+    fixed = {"model_type": (about.get("model_type"), "llama"), "hidden_act": (about.get("hidden_act", "silu"), "silu"),
+             "rms_norm_eps": (about.get("rms_norm_eps", 1e-6), EPS),
+             "rope_theta": (rope.get("rope_theta", about.get("rope_theta", ROTARY_BASE)), ROTARY_BASE),
+             "rope_type": (rope.get("rope_type", rope.get("type", "default")), "default"),
+             "attention_bias": (about.get("attention_bias", False), False), "mlp_bias": (about.get("mlp_bias", False), False),
+             "head_dim": (about.get("head_dim") or shape.dim // shape.heads, shape.dim // shape.heads)}
+    return [*(f"{name} is {got!r}, only {need!r} can be used" for name, (got, need) in fixed.items() if got != need),
+            *(f"lm.semantic.{name} is {getattr(shape, name)!r}: set it to {need!r}" for name, need in ours.items()
+              if getattr(shape, name) != need)]

@@ -1,0 +1,54 @@
+"""Output heads, one for each slot of a frame: a slot's scores are over its own ids alone (paper III-C).
+
+One matrix whose rows are the slots' ids, slot after slot.  Scores never dominate memory: they are made a piece of targets
+at a time, and again in the backward pass.  Shapes: h_ND; index_SN, where among h each slot's targets are predicted; label_SN,
+the row within the slot's own rows, NO_TARGET in places that hold none; W is the widest slot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+NO_TARGET = -100
+PIECE = 8192  # targets scored at once: 32 MB at 1,024 ids in float32
+
+
+class Heads(nn.Module):
+    def __init__(self, dim: int, sizes: Sequence[int]):
+        super().__init__()
+        self.sizes = tuple(sizes)
+        self.weight = nn.Parameter(torch.empty(sum(sizes), dim))
+
+    def forward(self, h_ND: torch.Tensor, index_SN: torch.Tensor, label_SN: torch.Tensor, piece: int = PIECE) -> torch.Tensor:
+        """nats_SN float32 of the targets, 0 where there is none."""
+        return torch.stack([torch.cat([self._nats(h_ND, weight, *part) for part in
+                                       zip(index_N.split(piece), label_N.split(piece), strict=True)])
+                            for weight, index_N, label_N in zip(self.by_slot(), index_SN, label_SN, strict=True)])
+
+    def by_slot(self) -> tuple[torch.Tensor, ...]:
+        """Each slot's rows."""
+        return self.weight.split(self.sizes)
+
+    def _nats(self, *args: torch.Tensor) -> torch.Tensor:
+        if not torch.is_grad_enabled():
+            return _nats(*args)
+        return checkpoint(_nats, *args, use_reentrant=False, preserve_rng_state=False)
+
+    def scores(self, h_BD: torch.Tensor, slots: Sequence[int]) -> torch.Tensor:
+        """scores_BW float32 of row b in slot slots[b], -inf beyond the slot's ids. One product a slot, over all rows: its
+        shape and so its rounding are the same whoever else is in the batch."""
+        wide = {s: F.pad(F.linear(h_BD, self.by_slot()[s]).float(), (0, max(self.sizes) - self.sizes[s]), value=-torch.inf)
+                for s in sorted(set(slots))}
+        if len(wide) == 1:
+            return wide[slots[0]][:len(slots)]
+        return torch.stack([wide[s][b] for b, s in enumerate(slots)])
+
+
+def _nats(h_ND: torch.Tensor, weight: torch.Tensor, index_N: torch.Tensor, label_N: torch.Tensor) -> torch.Tensor:
+    scores = F.linear(h_ND[index_N], weight).float()
+    return F.cross_entropy(scores, label_N, ignore_index=NO_TARGET, reduction="none")

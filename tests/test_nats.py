@@ -1,0 +1,142 @@
+"""Losses of a stage: over a slot's own ids alone, the same whatever the packing and the pieces, targets where they belong."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from audiolm import config
+from audiolm.lm.model import build_lm
+from audiolm.lm.nats import batch_sums, inputs_of, level_sums, prepare
+from audiolm.lm.stages import Stage
+from audiolm.models.heads import NO_TARGET, Heads
+
+K, VOCAB, Q = 11, 7, 5
+STAGES = {"semantic": Stage("semantic", K, VOCAB, (0, 0), 2, True, 2.0),
+          "coarse": Stage("coarse", K, VOCAB, (0, 2), 2, True, 2.0),
+          "fine": Stage("fine", 0, VOCAB, (2, Q), 2, True, 2.0)}
+SHAPE = config.Stage(crop_s=2.0, dim=32, layers=2, heads=2, ff=64, dropout=0.0,
+                     train=config.Train(steps=1, batch=1, lr=1e-3))
+
+
+def crops(stage: Stage, lengths: list[int]) -> list[tuple[np.ndarray, np.ndarray]]:
+    draw = np.random.default_rng(0)
+    return [stage.pack(draw.integers(0, K, n), draw.integers(0, VOCAB, (2 * n, len(stage.columns))), True) for n in lengths]
+
+
+def rows(stage: Stage, packed: list[list[tuple[np.ndarray, np.ndarray]]], length: int) -> dict[str, torch.Tensor]:
+    """Documents side by side in rows, as data.batches makes them."""
+    ids_BT = torch.full((len(packed), length), stage.bos)
+    target_BT, doc_BT = torch.zeros_like(ids_BT, dtype=torch.bool), torch.zeros_like(ids_BT)
+    for b, documents in enumerate(packed):
+        at = 0
+        for d, (ids, target) in enumerate(documents):
+            ids_BT[b, at:at + len(ids)], target_BT[b, at:at + len(ids)] = torch.from_numpy(ids), torch.from_numpy(target)
+            doc_BT[b, at:at + len(ids)], at = d, at + len(ids)
+        doc_BT[b, at:] = len(documents)
+    return {"ids_BT": ids_BT, "target_BT": target_BT, "doc_BT": doc_BT}
+
+
+def model_of(stage: Stage, positions: str = "rotary"):
+    torch.manual_seed(0)
+    model = build_lm(stage, SHAPE.model_copy(update={"positions": positions}))
+    torch.nn.init.normal_(model.head.weight)
+    return model
+
+
+@pytest.mark.parametrize("positions", ["rotary", "t5"])
+@pytest.mark.parametrize("name", list(STAGES))
+def test_a_packed_row_costs_what_its_documents_cost(name, positions):
+    stage, model = STAGES[name], model_of(STAGES[name], positions)
+    parts = crops(stage, [3, 1, 5, 4])
+    length = sum(len(ids) for ids, _ in parts[:3]) + 2
+    sums, grads = [], []
+    for batch in (rows(stage, [parts[:3], parts[3:]], length), rows(stage, [[p] for p in parts], length)):
+        tensors = prepare(stage, batch)
+        nats_SN = model(*inputs_of(tensors))
+        nats_SN.sum().backward()
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        model.zero_grad()
+        sums.append(level_sums(stage, nats_SN.detach(), tensors["label_SN"]))
+        assert tensors["count_2"].tolist() == [sum(t.sum() for _, t in parts), sum(len(ids) for ids, _ in parts)]
+    torch.testing.assert_close(sums[0], sums[1], atol=1e-4, rtol=1e-6)
+    torch.testing.assert_close(grads[0], grads[1], atol=1e-4, rtol=1e-4)
+    counts = [sum(int((stage.level_of(ids[t]) == level).sum()) for ids, t in parts) for level in range(-1, stage.levels[1])]
+    assert sums[0][1].tolist() == counts
+
+
+@pytest.mark.parametrize("name", list(STAGES))
+def test_probabilities_are_over_the_slots_own_ids(name):
+    """Every legal id in turn as one target: its probabilities sum to 1, and an id of another slot is refused."""
+    stage, model = STAGES[name], model_of(STAGES[name]).requires_grad_(False)
+    ids, target = crops(stage, [3])[0]
+    first = int(np.flatnonzero(target)[0])
+    for n in range(2 * stage.slots):
+        legal, chances = stage.slot_ids()[n % stage.slots], []
+        for i in legal:
+            changed = ids.copy()
+            changed[first + n] = i
+            only = np.arange(len(ids)) == first + n
+            sums = batch_sums(model, stage, rows(stage, [[(changed, only)]], len(ids)), "cpu")
+            chances.append(math.exp(-float(sums[0].sum())))
+        assert sum(chances) == pytest.approx(1.0, abs=1e-5)
+    ids[first] = stage.bos
+    with pytest.raises(ValueError, match=f"{name}: id {stage.bos} is marked as a target"):
+        prepare(stage, rows(stage, [[(ids, target)]], len(ids)))
+
+
+@pytest.mark.parametrize("name", list(STAGES))
+def test_what_the_model_is_given_has_one_shape_whatever_is_packed(name):
+    stage = STAGES[name]
+    seen = set()
+    for lengths in ([1] * 200, [2] * 200, [5, 1, 30, 7] * 9, [50] * 3):
+        parts, row, at = crops(stage, lengths), [], 0
+        for ids, target in parts:
+            if at + len(ids) > stage.max_len:
+                break
+            row, at = [*row, (ids, target)], at + len(ids)
+        tensors = prepare(stage, rows(stage, [row, row], stage.max_len), flash=True)
+        seen.add(tuple((k, x.shape) for k, x in tensors.items() if k != "bounds_N"))
+        assert len(tensors["bounds_N"]) in (33, 65, 129, 257)
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("piece", [1, 7, 64])
+def test_pieces_give_the_losses_and_gradients_of_the_whole(piece):
+    torch.manual_seed(0)
+    heads, h_ND = Heads(16, [9, 8]), torch.randn(50, 16, requires_grad=True)
+    torch.nn.init.normal_(heads.weight)
+    index_SN, label_SN = torch.randint(0, 50, (2, 40)), torch.randint(0, 8, (2, 40))
+    label_SN[:, ::3] = NO_TARGET
+    scores = [h_ND[i] @ w.T for i, w in zip(index_SN, heads.weight.split([9, 8]), strict=True)]
+    whole = torch.stack([F.cross_entropy(s, n, reduction="none") for s, n in zip(scores, label_SN, strict=True)])
+    weight_SN = torch.rand(2, 40)
+    found = heads(h_ND, index_SN, label_SN, piece)
+    torch.testing.assert_close(found, whole, atol=1e-6, rtol=1e-6)
+    grads = [torch.autograd.grad((x * weight_SN).sum(), (h_ND, heads.weight)) for x in (found, whole)]
+    torch.testing.assert_close(*grads, atol=1e-6, rtol=1e-5)
+    assert (found[:, ::3] == 0).all()
+
+
+def test_pieces_bound_the_memory():
+    """What the backward pass keeps of scores is nothing: they are made again."""
+    heads, h_ND, kept = Heads(16, [4096]), torch.randn(512, 16, requires_grad=True), []
+    torch.nn.init.normal_(heads.weight)
+    index_SN = torch.arange(512)[None]
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        nats_SN = heads(h_ND, index_SN, index_SN, 64)
+    assert nats_SN.requires_grad and sum(kept) < 512 * 4096 / 2
+
+
+def test_rows_in_different_slots_are_scored_by_their_own_heads():
+    torch.manual_seed(0)
+    heads, h_BD = Heads(16, [9, 8]), torch.randn(4, 16)
+    torch.nn.init.normal_(heads.weight)
+    scores_BW = heads.scores(h_BD, [0, 1, 1])
+    assert torch.equal(heads.scores(h_BD, [1, 1, 1])[1:], scores_BW[1:])
+    assert torch.equal(heads.scores(h_BD, [0])[0], scores_BW[0])
+    assert (scores_BW[1:, 8] == -torch.inf).all() and scores_BW[:, :8].isfinite().all()
