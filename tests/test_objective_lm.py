@@ -17,7 +17,7 @@ from audiolm.train.engine import make_engine
 from audiolm.train.objective import Context
 from tests import token_corpus
 
-STEPS = 40
+STEPS = 60
 CPU = torch.device("cpu")
 
 
