@@ -38,7 +38,8 @@ def lm_objective(config: Mapping[str, Any], inputs: Mapping[str, str], ctx: Cont
     """
     stage, shape, seed = stage_of(config, inputs), config["lm"], config["seed"]
     paths = [inputs["manifest"], inputs.get("semantic_tokens"), inputs.get("acoustic_tokens")]
-    train, dev = (TokenBatches(*paths, stage, split, shape.where, shape.train.batch, seed) for split in ("train", "dev"))
+    train, dev = (TokenBatches(*paths, stage, split, shape.where, shape.train.batch, seed, cache_mb)
+                  for split, cache_mb in (("train", 256), ("dev", 64)))
     objective = LMObjective(stage, shape, train, dev, dev.fixed(config["rows"]), seed, ctx)
     if config.get("text_model"):
         start_from(objective.modules["lm"], shape, config["text_model"])
