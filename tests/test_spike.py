@@ -108,7 +108,7 @@ def _rank(rank, world, port, job):
 
 def test_two_workers_roll_back_and_stop_early_alike(tmp_path):
     """Each rank decides for itself, from reduced figures: did they differ, one would wait for the other for ever."""
-    changes = {**LONG, **RULE, "steps": 60, "decay_steps": 0, "eval_every": 4, "patience": 1, "export": "best", "lr": 2e-2}
+    changes = {**LONG, **RULE, "steps": 60, "decay_steps": 0, "eval_every": 4, "patience": 1, "export": "best"}
     objective = {"noisy": (20,), "dropout": 0.0}
     alone = build(training_step(objective=objective, **changes), str(tmp_path / "a"))
     assert alone.facts["rollbacks"] == 1 and alone.facts["stopped_at"] < 60
