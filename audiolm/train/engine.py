@@ -162,7 +162,9 @@ class DeepSpeedEngine:
             "torch_autocast": {"enabled": train.dtype == "bfloat16", "dtype": "bfloat16"},
             "zero_optimization": {"stage": train.zero, "overlap_comm": False, "contiguous_gradients": train.zero > 1,
                                   "reduce_bucket_size": bucket, "allgather_bucket_size": bucket,
-                                  "stage3_param_persistence_threshold": WHOLE_NUMEL}})
+                                  "stage3_param_persistence_threshold": WHOLE_NUMEL,
+                                  # else ZeRO 3 replaces torch's linear for all of the process, with other rounding
+                                  "memory_efficient_linear": False}})
 
     def __call__(self, *args) -> Any:
         return self.engine(*args)
