@@ -279,8 +279,7 @@ def trained():
 
 
 def test_it_learns_without_collapse(trained):
-    _, before, first, last, seen = trained
-    after = seen[-1]
+    _, before, first, last, [*seen, after] = trained
     assert float(last["contrastive"]) < float(first["contrastive"]) and float(last["masked"]) < float(first["masked"])
     assert after["loss"] < before["loss"] and after["code_perplexity"] > 5
     assert sum(a["accuracy"] for a in seen) / len(seen) > 3 / CODES and after["contrastive_accuracy"] > 3 / 21
