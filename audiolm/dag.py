@@ -207,7 +207,7 @@ def run_step(step: Step, store: str, inputs: dict[str, Artifact], *, force: bool
             raise LeaseLost(f"{step.name}: stopped before it began")
         if waiter.free():
             try:
-                lease = Lease(path)
+                lease = Lease(path, waiter.judged)
             except FileExistsError:
                 continue  # lost the race: wait for the winner
             if not get_json(join(path, "done.json")):

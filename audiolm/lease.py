@@ -66,10 +66,10 @@ def check_lease(build: str, attempt: int) -> None:
 
 
 class Lease:
-    """A claimed attempt and its heartbeat thread."""
+    """A claimed attempt and its heartbeat thread; it follows attempt `after`, by default the latest."""
 
-    def __init__(self, build: str):
-        self.build, self.attempt = build, latest(build) + 1
+    def __init__(self, build: str, after: int | None = None):
+        self.build, self.attempt = build, (latest(build) if after is None else after) + 1
         self.path = join(build, "attempts", f"{self.attempt:04d}.json")
         self.lost, self._stop, self._write = threading.Event(), threading.Event(), threading.Lock()
         self._record = {**owner(), "state": "running", "beat": 0, "time": time.time()}
@@ -108,13 +108,14 @@ class Lease:
 
 
 class Waiter:
-    """Watches somebody else's attempt: `free()` is true once it may be taken over."""
+    """Watches somebody else's attempt: `free()` is true once `judged`, the latest then, may be taken over. Who claims names
+    it, since there may be a newer one by now."""
 
     def __init__(self, build: str):
-        self.build, self._seen, self._since = build, None, time.monotonic()
+        self.build, self.judged, self._seen, self._since = build, 0, None, time.monotonic()
 
     def free(self) -> bool:
-        number = latest(self.build)
+        number = self.judged = latest(self.build)
         record = read_attempt(self.build, number)
         if record is None or record["state"] != "running" or is_dead(record):
             return True

@@ -154,6 +154,18 @@ def test_two_drivers_run_a_step_once(store):
     assert calls == ["slow"] and len({a.build for a in got}) == 1 and len(got) == 2
 
 
+def test_who_claims_after_another_did_is_refused(store):
+    """Both saw the build free; the second must not take the first one's fresh attempt over."""
+    path = f"{store}/shared/0001"
+    waiter = lease.Waiter(path)
+    assert waiter.free()
+    first = lease.Lease(path)
+    with pytest.raises(FileExistsError):
+        lease.Lease(path, waiter.judged)
+    assert not waiter.free()
+    first.close("done")
+
+
 def test_a_build_that_another_driver_is_just_opening_is_joined(tmp_path):
     """On a disk the folder is there a moment before its build.json."""
     step = Step("one", lambda config, inputs, out: {})
