@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import uuid
+from collections.abc import Iterator
 from typing import Any
 
 import fsspec
@@ -164,3 +165,11 @@ def check_store(path: str) -> None:
                          "Use a local or shared disk, or an S3 server that honours conditional writes")
     finally:
         remove(probe)
+
+
+def pieces(path: str) -> Iterator[bytes]:
+    """A file's bytes, a megabyte at a time. Raises FileNotFoundError."""
+    fs, p = open_fs(path)
+    with fs.open(p, "rb") as f:
+        while piece := f.read(1 << 20):
+            yield piece

@@ -32,11 +32,9 @@ def text_model(uri: str) -> TextModel:
     """Read in pieces. Raises ValueError where a file is missing."""
     sha = hashlib.sha256()
     for name in FILES:
-        fs, p = store.open_fs(store.join(uri, name))
         try:
-            with fs.open(p, "rb") as f:
-                while piece := f.read(1 << 20):
-                    sha.update(piece)
+            for piece in store.pieces(store.join(uri, name)):
+                sha.update(piece)
         except (FileNotFoundError, NotADirectoryError) as e:
             raise ValueError(f"{FIELD}: {uri} holds no {name}; give a folder or URI with config.json and one model.safetensors "
                              "(save_pretrained(folder, max_shard_size='1TB') of transformers writes them)") from e

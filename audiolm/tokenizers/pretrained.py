@@ -123,11 +123,9 @@ def imported(uri: str, n_q: int, vocab: int) -> ImportedCodec:
     """The step's config, from the files' bytes, read in pieces. Raises ValueError where one is missing."""
     sha = hashlib.sha256()
     for name in FILES:
-        fs, p = store.open_fs(store.join(uri, name))
         try:
-            with fs.open(p, "rb") as f:
-                while piece := f.read(1 << 20):
-                    sha.update(piece)
+            for piece in store.pieces(store.join(uri, name)):
+                sha.update(piece)
         except (FileNotFoundError, NotADirectoryError) as e:
             raise ValueError(f"codec.pretrained: {_missing(uri, name)}") from e
     return ImportedCodec(uri=uri, digest=sha.hexdigest()[:16], n_q=n_q, vocab=vocab)

@@ -169,12 +169,10 @@ def imported_encoder(uri: str) -> ImportedEncoder:
     """The step's config, from the files' bytes, read in pieces. Raises ArtefactError (a ValueError) where one is missing."""
     shas = {}
     for name in FILES + FRONTS:
-        fs, p = store.open_fs(store.join(uri, name))
         sha = hashlib.sha256()
         try:
-            with fs.open(p, "rb") as f:
-                while piece := f.read(1 << 20):
-                    sha.update(piece)
+            for piece in store.pieces(store.join(uri, name)):
+                sha.update(piece)
             shas[name] = sha.hexdigest()
         except (FileNotFoundError, NotADirectoryError) as e:
             if name in FILES:
