@@ -70,22 +70,22 @@ def voice(seconds: float, seed: int = 0) -> np.ndarray:
 
 @pytest.mark.parametrize("seconds", [0.4, 0.7371, 2.0])
 def test_unconditional_has_exactly_the_length_asked_for(lm, seconds):
-    for sound in lm.unconditional(seconds, [1, 2]):
-        assert len(sound.wav_T) == round(seconds * 16_000)
+    for sound in lm.unconditional(seconds, [1, 2], may_end=False):
+        assert len(sound.wav_T) == round(seconds * 16_000) and not sound.ended
         frames = -(-len(sound.wav_T) // 640)
         assert sound.codes_TQ.shape == (2 * frames, Q)
-        assert len(sound.z) == int(np.ceil(frames / RUN)) and (sound.z[1:] != sound.z[:-1]).all()
+        assert len(sound.z) >= int(np.ceil(frames / RUN)) and (sound.z[1:] != sound.z[:-1]).all()
         assert 0 <= sound.codes_TQ.min() and sound.codes_TQ.max() < VOCAB and np.isfinite(sound.wav_T).all()
 
 
 def test_continuation_keeps_the_prompt_and_has_the_length(lm):
     prompts = [voice(0.5), voice(0.68, 1)]  # 12 and 17 whole frames; the first is cut to 0.48 s
-    for wav, sound in zip(prompts, lm.continuation(prompts, 0.9, [1, 2]), strict=True):
+    for wav, sound in zip(prompts, lm.continuation(prompts, 0.9, [1, 2], may_end=False), strict=True):
         cut = whole_frames(wav)
-        assert len(sound.wav_T) == len(cut) + 14_400
+        assert len(sound.wav_T) == len(cut) + 14_400 and sound.prompt == len(cut)
         codes_TQ, z = lm.encode([cut])[0], dedupe(lm.tokenize([cut])[0])
         np.testing.assert_array_equal(sound.codes_TQ[:len(codes_TQ)], codes_TQ)
-        np.testing.assert_array_equal(sound.z[:len(z)], z)
+        np.testing.assert_array_equal(sound.z[:sound.z_prompt], z)
         assert len(sound.z) > len(z) and (sound.z[1:] != sound.z[:-1]).all()
         # the codec is causal: the prompt's sound is what the codec alone makes of it
         np.testing.assert_allclose(sound.wav_T[:len(cut)], lm.resynthesis([cut])[0].wav_T, atol=1e-5)
@@ -121,7 +121,10 @@ def test_acoustic_generation_follows_the_clips_frames(lm):
     sounds = lm.acoustic([z_T, z_T], [1, 2], [len(wav), len(wav)])
     assert [len(s.wav_T) for s in sounds] == [len(wav)] * 2
     assert not np.array_equal(sounds[0].codes_TQ, sounds[1].codes_TQ)
-    assert len(lm.acoustic([z_T], [1])[0].wav_T) == 640 * len(z_T)
+    free = lm.acoustic([z_T] * 8, list(range(8)))  # stage 2 says how long the ids last, under a cap
+    lengths = [len(s.wav_T) for s in free]
+    assert len(set(lengths)) > 1 and max(lengths) <= 480 * 2 * len(z_T)
+    assert all(len(s.codes_TQ) * 320 == len(s.wav_T) for s in free)
 
 
 @pytest.mark.parametrize(("frames", "prompt"), [  # a chunk is 20
@@ -141,6 +144,39 @@ def test_chunks_as_a_batch_equal_chunks_one_by_one(lm, frames, prompt):
     np.testing.assert_array_equal(beside, whole)
 
 
+def test_stage_1_ends_a_sound_or_goes_on_until_it_is_long_enough(lm):
+    seeds, asked = list(range(24)), 6_400
+    sounds = lm.unconditional(0.4, seeds)
+    ended = [s for s in sounds if s.ended]
+    assert 0 < len(ended) < len(sounds)
+    assert all(len(s.wav_T) == asked for s in sounds if not s.ended)
+    assert all(len(s.wav_T) == min(asked, 320 * len(s.codes_TQ)) for s in ended)
+    assert min(len(s.wav_T) for s in ended) < asked
+    # where stage 2 needed fewer frames for the ids than were asked for, stage 1 drew more of them
+    whole = lm.unconditional(0.4, seeds, may_end=False)
+    assert max(len(s.z) for s in whole) > int(np.ceil(10 / RUN)) == min(len(s.z) for s in whole)
+
+
+def test_a_prompts_own_speed_sets_the_number_of_ids(lm, monkeypatch):
+    slow = np.repeat(np.arange(5), 6)  # 30 frames, 6 a token: 0.6 s more are 15 frames
+    monkeypatch.setattr(lm, "tokenize", lambda wavs: [slow] * len(wavs))
+    prompt, asked = voice(1.2), []
+    drawn = lm.semantic
+    monkeypatch.setattr(lm, "semantic", lambda z, more, *rest: asked.append(list(more)) or drawn(z, more, *rest))
+    lm.continuation([prompt], 0.6, [0])
+    assert asked[0] == [3]
+
+
+def test_samples_of_one_prompt_share_its_tokens_and_its_cache(lm, monkeypatch):
+    heard = []
+    encode = lm.tokenizer.encode
+    monkeypatch.setattr(lm.tokenizer, "encode", lambda *a: heard.append(1) or encode(*a))
+    together = lm.continuation([voice(0.5)] * 3, 0.5, [1, 2, 3])
+    assert len(heard) == 1
+    for seed, sound in zip((1, 2, 3), together, strict=True):
+        np.testing.assert_array_equal(sound.wav_T, lm.continuation([voice(0.5)], 0.5, [seed])[0].wav_T)
+
+
 def test_resynthesis_takes_fewer_levels(lm):
     wav = voice(0.77)
     full, few = lm.resynthesis([wav])[0], lm.resynthesis([wav], levels=1)[0]
@@ -150,7 +186,7 @@ def test_resynthesis_takes_fewer_levels(lm):
 
 def test_works_without_a_fine_stage(tmp_path):
     lm = load(build(str(tmp_path), coarse=Q), mean_run=RUN)
-    sound = lm.continuation([voice(0.4)], 0.5, [0])[0]
+    sound = lm.continuation([voice(0.4)], 0.5, [0], may_end=False)[0]
     assert len(sound.wav_T) == 14_400 and sound.codes_TQ.shape == (46, Q)
     np.testing.assert_array_equal(sound.codes_TQ[:20], lm.encode([voice(0.4)])[0])
 
@@ -196,13 +232,17 @@ def test_samples_step(paths, tmp_path, recording_out, monkeypatch):
     facts = samples.make_samples(settings, inputs, recording_out)
     entries = store.get_json(store.join(recording_out.path, "samples.json"))
     assert facts["wavs"] == len(entries) == 12
-    wanted = {"unconditional": {0.8}, "acoustic": {1.28, 0.88}, "continuation": {1.28}, "resynthesis": {1.28, 0.88}}
+    most = {"unconditional": 0.8, "acoustic": 1.92, "continuation": 1.28, "resynthesis": 1.28}
     for entry in entries:
         wav, rate = soundfile.read(io.BytesIO(store.get(store.join(recording_out.path, entry["file"]))))
         assert rate == 16_000 and len(wav) == round(entry["seconds"] * rate)
         assert np.isclose(np.abs(wav).max(), min(entry["peak"], 1.0), atol=1e-3)
-        assert entry["seconds"] in wanted[entry["mode"]]
+        assert entry["seconds"] <= most[entry["mode"]]
+        if entry["mode"] in ("unconditional", "continuation"):
+            assert entry["short_s"] == pytest.approx(most[entry["mode"]] - entry["seconds"])
+            assert entry["ended"] or entry["short_s"] == 0
     assert {e["clip"] for e in entries if e["mode"] == "continuation"} == set(speech)
     ui = store.names(store.join(recording_out.path, "ui"))
     assert len([n for n in ui if n.endswith(".wav")]) == len([n for n in ui if n.endswith(".png")]) == 12
+    assert 0 <= facts["short_s/continuation"] <= 0.8 and 0 < facts["semantic_per_s/resynthesis"] <= 25
     assert facts["rtf/continuation"] > 0 and facts["rtf/continuation.fine"] > 0

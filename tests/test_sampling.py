@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from audiolm.lm.sampling import Draw, _draw, sample
+from audiolm.lm.draw import Draw, pick
+from audiolm.lm.sampling import Sampler
 from audiolm.lm.stages import Stage
 from audiolm.models.transformer import Transformer
 
@@ -45,8 +46,8 @@ def prompt(name: str, frames: int, seed: int) -> np.ndarray:
 def test_every_id_is_legal(models, name):
     stage = STAGES[name]
     for temperature, top_k, top_p in ((1, None, None), (50, None, None), (1, 3, None), (1, None, 0.5), (0, None, None)):
-        out = sample(models[name], stage, [prompt(name, 9, s) for s in range(3)], 60, temperature=temperature,
-                     top_k=top_k, top_p=top_p, stop_at_eos=True, seeds=[1, 2, 3])
+        out = Sampler(models[name], stage)([prompt(name, 9, s) for s in range(3)], 60, draw=Draw(temperature, top_k, top_p),
+                     stop_at_eos=True, seeds=[1, 2, 3])
         for ids in out:
             assert 0 < len(ids) <= 60
             for n, i in enumerate(ids):
@@ -58,10 +59,10 @@ def test_eos_ends_a_sample_or_is_never_drawn(models):
     stage, model = STAGES["semantic"], build(STAGES["semantic"], 0.0)
     model.load_state_dict(models["semantic"].state_dict())
     prompts, seeds = [stage.prompt()] * 12, list(range(12))
-    free = sample(model, stage, prompts, 50, temperature=5.0, stop_at_eos=True, seeds=seeds)
+    free = Sampler(model, stage)(prompts, 50, draw=Draw(5.0), stop_at_eos=True, seeds=seeds)
     ended = [ids for ids in free if len(ids) < 50]
     assert ended and all(ids[-1] == stage.eos and stage.eos not in ids[:-1] for ids in ended)
-    full = sample(model, stage, prompts, 50, temperature=5.0, stop_at_eos=False, seeds=seeds)
+    full = Sampler(model, stage)(prompts, 50, draw=Draw(5.0), stop_at_eos=False, seeds=seeds)
     assert all(len(ids) == 50 and stage.eos not in ids for ids in full)
 
 
@@ -71,43 +72,43 @@ def test_a_sample_is_the_same_whatever_the_batch(models, name):
     prompts = [prompt(name, 3 + 5 * i % 17, i) for i in range(n)]
     counts = [6 * stage.slots + 9 * i % 40 * stage.slots for i in range(n)]
     seeds = list(range(100, 100 + n))
-    batch = sample(models[name], stage, prompts, counts, temperature=1.0, seeds=seeds)
+    batch = Sampler(models[name], stage)(prompts, counts, draw=Draw(1.0), seeds=seeds)
     for i in range(n):
-        alone = sample(models[name], stage, [prompts[i]], [counts[i]], temperature=1.0, seeds=[seeds[i]])[0]
+        alone = Sampler(models[name], stage)([prompts[i]], [counts[i]], draw=Draw(1.0), seeds=[seeds[i]])[0]
         np.testing.assert_array_equal(batch[i], alone)
         assert len(alone) == counts[i]
-    back = sample(models[name], stage, prompts[::-1], counts[::-1], temperature=1.0, seeds=seeds[::-1])[::-1]
+    back = Sampler(models[name], stage)(prompts[::-1], counts[::-1], draw=Draw(1.0), seeds=seeds[::-1])[::-1]
     assert all(np.array_equal(a, b) for a, b in zip(batch, back, strict=True))
 
 
 def test_seeds_differ_and_repeat(models):
     stage, p = STAGES["coarse"], prompt("coarse", 5, 0)
-    a, b, c = sample(models["coarse"], stage, [p, p, p], 40, seeds=[7, 8, 7])
+    a, b, c = Sampler(models["coarse"], stage)([p, p, p], 40, seeds=[7, 8, 7])
     assert np.array_equal(a, c) and not np.array_equal(a, b)
 
 
 def test_forced_ids_come_back_and_the_rest_follows_them(models):
     stage, p = STAGES["coarse"], prompt("coarse", 10, 0)
-    whole = sample(models["coarse"], stage, [p], 40, seeds=[3])[0]
+    whole = Sampler(models["coarse"], stage)([p], 40, seeds=[3])[0]
     forced = [whole[:16], whole[:0], whole]
-    out = sample(models["coarse"], stage, [p] * 3, [40, 40, 40], forced=forced, seeds=[3, 3, 3])
+    out = Sampler(models["coarse"], stage)([p] * 3, [40, 40, 40], forced=forced, seeds=[3, 3, 3])
     # the draw at a position depends on the seed and the position, so the sample goes on as it did
     assert all(np.array_equal(ids, whole) for ids in out)
     with pytest.raises(ValueError, match="forced"):
-        sample(models["coarse"], stage, [p], 10, forced=[whole], seeds=[3])
+        Sampler(models["coarse"], stage)([p], 10, forced=[whole], seeds=[3])
 
 
 def test_no_repeat_at_the_prompts_boundary(models):
     stage = STAGES["semantic"]
     forced = [stage.targets(np.array([i])) for i in range(K)]
-    out = sample(models["semantic"], stage, [stage.prompt()] * K, 30, forced=forced, temperature=30.0,
+    out = Sampler(models["semantic"], stage)([stage.prompt()] * K, 30, forced=forced, draw=Draw(30.0),
                  seeds=list(range(K)))
     assert all((ids[1:] != ids[:-1]).all() for ids in out)
 
 
 def test_cached_sampling_equals_the_whole_model_at_each_step(models):
     stage, model, p = STAGES["fine"], models["fine"], prompt("fine", 6, 1)
-    ids = sample(model, stage, [p], 36, temperature=0.0, seeds=[0])[0]
+    ids = Sampler(model, stage)([p], 36, draw=Draw(0.0), seeds=[0])[0]
     for n in range(36):
         h_D = model.hidden(torch.from_numpy(np.concatenate([p, ids[:n]]))[None])[0, -1]
         scores_W = model.head.by_slot()[n % stage.slots] @ h_D
@@ -117,21 +118,31 @@ def test_cached_sampling_equals_the_whole_model_at_each_step(models):
 
 def test_draws_follow_the_distribution():
     logits_V = torch.tensor([1.0, -torch.inf, 0.0, 2.0, -1.0, -torch.inf])
-    noise = torch.rand(20_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    ids_V = torch.arange(6)
 
-    def shares(draw: Draw) -> torch.Tensor:
-        return torch.bincount(_draw(logits_V.expand(len(noise), 6), noise, draw), minlength=6) / len(noise)
+    def drawn(noise: torch.Tensor, draw: Draw, recent=()) -> torch.Tensor:
+        n = len(noise)
+        return pick(logits_V.expand(n, 6), noise, draw, ids_V.expand(n, 6), torch.tensor(recent).expand(n, len(recent)))
+
+    def shares(draw: Draw, recent=()) -> torch.Tensor:
+        noise = torch.rand(20_000, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        return torch.bincount(drawn(noise, draw, recent), minlength=6) / len(noise)
 
     for t in (0.6, 1.0, 2.0):
         torch.testing.assert_close(shares(Draw(t)), (logits_V / t).softmax(0), atol=0.015, rtol=0)
     assert shares(Draw(1.0, top_k=2)).nonzero().flatten().tolist() == [0, 3]
     assert shares(Draw(1.0, top_p=0.7)).nonzero().flatten().tolist() == [0, 3]  # 0.64 + 0.24 crosses 0.7
     assert shares(Draw(1.0, top_p=1e-6)).tolist() == [0, 0, 0, 1, 0, 0]
-    ends = torch.tensor([0.0, 1.0 - 2**-53], dtype=torch.float64)
-    assert _draw(logits_V.expand(2, 6), ends, Draw(1.0)).tolist() == [0, 4]
+    ends = torch.tensor([[0.0, 0.0], [1.0 - 2**-53, 0.0]], dtype=torch.float64)
+    assert drawn(ends, Draw(1.0)).tolist() == [0, 4]
+    # repetition-aware: id 3 stands too often among the last ones, so where top_p draws it, all ids may come
+    aware = Draw(1.0, top_p=1e-6, window=10, repeats=0.2)
+    assert shares(aware, (3, 3, 0, 0)).tolist() == [0, 0, 0, 1, 0, 0]
+    torch.testing.assert_close(shares(aware, (3, 3, 3, 0)), logits_V.softmax(0), atol=0.015, rtol=0)
 
 
 def test_bad_settings_are_refused():
-    for settings, field in (((-1.0,), "temperature"), ((1.0, 0), "top_k"), ((1.0, None, 0.0), "top_p")):
+    for settings, field in (((-1.0,), "temperature"), ((1.0, 0), "top_k"), ((1.0, None, 0.0), "top_p"),
+                            ((1.0, None, None, 0), "window"), ((1.0, None, None, 5, 1.0), "repeats")):
         with pytest.raises(ValueError, match=field):
             Draw(*settings)

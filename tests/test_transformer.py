@@ -88,7 +88,7 @@ def test_a_row_has_the_same_bits_in_any_batch(model):
     def run(rows: list[int]) -> torch.Tensor:
         cache = model.cache(len(rows), 140)
         for b, r in enumerate(rows):
-            model.advance(prompts[r], cache.row(b))
+            model.advance(prompts[r], cache.rows(b, b + 1))
         cache.longest = max(prompts[r].shape[1] for r in rows)
         return torch.stack([model.scores(model.advance(tail[rows, t:t + 1], cache)[:, 0], [0] * len(rows))
                             for t in range(70)], 1)

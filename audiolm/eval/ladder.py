@@ -88,7 +88,8 @@ def _continued(lm: AudioLM, wavs: Sequence[np.ndarray], prompts: Sequence[int],
     rest = [len(w) - p for w, p in zip(wavs, prompts, strict=True)]
     for samples in sorted(set(rest)):  # one batch for all that go on equally long
         at = [i for i, r in enumerate(rest) if r == samples]
-        sounds = lm.continuation([wavs[i][:prompts[i]] for i in at], samples / SAMPLE_RATE, [seeds[i] for i in at])
+        sounds = lm.continuation([wavs[i][:prompts[i]] for i in at], samples / SAMPLE_RATE, [seeds[i] for i in at],
+                                 may_end=False)
         for i, sound in zip(at, sounds, strict=True):
             made[i] = sound.wav_T
     return made

@@ -17,17 +17,20 @@ from audiolm import rng, store
 from audiolm.data.audio import read_clip, wav_bytes
 from audiolm.data.manifest import Clip, read_clips, roots
 from audiolm.data.shards import device_of, fan_out
+from audiolm.lm.draw import draws_of
 from audiolm.lm.generation import Sound, load, whole_frames
 from audiolm.tokenizers.base import SAMPLE_RATE
 
 MODES = ("unconditional", "acoustic", "continuation", "resynthesis")
+FREE = ("unconditional", "continuation")  # may end before the seconds asked for
 MODELS = ("kmeans", "codec", "lm_semantic", "lm_coarse", "lm_fine")
 
 
 def make_samples(config: Mapping[str, Any], inputs: Mapping[str, Any], out: Any) -> dict[str, Any]:
     """Step function. config: samples, corpus, seed, cluster; inputs: manifest, kmeans, codec, semantic_tokens and the
-    stages (no lm_fine where Q' = Q). One task a mode. Returns counts, seconds of audio and real-time factors (below 1:
-    faster than the sound lasts). Raises ValueError for a wav that is not finite or not of the length asked for.
+    stages (no lm_fine where Q' = Q). One task a mode. Returns counts, seconds of audio, real-time factors (below 1: faster
+    than the sound lasts), the median of the seconds that stage 1 ended too early and, by mode, semantic tokens a second (of
+    resynthesis: of the real clips). Raises ValueError for a wav that is not finite.
     """
     device = device_of(config["cluster"], out.inline)
     paths = {name: artifact.path for name, artifact in inputs.items()}
@@ -43,6 +46,10 @@ def make_samples(config: Mapping[str, Any], inputs: Mapping[str, Any], out: Any)
     for mode, (mode_entries, spent_s) in zip(MODES, results, strict=True):
         seconds = sum(e["seconds"] for e in mode_entries)
         facts |= {f"rtf/{mode}{part and '.' + part}": round(spent / seconds, 4) for part, spent in spent_s.items()}
+        if mode in FREE:
+            facts[f"short_s/{mode}"] = float(np.median([e["short_s"] for e in mode_entries]))
+        if rates := [e["semantic_per_s"] for e in mode_entries if e["semantic_per_s"]]:
+            facts[f"semantic_per_s/{mode}"] = round(float(np.mean(rates)), 3)
     return facts
 
 
@@ -50,27 +57,25 @@ def make_mode(mode: str, config: Mapping[str, Any], paths: Mapping[str, str], me
               device: str) -> tuple[list[dict], dict[str, float]]:
     """One task: the wavs of a mode, and the seconds spent in all ("") and by stage."""
     asked, corpus, seed = config["samples"], config["corpus"], config["seed"]
-    system = load({name: paths[name] for name in MODELS if name in paths}, device, mean_run=mean_run,
-                  temperatures={s: getattr(asked, f"temperature_{s}") for s in ("semantic", "coarse", "fine")})
+    system = load({name: paths[name] for name in MODELS if name in paths}, device, mean_run=mean_run, draws=draws_of(asked))
     clips = pick(read_clips(paths["manifest"], "test"), asked.n, asked.prompt_s + asked.seconds, seed)
     wavs = [_excerpt(clip, roots(corpus), asked.prompt_s + asked.seconds) for clip in clips]
     prompts = [whole_frames(wav[:round(asked.prompt_s * SAMPLE_RATE)]) for wav in wavs]
     seeds = [rng.derive(seed, f"sample {mode}", i) for i in range(asked.n)]
     began = time.perf_counter()
     if mode == "unconditional":
-        sounds, lengths = system.unconditional(asked.seconds, seeds), [round(asked.seconds * SAMPLE_RATE)] * asked.n
+        sounds = system.unconditional(asked.seconds, seeds)
     elif mode == "acoustic":
-        sounds, lengths = system.acoustic(system.tokenize(wavs), seeds, [len(w) for w in wavs]), [*map(len, wavs)]
+        sounds = system.acoustic(system.tokenize(wavs), seeds)
     elif mode == "continuation":
         sounds = system.continuation(prompts, asked.seconds, seeds)
-        lengths = [len(p) + round(asked.seconds * SAMPLE_RATE) for p in prompts]
     else:
-        sounds, lengths = system.resynthesis(wavs), [*map(len, wavs)]
+        sounds = system.resynthesis(wavs)
     spent_s = {"": time.perf_counter() - began, **system.spent_s}
     sources = [None] * asked.n if mode == "unconditional" else clips
-    cuts_s = [len(p) / SAMPLE_RATE if mode == "continuation" else None for p in prompts]
-    return [_publish(folder, mode, i, sound, n, source, cut_s) for i, (sound, n, source, cut_s)
-            in enumerate(zip(sounds, lengths, sources, cuts_s, strict=True))], spent_s
+    asked_s = asked.seconds if mode in FREE else None
+    return [_publish(folder, mode, i, sound, asked_s, source)
+            for i, (sound, source) in enumerate(zip(sounds, sources, strict=True))], spent_s
 
 
 def pick(clips: Sequence[Clip], n: int, seconds: float, seed: int) -> list[Clip]:
@@ -96,20 +101,22 @@ def _excerpt(clip: Clip, source_roots: dict[str, str], seconds: float) -> np.nda
     return whole_frames(wav)
 
 
-def _publish(path: str, mode: str, i: int, sound: Sound, samples: int, clip: Clip | None,
-             prompt_s: float | None) -> dict:
-    """Checks one sound, writes its wav and spectrogram; returns its line of samples.json."""
+def _publish(path: str, mode: str, i: int, sound: Sound, asked_s: float | None, clip: Clip | None) -> dict:
+    """Checks one sound, writes its wav and spectrogram; returns its line of samples.json. `asked_s`: beyond a prompt."""
     from audiolm.eval.plots import spectrogram
 
-    wav_T = sound.wav_T
-    if len(wav_T) != samples or not np.isfinite(wav_T).all():
-        raise ValueError(f"{mode} sample {i} has {len(wav_T)} samples (expected {samples}), "
-                         f"{int((~np.isfinite(wav_T)).sum())} of them not finite: look at the codec step")
+    wav_T, new_s = sound.wav_T, (len(sound.wav_T) - sound.prompt) / SAMPLE_RATE
+    if not np.isfinite(wav_T).all():
+        raise ValueError(f"{mode} sample {i} has {int((~np.isfinite(wav_T)).sum())} samples that are not finite: look at the "
+                         "codec step")
+    prompt_s = sound.prompt / SAMPLE_RATE if sound.prompt else None
     name, title = f"{mode}-{i + 1}", f"{mode} {i + 1}" + (f", {clip.id}" if clip else "")
     data = wav_bytes(wav_T)
     store.put(store.join(path, "wav", f"{name}.wav"), data)
     store.put(store.join(path, "ui", f"{name}.wav"), data)
     store.put(store.join(path, "ui", f"{name}.png"), spectrogram(wav_T, title, prompt_s))
     return {"file": f"wav/{name}.wav", "mode": mode, "title": title, "seconds": round(len(wav_T) / SAMPLE_RATE, 4),
-            "prompt_s": prompt_s, "clip": clip.id if clip else None,
+            "prompt_s": prompt_s, "short_s": None if asked_s is None else round(asked_s - new_s, 4), "ended": sound.ended,
+            "semantic_per_s": round((len(sound.z) - sound.z_prompt) / new_s, 3) if new_s else None,
+            "clip": clip.id if clip else None,
             "text": clip.text if clip else None, "peak": round(float(np.abs(wav_T).max()), 5)}

@@ -1,9 +1,9 @@
 """The cascade at work (paper III-D): semantic tokens, then coarse, then fine codes, then sound.
 
 Modes: unconditional, acoustic generation from true semantic tokens, continuation of a prompt, codec resynthesis.
-Shapes: wav_T float32 mono at 16 kHz; z_T int64 at 25 Hz; codes_TQ int64 at 50 Hz.  A wav has exactly the samples asked
-for.  The prompt's codes come back unchanged; without a fine stage (Q' = Q) the coarse codes are all codes.
-Seeds: one int a sample; the same seed gives the same sound, whatever else is generated with it.
+Shapes: wav_T float32 mono at 16 kHz; z_T int64 at 25 Hz; codes_TQ int64 at 50 Hz.  A wav never exceeds the seconds asked
+for; it is shorter where stage 1 ended it.  The prompt's codes come back unchanged; without a fine stage (Q' = Q) the
+coarse codes are all codes.  Seeds: one int a sample; the same seed gives the same sound, whatever else is generated with it.
 """
 
 from __future__ import annotations
@@ -17,41 +17,50 @@ import numpy as np
 import torch
 
 from audiolm import store
+from audiolm.lm.draw import Draw
 from audiolm.lm.model import load_lm
-from audiolm.lm.sampling import sample
-from audiolm.lm.stages import FRAMES, SEMANTIC_HZ, Stage
+from audiolm.lm.sampling import Sampler
+from audiolm.lm.stages import FRAMES, SEMANTIC_HZ, Stage, dedupe
 from audiolm.models.transformer import Transformer
 from audiolm.rng import derive
-from audiolm.tokenizers.base import SAMPLE_RATE, SEMANTIC_HOP, Codec, Tokenizer, padded_samples
+from audiolm.tokenizers.base import ACOUSTIC_HOP, SAMPLE_RATE, SEMANTIC_HOP, Codec, Tokenizer, padded_samples
 
-TEMPERATURES = {"semantic": 0.6, "coarse": 0.8, "fine": 0.6}  # paper III-D
+DRAWS = {"semantic": Draw(0.6), "coarse": Draw(0.8), "fine": Draw(0.6)}  # paper III-D
+ROUNDS = 6  # of stages 1 and 2, where stage 2 needs fewer frames than stage 1's ids were to last; then EOS is barred
+CAP = 1.5  # stage 2's frames, as a multiple of what its semantic ids last on average, where nothing else bounds them
+OWN_RUN_S = 1.0  # a prompt's own mean run length counts from this length on
 
 
 @dataclass(frozen=True)
 class Sound:
-    """One generated clip: wav_T, the ids stage 2 was given (deduplicated where the stage is), all its codes_TQ."""
+    """One generated clip: wav_T, the ids stage 2 was given (deduplicated where the stage is), all its codes_TQ.
+
+    Of wav_T the first `prompt` samples, of z the first `z_prompt` ids are the prompt's. `ended`: stage 1 drew EOS.
+    """
 
     wav_T: np.ndarray
     z: np.ndarray
     codes_TQ: np.ndarray
+    prompt: int = 0
+    z_prompt: int = 0
+    ended: bool = False
 
 
 @dataclass
 class AudioLM:
     """A whole system. `mean_run`: semantic frames per deduplicated token in training; `fine` None where Q' = Q.
 
-    `spent_s` adds up the wall-clock seconds of tokenize, semantic, coarse, fine and decode.
+    `spent_s` adds up the wall-clock seconds of tokenize, semantic, coarse, fine and decode, `drawn` the ids of the stages.
     """
 
     tokenizer: Tokenizer
     codec: Codec
     models: dict[str, tuple[Transformer, Stage]]  # semantic, coarse and (where Q' < Q) fine
     mean_run: float
-    temperatures: Mapping[str, float] = field(default_factory=lambda: dict(TEMPERATURES))
-    top_k: int | None = None
-    top_p: float | None = None
+    draws: Mapping[str, Draw] = field(default_factory=lambda: dict(DRAWS))
     device: str = "cpu"
     spent_s: dict[str, float] = field(default_factory=dict)
+    drawn: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self):
         coarse = self.models["coarse"][1]
@@ -60,6 +69,7 @@ class AudioLM:
         if have != want:
             raise ValueError(f"the stages were trained for (k, vocab, levels) = {have}, the tokenizers have {want}: "
                              "load the tokenizers and stages of one run; no lm_fine only where Q' = Q")
+        self._samplers = {name: Sampler(model, stage) for name, (model, stage) in self.models.items()}
 
     @property
     def has_fine(self) -> bool:
@@ -70,39 +80,47 @@ class AudioLM:
 
     # -- modes ---------------------------------------------------------------------------------------------------
 
-    def unconditional(self, seconds: float, seeds: Sequence[int]) -> list[Sound]:
-        """New sounds of `seconds` each, one a seed. Raises ValueError beyond the stages' trained crops."""
-        samples = round(seconds * SAMPLE_RATE)
-        frames = self._frames(samples)
-        zs = self._continue_z([np.zeros(0, np.int64)] * len(seeds), [frames] * len(seeds), seeds)
-        return self._finish(zs, [FRAMES * frames] * len(seeds), [samples] * len(seeds), seeds, None)
+    def unconditional(self, seconds: float, seeds: Sequence[int], may_end: bool = True) -> list[Sound]:
+        """New sounds of at most `seconds` each, one a seed. Raises ValueError beyond the stages' trained crops."""
+        empty = [np.zeros(0, np.int64)] * len(seeds)
+        return self._speak(empty, [round(seconds * SAMPLE_RATE)] * len(seeds), seeds, None, may_end)
+
+    def continuation(self, prompts: Sequence[np.ndarray], seconds: float, seeds: Sequence[int],
+                     may_end: bool = True) -> list[Sound]:
+        """Prompts (wav_T at 16 kHz, cut to whole 40 ms frames before anything hears them) and at most `seconds` beyond each.
+
+        `may_end`: stage 1 may draw EOS before. Raises ValueError for a prompt below one frame or a sum beyond the stages'
+        trained crops.
+        """
+        cut = [whole_frames(wav) for wav in prompts]
+        totals = [len(wav) + round(seconds * SAMPLE_RATE) for wav in cut]
+        for n in totals:
+            self._frames(n)
+        once = {wav.tobytes(): wav for wav in cut}  # samples of one prompt share its tokens
+        z, codes = (dict(zip(once, f(list(once.values())), strict=True)) for f in (self.tokenize, self.encode))
+        keys = [wav.tobytes() for wav in cut]
+        return self._speak([z[key] for key in keys], totals, seeds, [codes[key] for key in keys], may_end)
 
     def acoustic(self, z_T: Sequence[np.ndarray], seeds: Sequence[int],
                  samples: Sequence[int] | None = None) -> list[Sound]:
         """Sounds that say what true (undeduplicated) semantic tokens say, each in a voice of its own.
 
-        `samples` cuts each wav (default: all of its frames). Raises ValueError beyond the coarse stage's crop.
+        With `samples` each wav has exactly as many, at most all of its frames; without, stage 2's EOS ends it where tokens are
+        deduplicated and so do not tell how long they last. Raises ValueError beyond the coarse stage's crop.
         """
-        counts = [SEMANTIC_HOP * len(z) for z in z_T] if samples is None else list(samples)
-        return self._finish(list(z_T), [FRAMES * len(z) for z in z_T], counts, seeds, None)
-
-    def continuation(self, prompts: Sequence[np.ndarray], seconds: float, seeds: Sequence[int]) -> list[Sound]:
-        """Prompts (wav_T at 16 kHz, cut to whole 40 ms frames before anything hears them) and `seconds` beyond each.
-
-        Raises ValueError for a prompt below one frame or a sum beyond the stages' trained crops.
-        """
-        cut = [whole_frames(wav) for wav in prompts]
-        totals = [len(wav) + round(seconds * SAMPLE_RATE) for wav in cut]
-        frames = [self._frames(n) for n in totals]
-        z_prompts, codes = self.tokenize(cut), self.encode(cut)
-        more = [n - len(z) for n, z in zip(frames, z_prompts, strict=True)]
-        zs = self._continue_z(z_prompts, more, seeds)
-        return self._finish(zs, [FRAMES * n for n in frames], totals, seeds, codes)
+        frames = [FRAMES * len(z) for z in z_T]
+        zs = [self.stage("coarse").semantic_ids(z) for z in z_T]
+        free = samples is None and self.stage("coarse").dedupe
+        most = FRAMES * self.stage("coarse").crop_frames
+        codes = self.coarse(zs, [max(n, min(most, math.ceil(CAP * n))) for n in frames] if free else frames, seeds, None, free)
+        counts = [ACOUSTIC_HOP * len(c) for c in codes] if samples is None else list(samples)
+        return [Sound(self.decode(c, n), z, c)
+                for z, c, n in zip(zs, self.fine(codes, seeds), counts, strict=True)]
 
     def resynthesis(self, wavs: Sequence[np.ndarray], levels: int | None = None) -> list[Sound]:
         """wavs through the codec and back with the first `levels` levels (default all): the bound of every mode."""
         codes = [c[:, :levels] for c in self.encode(wavs)]
-        zs = self.tokenize(wavs)
+        zs = [self.stage("semantic").targets(z) for z in self.tokenize(wavs)]
         return [Sound(self.decode(c, len(w)), z, c) for w, z, c in zip(wavs, zs, codes, strict=True)]
 
     # -- stages --------------------------------------------------------------------------------------------------
@@ -126,25 +144,24 @@ class AudioLM:
         self._spend("tokenize", start)
         return out
 
-    def _continue_z(self, prompts: list[np.ndarray], frames: list[int], seeds: Sequence[int]) -> list[np.ndarray]:
-        """Stage 1: each prompt's ids and as many more as `frames` frames take by the mean run length; no early EOS."""
+    def semantic(self, z: Sequence[np.ndarray], more: Sequence[int], seeds: Sequence[int],
+                 may_end: bool = True) -> tuple[list[np.ndarray], list[bool]]:
+        """Stage 1: each row's ids `z` and at most `more` beyond them, within the trained crops; whether EOS ended them."""
         stage = self.stage("semantic")
-        forced = [stage.targets(z) for z in prompts]
-        run = self.mean_run if stage.dedupe else 1.0
-        counts = [len(f) + math.ceil(n / run) for f, n in zip(forced, frames, strict=True)]
-        return self._sample("semantic", [stage.prompt()] * len(prompts), counts, forced, seeds)
+        counts = [max(len(ids), min(len(ids) + n, self._most)) for ids, n in zip(z, more, strict=True)]
+        out = self._sample("semantic", [stage.prompt()] * len(z), counts, z, seeds, may_end)
+        return [stage.unpack(ids) for ids in out], [bool(len(ids) and ids[-1] == stage.eos) for ids in out]
 
     def coarse(self, z: Sequence[np.ndarray], frames: Sequence[int], seeds: Sequence[int],
-               prompts: Sequence[np.ndarray] | None = None) -> list[np.ndarray]:
-        """Stage 2: codes_TQ' of `frames` acoustic frames each; a prompt's coarse codes_TQ' come back first, unchanged.
-
-        Raises ValueError where a clip is longer than the stage's trained crop (no long form yet).
-        """
+               known: Sequence[np.ndarray] | None = None, may_end: bool | Sequence[bool] = False) -> list[np.ndarray]:
+        """Stage 2: codes_TQ' of `frames` acoustic frames each, or fewer where it `may_end` itself; z as the stage takes it.
+        `known` coarse codes_TQ' come back first, unchanged. Raises ValueError beyond the stage's trained crop."""
         stage = self.stage("coarse")
         for ids, n in zip(z, frames, strict=True):
             self._check("coarse", max(len(ids), -(-n // FRAMES)))
-        forced = None if prompts is None else [stage.targets(c) for c in prompts]
-        out = self._sample("coarse", [stage.prompt(ids) for ids in z], [n * stage.slots for n in frames], forced, seeds)
+        forced = None if known is None else [stage.targets(c) for c in known]
+        out = self._sample("coarse", [stage.prompt(ids) for ids in z], [n * stage.slots for n in frames], forced, seeds,
+                           may_end)
         return [stage.unpack(ids) for ids in out]
 
     def fine(self, coarse: Sequence[np.ndarray], seeds: Sequence[int],
@@ -172,13 +189,11 @@ class AudioLM:
 
     def _chunks(self, coarse, spans, known, done, seeds) -> None:
         """Fills done[i][a:b] for the spans (i, a, b), as one batch."""
-        if not spans:
-            return
         stage = self.stage("fine")
         out = self._sample("fine", [stage.prompt(coarse_TQ=coarse[i][a:b]) for i, a, b in spans],
                            [(b - a) * stage.slots for _, a, b in spans],
                            [stage.targets(known[i][a:b]) for i, a, b in spans],
-                           [derive(seeds[i], "chunk", a) for i, a, _ in spans])
+                           [derive(seeds[i], "chunk", a) for i, a, _ in spans], False)
         for (i, a, b), ids in zip(spans, out, strict=True):
             done[i][a:b] = stage.unpack(ids)
 
@@ -197,20 +212,59 @@ class AudioLM:
 
     # -- helpers -------------------------------------------------------------------------------------------------
 
-    def _finish(self, zs, frames, samples, seeds, prompt_codes) -> list[Sound]:
-        """Stages 2 and 3 and the decoder; prompt_codes: all levels of each prompt, or None."""
-        q = self.stage("coarse").levels[1]
-        first, rest = (None, None) if prompt_codes is None else ([c[:, :q] for c in prompt_codes],
-                                                                 [c[:, q:] for c in prompt_codes])
-        codes = self.fine(self.coarse(zs, frames, seeds, first), seeds, rest)
-        return [Sound(self.decode(c, n), np.asarray(z), c) for c, n, z in zip(codes, samples, zs, strict=True)]
+    @property
+    def _most(self) -> int:
+        """Semantic ids that stages 1 and 2 can take."""
+        return min(self.stage("semantic").crop_frames, self.stage("coarse").crop_frames)
 
-    def _sample(self, name: str, prompts, counts, forced, seeds) -> list[np.ndarray]:
+    def _speak(self, prompts: Sequence[np.ndarray], samples: Sequence[int], seeds: Sequence[int],
+               codes: Sequence[np.ndarray] | None, may_end: bool) -> list[Sound]:
+        """All stages: sounds of at most `samples` samples, prompts (z_T and all levels of codes_TQ) included.
+
+        A deduplicated id does not tell how long it lasts: stage 1 draws as many as are expected to last long enough, stage 2
+        says by its EOS how long they do, and where that is too short stage 1 goes on.
+        """
+        stage, q = self.stage("semantic"), self.stage("coarse").levels[1]
+        frames = [self._frames(n) for n in samples]
+        runs = [len(z) / len(dedupe(z)) if len(z) >= OWN_RUN_S * SEMANTIC_HZ else self.mean_run for z in prompts]
+        runs = runs if stage.dedupe else [1.0] * len(runs)
+        heads = [stage.targets(z) for z in prompts]
+        zs, ended = list(heads), [False] * len(heads)
+        ys = [np.zeros((0, q), np.int64) for _ in heads] if codes is None else [c[:, :q] for c in codes]
+        live = list(range(len(heads)))
+        for turn in range(ROUNDS):
+            more = [math.ceil((frames[i] - len(ys[i]) / FRAMES) / runs[i]) for i in live]
+            last = turn == ROUNDS - 1
+            z, ends = self.semantic([zs[i] for i in live], more, [seeds[i] for i in live], may_end)
+            for i, ids, end in zip(live, z, ends, strict=True):
+                zs[i], ended[i] = ids, end
+            caps = [self._cap(frames[i], len(zs[i]) * runs[i], ended[i]) for i in live]
+            free = [stage.dedupe and (ended[i] or not (last or len(zs[i]) >= self._most)) for i in live]
+            y = self.coarse([zs[i] for i in live], [max(n, len(ys[i])) for i, n in zip(live, caps, strict=True)],
+                            [seeds[i] for i in live], [ys[i] for i in live], free)
+            for i, c in zip(live, y, strict=True):
+                ys[i] = c
+            live = [i for i in live if len(ys[i]) < FRAMES * frames[i] and not ended[i]]
+            if not live:
+                break
+        all_codes = self.fine(ys, seeds, None if codes is None else [c[:, q:] for c in codes])
+        wavs = [self.decode(c, min(n, ACOUSTIC_HOP * len(c))) for c, n in zip(all_codes, samples, strict=True)]
+        return [Sound(wav, z, c, SEMANTIC_HOP * len(prompt), len(head), end) for wav, z, c, prompt, head, end
+                in zip(wavs, zs, all_codes, prompts, heads, ended, strict=True)]
+
+    def _cap(self, frames: int, lasting: float, ended: bool) -> int:
+        """Acoustic frames that stage 2 may draw for ids that are expected to last so many semantic frames."""
+        if not self.stage("semantic").dedupe:
+            return FRAMES * min(frames, int(lasting))
+        return FRAMES * (min(frames, math.ceil(CAP * lasting)) if ended else frames)
+
+    def _sample(self, name: str, prompts, counts, forced, seeds, may_end: bool | Sequence[bool]) -> list[np.ndarray]:
         start = time.perf_counter()
-        model, stage = self.models[name]
-        out = sample(model, stage, prompts, counts, forced=forced, temperature=self.temperatures[name],
-                     top_k=self.top_k, top_p=self.top_p, seeds=[derive(s, name) for s in seeds])
+        out = self._samplers[name](prompts, counts, forced=forced, stop_at_eos=may_end, draw=self.draws[name],
+                                   seeds=[derive(s, name) for s in seeds])
         self._spend(name, start)
+        given = 0 if forced is None else sum(map(len, forced))
+        self.drawn[name] = self.drawn.get(name, 0) + sum(map(len, out)) - given
         return out
 
     def _spend(self, name: str, start: float) -> None:
@@ -244,10 +298,11 @@ def whole_frames(wav_T: np.ndarray) -> np.ndarray:
 
 
 def load(paths: Mapping[str, str], device: str = "cpu", mean_run: float | None = None,
-         temperatures: Mapping[str, float] | None = None) -> AudioLM:
+         draws: Mapping[str, Draw] | None = None) -> AudioLM:
     """The system from the steps' output folders: kmeans, codec, lm_semantic, lm_coarse and (where Q' < Q) lm_fine.
 
-    `mean_run` defaults to the fact of that name of the `semantic_tokens` folder. Raises ValueError for a missing step.
+    `mean_run` defaults to the fact of that name of the `semantic_tokens` folder. The stages run in bfloat16 on a GPU.
+    Raises ValueError for a missing step and for stages that were trained on another tokenizer's tokens.
     """
     from audiolm.tokenizers.acoustic import load_codec
     from audiolm.tokenizers.semantic import load_semantic
@@ -255,6 +310,7 @@ def load(paths: Mapping[str, str], device: str = "cpu", mean_run: float | None =
     for name in ("kmeans", "codec", "lm_semantic", "lm_coarse"):
         if name not in paths:
             raise ValueError(f"step {name} is missing, there are {sorted(paths)}: run the pipeline up to it")
+    _of_one_run(paths)
     if mean_run is None:
         if "semantic_tokens" not in paths:
             raise ValueError("pass mean_run, or the semantic_tokens step's folder in paths")
@@ -264,5 +320,18 @@ def load(paths: Mapping[str, str], device: str = "cpu", mean_run: float | None =
         mean_run = done["facts"]["mean_run"]
     models = {name: load_lm(paths[f"lm_{name}"], device)
               for name in ("semantic", "coarse", "fine") if f"lm_{name}" in paths}
+    if device != "cpu":
+        models = {name: (model.bfloat16(), stage) for name, (model, stage) in models.items()}
     return AudioLM(load_semantic(paths["kmeans"], device), load_codec(paths["codec"], device), models, float(mean_run),
-                   dict(temperatures or TEMPERATURES), device=device)
+                   dict(draws or DRAWS), device=device)
+
+
+def _of_one_run(paths: Mapping[str, str]) -> None:
+    """Raises ValueError where a finished step's record names other inputs than these."""
+    ids = {name: ".".join(path.rstrip("/").split("/")[-2:]) for name, path in paths.items()}
+    for name, path in paths.items():
+        made_of = (store.get_json(store.join(path, "done.json")) or {}).get("inputs", {})
+        for other in ids.keys() & made_of.keys():
+            if made_of[other] != ids[other]:
+                raise ValueError(f"{name} ({path}) was made of {other} {made_of[other]}, not of {ids[other]}: take all steps "
+                                 "of one run, or run the pipeline again")

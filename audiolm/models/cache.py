@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-KEYS = 64  # on a CPU keys come in whole runs of these, masked ones add exact zeros
+KEYS = 64  # keys come in whole runs of these, masked ones add exact zeros: few shapes, and bits that no other row changes
+GPU_KEYS = 256  # a CUDA graph each: reading 128 keys too many costs less than many graphs
 
 
 @dataclass
@@ -19,14 +20,33 @@ class Cache:
     turns: tuple[torch.Tensor, torch.Tensor] | None  # (length, width) each: rotary cosines and sines, where there are any
     longest: int = 0  # the longest row, known without asking the device
 
-    def row(self, b: int) -> Cache:
-        """A view of one empty row that shares its memory; set `longest` of the whole afterwards."""
-        return Cache([t[b:b + 1] for t in self.k], [t[b:b + 1] for t in self.v], self.lengths_B[b:b + 1], self.turns)
+    def clear(self) -> None:
+        """Forgets all rows; the memory stays, and what lies in it is masked and overwritten."""
+        self.lengths_B.zero_()
+        self.longest = 0
+
+    def rows(self, first: int, last: int) -> Cache:
+        """A view of some empty rows that shares their memory; set `longest` of the whole afterwards."""
+        part = slice(first, last)
+        return Cache([t[part] for t in self.k], [t[part] for t in self.v], self.lengths_B[part], self.turns)
 
     def truncate(self, lengths_B: torch.Tensor, longest: int) -> None:
-        """Declares the true lengths after a right-padded prompt; what lies beyond is masked and overwritten."""
-        self.lengths_B.copy_(lengths_B)
+        """Declares the true lengths of the first rows after a right-padded prompt; what lies beyond is masked and
+        overwritten."""
+        self.lengths_B[:len(lengths_B)] = lengths_B
         self.longest = longest
+
+    def spread(self, of: list[int]) -> None:
+        """Row b becomes what row of[b] is, for the first rows: samples of a prompt share what was computed for it."""
+        n = self.longest
+        for t in (*self.k, *self.v):
+            t[:len(of), :, :n] = t[of, :, :n]
+        self.lengths_B[:len(of)] = self.lengths_B[of]
+
+    def keys(self, t: int) -> int:
+        """How many keys t new tokens are compared with: whole runs, and few different numbers."""
+        run = KEYS if self.lengths_B.device.type == "cpu" else GPU_KEYS
+        return min(self.k[0].shape[2], -(-(self.longest + t) // run) * run)
 
 
 @dataclass
@@ -48,7 +68,7 @@ def places(cache: Cache, t: int, distance_bias=None) -> Places:
     device = cache.lengths_B.device
     at_Bt = cache.lengths_B[:, None] + torch.arange(t, device=device)
     rows = length * torch.arange(B * H, device=device).view(B, H, 1) + at_Bt[:, None]
-    keys = min(length, -(-(cache.longest + t) // KEYS) * KEYS)
+    keys = cache.keys(t)
     turns = cache.turns and tuple(x[at_Bt][:, :, None, None] for x in cache.turns)
     if cache.longest == 0 and t > 1:  # an empty cache's new tokens see each other only
         return Places(rows.view(-1), turns, keys, None, distance_bias and distance_bias(t)[None])

@@ -39,14 +39,19 @@ class Heads(nn.Module):
             return _nats(*args)
         return checkpoint(_nats, *args, use_reentrant=False, preserve_rng_state=False)
 
-    def scores(self, h_BD: torch.Tensor, slots: Sequence[int]) -> torch.Tensor:
+    def scores(self, h_BD: torch.Tensor, slots: Sequence[int] | torch.Tensor) -> torch.Tensor:
         """scores_BW float32 of row b in slot slots[b], -inf beyond the slot's ids. One product a slot, over all rows: its
-        shape and so its rounding are the same whoever else is in the batch."""
+        shape and so its rounding are the same whoever else is in the batch. Slots that only the device knows (a tensor, as
+        in a CUDA graph) cost the products of all slots."""
+        known = not isinstance(slots, torch.Tensor)
         wide = {s: F.pad(F.linear(h_BD, self.by_slot()[s]).float(), (0, max(self.sizes) - self.sizes[s]), value=-torch.inf)
-                for s in sorted(set(slots))}
+                for s in (sorted(set(slots)) if known else range(len(self.sizes)))}
         if len(wide) == 1:
-            return wide[slots[0]][:len(slots)]
-        return torch.stack([wide[s][b] for b, s in enumerate(slots)])
+            return next(iter(wide.values()))[:len(slots)]
+        if known:
+            return torch.stack([wide[s][b] for b, s in enumerate(slots)])
+        rows_B = torch.arange(len(slots), device=slots.device)
+        return torch.stack(list(wide.values()))[slots, rows_B]
 
 
 def _nats(h_ND: torch.Tensor, weight: torch.Tensor, index_N: torch.Tensor, label_N: torch.Tensor) -> torch.Tensor:

@@ -70,10 +70,10 @@ class Block(nn.Module):
             a = F.scaled_dot_product_attention(q, k, v, attn_mask=at.bias, is_causal=at.bias is None)
         else:
             k, v = k_BHLE[:, :, :at.keys], v_BHLE[:, :, :at.keys]
-            if t == 1 and q.device.type == "cpu":  # the fused kernel splits its sums by threads and batch
-                scores = torch.matmul(q * E ** -0.5, k.transpose(2, 3))
+            if t == 1:  # fused kernels: on a CPU sums are split by threads and batch, on a GPU one with a mask is slow
+                scores = torch.matmul(q * E ** -0.5, k.transpose(2, 3)).float()
                 scores = scores.masked_fill_(~at.seen, -torch.inf) if at.bias is None else scores + at.bias
-                a = scores.softmax(-1) @ v
+                a = scores.softmax(-1).to(v.dtype) @ v
             else:
                 a = F.scaled_dot_product_attention(q, k, v, attn_mask=at.seen if at.bias is None else at.bias)
         a = a.transpose(1, 2).reshape(B, t, D)
@@ -183,7 +183,7 @@ class Transformer(nn.Module):
         cache.longest += t
         return self.norm(h)[:len(ids_Bt)]
 
-    def scores(self, h_BD: torch.Tensor, slots: Sequence[int]) -> torch.Tensor:
+    def scores(self, h_BD: torch.Tensor, slots: Sequence[int] | torch.Tensor) -> torch.Tensor:
         """scores_BW float32 of one token a row, in slot slots[b] (models.heads), with the same care for a CPU's rounding."""
         if h_BD.device.type == "cpu":
             h_BD = F.pad(h_BD, (0, 0, 0, -len(h_BD) % ROWS))
