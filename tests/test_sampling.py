@@ -81,6 +81,23 @@ def test_a_sample_is_the_same_whatever_the_batch(models, name):
     assert all(np.array_equal(a, b) for a, b in zip(batch, back, strict=True))
 
 
+@pytest.mark.parametrize("name", list(STAGES))
+def test_the_gpus_way_draws_the_same_ids(models, name, monkeypatch):
+    """All of it but the capture: tables on the device, all slots scored, prompts padded together, memory kept."""
+    stage, model = STAGES[name], models[name]
+    plain, static = Sampler(model, stage), Sampler(model, stage)
+    static.static = True
+    monkeypatch.setattr(static, "_replay", lambda m, draw: static._step(m, draw, None))
+    how = Draw(1.0, top_p=0.9, window=3, repeats=0.4)
+    for n in (3, 5, 4):  # 4 and 8 rows; the last call finds its memory used
+        prompts = [prompt(name, 3 + 5 * i % 17, i % 3) for i in range(n)]
+        counts = [(6 + 9 * i % 40) * stage.slots for i in range(n)]
+        for stop in (True, False):
+            one, two = (s(prompts, counts, stop_at_eos=stop, draw=how, seeds=range(n)) for s in (plain, static))
+            assert all(np.array_equal(a, b) for a, b in zip(one, two, strict=True))
+    assert len(static._kept) == 2
+
+
 def test_seeds_differ_and_repeat(models):
     stage, p = STAGES["coarse"], prompt("coarse", 5, 0)
     a, b, c = Sampler(models["coarse"], stage)([p, p, p], 40, seeds=[7, 8, 7])

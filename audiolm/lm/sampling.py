@@ -50,6 +50,7 @@ class Sampler:
     def __init__(self, model: Transformer, stage: Stage):
         self.model, self.stage = model, stage
         self.device = model.embed.weight.device
+        self.static = self.device.type != "cpu"  # memory and graphs stay; else every row's bits do not depend on its batch
         own = stage.slot_ids()  # what a slot's head scores, nothing else can be drawn
         ids_SW = np.stack([np.pad(ids, (0, max(map(len, own)) - len(ids)), constant_values=stage.eos) for ids in own])
         self._ids_SW = torch.from_numpy(ids_SW).to(self.device)
@@ -77,7 +78,7 @@ class Sampler:
         todo = [i for i in range(B) if counts[i] > len(given[i])]
         # rows that end together run together; on a CPU in groups of ROWS, whose products all have one shape
         todo.sort(key=lambda i: counts[i] - len(given[i]))
-        size = ROWS if self.device.type == "cpu" else max(1, len(todo))
+        size = max(1, len(todo)) if self.static else ROWS
         with _threads(self.model), torch.inference_mode():
             for start in range(0, len(todo), size):
                 group = todo[start:start + size]
@@ -103,13 +104,12 @@ class Sampler:
             tails = [row[-min(m.back, n):] if n else row[:0] for row, n in zip(rows, starts, strict=True)]
             m.recent_BR[:B] = torch.from_numpy(np.stack([np.pad(t, (m.back - len(t), 0), constant_values=-1) for t in tails]))
         self._prefill(m, [row[:-1] for row in rows])  # the last id is the first step's
-        on_cpu = self.device.type == "cpu"
         for s in range(S):
-            if on_cpu:
-                self._step(m, draw, (n_SB[s] % stage.slots).tolist())
-            else:
+            if self.static:
                 self._replay(m, draw)
-            if stops_B.any() and (on_cpu or s % CHECK == CHECK - 1):
+            else:
+                self._step(m, draw, (n_SB[s] % stage.slots).tolist())
+            if stops_B.any() and (not self.static or s % CHECK == CHECK - 1):
                 ended_B = (m.out_SB[:s + 1, :B] == stage.eos).any(0).cpu().numpy()
                 if (ended_B | (s + 1 >= np.array(steps))).all():
                     break
@@ -123,7 +123,7 @@ class Sampler:
 
     def _memory(self, rows: int, length: int, draw: Draw) -> Memory:
         back = (draw.window or 0) * self.stage.slots
-        if self.device.type == "cpu":
+        if not self.static:
             return Memory(self.model, rows, length, back)
         rows = 1 << (rows - 1).bit_length()
         kept = self._kept.pop((rows, draw), None)
@@ -173,15 +173,15 @@ class Sampler:
         longest = max(map(len, different))
         if not longest:
             return
-        if self.device.type == "cpu":  # one by one: a prompt's rounding must not depend on the others' lengths
+        if self.static:
+            padded = np.stack([np.pad(row, (0, longest - len(row))) for row in different])
+            self.model.advance(torch.from_numpy(padded).to(self.device), cache.rows(0, len(different)))
+            cache.truncate(torch.tensor([len(row) for row in different]), longest)
+        else:  # one by one: a prompt's rounding must not depend on the others' lengths
             for u, row in enumerate(different):
                 if len(row):
                     self.model.advance(torch.from_numpy(row)[None], cache.rows(u, u + 1))
             cache.longest = longest
-        else:
-            padded = np.stack([np.pad(row, (0, longest - len(row))) for row in different])
-            self.model.advance(torch.from_numpy(padded).to(self.device), cache.rows(0, len(different)))
-            cache.truncate(torch.tensor([len(row) for row in different]), longest)
         if len(different) < len(rows):
             cache.spread([numbers[row.tobytes()] for row in rows])
 
