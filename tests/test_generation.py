@@ -211,6 +211,14 @@ def test_clear_errors(lm, paths):
         load(paths)
 
 
+def test_steps_of_different_runs_are_refused(tmp_path):
+    paths = {name: store.join(str(tmp_path), name, "f1", "0001") for name in ("kmeans", "codec", "lm_semantic", "lm_coarse")}
+    paths["semantic_tokens"] = store.join(str(tmp_path), "semantic_tokens", "f1", "0001")
+    store.put_json(store.join(paths["semantic_tokens"], "done.json"), {"facts": {}, "inputs": {"kmeans": "f0.0001"}})
+    with pytest.raises(ValueError, match=r"semantic_tokens .* was made of kmeans f0\.0001, not of f1\.0001"):
+        load(paths)
+
+
 def test_mean_run_is_read_from_the_token_store(paths, tmp_path):
     store.put_json(store.join(str(tmp_path), "done.json"), {"facts": {"mean_run": 2.25}})
     assert load({**paths, "semantic_tokens": str(tmp_path)}).mean_run == 2.25

@@ -98,6 +98,15 @@ def test_the_gpus_way_draws_the_same_ids(models, name, monkeypatch):
     assert len(static._kept) == 2
 
 
+def test_compiled_products_draw_the_same_ids(models):
+    stage = STAGES["fine"]
+    model = build(stage, 0.0)
+    model.load_state_dict(models["fine"].state_dict())
+    plain = Sampler(model, stage)([prompt("fine", 6, 0)], 30, seeds=[1])[0]
+    model.compile_sampling(backend="aot_eager")
+    np.testing.assert_array_equal(Sampler(model, stage)([prompt("fine", 6, 0)], 30, seeds=[1])[0], plain)
+
+
 def test_seeds_differ_and_repeat(models):
     stage, p = STAGES["coarse"], prompt("coarse", 5, 0)
     a, b, c = Sampler(models["coarse"], stage)([p, p, p], 40, seeds=[7, 8, 7])

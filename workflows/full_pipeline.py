@@ -69,9 +69,9 @@ def graph(cfg: Pipeline) -> list[Step]:
         stages.append(stage("lm_fine", lm.fine, y))
 
     models = (manifest, kmeans, codec_, z, y, *stages)
-    samples = Step("samples", do.make_samples, {**common, "samples": cfg.samples}, models)
+    samples = Step("samples", do.make_samples, {**common, "samples": cfg.samples}, models, version=2)
     measured = {**common, "samples": cfg.samples, "evaluate": ev, "lm": lm}
-    evaluate = Step("evaluate", do.run_evaluate, measured, models, version=2)
+    evaluate = Step("evaluate", do.run_evaluate, measured, models, version=3)
     told = (manifest, *before, heard, codec_, figures, *stages, samples, evaluate)
     report = Step("report", do.build_report, {"title": cfg.corpus.name}, told)
     return [manifest, *before, kmeans, codec_, figures, z, heard, *decoders, y, *stages, samples, evaluate, report]

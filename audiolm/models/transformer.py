@@ -33,6 +33,7 @@ class Block(nn.Module):
     def __init__(self, dim: int, heads: int, ff: int, dropout: float, gated: bool, norm: str, activation: str):
         super().__init__()
         self.heads, self.gated, self.silu, self.dropout = heads, gated, activation == "silu", dropout
+        self.compiled = None  # (project, feed), see Transformer.compile_sampling
         self.norm1 = _norm(norm, dim)
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.out = nn.Linear(dim, dim, bias=False)
@@ -63,7 +64,8 @@ class Block(nn.Module):
         """One layer over t new tokens of B rows (R >= B rows of h, the rest is padding); keeps their keys, values."""
         R, t, D = h_RtD.shape
         B, _, _, E = k_BHLE.shape
-        q, k, v = (x.transpose(1, 2) for x in self.project(h_RtD, at.turns, B))
+        project, feed = self.compiled if self.compiled and t == 1 else (self.project, self.feed)
+        q, k, v = (x.transpose(1, 2) for x in project(h_RtD, at.turns, B))
         k_BHLE.view(-1, E).index_copy_(0, at.rows, k.reshape(-1, E))
         v_BHLE.view(-1, E).index_copy_(0, at.rows, v.reshape(-1, E))
         if at.seen is None:
@@ -78,7 +80,7 @@ class Block(nn.Module):
                 a = F.scaled_dot_product_attention(q, k, v, attn_mask=at.seen if at.bias is None else at.bias)
         a = a.transpose(1, 2).reshape(B, t, D)
         h = h_RtD + self.out(F.pad(a, (0, 0, 0, 0, 0, R - B)) if R > B else a)
-        return h + self.feed(h)
+        return h + feed(h)
 
 
 class Transformer(nn.Module):
@@ -124,6 +126,11 @@ class Transformer(nn.Module):
         """Compiles the training pass, for shapes that stay the same; evaluation, whose shapes vary, stays as it is."""
         torch._dynamo.config.recompile_limit = 64  # one graph for each number of rows that is tried
         self._compiled = torch.compile(self._nats, backend=backend, dynamic=False)
+
+    def compile_sampling(self, backend: str = "inductor") -> None:
+        """Compiles what `advance` does with single tokens around the attention, for numbers of rows that stay the same."""
+        for block in self.blocks:
+            block.compiled = tuple(torch.compile(f, backend=backend, dynamic=False) for f in (block.project, block.feed))
 
     def flops_per_token(self, length: int) -> float:
         """Of training on rows of `length` tokens: 6 N + 6 layers x dim x length (causal attention), N the weights of matrix

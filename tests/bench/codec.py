@@ -11,8 +11,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -25,22 +23,9 @@ from audiolm.models.soundstream import SoundStream, fold  # noqa: E402
 from audiolm.train.engine import make_engine  # noqa: E402
 from audiolm.train.objective import Context  # noqa: E402
 from audiolm.train.objective_codec import CodecObjective  # noqa: E402
+from tests.bench.timing import best  # noqa: E402
 
 RATE = 16_000
-
-
-def best(work: Callable[[], object], repeats: int, device: str) -> float:
-    """Seconds of the fastest run, after three that warm up (and compile)."""
-    sync = torch.cuda.synchronize if device == "cuda" else lambda: None
-    took = []
-    for i in range(repeats + 3):
-        sync()
-        began = time.perf_counter()
-        work()
-        sync()
-        if i >= 3:
-            took.append(time.perf_counter() - began)
-    return min(took)
 
 
 def say(what: str, audio_s: float, seconds: float) -> None:

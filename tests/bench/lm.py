@@ -12,8 +12,6 @@ from __future__ import annotations
 import argparse
 import resource
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +24,7 @@ from audiolm.lm import stages  # noqa: E402
 from audiolm.train.engine import make_engine  # noqa: E402
 from audiolm.train.objective import Context  # noqa: E402
 from audiolm.train.objective_lm import LMObjective  # noqa: E402
+from tests.bench.timing import best  # noqa: E402
 
 CROPS_S = {"lm_semantic": 30.64, "lm_coarse": 10.2}
 PAPER, TINY = {"dim": 1024, "layers": 12, "heads": 16, "ff": 4096}, {"dim": 64, "layers": 2, "heads": 4, "ff": 256}
@@ -52,20 +51,6 @@ class Random:
 
     def batch(self, step, rows):
         return {name: x[list(rows)] for name, x in self.made.items()}
-
-
-def best(work: Callable[[], object], repeats: int, device: str) -> float:
-    """Seconds of the fastest run, after three that warm up (and compile)."""
-    sync = torch.cuda.synchronize if device == "cuda" else lambda: None
-    took = []
-    for i in range(repeats + 3):
-        sync()
-        began = time.perf_counter()
-        work()
-        sync()
-        if i >= 3:
-            took.append(time.perf_counter() - began)
-    return min(took)
 
 
 def matmul_rate(device: str) -> float:

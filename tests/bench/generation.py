@@ -1,0 +1,127 @@
+"""How fast audiolm generates here: ids a second of one stage, and whole continuations; nothing is asserted.
+
+    python tests/bench/generation.py                            the quickstart's sizes on the CPU
+    python tests/bench/generation.py --device cuda              12 x 1024, bfloat16, batches 1, 16 and 64
+    python tests/bench/generation.py --run outputs/runs/quickstart.json     a trained run's own models
+
+Random weights unless --run; a stage draws --ids ids after a prompt of 1,152, prefill included.  A continuation is 3 s of
+prompt and 7 s more, codec and semantic encoder included; random stages are not deduplicated, so that lengths are fixed.
+audiolm-pytorch's semantic stage of the same size runs beside ours where it is installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from audiolm import store  # noqa: E402
+from audiolm.configfile import load as load_config  # noqa: E402
+from audiolm.lm import generation, stages  # noqa: E402
+from audiolm.lm.model import build_lm  # noqa: E402
+from audiolm.lm.sampling import Sampler  # noqa: E402
+from audiolm.models.masked import Encoder, EncoderSizes  # noqa: E402
+from audiolm.models.soundstream import SoundStream, fold  # noqa: E402
+from audiolm.tokenizers.acoustic import AcousticTokenizer  # noqa: E402
+from audiolm.tokenizers.extractor import ConformerExtractor, Window  # noqa: E402
+from audiolm.tokenizers.semantic import SemanticTokenizer  # noqa: E402
+from tests.bench.timing import best  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[2]
+PROMPT, PROMPT_S, SECONDS = 1152, 3.0, 7.0
+
+
+def random_system(device: str) -> generation.AudioLM:
+    """Of the paper's sizes on a GPU, of the quickstart's elsewhere."""
+    cfg = load_config(str(ROOT / "workflows" / ("paper.yaml" if device == "cuda" else "quickstart.yaml")), [])
+    m, c = cfg.semantic.model, cfg.codec
+    lm = cfg.lm.model_copy(update={"dedupe": False})
+    with torch.device(device):
+        encoder = Encoder(EncoderSizes(m.dim, m.layers, m.heads, m.ff))
+        codec = fold(SoundStream(c.strides, c.enc_channels, c.dec_channels, c.dim, c.n_q, c.vocab))
+        models = {}
+        for stage in stages.build_stages(lm, c.n_q, c.vocab, cfg.semantic.kmeans.k).values():
+            model = build_lm(stage, getattr(lm, stage.name)).eval().requires_grad_(False)
+            models[stage.name] = model.bfloat16() if device == "cuda" else model, stage
+    torch.nn.init.normal_(codec.quantizer.codebook_QND, std=0.1)
+    k = cfg.semantic.kmeans.k
+    tokenizer = SemanticTokenizer(ConformerExtractor(encoder), m.layers, torch.zeros(m.dim), torch.ones(m.dim),
+                                  torch.randn(k, m.dim), Window(750, 50), "", device)
+    return generation.AudioLM(tokenizer, AcousticTokenizer(codec, "", device), models, 1.0, device=device)
+
+
+def stage_rate(system: generation.AudioLM, batch: int, ids: int, repeats: int) -> None:
+    model, stage = system.models["coarse"]
+    room = min(PROMPT, stage.max_len - ids)
+    # the coarse stage: a prefix of semantic ids, then codes up to the length asked for
+    frames = (room - 2) // (1 + stage.frame_ids)
+    z, codes = np.arange(frames) % stage.k, np.zeros((stages.FRAMES * frames, stage.levels[1]), np.int64)
+    prompt, forced, sampler = stage.prompt(z), stage.targets(codes), Sampler(model, stage)
+    work = lambda: sampler([prompt] * batch, len(forced) + ids, forced=[forced] * batch, seeds=range(batch))  # noqa: E731
+    took = best(work, repeats, system.device)
+    held = len(prompt) + len(forced)
+    print(f"coarse, {held:,} ids in the cache, batch {batch:3}: {batch * ids / took:10,.0f} ids/s", flush=True)
+
+
+def whole(system: generation.AudioLM, batch: int, repeats: int) -> None:
+    draw = np.random.default_rng(0)
+    prompts = [(0.1 * draw.standard_normal(round(16_000 * PROMPT_S))).astype(np.float32) for _ in range(batch)]
+
+    def work() -> None:
+        system.spent_s.clear()
+        system.continuation(prompts, SECONDS, list(range(batch)), may_end=False)
+
+    took = best(work, repeats, system.device, warm=1)
+    parts = ", ".join(f"{name} {spent:.2f}" for name, spent in system.spent_s.items())
+    print(f"{SECONDS:g} s after {PROMPT_S:g} s, batch {batch:3}: {took:.2f} s, {batch * SECONDS / took:.1f} s of audio a "
+          f"second ({parts})", flush=True)
+
+
+def other(device: str, batch: int, ids: int, repeats: int) -> None:
+    if importlib.util.find_spec("audiolm_pytorch") is None:
+        print("audiolm-pytorch is not installed: pip install audiolm-pytorch sets its figure beside ours")
+        return
+    from audiolm_pytorch import SemanticTransformer, SemanticTransformerWrapper
+
+    size = {"dim": 1024, "depth": 12, "heads": 16} if device == "cuda" else {"dim": 128, "depth": 4, "heads": 4}
+    model = SemanticTransformerWrapper(transformer=SemanticTransformer(num_semantic_tokens=1024, **size)).to(device).eval()
+    prompt = torch.randint(0, 1024, (batch, PROMPT), device=device)
+    work = lambda: model.generate(max_length=PROMPT + ids, prime_ids=prompt)  # noqa: E731
+    took = best(work, repeats, device, warm=1)
+    print(f"audiolm-pytorch, semantic stage, {PROMPT:,} ids in the cache, batch {batch:3}: {batch * ids / took:10,.0f} ids/s")
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    p.add_argument("--run", metavar="FILE", help="a run's index: its models instead of random ones")
+    p.add_argument("--batches", type=int, nargs="+", help="of the stage; default 1 4 on a CPU, 1 16 64 on a GPU")
+    p.add_argument("--ids", type=int, default=256, help="drawn by the stage")
+    p.add_argument("--compile", action="store_true", help="the products of a single token, by torch.compile")
+    p.add_argument("--repeats", type=int, default=3)
+    args = p.parse_args()
+    gpu = args.device == "cuda"
+    print(f"torch {torch.__version__}, {torch.cuda.get_device_name() if gpu else f'{torch.get_num_threads()} CPU thread(s)'}")
+    if args.run:
+        steps = store.get_json(args.run)["steps"]
+        system = generation.load({name: step["path"] for name, step in steps.items()}, args.device)
+    else:
+        system = random_system(args.device)
+    if args.compile:
+        for model, _ in system.models.values():
+            model.compile_sampling()
+    for batch in args.batches or ((1, 16, 64) if gpu else (1, 4)):
+        stage_rate(system, batch, args.ids, args.repeats)
+    for batch in (1, 32) if gpu else (1, 4):
+        whole(system, batch, args.repeats)
+    other(args.device, 1, args.ids, 1)
+
+
+if __name__ == "__main__":
+    main()
