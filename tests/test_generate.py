@@ -16,7 +16,7 @@ from tests.conftest import ROOT
 from tests.test_generation import CROPS_S, RUN, build, voice
 from workflows import generate as command
 
-SHORT = ("--seconds", "0.6", "--prompt-s", "0.6", "--samples", "2")
+SHORT = ("--seconds", "0.6", "--prompt-s", "0.6", "--whole", "--samples", "2")
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +25,8 @@ def run(tmp_path_factory) -> str:
     return index(str(tmp_path_factory.mktemp("store")))
 
 
-def index(folder: str) -> str:
-    paths = {**build(folder), "semantic_tokens": f"{folder}/semantic_tokens"}
+def index(folder: str, dedupe: bool = True) -> str:
+    paths = {**build(folder, dedupe=dedupe), "semantic_tokens": f"{folder}/semantic_tokens"}
     store.put_json(f"{folder}/semantic_tokens/done.json", {"facts": {"mean_run": RUN}})
     store.put_json(f"{folder}/runs/tiny.json", {"run": "tiny", "steps": {n: {"path": p} for n, p in paths.items()}})
     return f"{folder}/runs/tiny.json"
@@ -72,7 +72,7 @@ def test_prompts_become_files_that_tell_how_they_were_made(do, run):
         assert asked["prompt"] == f"{name[0]}.wav"
         assert asked["models"] == {step: entry["path"] for step, entry in store.get_json(run)["steps"].items()}
         assert set(told["stages_s"]) == {"tokenize", "semantic", "coarse", "fine", "decode"} and told["rtf"] > 0
-        assert 0 < told["semantic_per_s"] < 25 and 0 < told["prompt_semantic_per_s"] <= 25
+        assert told["semantic_per_s"] > 0 and 0 < told["prompt_semantic_per_s"] <= 25
     page = store.get("out/index.html").decode()
     for path in ("a-1.wav", "page/a-1.png", "page/b-prompt.wav", "page/b-prompt.png", "b-2.json"):
         assert f'"{path}"' in page and store.exists(f"out/{path}")
@@ -136,10 +136,10 @@ def test_bad_prompts_are_told_and_the_others_go_on(do, here):
 def test_folders_and_the_other_modes(do):
     for path in ("in/a.wav", "in/deep/a.wav", "other/a.wav"):
         store.put(path, store.get("b.wav"))
-    assert do("--prompt", "in", "other/a.wav", *SHORT[:4], "--samples", "1", "--out", "out")[0] == 0
+    assert do("--prompt", "in", "other/a.wav", *SHORT[:5], "--samples", "1", "--out", "out")[0] == 0
     names = sorted(sounds("out"))
     assert len(names) == 3 and "deep-a-1.wav" in names and all(n.startswith("a-") and len(n) > 8 for n in names if n[0] == "a")
-    assert do("--mode", "unconditional", "--seconds", "0.5", "--samples", "3", "--out", "new")[0] == 0
+    assert do("--mode", "unconditional", "--seconds", "0.5", "--samples", "3", "--whole", "--out", "new")[0] == 0
     assert {n: sf.info(f"new/{n}").frames for n in sounds("new")} == {f"unconditional-{i}.wav": 8000 for i in (1, 2, 3)}
     for mode, count in (("acoustic", 4), ("resynthesis", 1)):
         assert do("--mode", mode, "--prompt", "b.wav", "--out", mode)[0] == 0
@@ -151,7 +151,7 @@ def test_prompts_and_files_may_lie_on_s3(do, s3_server, tmp_path):
     place = f"s3://tests/{tmp_path.name}"
     for name in "ab":
         store.put(f"{place}/in/{name}.wav", store.get(f"{name}.wav"))
-    ask = ("--prompt", f"{place}/in", *SHORT[:4], "--samples", "1", "--out", f"{place}/out")
+    ask = ("--prompt", f"{place}/in", *SHORT[:5], "--samples", "1", "--out", f"{place}/out")
     assert do(*ask)[0] == 0 and "0 of 2 samples" in do(*ask)[1]
     assert len(set(sounds(f"{place}/out").values())) == 2 and b"a-1.wav" in store.get(f"{place}/out/index.html")
 
@@ -159,7 +159,8 @@ def test_prompts_and_files_may_lie_on_s3(do, s3_server, tmp_path):
 @pytest.mark.parametrize(("argv", "message"), [
     ((), "needs --prompt"), (("--mode", "unconditional", "--prompt", "a.wav"), "takes no --prompt"),
     (("--mode", "acoustic", "--prompt", "a.wav", "--seconds", "2"), "lasts as long as its prompt"),
-    (("--mode", "unconditional", "--long"), "--long goes with"), (("--prompt", "a.wav", "--seconds", "nan"), "--seconds nan"),
+    (("--mode", "resynthesis", "--prompt", "a.wav", "--long"), "--long goes with"),
+    (("--prompt", "a.wav", "--seconds", "nan"), "--seconds nan"),
     (("--prompt", "a.wav", "--samples", "0"), "--samples 0"), (("--prompt", "a.wav", "--prompt-s", "0.1"), "--prompt-s 0.1"),
     (("--prompt", "a.wav", "--temperature", "1", "2"), "--temperature 1 2"),
     (("--prompt", "a.wav", "--top-k", "soft=1"), "--top-k soft=1"), (("--prompt", "a.wav", "--top-p", "2"), "top_p (2.0)"),
@@ -182,17 +183,22 @@ def test_the_run_is_found_or_the_fix_is_named(do, run, tmp_path):
         assert status == 2 and f"names no finished step {step}" in wrong and "full_pipeline.py" in wrong
 
 
-def test_long_form_is_for_stages_that_keep_repeats(do, tmp_path):
-    pytest.importorskip("audiolm.lm.long_form")
-    ask = ("--prompt", "a.wav", "--prompt-s", "0.6", "--seconds", "5", "--samples", "1", "--long", "--out", "out")
+def test_a_model_may_end_a_sound_before(do):
+    status, said, _ = do("--mode", "unconditional", "--seconds", "1.5", "--samples", "6", "--out", "out")
+    told = [store.get_json(f"out/unconditional-{i}.json") for i in range(1, 7)]
+    assert status == 0 and any(t["ended"] for t in told) and "median |generated - requested| 0.00" not in said
+    for i, t in enumerate(told, 1):
+        assert t["seconds"] == sf.info(f"out/unconditional-{i}.wav").duration <= 1.5 and (t["ended"] or t["seconds"] == 1.5)
+
+
+def test_long_form_is_for_stages_that_keep_repeats(do, tmp_path, monkeypatch):
+    ask = ("--prompt", "a.wav", *SHORT[2:], "--seconds", "5", "--long", "--out", "out")
     status, _, wrong = do(*ask)
-    assert status == 1 and "dedupe" in wrong and not sounds("out")
-    free = index(f"{tmp_path}/free")
-    for step in ("lm_semantic", "lm_coarse"):
-        path = f"{tmp_path}/free/{step}/export/config.json"
-        about = store.get_json(path)
-        store.put_json(path, {**about, "stage": {**about["stage"], "dedupe": False}})
-    assert do(*ask, of=free)[0] == 0 and sf.info("out/a-1.wav").frames == 9600 + 80_000  # beyond every crop
+    assert status == 1 and "dedupe: true" in wrong and not sounds("out")
+    monkeypatch.setitem(CROPS_S, "coarse", 4.0)  # a window has to hold more than its overlap
+    status, said, _ = do(*ask, of=index(f"{tmp_path}/free", dedupe=False))
+    assert status == 0 and "2 files, 10.0 s of audio" in said
+    assert {n: sf.info(f"out/{n}").frames for n in sounds("out")} == {"a-1.wav": 89_600, "a-2.wav": 89_600}
 
 
 def test_batches_as_ray_tasks_make_the_same_files(do, run, here):

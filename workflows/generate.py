@@ -75,7 +75,7 @@ def by_stage(option: str, texts: list[str] | None, kind: Callable, default: dict
 def draws(args: argparse.Namespace) -> tuple:
     """(stage, Draw) of each stage."""
     from audiolm.config import Samples
-    from audiolm.lm.sampling import Draw
+    from audiolm.lm.draw import Draw
 
     paper, off = Samples(), dict.fromkeys(STAGES)
     t = by_stage("--temperature", args.temperature, float, {s: getattr(paper, f"temperature_{s}") for s in STAGES})
@@ -92,8 +92,8 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--mode {args.mode} lasts as long as its prompt: leave --seconds and --whole out")
     if args.mode == "resynthesis" and args.samples not in (None, 1):
         raise ValueError(f"--samples {args.samples}: the codec gives one resynthesis of a prompt")
-    if args.long and (args.mode != "continuation" or args.whole):
-        raise ValueError("--long goes with --mode continuation and without --whole")
+    if args.long and not grows:
+        raise ValueError("--long goes with --mode continuation or unconditional")
     args.seconds = 7.0 if grows and args.seconds is None else args.seconds
     args.samples = args.samples if args.samples is not None else 1 if args.mode == "resynthesis" else 4
     if takes and args.prompt_s is None:

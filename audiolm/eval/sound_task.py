@@ -32,12 +32,6 @@ SHOWN_S = 60.0  # of a sound, in its picture
 
 
 @dataclass
-class Prompt:
-    wav_T: np.ndarray
-    z_T: np.ndarray
-
-
-@dataclass
 class Made:
     """A sound as it comes; `facts` is whole once all pieces came."""
 
@@ -50,7 +44,6 @@ def make(asked: Asked, samples: Sequence[Sample], folder: str, device: str) -> l
     """Makes the samples; returns a line for each prompt that failed."""
     lm = load_system(asked.models, device, asked.draws)
     prompts, wrong = {}, {}
-    lm.spent_s.clear()
     for sample in samples:
         if not sample.prompt or sample.prompt in prompts or sample.prompt in wrong:
             continue
@@ -59,14 +52,14 @@ def make(asked: Asked, samples: Sequence[Sample], folder: str, device: str) -> l
         except Exception as e:  # noqa: BLE001  whatever a file or a place raises, the others have their turn
             wrong[sample.prompt] = told(sample.prompt, e)
             continue
-        prompts[sample.prompt] = Prompt(wav_T, lm.tokenize([wav_T])[0])
+        prompts[sample.prompt] = wav_T
         name = store.join(folder, "page", f"{sample.name}-prompt")
         store.put(f"{name}.wav", wav_bytes(wav_T))
         store.put(f"{name}.png", spectrogram(wav_T[:round(SHOWN_S * SAMPLE_RATE)], "prompt"))
     return [*wrong.values(), *_make(lm, asked, [s for s in samples if s.prompt not in wrong], prompts, folder)]
 
 
-def _make(lm: AudioLM, asked: Asked, samples: Sequence[Sample], prompts: dict[str, Prompt], folder: str) -> list[str]:
+def _make(lm: AudioLM, asked: Asked, samples: Sequence[Sample], prompts: dict[str, np.ndarray], folder: str) -> list[str]:
     """All together; where that fails, each alone."""
     if not samples:
         return []
@@ -80,65 +73,61 @@ def _make(lm: AudioLM, asked: Asked, samples: Sequence[Sample], prompts: dict[st
     return [line for sample in samples for line in _make(lm, asked, [sample], prompts, folder)]
 
 
-def _generate(lm: AudioLM, asked: Asked, samples: Sequence[Sample], prompts: dict[str, Prompt]) -> list[Made]:
+def _generate(lm: AudioLM, asked: Asked, samples: Sequence[Sample], prompts: dict[str, np.ndarray]) -> list[Made]:
     seeds = [seed_of(asked.seed, s.prompt, s.number) for s in samples]
-    of = [prompts.get(s.prompt) for s in samples]
+    wavs, may_end = [prompts.get(s.prompt) for s in samples], not asked.whole
+    lm.spent_s.clear()
     if asked.long:
-        return [_long(lm, asked, of[0], seeds[0])]
-    began, wavs = time.perf_counter(), [p.wav_T for p in of if p]
-    # MERGE: may_end=not asked.whole to the first two; sound.prompt for `heard`, sound.ended for False
+        return [_long(lm, asked, wavs[0], seeds[0])]
+    began = time.perf_counter()
     if asked.mode == "unconditional":
-        sounds = lm.unconditional(asked.seconds, seeds)
+        sounds = lm.unconditional(asked.seconds, seeds, may_end)
     elif asked.mode == "continuation":
-        sounds = lm.continuation(wavs, asked.seconds, seeds)
+        sounds = lm.continuation(wavs, asked.seconds, seeds, may_end)
     elif asked.mode == "acoustic":
-        sounds = lm.acoustic([p.z_T for p in of], seeds, [*map(len, wavs)])
+        sounds = lm.acoustic(lm.tokenize(wavs), seeds, [*map(len, wavs)])
     else:
         sounds = lm.resynthesis(wavs)
-    n, wall_s, spent_s = len(samples), time.perf_counter() - began, dict(lm.spent_s)
-    lm.spent_s.clear()
+    n, wall_s = len(samples), time.perf_counter() - began
+    spent_s = {stage: seconds / n for stage, seconds in lm.spent_s.items()}
     made = []
-    for sound, p in zip(sounds, of, strict=True):
-        heard = len(p.wav_T) if asked.mode == "continuation" else 0
-        facts = {"ended": False, "prompt_s": len(p.wav_T) / SAMPLE_RATE if p else None, "device": lm.device,
-                 **_took(len(sound.wav_T) - heard, wall_s / n, {k: v / n for k, v in spent_s.items()})}
-        if asked.mode in ("continuation", "unconditional"):
-            facts |= _rates(lm, p.z_T if p else np.zeros(0, np.int64), len(sound.z), heard, len(sound.wav_T))
-        made.append(Made([sound.wav_T], heard, facts))
+    for sound, wav_T in zip(sounds, wavs, strict=True):
+        more_s = (len(sound.wav_T) - sound.prompt) / SAMPLE_RATE
+        facts = {**_took(more_s, wall_s / n, spent_s), **_about(lm, wav_T, sound.ended)}
+        if asked.mode in ("continuation", "unconditional"):  # tokens a second as stage 2 reads them
+            facts["semantic_per_s"] = round((len(sound.z) - sound.z_prompt) / more_s, 3) if more_s else None
+            facts["prompt_semantic_per_s"] = round(sound.z_prompt * SAMPLE_RATE / sound.prompt, 3) if sound.prompt else None
+        made.append(Made([sound.wav_T], sound.prompt, facts))
     return made
 
 
-def _long(lm: AudioLM, asked: Asked, prompt: Prompt, seed: int) -> Made:
+def _long(lm: AudioLM, asked: Asked, prompt_T: np.ndarray | None, seed: int) -> Made:
     """A sound that is generated while it is written."""
     from audiolm.lm.long_form import stream
 
-    made = Made((), len(prompt.wav_T), {"prompt_s": len(prompt.wav_T) / SAMPLE_RATE, "device": lm.device})
+    made = Made((), 0 if prompt_T is None else len(prompt_T))
 
     def pieces() -> Iterable[np.ndarray]:
-        began, samples = time.perf_counter(), -len(prompt.wav_T)
-        for wav_T in stream(lm, prompt.wav_T, asked.seconds, seed):
+        began, samples = time.perf_counter(), 0
+        for wav_T in stream(lm, prompt_T, asked.seconds, seed, not asked.whole):
             samples += len(wav_T)
             yield wav_T
-        made.facts |= {"ended": samples < round(asked.seconds * SAMPLE_RATE),
-                       **_took(samples, time.perf_counter() - began, lm.spent_s)}
+        more = samples - made.prompt
+        made.facts |= {**_took(more / SAMPLE_RATE, time.perf_counter() - began, lm.spent_s),
+                       **_about(lm, prompt_T, more < round(asked.seconds * SAMPLE_RATE))}
 
     made.pieces = pieces()
     return made
 
 
-def _took(samples: int, wall_s: float, spent_s: dict[str, float]) -> dict[str, Any]:
+def _took(seconds: float, wall_s: float, spent_s: dict[str, float]) -> dict[str, Any]:
     """Seconds generated, seconds it took (a sample's share of its batch), by stage, and their ratio."""
-    seconds = samples / SAMPLE_RATE
     return {"seconds": seconds, "wall_s": round(wall_s, 4), "stages_s": {k: round(v, 4) for k, v in spent_s.items()},
             "rtf": round(wall_s / seconds, 4) if seconds else None}
 
 
-def _rates(lm: AudioLM, prompt_z_T: np.ndarray, n_z: int, heard: int, samples: int) -> dict[str, float | None]:
-    """Semantic tokens a second, as stage 2 reads them: of what was generated and of its prompt."""
-    own = len(lm.stage("semantic").targets(prompt_z_T))
-    more = samples - heard
-    return {"semantic_per_s": round((n_z - own) * SAMPLE_RATE / more, 3) if more else None,
-            "prompt_semantic_per_s": round(own * SAMPLE_RATE / heard, 3) if heard else None}
+def _about(lm: AudioLM, prompt_T: np.ndarray | None, ended: bool) -> dict[str, Any]:
+    return {"prompt_s": None if prompt_T is None else len(prompt_T) / SAMPLE_RATE, "ended": ended, "device": lm.device}
 
 
 def _publish(folder: str, asked: Asked, sample: Sample, made: Made) -> None:

@@ -22,7 +22,7 @@ from audiolm.data.sources import AUDIO
 from audiolm.tokenizers import files
 
 if TYPE_CHECKING:
-    from audiolm.lm.sampling import Draw
+    from audiolm.lm.draw import Draw
 
 LOOKS = 16  # files looked at together
 

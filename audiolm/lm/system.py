@@ -15,8 +15,8 @@ from audiolm import outbox, store
 from audiolm.data.shards import pick_device
 
 if TYPE_CHECKING:
+    from audiolm.lm.draw import Draw
     from audiolm.lm.generation import AudioLM
-    from audiolm.lm.sampling import Draw
 
 OUTPUTS = "./outputs"
 DEFAULT_RUN = "quickstart"
@@ -79,8 +79,4 @@ def load_system(steps: tuple[tuple[str, str], ...], device: str, draws: tuple[tu
     """The AudioLM of some steps' folders, loaded once a process."""
     from audiolm.lm.generation import load
 
-    # MERGE: load(dict(steps), device, draws=dict(draws)) is all once generation takes Draws by stage
-    lm = load(dict(steps), device, temperatures={stage: draw.temperature for stage, draw in draws} if draws else None)
-    if draws:
-        lm.top_k, lm.top_p = draws[0][1].top_k, draws[0][1].top_p
-    return lm
+    return load(dict(steps), device, draws=dict(draws) if draws else None)
