@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from audiolm import outbox, store
+from audiolm import store
 from audiolm.data.shards import pick_device
 
 if TYPE_CHECKING:
@@ -29,7 +29,10 @@ def find_run(run: str, folder: str = OUTPUTS, tracking: str | None = None) -> st
     if re.fullmatch("[0-9a-f]{32}", run):
         from audiolm.tracked_runs import index_of
 
-        return index_of(run, tracking or os.environ.get("MLFLOW_TRACKING_URI") or outbox.resolve("sqlite", folder)[0])
+        tracking = tracking or os.environ.get("MLFLOW_TRACKING_URI")
+        if not tracking and not store.is_local(folder):
+            raise ValueError(f"--run: {run} is an MLflow run id, and {folder} holds no database: name its server by --tracking")
+        return index_of(run, tracking or f"sqlite:///{store.absolute(folder)}/mlflow.db")
     return run if run.endswith(".json") else store.join(folder, "runs", f"{run}.json")
 
 
