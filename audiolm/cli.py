@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from audiolm.config import ConfigError, Pipeline
+from audiolm.config import Cluster, ConfigError, Pipeline
 from audiolm.configfile import load
 from audiolm.dag import Row, Step, plan, toposort
 from audiolm.execute import StepFailed, execute
@@ -131,7 +131,7 @@ def _run(cfg: Pipeline, rows: list[Row], force: tuple[str, ...], inline: bool) -
     code = 1
     try:
         if todo and not inline:
-            start_ray(cfg, observer.say)
+            start_ray(cfg.cluster, cfg.store, observer.say)
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C; set after Ray, which has one of its own
         execute(rows, cfg.store, force=force, inline=inline, slots=cfg.cluster.parallel_training, observer=observer,
                 retries=cfg.cluster.retries, may_retry=worker_died, finished=observer.finished)
@@ -162,25 +162,26 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def start_ray(cfg: Pipeline, say: Callable[[str], None]) -> None:
-    """Joins the cluster of a job, of RAY_ADDRESS or of cluster.address; else starts one for this run alone."""
-    address = cfg.cluster.address or os.environ.get("RAY_ADDRESS")
+def start_ray(cluster: Cluster, folder: str, say: Callable[[str], None]) -> None:
+    """Joins the cluster of a job, of RAY_ADDRESS or of cluster.address; else starts one for this run alone. Raises
+    StepFailed, also for a node that does not see `folder`."""
+    address = cluster.address or os.environ.get("RAY_ADDRESS")
     if not address:
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a private cluster on this machine
     import ray
 
     try:
         ray.init(address=address or "local", include_dashboard=None if address else False, log_to_driver=False,
-                 logging_level=logging.ERROR, num_gpus=0 if cfg.cluster.device == "cpu" and not address else None)
+                 logging_level=logging.ERROR, num_gpus=0 if cluster.device == "cpu" and not address else None)
     except (ConnectionError, RuntimeError, ValueError) as e:
         where = f"join the cluster at {address!r}" if address else "start Ray here"
         raise StepFailed(f"cannot {where}: {str(e).splitlines()[0]}; check cluster.address, RAY_ADDRESS and RAY_AUTH_MODE, "
-                         "or run with --inline") from e
+                         "or go without Ray") from e
     nodes = [n for n in ray.nodes() if n["Alive"]]
     resources = ray.cluster_resources()
     say(f"ray: {len(nodes)} node(s), {resources.get('CPU', 0):.0f} CPUs, {resources.get('GPU', 0):.0f} GPUs")
     if len(nodes) > 1:
-        _every_node_sees(cfg.store, nodes)
+        _every_node_sees(folder, nodes)
 
 
 def _every_node_sees(store: str, nodes: list[dict]) -> None:

@@ -30,6 +30,11 @@ def join(path: str, *names: str) -> str:
     return "/".join([path.rstrip("/"), *names])
 
 
+def absolute(path: str) -> str:
+    """The same place for a process that works in another folder."""
+    return open_fs(path)[1] if is_local(path) else path
+
+
 def put(path: str, data: bytes, *, exclusive: bool = False) -> None:
     """Writes `data` whole; `exclusive` raises FileExistsError where the path exists already.
 

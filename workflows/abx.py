@@ -44,12 +44,8 @@ def parser() -> argparse.ArgumentParser:
 
 def measure(args: argparse.Namespace) -> list[dict]:
     """`eval.abx.abx` of the audio's features, with "name" and "seconds"; several rows for checkpoints."""
-    import torch
-
     from audiolm.eval import abx
 
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: this machine has no GPU that torch can use; give --device cpu or auto")
     whole = args.model is not None and args.layer is not None
     if args.plot and not args.checkpoints:
         raise ValueError("--plot draws a curve over checkpoints: add --checkpoints, or leave it out")
@@ -68,15 +64,14 @@ def measure(args: argparse.Namespace) -> list[dict]:
 
 def sources(args: argparse.Namespace, files: set[str]) -> Iterator[tuple[str, int | None, Any, float]]:
     """(name, step of a checkpoint, features by file, rate in Hz)."""
-    import torch
-
+    from audiolm.data.shards import pick_device
     from audiolm.eval import abx, layer_choice
     from audiolm.eval.abx_curve import checkpoints
     from audiolm.eval.abx_set import audio_paths, wav_of
     from audiolm.tokenizers.extractor import window_of
     from audiolm.tokenizers.semantic import load_extractor, load_semantic
 
-    device = "cpu" if args.device == "cpu" or not torch.cuda.is_available() else "cuda"
+    device = pick_device(args.device)
     if args.features != "layer":
         extract, rate_hz = abx.extractor(args.features, load_semantic(args.tokenizer, device) if args.tokenizer else None)
     paths = audio_paths(tuple(args.audio), files, "--audio")

@@ -52,11 +52,10 @@ def parser() -> argparse.ArgumentParser:
 
 def evaluate(codec, args: argparse.Namespace) -> int:
     """Prints `eval.codec.compare` of the clips."""
-    import numpy as np
     from soundfile import SoundFileError
 
     from audiolm import store
-    from audiolm.data.audio import SAMPLE_RATE_HZ, stream
+    from audiolm.data.audio import SAMPLE_RATE_HZ, start_of
     from audiolm.data.sources import AUDIO
     from audiolm.eval.baseline_codecs import baselines
     from audiolm.eval.codec import compare, format_table
@@ -66,16 +65,10 @@ def evaluate(codec, args: argparse.Namespace) -> int:
     picked = [found[i * len(found) // args.clips] for i in range(args.clips)] if len(found) > args.clips else found
     wavs = []
     for _, path in picked:
-        parts, have = [], 0
         try:
-            for wav_T in stream(path):
-                parts.append(wav_T)
-                if (have := have + len(wav_T)) >= samples:
-                    break
+            wavs.append(start_of(path, samples))
         except (OSError, ValueError, SoundFileError) as e:
             print(f"left out: {path}: {e}", file=sys.stderr)
-            continue
-        wavs.append(np.concatenate(parts)[:samples])
     if not wavs:
         raise ValueError("none of the files can be read: name others")
     table = compare(codec, wavs, baselines(args.lyra), args.levels)
@@ -88,17 +81,14 @@ def evaluate(codec, args: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, 1 some files failed, 2 wrong usage, 130 stopped."""
     args = parser().parse_args(argv)
-    import torch
-
+    from audiolm.data.shards import pick_device
     from audiolm.data.sources import AUDIO
     from audiolm.tokenizers import files
 
     try:
         if args.do == "evaluate" and args.clips < 1:
             raise ValueError(f"--clips {args.clips}: at least one")
-        if args.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("--device cuda: this machine has no GPU that torch can use; give --device cpu or auto")
-        device = "cpu" if args.device == "cpu" or not torch.cuda.is_available() else "cuda"
+        device = pick_device(args.device)
         codec = files.open_codec(args.codec, device)
         if args.do == "evaluate":
             return evaluate(codec, args)

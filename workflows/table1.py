@@ -43,13 +43,10 @@ def parser() -> argparse.ArgumentParser:
 
 def builds(args: argparse.Namespace) -> dict[str, str | None]:
     """Path by option, from the options and then from the run's index. Raises ValueError where neither side is there."""
-    from audiolm import store
+    from audiolm.lm.system import steps_of
 
-    index = store.get_json(args.run) if args.run else {}
-    if index is None:
-        raise ValueError(f"--run: there is no run index {args.run}; name OUTPUTS/runs/NAME.json of a run")
-    steps = index.get("steps", {})
-    found = {option: getattr(args, option) or steps.get(step, {}).get("path") for option, step in STEPS.items()}
+    steps = steps_of(args.run) if args.run else {}
+    found = {option: getattr(args, option) or steps.get(step) for option, step in STEPS.items()}
     if not found["codec"] and not found["tokenizer"]:
         raise ValueError(f"{args.run} names no finished step codec or kmeans" if args.run else
                          "nothing to measure: give --codec, --tokenizer (with --vocoder), or --run")
@@ -61,9 +58,8 @@ def builds(args: argparse.Namespace) -> dict[str, str | None]:
 
 def measure(args: argparse.Namespace) -> dict:
     """`eval.table1.table1` of the builds, with their paths and "wall_s"."""
-    import torch
-
     from audiolm.data import audio
+    from audiolm.data.shards import pick_device
     from audiolm.data.sources import AUDIO
     from audiolm.eval import abx
     from audiolm.eval.abx_set import audio_paths, wav_of
@@ -73,11 +69,9 @@ def measure(args: argparse.Namespace) -> dict:
     from audiolm.tokenizers.residual import load_residual
     from audiolm.tokenizers.vocoder import load_vocoder
 
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: this machine has no GPU that torch can use; give --device cpu or auto")
     if args.number < 1 or args.seconds <= 0:
         raise ValueError(f"--number {args.number} and --seconds {args.seconds}: both must be above 0")
-    device = "cpu" if args.device == "cpu" or not torch.cuda.is_available() else "cuda"
+    device = pick_device(args.device)
     began, paths = time.monotonic(), builds(args)
     items = abx.read_items(args.items)
     items = items.of(args.speakers.split(",")) if args.speakers else items

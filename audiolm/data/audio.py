@@ -109,6 +109,17 @@ def stream(path: str, to_hz: int = SAMPLE_RATE_HZ) -> Iterator[np.ndarray]:
         yield np.pad(rest_T[:n], (0, max(0, n - len(rest_T))))
 
 
+def start_of(path: str, samples: int | None = None, to_hz: int = SAMPLE_RATE_HZ) -> np.ndarray:
+    """A file's first `samples` at `to_hz`, or all; no more of it is decoded. Raises as `stream` does."""
+    parts, have = [], 0
+    for wav_T in stream(path, to_hz):
+        parts.append(wav_T)
+        have += len(wav_T)
+        if samples is not None and have >= samples:
+            break
+    return np.concatenate(parts)[:samples]
+
+
 def read_clip(clip: Clip, roots: dict[str, str], start: int = 0, samples: int | None = None) -> np.ndarray:
     """wav_T float32 mono at 16 kHz: the whole clip (`clip.samples`), or `samples` of it from `start`. A copy at another
     speed is the clip resampled as a whole, so its pitch moves too.

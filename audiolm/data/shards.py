@@ -57,12 +57,19 @@ def device_of(cluster: Cluster, inline: bool, gpus: int = 1) -> str:
     if cluster.device != "auto":
         return cluster.device
     if inline:
-        import torch
-
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return pick_device("auto")
     import ray
 
     return "cuda" if ray.cluster_resources().get("GPU", 0) >= gpus else "cpu"
+
+
+def pick_device(asked: str) -> str:
+    """cpu or cuda of this process. Raises ValueError for a GPU that is not there."""
+    import torch
+
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: this machine has no GPU that torch can use; give --device cpu or auto")
+    return "cpu" if asked == "cpu" or not torch.cuda.is_available() else "cuda"
 
 
 def _call(fn: Callable, item: tuple) -> Any:

@@ -1,4 +1,4 @@
-"""Pieces of one self-contained HTML page: text is escaped, sound and pictures are inside it, no script, no network.
+"""Pieces of one HTML page: text is escaped, sound and pictures are inside it or in files beside it, no script, no network.
 
 `Html` marks text that is markup already; every function here takes plain values and returns `Html`.
 """
@@ -9,6 +9,7 @@ import base64
 import html
 from collections.abc import Iterable, Sequence
 from typing import Any
+from urllib.parse import quote
 
 CSS = """
 :root { --ink: #1f2933; --soft: #5f6c7b; --line: #e1e6ec; --blue: #2f6db5; --good: #23794a; --bad: #b3372f; }
@@ -89,6 +90,16 @@ def picture(png: bytes, text: str) -> Html:
 def player(data: bytes, kind: str) -> Html:
     """`kind` is wav or flac."""
     return Html(f'<audio controls preload="none" src="data:audio/{kind};base64,{base64.b64encode(data).decode()}"></audio>')
+
+
+def beside(path: str) -> Html:
+    """The player, picture or link of a file, by its path from the page."""
+    href, kind = esc(quote(path)), path.rsplit(".", 1)[1]
+    if kind == "png":
+        return Html(f'<img alt="Spectrogram of {esc(path)}" loading="lazy" src="{href}">')
+    if kind == "wav":
+        return Html(f'<audio controls preload="none" src="{href}"></audio>')
+    return Html(f'<a href="{href}">{esc(path)}</a>')
 
 
 def missing(what: str) -> Html:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import mmap
 import os
 import posixpath
 import sys
@@ -30,7 +29,8 @@ from fsspec.implementations.local import LocalFileSystem
 from safetensors import SafetensorError
 
 from audiolm import store
-from audiolm.data import audio, scan
+from audiolm.data import audio
+from audiolm.data.look import look, sound_errors, told
 from audiolm.data.sources import natural
 from audiolm.tokenizers.acoustic import AcousticTokenizer, chunks, load_codec
 
@@ -131,9 +131,8 @@ def work(jobs: list[Job], do: Callable[[Job, Tick], Done | None]) -> int:
             done = do(job, _ticker(job.name) if tty else lambda done_s, of_s: None)
         except Exception as e:  # noqa: BLE001  whatever a file or a place raises, the next one has its turn
             counts["failed"] += 1
-            text = "no such file" if isinstance(e, FileNotFoundError) else " ".join(str(e).split()) or type(e).__name__
             print(clear, end="", flush=True)
-            print(f"error: {'' if job.path in text else job.path + ': '}{text}", file=sys.stderr, flush=True)
+            print(f"error: {told(job.path, e)}", file=sys.stderr, flush=True)
             continue
         if done is None:
             counts["skipped"] += 1
@@ -174,7 +173,7 @@ def encode_file(codec: Any, job: Job, levels: int, force: bool, tick: Tick) -> D
     Raises ValueError and FileNotFoundError for audio that is missing, empty, truncated, not audio or not finite.
     """
     spec, samples = codec.spec, 0
-    source_hash, about_s = _look(job.path)
+    source_hash, about_s = look(job.path)
     meta = {"format": FORMAT, "codec": codec.hash, "name": spec.name, "sample_rate": str(spec.sample_rate),
             "hop": str(spec.hop), "n_q": str(levels), "vocab": str(spec.vocab), "source": job.name, "source_hash": source_hash}
     if not force and _made_alike(job.target, meta):
@@ -187,7 +186,7 @@ def encode_file(codec: Any, job: Job, levels: int, force: bool, tick: Tick) -> D
             yield wav_T
             tick(samples / spec.sample_rate, about_s)
 
-    with _sound_errors(job.path):
+    with sound_errors(job.path):
         codes_TQ = np.concatenate([codes_TQ[:, :levels].numpy().astype(np.uint16) for codes_TQ in _encode(codec, blocks())])
     store.put(job.target, safetensors.numpy.save({"codes": codes_TQ}, {**meta, "samples": str(samples)}))
     return _done(codec, levels, samples)
@@ -215,7 +214,7 @@ def decode_file(codec: Any, job: Job, levels: int | None, form: str, force: bool
             raise ValueError(f"{job.target} is there and was not made by decode: name another --out, or --force")
     step, made = int(PIECE_S * spec.rate_hz), 0
     pieces = (torch.from_numpy(codes_TQ[i:i + step, :levels].astype(np.int64)) for i in range(0, len(codes_TQ), step))
-    with _appears(job.target) as aside, soundfile.SoundFile(aside, "w", spec.sample_rate, 1, "PCM_16", format=form) as f:
+    with appears(job.target) as aside, soundfile.SoundFile(aside, "w", spec.sample_rate, 1, "PCM_16", format=form) as f:
         f.comment = comment
         for wav_T in _decode(codec, pieces):
             wav_T = wav_T[:samples - made].numpy()
@@ -276,42 +275,6 @@ def _decode(codec: Any, codes: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]
         yield codec.decode(codes_BTQ)[0, before * hop:(before + own) * hop].cpu()
 
 
-def _look(path: str) -> tuple[str, float]:
-    """(content hash, seconds as the header tells) of an audio file. Raises ValueError for what libsndfile would forgive."""
-    fs, p = store.open_fs(path)
-    size = int(fs.info(p)["size"])
-    if not size:
-        raise ValueError(f"{path} is empty: it holds no bytes")
-    head, tail = scan.edges(path, size)
-    try:
-        scan.check_container(head, tail, size)
-    except scan.Unusable as e:
-        raise ValueError(f"{path}: {e.args[0]}: {e.args[1]}; get the file again") from e
-    with _sound_errors(path), audio.open_sound(path) as f:
-        rate, frames = f.samplerate, f.frames
-    if not scan.RATES_HZ[0] <= rate <= scan.RATES_HZ[1]:
-        raise ValueError(f"{path} says {rate} Hz; from {scan.RATES_HZ[0]} to {scan.RATES_HZ[1]} are read")
-    if not scan.counts_frames(head):  # an MP3 whose length libsndfile guesses, and stops there
-        with tempfile.TemporaryDirectory() as folder, open(store.local_copy(path, folder), "rb") as raw:
-            with mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                if scan.mp3_samples(data) > 1.02 * frames + 10 * 1152:
-                    raise ValueError(f"{path}: a variable-rate MP3 without the Xing header that tells its length would be cut "
-                                     "short; rewrite it with: ffmpeg -i IN.mp3 -c copy OUT.mp3")
-    return scan.content_hash(head, tail, size), frames / rate
-
-
-@contextmanager
-def _sound_errors(path: str) -> Iterator[None]:
-    import soundfile
-
-    try:
-        yield
-    except soundfile.SoundFileError as e:
-        text = getattr(e, "error_string", str(e)).strip(" .")
-        raise ValueError(f"{path} is no audio that can be read, or is cut off ({text}); give wav, flac, ogg, opus or "
-                         "mp3") from e
-
-
 def _made_alike(path: str, meta: dict[str, str]) -> bool:
     try:
         found = read_codes(path)[1]
@@ -332,7 +295,7 @@ def _comment(path: str) -> str | None:
 
 
 @contextmanager
-def _appears(path: str) -> Iterator[str]:
+def appears(path: str) -> Iterator[str]:
     """A name on this machine's disk to write to; what was written appears at `path` once the block has ended well."""
     fs, p = store.open_fs(path)
     if not isinstance(fs, LocalFileSystem):

@@ -1,0 +1,85 @@
+"""A run's trained system: from a run's name, index or MLflow id to an AudioLM that generates.
+
+A run's index is `{store}/runs/{name}.json`: of each step the folder of its finished build.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from audiolm import store
+from audiolm.data.shards import pick_device
+
+if TYPE_CHECKING:
+    from audiolm.lm.draw import Draw
+    from audiolm.lm.generation import AudioLM
+
+OUTPUTS = "./outputs"
+DEFAULT_RUN = "quickstart"
+NEEDED = ("kmeans", "codec", "semantic_tokens", "lm_semantic", "lm_coarse")
+
+
+def find_run(run: str, folder: str = OUTPUTS, tracking: str | None = None) -> str:
+    """The index of a run: a path or URI that ends in .json as it is, an MLflow run id (32 hex digits) by the server
+    `tracking` (None: MLFLOW_TRACKING_URI, else the database in `folder`), else a name's below `folder`."""
+    if re.fullmatch("[0-9a-f]{32}", run):
+        from audiolm.tracked_runs import index_of
+
+        tracking = tracking or os.environ.get("MLFLOW_TRACKING_URI")
+        if not tracking and not store.is_local(folder):
+            raise ValueError(f"--run: {run} is an MLflow run id, and {folder} holds no database: name its server by --tracking")
+        return index_of(run, tracking or f"sqlite:///{store.absolute(folder)}/mlflow.db")
+    return run if run.endswith(".json") else store.join(folder, "runs", f"{run}.json")
+
+
+def steps_of(index_path: str) -> dict[str, str]:
+    """The folder of every finished step that a run's index names. Raises ValueError where there is no index."""
+    try:
+        index = store.get_json(index_path)
+    except ValueError:  # no JSON
+        index = {}
+    if index is None:
+        raise ValueError(f"--run: there is no run index {index_path}; train with `python workflows/full_pipeline.py`, or name "
+                         "a run, its OUTPUTS/runs/NAME.json or its MLflow run id")
+    if "steps" not in index:
+        raise ValueError(f"--run: {index_path} is not a run's index (OUTPUTS/runs/NAME.json)")
+    return {name: entry["path"] for name, entry in index["steps"].items()}
+
+
+def system_steps(index_path: str) -> dict[str, str]:
+    """The folders that a system is loaded from. Raises ValueError that names the steps which are not done yet."""
+    steps = steps_of(index_path)
+    missing = [name for name in NEEDED if name not in steps]
+    if not missing and "lm_fine" not in steps and _needs_fine(steps):
+        missing = ["lm_fine"]
+    if missing:
+        raise ValueError(f"--run: {index_path} names no finished step {', '.join(missing)}; the command that began the run "
+                         "goes on with it: python workflows/full_pipeline.py CONFIG.yaml")
+    return {name: steps[name] for name in (*NEEDED, "lm_fine") if name in steps}
+
+
+def _needs_fine(steps: Mapping[str, str]) -> bool:
+    """Whether the codec has more levels than the coarse stage."""
+    from audiolm.tokenizers.acoustic import load_codec
+
+    about = store.get_json(store.join(steps["lm_coarse"], "export", "config.json"))
+    return about is not None and about["stage"]["levels"][1] < load_codec(steps["codec"]).spec.n_q
+
+
+def open_system(run: str, device: str = "auto", draws: Mapping[str, Draw] | None = None,
+                tracking: str | None = None) -> AudioLM:
+    """The AudioLM of a run, named as in `find_run`; `draws` by stage, None as in the paper. Raises ValueError."""
+    steps = system_steps(find_run(run, tracking=tracking))
+    return load_system(tuple(steps.items()), pick_device(device), tuple(draws.items()) if draws else None)
+
+
+@lru_cache(maxsize=1)
+def load_system(steps: tuple[tuple[str, str], ...], device: str, draws: tuple[tuple[str, Draw], ...] | None) -> AudioLM:
+    """The AudioLM of some steps' folders, loaded once a process."""
+    from audiolm.lm.generation import load
+
+    return load(dict(steps), device, draws=dict(draws) if draws else None)

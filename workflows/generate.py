@@ -1,0 +1,184 @@
+"""Audio from a trained run: continuations of prompts, sounds from nothing, prompts said in new voices.
+
+    python workflows/generate.py --prompt clip.wav --out generated
+    python workflows/generate.py --run speech --store /data/audiolm --prompt calls/ --seconds 7 --samples 4 --out out --ray
+    python workflows/generate.py --run s3://bucket/audiolm/runs/speech.json --mode unconditional --seconds 5 --out out
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+MODES = ("continuation", "unconditional", "acoustic", "resynthesis")
+STAGES = ("semantic", "coarse", "fine")
+
+
+def parser() -> argparse.ArgumentParser:
+    from audiolm.lm.system import DEFAULT_RUN, OUTPUTS
+
+    p = argparse.ArgumentParser(prog="generate.py", description="Writes NAME-1.wav and NAME-1.json, ... of each prompt and "
+                                "index.html to listen to them. What is done is skipped, so that the same command continues.")
+    p.add_argument("--run", default=DEFAULT_RUN, metavar="RUN", help="a run's name, its index (OUTPUTS/runs/NAME.json) or its "
+                   "MLflow run id (default %(default)s)")
+    p.add_argument("--store", default=OUTPUTS, metavar="URI", help="where a run's name is looked up (default %(default)s)")
+    p.add_argument("--tracking", metavar="URI", help="the MLflow server of a run id; default: MLFLOW_TRACKING_URI, else the "
+                   "store's database")
+    p.add_argument("--prompt", nargs="+", default=[], metavar="PATH", help="audio files of any rate, or folders of them; "
+                   "local or any fsspec URI")
+    p.add_argument("--prompt-s", type=float, metavar="S", help="of each prompt its first S seconds, 0 for all; default: 3 to "
+                   "go on with, else all")
+    p.add_argument("--mode", choices=MODES, default=MODES[0], help="go on with the prompts (default); sounds of no prompt; "
+                   "what the prompts say in new voices; the prompts through the codec alone")
+    p.add_argument("--seconds", type=float, metavar="S", help="to generate beyond a prompt (default 7)")
+    p.add_argument("--samples", type=int, metavar="N", help="of each prompt (default 4)")
+    p.add_argument("--out", required=True, metavar="FOLDER", help="where to write; any fsspec URI")
+    p.add_argument("--temperature", nargs="+", metavar="T", help="one for all stages or semantic=0.6 coarse=0.8 fine=0.6 "
+                   "(the default, as in the paper); 0 takes the most likely")
+    p.add_argument("--top-k", nargs="+", metavar="K", help="draw among the K most likely; by stage as above (default: all)")
+    p.add_argument("--top-p", nargs="+", metavar="P", help="draw among the most likely that sum up to P; by stage as above")
+    p.add_argument("--seed", type=int, default=0, help="a sample depends on it, its prompt's PATH and its number (default 0)")
+    p.add_argument("--whole", action="store_true", help="never end before the seconds asked for")
+    p.add_argument("--long", action="store_true", help="beyond what the stages were trained on, in constant memory; one "
+                   "sample at a time, for runs with lm.dedupe=false")
+    p.add_argument("--batch", type=int, default=8, metavar="N", help="samples generated together (default %(default)s)")
+    p.add_argument("--ray", action="store_true", help="batches as Ray tasks, on this machine or the cluster of RAY_ADDRESS "
+                   "(which alone is enough)")
+    p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one")
+    p.add_argument("--force", action="store_true", help="make what is there anew")
+    return p
+
+
+def by_stage(option: str, texts: list[str] | None, kind: Callable, default: dict[str, Any]) -> dict[str, Any]:
+    """`semantic=0.6 fine=0.5`, or one value for all stages. Raises ValueError."""
+    if not texts:
+        return default
+    try:
+        if len(texts) == 1 and "=" not in texts[0]:
+            return dict.fromkeys(STAGES, kind(texts[0]))
+        given = {stage: kind(value) for stage, value in (text.split("=") for text in texts)}
+        if given.keys() <= set(STAGES):
+            return {**default, **given}
+    except ValueError:
+        pass
+    raise ValueError(f"{option} {' '.join(texts)}: give one number, or semantic=, coarse= and fine= with one each")
+
+
+def draws(args: argparse.Namespace) -> tuple:
+    """(stage, Draw) of each stage."""
+    from audiolm.config import Samples
+    from audiolm.lm.draw import Draw
+
+    paper, off = Samples(), dict.fromkeys(STAGES)
+    t = by_stage("--temperature", args.temperature, float, {s: getattr(paper, f"temperature_{s}") for s in STAGES})
+    k, p = by_stage("--top-k", args.top_k, int, off), by_stage("--top-p", args.top_p, float, off)
+    return tuple((s, Draw(t[s], k[s], p[s])) for s in STAGES)
+
+
+def check(args: argparse.Namespace) -> None:
+    """Fills in what depends on the mode. Raises ValueError for options that do not go together."""
+    grows, takes = args.mode in ("continuation", "unconditional"), args.mode != "unconditional"
+    if takes != bool(args.prompt):
+        raise ValueError(f"--mode {args.mode} needs --prompt PATH" if takes else "--mode unconditional takes no --prompt")
+    if not grows and (args.seconds is not None or args.whole):
+        raise ValueError(f"--mode {args.mode} lasts as long as its prompt: leave --seconds and --whole out")
+    if args.mode == "resynthesis" and args.samples not in (None, 1):
+        raise ValueError(f"--samples {args.samples}: the codec gives one resynthesis of a prompt")
+    if args.long and not grows:
+        raise ValueError("--long goes with --mode continuation or unconditional")
+    args.seconds = 7.0 if grows and args.seconds is None else args.seconds
+    args.samples = args.samples if args.samples is not None else 1 if args.mode == "resynthesis" else 4
+    if takes and args.prompt_s is None:
+        args.prompt_s = 3.0 if grows else 0.0
+    if grows and not 0 < args.seconds < float("inf"):
+        raise ValueError(f"--seconds {args.seconds}: above 0")
+    if args.samples < 1 or args.batch < 1:
+        raise ValueError(f"--samples {args.samples} and --batch {args.batch}: at least one")
+    if takes and args.prompt_s != 0 and not args.prompt_s >= 0.5:
+        raise ValueError(f"--prompt-s {args.prompt_s}: at least 0.5, or 0 for the whole file")
+
+
+def generate(args: argparse.Namespace) -> int:
+    """Returns how many prompts failed."""
+    from audiolm import store
+    from audiolm.cli import quiet, start_ray
+    from audiolm.config import Cluster
+    from audiolm.data.shards import device_of, fan_out, pick_device
+    from audiolm.eval import sounds, sounds_page
+    from audiolm.eval.sound_task import make
+    from audiolm.lm.system import find_run, system_steps
+    from audiolm.progress import Board
+
+    check(args)
+    in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    on_ray = args.ray or in_job or bool(os.environ.get("RAY_ADDRESS"))
+    if in_job and store.is_local(args.out) and not os.path.isabs(args.out.removeprefix("file://")):
+        raise ValueError(f"--out {args.out}: relative, and a Ray job's working folder changes with each submission; give an "
+                         "absolute path that every node sees, or s3://...")
+    if not on_ray:
+        pick_device(args.device)
+    index, out = find_run(args.run, args.store, args.tracking), store.absolute(args.out)
+    asked = sounds.Asked(index.rsplit("/", 1)[-1].removesuffix(".json"), index, tuple(system_steps(index).items()), args.mode,
+                         draws(args), args.seed, args.seconds, args.prompt_s, args.whole, args.long)
+    if args.prompt:
+        samples, wrong = sounds.look_at(sounds.name_prompts(args.prompt), args.samples)
+    else:
+        samples, wrong = [sounds.Sample(args.mode, n) for n in range(1, args.samples + 1)], []
+    todo = sounds.left(asked, samples, out, args.force)
+    size = 1 if args.long else args.batch
+    batches = [todo[i:i + size] for i in range(0, len(todo), size)]
+    board, began = Board(), time.monotonic()
+    board.say(f"run {asked.run} ({index}): {len(todo)} of {len(samples)} samples to make, to {args.out}")
+    for line in wrong:
+        print(f"error: {line}", file=sys.stderr)
+    if todo:
+        quiet()
+        cluster = Cluster(device=args.device)
+        if on_ray:
+            start_ray(cluster, out, board.say)
+        device = device_of(cluster, inline=not on_ray)
+        board.start("generate")
+        shown = SimpleNamespace(inline=not on_ray, step=SimpleNamespace(name="generate"),
+                                progress=lambda done, total, unit: board.update("generate", done, total, unit))
+        failed = fan_out(make, [(asked, batch, out, device) for batch in batches], out=shown, cluster=cluster, unit="prompts",
+                         sizes=[len(batch) / args.samples for batch in batches], gpu=device == "cuda")
+        failed = list(dict.fromkeys(line for lines in failed for line in lines))
+        board.end("generate", "DONE", time.monotonic() - began, f"{len(failed)} prompts failed" if failed else "")
+        for line in failed:
+            print(f"error: {line}", file=sys.stderr)
+        wrong += failed
+    made = sounds.records(out)
+    ours = [made[s.file] for s in samples if s.file in made]
+    if ours:
+        store.put(store.join(out, "index.html"), sounds_page.build(made).encode())
+        print(f"{sounds_page.summary(ours)}\npage: {store.join(args.out, 'index.html')}")
+    return len(wrong)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0 done, 1 some prompts failed, 2 wrong usage, 130 stopped."""
+    args = parser().parse_args(argv)
+    try:
+        return 1 if generate(args) else 0
+    except KeyboardInterrupt:
+        print("\nstopped; the same command continues with the samples that are left", file=sys.stderr)
+        return 130
+    except Exception as e:  # noqa: BLE001  one line that names the fix, whatever a filesystem or Ray raised
+        named = isinstance(e, (ValueError, FileNotFoundError)) or type(e).__name__ == "StepFailed"
+        print(f"error: {e}" if named else f"error: {type(e).__name__}: {e}", file=sys.stderr)
+        return 2
+    finally:
+        if "ray" in sys.modules:
+            sys.modules["ray"].shutdown()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
