@@ -48,7 +48,7 @@ def test_refusals(lm, tmp_path):
     with pytest.raises(ValueError, match=r"fills the window of 2 s"):
         stream(lm, voice(2.1), 4.0, 0, overlap_s=1.0)
     with pytest.raises(ValueError, match="overlap"):
-        stream(lm, None, 4.0, 0)
+        stream(lm, None, 4.0, 0, overlap_s=3.0)
     with pytest.raises(ValueError, match="seconds"):
         stream(lm, None, 0.0, 0, overlap_s=1.0)
 

@@ -47,7 +47,7 @@ def test_every_id_is_legal(models, name):
     stage = STAGES[name]
     for temperature, top_k, top_p in ((1, None, None), (50, None, None), (1, 3, None), (1, None, 0.5), (0, None, None)):
         out = Sampler(models[name], stage)([prompt(name, 9, s) for s in range(3)], 60, draw=Draw(temperature, top_k, top_p),
-                     stop_at_eos=True, seeds=[1, 2, 3])
+                     eos_from=0, seeds=[1, 2, 3])
         for ids in out:
             assert 0 < len(ids) <= 60
             for n, i in enumerate(ids):
@@ -59,10 +59,12 @@ def test_eos_ends_a_sample_or_is_never_drawn(models):
     stage, model = STAGES["semantic"], build(STAGES["semantic"], 0.0)
     model.load_state_dict(models["semantic"].state_dict())
     prompts, seeds = [stage.prompt()] * 12, list(range(12))
-    free = Sampler(model, stage)(prompts, 50, draw=Draw(5.0), stop_at_eos=True, seeds=seeds)
+    free = Sampler(model, stage)(prompts, 50, draw=Draw(5.0), eos_from=0, seeds=seeds)
     ended = [ids for ids in free if len(ids) < 50]
     assert ended and all(ids[-1] == stage.eos and stage.eos not in ids[:-1] for ids in ended)
-    full = Sampler(model, stage)(prompts, 50, draw=Draw(5.0), stop_at_eos=False, seeds=seeds)
+    late = Sampler(model, stage)(prompts, 50, draw=Draw(5.0), eos_from=list(range(12, 24)), seeds=seeds)
+    assert all(len(ids) > n for n, ids in zip(range(12, 24), late, strict=True)) and any(len(ids) < 50 for ids in late)
+    full = Sampler(model, stage)(prompts, 50, draw=Draw(5.0), eos_from=None, seeds=seeds)
     assert all(len(ids) == 50 and stage.eos not in ids for ids in full)
 
 
@@ -92,8 +94,8 @@ def test_the_gpus_way_draws_the_same_ids(models, name, monkeypatch):
     for n in (3, 5, 4):  # 4 and 8 rows; the last call finds its memory used
         prompts = [prompt(name, 3 + 5 * i % 17, i % 3) for i in range(n)]
         counts = [(6 + 9 * i % 40) * stage.slots for i in range(n)]
-        for stop in (True, False):
-            one, two = (s(prompts, counts, stop_at_eos=stop, draw=how, seeds=range(n)) for s in (plain, static))
+        for eos_from in (0, 12, None):
+            one, two = (s(prompts, counts, eos_from=eos_from, draw=how, seeds=range(n)) for s in (plain, static))
             assert all(np.array_equal(a, b) for a, b in zip(one, two, strict=True))
     assert len(static._kept) == 2
 

@@ -27,7 +27,7 @@ from audiolm.tokenizers.base import ACOUSTIC_HOP, SAMPLE_RATE, SEMANTIC_HOP, Cod
 
 DRAWS = {"semantic": Draw(0.6), "coarse": Draw(0.8), "fine": Draw(0.6)}  # paper III-D
 ROUNDS = 6  # of stages 1 and 2, where stage 2 needs fewer frames than stage 1's ids were to last; then EOS is barred
-CAP = 1.5  # stage 2's frames, as a multiple of what its semantic ids last on average, where nothing else bounds them
+CAP = 1.5  # what stage 2 makes of its ids lasts at most this many times what they last on average, and at least 1 / CAP
 OWN_RUN_S = 1.0  # a prompt's own mean run length counts from this length on
 
 
@@ -110,9 +110,12 @@ class AudioLM:
         """
         frames = [FRAMES * len(z) for z in z_T]
         zs = [self.stage("coarse").semantic_ids(z) for z in z_T]
-        free = samples is None and self.stage("coarse").dedupe
-        most = FRAMES * self.stage("coarse").crop_frames
-        codes = self.coarse(zs, [max(n, min(most, math.ceil(CAP * n))) for n in frames] if free else frames, seeds, None, free)
+        if samples is None and self.stage("coarse").dedupe:
+            most = FRAMES * self.stage("coarse").crop_frames
+            codes = self.coarse(zs, [max(n, min(most, math.ceil(CAP * n))) for n in frames], seeds,
+                                least=[int(n / CAP) for n in frames])
+        else:
+            codes = self.coarse(zs, frames, seeds)
         counts = [ACOUSTIC_HOP * len(c) for c in codes] if samples is None else list(samples)
         return [Sound(self.decode(c, n), z, c)
                 for z, c, n in zip(zs, self.fine(codes, seeds), counts, strict=True)]
@@ -149,19 +152,19 @@ class AudioLM:
         """Stage 1: each row's ids `z` and at most `more` beyond them, within the trained crops; whether EOS ended them."""
         stage = self.stage("semantic")
         counts = [max(len(ids), min(len(ids) + n, self._most)) for ids, n in zip(z, more, strict=True)]
-        out = self._sample("semantic", [stage.prompt()] * len(z), counts, z, seeds, may_end)
+        out = self._sample("semantic", [stage.prompt()] * len(z), counts, z, seeds, 0 if may_end else None)
         return [stage.unpack(ids) for ids in out], [bool(len(ids) and ids[-1] == stage.eos) for ids in out]
 
     def coarse(self, z: Sequence[np.ndarray], frames: Sequence[int], seeds: Sequence[int],
-               known: Sequence[np.ndarray] | None = None, may_end: bool | Sequence[bool] = False) -> list[np.ndarray]:
-        """Stage 2: codes_TQ' of `frames` acoustic frames each, or fewer where it `may_end` itself; z as the stage takes it.
-        `known` coarse codes_TQ' come back first, unchanged. Raises ValueError beyond the stage's trained crop."""
+               known: Sequence[np.ndarray] | None = None, least: Sequence[int] | None = None) -> list[np.ndarray]:
+        """Stage 2: codes_TQ' of `frames` acoustic frames each, or of fewer, at `least` so many, where it ends by itself; z as
+        the stage takes it. `known` coarse codes_TQ' come back first, unchanged. Raises ValueError beyond the trained crop."""
         stage = self.stage("coarse")
         for ids, n in zip(z, frames, strict=True):
             self._check("coarse", max(len(ids), -(-n // FRAMES)))
         forced = None if known is None else [stage.targets(c) for c in known]
         out = self._sample("coarse", [stage.prompt(ids) for ids in z], [n * stage.slots for n in frames], forced, seeds,
-                           may_end)
+                           None if least is None else [n * stage.slots for n in least])
         return [stage.unpack(ids) for ids in out]
 
     def fine(self, coarse: Sequence[np.ndarray], seeds: Sequence[int],
@@ -193,7 +196,7 @@ class AudioLM:
         out = self._sample("fine", [stage.prompt(coarse_TQ=coarse[i][a:b]) for i, a, b in spans],
                            [(b - a) * stage.slots for _, a, b in spans],
                            [stage.targets(known[i][a:b]) for i, a, b in spans],
-                           [derive(seeds[i], "chunk", a) for i, a, _ in spans], False)
+                           [derive(seeds[i], "chunk", a) for i, a, _ in spans])
         for (i, a, b), ids in zip(spans, out, strict=True):
             done[i][a:b] = stage.unpack(ids)
 
@@ -238,10 +241,9 @@ class AudioLM:
             z, ends = self.semantic([zs[i] for i in live], more, [seeds[i] for i in live], may_end)
             for i, ids, end in zip(live, z, ends, strict=True):
                 zs[i], ended[i] = ids, end
-            caps = [self._cap(frames[i], len(zs[i]) * runs[i], ended[i]) for i in live]
-            free = [stage.dedupe and (ended[i] or not (last or len(zs[i]) >= self._most)) for i in live]
-            y = self.coarse([zs[i] for i in live], [max(n, len(ys[i])) for i, n in zip(live, caps, strict=True)],
-                            [seeds[i] for i in live], [ys[i] for i in live], free)
+            spans = [self._span(frames[i], len(zs[i]) * runs[i], ended[i], last or len(zs[i]) >= self._most) for i in live]
+            y = self.coarse([zs[i] for i in live], [max(most, len(ys[i])) for i, (_, most) in zip(live, spans, strict=True)],
+                            [seeds[i] for i in live], [ys[i] for i in live], [least for least, _ in spans])
             for i, c in zip(live, y, strict=True):
                 ys[i] = c
             live = [i for i in live if len(ys[i]) < FRAMES * frames[i] and not ended[i]]
@@ -252,15 +254,22 @@ class AudioLM:
         return [Sound(wav, z, c, SEMANTIC_HOP * len(prompt), len(head), end) for wav, z, c, prompt, head, end
                 in zip(wavs, zs, all_codes, prompts, heads, ended, strict=True)]
 
-    def _cap(self, frames: int, lasting: float, ended: bool) -> int:
-        """Acoustic frames that stage 2 may draw for ids that are expected to last so many semantic frames."""
+    def _span(self, frames: int, lasting: float, ended: bool, last: bool) -> tuple[int, int]:
+        """Acoustic frames that stage 2 shall draw, (at least, at most), for ids that are expected to last so many semantic
+        frames. Where stage 1 has not ended the sound and cannot go on, all frames."""
         if not self.stage("semantic").dedupe:
-            return FRAMES * min(frames, int(lasting))
-        return FRAMES * (min(frames, math.ceil(CAP * lasting)) if ended else frames)
+            frames = min(frames, int(lasting))
+            return FRAMES * frames, FRAMES * frames
+        if ended:
+            frames = min(frames, math.ceil(CAP * lasting))
+        elif last:
+            return FRAMES * frames, FRAMES * frames
+        return FRAMES * min(frames, int(lasting / CAP)), FRAMES * frames
 
-    def _sample(self, name: str, prompts, counts, forced, seeds, may_end: bool | Sequence[bool]) -> list[np.ndarray]:
+    def _sample(self, name: str, prompts, counts, forced, seeds,
+                eos_from: int | Sequence[int] | None = None) -> list[np.ndarray]:
         start = time.perf_counter()
-        out = self._samplers[name](prompts, counts, forced=forced, stop_at_eos=may_end, draw=self.draws[name],
+        out = self._samplers[name](prompts, counts, forced=forced, eos_from=eos_from, draw=self.draws[name],
                                    seeds=[derive(s, name) for s in seeds])
         self._spend(name, start)
         given = 0 if forced is None else sum(map(len, forced))

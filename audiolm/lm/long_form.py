@@ -16,12 +16,12 @@ from audiolm.lm.stages import FRAMES, SEMANTIC_HZ
 from audiolm.rng import derive
 from audiolm.tokenizers.base import SAMPLE_RATE, SEMANTIC_HOP, padded_samples
 
-WINDOW_S, OVERLAP_S = 10.0, 3.0
+WINDOW_S, OVERLAP = 10.0, 0.3  # the overlap as a share of the window
 HOLD = 8  # semantic frames (0.32 s) that wait for the next window: a codec that is not causal hears what follows
 
 
 def stream(lm: AudioLM, prompt_T: np.ndarray | None, seconds: float, seed: int, may_end: bool = True,
-           window_s: float = WINDOW_S, overlap_s: float = OVERLAP_S) -> Iterator[np.ndarray]:
+           window_s: float = WINDOW_S, overlap_s: float | None = None) -> Iterator[np.ndarray]:
     """Pieces of a prompt and at most `seconds` beyond it, as they are made; windows are at most as long as the trained crops.
 
     Raises ValueError for deduplicated stages, a prompt that fills the window, and an overlap that leaves nothing new.
@@ -32,9 +32,9 @@ def stream(lm: AudioLM, prompt_T: np.ndarray | None, seconds: float, seed: int, 
     prompt_T = None if prompt_T is None else whole_frames(prompt_T)
     head = 0 if prompt_T is None else len(prompt_T) // SEMANTIC_HOP
     window = min(int(window_s * SEMANTIC_HZ), *(lm.stage(name).crop_frames for name in ("semantic", "coarse")))
-    overlap = int(overlap_s * SEMANTIC_HZ)
+    overlap = int(OVERLAP * window if overlap_s is None else overlap_s * SEMANTIC_HZ)
     if not HOLD < overlap < window:
-        raise ValueError(f"the overlap ({overlap_s:g} s) must lie between {HOLD / SEMANTIC_HZ:g} s and the window "
+        raise ValueError(f"the overlap ({overlap / SEMANTIC_HZ:g} s) must lie between {HOLD / SEMANTIC_HZ:g} s and the window "
                          f"({window / SEMANTIC_HZ:g} s, at most what the stages were trained on)")
     if head >= window:
         raise ValueError(f"the prompt ({head / SEMANTIC_HZ:g} s) fills the window of {window / SEMANTIC_HZ:g} s: give a "

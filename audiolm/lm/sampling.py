@@ -57,11 +57,12 @@ class Sampler:
         self._kept: dict[tuple[int, Draw], Memory] = {}
 
     def __call__(self, prompts: Sequence[np.ndarray], n_target: Sequence[int] | int, *, seeds: Sequence[int],
-                 forced: Sequence[np.ndarray] | None = None, stop_at_eos: bool | Sequence[bool] = False,
+                 forced: Sequence[np.ndarray] | None = None, eos_from: int | Sequence[int] | None = None,
                  draw: Draw = PLAIN) -> list[np.ndarray]:
         """Target ids of each prompt (`Stage.prompt`), `n_target` of them; those in `forced` are given and come back first.
 
-        With `stop_at_eos` (for all, or each) a sample may end before, with EOS as its last id; without, EOS is never drawn.
+        A sample may end before, with EOS as its last id, once it has `eos_from` targets (for all, or each); None: EOS is
+        never drawn.
         Raises ValueError where the lists differ in length or more ids are forced than asked for.
         """
         B = len(prompts)
@@ -73,7 +74,7 @@ class Sampler:
         for n, f in zip(counts, given, strict=True):
             if len(f) > n:
                 raise ValueError(f"{len(f)} ids are forced but n_target is {n}: ask for at least the forced ones")
-        stops = np.broadcast_to(stop_at_eos, B)
+        ends = np.broadcast_to(counts if eos_from is None else eos_from, B)
         out = list(given)
         todo = [i for i in range(B) if counts[i] > len(given[i])]
         # rows that end together run together; on a CPU in groups of ROWS, whose products all have one shape
@@ -84,19 +85,19 @@ class Sampler:
                 group = todo[start:start + size]
                 drawn = self._group([np.concatenate([prompts[i], given[i]]).astype(np.int64) for i in group],
                                     [len(given[i]) for i in group], [counts[i] - len(given[i]) for i in group],
-                                    stops[group], draw, [seeds[i] for i in group])
+                                    ends[group], draw, [seeds[i] for i in group])
                 for i, ids in zip(group, drawn, strict=True):
                     out[i] = np.concatenate([given[i], ids])
         return out
 
-    def _group(self, rows: list[np.ndarray], starts: list[int], steps: list[int], stops_B: np.ndarray, draw: Draw,
+    def _group(self, rows: list[np.ndarray], starts: list[int], steps: list[int], ends_B: np.ndarray, draw: Draw,
                seeds: Sequence[int]) -> list[np.ndarray]:
         """The ids that follow each row, steps[b] of them, the first as target number starts[b]."""
         stage, B, S = self.stage, len(rows), max(steps)
         m = self._memory(B, max(map(len, rows)) + S - 1, draw)
         n_SB = np.arange(S)[:, None] + np.array(starts)
         m.slot_SB[:S, :B] = torch.from_numpy(n_SB % stage.slots)
-        m.eos_SB[:S, :B] = torch.from_numpy(stage.eos_legal(n_SB) & stops_B)
+        m.eos_SB[:S, :B] = torch.from_numpy(stage.eos_legal(n_SB) & (n_SB >= ends_B))
         m.noise_SB2[:S, :B] = torch.stack([noise(seed, n, n + S) for seed, n in zip(seeds, starts, strict=True)], 1)
         m.at.zero_()
         m.last_B[:B] = torch.tensor([row[-1] for row in rows])
@@ -104,12 +105,13 @@ class Sampler:
             tails = [row[-min(m.back, n):] if n else row[:0] for row, n in zip(rows, starts, strict=True)]
             m.recent_BR[:B] = torch.from_numpy(np.stack([np.pad(t, (m.back - len(t), 0), constant_values=-1) for t in tails]))
         self._prefill(m, [row[:-1] for row in rows])  # the last id is the first step's
+        may_end = (ends_B < np.array(starts) + steps).any()
         for s in range(S):
             if self.static:
                 self._replay(m, draw)
             else:
                 self._step(m, draw, (n_SB[s] % stage.slots).tolist())
-            if stops_B.any() and (not self.static or s % CHECK == CHECK - 1):
+            if may_end and (not self.static or s % CHECK == CHECK - 1):
                 ended_B = (m.out_SB[:s + 1, :B] == stage.eos).any(0).cpu().numpy()
                 if (ended_B | (s + 1 >= np.array(steps))).all():
                     break
