@@ -157,7 +157,7 @@ def test_mlflow_holds_the_run(job):
     assert "report.html" in [a.path for a in client.list_artifacts(runs["report"].info.run_id)]
     (version,) = client.search_model_versions("name = 'e2e'")  # of the whole run, and none of those that skipped all
     (answer,) = mlflow.pyfunc.load_model(version.source).predict([{"mode": "unconditional", "seconds": 0.5}])
-    assert answer["seconds"] == 0.5
+    assert 0 < answer["seconds"] <= 0.5
     assert index_of(coarse.info.run_id, f"sqlite:///{job}/mlflow.db") == f"{job}/runs/e2e.json"
 
 

@@ -107,9 +107,11 @@ def test_a_request_is_answered_with_sound_and_a_bad_one_with_the_reason(server):
     status, reply = post(server, row)
     assert status == 200
     first, second = reply["predictions"]
-    assert len(sound(first["audio"])) == 17 * 640 + 16_000  # 0.7 s are 17 whole frames
-    assert {k: v for k, v in second.items() if k != "audio"} == {"seconds": 1.68, "prompt_s": 0.68, "ended": False, "sample": 1,
-                                                                 "seed": 4}
+    for told in (first, second):
+        assert told["prompt_s"] == 0.68 and 0.68 < told["seconds"] <= 1.68  # 0.7 s are 17 whole frames
+        assert len(sound(told["audio"])) == round(told["seconds"] * 16_000)
+        assert told["seconds"] == 1.68 or told["ended"]
+    assert [(told["sample"], told["seed"]) for told in (first, second)] == [(0, 3), (1, 4)]
     assert post(server, row) == (status, reply)  # the same bytes
     assert post(server, {**row, "seed": 4, "samples": 1})[1]["predictions"][0]["audio"] == second["audio"]
 
@@ -125,11 +127,11 @@ def test_the_answer_is_what_the_system_generates(model, steps):
     lm, prompt = load(steps), wav_bytes(voice(0.6))
     wav_T, text = from_bytes(prompt), base64_of(prompt)
     wanted = {"continuation": lm.continuation([wav_T], 0.4, [5]), "unconditional": lm.unconditional(0.4, [5]),
-              "acoustic": lm.acoustic(lm.tokenize([wav_T]), [5]), "resynthesis": lm.resynthesis([wav_T])}
+              "acoustic": lm.acoustic(lm.tokenize([wav_T]), [5], [len(wav_T)]), "resynthesis": lm.resynthesis([wav_T])}
     rows = [{"audio": None if mode == "unconditional" else text, "mode": mode, "seconds": 0.4, "seed": 5} for mode in wanted]
     for told, (mode, (made,)) in zip(ask(model, *rows), wanted.items(), strict=True):
         assert told["audio"] == base64_of(wav_bytes(made.wav_T)), mode
-        assert told["prompt_s"] == (0.6 if mode == "continuation" else 0.0)
+        assert told["prompt_s"] == (0.6 if mode == "continuation" else 0.0) and told["ended"] == made.ended
 
 
 def test_any_rate_and_format_is_heard(model):
@@ -146,7 +148,7 @@ def test_any_rate_and_format_is_heard(model):
         assert len(from_bytes(sink.getvalue(), 0.6)) == 9600
         assert np.abs(heard).max() > 0.1
     lines = base64.encodebytes(wav_bytes(wav_T)).decode()  # as the base64 command wraps it
-    assert ask(model, {"audio": lines, "seconds": 0.1})[0]["seconds"] == pytest.approx(0.9)
+    assert ask(model, {"audio": lines, "seconds": 0.1})[0]["prompt_s"] == 0.8
 
 
 def test_bad_input_is_refused_with_the_field_and_the_fix(model):
@@ -212,7 +214,7 @@ def test_a_run_registers_its_system_once(ready, tmp_path, steps):
     told = store.get_json(f"{path}/artifacts/system.json")
     assert told == {"index": f"{tmp_path}/runs/it's a/b.json", "steps": steps}
     model = mlflow.pyfunc.load_model(path)
-    assert len(sound(ask(model, {"mode": "unconditional", "seconds": 0.3})[0]["audio"])) == 4800
+    assert 0 < len(sound(ask(model, {"mode": "unconditional", "seconds": 0.3})[0]["audio"])) <= 4800
 
 
 def test_a_driver_killed_while_it_registers_leaves_one_version(ready, tmp_path, steps):

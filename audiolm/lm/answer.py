@@ -1,6 +1,6 @@
 """Answers requests for sound, one row a prompt: what audiolm/serve.py serves. Knows nothing of MLflow.
 
-A row asks: `audio` (base64 of an audio file; none for mode unconditional), `seconds` beyond the prompt (7), `seed` (0),
+A row asks: `audio` (base64 of an audio file; none for mode unconditional), at most `seconds` beyond it (7), `seed` (0),
 `samples` (1), `mode` (continuation, unconditional, acoustic, resynthesis).  An answer holds `audio` (base64 of a 16-bit wav
 at 16 kHz), `seconds`, `prompt_s`, `ended`, `sample`, `seed`.  Sample i has the seed `seed` + i, so that a row with an
 answer's seed gives that answer again.  A value that is missing is None or NaN, as pandas has it.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import math
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import replace
 from typing import Any
 
@@ -44,7 +45,9 @@ def answer(lm: AudioLM, rows: Sequence[Mapping[str, Any]], params: Mapping[str, 
     """
     if not rows:
         raise ValueError('no rows: send {"dataframe_records": [{"audio": ..., "seconds": 7}]}, a row for each prompt')
-    lm = replace(lm, temperatures={**lm.temperatures, **{k.removeprefix("temperature_"): v for k, v in params.items()}})
+    lm = copy(lm)  # its samplers stay
+    lm.draws = {stage: replace(draw, temperature=params.get(f"temperature_{stage}", draw.temperature))
+                for stage, draw in lm.draws.items()}
     answers = []
     for i, row in enumerate(rows):
         try:
@@ -70,8 +73,8 @@ def _row(lm: AudioLM, row: Mapping[str, Any]) -> list[dict[str, Any]]:
     except ValueError as e:
         raise ValueError(f"{READS[mode]}: {e}") from e
     return [{"audio": base64.b64encode(wav_bytes(sound.wav_T)).decode(), "seconds": len(sound.wav_T) / SAMPLE_RATE,
-             "prompt_s": len(wav_T) / SAMPLE_RATE if mode == "continuation" else 0.0,
-             "ended": getattr(sound, "ended", False), "sample": i, "seed": seeds[i]} for i, sound in enumerate(sounds)]
+             "prompt_s": sound.prompt / SAMPLE_RATE, "ended": sound.ended, "sample": i, "seed": seeds[i]}
+            for i, sound in enumerate(sounds)]
 
 
 def _prompt(text: Any, mode: str) -> np.ndarray:
