@@ -44,6 +44,7 @@ class Run:
     build: str | None = None  # whose checkpoints are shown
     offset: int = 0
     ui_folder: str | None = None
+    system: dict | None = None  # that it ended with, to be registered
     status: str | None = None
     ended_ms: int = 0
 

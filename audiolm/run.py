@@ -13,6 +13,7 @@ from audiolm.dag import Artifact, Out, Row
 from audiolm.identity import flatten
 from audiolm.progress import Board, duration
 from audiolm.store import exists, get_json, join
+from audiolm.tracked_systems import SYSTEM
 from audiolm.tracking import Tracker
 
 PROGRESS_S = 5.0  # how often a data step's progress becomes a metric
@@ -27,6 +28,7 @@ class RunObserver:
         self.board = Board()
         self.tracker = Tracker(cfg.tracking, cfg.store, cfg.run.experiment, cfg.run.name, self.board.say)
         self._handles, self._began, self._logged, self._index = {}, {}, {}, {}
+        self._made_with: dict[str, str] = {}  # the builds that the samples were made with, by step
         self.tracker.start(flatten(cfg), {**git, "store": cfg.store, "corpus": cfg.corpus.name})
 
     def say(self, text: str) -> None:
@@ -67,6 +69,8 @@ class RunObserver:
         if not next(r for r in self.rows if r.step.name == name).run:
             self.tracker.link_step(name, run_id)
         self._index[name] = {"path": artifact.path, "build": artifact.build, "run_id": run_id}
+        if name == "samples":
+            self._made_with = artifact.record["inputs"]
         order = [r.step.name for r in self.rows]
         before = (get_json(index_path(self.cfg)) or {}).get("steps", {})
         known = {n: e for n, e in {**before, **self._index}.items() if n in order}
@@ -74,6 +78,9 @@ class RunObserver:
 
     def close(self, status: str, seconds: float) -> None:
         """Ends the tracker's run and prints where everything is."""
+        heard = {name: build for name, build in self._made_with.items() if name in SYSTEM}
+        if status == "FINISHED" and heard and all(self._index.get(n, {}).get("build") == b for n, b in heard.items()):
+            self.tracker.serves(index_path(self.cfg), {name: self._index[name]["path"] for name in heard})
         self.tracker.finish(status)
         if status != "FINISHED":
             return

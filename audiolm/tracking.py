@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import tempfile
 import threading
 import time
@@ -19,7 +18,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.parse import quote
 
-from audiolm import outbox, store, tracked_checkpoints
+from audiolm import mlflow_client, outbox, store, tracked_checkpoints, tracked_systems
 from audiolm.metrics import read_from
 from audiolm.outbox import Run, key, mask
 
@@ -61,7 +60,7 @@ class Tracker:
         """Opens the parent run and takes over what an earlier run of this name left undelivered."""
         if self._off:
             return
-        self._quiet_import()
+        mlflow_client.quiet_import(self.uri)
         left, killed = [], []
         try:
             left, killed = outbox.left_over(self._folder, self._head)
@@ -109,6 +108,12 @@ class Tracker:
         if self._parent and run_id:
             with self._lock:
                 self._parent.tags[f"built_by.{name}"] = run_id
+
+    def serves(self, index: str, steps: Mapping[str, str]) -> None:
+        """Notes on the parent run which system it ended with (tracked_systems): a run's index, its models' folders."""
+        if self._parent:
+            with self._lock:
+                self._parent.system = {"index": mask(index), "steps": {name: mask(path) for name, path in steps.items()}}
 
     def finish(self, status: str, timeout_s: float = 30.0) -> None:
         """Ends the parent run and waits until all is delivered, at most `timeout_s`; the next run does the rest."""
@@ -229,13 +234,14 @@ class Tracker:
         if status is None:
             return False
         self._refusable(run, self._client.set_terminated, run.run_id, status, run.ended_ms)
+        if run.system:
+            self._refusable(run, tracked_systems.deliver, self._client, self._experiment_id, run)
         return True
 
     def _open_experiment(self) -> None:
-        from mlflow import MlflowClient
         from mlflow.exceptions import MlflowException
 
-        self._client = self._client or MlflowClient(self.uri)
+        self._client = self._client or mlflow_client.connect(self.uri)
         found = self._client.get_experiment_by_name(self._experiment)
         if found is None:
             try:
@@ -334,16 +340,3 @@ class Tracker:
             if run.key not in self._refused:
                 self._refused.add(run.key)
                 self._say(f"tracking: MLflow refused something of {run.name}: {outbox.first_line(e)}")
-
-    def _quiet_import(self) -> None:
-        """Imports mlflow in the caller's thread (two threads importing the same packages can deadlock), quietly."""
-        os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
-        for name, value in (("MLFLOW_LOGGING_LEVEL", "WARNING"), ("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true"),
-                            ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1"), ("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")):
-            os.environ.setdefault(name, value)
-        import mlflow.tracking
-
-        for name in ("mlflow", "alembic"):
-            logging.getLogger(name).setLevel(logging.WARNING)
-        if "://" in self.uri and not self.uri.startswith("http"):
-            import mlflow.store.tracking.sqlalchemy_store  # noqa: F401

@@ -10,9 +10,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [["rng", "store", "identity"], ["config_train"], ["config_semantic", "config_vocoder", "config_figures"],
           ["config", "lease", "metrics", "progress", "outbox"], ["configfile", "models"], ["data"], ["tokenizers"], ["lm"],
-          ["train"], ["eval"], ["dag"], ["tracking", "execute"], ["steps"], ["cli", "run"]]
+          ["train"], ["eval"], ["dag", "mlflow_client"], ["tracked_checkpoints", "tracked_systems", "tracked_runs"],
+          ["tracking", "execute"], ["steps"], ["cli", "run"], ["serve"]]
 RANK = {name: i for i, names in enumerate(LAYERS) for name in names}
-DOORS = {"mlflow": {"tracking.py"}, "deepspeed": {"train/engine.py", "train/checkpoint.py"},
+# mlflow: mlflow_client makes every client; tracking and tracked_systems send its entities; tracked_runs reads its errors;
+# serve.py is run by MLflow alone, as the model
+DOORS = {"mlflow": {"mlflow_client.py", "tracking.py", "tracked_systems.py", "tracked_runs.py", "serve.py"},
+         "deepspeed": {"train/engine.py", "train/checkpoint.py"},
          "ray": {"data/shards.py", "train/loop.py", "cli.py"}}
 SOURCES = sorted((ROOT / "audiolm").rglob("*.py"))
 

@@ -25,6 +25,7 @@ import soundfile
 from audiolm.dag import plan
 from audiolm.execute import execute
 from audiolm.metrics import read_build
+from audiolm.tracked_runs import index_of
 from tests.conftest import ROOT, free_port
 from tests.dying_worker import graph
 
@@ -154,6 +155,10 @@ def test_mlflow_holds_the_run(job):
         [a.path for a in client.list_artifacts(runs["samples"].info.run_id)]
     assert any(n.endswith(".wav") for n in names), names
     assert "report.html" in [a.path for a in client.list_artifacts(runs["report"].info.run_id)]
+    (version,) = client.search_model_versions("name = 'e2e'")  # of the whole run, and none of those that skipped all
+    (answer,) = mlflow.pyfunc.load_model(version.source).predict([{"mode": "unconditional", "seconds": 0.5}])
+    assert 0 < answer["seconds"] <= 0.5
+    assert index_of(coarse.info.run_id, f"sqlite:///{job}/mlflow.db") == f"{job}/runs/e2e.json"
 
 
 def test_a_training_worker_that_was_killed_ends_with_the_losses_of_one_that_was_not(head, checkout, tmp_path):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -20,22 +19,6 @@ from audiolm import store
 from audiolm.metrics import MetricsFile
 from audiolm.outbox import mask, shipped_path
 from audiolm.tracking import Tracker
-
-
-@pytest.fixture(scope="module")
-def empty_database(tmp_path_factory) -> Path:
-    """MLflow takes seconds to lay out a database: once, then copied."""
-    from mlflow import MlflowClient
-
-    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    MlflowClient(f"sqlite:///{path}").search_experiments()
-    return path
-
-
-@pytest.fixture
-def ready(tmp_path, empty_database) -> Path:
-    shutil.copy(empty_database, tmp_path / "mlflow.db")
-    return tmp_path
 
 
 def client(tracker: Tracker):
@@ -269,6 +252,7 @@ def test_an_outage_only_delays(ready, tmp_path, monkeypatch):
         ui = tmp_path / "ui"
         ui.mkdir()
         (ui / "a.txt").write_text("hello")
+        t.serves("i.json", {"codec": "/c"})
         t.ship(run, metrics_file(tmp_path / "metrics-0001.jsonl", [1, 2]))
         assert not t.flush(10)
         assert t.end_step(run, "FINISHED", {"mel": 1.5}, str(ui)) is None
@@ -287,6 +271,7 @@ def test_an_outage_only_delays(ready, tmp_path, monkeypatch):
         assert old.info.status == "FINISHED" and old.data.metrics["fact.mel"] == 1.5
         assert [h.step for h in client(t).get_metric_history(old.info.run_id, "loss")] == [1, 2]
         assert [a.path for a in client(t).list_artifacts(old.info.run_id)] == ["a.txt"]
+        assert [v.run_id for v in client(t).search_model_versions("name = 'demo'")] == [old.data.tags["mlflow.parentRunId"]]
         assert "secret" not in t.url() and "/#/experiments/" in t.url()
 
         # hanging in the middle: what happens meanwhile arrives when it is back, and nothing twice

@@ -1,0 +1,45 @@
+"""Finds a run's index, `{store}/runs/{run.name}.json`, by the id that MLflow shows for it."""
+
+from __future__ import annotations
+
+import os
+
+from audiolm import mlflow_client, outbox, store
+
+DEFAULT_STORE = "outputs"
+
+
+def index_of(run_id: str, tracking: str | None = None) -> str:
+    """The path of the index of a pipeline's run, or of the run that a step's run belongs to.
+
+    `tracking` defaults to MLFLOW_TRACKING_URI, else to the SQLite database of ./outputs. Raises ValueError with the fix where
+    there is no such MLflow, no such run, or no run of this project.
+    """
+    uri = tracking or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite"
+    database = f"{DEFAULT_STORE}/mlflow.db" if uri == "sqlite" else uri.removeprefix("sqlite:///")
+    if uri.startswith("sqlite") and not os.path.exists(database):  # it would be made, and be empty
+        raise ValueError(f"there is no MLflow database {database}: name the run's own with --tracking or MLFLOW_TRACKING_URI, "
+                         "sqlite:////STORE/mlflow.db or http://HOST:5000")
+    if uri == "none":
+        raise ValueError("tracking: none has no runs; give the run's index, STORE/runs/NAME.json")
+    uri, _ = outbox.resolve(uri, DEFAULT_STORE)
+    client = mlflow_client.connect(uri)
+    from mlflow.exceptions import MlflowException
+
+    where = f"MLflow at {outbox.mask(uri)}"
+    try:
+        run = client.get_run(run_id)
+        if parent := run.data.tags.get("mlflow.parentRunId"):
+            run = client.get_run(parent)
+    except MlflowException as e:
+        if e.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise ValueError(f"no run {run_id!r} in {where}: copy its id from the run's page, or name another MLflow with "
+                             "--tracking") from e
+        raise ValueError(f"{where} does not answer ({outbox.first_line(e)}): start it, or name another with --tracking") from e
+    folder, name = run.data.tags.get("store"), run.data.params.get("run.name")
+    if not folder or not name:
+        raise ValueError(f"run {run_id} in {where} is not a run of this pipeline (no tag `store`, no parameter `run.name`)")
+    if store.is_local(folder) and not os.path.isabs(folder.removeprefix("file://")):
+        raise ValueError(f"run {run_id} has the store {folder!r}, relative to the folder it was started in: give its index, "
+                         f"{store.join(folder, 'runs', name)}.json, from there")
+    return store.join(folder, "runs", f"{name}.json")
