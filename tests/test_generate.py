@@ -11,6 +11,7 @@ import pytest
 import soundfile as sf
 
 from audiolm import store
+from audiolm.lm.generation import AudioLM
 from audiolm.lm.prompts import read_prompt
 from tests.conftest import ROOT
 from tests.test_generation import CROPS_S, RUN, build, voice
@@ -54,6 +55,19 @@ def do(run, here, capsys):
 
 def sounds(folder: str) -> dict[str, bytes]:
     return {name: store.get(f"{folder}/{name}") for name in store.names(folder) if name.endswith(".wav")}
+
+
+def test_three_lines_of_python_continue_a_sound(run, here):
+    lm = AudioLM.load(run, "cpu")
+    one, two = lm.continue_("a.wav", 0.6, samples=2, prompt_s=0.6)
+    assert one.prompt == 9600 and len(one.wav_T) <= 19_200 and not np.array_equal(one.codes_TQ, two.codes_TQ)
+    wav, rate = sf.read("a.wav")
+    again = lm.continue_(np.stack([wav, wav], 1), 0.6, prompt_s=0.6, sample_rate=rate)[0]  # two channels
+    np.testing.assert_array_equal(again.wav_T[:9600], one.wav_T[:9600])
+    with pytest.raises(ValueError, match="silent"):
+        lm.continue_(np.zeros(16_000), 0.6)
+    with pytest.raises(ValueError, match="exceed the 2 s"):
+        lm.continue_(wav, 1.5, prompt_s=0)
 
 
 def test_prompts_become_files_that_tell_how_they_were_made(do, run):

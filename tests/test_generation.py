@@ -14,9 +14,10 @@ from audiolm import config, store
 from audiolm.dag import Artifact
 from audiolm.data.manifest import Clip, Part
 from audiolm.lm.draw import Draw
-from audiolm.lm.generation import DRAWS, load, whole_frames
+from audiolm.lm.generation import DRAWS, whole_frames
 from audiolm.lm.model import build_lm, export_lm
 from audiolm.lm.stages import build_stages, dedupe
+from audiolm.lm.system import load
 from audiolm.models.masked import Encoder, EncoderSizes
 from audiolm.models.soundstream import SoundStream
 from audiolm.tokenizers.extractor import ConformerExtractor, Window

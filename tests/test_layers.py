@@ -9,8 +9,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [["rng", "store", "identity"], ["config_train"], ["config_semantic", "config_vocoder", "config_figures"],
-          ["config", "lease", "metrics", "progress", "outbox"], ["configfile", "models"], ["data"], ["tokenizers"], ["lm"],
-          ["train"], ["eval"], ["dag", "mlflow_client"], ["tracked_checkpoints", "tracked_systems", "tracked_runs"],
+          ["config", "lease", "metrics", "progress", "outbox", "mlflow_client"],
+          ["configfile", "models", "tracked_runs"], ["data"], ["tokenizers"], ["lm"],
+          ["train"], ["eval"], ["dag"], ["tracked_checkpoints", "tracked_systems"],
           ["tracking", "execute"], ["steps"], ["cli", "run"], ["serve"]]
 RANK = {name: i for i, names in enumerate(LAYERS) for name in names}
 # mlflow: mlflow_client makes every client; tracking and tracked_systems send its entities; tracked_runs reads its errors;

@@ -8,8 +8,8 @@ import sys
 import numpy as np
 import pytest
 
-from audiolm.lm.generation import load
 from audiolm.lm.long_form import stream
+from audiolm.lm.system import load
 from tests.test_generation import RUN, build, voice
 
 PLAIN = {"may_end": False, "window_s": 2.0, "overlap_s": 1.2}
@@ -58,7 +58,7 @@ def test_60_seconds_take_the_memory_of_10(tmp_path):
 import resource
 from tests.test_generation import RUN, build
 from tests.test_long_form import PLAIN
-from audiolm.lm.generation import load
+from audiolm.lm.system import load
 from audiolm.lm.long_form import stream
 lm = load(build({str(tmp_path)!r}, dedupe=False), mean_run=RUN)
 for seconds in (10.0, 60.0):

@@ -18,8 +18,8 @@ import pytest
 
 from audiolm import store
 from audiolm.data.audio import wav_bytes
-from audiolm.lm.generation import load
-from audiolm.lm.prompt_bytes import from_bytes
+from audiolm.lm.prompts import from_bytes
+from audiolm.lm.system import load
 from audiolm.tracked_runs import index_of
 from audiolm.tracked_systems import save
 from audiolm.tracking import Tracker
@@ -117,7 +117,7 @@ def test_a_request_is_answered_with_sound_and_a_bad_one_with_the_reason(server):
 
     status, reply = post(server, {**row, "audio": base64_of(b"hello")})
     assert status == 400 and reply["error_code"] == "INVALID_PARAMETER_VALUE"
-    assert "row 0: audio: 5 bytes that are no audio file: send a whole wav" in reply["message"]
+    assert "row 0: audio: the file of 5 bytes is no audio that can be read" in reply["message"]
     assert "Traceback" not in str(reply)
     assert "row 0: audio: '5' is not base64" in post(server, {**row, "audio": 5})[1]["message"]
     assert post(server, row, temperature_coarse=0.0)[1]["predictions"][0]["audio"] != first["audio"]
@@ -159,11 +159,11 @@ def test_bad_input_is_refused_with_the_field_and_the_fix(model):
     soundfile.write(nan, np.full(16_000, np.nan, np.float32), 16_000, format="WAV", subtype="FLOAT")
     for row, reason in (
             ({"audio": "$%&"}, r"row 0: audio: '\$%&' is not base64: send what .base64 < prompt.wav"),
-            ({"audio": good[:40]}, "row 0: audio: .*send a whole wav"),
+            ({"audio": good[:40]}, "row 0: audio: the file of 30 bytes is no audio that can be read"),
             ({"seconds": 0.5}, "row 0: audio: missing; mode continuation needs"),
             ({"audio": base64_of(wav_bytes(np.zeros(16_000, np.float32)))}, "row 0: audio: the prompt is silent"),
             ({"audio": base64_of(wav_bytes(voice(0.3)))}, r"row 0: audio: the prompt lasts 0\.30 s: give at least 0\.5 s"),
-            ({"audio": base64_of(nan.getvalue())}, "row 0: audio: the file: the sample at 0.000 s is NaN"),
+            ({"audio": base64_of(nan.getvalue())}, "row 0: audio: the file of .* bytes: the sample at 0.000 s is NaN"),
             ({"audio": good, "seconds": 1.5}, r"row 0: audio, seconds: 2\.1.* s .* exceed the 2 s"),
             ({"audio": good, "seconds": -1.0}, "row 0: seconds: -1 is not a length"),
             ({"audio": good, "seconds": float("inf")}, "row 0: seconds: inf"),

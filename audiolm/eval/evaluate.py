@@ -16,8 +16,8 @@ from audiolm.data.manifest import roots
 from audiolm.data.shards import device_of, fan_out
 from audiolm.eval import likelihood
 from audiolm.eval.ladder import held_out, ladder, seconds_within
-from audiolm.lm import generation
 from audiolm.lm.draw import draws_of
+from audiolm.lm.system import load
 
 STAGES = ("lm_semantic", "lm_coarse", "lm_fine")
 BASELINES = ("unigram", "bigram", "fivegram", "previous", "below")
@@ -57,7 +57,7 @@ def evaluate_part(part: str, config: dict[str, Any], paths: dict[str, str], fold
     lm, evaluate, source_roots = config["lm"], config["evaluate"], roots(config["corpus"])
     where = lm.fine.where if "lm_fine" in paths else lm.coarse.where
     samples = config["samples"]
-    system = generation.load(paths, device, draws=draws_of(samples))
+    system = load(paths, device, draws=draws_of(samples))
     clips = held_out(paths["manifest"], source_roots, evaluate.clips, seconds_within(system, evaluate.clip_s), where)
     return ladder(system, clips, samples.prompt_s, config["seed"], folder)
 

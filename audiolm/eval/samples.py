@@ -18,7 +18,8 @@ from audiolm.data.audio import read_clip, wav_bytes
 from audiolm.data.manifest import Clip, read_clips, roots
 from audiolm.data.shards import device_of, fan_out
 from audiolm.lm.draw import draws_of
-from audiolm.lm.generation import Sound, load, whole_frames
+from audiolm.lm.generation import Sound, whole_frames
+from audiolm.lm.system import load
 from audiolm.tokenizers.base import SAMPLE_RATE
 
 MODES = ("unconditional", "acoustic", "continuation", "resynthesis")

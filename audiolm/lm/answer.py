@@ -19,8 +19,9 @@ import numpy as np
 
 from audiolm import store
 from audiolm.data.audio import wav_bytes
-from audiolm.lm.generation import AudioLM, Sound, load
-from audiolm.lm.prompt_bytes import from_bytes
+from audiolm.lm.generation import AudioLM, Sound
+from audiolm.lm.prompts import from_bytes
+from audiolm.lm.system import load
 from audiolm.tokenizers.base import SAMPLE_RATE
 
 READS = {"continuation": "audio, seconds", "unconditional": "seconds", "acoustic": "audio", "resynthesis": "audio"}

@@ -6,9 +6,11 @@ cannot go on with (too short, silent, not finite) is refused in words that name 
 
 from __future__ import annotations
 
+import tempfile
+
 import numpy as np
 
-from audiolm.data.audio import start_of
+from audiolm.data.audio import mono, resample, start_of
 from audiolm.data.look import look, sound_errors
 from audiolm.rng import derive
 from audiolm.tokenizers.base import SAMPLE_RATE, SEMANTIC_HOP
@@ -27,6 +29,26 @@ def read_prompt(path: str, prompt_s: float = PROMPT_S) -> np.ndarray:
     with sound_errors(path):
         wav_T = start_of(path, round(prompt_s * SAMPLE_RATE) or None)
     return checked(wav_T)
+
+
+def from_bytes(data: bytes, prompt_s: float = 0.0) -> np.ndarray:
+    """The same of a file's bytes, as a client sends it."""
+    with tempfile.NamedTemporaryFile() as f:
+        f.write(data)
+        f.flush()
+        try:
+            return read_prompt(f.name, prompt_s)
+        except ValueError as e:
+            raise ValueError(str(e).replace(f.name, f"the file of {len(data)} bytes")) from e
+
+
+def of_array(wav: np.ndarray, sample_rate: int, prompt_s: float = PROMPT_S) -> np.ndarray:
+    """The same of wav_T, or wav_TC of several channels, at `sample_rate`."""
+    wav = np.asarray(wav, np.float32)
+    if wav.ndim not in (1, 2):
+        raise ValueError(f"the prompt has shape {wav.shape}: give (samples,) or (samples, channels)")
+    wav_T = resample(mono(wav) if wav.ndim == 2 else wav, sample_rate, SAMPLE_RATE)
+    return checked(wav_T[:round(prompt_s * SAMPLE_RATE) or None])
 
 
 def checked(wav_T: np.ndarray) -> np.ndarray:

@@ -80,6 +80,50 @@ def open_system(run: str, device: str = "auto", draws: Mapping[str, Draw] | None
 @lru_cache(maxsize=1)
 def load_system(steps: tuple[tuple[str, str], ...], device: str, draws: tuple[tuple[str, Draw], ...] | None) -> AudioLM:
     """The AudioLM of some steps' folders, loaded once a process."""
-    from audiolm.lm.generation import load
-
     return load(dict(steps), device, draws=dict(draws) if draws else None)
+
+
+def load(paths: Mapping[str, str], device: str = "cpu", mean_run: float | None = None,
+         draws: Mapping[str, Draw] | None = None, compile: bool = False) -> AudioLM:
+    """The system from the steps' output folders: kmeans, codec, lm_semantic, lm_coarse and (where Q' < Q) lm_fine.
+
+    `mean_run` defaults to the fact of that name of the `semantic_tokens` folder. The stages run in bfloat16 on a GPU;
+    `compile` is for many samples in one process. Raises ValueError for a missing step and for stages that were trained on
+    another tokenizer's tokens.
+    """
+    from audiolm.lm.generation import DRAWS, AudioLM
+    from audiolm.lm.model import load_lm
+    from audiolm.tokenizers.acoustic import load_codec
+    from audiolm.tokenizers.semantic import load_semantic
+
+    for name in ("kmeans", "codec", "lm_semantic", "lm_coarse"):
+        if name not in paths:
+            raise ValueError(f"step {name} is missing, there are {sorted(paths)}: run the pipeline up to it")
+    _of_one_run(paths)
+    if mean_run is None:
+        if "semantic_tokens" not in paths:
+            raise ValueError("pass mean_run, or the semantic_tokens step's folder in paths")
+        done = store.get_json(store.join(paths["semantic_tokens"], "done.json"))
+        if done is None:
+            raise ValueError(f"{paths['semantic_tokens']} holds no finished semantic_tokens step: run it")
+        mean_run = done["facts"]["mean_run"]
+    models = {name: load_lm(paths[f"lm_{name}"], device)
+              for name in ("semantic", "coarse", "fine") if f"lm_{name}" in paths}
+    if device != "cpu":
+        models = {name: (model.bfloat16(), stage) for name, (model, stage) in models.items()}
+    if compile:
+        for model, _ in models.values():
+            model.compile_sampling()
+    return AudioLM(load_semantic(paths["kmeans"], device), load_codec(paths["codec"], device), models, float(mean_run),
+                   dict(draws or DRAWS), device=device)
+
+
+def _of_one_run(paths: Mapping[str, str]) -> None:
+    """Raises ValueError where a finished step's record names other inputs than these."""
+    ids = {name: ".".join(path.rstrip("/").split("/")[-2:]) for name, path in paths.items()}
+    for name, path in paths.items():
+        made_of = (store.get_json(store.join(path, "done.json")) or {}).get("inputs", {})
+        for other in ids.keys() & made_of.keys():
+            if made_of[other] != ids[other]:
+                raise ValueError(f"{name} ({path}) was made of {other} {made_of[other]}, not of {ids[other]}: take all steps "
+                                 "of one run, or run the pipeline again")

@@ -26,6 +26,7 @@ from audiolm.configfile import load as load_config  # noqa: E402
 from audiolm.lm import generation, stages  # noqa: E402
 from audiolm.lm.model import build_lm  # noqa: E402
 from audiolm.lm.sampling import Sampler  # noqa: E402
+from audiolm.lm.system import load  # noqa: E402
 from audiolm.models.masked import Encoder, EncoderSizes  # noqa: E402
 from audiolm.models.soundstream import SoundStream, fold  # noqa: E402
 from audiolm.tokenizers.acoustic import AcousticTokenizer  # noqa: E402
@@ -114,7 +115,7 @@ def main() -> None:
     print(f"torch {torch.__version__}, {torch.cuda.get_device_name() if gpu else f'{torch.get_num_threads()} CPU thread(s)'}")
     if args.run:
         steps = store.get_json(args.run)["steps"]
-        system = generation.load({name: step["path"] for name, step in steps.items()}, args.device)
+        system = load({name: step["path"] for name, step in steps.items()}, args.device)
     else:
         system = random_system(args.device)
     if args.compile:
