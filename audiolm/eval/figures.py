@@ -19,8 +19,8 @@ ROLES = ("ours", "ceiling", "floor", "baseline")
 
 @dataclass(frozen=True)
 class Row:
-    """A figure of `table` (I, II, III, IV as in the paper, else a name). `n` counts `of` (clips, pairs, crops); `value` None: not
-    measured, `note` says why and what to do. `role`: ours; ceiling (the original, the codec); floor (chance, shuffled
+    """A figure of `table` (I, II, III, IV as in the paper, else a name). `n` counts `of` (clips, pairs, crops); `value` None:
+    not measured, `note` says why and what to do. `role`: ours; ceiling (the original, the codec); floor (chance, shuffled
     tokens); baseline (counting, duration)."""
 
     table: str

@@ -54,7 +54,7 @@ def of_array(wav: np.ndarray, sample_rate: int, prompt_s: float = PROMPT_S) -> n
 def checked(wav_T: np.ndarray) -> np.ndarray:
     """wav_T at 16 kHz cut to whole frames. Raises ValueError where it is too short, silent or not finite."""
     if len(wav_T) < LEAST_S * SAMPLE_RATE:
-        raise ValueError(f"the prompt lasts {len(wav_T) / SAMPLE_RATE:.2f} s, give at least {LEAST_S:g} s")
+        raise ValueError(f"the prompt lasts {len(wav_T) / SAMPLE_RATE:.2f} s: give at least {LEAST_S:g} s")
     if not np.isfinite(wav_T).all():
         raise ValueError("the prompt has samples that are NaN or infinite: clean the file")
     if (peak := float(np.abs(wav_T).max())) < SILENT:
