@@ -133,7 +133,7 @@ def test_bad_prompts_are_told_and_the_others_go_on(do, here):
     sf.write("nan.wav", np.full(16_000, np.nan), 16_000, subtype="FLOAT")
     (here / "empty.wav").write_bytes(b"")
     (here / "text.wav").write_bytes(b"no sound " * 99)
-    bad = {"silent.wav": "silent.wav: the prompt is silent (peak 0.0e+00", "short.wav": "lasts 0.30 s, give at least 0.5 s",
+    bad = {"silent.wav": "silent.wav: the prompt is silent (peak 0.0e+00", "short.wav": "lasts 0.30 s: give at least 0.5 s",
            "long.wav": "exceed the 2 s the coarse stage was trained on", "nan.wav": "NaN or infinite", "empty.wav": "is empty",
            "text.wav": "no audio that can be read", "gone.wav": "no such file"}
     argv = ("--prompt", "a.wav", *bad, "stereo.flac", "--prompt-s", "0", "--seconds", "0.5", "--samples", "1", "--out", "out")

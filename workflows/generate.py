@@ -45,6 +45,8 @@ def parser() -> argparse.ArgumentParser:
                    "(the default, as in the paper); 0 takes the most likely")
     p.add_argument("--top-k", nargs="+", metavar="K", help="draw among the K most likely; by stage as above (default: all)")
     p.add_argument("--top-p", nargs="+", metavar="P", help="draw among the most likely that sum up to P; by stage as above")
+    p.add_argument("--window", nargs="+", metavar="N", help="draw an id again, among all, that makes up more than a tenth of "
+                   "its level's last N; by stage as above (repetition-aware sampling; default: off)")
     p.add_argument("--seed", type=int, default=0, help="a sample depends on it, its prompt's PATH and its number (default 0)")
     p.add_argument("--whole", action="store_true", help="never end before the seconds asked for")
     p.add_argument("--long", action="store_true", help="beyond what the stages were trained on, in constant memory; one "
@@ -80,7 +82,8 @@ def draws(args: argparse.Namespace) -> tuple:
     paper, off = Samples(), dict.fromkeys(STAGES)
     t = by_stage("--temperature", args.temperature, float, {s: getattr(paper, f"temperature_{s}") for s in STAGES})
     k, p = by_stage("--top-k", args.top_k, int, off), by_stage("--top-p", args.top_p, float, off)
-    return tuple((s, Draw(t[s], k[s], p[s])) for s in STAGES)
+    window = by_stage("--window", args.window, int, off)
+    return tuple((s, Draw(t[s], k[s], p[s], window[s])) for s in STAGES)
 
 
 def check(args: argparse.Namespace) -> None:
