@@ -4,7 +4,7 @@
     python tests/bench/generation.py --device cuda              12 x 1024, bfloat16, batches 1, 16 and 64
     python tests/bench/generation.py --run outputs/runs/quickstart.json     a trained run's own models
 
-Random weights unless --run; a stage draws --ids ids after a prompt of 1,152, prefill included.  A continuation is 3 s of
+Random weights unless --run; a stage draws --ids ids after a prompt of 1,152, whose prefill is taken off.  A continuation is 3 s of
 prompt and 7 s more, codec and semantic encoder included; random stages are not deduplicated, so that lengths are fixed.
 audiolm-pytorch's semantic stage of the same size runs beside ours where it is installed.
 """
@@ -64,8 +64,11 @@ def stage_rate(system: generation.AudioLM, batch: int, ids: int, repeats: int) -
     frames = (room - 2) // (1 + stage.frame_ids)
     z, codes = np.arange(frames) % stage.k, np.zeros((stages.FRAMES * frames, stage.levels[1]), np.int64)
     prompt, forced, sampler = stage.prompt(z), stage.targets(codes), Sampler(model, stage)
-    work = lambda: sampler([prompt] * batch, len(forced) + ids, forced=[forced] * batch, seeds=range(batch))  # noqa: E731
-    took = best(work, repeats, system.device)
+
+    def draw(n: int) -> None:
+        sampler([prompt] * batch, len(forced) + n, forced=[forced] * batch, seeds=range(batch))
+
+    took = best(lambda: draw(ids + 1), repeats, system.device) - best(lambda: draw(1), repeats, system.device)
     held = len(prompt) + len(forced)
     print(f"coarse, {held:,} ids in the cache, batch {batch:3}: {batch * ids / took:10,.0f} ids/s", flush=True)
 
