@@ -4,8 +4,8 @@
     python tests/bench/generation.py --device cuda              12 x 1024, bfloat16, batches 1, 16 and 64
     python tests/bench/generation.py --run outputs/runs/quickstart.json     a trained run's own models
 
-Random weights unless --run; a stage draws --ids ids after a prompt of 1,152, whose prefill is taken off.  A continuation is 3 s of
-prompt and 7 s more, codec and semantic encoder included; random stages are not deduplicated, so that lengths are fixed.
+Random weights unless --run; a stage draws --ids ids after a prompt of 1,152, whose prefill is taken off.  A continuation is
+3 s of prompt and 7 s more, codec and semantic encoder included; random stages are not deduplicated, so that lengths are fixed.
 audiolm-pytorch's semantic stage of the same size runs beside ours where it is installed.
 """
 
