@@ -19,7 +19,7 @@ from audiolm.config import Where
 from audiolm.data.audio import SAMPLE_RATE_HZ, decode, resample
 from audiolm.data.batches import TokenBatches
 from audiolm.eval import baselines, ngram
-from audiolm.eval.figures import Row, interval
+from audiolm.eval.figures import Progress, Row, interval, unheard
 from audiolm.eval.probe_sets import BANDS, Pair, ProbeSet, read_probes
 from audiolm.lm.model import load_lm
 from audiolm.lm.nats import inputs_of, prepare
@@ -34,11 +34,10 @@ TOKENS = 8192  # of a forward pass, with the padding
 PAPER = {("words", "all", "mean"): 71.5, ("words", "in-vocab", "mean"): 83.7, ("sentences", "all", "mean"): 64.7,
          ("sentences", "all", "sum"): 67.5}
 HOW = {"mean": "per token", "sum": "sum"}
-Progress = Callable[[int, int, str], object]
 
 
 def measure_probes(sets: Mapping[str, str], steps: Mapping[str, str], where: Where | None = None, seed: int = 0,
-                   device: str = "cpu", progress: Progress = lambda done, total, unit: None) -> list[Row]:
+                   device: str = "cpu", progress: Progress = unheard) -> list[Row]:
     """Rows of Table IV for each set, {name: folder of a gold.csv}. steps: the folders of kmeans, lm_semantic (or one of its
     checkpoints), and manifest and semantic_tokens, whose train tokens the bigram counts; `where`: lm.semantic.where.
 
@@ -64,7 +63,7 @@ def measure_probes(sets: Mapping[str, str], steps: Mapping[str, str], where: Whe
 
 
 def hear(files: Sequence[str], tokenizer, device: str = "cpu",
-         progress: Progress = lambda done, total, unit: None) -> tuple[list[np.ndarray], np.ndarray]:
+         progress: Progress = unheard) -> tuple[list[np.ndarray], np.ndarray]:
     """z_T of each file with silence around it, by batches of like lengths, and its own samples_F at 16 kHz."""
     codes: list[np.ndarray] = [np.empty(0, np.int64)] * len(files)
     samples, silence = np.zeros(len(files), np.int64), round(SILENCE_S * SAMPLE_RATE_HZ)
