@@ -1,4 +1,4 @@
-"""Table IV (paper IV-C): does stage 1 find the right word or sentence of a spoken pair likelier than the wrong one?
+"""The paper's Table IV: does stage 1 find the right word or sentence of a spoken pair likelier than the wrong one?
 
 A recording's score is the log-likelihood of its semantic tokens (deduplicated where the stage is) after BOS, without EOS: its
 sum, and its mean per token.  1 for the right one, 0.5 on ties; the mean over a pair's voices, then over pairs.  Recordings have
@@ -56,8 +56,8 @@ def measure_probes(sets: Mapping[str, str], steps: Mapping[str, str], where: Whe
         ids = [stage.targets(z_T) for z_T in z]
         long = sum(len(z_T) > stage.crop_frames for z_T in z)
         note = f"{long} of {len(z)} recordings exceed the {stage.crop_s:g} s the stage was trained on" if long else ""
-        scores = {"stage 1": by_sequence(ids, lambda rows: log_likelihoods(model, stage, rows, device)),
-                  "Kneser-Ney bigram": by_sequence(ids, lambda rows: bigram_scores(bigram, stage, rows))}
+        scores = {"stage 1": by_sequence(ids, lambda some: log_likelihoods(model, stage, some, device)),
+                  "Kneser-Ney bigram": by_sequence(ids, lambda some: bigram_scores(bigram, stage, some))}
         rows += rows_of(name, probes, scores, [len(i) for i in ids], samples, seed, time.monotonic() - began, note)
     return rows
 
