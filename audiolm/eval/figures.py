@@ -5,7 +5,7 @@ Intervals are 95 %, by bootstrap over groups (speakers, or clips): what is drawn
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from audiolm import rng
 
 DRAWS = 2000
 ROLES = ("ours", "ceiling", "floor", "baseline")
+Progress = Callable[[int, int, str], object]  # done, of how many, unit
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,10 @@ class Row:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def unheard(done: int, total: int, unit: str) -> None:
+    """Progress that nobody follows."""
 
 
 def not_measured(table: str, item: str, metric: str, why: str, paper: float | None = None) -> Row:

@@ -18,7 +18,7 @@ from audiolm.config import Where
 from audiolm.data.audio import read_clip, wav_bytes
 from audiolm.data.manifest import Clip, read_clips
 from audiolm.eval.codec import mel_distance
-from audiolm.lm.generation import AudioLM
+from audiolm.lm.generation import AudioLM, Sound
 from audiolm.tokenizers.base import SAMPLE_RATE, SEMANTIC_HOP
 
 
@@ -58,42 +58,43 @@ def ladder(lm: AudioLM, clips: Sequence[tuple[Clip, np.ndarray]], prompt_s: floa
         rungs += [(f"codec, {q} levels", _decoded(lm, coarse, wavs)),
                   ("fine from true coarse", _decoded(lm, lm.fine(coarse, seeds), wavs))]
     rungs.append(("coarse from true semantic", [s.wav_T for s in lm.acoustic(zs, seeds, [len(w) for w in wavs])]))
-    prompts = [_prompt_samples(w, prompt_s) for w in wavs]
-    rungs.append(("continuation", _continued(lm, wavs, prompts, seeds)))
+    prompts = [prompt_samples(w, prompt_s) for w in wavs]
+    rungs.append(("continuation", [s.wav_T for s in continued(lm, wavs, prompts, seeds)]))
     table = []
     for number, (name, made) in enumerate(rungs):
         skip = prompts if name == "continuation" else [0] * len(wavs)
         mel = np.mean([mel_distance(w[s:], m[s:]) for w, m, s in zip(wavs, made, skip, strict=True)])
-        files = []
-        for (clip, _), wav in zip(clips, made, strict=True):
-            file = f"wav/{number}-{_slug(name)}-{_slug(clip.id)}.wav"
-            store.put(store.join(folder, file), wav_bytes(wav))
-            files.append({"clip": clip.id, "file": file})
-        table.append({"rung": name, "mel": float(mel), "files": files})
+        table.append({"rung": name, "mel": float(mel), "files": saved(folder, f"{number}-{slug(name)}", clips, made)})
     return table
+
+
+def saved(folder: str, name: str, clips: Sequence[tuple[Clip, np.ndarray]], made: Sequence[np.ndarray]) -> list[dict[str, str]]:
+    """Writes a rung's wavs; [{"clip", "file"}]."""
+    files = [{"clip": clip.id, "file": f"wav/{name}-{slug(clip.id)}.wav"} for clip, _ in clips]
+    for file, wav in zip(files, made, strict=True):
+        store.put(store.join(folder, file["file"]), wav_bytes(wav))
+    return files
 
 
 def _decoded(lm: AudioLM, codes: Sequence[np.ndarray], wavs: Sequence[np.ndarray]) -> list[np.ndarray]:
     return [lm.decode(c, len(w)) for c, w in zip(codes, wavs, strict=True)]
 
 
-def _prompt_samples(wav_T: np.ndarray, prompt_s: float) -> int:
+def prompt_samples(wav_T: np.ndarray, prompt_s: float) -> int:
     """Whole frames of prompt; at most half of a short clip, so that something is left to continue."""
     return max(1, min(round(prompt_s * SAMPLE_RATE), len(wav_T) // 2) // SEMANTIC_HOP) * SEMANTIC_HOP
 
 
-def _continued(lm: AudioLM, wavs: Sequence[np.ndarray], prompts: Sequence[int],
-               seeds: Sequence[int]) -> list[np.ndarray]:
-    made: list[np.ndarray] = [np.empty(0)] * len(wavs)
+def continued(lm: AudioLM, wavs: Sequence[np.ndarray], prompts: Sequence[int], seeds: Sequence[int]) -> list[Sound]:
+    """Each wav's first `prompts` samples continued to its length."""
+    made: dict[int, Sound] = {}
     rest = [len(w) - p for w, p in zip(wavs, prompts, strict=True)]
     for samples in sorted(set(rest)):  # one batch for all that go on equally long
         at = [i for i, r in enumerate(rest) if r == samples]
-        sounds = lm.continuation([wavs[i][:prompts[i]] for i in at], samples / SAMPLE_RATE, [seeds[i] for i in at],
-                                 may_end=False)
-        for i, sound in zip(at, sounds, strict=True):
-            made[i] = sound.wav_T
-    return made
+        made |= zip(at, lm.continuation([wavs[i][:prompts[i]] for i in at], samples / SAMPLE_RATE, [seeds[i] for i in at],
+                                        may_end=False), strict=True)
+    return [made[i] for i in range(len(wavs))]
 
 
-def _slug(text: str) -> str:
+def slug(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-")

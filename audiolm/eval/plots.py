@@ -191,3 +191,24 @@ def lengths(series: Mapping[str, np.ndarray], title: str, x: str) -> bytes:
     axes.legend(fontsize=7, frameon=False)
     _name(axes, title, x, "share of runs")
     return _png(figure)
+
+
+def attention(share_LFS: np.ndarray, spans_S2: np.ndarray, title: str) -> bytes:
+    """For each layer how the attention to S tokens is shared among them, over F frames of 20 ms; dashed: when each token is
+    spoken (spans in seconds), where it lies if the layer follows what it speaks."""
+    from matplotlib.figure import Figure
+
+    layers, frames, tokens = share_LFS.shape
+    columns = min(layers, 4)
+    figure = Figure(figsize=(2.4 * columns, 0.5 + 2.1 * -(-layers // columns)), dpi=110, layout="constrained")
+    figure.suptitle(title, fontsize=10, color=INK, parse_math=False)
+    for i, share_FS in enumerate(share_LFS):
+        axes = figure.add_subplot(-(-layers // columns), columns, i + 1)
+        share_FS = share_FS / np.maximum(share_FS.max(1, keepdims=True), 1e-9)  # each frame's darkest is its most
+        axes.imshow(share_FS.T, origin="lower", aspect="auto", cmap="Blues", interpolation="nearest",
+                    extent=(0, frames / 50, 0, tokens))
+        spoken_S = np.append(spans_S2[:, 0], spans_S2[-1:, 1])
+        axes.plot(spoken_S, np.arange(tokens + 1), color=ORANGE, linestyle="--", linewidth=0.8)
+        axes.tick_params(colors=INK, labelsize=6)
+        _name(axes, f"layer {i + 1}", "seconds of sound" if i >= layers - columns else "", "" if i % columns else "token")
+    return _png(figure)

@@ -84,12 +84,7 @@ def encode_clips(clips: list[Clip], tokenizer: Any, source_roots: dict[str, str]
     batches = plan_batches([c.samples for c in clips], batch_s)
     readers = READERS if device == "cpu" else max(READERS, os.cpu_count() or 1)  # a GPU is faster than four decoders
     for batch, wavs in zip(batches, _read_ahead(batches, clips, source_roots, readers), strict=True):
-        lengths_B = torch.tensor([len(w) for w in wavs])
-        wav_BT = torch.zeros(len(wavs), padded_samples(int(lengths_B.max())))
-        for row, wav in zip(wav_BT, wavs, strict=True):
-            row[:len(wav)] = torch.from_numpy(wav)
-        with torch.inference_mode():
-            encoded = tokenizer.encode(wav_BT.to(device), lengths_B.to(device))
+        encoded = encode_batch(wavs, tokenizer, device)
         for i, wav, codes_TQ in zip(batch, wavs, encoded, strict=True):
             expected = padded_samples(len(wav)) // tokenizer.spec.hop
             if tuple(codes_TQ.shape) != (expected, tokenizer.spec.n_q):
@@ -98,6 +93,16 @@ def encode_clips(clips: list[Clip], tokenizer: Any, source_roots: dict[str, str]
                     f"for {len(wav)} samples, expected {(expected, tokenizer.spec.n_q)} (padded_samples / hop, n_q)")
             codes[i] = codes_TQ.cpu().numpy()
     return codes
+
+
+def encode_batch(wavs: Sequence[np.ndarray], tokenizer: Any, device: str) -> list[torch.Tensor]:
+    """codes_TQ (on the CPU) of each wav_T, heard as one batch."""
+    lengths_B = torch.tensor([len(w) for w in wavs])
+    wav_BT = torch.zeros(len(wavs), padded_samples(int(lengths_B.max())))
+    for row, wav in zip(wav_BT, wavs, strict=True):
+        row[:len(wav)] = torch.from_numpy(wav)
+    with torch.inference_mode():
+        return tokenizer.encode(wav_BT.to(device), lengths_B.to(device))
 
 
 def _read_ahead(batches: list[list[int]], clips: list[Clip], source_roots: dict[str, str],
