@@ -21,6 +21,7 @@ INSTALL = 'pip install "audiolm[eval]"'
 DEFAULT = "tiny.en"
 TITLES = {"mr": "mister", "mrs": "missus", "dr": "doctor"}  # as LibriSpeech's texts have them
 SIGNS = {"&": " and ", "%": " percent ", "+": " plus ", "=": " equals "}
+NUMBER = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?"
 COINS = {"$": "dollars", "£": "pounds", "€": "euros"}
 TOKENS, TOKENS_A_SECOND = 16, 10  # at most; nobody says more, and a recogniser that repeats itself has to stop
 
@@ -33,10 +34,9 @@ def normalise(text: str) -> str:
     stay apart. Raises ImportError where a text has digits and num2words is missing."""
     text = unicodedata.normalize("NFKD", text.lower().replace("’", "'"))
     text = re.sub(r"\[[^\]]*\]|\([^)]*\)|[\u0300-\u036f]", "", text)
-    text = re.sub(r"(?<=\d),(?=\d{3}\b)", "", text)
-    text = re.sub(r"([$£€])\s?(\d+(?:\.\d+)?)", lambda m: f"{m[2]} {COINS[m[1]]}", text)
+    text = re.sub(rf"([$£€])\s?({NUMBER})", lambda m: f"{m[2]} {COINS[m[1]]}", text)
     text = re.sub(r"(\d+)(st|nd|rd|th)\b", lambda m: f" {_words(int(m[1]), 'ordinal')} ", text)
-    text = re.sub(r"\d+\.\d+|\d+", lambda m: f" {_number(m[0])} ", text)
+    text = re.sub(NUMBER, lambda m: f" {_number(m[0])} ", text)
     for sign, word in SIGNS.items():
         text = text.replace(sign, word)
     text = re.sub(r"\b(mr|mrs|dr)\b\.?", lambda m: TITLES[m[1]], text)
@@ -45,8 +45,9 @@ def normalise(text: str) -> str:
 
 
 def _number(digits: str) -> str:
-    if len(digits) == 4 and 1100 <= int(digits) < 2100:
+    if re.fullmatch(r"\d{4}", digits) and 1100 <= int(digits) < 2100:
         return _words(int(digits), "year")
+    digits = digits.replace(",", "")
     return _words(float(digits) if "." in digits else int(digits), "cardinal")
 
 

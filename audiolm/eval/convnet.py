@@ -122,7 +122,7 @@ def fit(wavs: Sequence[np.ndarray], labels: Sequence[int], classes: int, setting
             adam.step()
             ramp.step()
             if progress and (step + 1) % EVERY == 0:
-                progress(step + 1, settings.steps, f"steps, loss {float(loss):.3f}")
+                progress(step + 1, settings.steps, f"steps, loss {loss.item():.3f}")
     return net.eval()
 
 

@@ -42,6 +42,15 @@ def with_text(manifest: str, n: int, seed: int = 0, least_s: float = LEAST_S, mo
                      "or dev share")
 
 
+def to_continue(manifest: str, n: int, seed: int = 0, least_s: float = 6.0, where: Where | None = None) -> list[Clip]:
+    """n held-out utterances (test and dev) of at least least_s, speakers in turn, for prompts and what follows them. Raises
+    ValueError where there are none."""
+    fit = [c for split in HELD_OUT for c in utterances(manifest, split, where) if c.seconds >= least_s]
+    if not fit:
+        raise ValueError(f"no held-out utterance lasts {least_s:g} s: ask for less, or give the corpus a test or dev share")
+    return in_turn(fit, n, seed)
+
+
 def of_speakers(manifest: str, train: int, test: int, seed: int = 0, least_s: float = LEAST_S, where: Where | None = None,
                 most_speakers: int = 300) -> tuple[list[Clip], list[Clip]]:
     """(training, test) utterances of at least least_s for a speaker classifier: of each speaker `train` and `test` of them,

@@ -42,7 +42,7 @@ def accuracy(learn: Sequence[Made], made: Sequence[Made], folder: str, settings:
     """The classifier's rows, chance last."""
     names = sorted({m.wanted.speaker for m in learn})
     if unknown := sorted({m.wanted.speaker for m in made} - set(names)):
-        raise ValueError(f"speakers {', '.join(unknown[:3])} are judged but not learned: give the classifier utterances of them")
+        raise ValueError(f"speakers {', '.join(unknown[:3])} are judged, not learned: give the classifier utterances of them")
     if both := sorted({m.wanted.clip for m in learn} & {m.wanted.clip for m in made}):
         raise ValueError(f"{both[0]} is both learned and judged: keep the utterances apart")
     number = {name: i for i, name in enumerate(names)}
