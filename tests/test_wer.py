@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -87,10 +88,35 @@ def test_transformers_models_by_path(tmp_path):
         asr.recogniser(str(tmp_path / "none"))
 
 
+def test_a_sequence_to_sequence_model_by_path(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    import torch
+
+    torch.manual_seed(0)
+    words = ["<|endoftext|>", "<|startoftranscript|>", "<|en|>", "<|transcribe|>", "<|notimestamps|>", "a", "b"]
+    (tmp_path / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(words)}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    model = transformers.WhisperForConditionalGeneration(transformers.WhisperConfig(
+        vocab_size=16, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+        encoder_ffn_dim=16, decoder_ffn_dim=16, decoder_start_token_id=1, eos_token_id=0, pad_token_id=0, bos_token_id=0,
+        suppress_tokens=None, begin_suppress_tokens=None))
+    with torch.no_grad():  # says a, without an end
+        model.proj_out.weight.zero_()[5] = 1.0
+        model.model.decoder.layer_norm.bias.fill_(1.0)
+    model.save_pretrained(tmp_path)
+    tokenizer = transformers.WhisperTokenizer(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"))
+    transformers.WhisperProcessor(transformers.WhisperFeatureExtractor(), tokenizer).save_pretrained(tmp_path)
+    assert set(asr.recogniser(str(tmp_path))(np.zeros(16_000, np.float32))) == {"a"}
+
+
 def test_what_cannot_be_measured_is_seen(monkeypatch):
-    monkeypatch.setattr(asr, "lacking", lambda asr=None: 'jiwer not installed: pip install "audiolm[eval]"')
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "jiwer" else find(name))
     table = table2([Made(wanted(0, "original"), np.zeros(16_000, np.float32))])
-    assert len(table) == 8 and all(r.value is None and "audiolm[eval]" in r.note for r in table)
+    assert len(table) == 8 and all(r.value is None and "jiwer" in r.note and "audiolm[eval]" in r.note for r in table)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "transformers" else find(name))
+    if find("jiwer") and find("num2words"):
+        assert asr.lacking("/models/x") == 'transformers not installed: pip install "audiolm[pretrained]"'
     assert {r.paper for r in table} == {0.8, 2.5, 0.9, 2.6, 3.4, 6.0, None}
     monkeypatch.undo()
     if asr.lacking() is None:

