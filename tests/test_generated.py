@@ -74,6 +74,9 @@ def test_another_checkpoint_seed_or_recording_is_another_sound(paths, tmp_path):
 def test_refusals(paths, tmp_path):
     with pytest.raises(ValueError, match=r"modes \['vocoder'\]: choose from original"):
         plan(CLIPS, {"vocoder": 1})
+    with pytest.raises(ValueError, match="exceed the 2 s the coarse stage"):
+        make(paths, [(clip("long", 2.4), voice(2.4))], plan([(clip("long", 2.4), voice(2.4))], {"continuation": 1}), str(tmp_path))
+    assert generated.longest_s(paths) == 2
     with pytest.raises(ValueError, match="given twice"):
         plan(CLIPS[:1] * 2, EACH)
     with pytest.raises(ValueError, match="sounds of o/b are wanted"):

@@ -75,8 +75,14 @@ def plan(clips: Clips, modes: Mapping[str, int], prompt_s: float = 3.0) -> list[
             in zip(clips, prompts, strict=True) for i in range(modes.get(mode, 0))]
 
 
+def longest_s(paths: Mapping[str, str]) -> float:
+    """The longest clip that the stages at `paths` can say or go on to: for the choice of clips, before anything is loaded."""
+    exports = [store.get_json(store.join(paths[step], "export", "config.json")) for step in ("lm_semantic", "lm_coarse")]
+    return min(about["stage"]["crop_s"] for about in exports)
+
+
 def make(paths: Mapping[str, str], clips: Clips, wanted: Sequence[Wanted], folder: str, seed: int = 0, device: str = "cpu",
-         draws: Mapping[str, Draw] | None = None, batch: int = 8, progress: Progress | None = None) -> list[Made]:
+         draws: Mapping[str, Draw] | None = None, batch: int = 16, progress: Progress | None = None) -> list[Made]:
     """The sounds in order. `paths`: the folders of the run's steps; `folder`: the cache, any store. Raises ValueError beyond
     the stages' trained crops and for sounds of clips that are not given."""
     wavs = {clip.id: wav for clip, wav in clips}
@@ -92,7 +98,7 @@ def make(paths: Mapping[str, str], clips: Clips, wanted: Sequence[Wanted], folde
 
 
 def missing(paths: Mapping[str, str], clips: Clips, wanted: Sequence[Wanted], folder: str, seed: int = 0,
-            draws: Mapping[str, Draw] | None = None, batch: int = 8) -> list[tuple[list[Wanted], list[np.ndarray]]]:
+            draws: Mapping[str, Draw] | None = None, batch: int = 16) -> list[tuple[list[Wanted], list[np.ndarray]]]:
     """What is not in the cache, as tasks (sounds of one mode, each one's clip wav_T) for `make_batch`, wherever it runs."""
     wavs = {clip.id: wav for clip, wav in clips}
     name, there = _names(paths, wavs, seed, draws), set(store.names(folder))
