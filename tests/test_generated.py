@@ -75,7 +75,8 @@ def test_refusals(paths, tmp_path):
     with pytest.raises(ValueError, match=r"modes \['vocoder'\]: choose from original"):
         plan(CLIPS, {"vocoder": 1})
     with pytest.raises(ValueError, match="exceed the 2 s the coarse stage"):
-        make(paths, [(clip("long", 2.4), voice(2.4))], plan([(clip("long", 2.4), voice(2.4))], {"continuation": 1}), str(tmp_path))
+        long = [(clip("long", 2.4), voice(2.4))]
+        make(paths, long, plan(long, {"continuation": 1}), str(tmp_path))
     assert generated.longest_s(paths) == 2
     with pytest.raises(ValueError, match="given twice"):
         plan(CLIPS[:1] * 2, EACH)
