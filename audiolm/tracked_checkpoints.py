@@ -1,8 +1,9 @@
 """A training's checkpoints as MLflow's models, one a commit, without copying weights (STACK 5). Found by commits.
 
 Each is a LoggedModel (config and step as parameters, the validation at that step as metrics) and a version of the registered
-model `{run name}-{step}`, whose tags say where it lies (`uri`) and, once it is so, `pruned`.  The aliases `best` and `latest`
-follow the build that was trained last.  Everything may be sent again: what the server has is asked for first.
+model `{run name}-{step}`, whose tags say where it lies (`uri`) and, once it is so, `pruned`.  The alias `best` follows the
+build that was trained last; `latest` is MLflow's own, the highest version.  Everything may be sent again: what the server
+has is asked for first.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from audiolm.store import get_json, join, names
 
 @dataclass
 class Shown:
-    """What the server is known to have: by a commit's file (model, version, whether both say pruned), and the aliases."""
+    """What the server has: by a commit's file (model, version, whether both say pruned), and where `best` points."""
 
     commits: dict[str, tuple[Any, str, bool]] = field(default_factory=dict)
-    aliases: dict[str, str] = field(default_factory=dict)
+    best: str | None = None
 
 
 def deliver(client: Any, experiment_id: str, run: Run, owner: tuple[str, str], shown: Shown,
@@ -55,7 +56,7 @@ def deliver(client: Any, experiment_id: str, run: Run, owner: tuple[str, str], s
         _point(client, name, run, shown)
     except Exception:
         shown.commits.clear()  # it may have arrived: ask again
-        shown.aliases.clear()
+        shown.best = None
         raise
 
 
@@ -100,11 +101,8 @@ def _tags(run: Run, index: str, commit: dict) -> dict[str, str]:
 
 def _point(client: Any, name: str, run: Run, shown: Shown) -> None:
     there = {file: version for file, (_, version, pruned) in shown.commits.items() if not pruned}
-    if not there:
-        return
-    newest = get_json(join(run.build, "commits", max(there))) or {}
-    best = there.get(f"{newest.get('best_step') or 0:08d}.json")
-    for alias, version in (("latest", there[max(there)]), ("best", best)):
-        if version and shown.aliases.get(alias) != version:
-            client.set_registered_model_alias(name, alias, version)
-            shown.aliases[alias] = version
+    newest = get_json(join(run.build, "commits", max(there))) if there else None
+    best = newest and there.get(f"{newest.get('best_step') or 0:08d}.json")
+    if best and shown.best != best:
+        client.set_registered_model_alias(name, "best", best)
+        shown.best = best
