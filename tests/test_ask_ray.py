@@ -1,4 +1,4 @@
-"""Asking in the UI with Ray's job server: a real cluster, an evaluation as one of its jobs, a repeat, an id it does not know."""
+"""Asking in the UI with Ray's job server: an evaluation as a job of a real cluster, a repeat, a job it does not know."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_an_evaluation_is_one_ray_job(world, encoded, ready, cluster, monkeypatc
     assert "at work already" in look(client, launcher)[0]
     found = until(client, "2", "done", "failed")
     assert found["evaluate"] == "done", found
-    assert client.get_run(found["evaluate.run"]).data.tags["ray_job"] == job
+    assert client.get_run(found["evaluate.run"]).data.tags["audiolm.evaluation"] == job
     while launcher.status(job)[0]:
         time.sleep(0.2)
     assert "SUCCEEDED" in launcher.status(job)[1]

@@ -48,8 +48,8 @@ def test_a_run_is_evaluated_and_what_was_measured_is_kept(made, capsys, tmp_path
     code, said = evaluate(capsys, "tiny", "--store", folder, "--out", str(tmp_path / "a"))
     assert code == 0, said
     rows = rows_of(tmp_path / "a")
-    assert rows["losses", "semantic stage"].value > 0 and rows["losses", "fine stage, level 3"].value > 0
-    assert rows["losses", "semantic stage: bigram"].role == "baseline" and rows["conditioning", "coarse stage"].value > 0
+    assert rows["losses", "semantic stage"].value > 0 and rows["levels", "fine stage, level 3"].value > 0
+    assert rows["losses", "semantic stage: Kneser-Ney 2"].role == "baseline" and rows["conditioning", "coarse stage"].value > 0
     assert rows["ladder", "codec, 3 levels"].role == "ceiling" and rows["ladder", "continuation"].n == 2
     page = (tmp_path / "a" / "report.html").read_text()
     assert page.count("<audio ") == 12 and "Stage ladder" in page and "http" not in page.replace("http://www.w3", "")

@@ -122,6 +122,7 @@ def watch(args: argparse.Namespace) -> None:
     from audiolm.ask import webhook
     from audiolm.ask.launch import open_launcher
     from audiolm.ask.watch import watch as watched
+    from audiolm.cli import quiet
     from audiolm.eval.suites import check_names
     from audiolm.eval.target import default_tracking
     from audiolm.outbox import mask
@@ -135,6 +136,7 @@ def watch(args: argparse.Namespace) -> None:
     if tracking != mask(tracking):
         raise ValueError("--tracking holds credentials, and a job's command line is shown by Ray: put them into "
                          "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, here and on Ray's nodes")
+    quiet()
     client, tracking = connect(tracking)
     launcher, wake = open_launcher(args.inline, args.job_server, args.work), threading.Event()
     extra = ["--tracking", tracking, "--device", args.device]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -67,9 +66,8 @@ def _open(client: Any, asked: states.Request) -> str:
     if found := states.runs_of(client, asked):
         return found[0].info.run_id
     made_by = client.get_run(client.get_model_version(asked.name, asked.version).run_id).info
-    tags = {"audiolm.evaluation": asked.job, "model": asked.uri, "mlflow.parentRunId": made_by.run_id,
-            "ray_job": os.environ.get("RAY_JOB_SUBMISSION_ID", "")}
-    return client.create_run(made_by.experiment_id, tags={k: v for k, v in tags.items() if v}, run_name=asked.job).info.run_id
+    tags = {"audiolm.evaluation": asked.job, "model": asked.uri, "mlflow.parentRunId": made_by.run_id}
+    return client.create_run(made_by.experiment_id, tags=tags, run_name=asked.job).info.run_id
 
 
 def _end(client: Any, asked: states.Request, run_id: str, status: str, state: str, reason: str) -> None:

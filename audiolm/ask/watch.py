@@ -42,9 +42,11 @@ def sweep(client: Any, launcher: Any, extra: list[str], *, parallel: int, say: C
         for asked in states.in_state(client, state):
             busy += _look(client, launcher, asked, say)
     for asked in states.in_state(client, REQUESTED):
-        if busy >= parallel:
-            return  # the others wait as they are
-        busy += _accept(client, launcher, extra, asked, say, check)
+        if problem := _problem(asked, check):
+            states.end(client, asked, FAILED, problem)
+            say(f"{asked.uri}: refused: {problem}")
+        elif busy < parallel:  # the others wait as they are
+            busy += _accept(client, launcher, extra, asked, say)
 
 
 def _look(client: Any, launcher: Any, asked: Request, say: Callable[[str], None]) -> bool:
@@ -62,18 +64,16 @@ def _look(client: Any, launcher: Any, asked: Request, say: Callable[[str], None]
     return False
 
 
-def _accept(client: Any, launcher: Any, extra: list[str], asked: Request, say: Callable[[str], None],
-            check: Callable[[list[str]], Any]) -> bool:
-    """True if its job was started, or is at work already."""
-    problem = refusal(asked.tags)
+def _problem(asked: Request, check: Callable[[list[str]], Any]) -> str | None:
     try:
         check(asked.suites)
     except ValueError as e:
-        problem = problem or f"evaluate.suites: {e}"
-    if problem:
-        states.end(client, asked, FAILED, problem)
-        say(f"{asked.uri}: refused: {problem}")
-        return False
+        return f"evaluate.suites: {e}"
+    return refusal(asked.tags)
+
+
+def _accept(client: Any, launcher: Any, extra: list[str], asked: Request, say: Callable[[str], None]) -> bool:
+    """True if its job was started, or is at work already."""
     suites = ["--suites", ",".join(asked.suites)] if asked.suites else []
     if launcher.submit(asked.job, [asked.uri, "--answer", str(asked.number), *suites, *extra]):
         say(f"{asked.uri}: submitted as {asked.job}")

@@ -16,7 +16,8 @@ from audiolm.eval.playable import playable
 
 Column = tuple[str, Sequence[Row], Sequence[dict]]
 TITLES = {"I": "Table I: the tokens", "II": "Table II: what is said", "III": "Table III: who says it",
-          "IV": "Table IV: likelihood tests", "losses": "Losses beside counting", "conditioning": "Is the prefix used?",
+          "IV": "Table IV: likelihood tests", "losses": "Losses beside counting", "levels": "Losses by level",
+          "conditioning": "Is the prefix used?",
           "ladder": "Stage ladder"}
 PLAYERS = 4  # of a group; the figures count all
 

@@ -18,10 +18,9 @@ from audiolm import store
 from audiolm.config import Pipeline
 from audiolm.data.shards import device_of, fan_out
 from audiolm.eval import figures_page
-from audiolm.eval.evaluate import BASELINES, STAGES, evaluate_part
+from audiolm.eval.evaluate import STAGES, evaluate_part
 from audiolm.eval.figures import Row, not_measured
-
-NAMES = {"lm_semantic": "semantic stage", "lm_coarse": "coarse stage", "lm_fine": "fine stage"}
+from audiolm.eval.report import BASELINES, NAMES
 
 
 @dataclass(frozen=True)
@@ -55,17 +54,24 @@ def stages(ask: Ask) -> list[Row]:
     there = [s for s in STAGES if s in ask.steps]
     rows = [not_measured("losses", NAMES[s], "nats per token", f"the run has not finished {s} yet")
             for s in STAGES[:2] if s not in there]
+    levels = []
     for name, found in zip(there, ask.parts(there), strict=True):
-        for figures in (found["figures"], *(found["figures"].get("levels") or ())):
-            item, n = NAMES[name] + (f", level {figures['level']}" if "level" in figures else ""), figures.get("tokens", 0)
-            rows.append(Row("losses", item, "nats per token", figures["loss"], n=n, of="tokens"))
-            rows += [Row("losses", f"{item}: {base}", "nats per token", figures[base], n=n, of="tokens", role="baseline")
-                     for base in BASELINES if figures.get(base) is not None]
+        rows += _beside("losses", NAMES[name], found["figures"])
+        for figures in found["figures"].get("levels") or ():
+            levels += _beside("levels", f"{NAMES[name]}, level {figures['level']}", figures)
         if used := found["conditioning"]:
             rows += [Row("conditioning", NAMES[name], "nats per token", used["true"], n=used.get("rows", 0), of="rows"),
                      Row("conditioning", f"{NAMES[name]}: another clip's prefix", "nats per token", used["shuffled"],
                          n=used.get("rows", 0), of="rows", role="floor")]
-    return rows
+    return [*(r for r in rows if r.table == "losses"), *(r for r in rows if r.table != "losses"), *levels]
+
+
+def _beside(table: str, item: str, figures: Mapping[str, Any]) -> list[Row]:
+    """A loss and what counting tells of the same tokens."""
+    n = figures.get("tokens", 0)
+    return [Row(table, item, "nats per token", figures["loss"], n=n, of="tokens"),
+            *(Row(table, f"{item}: {title}", "nats per token", figures[base], n=n, of="tokens", role="baseline")
+              for base, title in BASELINES.items() if base != "baseline" and figures.get(base) is not None)]
 
 
 def ladder(ask: Ask) -> list[Row]:
