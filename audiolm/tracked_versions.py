@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+MODEL = "audiolm.model"
 ASK = ("To evaluate it within its run's system, set the tag `evaluate` to `requested` (and `evaluate.suites` to some of "
        "the suites, where not all are wanted) while `python workflows/evaluate.py --watch` runs.")
 PRUNED = ("**Pruned:** its weights were removed from the store when later checkpoints came (`train.keep`), so it can be "
@@ -27,8 +28,8 @@ def search(client: Any, text: str) -> list:
 
 
 def by_model(client: Any, name: str) -> dict[str, str]:
-    """The versions of a registered model by the id of the LoggedModel that each is of."""
-    return {v.model_id: str(v.version) for v in search(client, f"name = '{name}'") if v.model_id}
+    """The versions of a registered model by the id of the LoggedModel that each is of (a tag: a server's answer has no id)."""
+    return {v.tags[MODEL]: str(v.version) for v in search(client, f"name = '{name}'") if MODEL in v.tags}
 
 
 def create(client: Any, name: str, run_id: str, model: Any, tags: dict[str, str]) -> str:
@@ -41,8 +42,8 @@ def create(client: Any, name: str, run_id: str, model: Any, tags: dict[str, str]
         if e.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
     # not models:/ID, which an SQLite client looks up in the MLflow of this process's global state
-    made = client.create_model_version(name, model.artifact_location, run_id, tags, description=about(tags),
-                                       model_id=model.model_id, await_creation_for=None)
+    made = client.create_model_version(name, model.artifact_location, run_id, {**tags, MODEL: model.model_id},
+                                       description=about(tags), model_id=model.model_id, await_creation_for=None)
     return str(made.version)
 
 

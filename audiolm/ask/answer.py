@@ -19,7 +19,7 @@ from audiolm.eval.figures import Row
 from audiolm.eval.figures_page import markdown
 from audiolm.eval.suites import Report
 from audiolm.outbox import first_line, key, mask, now_ms
-from audiolm.tracked_versions import ASK
+from audiolm.tracked_versions import ASK, MODEL
 
 MARK = "<!-- evaluation -->"
 DESCRIPTION_CHARS = 5000  # MLflow's column
@@ -79,7 +79,7 @@ def _publish(client: Any, asked: states.Request, run_id: str, report: Report, at
     version = client.get_model_version(asked.name, asked.version)
     step = int(asked.tags["step"]) if asked.tags.get("step", "").isdecimal() else 0
     figures = {_key(r): float(r.value) for r in report.rows if r.value is not None}
-    for part in mlflow_client.metrics(figures, at_ms, step, version.model_id):
+    for part in mlflow_client.metrics(figures, at_ms, step, version.tags.get(MODEL)):
         client.log_batch(run_id, part)
     for file in ("report.html", "rows.json"):
         client.log_text(run_id, store.get(store.join(report.folder, file)).decode(), file)
