@@ -23,7 +23,7 @@ from audiolm.store import get_json, join, names
 class Shown:
     """What the server has: by a commit's file (model, version, whether both say pruned), and where `best` points."""
 
-    commits: dict[str, tuple[Any, str, bool]] = field(default_factory=dict)
+    commits: dict[str, tuple[Any, str | None, bool]] = field(default_factory=dict)
     best: str | None = None
 
 
@@ -47,11 +47,13 @@ def deliver(client: Any, experiment_id: str, run: Run, owner: tuple[str, str], s
             if commit is None:
                 continue
             model = model or _make(client, experiment_id, run, commit, log)
-            version = version or registered.get(model.model_id) or versions.create(
-                client, name, run.run_id, model, _tags(run, owner[1], commit))
+            version = version or registered.get(model.model_id)
             if commit.get("pruned"):
                 client.set_logged_model_tags(model.model_id, {"pruned": "true"})
-                versions.prune(client, name, version)
+                if version:  # one that was gone before anybody heard of it has none
+                    versions.prune(client, name, version)
+            elif version is None:
+                version = versions.create(client, name, run.run_id, model, _tags(run, owner[1], commit))
             shown.commits[file] = model, version, bool(commit.get("pruned"))
         _point(client, name, run, shown)
     except Exception:

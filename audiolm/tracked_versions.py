@@ -50,7 +50,7 @@ def create(client: Any, name: str, run_id: str, model: Any, tags: dict[str, str]
 def about(tags: dict[str, str]) -> str:
     """A version's description, Markdown."""
     loss = f", validation loss {float(tags['loss']):.3f}" if "loss" in tags else ""
-    head = f"Checkpoint of `{tags['audiolm.step']}` at step {tags['step']}{loss}; it stays in the store at `{tags['uri']}`."
+    head = f"Checkpoint of `{tags['audiolm.step']}` at step {tags['step']}{loss}; in the store: `{tags['uri']}`."
     return f"{head}\n\n{ASK if tags.get('audiolm.export') == 'yes' else ''}".strip()
 
 
