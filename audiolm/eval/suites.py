@@ -125,8 +125,7 @@ def check_names(names: Sequence[str]) -> list[str]:
 
 def _digest(name: str, steps: Mapping[str, str], config: Pipeline) -> str:
     told = {"evaluate": config.evaluate, "samples": config.samples, "lm": config.lm, "corpus": config.corpus}
-    read = {k: v for k, v in steps.items() if k not in ("samples", "evaluate", "report")}
-    what = {"suite": name, "steps": read, "seed": config.run.seed,
+    what = {"suite": name, "steps": dict(steps), "seed": config.run.seed,
             **{k: v.model_dump(mode="json") for k, v in told.items()}}
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 

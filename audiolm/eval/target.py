@@ -30,7 +30,7 @@ def resolve(text: str, folder: str, tracking: str | None = None) -> Target:
     if not text.startswith("models:/"):
         index = find_run(text, folder, tracking)
         name = index.rsplit("/", 1)[-1].removesuffix(".json")
-        return Target(f"run {name}", name, steps_of(index), config_of(index))
+        return Target(f"run {name}", name, _models(index), config_of(index))
     client, uri = connect(default_tracking(folder, tracking))
     version = version_of(client, text)
     title, slug = f"{version.name}, version {version.version}", f"{version.name}-{version.version}"
@@ -38,19 +38,24 @@ def resolve(text: str, folder: str, tracking: str | None = None) -> Target:
         raise ValueError(f"{text}: {problem}")
     if "audiolm.system" in version.tags:
         system = system_of(version, uri)
-        return Target(title, slug, {**steps_of(system["index"]), **system["steps"]}, config_of(system["index"]))
+        return Target(title, slug, {**_models(system["index"]), **system["steps"]}, config_of(system["index"]))
     tags = version.tags
     step, index, uri = tags["audiolm.step"], tags["audiolm.index"], tags["uri"]
     if not store.exists(store.join(uri, "export")):
         raise ValueError(f"{text}: its weights are not at {uri} (any more, or not for this machine): give another version, or "
                          "run where the store is seen")
-    steps = steps_of(index)
+    steps = _models(index)
     made_of = (store.get_json(store.join(tags["audiolm.build"], "build.json")) or {}).get("inputs", {})
     for name, build in made_of.items():
         if name in steps and ".".join(steps[name].rstrip("/").split("/")[-2:]) != build:
             raise ValueError(f"{text}: it was trained on {name} {build}, and {index} now names {steps[name]}: evaluate a "
                              "version that was made since, or a system's version (models:/RUN/N)")
     return Target(f"{title} ({step} at step {tags['step']})", slug, {**steps, step: uri}, config_of(index))
+
+
+def _models(index: str) -> dict[str, str]:
+    """A run's steps but for those that were made with its own checkpoints."""
+    return {name: path for name, path in steps_of(index).items() if name not in ("samples", "evaluate", "report")}
 
 
 def refusal(tags: Mapping[str, str]) -> str | None:
