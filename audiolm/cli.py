@@ -23,6 +23,7 @@ from audiolm.config import Cluster, ConfigError, Pipeline
 from audiolm.configfile import load
 from audiolm.dag import Row, Step, plan, toposort
 from audiolm.execute import StepFailed, execute
+from audiolm.outbox import masked
 from audiolm.store import check_store, get_json, is_local, join, put_json, remove
 from audiolm.train.commits import start
 
@@ -246,5 +247,6 @@ def index_path(cfg: Pipeline) -> str:
 
 
 def write_index(cfg: Pipeline, steps: dict[str, dict]) -> None:
-    """runs/{run}.json: the human index, step -> path (DESIGN 4)."""
-    put_json(index_path(cfg), {"run": cfg.run.name, "corpus": cfg.corpus.name, "steps": steps})
+    """runs/{run}.json: the human index, step -> path (DESIGN 4), and the config, without credentials, for evaluations."""
+    put_json(index_path(cfg), {"run": cfg.run.name, "corpus": cfg.corpus.name, "steps": steps,
+                               "config": masked(cfg.model_dump(mode="json"))})

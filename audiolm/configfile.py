@@ -30,12 +30,25 @@ def load(path: str, overrides: list[str] = ()) -> Pipeline:
     for item in overrides:
         _override(data, item)
     _root_paths(data, Path.cwd())
+    return _validated(data, path)
+
+
+def _validated(data: dict, path: str) -> Pipeline:
     try:
         return Pipeline.model_validate(data)
     except ValidationError as e:
         lines = [f"  {'.'.join(map(str, err['loc'])) or 'config'}: {err['msg']}"
                  + ("" if isinstance(err["input"], dict) else f" (got {err['input']!r})") for err in e.errors()]
         raise ConfigError(f"{path} has {len(lines)} error(s):\n" + "\n".join(lines)) from e
+
+
+def changed(cfg: Pipeline, overrides: list[str]) -> Pipeline:
+    """A config with overrides as of the command line. Raises ConfigError."""
+    data = cfg.model_dump(mode="json")
+    for item in overrides:
+        _override(data, item)
+    _root_paths(data, Path.cwd())
+    return _validated(data, "the run's config")
 
 
 def _root_paths(data: dict, base: Path) -> None:

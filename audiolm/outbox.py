@@ -142,6 +142,15 @@ def mask(text: Any) -> str:
     return text
 
 
+def masked(value: Any) -> Any:
+    """Plain JSON with every text masked."""
+    if isinstance(value, dict):
+        return {k: masked(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [masked(v) for v in value]
+    return mask(value) if isinstance(value, str) else value
+
+
 def first_line(e: BaseException) -> str:
     return mask(f"{type(e).__name__}: {e}".splitlines()[0][:300])
 

@@ -1,20 +1,22 @@
-"""Finds a run's index, `{store}/runs/{run.name}.json`, by the id that MLflow shows for it."""
+"""Finds a run's index, `{store}/runs/{run.name}.json`, by the id that MLflow shows for it, and a registered model's version."""
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
 
 from audiolm import mlflow_client, outbox, store
 
 DEFAULT_STORE = "outputs"
 
 
-def index_of(run_id: str, tracking: str | None = None) -> str:
-    """The path of the index of a pipeline's run, or of the run that a step's run belongs to.
-
-    `tracking` defaults to MLFLOW_TRACKING_URI, else to the SQLite database of ./outputs. Raises ValueError with the fix where
-    there is no such MLflow, no such run, or no run of this project.
-    """
+def connect(tracking: str | None = None) -> tuple[Any, str]:
+    """(MlflowClient, its URI). `tracking` defaults to MLFLOW_TRACKING_URI, else to the SQLite database of ./outputs. Raises
+    ValueError with the fix where there is no such MLflow."""
     uri = tracking or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite"
     database = f"{DEFAULT_STORE}/mlflow.db" if uri == "sqlite" else uri.removeprefix("sqlite:///")
     if uri.startswith("sqlite") and not os.path.exists(database):  # it would be made, and be empty
@@ -23,7 +25,16 @@ def index_of(run_id: str, tracking: str | None = None) -> str:
     if uri == "none":
         raise ValueError("tracking: none has no runs; give the run's index, STORE/runs/NAME.json")
     uri, _ = outbox.resolve(uri, DEFAULT_STORE)
-    client = mlflow_client.connect(uri)
+    return mlflow_client.connect(uri), uri
+
+
+def index_of(run_id: str, tracking: str | None = None) -> str:
+    """The path of the index of a pipeline's run, or of the run that a step's run belongs to.
+
+    `tracking` as in `connect`. Raises ValueError with the fix where there is no such MLflow, no such run, or no run of this
+    project.
+    """
+    client, uri = connect(tracking)
     from mlflow.exceptions import MlflowException
 
     where = f"MLflow at {outbox.mask(uri)}"
@@ -43,3 +54,30 @@ def index_of(run_id: str, tracking: str | None = None) -> str:
         raise ValueError(f"run {run_id} has the store {folder!r}, relative to the folder it was started in: give its index, "
                          f"{store.join(folder, 'runs', name)}.json, from there")
     return store.join(folder, "runs", f"{name}.json")
+
+
+def version_of(client: Any, uri: str) -> Any:
+    """The ModelVersion that models:/NAME/VERSION or models:/NAME@ALIAS names. Raises ValueError where there is none."""
+    from mlflow.exceptions import MlflowException
+
+    parts = re.fullmatch(r"models:/([^/@]+)(?:/(\d+)|@([^/@]+))", uri)
+    if not parts:
+        raise ValueError(f"{uri!r}: give models:/NAME/VERSION or models:/NAME@ALIAS (aliases: best, latest)")
+    name, version, alias = parts.groups()
+    try:
+        return client.get_model_version(name, version) if version else client.get_model_version_by_alias(name, alias)
+    except MlflowException as e:
+        if e.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise ValueError(f"MLflow has no {uri}: copy name and version from the Models page, or name another MLflow with "
+                             "--tracking") from e
+        raise ValueError(f"MLflow does not answer ({outbox.first_line(e)}): start it, or name another with --tracking") from e
+
+
+def system_of(version: Any, tracking: str) -> dict:
+    """{"index", "steps"} of a version that is a whole system."""
+    import mlflow
+
+    with tempfile.TemporaryDirectory() as aside:
+        path = mlflow.artifacts.download_artifacts(f"{version.source.rstrip('/')}/artifacts/system.json", dst_path=aside,
+                                                   tracking_uri=tracking)
+        return json.loads(Path(path).read_text())

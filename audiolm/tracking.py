@@ -38,6 +38,7 @@ class Tracker:
         self._store, self._experiment, self._run_name = store, experiment, run_name
         self._folder = f"{store.rstrip('/')}/.tracking/{quote(run_name, safe='')}"
         self._say = say or logging.getLogger(__name__).warning
+        self._owner = run_name, f"{store.rstrip('/')}/runs/{run_name}.json"
         self._head = {"uri": mask(self.uri), "experiment": experiment}
         self._name = hashlib.sha256(f"{store}|{run_name}".encode()).hexdigest()[:16]  # of both, safe in a search
         self._off = self.uri is None
@@ -221,8 +222,8 @@ class Tracker:
         self._send(run, params, tags)
         self._send_metrics(run)
         self._log_batch(run, metrics=[(k, v, run.ended_ms, 0) for k, v in facts.items()])
-        self._refusable(run, tracked_checkpoints.deliver, self._client, self._experiment_id, run,
-                        self._models.setdefault(run.key, {}), self._log_batch)
+        self._refusable(run, tracked_checkpoints.deliver, self._client, self._experiment_id, run, self._owner,
+                        self._models.setdefault(run.key, tracked_checkpoints.Shown()), self._log_batch)
         if ui and store.names(ui):
             self._upload(run, ui)
         with self._lock:

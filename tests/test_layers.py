@@ -11,14 +11,16 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [["rng", "store", "identity"], ["config_train"], ["config_semantic", "config_vocoder", "config_figures"],
           ["config", "lease", "metrics", "progress", "outbox", "mlflow_client"],
           ["configfile", "models", "tracked_runs"], ["data"], ["tokenizers"], ["lm"],
-          ["train"], ["eval"], ["dag"], ["tracked_checkpoints", "tracked_systems"],
-          ["tracking", "execute"], ["steps"], ["cli", "run"], ["serve"]]
+          ["train"], ["eval"], ["dag"], ["tracked_versions"], ["tracked_checkpoints", "tracked_systems"],
+          ["tracking", "execute"], ["steps"], ["cli", "run"], ["serve", "ask"]]
 RANK = {name: i for i, names in enumerate(LAYERS) for name in names}
-# mlflow: mlflow_client makes every client; tracking and tracked_systems send its entities; tracked_runs reads its errors;
+# mlflow: mlflow_client makes every client; tracking and tracked_systems send its entities; tracked_runs and
+# tracked_versions read its errors;
 # serve.py is run by MLflow alone, as the model
-DOORS = {"mlflow": {"mlflow_client.py", "tracking.py", "tracked_systems.py", "tracked_runs.py", "serve.py"},
+DOORS = {"mlflow": {"mlflow_client.py", "tracking.py", "tracked_systems.py", "tracked_runs.py", "serve.py",
+                    "tracked_versions.py"},
          "deepspeed": {"train/engine.py", "train/checkpoint.py"},
-         "ray": {"data/shards.py", "train/loop.py", "cli.py"}}
+         "ray": {"data/shards.py", "train/loop.py", "cli.py", "ask/launch.py"}}
 SOURCES = sorted((ROOT / "audiolm").rglob("*.py"))
 
 

@@ -81,7 +81,8 @@ def test_a_whole_run_is_shown(tmp_path):
 
 
 def commit(build: Path, step: int, **more) -> None:
-    record = {"step": step, "folder": f"{step:08d}-0001", "validation": {"step": 2, "loss": 0.5}, "validated": 7.25, **more}
+    record = {"step": step, "folder": f"{step:08d}-0001", "validation": {"step": 2, "loss": 0.5}, "validated": 7.25,
+              "best_step": min(step, 2), **more}
     store.put_json(str(build / "commits" / f"{step:08d}.json"), record)
 
 
@@ -96,6 +97,7 @@ def test_a_commit_is_a_model_with_its_validation_and_one_that_was_pruned_says_so
     assert t.flush(30)
     t._models.clear()  # as another driver would begin
     commit(build, 1, pruned=True)
+    commit(build, 0, pruned=True)  # gone before anybody heard of it
     commit(build, 3)
     assert t.flush(30)
     commit(build, 3, pruned=True)
@@ -104,12 +106,18 @@ def test_a_commit_is_a_model_with_its_validation_and_one_that_was_pruned_says_so
     c = client(t)
     models = c.search_logged_models([c.get_experiment_by_name("tests").experiment_id])
     found = {int(m.params["step"]): m for m in models}
-    assert len(models) == 3 and found.keys() == {1, 2, 3}
+    assert len(models) == 4 and found.keys() == {0, 1, 2, 3}
     assert {m.model_type for m in models} == {"checkpoint"} and {str(m.status) for m in models} == {"READY"}
-    assert {s for s, m in found.items() if "pruned" in m.tags} == {1, 3}
+    assert {s for s, m in found.items() if "pruned" in m.tags} == {0, 1, 3}
     assert found[2].tags["uri"] == f"{build}/checkpoints/00000002-0001" and found[2].tags["export"].endswith("/export")
     assert found[2].source_run_id == run.run_id and "export" not in found[1].tags
     assert [(m.key, m.value, m.step) for m in found[2].metrics] == [("val.loss", 0.5, 2)] and not found[3].metrics
+    versions = {int(v.tags["step"]): v for v in c.search_model_versions("name = 'demo-lm'")}
+    assert {v.version: s for s, v in versions.items()} == {1: 1, 2: 2, 3: 3}
+    assert {s for s, v in versions.items() if "pruned" in v.tags and v.description.startswith("**Pruned:**")} == {1, 3}
+    assert versions[2].tags["uri"] == found[2].tags["uri"] and versions[2].tags["audiolm.index"] == f"{tmp_path}/runs/demo.json"
+    assert versions[2].tags["loss"] == "0.5" and versions[2].tags["fingerprint"] == "lm" and versions[2].run_id == run.run_id
+    assert c.get_model_version_by_alias("demo-lm", "best").version == 2
 
 
 def test_metrics_arrive_while_a_step_runs_and_none_twice(ready, tmp_path):

@@ -7,7 +7,6 @@ nats per token, mel distances in nats, rates in kb/s; wavs are 16 kHz mono.
 
 from __future__ import annotations
 
-import io
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -17,7 +16,8 @@ import numpy as np
 from audiolm import store
 from audiolm.eval import gates, plots
 from audiolm.eval.codec import HEADS, notes
-from audiolm.eval.page import Html, join, missing, number, page, picture, player, table, tag, verdict
+from audiolm.eval.page import Html, join, missing, number, page, picture, table, tag, verdict
+from audiolm.eval.playable import playable as _wav
 from audiolm.eval.semantic_page import semantic, title_of
 from audiolm.identity import flatten
 from audiolm.metrics import read_build
@@ -79,20 +79,6 @@ class _Plots:
 
 def _json(paths: Mapping[str, str], step: str, name: str) -> Any:
     return store.get_json(store.join(paths[step], name)) if step in paths else None
-
-
-def _wav(path: str) -> tuple[np.ndarray, Html] | None:
-    """(wav_T, player) of a file, or None where it is gone. FLAC halves the page and loses nothing."""
-    import soundfile
-
-    try:
-        wav_T, rate = soundfile.read(io.BytesIO(store.get(path)), dtype="float32", always_2d=False)
-    except (FileNotFoundError, soundfile.LibsndfileError):
-        return None
-    wav_T = wav_T if wav_T.ndim == 1 else wav_T.mean(axis=1)
-    sink = io.BytesIO()
-    soundfile.write(sink, wav_T, rate, format="FLAC", subtype="PCM_16")
-    return wav_T, player(sink.getvalue(), "flac")
 
 
 def _sound(samples: list[dict], folder: str) -> Html:

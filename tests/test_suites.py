@@ -1,0 +1,129 @@
+"""Evaluations by hand: a run, a checkpoint in its run's system, two side by side; kept figures; what is refused."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+from audiolm import store
+from audiolm.eval.figures import Row
+from audiolm.eval.figures_page import build, markdown
+from tests.test_evaluate import encoded, world  # noqa: F401
+from tests.tiny_run import finish, tell
+
+SCRIPT = str(Path(__file__).resolve().parents[1] / "workflows" / "evaluate.py")
+
+
+@pytest.fixture(scope="module")
+def made(request, tmp_path_factory, empty_database):
+    """(folder, its tracking URI, build of lm_semantic) of a run that MLflow knows."""
+    request.getfixturevalue("encoded")
+    folder = tmp_path_factory.mktemp("store")
+    (folder / "mlflow.db").write_bytes(empty_database.read_bytes())
+    _, its = finish(request.getfixturevalue("world"), str(folder))
+    tracker = tell("sqlite", str(folder), its)
+    return str(folder), tracker.uri, its
+
+
+def evaluate(capsys, *args) -> tuple[int, str]:
+    main = runpy.run_path(SCRIPT)["main"]
+    before = sys.argv
+    try:
+        code = main(list(args))
+    finally:
+        sys.argv = before
+    said = capsys.readouterr()
+    return code, said.out + said.err
+
+
+def rows_of(folder: str) -> dict[tuple[str, str], Row]:
+    return {(r["table"], r["item"]): Row(**r) for r in store.get_json(f"{folder}/rows.json")}
+
+
+def test_a_run_is_evaluated_and_what_was_measured_is_kept(made, capsys, tmp_path):
+    folder, _, _ = made
+    code, said = evaluate(capsys, "tiny", "--store", folder, "--out", str(tmp_path / "a"))
+    assert code == 0, said
+    rows = rows_of(tmp_path / "a")
+    assert rows["losses", "semantic stage"].value > 0 and rows["levels", "fine stage, level 3"].value > 0
+    assert rows["losses", "semantic stage: Kneser-Ney 2"].role == "baseline" and rows["conditioning", "coarse stage"].value > 0
+    assert rows["ladder", "codec, 3 levels"].role == "ceiling" and rows["ladder", "continuation"].n == 2
+    page = (tmp_path / "a" / "report.html").read_text()
+    assert page.count("<audio ") == 12 and "Stage ladder" in page and "http" not in page.replace("http://www.w3", "")
+    files = sorted(Path(folder, "evaluations", "cache").rglob("*.wav"))
+    stamps = [f.stat().st_mtime_ns for f in files]
+    assert evaluate(capsys, "tiny", "--store", folder, "--out", str(tmp_path / "b"))[0] == 0
+    assert rows_of(tmp_path / "b") == rows and [f.stat().st_mtime_ns for f in files] == stamps
+    fewer = ("--out", str(tmp_path / "c"), "--suites", "ladder", "evaluate.clips=1")
+    assert evaluate(capsys, "tiny", "--store", folder, *fewer)[0] == 0
+    assert rows_of(tmp_path / "c")["ladder", "continuation"].n == 1
+
+
+def test_a_checkpoint_is_evaluated_within_its_runs_system(made, capsys, tmp_path):
+    folder, uri, its = made
+    of = "models:/tiny-lm_semantic@"
+    for name, target in (("run", "tiny"), ("best", f"{of}best"), ("latest", f"{of}latest")):
+        code, said = evaluate(capsys, target, "--store", folder, "--tracking", uri, "--out", str(tmp_path / name),
+                              "--suites", "stages")
+        assert code == 0, said
+    run, best, latest = (rows_of(tmp_path / name) for name in ("run", "best", "latest"))
+    item = "losses", "semantic stage"
+    assert best[item].value == run[item].value != latest[item].value  # the export is the checkpoint of step 2
+    assert best["losses", "coarse stage"].value == latest["losses", "coarse stage"].value
+
+
+def test_two_checkpoints_stand_side_by_side(made, capsys, tmp_path):
+    folder, uri, _ = made
+    code, said = evaluate(capsys, "--compare", "models:/tiny-lm_semantic/2", "models:/tiny-lm_semantic/3", "--store", folder,
+                          "--tracking", uri, "--out", str(tmp_path), "--suites", "ladder")
+    assert code == 0, said
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<audio ") == 24 and "difference" in page
+    for step in (2, 3):
+        assert f"tiny-lm_semantic, version {step} (lm_semantic at step {step})" in page
+        assert f"a/test-0: tiny-lm_semantic, version {step}" in page
+
+
+def test_what_cannot_be_evaluated_is_refused_with_the_reason(made, capsys):
+    folder, uri, its = made
+    for args, reason in (
+            (["models:/tiny-lm_semantic/1"], "models:/tiny-lm_semantic/1: it was pruned: its weights are gone"),
+            (["models:/tiny-lm_semantic/9"], "MLflow has no models:/tiny-lm_semantic/9"),
+            (["models:/tiny-lm_semantic"], "give models:/NAME/VERSION"),
+            (["tiny", "--suites", "stages,wer2"], "no suite wer2: there are stages, ladder"),
+            (["nope"], "there is no run index"), ([], "one MODEL_URI_OR_RUN")):
+        code, said = evaluate(capsys, *args, "--store", folder, "--tracking", uri)
+        assert code == 2 and reason in said and "Traceback" not in said, said
+    store.put_json(f"{its}/build.json", {"inputs": {"semantic_tokens": "other.0002"}})
+    code, said = evaluate(capsys, "models:/tiny-lm_semantic/2", "--store", folder, "--tracking", uri)
+    store.remove(f"{its}/build.json")
+    assert code == 2 and "it was trained on semantic_tokens other.0002" in said
+
+
+def test_a_suite_that_cannot_be_measured_stays_visible(made, capsys, tmp_path):
+    folder, _, _ = made
+    index = store.get_json(f"{folder}/runs/tiny.json")
+    steps = {n: e for n, e in index["steps"].items() if n not in ("lm_coarse", "lm_fine")}
+    store.put_json(f"{folder}/runs/young.json", {**index, "steps": steps})
+    assert evaluate(capsys, "young", "--store", folder, "--out", str(tmp_path))[0] == 0
+    rows = rows_of(tmp_path)
+    assert rows["losses", "semantic stage"].value > 0
+    assert rows["ladder", "stage ladder"].value is None and "not finished lm_coarse yet" in rows["ladder", "stage ladder"].note
+    code, said = evaluate(capsys, "young", "--store", folder, "--out", str(tmp_path / "x"), "--suites", "ladder")
+    assert code == 2 and "nothing could be measured: the run has not finished lm_coarse yet" in said
+
+
+def test_a_page_and_a_description_say_it_all():
+    rows = [Row("II", "original | <b>", "WER %", 2.5, 2.0, 3.0, 40, role="ceiling", paper=2.5),
+            Row("II", "ours", "WER %", None, paper=6.0, note="pip install 'audiolm[eval]'")]
+    page = build("x <y>", [("ours", rows, [])])
+    for said in ("2.500 [2.000, 3.000]", "original | &lt;b&gt; (ceiling)", "not measured", "6.0", "x &lt;y&gt;"):
+        assert said in page
+    text = markdown(rows, 4000)
+    assert "| II: original \\| <b> (ceiling) | WER % | 2.500 [2.000, 3.000] | 2.5 | 40 clips |" in text
+    assert "not measured: pip install" in text
+    many = [Row("I", f"item {i}", "x", 1.0) for i in range(500)]
+    assert len(markdown(many, 4000)) <= 4000 and "more rows in the report" in markdown(many, 4000)
