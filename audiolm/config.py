@@ -253,6 +253,22 @@ class Evaluate(Config):
     lyra: Runtime[str | None] = Field(None, description="folder or URI of Lyra v2's .tflite models, to set it beside the codec")
 
 
+class Tables(Config):
+    """The paper's tables, measured at the end of a run (step `tables`) and by workflows/evaluate.py."""
+
+    suites: tuple[str, ...] = Field(("abx", "wer", "speakers", "detector", "likelihood", "attention", "temperatures", "fad"),
+                                    description="of the step; empty: none")
+    sounds: int = Field(20, ge=1, description="clips whose sound Table I judges")
+    utterances: int = Field(100, ge=1, description="with a text, of 4 to 10 s, for Table II")
+    asr: str | None = Field(None, description="folder or URI of a transformers speech recogniser; None: Whisper tiny.en")
+    learned: int = Field(6, ge=1, description="utterances of a speaker that Table III's classifier learns")
+    judged: int = Field(2, ge=1, description="and other ones that it judges")
+    net_steps: int = Field(600, ge=1, description="of the classifiers of Table III and of the detector")
+    continued: int = Field(100, ge=2, description="clips whose continuations the detector and FAD judge")
+    probes: dict[str, Runtime[str]] = Field({}, description="{name: folder with a gold.csv}: sWUGGY, sBLIMP and their like")
+    temperatures: tuple[float, ...] = (0.4, 0.6, 0.8, 1.0)
+
+
 class Pipeline(Config):
     run: Run = Run()
     store: str = Field("./outputs", description="any fsspec URI that every node sees")
@@ -265,6 +281,7 @@ class Pipeline(Config):
     lm: LM = LM()
     samples: Samples = Samples()
     evaluate: Evaluate = Evaluate()
+    tables: Tables = Tables()
 
     @model_validator(mode="after")
     def _check(self):

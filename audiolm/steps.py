@@ -102,6 +102,12 @@ def run_evaluate(config: dict, inputs: dict, out) -> dict:
     return step(config, inputs, out)
 
 
+def measure_tables(config: dict, inputs: dict, out) -> dict:
+    """Measures the paper's tables on the trained system (paper IV)."""
+    from audiolm.eval.tables import measure_tables as step
+    return step(config, inputs, out)
+
+
 def build_report(config: dict, inputs: dict, out) -> dict:
     """One page with sound, figures and curves."""
     from audiolm.eval.report import build_report as step

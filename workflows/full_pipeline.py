@@ -72,9 +72,11 @@ def graph(cfg: Pipeline) -> list[Step]:
     samples = Step("samples", do.make_samples, {**common, "samples": cfg.samples}, models, version=2)
     measured = {**common, "samples": cfg.samples, "evaluate": ev, "lm": lm}
     evaluate = Step("evaluate", do.run_evaluate, measured, models, version=3)
-    told = (manifest, *before, heard, codec_, figures, *stages, samples, evaluate)
+    judged = {**common, "samples": cfg.samples, "evaluate": ev, "lm": lm, "tables": cfg.tables, "abx": sem.abx}
+    tables = Step("tables", do.measure_tables, judged, (*models, *decoders))
+    told = (manifest, *before, heard, codec_, figures, *stages, samples, evaluate, tables)
     report = Step("report", do.build_report, {"title": cfg.corpus.name}, told)
-    return [manifest, *before, kmeans, codec_, figures, z, heard, *decoders, y, *stages, samples, evaluate, report]
+    return [manifest, *before, kmeans, codec_, figures, z, heard, *decoders, y, *stages, samples, evaluate, tables, report]
 
 
 def semantic(sem: Semantic, common: dict, manifest: Step) -> list[Step]:

@@ -69,6 +69,6 @@ def fad_rows(held_out: Sequence[np.ndarray], sounds: Mapping[str, Sequence[np.nd
                  for _ in range(RESAMPLED)]
         low, high = np.quantile(drawn, [0.025, 0.975])
         role = "ceiling" if item.startswith(("codec", HALVES)) else "ours"
-        rows.append(Row("piano", item, f"FAD ({EMBEDDER})", frechet(np.concatenate(parts), other), float(low), float(high),
+        rows.append(Row("FAD", item, f"FAD ({EMBEDDER})", frechet(np.concatenate(parts), other), float(low), float(high),
                         len(wavs), role=role, seconds=time.perf_counter() - began))
     return rows

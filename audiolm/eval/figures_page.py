@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 
+from audiolm import store
 from audiolm.eval import plots
 from audiolm.eval.figures import Row
 from audiolm.eval.page import Html, join, missing, number, page, picture, table, tag, verdict
@@ -18,16 +19,21 @@ Column = tuple[str, Sequence[Row], Sequence[dict]]
 TITLES = {"I": "Table I: the tokens", "II": "Table II: what is said", "III": "Table III: who says it",
           "IV": "Table IV: likelihood tests", "losses": "Losses beside counting", "levels": "Losses by level",
           "conditioning": "Is the prefix used?",
-          "ladder": "Stage ladder"}
+          "ladder": "Stage ladder", "detector": "Told from the real", "stage 2's attention": "What stage 2 looks at",
+          "temperatures": "Temperatures", "FAD": "Fréchet audio distance"}
 PLAYERS = 4  # of a group; the figures count all
 
 
 def build(title: str, columns: Sequence[Column]) -> str:
     """The whole document, self-contained."""
-    tables = list(dict.fromkeys(r.table for _, rows, _ in columns for r in rows))
-    sections = [(f"table-{i}", TITLES.get(t, t), _table(t, columns)) for i, t in enumerate(tables)]
-    sections.append(("sound", "Sound", _sounds(columns)))
+    sections = [*sections_of(columns), ("sound", "Sound", sounds_of(columns))]
     return page(title, time.strftime("measured %Y-%m-%d %H:%M UTC", time.gmtime()), sections)
+
+
+def sections_of(columns: Sequence[Column]) -> list[tuple[str, str, Html]]:
+    """(id, title, table and bars) of each table."""
+    tables = list(dict.fromkeys(r.table for _, rows, _ in columns for r in rows))
+    return [(f"table-{i}", TITLES.get(t, t), _table(t, columns)) for i, t in enumerate(tables)]
 
 
 def _table(name: str, columns: Sequence[Column]) -> Html:
@@ -63,7 +69,7 @@ def _apart(values: Sequence[float | None]) -> str:
     return "–" if None in values else f"{values[1] - values[0]:+.3f}"
 
 
-def _sounds(columns: Sequence[Column]) -> Html:
+def sounds_of(columns: Sequence[Column]) -> Html:
     by = [{(s["group"], s["title"]): s for s in sounds} for _, _, sounds in columns]
     keys = list(dict.fromkeys(k for found in by for k in found))
     if not keys:
@@ -78,6 +84,8 @@ def _sounds(columns: Sequence[Column]) -> Html:
 
 
 def _card(title: str, sound: dict | None) -> Html:
+    if sound and sound["file"].endswith(".png"):
+        return tag("div", tag("h3", title), picture(store.get(sound["file"]), title), cls="card")
     found = playable(sound["file"]) if sound else None
     if found is None:
         return tag("div", tag("h3", title), missing("no such sound"), cls="card")

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from audiolm import store
-from audiolm.eval import gates, plots
+from audiolm.eval import figures_page, gates, plots
 from audiolm.eval.codec import HEADS, notes
+from audiolm.eval.figures import Row
 from audiolm.eval.page import Html, join, missing, number, page, picture, table, tag, verdict
 from audiolm.eval.playable import playable as _wav
 from audiolm.eval.semantic_page import semantic, title_of
@@ -48,6 +49,7 @@ def build_report(config: dict[str, Any], inputs: Mapping[str, Any], out: Any) ->
     parts = [
         ("sound", "Sound", _sound(samples, paths.get("samples", ""))),
         ("ladder", "Stage ladder", _ladder(figures.get("ladder") or [], paths.get("evaluate", ""), plot)),
+        *_tables(paths),
         ("stages", "Language models", join([_stages(figures.get("stages") or {}, figures.get("not_under") or ()),
                                             *_gates(paths)])),
         ("conditioning", "Is the conditioning used?", _conditioning(figures.get("conditioning") or {})),
@@ -121,6 +123,16 @@ def _ladder(rungs: list[dict], folder: str, plot: _Plots) -> Html:
                           "worse, that stage is the weak one. From “coarse from true semantic” on the model is free to "
                           "say it in another voice, so the distance grows even where it sounds well.", cls="soft"),
                  bars, table(["rung", "mel", *clips], rows, [1])])
+
+
+def _tables(paths: Mapping[str, str]) -> list[tuple[str, str, Html]]:
+    """The paper's tables, and what can be heard of them."""
+    rows = [Row(**r) for r in _json(paths, "tables", "rows.json") or ()]
+    heard = [{**s, "file": store.join(paths["tables"], s["file"])} for s in _json(paths, "tables", "heard.json") or ()]
+    if not rows:
+        return [("tables", "The paper's tables", missing("Not measured: tables.suites is empty."))]
+    found = [("ours", rows, heard)]
+    return [*figures_page.sections_of(found), ("heard", "Sound of the tables", figures_page.sounds_of(found))]
 
 
 def _stages(stages: Mapping[str, dict], over: Sequence[Mapping[str, Any]]) -> Html:

@@ -17,7 +17,7 @@ from typing import Any
 from audiolm import store
 from audiolm.config import Pipeline
 from audiolm.data.shards import device_of, fan_out
-from audiolm.eval import figures_page
+from audiolm.eval import figures_page, table_suites
 from audiolm.eval.evaluate import STAGES, evaluate_part
 from audiolm.eval.figures import Row, not_measured
 from audiolm.eval.report import BASELINES, NAMES
@@ -86,7 +86,8 @@ def ladder(ask: Ask) -> list[Row]:
                 role="ceiling" if r["rung"].startswith("codec") else "ours") for r in rungs if r["rung"] != "original"]
 
 
-SUITES: dict[str, Callable[[Ask], list[Row]]] = {"stages": stages, "ladder": ladder}
+SUITES: dict[str, Callable[[Ask], list[Row]]] = {"stages": stages, "ladder": ladder, **table_suites.SUITES}
+HEARD = SUITES.keys() - {"stages", "abx", "likelihood"}  # those that choose clips of a manifest
 
 
 def run_suites(steps: Mapping[str, str], names: Sequence[str], folder: str, config: Pipeline, out: Any, *, cache: str,
@@ -94,6 +95,8 @@ def run_suites(steps: Mapping[str, str], names: Sequence[str], folder: str, conf
     """Runs suites (all where none is named) on a system; writes report.html and rows.json into `folder`. `manifest`: whose
     held-out clips are heard, its own by default. Raises ValueError for an unknown suite and where nothing could be measured."""
     report = find(steps, names, folder, config, out, cache=cache, manifest=manifest)
+    if all(r.value is None for r in report.rows):
+        raise ValueError("nothing could be measured: " + "; ".join(dict.fromkeys(r.note for r in report.rows)))
     store.put(store.join(folder, "report.html"), figures_page.build(title, [("ours", report.rows, report.sounds)]).encode())
     return report
 
@@ -105,13 +108,11 @@ def find(steps: Mapping[str, str], names: Sequence[str], folder: str, config: Pi
     device, rows, sounds = device_of(config.cluster, out.inline), [], []
     ask = Ask(steps, config, "", device, out)
     for name in names:
-        its = {**steps, "manifest": manifest} if manifest and name == "ladder" else steps
+        its = {**steps, "manifest": manifest} if manifest and name in HEARD else steps
         where = store.join(cache, f"{name}-{_digest(name, its, config)}")
         found, heard = _cached(name, replace(ask, steps=its, folder=where))
         rows += found
         sounds += [{**s, "file": store.join(where, s["file"])} for s in heard]
-    if all(r.value is None for r in rows):
-        raise ValueError("nothing could be measured: " + "; ".join(dict.fromkeys(r.note for r in rows)))
     store.put_json(store.join(folder, "rows.json"), [r.to_json() for r in rows])
     return Report(rows, sounds, folder)
 
@@ -124,8 +125,10 @@ def check_names(names: Sequence[str]) -> list[str]:
 
 
 def _digest(name: str, steps: Mapping[str, str], config: Pipeline) -> str:
-    told = {"evaluate": config.evaluate, "samples": config.samples, "lm": config.lm, "corpus": config.corpus}
+    told = {"evaluate": config.evaluate, "samples": config.samples, "lm": config.lm, "corpus": config.corpus,
+            "tables": config.tables}
     what = {"suite": name, "steps": dict(steps), "seed": config.run.seed,
+            "abx": config.semantic.abx and config.semantic.abx.model_dump(mode="json"),
             **{k: v.model_dump(mode="json") for k, v in told.items()}}
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
