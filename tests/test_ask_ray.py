@@ -42,7 +42,7 @@ def test_an_evaluation_is_one_ray_job(world, encoded, ready, cluster, monkeypatc
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     folder = str(ready)
     _, build = finish(world, folder)
-    uri = tell(f"sqlite:///{folder}/mlflow.db", folder, build).uri
+    uri = tell("sqlite", folder, build).uri
     from mlflow import MlflowClient
 
     client, launcher = MlflowClient(uri), open_launcher(False, cluster, "")

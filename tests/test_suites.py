@@ -11,6 +11,8 @@ import pytest
 from audiolm import store
 from audiolm.eval.figures import Row
 from audiolm.eval.figures_page import build, markdown
+from audiolm.tracked_systems import SYSTEM
+from audiolm.tracking import Tracker
 from tests.test_evaluate import encoded, world  # noqa: F401
 from tests.tiny_run import finish, tell
 
@@ -75,6 +77,18 @@ def test_a_checkpoint_is_evaluated_within_its_runs_system(made, capsys, tmp_path
     assert best["losses", "coarse stage"].value == latest["losses", "coarse stage"].value
 
 
+def test_a_registered_system_is_evaluated(made, capsys, tmp_path):
+    folder, uri, _ = made
+    index = f"{folder}/runs/tiny.json"
+    t = Tracker("sqlite", folder, "tests", "tiny")
+    t.start({"run.name": "tiny"}, {"store": folder})
+    t.serves(index, {n: e["path"] for n, e in store.get_json(index)["steps"].items() if n in SYSTEM})
+    t.finish("FINISHED")
+    code, said = evaluate(capsys, "models:/tiny/1", "--store", folder, "--tracking", uri, "--out", str(tmp_path), "--suites",
+                          "stages")
+    assert code == 0 and rows_of(tmp_path)["losses", "semantic stage"].value > 0, said
+
+
 def test_two_checkpoints_stand_side_by_side(made, capsys, tmp_path):
     folder, uri, _ = made
     code, said = evaluate(capsys, "--compare", "models:/tiny-lm_semantic/2", "models:/tiny-lm_semantic/3", "--store", folder,
@@ -82,9 +96,9 @@ def test_two_checkpoints_stand_side_by_side(made, capsys, tmp_path):
     assert code == 0, said
     page = (tmp_path / "report.html").read_text()
     assert page.count("<audio ") == 24 and "difference" in page
-    for step in (2, 3):
-        assert f"tiny-lm_semantic, version {step} (lm_semantic at step {step})" in page
-        assert f"a/test-0: tiny-lm_semantic, version {step}" in page
+    for label, step in (("A", 2), ("B", 3)):
+        assert f"{label}: tiny-lm_semantic, version {step} (lm_semantic at step {step})" in page
+        assert f"a/test-0: {label}" in page
 
 
 def test_what_cannot_be_evaluated_is_refused_with_the_reason(made, capsys):

@@ -89,8 +89,8 @@ def evaluate(args: argparse.Namespace) -> Any:
     if args.compare:
         shown = [find(t.steps, names(args), store.join(folder, str(i)), manifest=targets[0].steps.get("manifest"), **how)
                  for i, t in enumerate(targets, 1)]
-        columns = [(t.title, r.rows, r.sounds) for t, r in zip(targets, shown, strict=True)]
-        title = " against ".join(t.title for t in targets)
+        columns = [(label, r.rows, r.sounds) for label, r in zip("AB", shown, strict=True)]
+        title = "; ".join(f"{label}: {t.title}" for label, t in zip("AB", targets, strict=True))
         store.put(store.join(folder, "report.html"), figures_page.build(title, columns).encode())
         report = shown[0]
     else:
