@@ -85,14 +85,17 @@ def table_iii(ask: Ask) -> list[Row]:
     learn, test = items.of_speakers(ask.steps["manifest"], t.learned, t.judged, cfg.run.seed, min(items.LEAST_S, most_s))
     made = _made(ask, "judged", lambda: test, speakers.PLAN)
     _play(ask, made)
-    return speakers.table3(_made(ask, "learned", lambda: learn, speakers.LEARN), made, _beside(ask, "nets"),
-                           replace(speakers.SETTINGS, steps=t.net_steps), ask.device, seed=cfg.run.seed, progress=ask.out.progress)
+    known = _made(ask, "learned", lambda: learn, speakers.LEARN)
+    return speakers.table3(known, made, _beside(ask, "nets"), replace(speakers.SETTINGS, steps=t.net_steps), ask.device,
+                           cfg.run.seed, ask.out.progress)
 
 
 def detector(ask: Ask) -> list[Row]:
     """Whether continuations are told from real speech by a network that looks for it."""
-    rows, _ = told.detector(_made(ask, "continued", lambda: _continued(ask), told.PLAN), _beside(ask, "nets"),
-                            replace(told.SETTINGS, steps=ask.config.tables.net_steps), ask.device, seed=ask.config.run.seed, progress=ask.out.progress)
+    cfg = ask.config
+    made = _made(ask, "continued", lambda: _continued(ask), told.PLAN)
+    rows, _ = told.detector(made, _beside(ask, "nets"), replace(told.SETTINGS, steps=cfg.tables.net_steps), ask.device,
+                            cfg.run.seed, ask.out.progress)
     return rows
 
 

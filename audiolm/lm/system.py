@@ -121,7 +121,8 @@ def load(paths: Mapping[str, str], device: str = "cpu", mean_run: float | None =
 def _of_one_run(paths: Mapping[str, str]) -> None:
     """Raises ValueError where a finished step's record names other inputs than these."""
     ids = {name: ".".join(path.rstrip("/").split("/")[-2:]) for name, path in paths.items()}
-    for name, path in paths.items():
+    for name in paths.keys() & {"semantic_tokens", "lm_semantic", "lm_coarse", "lm_fine"}:
+        path = paths[name]
         made_of = (store.get_json(store.join(path, "done.json")) or {}).get("inputs", {})
         for other in ids.keys() & made_of.keys():
             if made_of[other] != ids[other]:
