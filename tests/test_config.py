@@ -87,4 +87,4 @@ def test_the_configs_that_ship_pass_a_dry_run(name, tmp_path):
     done = subprocess.run([sys.executable, "workflows/full_pipeline.py", f"workflows/{name}.yaml", "--dry-run",
                            f"store={tmp_path}", "tracking=none"], cwd=ROOT, capture_output=True, text=True, check=True)
     steps = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("run")]
-    assert len(steps) == {"piano": 13, "speech": 16}.get(name, 14) and ("lm_fine" in steps) == (name != "piano")
+    assert len(steps) == {"piano": 14, "speech": 17}.get(name, 15) and ("lm_fine" in steps) == (name != "piano")

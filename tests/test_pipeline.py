@@ -30,7 +30,7 @@ from tests.conftest import ROOT, free_port
 from tests.dying_worker import graph
 
 STEPS = ["manifest", "masked_model", "kmeans", "codec", "codec_figures", "semantic_tokens", "semantic_figures",
-         "acoustic_tokens", "lm_semantic", "lm_coarse", "lm_fine", "samples", "evaluate", "report"]
+         "acoustic_tokens", "lm_semantic", "lm_coarse", "lm_fine", "samples", "evaluate", "tables", "report"]
 PIPELINE = ("workflows/full_pipeline.py", "tests/e2e.yaml")
 BIN = sysconfig.get_path("scripts")
 ENV = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 2, "PYTHONPATH": "",
@@ -122,6 +122,10 @@ def test_a_submitted_job_ends_with_sound_report_and_every_step_done(job):
     assert sum(e["mode"] == "continuation" and e["seconds"] == 5.0 for e in entries) == 2  # a prompt of 3 s and 2 s more
     report = Path(index(job)["report"]["path"], "ui", "report.html").read_text()
     assert report.count("<audio") >= 6 and "src=\"http" not in report
+    rows = {(r["table"], r["item"]): r for r in
+            json.loads(Path(index(job)["tables"]["path"], "rows.json").read_text())}
+    assert "Table II: what is said" in report and rows["II", "original"]["value"] < 30  # WER of synthetic readers
+    assert rows["detector", "original or continuation"]["value"] is not None and rows["IV", "stage 1"]["value"] is None
 
 
 def test_the_same_job_with_an_edited_comment_skips_every_step(job, head, checkout):
@@ -216,11 +220,12 @@ def test_killed_in_a_training_and_a_data_step_it_ends_the_same(job, tmp_path):
 
 def test_force_makes_a_step_and_its_descendants_new_and_nothing_else(job):
     before = {n: e["path"] for n, e in index(job).items()}
-    below = {"acoustic_tokens", "lm_coarse", "lm_fine", "samples", "evaluate", "report"}
+    below = {"acoustic_tokens", "lm_coarse", "lm_fine", "samples", "evaluate", "tables", "report"}
     plan = cli(f"store={job}", "--dry-run", "--force", "acoustic_tokens").stdout.splitlines()
     assert {line.split()[1] for line in plan if line.startswith("run")} == below
     plan = cli(f"store={job}", "--dry-run", "--force", "lm_coarse").stdout.splitlines()
-    assert {line.split()[1] for line in plan if line.startswith("run")} == {"lm_coarse", "samples", "evaluate", "report"}
+    after_coarse = {"lm_coarse", "samples", "evaluate", "tables", "report"}
+    assert {line.split()[1] for line in plan if line.startswith("run")} == after_coarse
     cli(f"store={job}", "--inline", "tracking=none", "--force", "acoustic_tokens")
     after = {n: e["path"] for n, e in index(job).items()}
     assert {n for n in STEPS if before[n] != after[n]} == below

@@ -47,7 +47,8 @@ def rows_of(folder: str) -> dict[tuple[str, str], Row]:
 
 def test_a_run_is_evaluated_and_what_was_measured_is_kept(made, capsys, tmp_path):
     folder, _, _ = made
-    code, said = evaluate(capsys, "tiny", "--store", folder, "--out", str(tmp_path / "a"))
+    some = ("--suites", "stages,ladder")
+    code, said = evaluate(capsys, "tiny", "--store", folder, "--out", str(tmp_path / "a"), *some)
     assert code == 0, said
     rows = rows_of(tmp_path / "a")
     assert rows["losses", "semantic stage"].value > 0 and rows["levels", "fine stage, level 3"].value > 0
@@ -57,7 +58,7 @@ def test_a_run_is_evaluated_and_what_was_measured_is_kept(made, capsys, tmp_path
     assert page.count("<audio ") == 12 and "Stage ladder" in page and "http" not in page.replace("http://www.w3", "")
     files = sorted(Path(folder, "evaluations", "cache").rglob("*.wav"))
     stamps = [f.stat().st_mtime_ns for f in files]
-    assert evaluate(capsys, "tiny", "--store", folder, "--out", str(tmp_path / "b"))[0] == 0
+    assert evaluate(capsys, "tiny", "--store", folder, "--out", str(tmp_path / "b"), *some)[0] == 0
     assert rows_of(tmp_path / "b") == rows and [f.stat().st_mtime_ns for f in files] == stamps
     fewer = ("--out", str(tmp_path / "c"), "--suites", "ladder", "evaluate.clips=1")
     assert evaluate(capsys, "tiny", "--store", folder, *fewer)[0] == 0
@@ -125,9 +126,25 @@ def test_a_suite_that_cannot_be_measured_stays_visible(made, capsys, tmp_path):
     assert evaluate(capsys, "young", "--store", folder, "--out", str(tmp_path))[0] == 0
     rows = rows_of(tmp_path)
     assert rows["losses", "semantic stage"].value > 0
+    assert rows["wer", "wer"].value is None and "not finished lm_coarse yet" in rows["wer", "wer"].note
     assert rows["ladder", "stage ladder"].value is None and "not finished lm_coarse yet" in rows["ladder", "stage ladder"].note
     code, said = evaluate(capsys, "young", "--store", folder, "--out", str(tmp_path / "x"), "--suites", "ladder")
     assert code == 2 and "nothing could be measured: the run has not finished lm_coarse yet" in said
+
+
+def test_every_table_of_a_run_has_its_rows(made, capsys, tmp_path):
+    folder, _, _ = made
+    few = ("tables.utterances=2", "tables.learned=1", "tables.judged=1", "tables.continued=4", "tables.net_steps=3",
+           "tables.temperatures=[0.8]")
+    code, said = evaluate(capsys, "tiny", "--store", folder, "--out", str(tmp_path), *few)
+    assert code == 0, said
+    rows = [Row(**r) for r in store.get_json(f"{tmp_path}/rows.json")]
+    assert {r.table for r in rows} >= {"losses", "ladder", "I", "IV", "stage 2's attention", "temperatures"}
+    notes = {r.table: r.note for r in rows if r.value is None}
+    assert "semantic.abx=" in notes["I"] and "tables.probes=" in notes["IV"]
+    assert all(r.seconds > 0 and r.n > 0 for r in rows if r.value is not None and r.table == "temperatures")
+    page = (tmp_path / "report.html").read_text()
+    assert "not measured" in page and "What stage 2 looks at" in page
 
 
 def test_a_page_and_a_description_say_it_all():

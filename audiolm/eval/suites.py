@@ -134,6 +134,8 @@ def _digest(name: str, steps: Mapping[str, str], config: Pipeline) -> str:
 
 
 def _cached(name: str, ask: Ask) -> tuple[list[Row], list[dict]]:
+    if missing := [s for s in table_suites.NEEDS.get(name, ()) if s not in ask.steps]:
+        return [not_measured(name, name, "–", f"the run has not finished {', '.join(missing)} yet")], []
     kept = store.get_json(store.join(ask.folder, "rows.json"))
     if kept is None:
         began = time.monotonic()

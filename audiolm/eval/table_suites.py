@@ -147,6 +147,9 @@ def temperatures(ask: Ask) -> list[Row]:
 SUITES: dict[str, Callable[[Any], list[Row]]] = {
     "abx": table_i, "wer": table_ii, "speakers": table_iii, "detector": detector, "likelihood": likelihood,
     "attention": attention, "temperatures": temperatures, "fad": fad}
+SYSTEM = ("kmeans", "codec", "semantic_tokens", "lm_semantic", "lm_coarse")
+NEEDS = {**dict.fromkeys(SUITES, SYSTEM), "abx": ("kmeans", "codec"),
+         "likelihood": ("kmeans", "semantic_tokens", "lm_semantic")}
 
 
 def _most_s(ask: Ask) -> float:
