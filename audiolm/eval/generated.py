@@ -2,9 +2,10 @@
 
 `plan` lists sounds (clip, mode, number), `make` reads them from the cache or generates them in batches.  A sound is
 `{folder}/{key}.wav` (16-bit PCM, read back even when just made); its key hashes the models' folders, the draws, the seed and
-the clip's samples, so neither suites nor checkpoints get in each other's way.  Modes: original; resynthesis by the codec;
-acoustic (from true semantic tokens, as long as stage 2 likes); shuffled (the same from tokens in random order, a floor);
-continuation of the first prompt_s seconds to the clip's own length.  wav_T: float32 mono at 16 kHz.
+the clip's samples, so neither suites nor checkpoints get in each other's way.  Modes: original; resynthesis by the codec; by
+its coarse levels; fine (stage 3 from the true coarse codes; these two where there is a stage 3); acoustic (from true semantic
+tokens, as long as stage 2 likes); shuffled (the same from tokens in random order, a floor); continuation of the first
+prompt_s seconds to the clip's own length.  wav_T: float32 mono at 16 kHz.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ from audiolm.lm.generation import DRAWS, AudioLM
 from audiolm.lm.system import load_system
 from audiolm.tokenizers.base import SAMPLE_RATE, SEMANTIC_HOP
 
-MODES = ("original", "resynthesis", "acoustic", "shuffled", "continuation")
-ITEMS = {"original": "original", "resynthesis": "codec resynthesis", "acoustic": "acoustic generation",
+MODES = ("original", "resynthesis", "levels", "fine", "acoustic", "shuffled", "continuation")
+ITEMS = {"original": "original", "resynthesis": "codec resynthesis", "levels": "codec resynthesis, coarse levels",
+         "fine": "fine from true coarse", "acoustic": "acoustic generation",
          "shuffled": "acoustic generation, shuffled tokens", "continuation": "continuation"}  # in tables
 MODELS = ("kmeans", "codec", "semantic_tokens", "lm_semantic", "lm_coarse", "lm_fine")
 
@@ -122,6 +124,10 @@ def make_batch(paths: Mapping[str, str], wanted: Sequence[Wanted], wavs: Sequenc
 
 def _generate(lm: AudioLM, wanted: Sequence[Wanted], wavs: Sequence[np.ndarray], seeds: Sequence[int]) -> list[np.ndarray]:
     mode = wanted[0].mode
+    if mode in ("levels", "fine"):
+        coarse = [codes_TQ[:, :lm.stage("coarse").levels[1]] for codes_TQ in lm.encode(wavs)]
+        codes = lm.fine(coarse, seeds) if mode == "fine" else coarse
+        return [lm.decode(codes_TQ, len(wav)) for codes_TQ, wav in zip(codes, wavs, strict=True)]
     if mode == "resynthesis":
         return [lm.decode(codes_TQ, len(wav)) for codes_TQ, wav in zip(lm.encode(wavs), wavs, strict=True)]
     if mode == "continuation":

@@ -21,8 +21,9 @@ from audiolm.eval.generated import ITEMS, Made, Progress
 from audiolm.tokenizers.base import SAMPLE_RATE
 
 LEARN = {"original": 1, "resynthesis": 1}  # for `generated.plan`, of the training utterances
-PLAN = {"original": 1, "resynthesis": 1, "acoustic": 1, "continuation": 1}  # of the tested ones
-ROLES = {"original": "ceiling", "resynthesis": "ceiling", "acoustic": "ours", "continuation": "ours"}
+PLAN = {"original": 1, "resynthesis": 1, "levels": 1, "fine": 1, "acoustic": 1, "continuation": 1}  # of the tested ones
+ROLES = {"original": "ceiling", "resynthesis": "ceiling", "levels": "ceiling", "fine": "ours", "acoustic": "ours",
+         "continuation": "ours"}
 PAPER = {"resynthesis": 100.0, "acoustic": 3.2, "continuation": 92.6}
 PAPER_CHANCE = 100 / 291
 SETTINGS = Settings(crop_s=1.5, steps=600)

@@ -167,6 +167,8 @@ def _made(ask: Ask, name: str, choose: Callable[[], Sequence], modes: Mapping[st
     cfg, folder = ask.config, _beside(ask, "sounds")
     chosen = items.frozen(store.join(ask.folder, f"{name}.json"), ask.steps["manifest"], choose)
     clips = items.read(chosen, roots(cfg.corpus), _most_s(ask))
+    if "lm_fine" not in ask.steps:  # all levels are coarse: nothing stands between codec and coarse stage
+        modes = {mode: n for mode, n in modes.items() if mode not in ("levels", "fine")}
     wanted, draws = generated.plan(clips, modes, cfg.samples.prompt_s), draws_of(cfg.samples)
     how = (folder, cfg.run.seed, ask.device, draws)
     tasks = generated.missing(ask.steps, clips, wanted, folder, cfg.run.seed, draws)

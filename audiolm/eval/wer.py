@@ -14,8 +14,9 @@ from audiolm.eval import asr as recognisers
 from audiolm.eval.figures import Row, interval, not_measured
 from audiolm.eval.generated import ITEMS, Made, Progress, Wanted
 
-PLAN = {"original": 1, "resynthesis": 1, "acoustic": 3, "shuffled": 1}  # for `generated.plan`
-ROLES = {"original": "ceiling", "resynthesis": "ceiling", "acoustic": "ours", "shuffled": "floor"}
+PLAN = {"original": 1, "resynthesis": 1, "levels": 1, "fine": 1, "acoustic": 3, "shuffled": 1}  # for `generated.plan`
+ROLES = {"original": "ceiling", "resynthesis": "ceiling", "levels": "ceiling", "fine": "ours", "acoustic": "ours",
+         "shuffled": "floor"}
 PAPER = {"original": (0.8, 2.5), "resynthesis": (0.9, 2.6), "acoustic": (3.4, 6.0)}  # CER, WER
 
 
