@@ -264,7 +264,8 @@ class Tables(Config):
     learned: int = Field(6, ge=1, description="utterances of a speaker that Table III's classifier learns")
     judged: int = Field(2, ge=1, description="and other ones that it judges")
     net_steps: int = Field(600, ge=1, description="of the classifiers of Table III and of the detector")
-    continued: int = Field(100, ge=2, description="clips whose continuations the detector and FAD judge")
+    continued: int = Field(100, ge=2, description="clips whose continuations detector, FAD, DNSMOS, text and notes judge")
+    text_model: str | None = Field(None, description="folder or URI of a transformers causal model, for the suite text")
     probes: dict[str, Runtime[str]] = Field({}, description="{name: folder with a gold.csv}: sWUGGY, sBLIMP and their like")
     temperatures: tuple[float, ...] = (0.4, 0.6, 0.8, 1.0)
 

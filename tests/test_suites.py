@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import runpy
 import sys
 from pathlib import Path
@@ -145,6 +146,21 @@ def test_every_table_of_a_run_has_its_rows(made, capsys, tmp_path):
     assert all(r.seconds > 0 and r.n > 0 for r in rows if r.value is not None and r.table == "temperatures")
     page = (tmp_path / "report.html").read_text()
     assert "not measured" in page and "What stage 2 looks at" in page
+
+
+def test_optional_suites_are_named(made, capsys, tmp_path, monkeypatch):
+    folder, _, _ = made
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "speechmos" else find(name, *a))
+    code, said = evaluate(capsys, "tiny", "--store", folder, "--out", str(tmp_path), "--suites", "ladder,dnsmos,text,notes",
+                          "tables.continued=2", "samples.prompt_s=0.2")
+    assert code == 0, said
+    rows = [Row(**r) for r in store.get_json(f"{tmp_path}/rows.json")]
+    notes = {r.table: r.note for r in rows if r.value is None}
+    assert {r.table for r in rows} == {"ladder", "DNSMOS", "Text", "Notes"} and "audiolm[eval]" in notes["DNSMOS"]
+    assert any("tables.text_model=" in r.note for r in rows) or "audiolm[eval]" in notes["Text"]
+    page = (tmp_path / "report.html").read_text()
+    assert "What continuations say" in page and "Piano: the notes" in page
 
 
 def test_a_page_and_a_description_say_it_all():

@@ -29,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
                                 "was measured of the same models and data is not measured again.")
     p.add_argument("rest", nargs="*", metavar="MODEL_URI_OR_RUN a.b=c", help="models:/NAME/VERSION, models:/NAME@best, or a "
                    "run's name, index (STORE/runs/NAME.json) or MLflow id; and overrides of its config (evaluate.clips=4)")
-    p.add_argument("--suites", metavar="A,B", help="these suites alone (default: all)")
+    p.add_argument("--suites", metavar="A,B", help="these suites alone (default: all but dnsmos, text, notes)")
     p.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two of them on one page, the same prompts side by side")
     p.add_argument("--out", metavar="FOLDER", help="where the report goes; default: STORE/evaluations/NAME")
     p.add_argument("--store", default=OUTPUTS, metavar="URI", help="where a run's name is looked up (default %(default)s)")

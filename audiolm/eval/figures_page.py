@@ -20,7 +20,8 @@ TITLES = {"I": "Table I: the tokens", "II": "Table II: what is said", "III": "Ta
           "IV": "Table IV: likelihood tests", "losses": "Losses beside counting", "levels": "Losses by level",
           "conditioning": "Is the prefix used?",
           "ladder": "Stage ladder", "detector": "Told from the real", "stage 2's attention": "What stage 2 looks at",
-          "temperatures": "Temperatures", "FAD": "Fréchet audio distance"}
+          "temperatures": "Temperatures", "FAD": "Fréchet audio distance",
+          "Text": "What continuations say", "Notes": "Piano: the notes"}
 PLAYERS = 4  # of a group; the figures count all
 
 

@@ -87,13 +87,15 @@ def ladder(ask: Ask) -> list[Row]:
 
 
 SUITES: dict[str, Callable[[Ask], list[Row]]] = {"stages": stages, "ladder": ladder, **table_suites.SUITES}
+DEFAULT = tuple(name for name in SUITES if name not in table_suites.OPTIONAL)
 HEARD = SUITES.keys() - {"stages", "abx", "likelihood"}  # those that choose clips of a manifest
 
 
 def run_suites(steps: Mapping[str, str], names: Sequence[str], folder: str, config: Pipeline, out: Any, *, cache: str,
                title: str, manifest: str | None = None) -> Report:
-    """Runs suites (all where none is named) on a system; writes report.html and rows.json into `folder`. `manifest`: whose
-    held-out clips are heard, its own by default. Raises ValueError for an unknown suite and where nothing could be measured."""
+    """Runs suites (those of DEFAULT where none is named) on a system; writes report.html and rows.json into `folder`.
+    `manifest`: whose held-out clips are heard, its own by default. Raises ValueError for an unknown suite and where nothing
+    could be measured."""
     report = find(steps, names, folder, config, out, cache=cache, manifest=manifest)
     if all(r.value is None for r in report.rows):
         raise ValueError("nothing could be measured: " + "; ".join(dict.fromkeys(r.note for r in report.rows)))
@@ -104,7 +106,7 @@ def run_suites(steps: Mapping[str, str], names: Sequence[str], folder: str, conf
 def find(steps: Mapping[str, str], names: Sequence[str], folder: str, config: Pipeline, out: Any, *, cache: str,
          manifest: str | None = None) -> Report:
     """The same without the page."""
-    names = check_names(names) or list(SUITES)
+    names = check_names(names) or DEFAULT
     device, rows, sounds = device_of(config.cluster, out.inline), [], []
     ask = Ask(steps, config, "", device, out)
     for name in names:

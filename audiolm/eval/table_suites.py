@@ -144,9 +144,34 @@ def temperatures(ask: Ask) -> list[Row]:
     return rows
 
 
+def dnsmos(ask: Ask) -> list[Row]:
+    """A network's marks for the sound."""
+    from audiolm.eval import dnsmos as marks
+
+    made = _made(ask, "continued", lambda: _continued(ask), marks.PLAN)
+    return marks.dnsmos_rows(made, ask.config.run.seed, ask.out.progress)
+
+
+def text(ask: Ask) -> list[Row]:
+    """Whether what continuations say is likely and does not repeat itself."""
+    from audiolm.eval.gen_text import PLAN, text_rows
+
+    t = ask.config.tables
+    made = _made(ask, "continued", lambda: _continued(ask), PLAN)
+    return text_rows(made, t.text_model, t.asr, ask.device, ask.config.run.seed, ask.out.progress)
+
+
+def notes(ask: Ask) -> list[Row]:
+    """Piano: what is played, in figures."""
+    from audiolm.eval.notes import PLAN, note_rows
+
+    return note_rows(_made(ask, "continued", lambda: _continued(ask), PLAN), ask.config.run.seed, ask.out.progress)
+
+
 SUITES: dict[str, Callable[[Any], list[Row]]] = {
     "abx": table_i, "wer": table_ii, "speakers": table_iii, "detector": detector, "likelihood": likelihood,
-    "attention": attention, "temperatures": temperatures, "fad": fad}
+    "attention": attention, "temperatures": temperatures, "fad": fad, "dnsmos": dnsmos, "text": text, "notes": notes}
+OPTIONAL = ("dnsmos", "text", "notes")  # slow, or for some corpora: run where they are named
 SYSTEM = ("kmeans", "codec", "semantic_tokens", "lm_semantic", "lm_coarse")
 NEEDS = {**dict.fromkeys(SUITES, SYSTEM), "abx": ("kmeans", "codec"),
          "likelihood": ("kmeans", "semantic_tokens", "lm_semantic")}

@@ -1,0 +1,23 @@
+"""ONNX networks that come inside packages: the weights alone are used, since the packages' own code wants librosa."""
+
+from __future__ import annotations
+
+import importlib.util
+import posixpath
+from typing import Any
+
+
+def lacking(package: str, install: str) -> str | None:
+    """Why there is no such network here, with the fix; None where there is one."""
+    absent = [name.replace("_", "-") for name in (package, "onnxruntime") if importlib.util.find_spec(name) is None]
+    return f"{', '.join(absent)} not installed: {install}" if absent else None
+
+
+def session(package: str, file: str) -> Any:
+    """An onnxruntime session of the package's file, on one thread: another number could sum in another order."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    folder = importlib.util.find_spec(package).submodule_search_locations[0]
+    return onnxruntime.InferenceSession(posixpath.join(folder, file), options, providers=["CPUExecutionProvider"])
