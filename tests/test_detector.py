@@ -6,12 +6,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import soundfile as sf
 
-from audiolm import rng
+from audiolm import rng, store
 from audiolm.eval.convnet import Settings
-from audiolm.eval.detector import PLAN, crops, detector, judge, pairs
+from audiolm.eval.detector import PLAN, TRAINED, crops, detector, judge, pairs
 from audiolm.eval.generated import Made, Wanted
 from tests.test_speakers import talk
+from workflows import detect as command
 
 SR = 16_000
 TINY = Settings(crop_s=1.0, channels=(8, 16, 16), mels=40, steps=50, batch=16, lr=5e-3)
@@ -75,3 +77,25 @@ def test_speakers_of_the_test_are_not_learned_and_too_few_are_a_visible_row(tmp_
     tested = {f"p{i}" for i in order}
     spoiled = [replace(m, wav_T=m.wav_T[::-1].copy()) if m.wanted.speaker in tested else m for m in made]
     assert detector(spoiled, str(tmp_path), TINY)[1] == detector(made, str(tmp_path), TINY)[1]
+
+
+def test_a_runs_detector_judges_files(tmp_path, capsys):
+    suites = tmp_path / "tables" / "suites"
+    _, path = detector(sounds(), str(suites / "nets"), TINY)
+    store.put_json(str(suites / "detector-0" / TRAINED), {"net": path.rsplit("/", 1)[-1]})
+    store.put_json(str(tmp_path / "runs" / "r.json"), {"steps": {"tables": {"path": str(tmp_path / "tables")}}})
+    store.put_json(str(tmp_path / "runs" / "young.json"), {"steps": {}})
+    folder = tmp_path / "sounds"
+    folder.mkdir()
+    wav = talk(130, 2.5, 99)
+    for name, w in (("real", wav), ("made", buzz(wav)), ("short", wav[:800])):
+        sf.write(folder / f"{name}.wav", np.stack([w, w], 1), SR)
+    run = ("--store", str(tmp_path), "--run", "r", "--json", str(tmp_path / "out.json"))
+    assert command.main([str(folder), *run]) == 1
+    said, wrong = capsys.readouterr()
+    judged = store.get_json(str(tmp_path / "out.json"))
+    real, made = (judged[str(folder / f"{name}.wav")] for name in ("real", "made"))
+    assert len(real) == len(made) == 2 and max(real) < 0.5 < min(made) and said.count("%") == 2
+    assert "short.wav: the sound lasts 0.05 s" in wrong
+    assert command.main([str(folder), "--store", str(tmp_path), "--run", "young"]) == 2
+    assert "the run has no trained detector" in capsys.readouterr().err

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from audiolm import rng
+from audiolm import rng, store
 from audiolm.eval.convnet import Settings, load_net, log_probs, trained
 from audiolm.eval.figures import Row, interval, not_measured
 from audiolm.eval.generated import Made, Progress
@@ -29,6 +29,7 @@ SILENT = 10 ** (-30 / 20)  # of a sound's loud frames (95th percentile): below i
 BINS = (0.1, 0.3, 0.6)  # of the share of silence: crops of a kind are paired
 PAPER = 98.6
 ACCURACY = "accuracy %"
+TRAINED = "detector.json"  # beside the suite's rows: {"net": the folder's name}
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,16 @@ def detector(made: Sequence[Made], folder: str, settings: Settings = SETTINGS, d
                          paper=paper, seconds=spent, note=note))
         spent = 0.0
     return [*table, Row("detector", "chance", ACCURACY, 50.0, n=len(asked), of="crops", role="floor", paper=50.0)], path
+
+
+def of_run(steps: Mapping[str, str]) -> str:
+    """The folder of the detector that a run's step `tables` trained. Raises ValueError where there is none."""
+    suites = store.join(steps["tables"], "suites") if "tables" in steps else None
+    for name in store.names(suites) if suites else ():
+        if name.startswith("detector-") and (found := store.get_json(store.join(suites, name, TRAINED))):
+            return store.join(suites, "nets", found["net"])
+    raise ValueError("the run has no trained detector: run its step `tables` with detector among tables.suites, or name a "
+                     "detector's folder with --detector")
 
 
 def judge(path: str, wav_T: np.ndarray, device: str = "cpu") -> np.ndarray:

@@ -94,8 +94,10 @@ def detector(ask: Ask) -> list[Row]:
     """Whether continuations are told from real speech by a network that looks for it."""
     cfg = ask.config
     made = _made(ask, "continued", lambda: _continued(ask), told.PLAN)
-    rows, _ = told.detector(made, _beside(ask, "nets"), replace(told.SETTINGS, steps=cfg.tables.net_steps), ask.device,
+    rows, path = told.detector(made, _beside(ask, "nets"), replace(told.SETTINGS, steps=cfg.tables.net_steps), ask.device,
                             cfg.run.seed, ask.out.progress)
+    if path:
+        store.put_json(store.join(ask.folder, told.TRAINED), {"net": path.rsplit("/", 1)[-1]})
     return rows
 
 
