@@ -104,7 +104,7 @@ def test_a_second_iteration_starts_where_the_first_ended_and_learns_its_own_targ
 
 def test_what_is_done_is_not_done_again_and_one_step_can_be_forced(built, items):
     store, _ = built
-    assert "0 of 18 steps to run" in run(store, items, "--only", STEPS).stdout
+    assert "0 of 19 steps to run" in run(store, items, "--only", STEPS).stdout
     plan = run(store, items, "--dry-run", "--force", "masked_model_2").stdout.splitlines()
     todo = [line.split()[1] for line in plan if line.startswith("run")]
     assert "masked_model_2" in todo and "layers" in todo and not {"masked_model", "layers_2", "targets_2"} & set(todo)

@@ -127,6 +127,8 @@ def _ladder(rungs: list[dict], folder: str, plot: _Plots) -> Html:
 
 def _tables(paths: Mapping[str, str]) -> list[tuple[str, str, Html]]:
     """The paper's tables, and what can be heard of them."""
+    if "tables" not in paths:
+        return []
     rows = [Row(**r) for r in _json(paths, "tables", "rows.json") or ()]
     heard = [{**s, "file": store.join(paths["tables"], s["file"])} for s in _json(paths, "tables", "heard.json") or ()]
     if not rows:
