@@ -70,7 +70,8 @@ def test_a_person_asks_and_hears_the_answer(browser, world, encoded, tmp_path): 
         report.locator("iframe").wait_for()
         inside = report.frame_locator("iframe")
         inside.locator("audio").first.wait_for()
-        assert inside.locator("audio").evaluate_all(PLAYED) == [True] * 12
+        played = inside.locator("audio").evaluate_all(PLAYED)  # of the ladder and of the tables
+        assert len(played) > 12 and all(played)
         assert all(inside.locator("img").evaluate_all("images => images.map(i => i.naturalWidth > 0)"))
         report.screenshot(path=tmp_path / "report.png")
 
