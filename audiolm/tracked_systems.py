@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from audiolm import store
+from audiolm.lm.system import NEEDED
 from audiolm.outbox import Run
 
-SYSTEM = ("kmeans", "semantic_tokens", "codec", "lm_semantic", "lm_coarse", "lm_fine")  # the steps that generating reads
+SYSTEM = (*NEEDED, "lm_fine")  # the steps that generating reads
 TAG = "audiolm.system"
 
 

@@ -13,10 +13,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from audiolm import rng
 from audiolm.eval import packaged
 from audiolm.eval.figures import Progress, Row, interval, not_measured, unheard
-from audiolm.eval.generated import ITEMS, Made
+from audiolm.eval.generated import ITEMS, Made, by_item, white_noise
 from audiolm.tokenizers.base import SAMPLE_RATE
 
 PLAN = {"original": 1, "resynthesis": 1, "acoustic": 1, "continuation": 1}  # for `generated.plan`
@@ -34,11 +33,9 @@ def dnsmos_rows(made: Sequence[Made], seed: int = 0, progress: Progress = unhear
     """Marks of each mode. Without the package the rows say so."""
     if why := packaged.lacking("speechmos", 'pip install "audiolm[eval]"'):
         return [not_measured("DNSMOS", ITEMS[mode], METRICS[0], why) for mode in ROLES]
-    own = {ITEMS[mode]: [m for m in made if m.wanted.mode == mode] for mode in ROLES}
-    own[FLOOR] = own["original"]
-    roles = {**{ITEMS[mode]: role for mode, role in ROLES.items()}, FLOOR: "floor"}
-    mark, rows, done, total = judge(), [], 0, sum(map(len, own.values()))
-    for item, sounds in own.items():
+    own = by_item(made, ROLES, FLOOR)
+    mark, rows, done, total = judge(), [], 0, sum(len(sounds) for _, sounds in own.values())
+    for item, (role, sounds) in own.items():
         began, marks = time.monotonic(), []
         for m in sounds:
             marks.append(mark(in_noise(m.after_T, seed, m.wanted.clip) if item == FLOOR else m.after_T))
@@ -46,7 +43,7 @@ def dnsmos_rows(made: Sequence[Made], seed: int = 0, progress: Progress = unhear
         spent = (time.monotonic() - began) / len(METRICS)
         for metric, values in zip(METRICS, zip(*marks, strict=True), strict=False):
             rows.append(Row("DNSMOS", item, metric, *interval(values, [m.wanted.clip for m in sounds], seed), len(sounds),
-                            "sounds", roles[item], seconds=spent, note="by speechmos"))
+                            "sounds", role, seconds=spent, note="by speechmos"))
     return rows
 
 
@@ -71,6 +68,5 @@ def judge() -> Judge:
 
 def in_noise(wav_T: np.ndarray, seed: int, clip: str) -> np.ndarray:
     """The sound with noise of its own root mean square, within full scale."""
-    rms = np.sqrt(np.square(wav_T).mean())
-    noisy_T = wav_T + rms * rng.generator(seed, f"white noise {clip}").standard_normal(len(wav_T))
+    noisy_T = wav_T + white_noise(wav_T, seed, clip)
     return (noisy_T / max(1.0, np.abs(noisy_T).max())).astype(np.float32)

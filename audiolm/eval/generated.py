@@ -22,16 +22,16 @@ from audiolm import rng, store
 from audiolm.data.audio import wav_bytes
 from audiolm.data.manifest import Clip
 from audiolm.data.tokens import run_starts
+from audiolm.eval.ladder import continued, prompt_samples
 from audiolm.lm.draw import Draw
 from audiolm.lm.generation import DRAWS, AudioLM
-from audiolm.lm.system import load_system
-from audiolm.tokenizers.base import SAMPLE_RATE, SEMANTIC_HOP
+from audiolm.lm.system import NEEDED, load_system
 
 MODES = ("original", "resynthesis", "levels", "fine", "acoustic", "shuffled", "continuation")
 ITEMS = {"original": "original", "resynthesis": "codec resynthesis", "levels": "codec resynthesis, coarse levels",
          "fine": "fine from true coarse", "acoustic": "acoustic generation",
          "shuffled": "acoustic generation, shuffled tokens", "continuation": "continuation"}  # in tables
-MODELS = ("kmeans", "codec", "semantic_tokens", "lm_semantic", "lm_coarse", "lm_fine")
+MODELS = (*NEEDED, "lm_fine")
 
 Clips = Sequence[tuple[Clip, np.ndarray]]
 Progress = Callable[[int, int, str], None]  # (done, of, unit)
@@ -72,7 +72,7 @@ def plan(clips: Clips, modes: Mapping[str, int], prompt_s: float = 3.0) -> list[
         raise ValueError(f"modes {unknown}: choose from {', '.join(MODES)}")
     if len({clip.id for clip, _ in clips}) < len(clips):
         raise ValueError("a clip is given twice: give each once, with more samples of a mode")
-    prompts = [max(1, min(round(prompt_s * SAMPLE_RATE), len(wav) // 2) // SEMANTIC_HOP) * SEMANTIC_HOP for _, wav in clips]
+    prompts = [prompt_samples(wav, prompt_s) for _, wav in clips]
     return [Wanted(clip.id, clip.speaker, clip.text, mode, i, prompt) for mode in MODES for (clip, _), prompt
             in zip(clips, prompts, strict=True) for i in range(modes.get(mode, 0))]
 
@@ -131,18 +131,21 @@ def _generate(lm: AudioLM, wanted: Sequence[Wanted], wavs: Sequence[np.ndarray],
     if mode == "resynthesis":
         return [lm.decode(codes_TQ, len(wav)) for codes_TQ, wav in zip(lm.encode(wavs), wavs, strict=True)]
     if mode == "continuation":
-        made: dict[int, np.ndarray] = {}
-        rest = [len(wav) - w.prompt for w, wav in zip(wanted, wavs, strict=True)]
-        for samples in sorted(set(rest)):  # one batch for all that go on equally long
-            at = [i for i, r in enumerate(rest) if r == samples]
-            sounds = lm.continuation([wavs[i][:wanted[i].prompt] for i in at], samples / SAMPLE_RATE, [seeds[i] for i in at],
-                                     may_end=False)
-            made |= {i: sound.wav_T for i, sound in zip(at, sounds, strict=True)}
-        return [made[i] for i in range(len(wanted))]
-    once = {w.clip: wav for w, wav in zip(wanted, wavs, strict=True)}  # samples of a clip share its tokens
-    z = dict(zip(once, lm.tokenize(list(once.values())), strict=True))
-    zs = [z[w.clip] if mode == "acoustic" else shuffled(z[w.clip], s) for w, s in zip(wanted, seeds, strict=True)]
+        return [sound.wav_T for sound in continued(lm, wavs, [w.prompt for w in wanted], seeds)]
+    zs = lm.tokenize(wavs)
+    zs = zs if mode == "acoustic" else [shuffled(z_T, s) for z_T, s in zip(zs, seeds, strict=True)]
     return [sound.wav_T for sound in lm.acoustic(zs, seeds)]
+
+
+def white_noise(wav_T: np.ndarray, seed: int, clip: str) -> np.ndarray:
+    """As long and as loud as a clip's sound, float64: a floor."""
+    return np.sqrt(np.square(wav_T).mean()) * rng.generator(seed, f"white noise {clip}").standard_normal(len(wav_T))
+
+
+def by_item(made: Sequence[Made], roles: Mapping[str, str], floor: str) -> dict[str, tuple[str, list[Made]]]:
+    """(role, sounds) of each mode by its name in tables, and last the originals once more, which `floor` is made of."""
+    own = {ITEMS[mode]: (role, [m for m in made if m.wanted.mode == mode]) for mode, role in roles.items()}
+    return {**own, floor: ("floor", own[ITEMS["original"]][1])}
 
 
 def shuffled(z_T: np.ndarray, seed: int) -> np.ndarray:

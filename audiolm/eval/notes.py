@@ -13,10 +13,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from audiolm import rng
 from audiolm.eval import packaged
 from audiolm.eval.figures import Progress, Row, interval, not_measured, unheard
-from audiolm.eval.generated import ITEMS, Made
+from audiolm.eval.generated import ITEMS, Made, by_item, white_noise
 from audiolm.tokenizers.base import SAMPLE_RATE
 
 PLAN = {"original": 1, "resynthesis": 1, "continuation": 1}  # for `generated.plan`
@@ -35,14 +34,14 @@ def note_rows(made: Sequence[Made], seed: int = 0, progress: Progress = unheard)
     """Statistics of each mode; a sound without notes counts in their number alone. Without the package the rows say so."""
     if why := packaged.lacking("basic_pitch", INSTALL):
         return [not_measured("Notes", ITEMS[mode], metric, why) for metric in METRICS for mode in ROLES]
-    own = {ITEMS[mode]: [m for m in made if m.wanted.mode == mode] for mode in ROLES}
-    own[NOISE] = own["original"]
-    roles = {**{ITEMS[mode]: role for mode, role in ROLES.items()}, NOISE: "floor"}
-    transcribe, rows, done, total = transcriber(), [], 0, sum(map(len, own.values()))
-    for item, sounds in own.items():
+    own = by_item(made, ROLES, NOISE)
+    transcribe, rows, done, total = transcriber(), [], 0, sum(len(sounds) for _, sounds in own.values())
+    for item, (role, sounds) in own.items():
         began, found = time.monotonic(), []
         for m in sounds:
-            wav_T = noise(m.after_T, seed, m.wanted.clip) if item == NOISE else m.after_T
+            wav_T = m.after_T
+            if item == NOISE:
+                wav_T = white_noise(wav_T, seed, m.wanted.clip).astype(np.float32)
             pitches = [pitch for _, pitch in transcribe(wav_T)]
             found.append((m.wanted.clip, len(pitches) * SAMPLE_RATE / len(wav_T), pitches))
             progress(done := done + 1, total, "sounds")
@@ -53,7 +52,7 @@ def note_rows(made: Sequence[Made], seed: int = 0, progress: Progress = unheard)
         for metric, column in zip(METRICS, columns, strict=True):
             if column:
                 clips, values = zip(*column, strict=True)
-                rows.append(Row("Notes", item, metric, *interval(values, clips, seed), len(values), "sounds", roles[item],
+                rows.append(Row("Notes", item, metric, *interval(values, clips, seed), len(values), "sounds", role,
                                 seconds=spent, note="by basic-pitch"))
             elif item != NOISE:
                 rows.append(not_measured("Notes", item, metric, "no notes were heard"))
@@ -88,9 +87,3 @@ def notes_in(onset_TP: np.ndarray, sounding_TP: np.ndarray) -> list[tuple[float,
     n = round(HELD_S * NET_HZ / HOP)
     return [(int(t) * HOP / NET_HZ, LOWEST + int(p)) for t, p in np.argwhere(peaks)
             if len(held := sounding_TP[t + 1:t + 1 + n, p]) == n and (held >= SOUNDING).mean() > 0.5]
-
-
-def noise(wav_T: np.ndarray, seed: int, clip: str) -> np.ndarray:
-    """As long and as loud."""
-    drawn_T = rng.generator(seed, f"white noise {clip}").standard_normal(len(wav_T))
-    return (np.sqrt(np.square(wav_T).mean()) * drawn_T).astype(np.float32)

@@ -21,6 +21,8 @@ from audiolm.eval import generated, items, speakers, wer
 from audiolm.eval.fad import fad_rows
 from audiolm.eval.figures import Row, not_measured
 from audiolm.lm.draw import draws_of
+from audiolm.lm.system import NEEDED
+from audiolm.tokenizers.base import SAMPLE_RATE
 
 if TYPE_CHECKING:
     from audiolm.eval.suites import Ask
@@ -54,7 +56,7 @@ def table_i(ask: Ask) -> list[Row]:
              acoustic_side(load_codec(ask.steps["codec"], ask.device))]
     places = list(by_name.values())
     n = min(ask.config.tables.sounds, len(places))
-    wavs = [wav_of(places[i * len(places) // n])[:round(ask.config.evaluate.clip_s * 16_000)] for i in range(n)]
+    wavs = [wav_of(places[i * len(places) // n])[:round(ask.config.evaluate.clip_s * SAMPLE_RATE)] for i in range(n)]
     found, rows = table1(sides, listed, lambda name: wav_of(by_name[name]), wavs, scorers(), ask.config.run.seed), []
     for line in found["rows"]:
         whole = line["tokens"] == "acoustic" and line["bits_per_s"] > 3000
@@ -174,8 +176,7 @@ SUITES: dict[str, Callable[[Any], list[Row]]] = {
     "abx": table_i, "wer": table_ii, "speakers": table_iii, "detector": detector, "likelihood": likelihood,
     "attention": attention, "temperatures": temperatures, "fad": fad, "dnsmos": dnsmos, "text": text, "notes": notes}
 OPTIONAL = ("dnsmos", "text", "notes")  # slow, or for some corpora: run where they are named
-SYSTEM = ("kmeans", "codec", "semantic_tokens", "lm_semantic", "lm_coarse")
-NEEDS = {**dict.fromkeys(SUITES, SYSTEM), "abx": ("kmeans", "codec"),
+NEEDS = {**dict.fromkeys(SUITES, NEEDED), "abx": ("kmeans", "codec"),
          "likelihood": ("kmeans", "semantic_tokens", "lm_semantic")}
 
 
@@ -213,7 +214,7 @@ def _play(ask: Ask, made: Sequence[generated.Made]) -> None:
         if m.wanted.clip in heard:
             mode, file = m.wanted.mode, f"wav/{len(entries)}.wav"
             store.put(store.join(ask.folder, file), wav_bytes(np.asarray(m.wav_T)))
-            prompt_s = m.wanted.prompt / 16_000 if mode == "continuation" else None
+            prompt_s = m.wanted.prompt / SAMPLE_RATE if mode == "continuation" else None
             entries.append({"group": generated.ITEMS[mode], "title": f"{m.wanted.clip} {m.wanted.number + 1}", "file": file,
                             "prompt_s": prompt_s})
     store.put_json(store.join(ask.folder, "sounds.json"), entries)

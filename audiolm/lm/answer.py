@@ -19,6 +19,7 @@ import numpy as np
 
 from audiolm import store
 from audiolm.data.audio import wav_bytes
+from audiolm.data.shards import pick_device
 from audiolm.lm.generation import AudioLM, Sound
 from audiolm.lm.prompts import from_bytes
 from audiolm.lm.system import load
@@ -30,13 +31,11 @@ MOST = 32  # samples of a row
 
 def open_system(system: Mapping[str, Any]) -> AudioLM:
     """The AudioLM of a system.json, on the GPU if there is one. Raises ValueError where a step's folder is gone."""
-    import torch
-
     for name, path in system["steps"].items():
         if not store.exists(path):
             raise ValueError(f"step {name} of {system['index']} is not at {path}: serve where that store is seen, or run the "
                              "pipeline again and serve its new version")
-    return load(system["steps"], "cuda" if torch.cuda.is_available() else "cpu")
+    return load(system["steps"], pick_device("auto"))
 
 
 def answer(lm: AudioLM, rows: Sequence[Mapping[str, Any]], params: Mapping[str, float]) -> list[dict[str, Any]]:
@@ -98,5 +97,5 @@ def _generate(lm: AudioLM, mode: str, wav_T: np.ndarray | None, seconds: float, 
     if mode == "continuation":
         return lm.continuation([wav_T] * n, seconds, seeds)
     if mode == "acoustic":
-        return lm.acoustic(lm.tokenize([wav_T]) * n, seeds, [len(wav_T)] * n)
+        return lm.acoustic(lm.tokenize([wav_T] * n), seeds, [len(wav_T)] * n)
     return lm.resynthesis([wav_T] * n)

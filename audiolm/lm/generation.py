@@ -48,7 +48,7 @@ class Sound:
 class AudioLM:
     """A whole system. `mean_run`: semantic frames per deduplicated token in training; `fine` None where Q' = Q.
 
-    `spent_s` adds up the wall-clock seconds of tokenize, semantic, coarse, fine and decode, `drawn` the ids of the stages.
+    `spent_s` adds up the wall-clock seconds of tokenize, semantic, coarse, fine and decode.
     """
 
     tokenizer: Tokenizer
@@ -58,7 +58,6 @@ class AudioLM:
     draws: Mapping[str, Draw] = field(default_factory=lambda: dict(DRAWS))
     device: str = "cpu"
     spent_s: dict[str, float] = field(default_factory=dict)
-    drawn: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self):
         coarse = self.models["coarse"][1]
@@ -75,6 +74,11 @@ class AudioLM:
 
     def stage(self, name: str) -> Stage:
         return self.models[name][1]
+
+    def compile_sampling(self) -> None:
+        """Compiles the products of single tokens: worth it for many samples in one process."""
+        for model, _ in self.models.values():
+            model.compile_sampling()
 
     @staticmethod
     def load(run: str, device: str = "auto", draws: Mapping[str, Draw] | None = None) -> AudioLM:
@@ -110,10 +114,7 @@ class AudioLM:
         totals = [len(wav) + round(seconds * SAMPLE_RATE) for wav in cut]
         for n in totals:
             self._frames(n)
-        once = {wav.tobytes(): wav for wav in cut}  # samples of one prompt share its tokens
-        z, codes = (dict(zip(once, f(list(once.values())), strict=True)) for f in (self.tokenize, self.encode))
-        keys = [wav.tobytes() for wav in cut]
-        return self._speak([z[key] for key in keys], totals, seeds, [codes[key] for key in keys], may_end)
+        return self._speak(self.tokenize(cut), totals, seeds, self.encode(cut), may_end)
 
     def acoustic(self, z_T: Sequence[np.ndarray], seeds: Sequence[int],
                  samples: Sequence[int] | None = None) -> list[Sound]:
@@ -151,15 +152,16 @@ class AudioLM:
         return self._encode(self.codec, wavs)
 
     def _encode(self, tokenizer: Tokenizer, wavs: Sequence[np.ndarray]) -> list[np.ndarray]:
-        start, out = time.perf_counter(), []
-        for wav in wavs:
+        start, made = time.perf_counter(), {}
+        keys = [np.asarray(wav, np.float32).tobytes() for wav in wavs]  # samples of one prompt share its tokens
+        for key, wav in dict(zip(keys, wavs, strict=True)).items():
             wav_BT = torch.zeros(1, padded_samples(len(wav)))
             wav_BT[0, :len(wav)] = torch.from_numpy(np.asarray(wav, np.float32))
             with torch.inference_mode():
                 codes = tokenizer.encode(wav_BT.to(self.device), torch.tensor([len(wav)], device=self.device))[0]
-            out.append(codes.cpu().numpy().astype(np.int64))
+            made[key] = codes.cpu().numpy().astype(np.int64)
         self._spend("tokenize", start)
-        return out
+        return [made[key] for key in keys]
 
     def semantic(self, z: Sequence[np.ndarray], more: Sequence[int], seeds: Sequence[int],
                  may_end: bool = True) -> tuple[list[np.ndarray], list[bool]]:
@@ -286,8 +288,6 @@ class AudioLM:
         out = self._samplers[name](prompts, counts, forced=forced, eos_from=eos_from, draw=self.draws[name],
                                    seeds=[derive(s, name) for s in seeds])
         self._spend(name, start)
-        given = 0 if forced is None else sum(map(len, forced))
-        self.drawn[name] = self.drawn.get(name, 0) + sum(map(len, out)) - given
         return out
 
     def _spend(self, name: str, start: float) -> None:

@@ -84,12 +84,11 @@ def load_system(steps: tuple[tuple[str, str], ...], device: str, draws: tuple[tu
 
 
 def load(paths: Mapping[str, str], device: str = "cpu", mean_run: float | None = None,
-         draws: Mapping[str, Draw] | None = None, compile: bool = False) -> AudioLM:
+         draws: Mapping[str, Draw] | None = None) -> AudioLM:
     """The system from the steps' output folders: kmeans, codec, lm_semantic, lm_coarse and (where Q' < Q) lm_fine.
 
-    `mean_run` defaults to the fact of that name of the `semantic_tokens` folder. The stages run in bfloat16 on a GPU;
-    `compile` is for many samples in one process. Raises ValueError for a missing step and for stages that were trained on
-    another tokenizer's tokens.
+    `mean_run` defaults to the fact of that name of the `semantic_tokens` folder. The stages run in bfloat16 on a GPU.
+    Raises ValueError for a missing step and for stages that were trained on another tokenizer's tokens.
     """
     from audiolm.lm.generation import DRAWS, AudioLM
     from audiolm.lm.model import load_lm
@@ -111,9 +110,6 @@ def load(paths: Mapping[str, str], device: str = "cpu", mean_run: float | None =
               for name in ("semantic", "coarse", "fine") if f"lm_{name}" in paths}
     if device != "cpu":
         models = {name: (model.bfloat16(), stage) for name, (model, stage) in models.items()}
-    if compile:
-        for model, _ in models.values():
-            model.compile_sampling()
     return AudioLM(load_semantic(paths["kmeans"], device), load_codec(paths["codec"], device), models, float(mean_run),
                    dict(draws or DRAWS), device=device)
 

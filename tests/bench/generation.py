@@ -122,8 +122,7 @@ def main() -> None:
     else:
         system = random_system(args.device)
     if args.compile:
-        for model, _ in system.models.values():
-            model.compile_sampling()
+        system.compile_sampling()
     for batch in args.batches or ((1, 16, 64) if gpu else (1, 4)):
         stage_rate(system, batch, args.ids, args.repeats)
     for batch in (1, 32) if gpu else (1, 4):
