@@ -74,10 +74,19 @@ def _fail(text: str, code: int) -> None:
     sys.exit(code)
 
 
+def in_ray_job() -> bool:
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+def wants_ray(asked: bool) -> bool:
+    """Whether a command's work goes to Ray: it was asked to, runs in a Ray job, or RAY_ADDRESS names a cluster."""
+    return asked or in_ray_job() or bool(os.environ.get("RAY_ADDRESS"))
+
+
 def place(cfg: Pipeline) -> Pipeline:
     """Makes a local store absolute; inside a Ray job a relative one is refused (decision 12)."""
     store, tracking = cfg.store, cfg.tracking
-    in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    in_job = in_ray_job()
     if is_local(store) and not os.path.isabs(store.removeprefix("file://")):
         if in_job:
             raise ConfigError(f"store: {store!r} is relative, and a Ray job's working folder changes with each submission; "

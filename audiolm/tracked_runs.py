@@ -14,6 +14,14 @@ from audiolm import mlflow_client, outbox, store
 DEFAULT_STORE = "outputs"
 
 
+def default_tracking(folder: str, tracking: str | None) -> str:
+    """`tracking`, else MLFLOW_TRACKING_URI, else the SQLite database of a local store. Raises ValueError for none."""
+    tracking = tracking or os.environ.get("MLFLOW_TRACKING_URI")
+    if not tracking and not store.is_local(folder):
+        raise ValueError(f"{folder} holds no MLflow database: name the server by --tracking or MLFLOW_TRACKING_URI")
+    return tracking or f"sqlite:///{store.absolute(folder)}/mlflow.db"
+
+
 def connect(tracking: str | None = None) -> tuple[Any, str]:
     """(MlflowClient, its URI). `tracking` defaults to MLFLOW_TRACKING_URI, else to the SQLite database of ./outputs. Raises
     ValueError with the fix where there is no such MLflow."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 from audiolm import store
 from audiolm.lm.system import NEEDED
 from audiolm.outbox import Run
+from audiolm.tracked_versions import name_of
 
 SYSTEM = (*NEEDED, "lm_fine")  # the steps that generating reads
 TAG = "audiolm.system"
@@ -27,7 +27,7 @@ def deliver(client: Any, experiment_id: str, run: Run) -> None:
     """Registers `run.system`, unless it is there. Raises when the server does not answer."""
     from mlflow.exceptions import MlflowException
 
-    name = re.sub("[/:']", "_", run.name)  # what MLflow does not take
+    name = name_of(run.name)
     digest = hashlib.sha256(json.dumps([name, run.system["steps"]], sort_keys=True).encode()).hexdigest()[:16]
     if client.search_model_versions(f"name = '{name}' and tags.`{TAG}` = '{digest}'"):
         return

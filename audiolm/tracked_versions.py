@@ -12,8 +12,9 @@ PRUNED = ("**Pruned:** its weights were removed from the store when later checkp
           "neither loaded nor evaluated.")
 
 
-def name_of(run_name: str, step: str) -> str:
-    return re.sub("[/:']", "_", f"{run_name}-{step}")  # what MLflow does not take
+def name_of(run_name: str, step: str | None = None) -> str:
+    """Of a run's whole system, or of one of its steps."""
+    return re.sub("[/:']", "_", f"{run_name}-{step}" if step else run_name)  # what MLflow does not take
 
 
 def search(client: Any, text: str) -> list:

@@ -15,17 +15,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
 def parser() -> argparse.ArgumentParser:
-    from audiolm.lm.system import DEFAULT_RUN, OUTPUTS
+    from audiolm.lm.system import add_run_options
 
     p = argparse.ArgumentParser(prog="detect.py", description="Prints each file's mean probability that its seconds were "
                                 "generated, and that of every second. The detector knows the models of its own run alone.")
     p.add_argument("inputs", nargs="+", metavar="PATH", help="audio files of any rate, or folders of them; local or any fsspec "
                    "URI")
-    p.add_argument("--run", default=DEFAULT_RUN, metavar="RUN", help="a run's name, its index (OUTPUTS/runs/NAME.json) or its "
-                   "MLflow run id (default %(default)s)")
+    add_run_options(p)
     p.add_argument("--detector", metavar="FOLDER", help="a trained detector's own folder, instead of a run's")
-    p.add_argument("--store", default=OUTPUTS, metavar="URI", help="where a run's name is looked up (default %(default)s)")
-    p.add_argument("--tracking", metavar="URI", help="the MLflow server of a run id")
     p.add_argument("--json", metavar="FILE", help="write the probabilities there too")
     return p
 

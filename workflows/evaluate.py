@@ -59,7 +59,7 @@ def names(args: argparse.Namespace) -> list[str]:
 
 def evaluate(args: argparse.Namespace) -> Any:
     """Evaluates one or two targets; returns the (first) Report."""
-    from audiolm.cli import quiet, start_ray
+    from audiolm.cli import quiet, start_ray, wants_ray
     from audiolm.configfile import changed
     from audiolm.eval import figures_page
     from audiolm.eval.suites import check_names, find, run_suites
@@ -73,8 +73,7 @@ def evaluate(args: argparse.Namespace) -> Any:
     targets = [resolve(text, args.store, args.tracking) for text in texts]
     overrides = [a for a in args.rest if "=" in a] + ([f"cluster.device={args.device}"] if args.device != "auto" else [])
     config = changed(targets[0].config, overrides)
-    in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
-    on_ray = args.ray or in_job or bool(os.environ.get("RAY_ADDRESS"))
+    on_ray = wants_ray(args.ray)
     home = store.join(config.store, "evaluations")
     slug = "-against-".join(t.slug for t in targets) + (f"/{args.answer}" if args.answer else "")
     folder = store.absolute(args.out) if args.out else store.join(home, slug)
@@ -124,9 +123,8 @@ def watch(args: argparse.Namespace) -> None:
     from audiolm.ask.watch import watch as watched
     from audiolm.cli import quiet
     from audiolm.eval.suites import check_names
-    from audiolm.eval.target import default_tracking
     from audiolm.outbox import mask
-    from audiolm.tracked_runs import connect
+    from audiolm.tracked_runs import connect, default_tracking
 
     if args.rest or args.compare:
         raise ValueError("--watch takes neither MODEL_URI_OR_RUN nor --compare")

@@ -23,15 +23,11 @@ STAGES = ("semantic", "coarse", "fine")
 
 
 def parser() -> argparse.ArgumentParser:
-    from audiolm.lm.system import DEFAULT_RUN, OUTPUTS
+    from audiolm.lm.system import add_run_options
 
     p = argparse.ArgumentParser(prog="generate.py", description="Writes NAME-1.wav and NAME-1.json, ... of each prompt and "
                                 "index.html to listen to them. What is done is skipped, so that the same command continues.")
-    p.add_argument("--run", default=DEFAULT_RUN, metavar="RUN", help="a run's name, its index (OUTPUTS/runs/NAME.json) or its "
-                   "MLflow run id (default %(default)s)")
-    p.add_argument("--store", default=OUTPUTS, metavar="URI", help="where a run's name is looked up (default %(default)s)")
-    p.add_argument("--tracking", metavar="URI", help="the MLflow server of a run id; default: MLFLOW_TRACKING_URI, else the "
-                   "store's database")
+    add_run_options(p)
     p.add_argument("--prompt", nargs="+", default=[], metavar="PATH", help="audio files of any rate, or folders of them; "
                    "local or any fsspec URI")
     p.add_argument("--prompt-s", type=float, metavar="S", help="of each prompt its first S seconds, 0 for all; default: 3 to "
@@ -112,7 +108,7 @@ def check(args: argparse.Namespace) -> None:
 def generate(args: argparse.Namespace) -> int:
     """Returns how many prompts failed."""
     from audiolm import store
-    from audiolm.cli import quiet, start_ray
+    from audiolm.cli import in_ray_job, quiet, start_ray, wants_ray
     from audiolm.config import Cluster
     from audiolm.data.shards import device_of, fan_out, pick_device
     from audiolm.eval import sounds, sounds_page
@@ -121,9 +117,8 @@ def generate(args: argparse.Namespace) -> int:
     from audiolm.progress import Board
 
     check(args)
-    in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
-    on_ray = args.ray or in_job or bool(os.environ.get("RAY_ADDRESS"))
-    if in_job and store.is_local(args.out) and not os.path.isabs(args.out.removeprefix("file://")):
+    on_ray = wants_ray(args.ray)
+    if in_ray_job() and store.is_local(args.out) and not os.path.isabs(args.out.removeprefix("file://")):
         raise ValueError(f"--out {args.out}: relative, and a Ray job's working folder changes with each submission; give an "
                          "absolute path that every node sees, or s3://...")
     if not on_ray:

@@ -6,7 +6,6 @@ where the other steps lie and with which config (seed, held-out clips, corpus) i
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 from audiolm import store
 from audiolm.config import Pipeline
 from audiolm.lm.system import find_run, steps_of
-from audiolm.tracked_runs import connect, system_of, version_of
+from audiolm.tracked_runs import connect, default_tracking, system_of, version_of
 
 
 @dataclass(frozen=True)
@@ -71,10 +70,6 @@ def refusal(tags: Mapping[str, str]) -> str | None:
         return (f"a checkpoint of {tags['audiolm.step']} holds a training's state and no export: only those of the language "
                 "models can be evaluated; give a run or a system's version instead")
     return None
-
-
-def default_tracking(folder: str, tracking: str | None) -> str:
-    return tracking or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{store.absolute(folder)}/mlflow.db"
 
 
 def config_of(index: str) -> Pipeline:

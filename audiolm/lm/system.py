@@ -5,8 +5,8 @@ A run's index is `{store}/runs/{name}.json`: of each step the folder of its fini
 
 from __future__ import annotations
 
-import os
 import re
+from argparse import ArgumentParser
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -23,16 +23,22 @@ DEFAULT_RUN = "quickstart"
 NEEDED = ("kmeans", "codec", "semantic_tokens", "lm_semantic", "lm_coarse")
 
 
+def add_run_options(p: ArgumentParser) -> None:
+    """--run, --store and --tracking: `find_run`'s arguments."""
+    p.add_argument("--run", default=DEFAULT_RUN, metavar="RUN", help="a run's name, its index (OUTPUTS/runs/NAME.json) or its "
+                   "MLflow run id (default %(default)s)")
+    p.add_argument("--store", default=OUTPUTS, metavar="URI", help="where a run's name is looked up (default %(default)s)")
+    p.add_argument("--tracking", metavar="URI", help="the MLflow server of a run id; default: MLFLOW_TRACKING_URI, else the "
+                   "store's database")
+
+
 def find_run(run: str, folder: str = OUTPUTS, tracking: str | None = None) -> str:
     """The index of a run: a path or URI that ends in .json as it is, an MLflow run id (32 hex digits) by the server
     `tracking` (None: MLFLOW_TRACKING_URI, else the database in `folder`), else a name's below `folder`."""
     if re.fullmatch("[0-9a-f]{32}", run):
-        from audiolm.tracked_runs import index_of
+        from audiolm.tracked_runs import default_tracking, index_of
 
-        tracking = tracking or os.environ.get("MLFLOW_TRACKING_URI")
-        if not tracking and not store.is_local(folder):
-            raise ValueError(f"--run: {run} is an MLflow run id, and {folder} holds no database: name its server by --tracking")
-        return index_of(run, tracking or f"sqlite:///{store.absolute(folder)}/mlflow.db")
+        return index_of(run, default_tracking(folder, tracking))
     return run if run.endswith(".json") else store.join(folder, "runs", f"{run}.json")
 
 
