@@ -173,16 +173,21 @@ def quiet() -> None:
 
 
 def start_ray(cluster: Cluster, folder: str, say: Callable[[str], None]) -> None:
-    """Joins the cluster of a job, of RAY_ADDRESS or of cluster.address; else starts one for this run alone. Raises
-    StepFailed, also for a node that does not see `folder`."""
+    """Joins the cluster of a job, of RAY_ADDRESS or of cluster.address; else starts one for this run alone, which nobody
+    else may use. Raises StepFailed, also for a node that does not see `folder`."""
     address = cluster.address or os.environ.get("RAY_ADDRESS")
-    if not address:
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a private cluster on this machine
     import ray
 
+    from audiolm.private_ray import guarded, read_settings
+
     try:
-        ray.init(address=address or "local", include_dashboard=None if address else False, log_to_driver=False,
-                 logging_level=logging.ERROR, num_gpus=0 if cluster.device == "cpu" and not address else None)
+        if address:
+            read_settings()
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        else:
+            with guarded():
+                ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR,
+                         num_gpus=0 if cluster.device == "cpu" else None)
     except (ConnectionError, RuntimeError, ValueError) as e:
         where = f"join the cluster at {address!r}" if address else "start Ray here"
         raise StepFailed(f"cannot {where}: {str(e).splitlines()[0]}; check cluster.address, RAY_ADDRESS and RAY_AUTH_MODE, "

@@ -12,15 +12,16 @@ import pytest
 
 from audiolm.ask import states
 from audiolm.ask.launch import RayJobs, open_launcher
-from tests.conftest import free_port
+from audiolm.private_ray import read_settings
+from tests.conftest import CLOSED, free_port
 from tests.test_ask import NAME, look, tags, until
 from tests.test_evaluate import encoded, world  # noqa: F401
 from tests.tiny_run import finish, tell
 
 
 @pytest.fixture
-def cluster():
-    """The address of a job server."""
+def cluster(monkeypatch):
+    """The address of a job server; this process has its token."""
     port = free_port()
     code = f"""
         import ray, sys
@@ -28,18 +29,21 @@ def cluster():
         print("up", flush=True)
         sys.stdin.read()
     """
-    env = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0",
-           "PATH": os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]}
+    env = {**os.environ, **CLOSED, "PATH": os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]}
     driver = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                               stderr=subprocess.DEVNULL, env=env)
     assert driver.stdout.readline().strip() == b"up"
-    yield f"http://127.0.0.1:{port}"
+    with monkeypatch.context() as settings:
+        for name, value in CLOSED.items():
+            settings.setenv(name, value)
+        read_settings()
+        yield f"http://127.0.0.1:{port}"
+    read_settings()
     driver.stdin.close()  # it ends, and Ray with it
     driver.wait(60)
 
 
-def test_an_evaluation_is_one_ray_job(world, encoded, ready, cluster, monkeypatch):  # noqa: F811
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+def test_an_evaluation_is_one_ray_job(world, encoded, ready, cluster):  # noqa: F811
     folder = str(ready)
     _, build = finish(world, folder)
     uri = tell("sqlite", folder, build).uri

@@ -26,15 +26,14 @@ from audiolm.dag import plan
 from audiolm.execute import execute
 from audiolm.metrics import read_build
 from audiolm.tracked_runs import index_of
-from tests.conftest import ROOT, free_port
+from tests.conftest import CLOSED, ROOT, free_port
 from tests.dying_worker import graph
 
 STEPS = ["manifest", "masked_model", "kmeans", "codec", "codec_figures", "semantic_tokens", "semantic_figures",
          "acoustic_tokens", "lm_semantic", "lm_coarse", "lm_fine", "samples", "evaluate", "tables", "report"]
 PIPELINE = ("workflows/full_pipeline.py", "tests/e2e.yaml")
 BIN = sysconfig.get_path("scripts")
-ENV = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 2, "PYTHONPATH": "",
-       "PATH": BIN + os.pathsep + os.environ["PATH"]}
+ENV = {**os.environ, **CLOSED, "PYTHONPATH": "", "PATH": BIN + os.pathsep + os.environ["PATH"]}
 
 
 def cli(*args, cwd=ROOT, check=True):
