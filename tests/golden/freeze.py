@@ -38,6 +38,7 @@ from workflows.full_pipeline import graph  # noqa: E402
 
 TINY = str(HERE / "tiny.yaml")
 RTOL = 1e-4  # of losses, on another machine
+NOTHING = "nothing compared"
 SHOWN = 12  # differences of a golden that are printed
 CLOCKS = ("step_s", "units_per_s", "seconds")  # numbers that time alone decides
 W2VBERT = ["semantic.again=[]", "semantic.model.objective=w2vbert",
@@ -176,7 +177,7 @@ def compare(name: str, found: dict, files: Path = HERE) -> tuple[list[str], str]
         return list(_differences(name, expected, found)), ""
     changed = ", ".join(f"{k} {there.get(k)} -> {here[k]}" for k in here if here[k] != there.get(k))
     note = f"another machine ({changed}): " + (f"losses compared with rtol {RTOL:g}, the rest skipped" if "losses" in expected
-                                               else "nothing compared")
+                                               else NOTHING)
     return list(_differences(f"{name}.losses", expected.get("losses"), found.get("losses"), RTOL)), note
 
 
@@ -216,14 +217,17 @@ def main() -> int:
                 (args.files / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
             differences, note = compare(name, found, args.files)
             failed += bool(differences)
-            print(f"{name:15}{verdict(differences, note, args.write):9}{time.monotonic() - began:5.1f} s  {note}".rstrip())
+            how = verdict(differences, note, args.write)
+            print(f"{name:15}{how:9}{time.monotonic() - began:5.1f} s  {note}".rstrip(), flush=True)
             for line in differences[:SHOWN] + ([f"and {len(differences) - SHOWN} more"] if len(differences) > SHOWN else []):
-                print(f"    {line}", flush=True)
+                print(f"    {line}")
     return 1 if failed else 0
 
 
 def verdict(differences: list[str], note: str, written: bool) -> str:
-    return "written" if written else "DIFFERS" if differences else "close" if note else "equal"
+    if written or differences:
+        return "written" if written else "DIFFERS"
+    return "skipped" if NOTHING in note else "close" if note else "equal"
 
 
 if __name__ == "__main__":
