@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -178,3 +179,26 @@ def pieces(path: str) -> Iterator[bytes]:
     with fs.open(p, "rb") as f:
         while piece := f.read(1 << 20):
             yield piece
+
+
+_HIDE = (
+    (re.compile(r"(\w://)[^/\s]+@"), r"\1***@"),
+    (re.compile(r"([?&][^=&\s]*(?:token|secret|sig|password|credential|key)[^=&\s]*=)[^&\s]+", re.I), r"\1***"),
+)
+
+
+def mask(text: Any) -> str:
+    """Text without the credentials that its URIs may hold."""
+    text = str(text)
+    for pattern, shown in _HIDE:
+        text = pattern.sub(shown, text)
+    return text
+
+
+def masked(value: Any) -> Any:
+    """Plain JSON with every text masked."""
+    if isinstance(value, dict):
+        return {k: masked(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [masked(v) for v in value]
+    return mask(value) if isinstance(value, str) else value

@@ -9,9 +9,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a submitted job runs the code that was submitted
 
-from audiolm.config import Cluster, Train  # noqa: E402
-from audiolm.dag import Step, plan  # noqa: E402
-from audiolm.execute import execute  # noqa: E402
+from audiolm.config.run import Cluster  # noqa: E402
+from audiolm.config.training import Train  # noqa: E402
+from audiolm.dag.execute import execute  # noqa: E402
+from audiolm.dag.plan import plan  # noqa: E402
+from audiolm.dag.step import Step  # noqa: E402
 from audiolm.train.loop import train  # noqa: E402
 from tests.tiny import TinyLM  # noqa: E402
 
@@ -41,7 +43,6 @@ def graph(died: str | None) -> list[Step]:
 
 if __name__ == "__main__":
     import ray
-
     from audiolm.cli import worker_died
 
     ray.init()

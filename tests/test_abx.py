@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from audiolm import rng
-from audiolm.eval import abx, dtw
+from audiolm.eval.metrics import abx, dtw
 from workflows import abx as command
 
 HEADER = "#file onset offset #phone prev-phone next-phone speaker\n"
@@ -222,7 +222,7 @@ def test_features_of_a_tokenizer():
     """A frame's centroid is the nearest to its z-scored features; frames are the tokens'."""
     import torch
 
-    from audiolm.models.masked import Encoder, EncoderSizes
+    from audiolm.models.conformer import Encoder, EncoderSizes
     from audiolm.tokenizers.extractor import ConformerExtractor, Window
     from audiolm.tokenizers.semantic import SemanticTokenizer, golden_clip
 

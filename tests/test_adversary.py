@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from audiolm import rng
-from audiolm.config import CodecWeights
+from audiolm.config.codec import CodecWeights
 from audiolm.models import losses
 from audiolm.models.discriminators import Discriminators, Period
-from audiolm.train.balance import Balance
+from audiolm.train.gan import Balance
 
 KINDS = ("dac", "soundstream")
 

@@ -13,14 +13,18 @@ from pathlib import Path
 
 import pytest
 
-from audiolm import lease, store
-from audiolm.ask import states
-from audiolm.ask.launch import Processes, claim
-from audiolm.ask.states import job_id
-from audiolm.ask.watch import sweep
-from audiolm.eval.suites import check_names
+from audiolm import store
+from audiolm.dag import lease
+from audiolm.eval.suites.run import check_names
+from audiolm.eval_service import request
+from audiolm.eval_service.launcher import Processes, claim
+from audiolm.eval_service.request import job_id
+from audiolm.eval_service.watcher import sweep
 from tests.conftest import free_port
-from tests.test_evaluate import encoded, world  # noqa: F401
+from tests.test_evaluate import (
+    encoded,  # noqa: F401
+    world,  # noqa: F401
+)
 from tests.test_tracking import Server
 from tests.tiny_run import finish, tell
 
@@ -82,7 +86,7 @@ def test_a_repeat_while_its_job_runs_is_refused_by_id(registry, tmp_path):
     assert claim(f"{tmp_path}/work/{job_id(NAME, v, 1)}.json")  # this process is its job
     assert look(client, work) == [f"models:/{NAME}/{v}: eval-{NAME}-{v}-1 is at work already"]
     assert tags(client, v)["evaluate"] == "submitted"  # as after a watcher that died before it set the tag
-    states.running(client, states.read(client, NAME, v))
+    request.running(client, request.read(client, NAME, v))
     client.set_model_version_tag(NAME, v, "evaluate", "requested")
     assert "at work already" in look(client, work)[0] and tags(client, v)["evaluate"] == "running"
     assert look(client, work) == [] and tags(client, v)["evaluate"] == "running"
@@ -121,9 +125,9 @@ def test_an_end_that_was_interrupted_is_completed_and_states_typed_by_hand_do_no
     assert look(client, work) == []
     assert tags(client, half)["evaluate"] == "done" and tags(client, late)["evaluate"] == "failed"
     assert [tags(client, v)["evaluate"] for v in typed] == ["running", "done", "yes please", "REQUESTED"]
-    again = states.read(client, NAME, half)
-    states.end(client, states.Request(NAME, half, {"evaluate.ended": "1 done"}, ""), "failed", "late")  # of request 2, over
-    assert states.read(client, NAME, half) == again
+    again = request.read(client, NAME, half)
+    request.end(client, request.Request(NAME, half, {"evaluate.ended": "1 done"}, ""), "failed", "late")  # of request 2, over
+    assert request.read(client, NAME, half) == again
 
 
 def test_what_cannot_be_evaluated_is_refused_before_a_job(registry, tmp_path):
@@ -159,9 +163,9 @@ def test_ids_are_safe_and_of_one_name_each():
 
 KILLED = """
     import os
-    from audiolm.ask.launch import Processes
-    from audiolm.ask.watch import sweep
-    from audiolm.eval.suites import check_names
+    from audiolm.eval_service.launcher import Processes
+    from audiolm.eval_service.watcher import sweep
+    from audiolm.eval.suites.run import check_names
     from mlflow import MlflowClient
 
     class Dies(Processes):
@@ -232,9 +236,9 @@ def test_the_round_trip(world, encoded, tmp_path, monkeypatch):  # noqa: F811
 def test_an_mlflow_that_is_down_when_a_job_ends_only_delays(tmp_path, monkeypatch):
     from mlflow import MlflowClient
 
-    from audiolm.ask.answer import answer
-    from audiolm.eval.figures import Row
-    from audiolm.eval.suites import Report
+    from audiolm.eval.results import Row
+    from audiolm.eval.suites.base import Report
+    from audiolm.eval_service.worker import answer
 
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     server = Server(tmp_path)

@@ -10,7 +10,10 @@ import sys
 import pytest
 
 from tests.test_ask import NAME, ROOT
-from tests.test_evaluate import encoded, world  # noqa: F401
+from tests.test_evaluate import (
+    encoded,  # noqa: F401
+    world,  # noqa: F401
+)
 from tests.test_tracking import Server
 from tests.tiny_run import finish, tell
 

@@ -10,12 +10,15 @@ import time
 
 import pytest
 
-from audiolm.ask import states
-from audiolm.ask.launch import RayJobs, open_launcher
-from audiolm.private_ray import read_settings
+from audiolm.eval_service import request
+from audiolm.eval_service.launcher import RayJobs, open_launcher
+from audiolm.pipeline.private_ray import read_settings
 from tests.conftest import CLOSED, free_port
 from tests.test_ask import NAME, look, tags, until
-from tests.test_evaluate import encoded, world  # noqa: F401
+from tests.test_evaluate import (
+    encoded,  # noqa: F401
+    world,  # noqa: F401
+)
 from tests.tiny_run import finish, tell
 
 
@@ -68,7 +71,7 @@ def test_an_evaluation_is_one_ray_job(world, encoded, ready, cluster):  # noqa: 
     client.set_model_version_tag(NAME, "3", "evaluate.job", f"eval-{NAME}-3-1")
     look(client, launcher)
     assert "Ray's job server does not know it" in tags(client, "3")["evaluate.reason"]
-    assert states.read(client, NAME, "3").number == 2
+    assert request.read(client, NAME, "3").number == 2
 
 
 def test_no_job_server_is_an_error_that_names_the_ways_out():

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import soundfile as sf
 
-from audiolm.data import audio
-from audiolm.data.manifest import Clip, Part
+from audiolm.data import audio, clips
+from audiolm.data.clips import Clip, Part
 
 FORMATS = {"wav": {}, "flac": {}, "ogg": {"format": "OGG", "subtype": "VORBIS"},
            "opus": {"format": "OGG", "subtype": "OPUS"}, "mp3": {"format": "MP3"}}
@@ -38,12 +38,12 @@ def test_every_format_and_rate_has_its_exact_length(tmp_path, kind, rate):
     wav_T, got = audio.decode(str(tmp_path / f"a.{kind}"))
     assert (got, len(wav_T), wav_T.dtype) == (rate, frames, np.float32)
     clip = clip_of(tmp_path, [f"a.{kind}"])
-    whole_T = audio.read_clip(clip, {"s": str(tmp_path)})
+    whole_T = clips.read_clip(clip, {"s": str(tmp_path)})
     assert len(whole_T) == clip.samples == -(-frames * 16000 // rate)
     expected_T = tone(clip.samples, 16000)
     middle = slice(2000, -2000)  # codecs and resamplers have edges
     assert np.corrcoef(whole_T[middle], expected_T[middle])[0, 1] > 0.99
-    np.testing.assert_array_equal(audio.read_clip(clip, {"s": str(tmp_path)}, 777, 5001), whole_T[777:5778])
+    np.testing.assert_array_equal(clips.read_clip(clip, {"s": str(tmp_path)}, 777, 5001), whole_T[777:5778])
 
 
 @pytest.mark.parametrize("frames", [1, 2, 3, 80, 441, 1000, 22051])
@@ -65,13 +65,13 @@ def test_pieces_of_a_joined_clip_are_slices_of_the_whole(tmp_path, rate):
     for i in range(3):
         sf.write(tmp_path / f"{i}.flac", 0.1 * rng.standard_normal(rate + 100 * i), rate)
     clip, roots = clip_of(tmp_path, ["0.flac", "1.flac", "2.flac"]), {"s": str(tmp_path)}
-    whole_T = audio.read_clip(clip, roots)
+    whole_T = clips.read_clip(clip, roots)
     assert len(whole_T) == clip.samples
     pieces = [(0, 10), (15990, 20), (16000, 16100), (20000, 0), (clip.samples - 5, 5), (100, clip.samples - 100)]
     for start, n in pieces:
-        np.testing.assert_array_equal(audio.read_clip(clip, roots, start, n), whole_T[start:start + n])
+        np.testing.assert_array_equal(clips.read_clip(clip, roots, start, n), whole_T[start:start + n])
     with pytest.raises(ValueError, match="asked for"):
-        audio.read_clip(clip, roots, 10, clip.samples)
+        clips.read_clip(clip, roots, 10, clip.samples)
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -96,12 +96,12 @@ def test_a_file_that_changed_after_the_manifest_is_refused(tmp_path):
     clip = clip_of(tmp_path, ["a.wav"])
     sf.write(tmp_path / "a.wav", tone(15000, 16000), 16000)
     with pytest.raises(ValueError, match="corpus.revision"):
-        audio.read_clip(clip, {"s": str(tmp_path)})
+        clips.read_clip(clip, {"s": str(tmp_path)})
     (tmp_path / "a.wav").unlink()
     with pytest.raises(FileNotFoundError, match=r"a\.wav"):
-        audio.read_clip(clip, {"s": str(tmp_path)})
+        clips.read_clip(clip, {"s": str(tmp_path)})
     with pytest.raises(ValueError, match=r"corpus\.sources are \['other'\]"):
-        audio.read_clip(clip, {"other": str(tmp_path)})
+        clips.read_clip(clip, {"other": str(tmp_path)})
 
 
 def test_remote_audio_reads_as_local_and_a_broken_network_is_no_broken_file(tmp_path, monkeypatch):

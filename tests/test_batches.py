@@ -11,10 +11,12 @@ import pytest
 import torch
 
 from audiolm import store as stored
-from audiolm.config import LM, Stage, Train, Where
+from audiolm.config.corpus import Where
+from audiolm.config.lm import LM, Stage
+from audiolm.config.training import Train
 from audiolm.data import tokens
-from audiolm.data.batches import TokenBatches
-from audiolm.data.manifest import clips_parquet, read_clips
+from audiolm.data.clips import clips_parquet, read_clips
+from audiolm.lm.batches import TokenBatches
 from audiolm.lm.stages import build_stages
 from tests import token_corpus
 

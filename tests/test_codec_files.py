@@ -12,7 +12,7 @@ import torch
 
 from audiolm import store as stores
 from audiolm.data import audio
-from audiolm.tokenizers import files
+from audiolm.tokenizers import codec_files
 from audiolm.tokenizers.acoustic import AcousticTokenizer, load_codec
 from tests.tiny_codec import built_codec, noise, voice, whole_codes
 from workflows import codec as command
@@ -45,7 +45,7 @@ def test_a_folder_makes_the_round_trip(store, tmp_path, built, codec, capsys):
     assert stores.names(f"{again}/deep") == ["c.wav", "er"] and stores.names(f"{again}/deep/er") == ["b.wav"]
     for name, (rate, _, frames) in CORPUS.items():
         wav_T = np.concatenate(list(audio.stream(f"{source}/{name}")))
-        codes_TQ, meta = files.read_codes(f"{out}/{name.rsplit('.', 1)[0]}.safetensors")
+        codes_TQ, meta = codec_files.read_codes(f"{out}/{name.rsplit('.', 1)[0]}.safetensors")
         assert np.array_equal(codes_TQ, whole_codes(codec, wav_T).numpy()) and codes_TQ.dtype == np.uint16
         assert meta == {**meta, "codec": codec.hash, "name": "soundstream", "sample_rate": "16000", "hop": "320", "n_q": "3",
                         "vocab": "16", "samples": str(-(-frames * 16_000 // rate)), "source": name}
@@ -83,7 +83,7 @@ def test_levels_take_a_prefix(tmp_path, built, codec, capsys):
     assert run("encode", str(path), "--codec", built, "--out", full) == 0
     assert run("encode", str(path), "--codec", built, "--out", few, "--levels", "2") == 0
     assert "0.40 kb/s" in capsys.readouterr().out
-    all_TQ, two_TQ = (files.read_codes(f"{place}/a.safetensors")[0] for place in (full, few))
+    all_TQ, two_TQ = (codec_files.read_codes(f"{place}/a.safetensors")[0] for place in (full, few))
     assert two_TQ.shape == (50, 2) and np.array_equal(two_TQ, all_TQ[:, :2])
     for source, levels in ((full, "2"), (few, "2")):
         assert run("decode", source, "--codec", built, "--out", out, "--levels", levels, "--force") == 0
@@ -126,7 +126,7 @@ def test_bad_audio_is_told_and_the_rest_goes_on(tmp_path, built, capsys):
 
 
 def tamper(path: str, codes_TQ: np.ndarray, **meta: str) -> None:
-    _, old = files.read_codes(path)
+    _, old = codec_files.read_codes(path)
     stores.put(path, safetensors.numpy.save({"codes": codes_TQ}, {**old, **meta}))
 
 
@@ -143,7 +143,7 @@ def test_codes_that_are_not_this_codec_s_are_refused(tmp_path, built, codec, cap
     other = built_codec(str(tmp_path / "other"), seed=1)
     message = refusal(other)
     assert codec.hash in message and load_codec(other).hash in message and "--codec" in message
-    codes_TQ, _ = files.read_codes(bad)
+    codes_TQ, _ = codec_files.read_codes(bad)
     tamper(bad, np.where(codes_TQ > 14, 16, codes_TQ).astype(np.uint16) + np.uint16(16))
     assert "this codec has codes 0 to 15" in refusal()
     tamper(bad, np.zeros((20, 4), np.uint16))
@@ -160,13 +160,13 @@ def test_codes_that_are_not_this_codec_s_are_refused(tmp_path, built, codec, cap
 
 
 def files_meta(codec: AcousticTokenizer) -> dict[str, str]:
-    return {"format": files.FORMAT, "codec": codec.hash, "hop": "320", "samples": "6400"}
+    return {"format": codec_files.FORMAT, "codec": codec.hash, "hop": "320", "samples": "6400"}
 
 
 def test_a_stopped_decode_leaves_nothing(tmp_path, codec):
     sf.write(tmp_path / "a.wav", noise(6400), 16_000)
-    job = files.Job("a.wav", str(tmp_path / "a.wav"), str(tmp_path / "codes/a.safetensors"))
-    assert files.encode_file(codec, job, 3, False, lambda done_s, of_s: None).audio_s == 0.4
+    job = codec_files.Job("a.wav", str(tmp_path / "a.wav"), str(tmp_path / "codes/a.safetensors"))
+    assert codec_files.encode_file(codec, job, 3, False, lambda done_s, of_s: None).audio_s == 0.4
     seen = []
 
     def stop(done_s: float, of_s: float) -> None:
@@ -174,7 +174,7 @@ def test_a_stopped_decode_leaves_nothing(tmp_path, codec):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        files.decode_file(codec, files.Job("a", job.target, str(tmp_path / "out/a.wav")), None, "wav", False, stop)
+        codec_files.decode_file(codec, codec_files.Job("a", job.target, str(tmp_path / "out/a.wav")), None, "wav", False, stop)
     assert seen == [(0.4, 0.4, 1)] and list((tmp_path / "out").iterdir()) == []
 
 
@@ -196,26 +196,26 @@ def test_the_codec_is_found_by_build_and_by_run(tmp_path, built, codec, capsys, 
 def test_the_plan_keeps_relative_names_and_refuses_collisions(tmp_path):
     for name in ("b/x10.wav", "b/x2.WAV", "b/c/y.mp3", "b/.z.wav", "b/.d/z.wav", "odd.name"):
         stores.put(f"{tmp_path}/{name}", b"")
-    jobs = files.plan([f"{tmp_path}/b/", f"{tmp_path}/odd.name"], (".wav", ".mp3"), "s3://bucket/o/", ".safetensors")
+    jobs = codec_files.plan([f"{tmp_path}/b/", f"{tmp_path}/odd.name"], (".wav", ".mp3"), "s3://bucket/o/", ".safetensors")
     assert [(j.name, j.target.removeprefix("s3://bucket/o/")) for j in jobs] == [
         ("c/y.mp3", "c/y.safetensors"), ("x2.WAV", "x2.safetensors"), ("x10.wav", "x10.safetensors"),
         ("odd.name", "odd.safetensors")]
     stores.put(f"{tmp_path}/b/x2.mp3", b"")
     with pytest.raises(ValueError, match=r"x2\.mp3 and .*x2\.WAV|x2\.WAV and .*x2\.mp3"):
-        files.plan([f"{tmp_path}/b"], (".wav", ".mp3"), "o", ".safetensors")
+        codec_files.plan([f"{tmp_path}/b"], (".wav", ".mp3"), "o", ".safetensors")
     with pytest.raises(ValueError, match="no files ending in .wav below"):
-        files.plan([f"{tmp_path}/b/c"], (".wav",), "o", ".safetensors")
+        codec_files.plan([f"{tmp_path}/b/c"], (".wav",), "o", ".safetensors")
 
 
 def test_long_files_show_how_far_they_are_on_a_terminal(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    monkeypatch.setattr(files, "REDRAW_S", 0.0)
+    monkeypatch.setattr(codec_files, "REDRAW_S", 0.0)
 
-    def do(job: files.Job, tick: files.Tick) -> files.Done:
+    def do(job: codec_files.Job, tick: codec_files.Tick) -> codec_files.Done:
         tick(30.0, 120.0)
-        return files.Done(120.0, 6.0)
+        return codec_files.Done(120.0, 6.0)
 
-    assert files.work([files.Job("a.wav", "a.wav", "a")], do) == 0
+    assert codec_files.work([codec_files.Job("a.wav", "a.wav", "a")], do) == 0
     said = capsys.readouterr().out
     assert "\ra.wav   25 %" in said and "\x1b[Ka.wav  120.00 s of audio" in said
 
@@ -227,13 +227,13 @@ def test_an_imported_codec_goes_by_pieces(tmp_path, monkeypatch):
     transformers.DacModel(transformers.DacConfig(
         sampling_rate=24_000, encoder_hidden_size=2, decoder_hidden_size=16, downsampling_ratios=[2, 4, 5, 8], n_codebooks=4,
         codebook_size=64)).save_pretrained(tmp_path / "dac")
-    codec = files.open_codec(str(tmp_path / "dac"))
-    monkeypatch.setattr(files, "PIECE_S", 2.0)
+    codec = codec_files.open_codec(str(tmp_path / "dac"))
+    monkeypatch.setattr(codec_files, "PIECE_S", 2.0)
     wav_T = noise(24_000 * 7 + 1234)
     sf.write(tmp_path / "a.wav", wav_T, 24_000, subtype="FLOAT")
     argv = ("--codec", str(tmp_path / "dac"), "--out", str(tmp_path / "o"))
     assert run("encode", str(tmp_path / "a.wav"), *argv) == 0
-    codes_TQ, meta = files.read_codes(f"{tmp_path}/o/a.safetensors")
+    codes_TQ, meta = codec_files.read_codes(f"{tmp_path}/o/a.safetensors")
     expected_TQ = whole_codes(codec, wav_T)
     assert codes_TQ.shape == (529, 4) and (codes_TQ == expected_TQ.numpy()).mean() > 0.999 and meta["sample_rate"] == "24000"
     assert run("decode", f"{tmp_path}/o/a.safetensors", *argv) == 0

@@ -8,10 +8,14 @@ from typing import Annotated
 
 import pytest
 
-from audiolm.cli import place
-from audiolm.config import Cluster, Codec, ConfigError, Stage, Tokens, Train
-from audiolm.configfile import load
-from audiolm.identity import Config, Later, flatten, identity
+from audiolm.config.base import Config, ConfigError, Later, flatten, identity
+from audiolm.config.codec import Codec
+from audiolm.config.lm import Stage
+from audiolm.config.load import load
+from audiolm.config.run import Cluster
+from audiolm.config.tokens import Tokens
+from audiolm.config.training import Train
+from audiolm.pipeline.cli import place
 from tests.conftest import ROOT
 
 QUICKSTART = str(ROOT / "workflows" / "quickstart.yaml")

@@ -7,10 +7,12 @@ import pytest
 import soundfile as sf
 import torch
 
-from audiolm.config import Corpus
-from audiolm.data import audio
+from audiolm.config.corpus import Corpus
+from audiolm.data import clips as clips_data
+from audiolm.data.clips import read_clips
 from audiolm.data.crops import AudioCrops
-from audiolm.data.manifest import build_manifest, read_clips, roots
+from audiolm.data.manifest import build_manifest
+from audiolm.data.sources import roots
 from tests.conftest import RecordingOut
 
 CROP, BATCH = 4000, 6
@@ -24,7 +26,7 @@ def corpus(tmp_path_factory):
     for i, (name, rate, form) in enumerate((("a.flac", 16_000, {}), ("b.flac", 22_050, {}), ("c.wav", 16_000, {}),
                                             ("d.opus", 16_000, {"format": "OGG", "subtype": "OPUS"}), ("e.flac", 16_000, {}))):
         sf.write(folder / name, 0.1 * draw.standard_normal(rate * (2 + i % 3)), rate, **form)
-    from audiolm.config import Cluster
+    from audiolm.config.run import Cluster
 
     config = {"corpus": Corpus(name="x", sources=[{"kind": "folder", "name": "x", "root": str(folder), "split": "train"}]),
               "seed": 0, "cluster": Cluster(device="cpu")}
@@ -46,7 +48,7 @@ def test_crops_do_not_depend_on_the_cache_and_are_slices_of_their_clips(corpus):
     for step, wav_BT in enumerate(cached):
         for row in range(BATCH):
             i, start = crops.order.row(step, row)
-            whole_T = audio.read_clip(clips[i], places)
+            whole_T = clips_data.read_clip(clips[i], places)
             assert np.array_equal(wav_BT[row, :len(whole_T) - start].numpy(), whole_T[start:start + CROP])
     parts = [AudioCrops(*corpus, CROP, BATCH, 3, 64).batch(5, range(i, i + 2))[0] for i in (0, 2, 4)]
     assert torch.equal(torch.cat(parts), cached[5])

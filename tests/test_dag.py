@@ -9,11 +9,14 @@ import time
 
 import pytest
 
-from audiolm import dag, lease
-from audiolm.config import Cluster, Train
-from audiolm.dag import Step, look, plan, run_step, toposort
-from audiolm.execute import StepFailed, execute
-from audiolm.lease import Lease, LeaseLost, Waiter
+from audiolm.config.run import Cluster
+from audiolm.config.training import Train
+from audiolm.dag import execute as execute_dag
+from audiolm.dag import lease
+from audiolm.dag.execute import StepFailed, execute, run_step
+from audiolm.dag.lease import Lease, LeaseLost, Waiter
+from audiolm.dag.plan import plan, toposort
+from audiolm.dag.step import Step, look
 from audiolm.store import get_json, join, names, put_json
 
 calls: list[str] = []
@@ -205,7 +208,7 @@ def _claim_and_die(build):
 
 def test_a_dead_owner_of_this_machine_is_taken_over_at_once(store):
     step = Step("dead", make, {"train": Train(steps=1, batch=1, lr=1.0)})
-    dag._open_build(step, store, {}, False)
+    execute_dag._open_build(step, store, {}, False)
     build = join(step.root(store), "0001")
     process = multiprocessing.get_context("spawn").Process(target=_claim_and_die, args=(build,))
     process.start()

@@ -9,9 +9,9 @@ import pytest
 import soundfile as sf
 
 from audiolm import rng, store
-from audiolm.eval.convnet import Settings
-from audiolm.eval.detector import PLAN, TRAINED, crops, detector, judge, pairs
 from audiolm.eval.generated import Made, Wanted
+from audiolm.eval.models.convnet import Settings
+from audiolm.eval.suites.detector import PLAN, TRAINED, crops, detector, judge, pairs
 from tests.test_speakers import talk
 from workflows import detect as command
 

@@ -10,10 +10,10 @@ import torch
 import torch.multiprocessing as mp
 
 from audiolm import rng
-from audiolm.config import Train
+from audiolm.config.training import Train
 from audiolm.train import engine as engines
 from audiolm.train.engine import learning_rate, make_engine
-from audiolm.train.objective import Context
+from audiolm.train.objectives.base import Context
 from tests.tiny import tiny_lm
 
 ENGINES = [("torch", 0), *(("deepspeed", zero) for zero in range(4))]

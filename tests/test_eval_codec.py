@@ -13,12 +13,13 @@ import soundfile
 import torch
 
 from audiolm import rng
-from audiolm.eval import baseline_codecs as shipped
-from audiolm.eval import codec as figures
+from audiolm.eval import codec_quality as figures
+from audiolm.eval.metrics import audio_quality
+from audiolm.eval.models import baseline_codecs as shipped
 from audiolm.tokenizers.base import TokenSpec, padded_samples
 
 RATE = 16_000
-needs_visqol = pytest.mark.skipif(not figures.scorers().visqol, reason="visqol-python is not installed")
+needs_visqol = pytest.mark.skipif(not audio_quality.scorers().visqol, reason="visqol-python is not installed")
 ENCODERS = [
     pytest.param(shipped.opus_by_libsndfile, id="libsndfile", marks=pytest.mark.skipif(
         "OPUS" not in soundfile.available_subtypes("OGG"), reason="this libsndfile has no Opus")),
@@ -83,12 +84,12 @@ def test_every_metric_falls_as_noise_grows_and_the_original_is_best():
 
 @needs_visqol
 def test_visqol_names_its_version_and_mapper(monkeypatch):
-    usual = figures.scorers()
+    usual = audio_quality.scorers()
     assert usual.visqol.startswith("visqol-python ") and "speech mode" in usual.visqol
     assert "visqol" in usual.by_name and "visqol" not in usual.absent
     monkeypatch.setitem(sys.modules, "ai_edge_litert", None)
     monkeypatch.setitem(sys.modules, "ai_edge_litert.interpreter", None)
-    without = figures.scorers()
+    without = audio_quality.scorers()
     assert "exponential mapper" in without.visqol
     wav = voice(RATE + 3200)
     assert without.by_name["visqol"](wav, wav) == pytest.approx(5, abs=0.01)
@@ -96,11 +97,11 @@ def test_visqol_names_its_version_and_mapper(monkeypatch):
 
 def test_si_sdr_and_mean_spectrum():
     wav, other = noise(RATE), noise(RATE, 1)
-    assert figures.si_sdr_db(wav, wav + 0.1 * other) == pytest.approx(20, abs=0.5)
-    assert figures.si_sdr_db(wav, 3 * (wav + 0.1 * other)) == pytest.approx(figures.si_sdr_db(wav, wav + 0.1 * other), abs=1e-4)
-    assert figures.si_sdr_db(wav, 0 * wav) == -np.inf and figures.si_sdr_db(0 * wav, wav) == -np.inf
+    assert audio_quality.si_sdr_db(wav, wav + 0.1 * other) == pytest.approx(20, abs=0.5)
+    assert audio_quality.si_sdr_db(wav, 3 * (wav + 0.1 * other)) == pytest.approx(audio_quality.si_sdr_db(wav, wav + 0.1 * other), abs=1e-4)
+    assert audio_quality.si_sdr_db(wav, 0 * wav) == -np.inf and audio_quality.si_sdr_db(0 * wav, wav) == -np.inf
     steady = np.sin(2 * np.pi * 1000 * np.arange(RATE) / RATE).astype(np.float32)
-    assert figures.mean_spectrum_distance(voice()) > 2 * figures.mean_spectrum_distance(steady)
+    assert audio_quality.mean_spectrum_distance(voice()) > 2 * audio_quality.mean_spectrum_distance(steady)
 
 
 def test_a_row_for_every_level_and_speech_metrics_at_the_chosen_ones():
@@ -175,7 +176,7 @@ def test_opus_is_aligned_and_spends_about_what_it_is_asked_for(encode):
         assert made.shape == wav.shape and made.dtype == np.float32 and abs(lag(wav, made)) <= 2
         rates.append(bits / len(wav) * RATE / 1000)
         assert 0.7 * kbps < rates[-1] < 1.25 * kbps
-        scores.append(figures.pesq_wb(wav, made))
+        scores.append(audio_quality.pesq_wb(wav, made))
     assert rates == sorted(rates) and scores[0] < min(scores[1:]) and scores[0] < 4
 
 

@@ -13,14 +13,21 @@ import soundfile
 import torch
 
 from audiolm import rng, store
-from audiolm.config import LM, Cluster, CodecFigures, Corpus, Evaluate, Samples, Stage, Tokens, Train, Where
+from audiolm.config.codec import CodecFigures
+from audiolm.config.corpus import Corpus, Where
+from audiolm.config.evaluation import Evaluate
+from audiolm.config.lm import LM, Samples, Stage
+from audiolm.config.run import Cluster
+from audiolm.config.tokens import Tokens
+from audiolm.config.training import Train
+from audiolm.data import clips as clips_data
 from audiolm.data import tokens
-from audiolm.data.manifest import Clip, Part, clips_parquet
-from audiolm.eval.codec_figures import measure_codec
-from audiolm.eval.evaluate import run_evaluate
+from audiolm.data.clips import Clip, Part, clips_parquet
+from audiolm.eval.steps.codec import measure_codec
+from audiolm.eval.steps.stages import run_evaluate
 from audiolm.lm.model import build_lm, export_lm
 from audiolm.lm.stages import build_stages
-from audiolm.models.masked import Encoder, EncoderSizes
+from audiolm.models.conformer import Encoder, EncoderSizes
 from audiolm.models.soundstream import SoundStream
 from audiolm.tokenizers import encode
 from audiolm.tokenizers.base import TokenSpec, padded_samples
@@ -126,7 +133,7 @@ def test_the_next_batch_is_decoded_while_one_is_encoded(world, monkeypatch):
     clips = [c for c in world.clips if c.shard == 0]
     order = [clips[i].id for batch in encode.plan_batches([c.samples for c in clips], 0.1) for i in batch]
     read = {name: threading.Event() for name in order}
-    forwards, encoded = encode.read_clip, []
+    forwards, encoded = clips_data.read_clip, []
     monkeypatch.setattr(encode, "read_clip", lambda clip, roots: (forwards(clip, roots), read[clip.id].set())[0])
 
     class Slow:

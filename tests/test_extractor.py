@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from audiolm.config_semantic import KMeans, Semantic
-from audiolm.models.masked import Encoder, EncoderSizes
+from audiolm.config.semantic import KMeans, Semantic
+from audiolm.models.conformer import Encoder, EncoderSizes
 from audiolm.tokenizers.extractor import ConformerExtractor, Window, window_of, windowed
 from audiolm.tokenizers.semantic import SemanticTokenizer, golden_clip
 

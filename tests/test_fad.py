@@ -5,16 +5,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from audiolm.eval import fad
+from audiolm.eval.metrics import frechet
+from audiolm.eval.suites import frechet as frechet_suites
 
 
 def test_gaussians_of_known_distance():
     draw = np.random.default_rng(0)
     x, y = draw.standard_normal((50_000, 3)), 2 * draw.standard_normal((50_000, 3)) + 1
-    assert fad.frechet(x, y) == pytest.approx(3 + 3 * (2 - 1) ** 2, rel=0.03)
-    assert fad.frechet(x, x) == pytest.approx(0, abs=1e-9)
+    assert frechet.frechet(x, y) == pytest.approx(3 + 3 * (2 - 1) ** 2, rel=0.03)
+    assert frechet.frechet(x, x) == pytest.approx(0, abs=1e-9)
     with pytest.raises(ValueError, match="at least two seconds"):
-        fad.frechet(x[:1], y)
+        frechet.frechet(x[:1], y)
 
 
 def notes(seed: int, hiss: float) -> np.ndarray:
@@ -28,9 +29,9 @@ def test_what_is_nearer_scores_lower():
     held_out = [notes(i, 0.001) for i in range(12)]
     sets = {"codec": [notes(i, 0.0011) for i in range(20, 32)], "hissing": [notes(i, 0.01) for i in range(20, 32)],
             "noise": [np.random.default_rng(i).standard_normal(48_000).astype(np.float32) for i in range(12)]}
-    rows = {row.item: row for row in fad.fad_rows(held_out, sets)}
-    assert rows[fad.HALVES].value < rows["hissing"].value and rows["codec"].value < rows["hissing"].value < rows["noise"].value
-    assert rows["codec"].role == rows[fad.HALVES].role == "ceiling" and rows["noise"].role == "ours"
+    rows = {row.item: row for row in frechet_suites.fad_rows(held_out, sets)}
+    assert rows[frechet_suites.HALVES].value < rows["hissing"].value and rows["codec"].value < rows["hissing"].value < rows["noise"].value
+    assert rows["codec"].role == rows[frechet_suites.HALVES].role == "ceiling" and rows["noise"].role == "ours"
     assert all(row.low <= row.high and row.n in (6, 12) for row in rows.values())
     with pytest.raises(ValueError, match="at least 1 s"):
-        fad.embed(held_out[0][:8_000])
+        frechet.embed(held_out[0][:8_000])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from audiolm.eval.figures import Row, interval, not_measured
+from audiolm.eval.results import Row, interval, not_measured
 
 
 def test_intervals_cover_the_mean_about_as_often_as_they_say():

@@ -12,13 +12,14 @@ import torch
 from safetensors.torch import load, save
 
 from audiolm import rng, store
-from audiolm.config import Cluster, Corpus
-from audiolm.config_semantic import KMeans
-from audiolm.config_train import Where
-from audiolm.data.manifest import Clip, Part
+from audiolm.config.corpus import Corpus, Where
+from audiolm.config.run import Cluster
+from audiolm.config.semantic import KMeans
+from audiolm.data import parallel
+from audiolm.data.clips import Clip, Part
 from audiolm.models import kmeans
-from audiolm.models.masked import Encoder, EncoderSizes
-from audiolm.tokenizers import fit
+from audiolm.models.conformer import Encoder, EncoderSizes
+from audiolm.tokenizers import kmeans_fit
 from audiolm.tokenizers.extractor import ConformerExtractor
 from audiolm.tokenizers.semantic import MASKED_FORMAT
 
@@ -52,14 +53,14 @@ def corpus(tmp_path, monkeypatch) -> Corpus:
         part = Part(id=str(i), uri=f"{i}.wav", start=0, frames=len(wav), offset=0, text="")
         clips.append(Clip(id=str(i), origin="s", source="s", speaker=str(i), split="train", sample_rate=RATE,
                           frames=len(wav), parts=(part,), shard=i // 2, row=i % 2))
-    monkeypatch.setattr(fit, "read_clips", lambda path, split, where: clips)
+    monkeypatch.setattr(kmeans_fit, "read_clips", lambda path, split, where: clips)
     return Corpus(name="t", sources=({"kind": "folder", "name": "s", "root": str(tmp_path)},))
 
 
 def run(corpus: Corpus, masked: str, out, **change) -> dict:
     config = {"kmeans": SIZES.model_copy(update=change), "where": Where(), "corpus": corpus, "seed": 3,
               "cluster": Cluster(device="cpu")}
-    return fit.fit_kmeans(config, {"manifest": SimpleNamespace(path="-"), "masked_model": SimpleNamespace(path=masked)}, out)
+    return kmeans_fit.fit_kmeans(config, {"manifest": SimpleNamespace(path="-"), "masked_model": SimpleNamespace(path=masked)}, out)
 
 
 def export(out, name: str = ARTEFACT[0]) -> bytes:
@@ -87,12 +88,12 @@ def test_tasks_a_part_leave_the_artefact_of_one_task(corpus, masked, recording_o
 def test_parts_finish_in_any_order(corpus, masked, recording_out, monkeypatch):
     monkeypatch.setattr(kmeans, "PART", 70)
     run(corpus, masked, recording_out, max_local_frames=0)
-    forwards = fit.fan_out
+    forwards = parallel.fan_out
 
     def backwards(fn, items, **how):
         return forwards(fn, items[::-1], **{**how, "sizes": None})[::-1]
 
-    monkeypatch.setattr(fit, "fan_out", backwards)
+    monkeypatch.setattr(kmeans_fit, "fan_out", backwards)
     other = another(recording_out, "backwards")
     run(corpus, masked, other, max_local_frames=0)
     assert export(other) == export(recording_out)
@@ -101,7 +102,7 @@ def test_parts_finish_in_any_order(corpus, masked, recording_out, monkeypatch):
 def test_only_sums_and_centroids_leave_a_task(corpus, masked, recording_out, monkeypatch):
     monkeypatch.setattr(kmeans, "PART", 70)
     monkeypatch.setattr(kmeans, "INIT_ROWS_PER_K", 4)
-    sizes, forwards = {}, fit.fan_out
+    sizes, forwards = {}, parallel.fan_out
 
     def numbers(x) -> int:
         return x.numel() if isinstance(x, torch.Tensor) else sum(map(numbers, x)) if isinstance(x, (tuple, list)) else 0
@@ -111,7 +112,7 @@ def test_only_sums_and_centroids_leave_a_task(corpus, masked, recording_out, mon
         sizes.setdefault(fn.__name__, []).extend(map(numbers, results))
         return results
 
-    monkeypatch.setattr(fit, "fan_out", watched)
+    monkeypatch.setattr(kmeans_fit, "fan_out", watched)
     run(corpus, masked, recording_out, max_local_frames=0)
     assert max(sizes["on_part"]) <= 9 * 16 + 9 and max(sizes["start_parts"]) == 2 * 9 * 16
     assert len(sizes["join_part"]) == 4 and max(sizes["join_part"]) == max(sizes["sample_shard"]) == 0
@@ -119,7 +120,7 @@ def test_only_sums_and_centroids_leave_a_task(corpus, masked, recording_out, mon
 
 @pytest.mark.parametrize("local", [0, 10**6])
 def test_every_iteration_is_shown(corpus, masked, recording_out, monkeypatch, local):
-    monkeypatch.setattr(fit, "SHOW_S", -1.0)
+    monkeypatch.setattr(kmeans_fit, "SHOW_S", -1.0)
     run(corpus, masked, recording_out, max_local_frames=local)
     seen = [done for done, total, unit in recording_out.seen if unit == "iterations" and total == 40]
     assert {1, 2, 3, 20, 21, 22} <= set(seen) and seen == sorted(seen)  # both restarts
@@ -131,8 +132,8 @@ def test_a_task_elsewhere_tells_through_a_file(corpus, masked, recording_out, mo
         out.progress(len(items), len(items), "tasks")
         return results
 
-    monkeypatch.setattr(fit, "SHOW_S", -1.0)
-    monkeypatch.setattr(fit, "fan_out", elsewhere)
+    monkeypatch.setattr(kmeans_fit, "SHOW_S", -1.0)
+    monkeypatch.setattr(kmeans_fit, "fan_out", elsewhere)
     recording_out.inline = False
     run(corpus, masked, recording_out)
     done, total, unit = recording_out.seen[-1]
@@ -148,7 +149,7 @@ def test_a_killed_fit_takes_up_what_was_joined(corpus, masked, recording_out, mo
         raise KeyboardInterrupt
 
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-        m.setattr(fit, "start_parts", killed)
+        m.setattr(kmeans_fit, "start_parts", killed)
         run(corpus, masked, recording_out, max_local_frames=0)
     written, put = [], store.put
     monkeypatch.setattr(store, "put", lambda path, data, **how: written.append(path) or put(path, data, **how))

@@ -8,14 +8,17 @@ import shutil
 import numpy as np
 import pytest
 
-from audiolm import steps
-from audiolm.config import Cluster, Stage, Train
-from audiolm.dag import Step, plan
+from audiolm.config.lm import Stage
+from audiolm.config.run import Cluster
+from audiolm.config.training import Train
+from audiolm.dag.execute import StepFailed, execute
+from audiolm.dag.plan import plan
+from audiolm.dag.step import Step
 from audiolm.data.tokens import TokenStore, level_name
 from audiolm.eval import gates
-from audiolm.execute import StepFailed, execute
-from audiolm.metrics import read_build
-from audiolm.run import headline
+from audiolm.metrics_log import read_build
+from audiolm.pipeline import steps
+from audiolm.pipeline.run_observer import headline
 from audiolm.store import get, get_json, join, names
 from audiolm.tokenizers.encode import entropy_bits
 from tests import token_corpus

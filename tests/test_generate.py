@@ -11,8 +11,8 @@ import pytest
 import soundfile as sf
 
 from audiolm import store
-from audiolm.lm.generation import AudioLM
-from audiolm.lm.prompts import read_prompt
+from audiolm.generate.audiolm import AudioLM
+from audiolm.generate.prompts import read_prompt
 from tests.conftest import ROOT
 from tests.test_generation import CROPS_S, RUN, build, voice
 from workflows import generate as command

@@ -9,8 +9,8 @@ import pytest
 import soundfile
 
 from audiolm import store
-from audiolm.data.manifest import Clip, Part, clips_parquet
-from audiolm.eval import generated, items
+from audiolm.data.clips import Clip, Part, clips_parquet
+from audiolm.eval import generated, test_sets
 from audiolm.eval.generated import make, missing, plan, shuffled
 from tests.test_generation import RUN, build, voice
 
@@ -103,22 +103,22 @@ def test_utterances_of_a_manifest(tmp_path):
     manifest = str(tmp_path)
     rows = [replace(c, shard=0, row=i) for i, c in enumerate(clips)]
     store.put(store.join(manifest, "clips.parquet"), clips_parquet(rows))
-    chosen = items.with_text(manifest, 4)
-    assert {c.speaker for c in chosen} == {"bob", "cid", "dan", "eve"} and chosen == items.with_text(manifest, 4)
+    chosen = test_sets.with_text(manifest, 4)
+    assert {c.speaker for c in chosen} == {"bob", "cid", "dan", "eve"} and chosen == test_sets.with_text(manifest, 4)
     assert all(c.text == f"text {c.id[-1]}" and c.seconds == 5 for c in chosen)
-    learn, judged = items.of_speakers(manifest, 2, 2)
+    learn, judged = test_sets.of_speakers(manifest, 2, 2)
     assert len(learn) == 6 and {c.speaker for c in judged} == {"bob", "cid"}
     assert not {c.id for c in learn} & {c.id for c in judged} and {c.source for c in learn} == {"o"}
     with pytest.raises(ValueError, match="5 utterances of 4 s"):
-        items.of_speakers(manifest, 3, 2)
+        test_sets.of_speakers(manifest, 3, 2)
     with pytest.raises(ValueError, match="7 to 10 s has a text"):
-        items.with_text(manifest, 4, least_s=7)
-    kept = items.frozen(f"{manifest}/items.json", manifest, lambda: chosen)
-    assert kept == items.frozen(f"{manifest}/items.json", manifest, lambda: []) == chosen
-    cid = next(c for c in items.utterances(manifest) if c.id == "o/cidc")
+        test_sets.with_text(manifest, 4, least_s=7)
+    kept = test_sets.frozen(f"{manifest}/items.json", manifest, lambda: chosen)
+    assert kept == test_sets.frozen(f"{manifest}/items.json", manifest, lambda: []) == chosen
+    cid = next(c for c in test_sets.utterances(manifest) if c.id == "o/cidc")
     soundfile.write(tmp_path / "cidc.wav", voice(5, 3), SR, subtype="FLOAT")
-    (_, wav), = items.read([cid], {"o": manifest}, most_s=3)
+    (_, wav), = test_sets.read([cid], {"o": manifest}, most_s=3)
     np.testing.assert_array_equal(wav, voice(5, 3)[:3 * SR])
     store.put_json(f"{manifest}/items.json", ["o/none"])
     with pytest.raises(ValueError, match="names 1 utterances that .* has not, o/none"):
-        items.frozen(f"{manifest}/items.json", manifest, lambda: [])
+        test_sets.frozen(f"{manifest}/items.json", manifest, lambda: [])

@@ -10,21 +10,24 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from audiolm import config, store
-from audiolm.dag import Artifact
-from audiolm.data.manifest import Clip, Part
-from audiolm.lm.draw import Draw
-from audiolm.lm.generation import DRAWS, whole_frames
+from audiolm import store
+from audiolm.config import corpus as corpus_config
+from audiolm.config import lm as lm_config
+from audiolm.config import run, training
+from audiolm.dag.step import Artifact
+from audiolm.data.clips import Clip, Part
+from audiolm.generate.audiolm import whole_frames
+from audiolm.generate.load import load
+from audiolm.generate.params import DRAWS, Draw
 from audiolm.lm.model import build_lm, export_lm
 from audiolm.lm.stages import build_stages, dedupe
-from audiolm.lm.system import load
-from audiolm.models.masked import Encoder, EncoderSizes
+from audiolm.models.conformer import Encoder, EncoderSizes
 from audiolm.models.soundstream import SoundStream
 from audiolm.tokenizers.extractor import ConformerExtractor, Window
 from audiolm.tokenizers.semantic import save_semantic
 
 K, VOCAB, Q, COARSE = 12, 16, 4, 2
-TRAIN = config.Train(steps=1, batch=1, lr=1e-3)
+TRAIN = training.Train(steps=1, batch=1, lr=1e-3)
 CROPS_S = {"semantic": 4.0, "coarse": 2.0, "fine": 0.4}
 RUN = 1.5
 
@@ -41,9 +44,9 @@ def build(folder: str, coarse: int = COARSE, dedupe: bool = True) -> dict[str, s
     export(paths["codec"], codec.state_dict(), {
         "kind": "soundstream", "sample_rate": 16_000, "strides": [2, 4, 5, 8], "enc_channels": 2, "dec_channels": 2,
         "dim": 8, "n_q": Q, "vocab": VOCAB, "quantizer": "ema", "code_dim": 8})
-    shapes = {name: config.Stage(crop_s=crop_s, dim=16, layers=2, heads=2, ff=32, train=TRAIN)
+    shapes = {name: lm_config.Stage(crop_s=crop_s, dim=16, layers=2, heads=2, ff=32, train=TRAIN)
               for name, crop_s in CROPS_S.items()}
-    stages = build_stages(config.LM(coarse_levels=coarse, dedupe=dedupe, **shapes), Q, VOCAB, K)
+    stages = build_stages(lm_config.LM(coarse_levels=coarse, dedupe=dedupe, **shapes), Q, VOCAB, K)
     for step, stage in stages.items():
         model = build_lm(stage, shapes[stage.name])
         torch.nn.init.normal_(model.head.weight, std=0.5)
@@ -228,7 +231,7 @@ def test_mean_run_is_read_from_the_token_store(paths, tmp_path):
 def test_samples_step(paths, tmp_path, recording_out, monkeypatch):
     import soundfile
 
-    from audiolm.eval import samples
+    from audiolm.generate import samples
 
     speech = {f"c{i}": voice(s, i) for i, s in enumerate((1.5, 0.9, 1.5))}
     clips = [Clip(name, "o", "o", f"speaker {name}", "test", 16_000, len(wav),
@@ -238,9 +241,9 @@ def test_samples_step(paths, tmp_path, recording_out, monkeypatch):
     monkeypatch.setattr(samples, "read_clip", lambda clip, roots, start, n: speech[clip.id][start:start + n])
     inputs = {name: Artifact(path, "b", {}, {}) for name, path in paths.items()}
     inputs |= {"manifest": Artifact("m", "b", {}, {}), "semantic_tokens": Artifact("s", "b", {"mean_run": RUN}, {})}
-    corpus = config.Corpus(name="c", sources=[{"kind": "folder", "name": "o", "root": str(tmp_path)}])
-    settings = {"samples": config.Samples(n=3, prompt_s=0.5, seconds=0.8), "corpus": corpus, "lm": config.LM(),
-                "seed": 0, "cluster": config.Cluster(device="cpu")}
+    corpus = corpus_config.Corpus(name="c", sources=[{"kind": "folder", "name": "o", "root": str(tmp_path)}])
+    settings = {"samples": lm_config.Samples(n=3, prompt_s=0.5, seconds=0.8), "corpus": corpus, "lm": lm_config.LM(),
+                "seed": 0, "cluster": run.Cluster(device="cpu")}
     facts = samples.make_samples(settings, inputs, recording_out)
     entries = store.get_json(store.join(recording_out.path, "samples.json"))
     assert facts["wavs"] == len(entries) == 12

@@ -7,7 +7,7 @@ import torch
 
 from audiolm.train.engine import make_engine
 from audiolm.train.hardware import largest, micro_batch
-from audiolm.train.objective import Context
+from audiolm.train.objectives.base import Context
 from tests.test_loop import settings
 from tests.tiny import TinyLM
 

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from audiolm.config import ConfigError
-from audiolm.config_semantic import Iteration
-from audiolm.configfile import load
-from audiolm.data.manifest import read_clips
+from audiolm.config.base import ConfigError
+from audiolm.config.load import load
+from audiolm.config.semantic import Iteration
+from audiolm.data.clips import read_clips
 from audiolm.tokenizers.semantic import load_extractor, load_semantic
-from audiolm.train.objective import Context
-from audiolm.train.objective_masked import masked_objective
+from audiolm.train.objectives.base import Context
+from audiolm.train.objectives.masked import masked_objective
 from tests.conftest import ROOT
 
 STEPS = "manifest,masked_model,layers_2,targets_2,masked_model_2,layers,kmeans"

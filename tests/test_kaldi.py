@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from audiolm import rng
-from audiolm.models.kaldi import scaled_log_mel
+from audiolm.models.kaldi_fbank import scaled_log_mel
 
 LENGTHS = [640, 1280, 6400, 16_640, 64_000]
 

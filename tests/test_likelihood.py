@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from audiolm.config import LM, Stage, Train
-from audiolm.data.batches import TokenBatches
-from audiolm.eval import baselines, likelihood
+from audiolm.config.lm import LM, Stage
+from audiolm.config.training import Train
+from audiolm.eval.metrics import likelihood
+from audiolm.lm.batches import TokenBatches
 from audiolm.lm.stages import build_stages
 from tests import token_corpus
 from tests.token_corpus import STAY, VOCAB, K
@@ -133,7 +134,7 @@ def test_the_level_below_a_fine_level_is_the_last_coarse_one():
         codes[:, :, 2] = (codes[:, :, 1] * 3 + 1) % VOCAB
         return [s.pack(None, c, True) for c in codes]
 
-    found = {name: sums[0, 3] / sums[1, 3] for name, sums in baselines.sums(s, rows(40), rows(5)).items()}
+    found = {name: sums[0, 3] / sums[1, 3] for name, sums in likelihood.sums(s, rows(40), rows(5)).items()}
     assert found["below"] < 0.1 and found["previous"] > 2.5 and found["unigram"] == pytest.approx(np.log(VOCAB), abs=0.05)
 
 
@@ -145,7 +146,7 @@ def test_baselines_count_what_the_stage_counts_and_know_what_it_may_say(corpus, 
     rows = [dev.packed(*c) for c in dev.fixed(100)]
     counted = likelihood.loss_sums(Planted(s), s, dev, rows)[1]
     legal = {"lm_semantic": [K + 1], "lm_coarse": [0, VOCAB + 1, VOCAB], "lm_fine": [0, 0, 0, VOCAB]}[name]  # level 1 has EOS
-    for found, (nats, number) in baselines.sums(s, [], rows).items():
+    for found, (nats, number) in likelihood.sums(s, [], rows).items():
         absent = found == "below" and name == "lm_coarse"
         assert (number == np.where(absent & (np.arange(len(number)) < 2), 0, counted)).all()
         if not dedupe or name != "lm_semantic":  # nothing was counted: all that is legal is as likely
@@ -157,10 +158,10 @@ def test_baselines_count_what_the_stage_counts_and_know_what_it_may_say(corpus, 
 def test_baselines_count_originals_of_spread_shards(corpus):
     s = stage("lm_semantic")
     train = data(corpus, s, "train")
-    few = list(baselines.train_rows(train, most=600))  # of ten shards of 300 frames
+    few = list(likelihood.train_rows(train, most=600))  # of ten shards of 300 frames
     expected = [c for c in corpus.clips if c.split == "train" and c.shard in (2, 7)]
     assert sum(len(ids) for ids, _ in few) == sum(len(corpus.z[c.id]) + -(-len(corpus.z[c.id]) // 25) + 1 for c in expected)
-    assert len(list(baselines.train_rows(train, most=1))) == 12 and len(list(baselines.train_rows(train))) == 120
+    assert len(list(likelihood.train_rows(train, most=1))) == 12 and len(list(likelihood.train_rows(train))) == 120
 
 
 @pytest.mark.parametrize("name", ["lm_coarse", "lm_fine"])

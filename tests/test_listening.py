@@ -9,13 +9,15 @@ import pytest
 import torch
 
 from audiolm import store
-from audiolm.config import LM, Stage, Train
-from audiolm.data.manifest import Clip, Part
-from audiolm.eval import listening, plots, temperatures
+from audiolm.config.lm import LM, Stage
+from audiolm.config.training import Train
+from audiolm.data.clips import Clip, Part
+from audiolm.eval.suites import attention, temperatures
+from audiolm.generate.load import load
 from audiolm.lm.stages import build_stages
-from audiolm.lm.system import load
-from audiolm.models.listening import listen
+from audiolm.models.attention_maps import listen
 from audiolm.models.transformer import Transformer
+from audiolm.render import plots
 from tests.test_generation import COARSE, RUN, build, voice
 
 K = 40
@@ -52,21 +54,21 @@ def aligned(dedupe: bool):
 def test_a_planted_alignment_is_seen(dedupe):
     model, stage = aligned(dedupe)
     z_T = np.repeat(np.arange(K), 3)  # each token 0.12 s
-    share_LNS = listening.prefix_attention(model, stage, z_T, np.repeat(z_T, 2)[:, None])
-    near_NS = listening.near_prefix(stage, z_T, 6 * K)
+    share_LNS = attention.prefix_attention(model, stage, z_T, np.repeat(z_T, 2)[:, None])
+    near_NS = attention.near_prefix(stage, z_T, 6 * K)
     assert share_LNS.shape == (1, 6 * K, K if dedupe else 3 * K) and near_NS.shape == share_LNS.shape[1:]
     near = (share_LNS * near_NS).sum() / share_LNS.sum()
     assert near > 0.9 and near_NS.mean() < 0.15
     other = np.random.default_rng(0).permutation(K)[z_T]  # codes of another sentence: it looks elsewhere
-    share_LNS = listening.prefix_attention(model, stage, z_T, np.repeat(other, 2)[:, None])
+    share_LNS = attention.prefix_attention(model, stage, z_T, np.repeat(other, 2)[:, None])
     assert (share_LNS * near_NS).sum() / share_LNS.sum() < 0.3
 
 
 def test_nearness_by_hand():
     _, stage = aligned(True)
     z_T = np.array([3, 3, 3, 7, 7, 1] + [2] * 10)  # begin at 0, 0.12, 0.2, 0.24 s
-    np.testing.assert_allclose(listening.spans_of(stage, z_T), [[0, 0.12], [0.12, 0.2], [0.2, 0.24], [0.24, 0.64]])
-    near_NS = listening.near_prefix(stage, z_T, 32)  # frames of 20 ms, their middles at 0.01, 0.03, ...
+    np.testing.assert_allclose(attention.spans_of(stage, z_T), [[0, 0.12], [0.12, 0.2], [0.2, 0.24], [0.24, 0.64]])
+    near_NS = attention.near_prefix(stage, z_T, 32)  # frames of 20 ms, their middles at 0.01, 0.03, ...
     assert near_NS[0].tolist() == [True, True, True, False] and near_NS[1].tolist() == [True, True, True, False]
     assert near_NS[2].tolist() == [True] * 4 and near_NS[16].tolist() == [False, True, True, True]
     assert near_NS[31].tolist() == [False, False, False, True]
@@ -86,7 +88,7 @@ def clips():
 
 def test_rows_and_pictures_of_a_system(lm, clips, tmp_path):
     seen = []
-    rows, files = listening.listening(lm, clips, str(tmp_path), progress=lambda *at: seen.append(at))
+    rows, files = attention.listening(lm, clips, str(tmp_path), progress=lambda *at: seen.append(at))
     near, even, used, *layers = rows
     assert (near.item, even.item, even.role) == ("all layers", "even attention", "floor") and seen[-1] == (2, 2, "clips")
     assert near.low <= near.value <= near.high and near.n == 2 and 0 < used.value < 100

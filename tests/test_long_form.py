@@ -8,8 +8,8 @@ import sys
 import numpy as np
 import pytest
 
-from audiolm.lm.long_form import stream
-from audiolm.lm.system import load
+from audiolm.generate.load import load
+from audiolm.generate.long_form import stream
 from tests.test_generation import RUN, build, voice
 
 PLAIN = {"may_end": False, "window_s": 2.0, "overlap_s": 1.2}

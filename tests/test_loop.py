@@ -8,12 +8,14 @@ import pytest
 import safetensors.torch
 import torch
 
-from audiolm.config import Cluster, Train
-from audiolm.dag import Step, plan
-from audiolm.execute import StepFailed, execute
-from audiolm.lease import Lease, LeaseLost
-from audiolm.metrics import MetricsFile, read_build
-from audiolm.run import headline
+from audiolm.config.run import Cluster
+from audiolm.config.training import Train
+from audiolm.dag.execute import StepFailed, execute
+from audiolm.dag.lease import Lease, LeaseLost
+from audiolm.dag.plan import plan
+from audiolm.dag.step import Step
+from audiolm.metrics_log import MetricsFile, read_build
+from audiolm.pipeline.run_observer import headline
 from audiolm.store import exists, get, get_json, join, names, put_json, remove
 from audiolm.train import checkpoint
 from audiolm.train import engine as engines

@@ -11,10 +11,14 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile as sf
 
-from audiolm.config import Cluster, ConfigError, Corpus, Where
+from audiolm.config.base import ConfigError
+from audiolm.config.corpus import Corpus, Where
+from audiolm.config.run import Cluster
 from audiolm.data import manifest as manifest_module
-from audiolm.data.audio import decode, read_clip, resample
-from audiolm.data.manifest import build_manifest, changed_files, read_clips, roots
+from audiolm.data.audio import decode, resample
+from audiolm.data.clips import read_clip, read_clips
+from audiolm.data.manifest import build_manifest, changed_files
+from audiolm.data.sources import roots
 
 QUICKSTART = Path(__file__).resolve().parents[1] / "workflows" / "quickstart" / "flac"
 

@@ -9,17 +9,17 @@ import pytest
 import torch
 
 from audiolm import rng
-from audiolm.config_semantic import Augment, Masked
-from audiolm.config_train import Train
-from audiolm.models.masked import Encoder, EncoderSizes, MaskedModel
+from audiolm.config.semantic import Augment, Masked
+from audiolm.config.training import Train
+from audiolm.models.conformer import Encoder, EncoderSizes, MaskedModel
 from audiolm.models.mel import log_mel
 from audiolm.tokenizers.base import padded_samples
 from audiolm.tokenizers.extractor import mel_of
-from audiolm.train import masked_inputs
-from audiolm.train import objective_masked as om
 from audiolm.train.engine import make_engine
-from audiolm.train.masked_inputs import MaskedInputs
-from audiolm.train.objective import Context
+from audiolm.train.objectives import masked as om
+from audiolm.train.objectives import masked_inputs
+from audiolm.train.objectives.base import Context
+from audiolm.train.objectives.masked_inputs import MaskedInputs
 
 SIZES = EncoderSizes(dim=32, layers=2, heads=2, ff=48)
 RATE = 16_000

@@ -7,8 +7,8 @@ import json
 import fsspec
 import pytest
 
-from audiolm import metrics, store
-from audiolm.metrics import MetricsFile, read_build, read_from
+from audiolm import metrics_log, store
+from audiolm.metrics_log import MetricsFile, read_build, read_from
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -80,7 +80,7 @@ def test_an_object_store_is_not_rewritten_at_every_row(monkeypatch):
     puts = []
     monkeypatch.setattr(store, "put", lambda path, data: puts.append(data))
     now = [100.0]
-    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(metrics_log.time, "monotonic", lambda: now[0])
     f = MetricsFile("memory://b/metrics-0001.jsonl")
     for step in range(10):
         f.add(step, {"loss": 1.0})

@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from audiolm import config
+from audiolm.config import lm, training
+from audiolm.lm.loss import batch_sums, inputs_of, level_sums, prepare
 from audiolm.lm.model import build_lm
-from audiolm.lm.nats import batch_sums, inputs_of, level_sums, prepare
 from audiolm.lm.stages import Stage
 from audiolm.models.heads import NO_TARGET, Heads
 
@@ -19,8 +19,8 @@ K, VOCAB, Q = 11, 7, 5
 STAGES = {"semantic": Stage("semantic", K, VOCAB, (0, 0), 2, True, 2.0),
           "coarse": Stage("coarse", K, VOCAB, (0, 2), 2, True, 2.0),
           "fine": Stage("fine", 0, VOCAB, (2, Q), 2, True, 2.0)}
-SHAPE = config.Stage(crop_s=2.0, dim=32, layers=2, heads=2, ff=64, dropout=0.0,
-                     train=config.Train(steps=1, batch=1, lr=1e-3))
+SHAPE = lm.Stage(crop_s=2.0, dim=32, layers=2, heads=2, ff=64, dropout=0.0,
+                     train=training.Train(steps=1, batch=1, lr=1e-3))
 
 
 def crops(stage: Stage, lengths: list[int]) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 
-from audiolm.eval import ngram
+from audiolm.eval.metrics import ngram
 
 IDS, BOS = 7, 6  # ids 0 to 5 may follow
 

@@ -10,11 +10,12 @@ import safetensors.torch
 import torch
 
 from audiolm import store
-from audiolm.config import Stage, Train
+from audiolm.config.lm import Stage
+from audiolm.config.training import Train
 from audiolm.lm.model import load_lm
-from audiolm.train import objective_lm
 from audiolm.train.engine import make_engine
-from audiolm.train.objective import Context
+from audiolm.train.objectives import lm
+from audiolm.train.objectives.base import Context
 from tests import token_corpus
 
 STEPS = 60
@@ -39,7 +40,7 @@ def objective(corpus, stage="lm_coarse", rank=0, world=1, seed=0, **changed):
     train = Train(steps=STEPS, batch=8, lr=1e-2, warmup_steps=5, engine="torch", **changed)
     shape = Stage(crop_s=0.8, dim=32, layers=2, heads=2, ff=64, dropout=0.0, train=train)
     config = {"stage": stage, "seed": seed, "lm": shape, "dedupe": False, "coarse_levels": 2, "rows": 6}
-    return objective_lm.lm_objective(config, corpus.paths, Context(rank, world, CPU, seed))
+    return lm.lm_objective(config, corpus.paths, Context(rank, world, CPU, seed))
 
 
 class Gradients:
@@ -108,7 +109,7 @@ def test_two_workers_take_the_step_of_one(corpus, monkeypatch):
     ranks = [objective(corpus, rank=r, world=2) for r in range(2)]
     parts = [[o.load(1, range(4 * r, 4 * r + 4))] for r, o in enumerate(ranks)]
     count_2 = sum(b["count_2"] for p in parts for b in p).double()
-    monkeypatch.setattr(objective_lm, "all_sum", lambda x: count_2 if x.ndim == 1 else x)
+    monkeypatch.setattr(lm, "all_sum", lambda x: count_2 if x.ndim == 1 else x)
     engines = [Gradients(o.modules["lm"]) for o in ranks]
     losses = [float(o.train_step({"lm": e}, p, 1)["loss"]) for o, e, p in zip(ranks, engines, parts, strict=True)]
     assert sum(losses) == pytest.approx(loss, rel=1e-6)  # each rank holds its share of the sum
@@ -149,4 +150,4 @@ def test_the_export_is_the_model(corpus, tmp_path):
 def test_a_stage_that_the_codec_leaves_no_room_for_is_named(corpus):
     config = {"stage": "lm_fine", "lm": objective(corpus).shape, "dedupe": True, "coarse_levels": 3}
     with pytest.raises(ValueError, match="stage is 'lm_fine'.*coarse_levels 3"):
-        objective_lm.stage_of(config, corpus.paths)
+        lm.stage_of(config, corpus.paths)

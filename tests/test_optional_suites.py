@@ -10,9 +10,10 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 
-from audiolm.config import Tables
-from audiolm.eval import asr, dnsmos, gen_text, notes, packaged, suites, text_model
+from audiolm.config.evaluation import Tables
 from audiolm.eval.generated import ITEMS, Made, Wanted
+from audiolm.eval.models import asr, onnx, text_model
+from audiolm.eval.suites import dnsmos, notes, run, text
 
 QUICKSTART = Path(__file__).resolve().parents[1] / "workflows" / "quickstart"
 SR = 16_000
@@ -34,15 +35,15 @@ def without(monkeypatch, *packages: str) -> None:
 
 
 def test_they_run_where_they_are_named():
-    assert not {"dnsmos", "text", "notes"} & {*Tables().suites, *suites.DEFAULT}
-    assert suites.check_names(["dnsmos", "text", "notes"]) == ["dnsmos", "text", "notes"]
+    assert not {"dnsmos", "text", "notes"} & {*Tables().suites, *run.DEFAULT}
+    assert run.check_names(["dnsmos", "text", "notes"]) == ["dnsmos", "text", "notes"]
 
 
 # DNSMOS
 
 
 def test_dnsmos_hears_noise_after_the_prompt_alone():
-    if why := packaged.lacking("speechmos", ""):
+    if why := onnx.lacking("speechmos", ""):
         pytest.skip(why)
     (wav,) = speech(1)
     wav = wav[:3 * SR]
@@ -57,7 +58,7 @@ def test_dnsmos_hears_noise_after_the_prompt_alone():
 
 
 def test_dnsmos_gives_the_packages_marks(monkeypatch):
-    if why := packaged.lacking("speechmos", ""):
+    if why := onnx.lacking("speechmos", ""):
         pytest.skip(why)
     mel = SimpleNamespace(melspectrogram=lambda **_: np.ones((120, 900)))  # of another of its marks
     for name, parts in (("librosa", {"feature": mel, "power_to_db": lambda x, ref: x}), ("requests", {"session": None})):
@@ -106,13 +107,13 @@ def folder(tmp_path_factory):
 
 def test_likely_text_wins_and_a_repeated_phrase_is_found_out(folder):
     own = [(f"c{i}", line) for i, line in enumerate(LINES)]
-    texts = {"original": own, "continuation": [(clip, gen_text.mix(line, 1, clip)) for clip, line in own]}
-    rows = {r.item: r for r in gen_text.perplexities(texts, str(folder))}
-    assert 1 < rows["original"].value < 3 < rows["continuation"].value and rows[gen_text.SHUFFLED].value > 3
+    texts = {"original": own, "continuation": [(clip, text.mix(line, 1, clip)) for clip, line in own]}
+    rows = {r.item: r for r in text.perplexities(texts, str(folder))}
+    assert 1 < rows["original"].value < 3 < rows["continuation"].value and rows[text.SHUFFLED].value > 3
     assert all(r.low <= r.value <= r.high and r.n == 4 for r in rows.values())
-    assert [rows[i].role for i in ("original", "continuation", gen_text.SHUFFLED)] == ["ceiling", "ours", "floor"]
-    again = {r.item: r for r in gen_text.repetition({"original": own, "continuation": [("c", "mat mat mat mat")]})}
-    assert again["original"].value < 50 < again["continuation"].value == again[gen_text.AGAIN].value == 100
+    assert [rows[i].role for i in ("original", "continuation", text.SHUFFLED)] == ["ceiling", "ours", "floor"]
+    again = {r.item: r for r in text.repetition({"original": own, "continuation": [("c", "mat mat mat mat")]})}
+    assert again["original"].value < 50 < again["continuation"].value == again[text.AGAIN].value == 100
 
 
 def test_every_token_counts(folder, tmp_path):
@@ -126,16 +127,16 @@ def test_every_token_counts(folder, tmp_path):
         model.transformer.wte.weight.zero_()  # tied: all words alike
     model.save_pretrained(tmp_path)
     transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path)
-    (row, *_) = gen_text.perplexities({"original": [("c", LINES[0])]}, str(tmp_path))
+    (row, *_) = text.perplexities({"original": [("c", LINES[0])]}, str(tmp_path))
     assert row.value == pytest.approx(model.config.vocab_size)
     with pytest.raises(ValueError, match="tables.text_model: .* holds no causal text model"):
         text_model.scorer(str(tmp_path / "none"))
 
 
 def test_auto_bleu():
-    assert gen_text.auto_bleu("a b c d") == 0 and gen_text.auto_bleu("a a a") == 1
-    assert gen_text.auto_bleu("a b c a b") == pytest.approx((4 / 5 * 2 / 4) ** 0.5)
-    assert gen_text.auto_bleu("a b a") == 0  # no pair comes again
+    assert text.auto_bleu("a b c d") == 0 and text.auto_bleu("a a a") == 1
+    assert text.auto_bleu("a b c a b") == pytest.approx((4 / 5 * 2 / 4) ** 0.5)
+    assert text.auto_bleu("a b a") == 0  # no pair comes again
 
 
 def test_speech_is_transcribed_and_silence_is_counted(folder):
@@ -143,13 +144,13 @@ def test_speech_is_transcribed_and_silence_is_counted(folder):
         pytest.skip(why)
     (wav,) = speech(1)
     made = [sound("a", "original", wav), sound("a", "continuation", wav, SR // 25), sound("b", "continuation", np.zeros(SR))]
-    rows = {(r.item, r.metric): r for r in gen_text.text_rows(made)}
-    original, continued = (rows[mode, gen_text.BLEU] for mode in ("original", "continuation"))
+    rows = {(r.item, r.metric): r for r in text.text_rows(made)}
+    original, continued = (rows[mode, text.BLEU] for mode in ("original", "continuation"))
     assert 0 <= original.value < 60 and (original.n, continued.n) == (1, 1) and original.note == ""
     assert continued.note == "1 of 2 said fewer than two words"
-    assert rows["original", gen_text.RATE].value > 1.5 * rows["continuation", gen_text.RATE].value > 0
-    assert "tables.text_model=" in rows["continuation", gen_text.PERPLEXITY].note
-    measured = gen_text.text_rows(made[:1], str(folder))
+    assert rows["original", text.RATE].value > 1.5 * rows["continuation", text.RATE].value > 0
+    assert "tables.text_model=" in rows["continuation", text.PERPLEXITY].note
+    measured = text.text_rows(made[:1], str(folder))
     assert len(measured) == 5 and all(r.value is not None for r in measured)
 
 
@@ -169,7 +170,7 @@ SCALE = [60, 64, 67, 72, 71, 67, 62, 65, 69, 74]  # five seconds: more than two 
 
 
 def test_planted_notes_are_found():
-    if why := packaged.lacking("basic_pitch", ""):
+    if why := onnx.lacking("basic_pitch", ""):
         pytest.skip(why)
     found = notes.transcriber()(played(SCALE))
     for i, pitch in enumerate(SCALE):  # in all windows
@@ -178,7 +179,7 @@ def test_planted_notes_are_found():
 
 
 def test_what_follows_the_prompt_is_compared():
-    if why := packaged.lacking("basic_pitch", ""):
+    if why := onnx.lacking("basic_pitch", ""):
         pytest.skip(why)
     silent = np.zeros(2 * SR, np.float32)
     made = [sound("a", "original", played(SCALE[:4])), sound("b", "original", silent),
@@ -204,6 +205,6 @@ def test_notes_of_probabilities():
 def test_missing_packages_are_seen(monkeypatch):
     without(monkeypatch, "speechmos", "basic_pitch", "jiwer")
     made = [sound("a", mode, np.zeros(SR)) for mode in ("original", "continuation")]
-    for rows, fix in ((dnsmos.dnsmos_rows(made), 'pip install "audiolm[eval]"'), (gen_text.text_rows(made), "audiolm[eval]"),
+    for rows, fix in ((dnsmos.dnsmos_rows(made), 'pip install "audiolm[eval]"'), (text.text_rows(made), "audiolm[eval]"),
                       (notes.note_rows(made), "pip install --no-deps basic-pitch")):
         assert rows and all(r.value is None and fix in r.note for r in rows)

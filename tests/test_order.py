@@ -9,7 +9,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from audiolm.data.order import Order
+from audiolm.data.crops import Order
 
 LENGTHS = [5, 30, 11, 10, 1, 25, 7, 40, 3, 9, 10, 21]
 SHARDS = [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
@@ -53,7 +53,7 @@ def test_direct_access_equals_replay():
 
 
 def test_seed_and_process_decide_alone():
-    code = ("from audiolm.data.order import Order; o = Order([5, 30, 11], [0, 1, 1], 10, 2, 7); "
+    code = ("from audiolm.data.crops import Order; o = Order([5, 30, 11], [0, 1, 1], 10, 2, 7); "
             "print([o.row(s, i) for s in range(9) for i in range(2)])")
     again = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
     o = Order([5, 30, 11], [0, 1, 1], 10, 2, 7)

@@ -22,10 +22,10 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 
-from audiolm.dag import plan
-from audiolm.execute import execute
-from audiolm.metrics import read_build
-from audiolm.tracked_runs import index_of
+from audiolm.dag.execute import execute
+from audiolm.dag.plan import plan
+from audiolm.metrics_log import read_build
+from audiolm.tracking.lookup import index_of
 from tests.conftest import CLOSED, ROOT, free_port
 from tests.dying_worker import graph
 

@@ -12,12 +12,13 @@ import pytest
 import safetensors.torch
 import torch
 
-from audiolm import rng, steps, store
-from audiolm.configfile import load
+from audiolm import rng, store
+from audiolm.config.load import load
+from audiolm.pipeline import steps
 from audiolm.tokenizers.acoustic import load_codec
+from audiolm.tokenizers.artifact import ArtefactError
 from audiolm.tokenizers.base import padded_samples
-from audiolm.tokenizers.pretrained import imported, load_pretrained_codec
-from audiolm.tokenizers.semantic import ArtefactError
+from audiolm.tokenizers.hf_codec import imported, load_pretrained_codec
 from tests.conftest import ROOT
 
 transformers = pytest.importorskip("transformers")

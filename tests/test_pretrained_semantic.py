@@ -12,16 +12,11 @@ import safetensors.torch
 import torch
 
 from audiolm import rng, store
+from audiolm.tokenizers.artifact import ArtefactError
 from audiolm.tokenizers.base import padded_samples
 from audiolm.tokenizers.extractor import Window, windowed
-from audiolm.tokenizers.pretrained_semantic import (
-    CONVENTION,
-    import_encoder,
-    imported_encoder,
-    load_pretrained_encoder,
-    rebuilt,
-)
-from audiolm.tokenizers.semantic import ArtefactError, load_extractor, load_semantic, save_semantic
+from audiolm.tokenizers.hf_encoder import CONVENTION, import_encoder, imported_encoder, load_pretrained_encoder, rebuilt
+from audiolm.tokenizers.semantic import load_extractor, load_semantic, save_semantic
 
 transformers = pytest.importorskip("transformers")
 LAYERS, DIM = 3, 16

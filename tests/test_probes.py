@@ -9,21 +9,23 @@ import numpy as np
 import pytest
 import torch
 
-from audiolm import config, store
-from audiolm.config import LM
+from audiolm import store
+from audiolm.config import lm
+from audiolm.config.lm import LM
 from audiolm.data.audio import wav_bytes
-from audiolm.data.batches import TokenBatches
-from audiolm.eval import ngram, probes
-from audiolm.eval.probe_sets import Pair, ProbeSet, band_of, read_probes
+from audiolm.eval.metrics import ngram
+from audiolm.eval.suites import zerospeech
+from audiolm.eval.suites.zerospeech import Pair, ProbeSet, band_of, read_probes
+from audiolm.lm.batches import TokenBatches
+from audiolm.lm.loss import batch_sums
 from audiolm.lm.model import build_lm, export_lm, load_lm
-from audiolm.lm.nats import batch_sums
 from audiolm.lm.stages import build_stages
 from audiolm.tokenizers.semantic import load_semantic
 from tests import token_corpus
 from tests.test_generation import COARSE, TRAIN, VOCAB, K, Q, build, export
 
 WORDS = 16
-SHAPE = config.Stage(crop_s=4.0, dim=32, layers=2, heads=2, ff=64, dropout=0.0, train=TRAIN)
+SHAPE = lm.Stage(crop_s=4.0, dim=32, layers=2, heads=2, ff=64, dropout=0.0, train=TRAIN)
 STAGE = build_stages(LM(coarse_levels=COARSE, semantic=SHAPE), Q, VOCAB, K)["lm_semantic"]
 
 
@@ -67,7 +69,7 @@ def test_who_learnt_the_right_words_wins_and_shuffled_tokens_give_chance(steps, 
     torch.manual_seed(0)
     model = build_lm(stage, SHAPE)
     pairs = read_probes(words).pairs
-    z, _ = probes.hear([f for p in pairs for f in (p.right, p.wrong)], tokenizer)
+    z, _ = zerospeech.hear([f for p in pairs for f in (p.right, p.wrong)], tokenizer)
     ids = [stage.targets(z_T) for z_T in z]
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     rows = [(np.array([stage.bos, *i]), np.arange(len(i) + 1) > 0) for i in ids[::2]]
@@ -79,7 +81,7 @@ def test_who_learnt_the_right_words_wins_and_shuffled_tokens_give_chance(steps, 
         optimizer.step()
     export(str(tmp_path), *export_lm(model, stage, SHAPE))
     seen = []
-    rows = probes.measure_probes({"sWUGGY": words}, {**steps, "lm_semantic": str(tmp_path)},
+    rows = zerospeech.measure_probes({"sWUGGY": words}, {**steps, "lm_semantic": str(tmp_path)},
                                  progress=lambda *at: seen.append(at))
     found = {(r.item, r.metric): r for r in rows}
     ours = found["stage 1, per token", "sWUGGY, all %"]
@@ -97,8 +99,8 @@ def test_who_learnt_the_right_words_wins_and_shuffled_tokens_give_chance(steps, 
     draw, pool, wins = np.random.default_rng(0), np.concatenate(ids), []
     for _ in range(10):
         shuffled = np.split(draw.permutation(pool), np.cumsum([len(i) for i in ids])[:-1])
-        scores = probes.log_likelihoods(model, stage, shuffled) / [len(i) for i in ids]
-        wins.append(probes.wins_of(scores).mean())
+        scores = zerospeech.log_likelihoods(model, stage, shuffled) / [len(i) for i in ids]
+        wins.append(zerospeech.wins_of(scores).mean())
     assert 0.42 < np.mean(wins) < 0.58
 
 
@@ -110,11 +112,11 @@ def test_a_batched_score_is_the_sum_of_its_tokens_chances(steps, monkeypatch):
     for ids in rows:
         chances = model(torch.tensor([[stage.bos, *ids]]))[0].log_softmax(-1)
         by_hand.append(sum(float(chances[t, i]) for t, i in enumerate(ids)))  # the first after BOS, no EOS
-    monkeypatch.setattr(probes, "TOKENS", 45)
-    assert sorted(map(len, probes._batches([len(r) + 1 for r in rows]))) == [1, 1, 4]
-    np.testing.assert_allclose(probes.log_likelihoods(model, stage, rows), by_hand, rtol=1e-5)
-    twice = probes.by_sequence([rows[0], rows[1], rows[0]], lambda some: probes.log_likelihoods(model, stage, some))
-    assert twice[0] == twice[2] and probes.wins_of(twice[[0, 2]]) == [0.5]
+    monkeypatch.setattr(zerospeech, "TOKENS", 45)
+    assert sorted(map(len, zerospeech._batches([len(r) + 1 for r in rows]))) == [1, 1, 4]
+    np.testing.assert_allclose(zerospeech.log_likelihoods(model, stage, rows), by_hand, rtol=1e-5)
+    twice = zerospeech.by_sequence([rows[0], rows[1], rows[0]], lambda some: zerospeech.log_likelihoods(model, stage, some))
+    assert twice[0] == twice[2] and zerospeech.wins_of(twice[[0, 2]]) == [0.5]
 
 
 def test_the_bigrams_scores_by_hand():
@@ -126,17 +128,17 @@ def test_the_bigrams_scores_by_hand():
     after = (1 - 0.5) / 2 + 2 * 0.5 / 2 * one
     twice = 2 * 0.5 / 2 * one  # 0 after 0 cannot be where runs are collapsed
     unseen = 2 * 0.5 / 2 * (3 * 0.5 + 1) / 5 / (K + 1)
-    found = probes.bigram_scores(model, STAGE, [np.array([0, 1]), np.array([0]), np.array([0, 7])])
+    found = zerospeech.bigram_scores(model, STAGE, [np.array([0, 1]), np.array([0]), np.array([0, 7])])
     np.testing.assert_allclose(found, np.log([first * after / (1 - twice), first, first * unseen / (1 - twice)]))
 
 
 def test_tokens_are_the_same_alone_and_batched_and_have_silence_around(steps, words):
     tokenizer = load_semantic(steps["kmeans"])
     files = [f for p in read_probes(words).pairs for f in (p.right, p.wrong)][:24]
-    together, samples = probes.hear(files, tokenizer)
+    together, samples = zerospeech.hear(files, tokenizer)
     assert len(set(map(len, together))) > 2
     for path, z_T, n in zip(files, together, samples, strict=True):
-        (alone,), _ = probes.hear([path], tokenizer)
+        (alone,), _ = zerospeech.hear([path], tokenizer)
         np.testing.assert_array_equal(z_T, alone)
         assert len(z_T) == 10 + -(-n // 640)  # 0.2 s are 5 frames
 
@@ -174,13 +176,13 @@ def test_refuses_what_it_cannot_pair(tmp_path, steps, words):
     with pytest.raises(FileNotFoundError):
         read_probes(str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match="coarse stage"):
-        probes.measure_probes({"w": words}, {**steps, "lm_semantic": steps["lm_coarse"]})
+        zerospeech.measure_probes({"w": words}, {**steps, "lm_semantic": steps["lm_coarse"]})
 
 
 def test_voices_first_then_pairs_and_the_paper_beside():
     pairs = tuple(Pair(pair, str(i), "", "", None) for i, pair in enumerate(["a", "a", "b"]))
     sums = {"stage 1": np.array([-4.0, -5.0, -6.0, -6.0, -3.0, -2.0])}
-    found = probes.rows_of("sBLIMP", ProbeSet("sentences", False, pairs, {"a": 1.0, "b": 0.0}), sums, [4, 8, 3, 3, 3, 1],
+    found = zerospeech.rows_of("sBLIMP", ProbeSet("sentences", False, pairs, {"a": 1.0, "b": 0.0}), sums, [4, 8, 3, 3, 3, 1],
                            np.array([10, 20, 30, 30, 50, 40]), 0, 1.0, "one is long")
     by_item = {r.item: r for r in found}
     assert by_item["stage 1, sum"].value == 37.5 and by_item["stage 1, per token"].value == 62.5

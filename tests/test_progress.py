@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from audiolm.progress import Board, duration, short
+from audiolm.pipeline.progress import Board, duration, short
 
 
 class Terminal(io.StringIO):

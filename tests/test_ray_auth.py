@@ -17,8 +17,8 @@ from tests.conftest import ROOT
 
 OWNER = """
     import json, os, sys
-    from audiolm.cli import quiet, start_ray
-    from audiolm.config import Cluster
+    from audiolm.pipeline.cli import quiet, start_ray
+    from audiolm.config.pipeline import Cluster
 
     quiet()
     before, said = dict(os.environ), []

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import soundfile
 
-from audiolm.eval import plots
-from audiolm.eval.report import build_report
-from audiolm.metrics import MetricsFile
+from audiolm.metrics_log import MetricsFile
+from audiolm.render import plots
+from audiolm.report.run_report import build_report
 
 NASTY = "<script>alert('x')</script> & \"q\""
 VOID = {"meta", "img", "br"}

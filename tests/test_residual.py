@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from audiolm import store
+from audiolm.tokenizers.artifact import ArtefactError
 from audiolm.tokenizers.residual import ResidualTokenizer, load_residual
-from audiolm.tokenizers.semantic import ArtefactError, load_semantic
+from audiolm.tokenizers.semantic import load_semantic
 from tests import tiny_vocoder as tiny
 from tests.conftest import RecordingOut
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from audiolm.data.rows import LANES, RowPlan
+from audiolm.lm.row_plan import LANES, RowPlan
 
 COSTS = np.random.default_rng(0).integers(20, 700, 400).astype(np.int32)
 FIRSTS = np.arange(0, 401, 10)  # 40 shards of 10 clips

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from audiolm.lm.draw import Draw, pick
-from audiolm.lm.sampling import Sampler
+from audiolm.generate.params import Draw, pick
+from audiolm.generate.sampler import Sampler
 from audiolm.lm.stages import Stage
 from audiolm.models.transformer import Transformer
 

@@ -7,7 +7,8 @@ import threading
 import pytest
 import torch
 
-from audiolm.lease import Lease, LeaseLost
+from audiolm import store as store_audiolm
+from audiolm.dag.lease import Lease, LeaseLost
 from audiolm.store import exists, get_json, join, names
 from audiolm.train import checkpoint
 from audiolm.train.checkpoint import Saver, load
@@ -31,7 +32,7 @@ def build(store):
 
 
 def test_a_checkpoint_is_written_aside_and_a_second_waits_for_it(build, monkeypatch):
-    gate, real = threading.Event(), checkpoint.put
+    gate, real = threading.Event(), store_audiolm.put
     monkeypatch.setattr(checkpoint, "put", lambda *args, **more: gate.wait(30) and real(*args, **more))
     with Saver(build, 1, 2, 0, None) as saver:
         saver.save(1, state(1), record(1))
@@ -44,7 +45,7 @@ def test_a_checkpoint_is_written_aside_and_a_second_waits_for_it(build, monkeypa
 
 
 def test_what_went_wrong_surfaces_and_loses_that_checkpoint_alone(build, monkeypatch):
-    real = checkpoint.put
+    real = store_audiolm.put
 
     def failing(path, data, **more):
         if "00000002" in path:

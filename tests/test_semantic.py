@@ -14,16 +14,19 @@ import torch
 from safetensors.torch import load, save
 
 from audiolm import rng, store
-from audiolm.config import Cluster, Corpus
-from audiolm.config_semantic import KMeans, Masked, Semantic
-from audiolm.config_train import Train
-from audiolm.data.manifest import Clip, Part
-from audiolm.tokenizers import fit as fit_module
-from audiolm.tokenizers.fit import fit_kmeans
-from audiolm.tokenizers.semantic import ArtefactError, load_extractor, load_semantic, save_semantic
-from audiolm.train import masked_inputs
-from audiolm.train import objective_masked as om
-from audiolm.train.objective import Context
+from audiolm.config.corpus import Corpus
+from audiolm.config.run import Cluster
+from audiolm.config.semantic import KMeans, Masked, Semantic
+from audiolm.config.training import Train
+from audiolm.data import parallel
+from audiolm.data.clips import Clip, Part
+from audiolm.tokenizers import kmeans_fit as fit_module
+from audiolm.tokenizers.artifact import ArtefactError
+from audiolm.tokenizers.kmeans_fit import fit_kmeans
+from audiolm.tokenizers.semantic import load_extractor, load_semantic, save_semantic
+from audiolm.train.objectives import masked as om
+from audiolm.train.objectives import masked_inputs
+from audiolm.train.objectives.base import Context
 
 RATE = 16_000
 MODEL = Masked(dim=16, layers=3, heads=2, ff=24, targets_k=8, crop_s=1.0, train=Train(steps=10, batch=2, lr=1e-3))
@@ -174,7 +177,7 @@ def test_kmeans_step_facts_and_independence_of_order(read, artefact, tmp_path, m
     assert facts["used_clusters"] + facts["dead_clusters"] == 12
     assert 0 < facts["entropy"] <= math.log(12) and 0 < facts["explained"] < 1
     assert store.names(str(tmp_path / "again" / "features")) == [f"{i:05d}.safetensors" for i in range(3)]
-    fan_out = fit_module.fan_out
+    fan_out = parallel.fan_out
 
     def backwards(fn, items, **how):  # workers may finish in any order
         return fan_out(fn, items[::-1], **{**how, "sizes": how.get("sizes") and how["sizes"][::-1]})[::-1]

@@ -15,18 +15,20 @@ import soundfile
 import torch
 
 from audiolm import store
-from audiolm.config import Cluster, Corpus
-from audiolm.config_figures import SemanticFigures, semantic_figures_of
-from audiolm.config_semantic import Abx
+from audiolm.config.base import identity
+from audiolm.config.corpus import Corpus
+from audiolm.config.external import SemanticFigures, semantic_figures_of
+from audiolm.config.run import Cluster
+from audiolm.config.semantic import Abx
+from audiolm.data import clips as clips_data
 from audiolm.data import tokens
-from audiolm.data.manifest import Clip, Part, clips_parquet
+from audiolm.data.clips import Clip, Part, clips_parquet
 from audiolm.data.tokens import Ragged, TokenStore
-from audiolm.eval import semantic_figures as figures
-from audiolm.eval import token_statistics as ts
-from audiolm.eval.report import build_report
-from audiolm.identity import identity
-from audiolm.metrics import MetricsFile
-from audiolm.models.masked import Encoder, EncoderSizes
+from audiolm.eval.metrics import token_statistics as ts
+from audiolm.eval.steps import semantic as figures
+from audiolm.metrics_log import MetricsFile
+from audiolm.models.conformer import Encoder, EncoderSizes
+from audiolm.report.run_report import build_report
 from audiolm.tokenizers.extractor import ConformerExtractor, Window
 from audiolm.tokenizers.semantic import save_semantic
 from tests import token_corpus
@@ -297,7 +299,7 @@ def test_without_items_the_page_says_what_is_missing(world, tmp_path):
 
 def test_speakers_are_seen_whatever_the_corpus_calls_them(world, tmp_path):
     """A file that was trained on tells who is seen where names do not; asking for a trained speaker is remarked on."""
-    clips = figures.read_clips(world.inputs["manifest"].path)
+    clips = clips_data.read_clips(world.inputs["manifest"].path)
     renamed = [Clip(**{**c.__dict__, "speaker": "reader " + c.speaker, "split": "train"}) for c in clips[:3]]
     store.put(str(tmp_path / "manifest" / "clips.parquet"), clips_parquet(renamed))
     want = semantic_figures_of(judged(world, phones=None))
@@ -310,7 +312,7 @@ def test_speakers_are_seen_whatever_the_corpus_calls_them(world, tmp_path):
 
 
 def test_nothing_held_out_is_measured_on_train(world, tmp_path):
-    clips = [Clip(**{**c.__dict__, "split": "train"}) for c in figures.read_clips(world.inputs["manifest"].path)]
+    clips = [Clip(**{**c.__dict__, "split": "train"}) for c in clips_data.read_clips(world.inputs["manifest"].path)]
     store.put(str(tmp_path / "manifest" / "clips.parquet"), clips_parquet(clips))
     manifest = SimpleNamespace(path=str(tmp_path / "manifest"), build="0001", facts={})
     facts, table, _ = measure(world, semantic_figures_of(judged(world)), tmp_path / "out", manifest=manifest)

@@ -18,11 +18,11 @@ import pytest
 
 from audiolm import store
 from audiolm.data.audio import wav_bytes
-from audiolm.lm.prompts import from_bytes
-from audiolm.lm.system import load
-from audiolm.tracked_runs import index_of
-from audiolm.tracked_systems import save
-from audiolm.tracking import Tracker
+from audiolm.generate.load import load
+from audiolm.generate.prompts import from_bytes
+from audiolm.tracking.lookup import index_of
+from audiolm.tracking.registry import save
+from audiolm.tracking.tracker import Tracker
 from tests.conftest import ROOT, free_port
 from tests.test_generation import RUN, build, voice
 

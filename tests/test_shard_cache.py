@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from audiolm.data.shard_cache import ShardCache
+from audiolm.lm.shard_cache import ShardCache
 
 SIZES = np.array([3, 4, 5, 6, 7])
 

@@ -10,10 +10,12 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile as sf
 
-from audiolm.config import Cluster, ConfigError, Corpus, FolderSource, LibriSpeechSource, ManifestSource
+from audiolm.config.base import ConfigError
+from audiolm.config.corpus import Corpus, FolderSource, LibriSpeechSource, ManifestSource
+from audiolm.config.run import Cluster
 from audiolm.data import sources
-from audiolm.data.audio import read_clip
-from audiolm.data.manifest import build_manifest, changed_files, read_clips
+from audiolm.data.clips import read_clip, read_clips
+from audiolm.data.manifest import build_manifest, changed_files
 
 
 def touch(path, data=b"x"):

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from audiolm import rng, store
-from audiolm.eval import convnet, embedding
-from audiolm.eval.convnet import Settings, load_net, trained
 from audiolm.eval.generated import ITEMS, Made, Wanted
-from audiolm.eval.speakers import COSINE, accuracy, similarity
+from audiolm.eval.models import convnet, speaker
+from audiolm.eval.models.convnet import Settings, load_net, trained
+from audiolm.eval.suites.speakers import COSINE, accuracy, similarity
 
 SR, PROMPT = 16_000, 8_000
 QUICKSTART = Path(__file__).resolve().parents[1] / "workflows" / "quickstart"
@@ -108,15 +108,15 @@ def test_embeddings_without_their_package_are_seen(monkeypatch):
 def test_mel_powers_are_librosas():
     audio = pytest.importorskip("transformers.audio_utils")  # their filters are tested against librosa's
     oracle = audio.mel_filter_bank(201, 40, 0.0, 8000.0, SR, norm="slaney", mel_scale="slaney")
-    np.testing.assert_allclose(embedding.filters().numpy(), oracle, atol=1e-7)
+    np.testing.assert_allclose(speaker.filters().numpy(), oracle, atol=1e-7)
     wav = talk(150, 1.0, 0)
     window = audio.window_function(400, "hann")
     spec = audio.spectrogram(wav.astype(np.float64), window, 400, 160, 400, power=2.0, pad_mode="constant", mel_filters=oracle)
-    np.testing.assert_allclose(embedding.mel_power(torch.from_numpy(wav)).numpy(), spec.T, rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(speaker.mel_power(torch.from_numpy(wav)).numpy(), spec.T, rtol=1e-3, atol=1e-6)
 
 
 def test_embeddings_know_a_voice_again():
-    if why := embedding.lacking():
+    if why := speaker.lacking():
         pytest.skip(why)
     import soundfile
 

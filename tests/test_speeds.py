@@ -6,16 +6,24 @@ import numpy as np
 import pytest
 import soundfile
 
-from audiolm.data import audio, tokens
-from audiolm.data.batches import TokenBatches
-from audiolm.data.manifest import Clip, Part, read_clips, token_clips
-from audiolm.eval import baselines
-from audiolm.eval import token_statistics as ts
-from audiolm.eval.likelihood import token_statistics
+from audiolm.data import clips, tokens
+from audiolm.data.clips import Clip, Part, read_clips, token_clips
+from audiolm.eval.metrics import likelihood
+from audiolm.eval.metrics import token_statistics as ts
+from audiolm.eval.metrics.likelihood import token_statistics
+from audiolm.lm.batches import TokenBatches
 from audiolm.lm.stages import build_stages
 from audiolm.tokenizers.base import padded_samples
 from tests.conftest import RecordingOut
-from tests.test_evaluate import N_Q, STAGES, VOCAB, K, encoded, run_encode, world  # noqa: F401  fixtures
+from tests.test_evaluate import (
+    N_Q,  # noqa: F401  fixtures
+    STAGES,  # noqa: F401  fixtures
+    VOCAB,  # noqa: F401  fixtures
+    K,  # noqa: F401  fixtures
+    encoded,  # noqa: F401  fixtures
+    run_encode,  # noqa: F401  fixtures
+    world,  # noqa: F401  fixtures
+)
 
 SPEEDS = (0.9, 1.1)
 
@@ -35,10 +43,10 @@ def test_a_copy_has_its_length_to_the_sample_and_another_pitch(tmp_path, rate, s
         soundfile.write(tmp_path / "a.wav", 0.5 * np.sin(2 * np.pi * 440 * np.arange(frames) / rate), rate)
         part = Part("a", "a.wav", 0, frames, 0, None)
         clip = Clip("a", "s", "s", "x", "train", rate, frames, (part,), speed=speed)
-        wav_T = audio.read_clip(clip, {"s": str(tmp_path)})
+        wav_T = clips.read_clip(clip, {"s": str(tmp_path)})
         plain = -(-frames * 16_000 // rate)
         assert len(wav_T) == clip.samples == -(-plain * 16_000 // round(16_000 * speed))
-        np.testing.assert_array_equal(audio.read_clip(clip, {"s": str(tmp_path)}, 1, len(wav_T) - 1), wav_T[1:])
+        np.testing.assert_array_equal(clips.read_clip(clip, {"s": str(tmp_path)}, 1, len(wav_T) - 1), wav_T[1:])
         if frames > rate:
             heard = np.abs(np.fft.rfft(wav_T * np.hanning(len(wav_T)))).argmax() * 16_000 / len(wav_T)
             assert heard == pytest.approx(440 * speed, abs=1.5) and clip.seconds == pytest.approx(len(wav_T) / 16_000, abs=1e-3)
@@ -91,8 +99,8 @@ def test_training_hears_the_copies_and_validation_does_not(world, copied, name):
         ids, _ = train.packed(i, 0)
         assert len(ids) and train.frames[i] == padded_samples(clip.samples) // 640
     rows = [dev.packed(*c) for c in dev.fixed(9)]
-    both = [baselines.sums(stage, list(baselines.train_rows(train, copies=c)), rows) for c in (False, True)]
-    lowest, counted = baselines.lowest(train, rows)
+    both = [likelihood.sums(stage, list(likelihood.train_rows(train, copies=c)), rows) for c in (False, True)]
+    lowest, counted = likelihood.lowest(train, rows)
     assert all((s[0] == np.minimum(both[0][n][0], both[1][n][0])).all() for n, s in lowest.items())
     assert any((both[0][n][0] != both[1][n][0]).any() for n in lowest)
     assert counted == sum(t.sum() for i, c in enumerate(train.clips) if c.speed == 1

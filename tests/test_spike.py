@@ -7,12 +7,12 @@ import math
 import pytest
 import torch
 
-from audiolm.config import Train
-from audiolm.execute import StepFailed
-from audiolm.lease import Lease
-from audiolm.metrics import read_build
+from audiolm.config.training import Train
+from audiolm.dag.execute import StepFailed
+from audiolm.dag.lease import Lease
+from audiolm.metrics_log import read_build
 from audiolm.store import get, get_json, join
-from audiolm.train import spike
+from audiolm.train import guards
 from audiolm.train.commits import newest
 from audiolm.train.loop import Job, run_worker
 from tests.conftest import free_port
@@ -32,28 +32,28 @@ def losses(artifact):
 
 
 def test_which_rows_a_step_takes():
-    assert [spike.rows_of(s, []) for s in range(3)] == [0, 1, 2]
+    assert [guards.rows_of(s, []) for s in range(3)] == [0, 1, 2]
     skipped = [{"step": 3, "rows": 3}, {"step": 3, "rows": 4}, {"step": 6, "rows": 8}]
-    assert [spike.rows_of(s, skipped) for s in range(8)] == [0, 1, 2, 5, 6, 7, 9, 10]
+    assert [guards.rows_of(s, skipped) for s in range(8)] == [0, 1, 2, 5, 6, 7, 9, 10]
 
 
 def test_what_a_spike_is():
     train = Train(steps=9, batch=1, lr=1, rollback={"deviations": 5, "window": 4})
 
     def seen(*values):
-        spikes = spike.Spikes(train, None, None)
+        spikes = guards.Spikes(train, None, None)
         for step, value in enumerate(values):
             spikes.add(step, torch.tensor(value))
         spikes.look()
         return spikes
 
     assert list(seen(9.0, 3.0, 2.1, 2.0, 2.2, 2.3, 1.0).recent) == pytest.approx([2.0, 2.2, 2.3, 1.0])
-    with pytest.raises(spike.Spiked) as found:
+    with pytest.raises(guards.Spiked) as found:
         seen(2.0, 2.1, 2.2, 2.1, 2.6, 9.0)
     assert found.value.step == 4 and found.value.skipped == [{"step": 4, "rows": 4}]  # the first, whenever it is looked at
-    with pytest.raises(spike.Spiked):
+    with pytest.raises(guards.Spiked):
         seen(2.0, math.nan)  # before there is a window
-    off = spike.Spikes(Train(steps=9, batch=1, lr=1), None, None)
+    off = guards.Spikes(Train(steps=9, batch=1, lr=1), None, None)
     off.add(0, torch.tensor(math.nan))
     off.look()
     assert off.record() == {} and off.facts() == {}

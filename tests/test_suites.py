@@ -10,11 +10,14 @@ from pathlib import Path
 import pytest
 
 from audiolm import store
-from audiolm.eval.figures import Row
-from audiolm.eval.figures_page import build, markdown
-from audiolm.tracked_systems import SYSTEM
-from audiolm.tracking import Tracker
-from tests.test_evaluate import encoded, world  # noqa: F401
+from audiolm.eval.results import Row
+from audiolm.report.results_page import build, markdown
+from audiolm.tracking.registry import SYSTEM
+from audiolm.tracking.tracker import Tracker
+from tests.test_evaluate import (
+    encoded,  # noqa: F401
+    world,  # noqa: F401
+)
 from tests.tiny_run import finish, tell
 
 SCRIPT = str(Path(__file__).resolve().parents[1] / "workflows" / "evaluate.py")

@@ -10,8 +10,9 @@ import torch
 
 from audiolm import store
 from audiolm.data.audio import wav_bytes
-from audiolm.eval import abx, table1
-from audiolm.eval.codec import Scorers, mel_distance
+from audiolm.eval.metrics import abx
+from audiolm.eval.metrics.audio_quality import Scorers, mel_distance
+from audiolm.eval.suites import tokens
 from audiolm.models.vocoder import SemanticVocoder
 from audiolm.tokenizers.residual import load_residual
 from audiolm.tokenizers.vocoder import KIND
@@ -63,7 +64,7 @@ def lines_of(made, *options: str) -> list[str]:
 def quick(monkeypatch):
     """The mel distance alone: the other metrics are slow, and tests/test_eval_codec.py is theirs."""
     have = Scorers({"mel": mel_distance}, {"visqol": "visqol-python is not installed"}, None)
-    monkeypatch.setattr("audiolm.eval.codec.scorers", lambda: have)
+    monkeypatch.setattr("audiolm.eval.metrics.audio_quality.scorers", lambda: have)
 
 
 def test_one_command_prints_both_kinds_at_all_their_rates(made, tmp_path, capsys):
@@ -90,8 +91,8 @@ def test_the_features_are_the_sums_of_the_vectors_of_the_levels(made, codec):
     paths, items, sound = made
     items, tokenizer = abx.read_items(items), load_residual(made[0]["tokenizer"], made[0]["residual"])
     wavs = {f"f{s}": command_read(f"{sound}/f{s}.wav") for s in range(2)}
-    sides = [table1.acoustic_side(codec), table1.semantic_side(tokenizer, None)]
-    rows = table1.table1(sides, items, wavs.get, list(wavs.values()), Scorers({}, {}, None))["rows"]
+    sides = [tokens.acoustic_side(codec), tokens.semantic_side(tokenizer, None)]
+    rows = tokens.table1(sides, items, wavs.get, list(wavs.values()), Scorers({}, {}, None))["rows"]
     books_LKD, book_QND = tokenizer.books_LKD, codec.model.quantizer.codebook_QND
 
     def sums(tokenizer, books, levels):

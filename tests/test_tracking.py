@@ -16,9 +16,10 @@ from pathlib import Path
 import pytest
 
 from audiolm import store
-from audiolm.metrics import MetricsFile
-from audiolm.outbox import mask, shipped_path
-from audiolm.tracking import Tracker
+from audiolm.metrics_log import MetricsFile
+from audiolm.store import mask
+from audiolm.tracking.outbox import shipped_path
+from audiolm.tracking.tracker import Tracker
 
 
 def client(tracker: Tracker):

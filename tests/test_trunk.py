@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import pytest
 
-from audiolm.cli import table
-from audiolm.config import Cluster, Stage, Train
-from audiolm.dag import Artifact, Step, plan
-from audiolm.execute import StepFailed, execute
+from audiolm.config.lm import Stage
+from audiolm.config.run import Cluster
+from audiolm.config.training import Train
+from audiolm.dag.execute import StepFailed, execute
+from audiolm.dag.plan import plan
+from audiolm.dag.step import Artifact, Step
 from audiolm.lm.model import load_lm
-from audiolm.metrics import read_build, read_from
+from audiolm.metrics_log import read_build, read_from
+from audiolm.pipeline.cli import table
 from audiolm.store import get, get_json, join, names, remove
 from audiolm.train.commits import commits, path_of
 from audiolm.train.loop import train
-from audiolm.train.objective_lm import lm_objective
+from audiolm.train.objectives.lm import lm_objective
 from tests import token_corpus
 from tests.test_loop import SPOILED, build, training_step
 

@@ -6,18 +6,19 @@ import pytest
 import torch
 
 from audiolm import store
-from audiolm.config import Cluster
-from audiolm.dag import Step, plan
-from audiolm.execute import StepFailed, execute
+from audiolm.config.run import Cluster
+from audiolm.dag.execute import StepFailed, execute
+from audiolm.dag.plan import plan
+from audiolm.dag.step import Step
 from audiolm.models.soundstream import fold
 from audiolm.models.vocoder import SemanticVocoder
+from audiolm.tokenizers.artifact import ArtefactError
 from audiolm.tokenizers.residual import load_residual
-from audiolm.tokenizers.semantic import ArtefactError
 from audiolm.tokenizers.vocoder import load_vocoder
 from audiolm.train.engine import make_engine
 from audiolm.train.loop import train
-from audiolm.train.objective import Context
-from audiolm.train.objective_vocoder import VocoderObjective, vocoder_objective
+from audiolm.train.objectives.base import Context
+from audiolm.train.objectives.vocoder import VocoderObjective, vocoder_objective
 from tests import tiny_vocoder as tiny
 from tests.conftest import RecordingOut
 

@@ -13,19 +13,19 @@ import torch
 import torch.nn.functional as F
 
 from audiolm import store
-from audiolm.config import Corpus
-from audiolm.config_semantic import Augment, Masked, W2vBert
-from audiolm.config_train import Train, Where
-from audiolm.data.manifest import Clip, Part
-from audiolm.models.masked import EncoderSizes
+from audiolm.config.corpus import Corpus, Where
+from audiolm.config.semantic import Augment, Masked, W2vBert
+from audiolm.config.training import Train
+from audiolm.data.clips import Clip, Part
+from audiolm.models.conformer import EncoderSizes
 from audiolm.models.w2vbert import W2vBertModel, contrastive_logits, diversity, draw_gumbel, draw_negatives
 from audiolm.tokenizers.extractor import mel_of
 from audiolm.tokenizers.semantic import load_extractor
-from audiolm.train import masked_inputs
-from audiolm.train import objective_w2vbert as ow
 from audiolm.train.engine import make_engine
-from audiolm.train.masked_inputs import MaskedInputs
-from audiolm.train.objective import Context
+from audiolm.train.objectives import masked_inputs
+from audiolm.train.objectives import w2vbert as ow
+from audiolm.train.objectives.base import Context
+from audiolm.train.objectives.masked_inputs import MaskedInputs
 from tests.test_masked import CTX, RATE, Crops, syllables
 
 CODES = 24

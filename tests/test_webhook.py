@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from audiolm.ask.webhook import BODY_BYTES, Judge, serve
+from audiolm.eval_service.webhook import BODY_BYTES, Judge, serve
 
 SECRET = "sixteen letters or more"
 

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from audiolm.eval import asr, wer
 from audiolm.eval.generated import ITEMS, Made, Wanted
-from audiolm.eval.wer import Said, rows, table2
+from audiolm.eval.models import asr
+from audiolm.eval.suites import wer
+from audiolm.eval.suites.wer import Said, rows, table2
 
 QUICKSTART = Path(__file__).resolve().parents[1] / "workflows" / "quickstart"
 

@@ -8,10 +8,13 @@ import safetensors.torch
 import torch
 
 from audiolm import store
-from audiolm.config import Cluster, Evaluate, Pipeline, Samples
+from audiolm.config.evaluation import Evaluate
+from audiolm.config.lm import Samples
+from audiolm.config.pipeline import Pipeline
+from audiolm.config.run import Cluster
 from audiolm.lm.model import build_lm, export_lm
 from audiolm.lm.stages import build_stages
-from audiolm.tracking import Tracker
+from audiolm.tracking.tracker import Tracker
 from tests.test_evaluate import N_Q, SHAPE, STAGES, VOCAB, K
 
 NAMES = ("manifest", "kmeans", "codec", "semantic_tokens", "acoustic_tokens", "lm_semantic", "lm_coarse", "lm_fine")

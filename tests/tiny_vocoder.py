@@ -9,18 +9,20 @@ import soundfile
 import torch
 from safetensors.torch import save
 
-from audiolm import config_vocoder as cv
 from audiolm import store
-from audiolm.config import Cluster, Corpus
-from audiolm.config_train import Train, Where
-from audiolm.data.manifest import Clip, Part
+from audiolm.config import semantic as cv
+from audiolm.config.corpus import Corpus, Where
+from audiolm.config.run import Cluster
+from audiolm.config.training import Train
+from audiolm.data.clips import Clip, Part
 from audiolm.models import kmeans
-from audiolm.models.masked import Encoder, EncoderSizes
+from audiolm.models.conformer import Encoder, EncoderSizes
 from audiolm.tokenizers import residual
 from audiolm.tokenizers.extractor import ConformerExtractor, Window
-from audiolm.tokenizers.fit import encode_frames
+from audiolm.tokenizers.kmeans_fit import encode_frames
 from audiolm.tokenizers.semantic import save_semantic
-from audiolm.train import adversary, objective_vocoder
+from audiolm.train import gan
+from audiolm.train.objectives import vocoder
 from tests.tiny_codec import voice
 
 RATE, K, DIM, LAYER = 16_000, 12, 16, 2
@@ -43,9 +45,9 @@ def corpus(folder) -> SimpleNamespace:
 
 def read_by(monkeypatch: pytest.MonkeyPatch, clips: list[Clip]) -> None:
     """The manifest, without its step; four held-out pieces, as PESQ is slow."""
-    pieces = adversary.held_out
-    monkeypatch.setattr(objective_vocoder, "held_out", lambda *args: pieces(*args)[::4])
-    for module in (residual, objective_vocoder):
+    pieces = gan.held_out
+    monkeypatch.setattr(vocoder, "held_out", lambda *args: pieces(*args)[::4])
+    for module in (residual, vocoder):
         monkeypatch.setattr(module, "read_clips", lambda path, split=None, where=None: [c for c in clips if c.split == split])
 
 

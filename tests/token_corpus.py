@@ -8,7 +8,7 @@ import numpy as np
 
 from audiolm import store
 from audiolm.data import tokens
-from audiolm.data.manifest import Clip, Part, clips_parquet
+from audiolm.data.clips import Clip, Part, clips_parquet
 
 K, VOCAB, N_Q = 12, 16, 3
 STAY = 0.75  # chance that the law holds

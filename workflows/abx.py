@@ -44,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
 
 def measure(args: argparse.Namespace) -> list[dict]:
     """`eval.abx.abx` of the audio's features, with "name" and "seconds"; several rows for checkpoints."""
-    from audiolm.eval import abx
+    from audiolm.eval.metrics import abx
 
     whole = args.model is not None and args.layer is not None
     if args.plot and not args.checkpoints:
@@ -64,10 +64,11 @@ def measure(args: argparse.Namespace) -> list[dict]:
 
 def sources(args: argparse.Namespace, files: set[str]) -> Iterator[tuple[str, int | None, Any, float]]:
     """(name, step of a checkpoint, features by file, rate in Hz)."""
-    from audiolm.data.shards import pick_device
-    from audiolm.eval import abx, layer_choice
-    from audiolm.eval.abx_curve import checkpoints
-    from audiolm.eval.abx_set import audio_paths, wav_of
+    from audiolm.data.parallel import pick_device
+    from audiolm.eval.metrics import abx
+    from audiolm.eval.steps import layers
+    from audiolm.eval.steps.layers import checkpoints
+    from audiolm.eval.test_sets import audio_paths, wav_of
     from audiolm.tokenizers.extractor import window_of
     from audiolm.tokenizers.semantic import load_extractor, load_semantic
 
@@ -78,13 +79,13 @@ def sources(args: argparse.Namespace, files: set[str]) -> Iterator[tuple[str, in
     if args.features != "layer":
         yield args.features, None, lambda file: extract(wav_of(paths[file])), rate_hz
         return
-    from audiolm.config_semantic import KMeans  # its windows, which tokens are made with
+    from audiolm.config.semantic import KMeans  # its windows, which tokens are made with
 
     window = window_of(KMeans().window_s, KMeans().overlap_s)
     models = checkpoints(args.model, device) if args.checkpoints else [(None, load_extractor(args.model, device))]
     for step, model in models:
         name = f"layer {args.layer}" + ("" if step is None else f", step {step}")
-        yield name, step, layer_choice.zscored(layer_choice.frames_of(paths, model, args.layer, window)), layer_choice.RATE_HZ
+        yield name, step, layers.zscored(layers.frames_of(paths, model, args.layer, window)), layers.RATE_HZ
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -93,8 +94,8 @@ def main(argv: list[str] | None = None) -> int:
     from soundfile import SoundFileError
 
     from audiolm import store
-    from audiolm.eval import plots
-    from audiolm.eval.abx import MODES
+    from audiolm.eval.metrics.abx import MODES
+    from audiolm.render import plots
 
     try:
         rows = measure(args)

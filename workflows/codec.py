@@ -57,11 +57,11 @@ def evaluate(codec, args: argparse.Namespace) -> int:
     from audiolm import store
     from audiolm.data.audio import SAMPLE_RATE_HZ, start_of
     from audiolm.data.sources import AUDIO
-    from audiolm.eval.baseline_codecs import baselines
-    from audiolm.eval.codec import compare, format_table
-    from audiolm.tokenizers import files
+    from audiolm.eval.codec_quality import compare, format_table
+    from audiolm.eval.models.baseline_codecs import baselines
+    from audiolm.tokenizers import codec_files
 
-    found, samples = files.find(args.inputs, AUDIO), round(args.seconds * SAMPLE_RATE_HZ)
+    found, samples = codec_files.find(args.inputs, AUDIO), round(args.seconds * SAMPLE_RATE_HZ)
     picked = [found[i * len(found) // args.clips] for i in range(args.clips)] if len(found) > args.clips else found
     wavs = []
     for _, path in picked:
@@ -81,21 +81,21 @@ def evaluate(codec, args: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, 1 some files failed, 2 wrong usage, 130 stopped."""
     args = parser().parse_args(argv)
-    from audiolm.data.shards import pick_device
+    from audiolm.data.parallel import pick_device
     from audiolm.data.sources import AUDIO
-    from audiolm.tokenizers import files
+    from audiolm.tokenizers import codec_files
 
     try:
         if args.do == "evaluate" and args.clips < 1:
             raise ValueError(f"--clips {args.clips}: at least one")
         device = pick_device(args.device)
-        codec = files.open_codec(args.codec, device)
+        codec = codec_files.open_codec(args.codec, device)
         if args.do == "evaluate":
             return evaluate(codec, args)
         if args.levels is not None and not 1 <= args.levels <= codec.spec.n_q:
             raise ValueError(f"--levels {args.levels}: this codec has 1 to {codec.spec.n_q}")
-        suffixes, ending = (AUDIO, files.CODES) if args.do == "encode" else ((files.CODES,), f".{args.format}")
-        jobs = files.plan(args.inputs, suffixes, args.out, ending)
+        suffixes, ending = (AUDIO, codec_files.CODES) if args.do == "encode" else ((codec_files.CODES,), f".{args.format}")
+        jobs = codec_files.plan(args.inputs, suffixes, args.out, ending)
     except KeyboardInterrupt:
         return 130
     except Exception as e:  # noqa: BLE001  one line that names the fix, whatever a filesystem raised
@@ -103,14 +103,14 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {e}" if named else f"error: {type(e).__name__}: {e}", file=sys.stderr)
         return 2
 
-    def do(job: files.Job, tick: files.Tick) -> files.Done | None:
+    def do(job: codec_files.Job, tick: codec_files.Tick) -> codec_files.Done | None:
         if args.do == "encode":
-            return files.encode_file(codec, job, args.levels or codec.spec.n_q, args.force, tick)
-        return files.decode_file(codec, job, args.levels, args.format, args.force, tick)
+            return codec_files.encode_file(codec, job, args.levels or codec.spec.n_q, args.force, tick)
+        return codec_files.decode_file(codec, job, args.levels, args.format, args.force, tick)
 
     print(f"codec {codec.spec.name} {codec.hash} on {device}: {len(jobs)} files to {args.out}", flush=True)
     try:
-        return 1 if files.work(jobs, do) else 0
+        return 1 if codec_files.work(jobs, do) else 0
     except KeyboardInterrupt:
         print("\nstopped; the same command continues with the files that are left", file=sys.stderr)
         return 130

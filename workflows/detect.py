@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
 def parser() -> argparse.ArgumentParser:
-    from audiolm.lm.system import add_run_options
+    from audiolm.pipeline.cli import add_run_options
 
     p = argparse.ArgumentParser(prog="detect.py", description="Prints each file's mean probability that its seconds were "
                                 "generated, and that of every second. The detector knows the models of its own run alone.")
@@ -31,12 +31,13 @@ def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, 1 some files could not be judged, 2 wrong usage, 130 stopped."""
     args = parser().parse_args(argv)
     from audiolm import store
+    from audiolm.dag.run_index import steps_of
     from audiolm.data.audio import start_of
-    from audiolm.data.look import look, sound_errors, told
+    from audiolm.data.audio_check import look, sound_errors, told
     from audiolm.data.sources import AUDIO
-    from audiolm.eval.detector import judge, of_run
-    from audiolm.lm.system import find_run, steps_of
-    from audiolm.tokenizers.files import find
+    from audiolm.eval.suites.detector import judge, of_run
+    from audiolm.tokenizers.codec_files import find
+    from audiolm.tracking.lookup import find_run
 
     judged, failed = {}, 0
     try:

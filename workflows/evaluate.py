@@ -21,7 +21,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from audiolm import store  # noqa: E402
-from audiolm.lm.system import OUTPUTS  # noqa: E402
+from audiolm.dag.run_index import OUTPUTS  # noqa: E402
 
 
 def parser() -> argparse.ArgumentParser:
@@ -59,12 +59,14 @@ def names(args: argparse.Namespace) -> list[str]:
 
 def evaluate(args: argparse.Namespace) -> Any:
     """Evaluates one or two targets; returns the (first) Report."""
-    from audiolm.cli import quiet, start_ray, wants_ray
-    from audiolm.configfile import changed
-    from audiolm.eval import figures_page
-    from audiolm.eval.suites import check_names, find, run_suites
-    from audiolm.eval.target import resolve
-    from audiolm.progress import Board
+    from audiolm.config.load import changed
+    from audiolm.eval.suites.run import check_names, run_suites
+    from audiolm.pipeline.cli import quiet
+    from audiolm.pipeline.progress import Board
+    from audiolm.pipeline.ray_cluster import start_ray, wants_ray
+    from audiolm.report import results_page
+    from audiolm.report.results_page import run_and_report
+    from audiolm.tracking.target import resolve
 
     texts = list(args.compare or ()) + [a for a in args.rest if "=" not in a]
     if len(texts) != (2 if args.compare else 1):
@@ -86,14 +88,14 @@ def evaluate(args: argparse.Namespace) -> Any:
                           progress=lambda done, total, unit: board.update("evaluate", done, total, unit))
     how = {"config": config, "out": out, "cache": store.join(home, "cache")}
     if args.compare:
-        shown = [find(t.steps, names(args), store.join(folder, str(i)), manifest=targets[0].steps.get("manifest"), **how)
+        shown = [run_suites(t.steps, names(args), store.join(folder, str(i)), manifest=targets[0].steps.get("manifest"), **how)
                  for i, t in enumerate(targets, 1)]
         columns = [(label, r.rows, r.sounds) for label, r in zip("AB", shown, strict=True)]
         title = "; ".join(f"{label}: {t.title}" for label, t in zip("AB", targets, strict=True))
-        store.put(store.join(folder, "report.html"), figures_page.build(title, columns).encode())
+        store.put(store.join(folder, "report.html"), results_page.build(title, columns).encode())
         report = shown[0]
     else:
-        report = run_suites(targets[0].steps, names(args), folder, title=targets[0].title, **how)
+        report = run_and_report(targets[0].steps, names(args), folder, title=targets[0].title, **how)
     board.end("evaluate", "DONE", time.monotonic() - began, f"{len(report.rows)} rows")
     print(f"report: {store.join(folder, 'report.html')}")
     return report
@@ -101,9 +103,9 @@ def evaluate(args: argparse.Namespace) -> Any:
 
 def answer(args: argparse.Namespace) -> int:
     """A job's part (audiolm/ask/answer.py)."""
-    from audiolm.ask.answer import answer as answered
-    from audiolm.ask.launch import claim
-    from audiolm.tracked_runs import connect
+    from audiolm.eval_service.launcher import claim
+    from audiolm.eval_service.worker import answer as answered
+    from audiolm.tracking.lookup import connect
 
     if args.claim and not claim(args.claim):
         return 0  # another process has this job
@@ -118,13 +120,13 @@ def answer(args: argparse.Namespace) -> int:
 
 
 def watch(args: argparse.Namespace) -> None:
-    from audiolm.ask import webhook
-    from audiolm.ask.launch import open_launcher
-    from audiolm.ask.watch import watch as watched
-    from audiolm.cli import quiet
-    from audiolm.eval.suites import check_names
-    from audiolm.outbox import mask
-    from audiolm.tracked_runs import connect, default_tracking
+    from audiolm.eval.suites.run import check_names
+    from audiolm.eval_service import webhook
+    from audiolm.eval_service.launcher import open_launcher
+    from audiolm.eval_service.watcher import watch as watched
+    from audiolm.pipeline.cli import quiet
+    from audiolm.store import mask
+    from audiolm.tracking.lookup import connect, default_tracking
 
     if args.rest or args.compare:
         raise ValueError("--watch takes neither MODEL_URI_OR_RUN nor --compare")

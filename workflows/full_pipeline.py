@@ -13,19 +13,20 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # a submitted job runs the code that was submitted
 
-from audiolm.cli import main  # noqa: E402
-from audiolm.config import CodecFigures, Pipeline  # noqa: E402
-from audiolm.config_figures import abx_set, semantic_figures_of  # noqa: E402
-from audiolm.config_semantic import KMeans, Semantic  # noqa: E402
-from audiolm.dag import Step  # noqa: E402
+from audiolm.config.codec import CodecFigures  # noqa: E402
+from audiolm.config.external import abx_set, semantic_figures_of  # noqa: E402
+from audiolm.config.pipeline import Pipeline  # noqa: E402
+from audiolm.config.semantic import KMeans, Semantic  # noqa: E402
+from audiolm.dag.step import Step  # noqa: E402
 from audiolm.lm.warm_start import text_model  # noqa: E402
-from audiolm.tokenizers.pretrained import imported  # noqa: E402
-from audiolm.tokenizers.pretrained_semantic import imported_encoder  # noqa: E402
+from audiolm.pipeline.cli import main  # noqa: E402
+from audiolm.tokenizers.hf_codec import imported  # noqa: E402
+from audiolm.tokenizers.hf_encoder import imported_encoder  # noqa: E402
 
 
 def graph(cfg: Pipeline) -> list[Step]:
     """The steps of a run, in order (README has the picture)."""
-    from audiolm import steps as do
+    from audiolm.pipeline import steps as do
 
     common = {"seed": cfg.run.seed, "cluster": cfg.cluster, "corpus": cfg.corpus}
     sem, codec, lm = cfg.semantic, cfg.codec, cfg.lm
@@ -81,7 +82,7 @@ def graph(cfg: Pipeline) -> list[Step]:
 
 def semantic(sem: Semantic, common: dict, manifest: Step) -> list[Step]:
     """The masked model, its further iterations, the choice of layer and K where they say auto, and k-means, which is last."""
-    from audiolm import steps as do
+    from audiolm.pipeline import steps as do
 
     judged = abx_set(sem.abx) if sem.abx else None
 

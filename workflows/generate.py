@@ -23,7 +23,7 @@ STAGES = ("semantic", "coarse", "fine")
 
 
 def parser() -> argparse.ArgumentParser:
-    from audiolm.lm.system import add_run_options
+    from audiolm.pipeline.cli import add_run_options
 
     p = argparse.ArgumentParser(prog="generate.py", description="Writes NAME-1.wav and NAME-1.json, ... of each prompt and "
                                 "index.html to listen to them. What is done is skipped, so that the same command continues.")
@@ -72,8 +72,8 @@ def by_stage(option: str, texts: list[str] | None, kind: Callable, default: dict
 
 def draws(args: argparse.Namespace) -> tuple:
     """(stage, Draw) of each stage."""
-    from audiolm.config import Samples
-    from audiolm.lm.draw import Draw
+    from audiolm.config.lm import Samples
+    from audiolm.generate.params import Draw
 
     paper, off = Samples(), dict.fromkeys(STAGES)
     t = by_stage("--temperature", args.temperature, float, {s: getattr(paper, f"temperature_{s}") for s in STAGES})
@@ -108,13 +108,16 @@ def check(args: argparse.Namespace) -> None:
 def generate(args: argparse.Namespace) -> int:
     """Returns how many prompts failed."""
     from audiolm import store
-    from audiolm.cli import in_ray_job, quiet, start_ray, wants_ray
-    from audiolm.config import Cluster
-    from audiolm.data.shards import device_of, fan_out, pick_device
-    from audiolm.eval import sounds, sounds_page
-    from audiolm.eval.sound_task import make
-    from audiolm.lm.system import find_run, system_steps
-    from audiolm.progress import Board
+    from audiolm.config.run import Cluster
+    from audiolm.data.parallel import device_of, fan_out, pick_device
+    from audiolm.generate import jobs
+    from audiolm.generate.jobs import run_task
+    from audiolm.generate.load import system_steps
+    from audiolm.pipeline.cli import quiet
+    from audiolm.pipeline.progress import Board
+    from audiolm.pipeline.ray_cluster import in_ray_job, start_ray, wants_ray
+    from audiolm.render import sounds_page
+    from audiolm.tracking.lookup import find_run
 
     check(args)
     on_ray = wants_ray(args.ray)
@@ -124,13 +127,13 @@ def generate(args: argparse.Namespace) -> int:
     if not on_ray:
         pick_device(args.device)
     index, out = find_run(args.run, args.store, args.tracking), store.absolute(args.out)
-    asked = sounds.Asked(index.rsplit("/", 1)[-1].removesuffix(".json"), index, tuple(system_steps(index).items()), args.mode,
+    asked = jobs.Asked(index.rsplit("/", 1)[-1].removesuffix(".json"), index, tuple(system_steps(index).items()), args.mode,
                          draws(args), args.seed, args.seconds, args.prompt_s, args.whole, args.long)
     if args.prompt:
-        samples, wrong = sounds.look_at(sounds.name_prompts(args.prompt), args.samples)
+        samples, wrong = jobs.look_at(jobs.name_prompts(args.prompt), args.samples)
     else:
-        samples, wrong = [sounds.Sample(args.mode, n) for n in range(1, args.samples + 1)], []
-    todo = sounds.left(asked, samples, out, args.force)
+        samples, wrong = [jobs.Sample(args.mode, n) for n in range(1, args.samples + 1)], []
+    todo = jobs.left(asked, samples, out, args.force)
     size = 1 if args.long else args.batch
     batches = [todo[i:i + size] for i in range(0, len(todo), size)]
     board, began = Board(), time.monotonic()
@@ -146,14 +149,14 @@ def generate(args: argparse.Namespace) -> int:
         board.start("generate")
         shown = SimpleNamespace(inline=not on_ray, step=SimpleNamespace(name="generate"),
                                 progress=lambda done, total, unit: board.update("generate", done, total, unit))
-        failed = fan_out(make, [(asked, batch, out, device) for batch in batches], out=shown, cluster=cluster, unit="prompts",
+        failed = fan_out(run_task, [(asked, batch, out, device) for batch in batches], out=shown, cluster=cluster, unit="prompts",
                          sizes=[len(batch) / args.samples for batch in batches], gpu=device == "cuda")
         failed = list(dict.fromkeys(line for lines in failed for line in lines))
         board.end("generate", "DONE", time.monotonic() - began, f"{len(failed)} prompts failed" if failed else "")
         for line in failed:
             print(f"error: {line}", file=sys.stderr)
         wrong += failed
-    made = sounds.records(out)
+    made = jobs.records(out)
     ours = [made[s.file] for s in samples if s.file in made]
     if ours:
         store.put(store.join(out, "index.html"), sounds_page.build(made).encode())

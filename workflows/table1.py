@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
 
 def builds(args: argparse.Namespace) -> dict[str, str | None]:
     """Path by option, from the options and then from the run's index. Raises ValueError where neither side is there."""
-    from audiolm.lm.system import steps_of
+    from audiolm.dag.run_index import steps_of
 
     steps = steps_of(args.run) if args.run else {}
     found = {option: getattr(args, option) or steps.get(step) for option, step in STEPS.items()}
@@ -59,13 +59,13 @@ def builds(args: argparse.Namespace) -> dict[str, str | None]:
 def measure(args: argparse.Namespace) -> dict:
     """`eval.table1.table1` of the builds, with their paths and "wall_s"."""
     from audiolm.data import audio
-    from audiolm.data.shards import pick_device
+    from audiolm.data.parallel import pick_device
     from audiolm.data.sources import AUDIO
-    from audiolm.eval import abx
-    from audiolm.eval.abx_set import audio_paths, wav_of
-    from audiolm.eval.codec import scorers
-    from audiolm.eval.table1 import acoustic_side, semantic_side, table1
-    from audiolm.tokenizers import files
+    from audiolm.eval.metrics import abx
+    from audiolm.eval.metrics.audio_quality import scorers
+    from audiolm.eval.suites.tokens import acoustic_side, semantic_side, table1
+    from audiolm.eval.test_sets import audio_paths, wav_of
+    from audiolm.tokenizers import codec_files
     from audiolm.tokenizers.residual import load_residual
     from audiolm.tokenizers.vocoder import load_vocoder
 
@@ -76,12 +76,12 @@ def measure(args: argparse.Namespace) -> dict:
     items = abx.read_items(args.items)
     items = items.of(args.speakers.split(",")) if args.speakers else items
     by_name = audio_paths(tuple(args.audio), set(items.file.tolist()), "--audio")
-    sides = [acoustic_side(files.open_codec(paths["codec"], device))] if paths["codec"] else []
+    sides = [acoustic_side(codec_files.open_codec(paths["codec"], device))] if paths["codec"] else []
     if paths["tokenizer"]:
         tokenizer = load_residual(paths["tokenizer"], paths["residual"], device)
         vocoder = load_vocoder(paths["vocoder"], tokenizer, device) if paths["vocoder"] else None
         sides.append(semantic_side(tokenizer, vocoder))
-    places = [path for _, path in files.find(args.clips, AUDIO)] if args.clips else list(by_name.values())
+    places = [path for _, path in codec_files.find(args.clips, AUDIO)] if args.clips else list(by_name.values())
     some = [places[i * len(places) // args.number] for i in range(args.number)] if len(places) > args.number else places
     wavs = [wav_of(place)[:round(args.seconds * audio.SAMPLE_RATE_HZ)] for place in some]
 
@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
     from soundfile import SoundFileError
 
     from audiolm import store
-    from audiolm.eval.table1 import format_table
+    from audiolm.eval.suites.tokens import format_table
 
     try:
         found = measure(args)

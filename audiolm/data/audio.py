@@ -11,19 +11,15 @@ import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 from fsspec.implementations.local import LocalFileSystem
 
 from audiolm import store
-from audiolm.data.sources import locate
 
 if TYPE_CHECKING:
     import soundfile
-
-    from audiolm.data.manifest import Clip
 
 SAMPLE_RATE_HZ = 16_000  # paper III-B
 LOSSLESS = ("WAV", "WAVEX", "RF64", "FLAC")  # libsndfile's names
@@ -34,11 +30,6 @@ _BLOCK = 1 << 18  # frames decoded at once where only figures are wanted
 def samples_at(frames: int, from_hz: int, to_hz: int = SAMPLE_RATE_HZ) -> int:
     """ceil(frames * to / from), the length of resampled audio."""
     return -(-frames * to_hz // from_hz)
-
-
-def speed_hz(speed: float) -> int:
-    """The rate at which 16 kHz audio is heard at another speed; whole for speeds of three decimals."""
-    return round(SAMPLE_RATE_HZ * speed)
 
 
 def probe(path: str) -> tuple[int, int, int]:
@@ -118,39 +109,6 @@ def start_of(path: str, samples: int | None = None, to_hz: int = SAMPLE_RATE_HZ)
         if samples is not None and have >= samples:
             break
     return np.concatenate(parts)[:samples]
-
-
-def read_clip(clip: Clip, roots: dict[str, str], start: int = 0, samples: int | None = None) -> np.ndarray:
-    """wav_T float32 mono at 16 kHz: the whole clip (`clip.samples`), or `samples` of it from `start`. A copy at another
-    speed is the clip resampled as a whole, so its pitch moves too.
-
-    Raises FileNotFoundError where a file is gone, ValueError where it is no longer what the manifest saw or where the
-    piece lies outside the clip."""
-    end = clip.samples if samples is None else start + samples
-    if not 0 <= start <= end <= clip.samples:
-        raise ValueError(f"clip {clip.id}: samples {start} to {end} asked for, it has {clip.samples}")
-    if clip.origin not in roots:
-        raise ValueError(f"clip {clip.id} comes from source {clip.origin!r}; corpus.sources are {sorted(roots)}")
-    if clip.speed != 1:
-        return resample(read_clip(replace(clip, speed=1.0), roots), speed_hz(clip.speed), SAMPLE_RATE_HZ)[start:end]
-    same = clip.sample_rate == SAMPLE_RATE_HZ  # then only the parts that the piece touches are needed
-    pieces, skipped = [], 0
-    for part in clip.parts:
-        if same and (part.offset >= end or part.offset + part.frames <= start):
-            skipped += part.frames if part.offset < start else 0
-            continue
-        path, first, last = locate(roots[clip.origin], part.uri), 0, part.frames
-        with open_sound(path) as f:
-            if same and f.format in LOSSLESS:  # and of those only the frames; elsewhere a jump may change the sound
-                first, last = max(0, start - part.offset), min(part.frames, end - part.offset)
-                skipped += first
-            wav_T, rate = _read(f, part.start + first, last - first), f.samplerate
-        if rate != clip.sample_rate or len(wav_T) != last - first:
-            raise ValueError(f"{path} is no longer what the manifest saw: {len(wav_T)} frames at {rate} Hz from frame "
-                             f"{part.start + first}, expected {last - first} at {clip.sample_rate}; raise corpus.revision")
-        pieces.append(wav_T)
-    wav_T = np.concatenate([*pieces, np.zeros(0, np.float32)])
-    return resample(wav_T, clip.sample_rate, SAMPLE_RATE_HZ)[start - skipped:end - skipped]
 
 
 def mono(wav_TC: np.ndarray) -> np.ndarray:

@@ -11,100 +11,20 @@ from __future__ import annotations
 import hashlib
 import io
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import groupby
 
 from audiolm import rng, store
-from audiolm.config import ConfigError, Corpus, Where
+from audiolm.config.base import ConfigError
+from audiolm.config.corpus import Corpus
 from audiolm.data import scan, sources
-from audiolm.data.audio import SAMPLE_RATE_HZ, samples_at, speed_hz
-from audiolm.data.shards import fan_out
-from audiolm.data.sources import SPLITS, roots
+from audiolm.data.audio import SAMPLE_RATE_HZ
+from audiolm.data.clips import Clip, Part, _parquet, clips_parquet
+from audiolm.data.parallel import fan_out
+from audiolm.data.sources import SPLITS
 from audiolm.data.splits import Unit, assign
-
-__all__ = ["Clip", "Part", "build_manifest", "changed_files", "read_clips", "roots", "token_clips"]
-
-
-@dataclass(frozen=True)
-class Part:
-    """A stretch [start, start + frames) of a file, at `offset` inside its clip."""
-
-    id: str
-    uri: str
-    start: int
-    frames: int
-    offset: int
-    text: str | None
-
-
-@dataclass(frozen=True)
-class Clip:
-    """A row of the manifest; `origin` is the corpus source whose root its uris are relative to. One of another `speed` is a
-    copy that stands in token stores alone; frames and parts are the original's."""
-
-    id: str
-    origin: str
-    source: str
-    speaker: str
-    split: str
-    sample_rate: int
-    frames: int
-    parts: tuple[Part, ...]
-    shard: int = -1
-    row: int = -1
-    speed: float = 1.0
-
-    @property
-    def samples(self) -> int:
-        """Length at 16 kHz."""
-        n = samples_at(self.frames, self.sample_rate)
-        return n if self.speed == 1 else samples_at(n, speed_hz(self.speed))
-
-    @property
-    def seconds(self) -> float:
-        return self.frames / self.sample_rate / self.speed
-
-    @property
-    def text(self) -> str | None:
-        """The parts' texts, or None where one has none."""
-        texts = [p.text for p in self.parts]
-        return None if None in texts else " ".join(texts)
-
-
-def read_clips(manifest_path: str, split: str | None = None, where: Where | None = None) -> list[Clip]:
-    """The clips of a manifest's folder in order of (shard, row); `where.source` takes a source's name or label."""
-    import pyarrow.compute as pc
-    import pyarrow.parquet as pq
-
-    table = pq.read_table(io.BytesIO(store.get(store.join(manifest_path, "clips.parquet"))))
-    if split:
-        table = table.filter(pc.equal(table["split"], split))
-    columns = [table[n].to_pylist() for n in table.column_names]
-    clips = []
-    for values in zip(*columns, strict=True):
-        row = dict(zip(table.column_names, values, strict=True))
-        if _wanted(where, row["source"], row["origin"]):
-            clips.append(Clip(**{**row, "parts": tuple(Part(**p) for p in row["parts"])}))
-    return clips
-
-
-def token_clips(manifest_path: str, speeds: Sequence[float], split: str | None = None,
-                where: Where | None = None) -> list[Clip]:
-    """The rows of a token store: `read_clips`, and after a shard's own the copies of its train clips, a speed after the other,
-    with ids `{id}@{speed}`."""
-    found = []
-    for _, members in groupby(read_clips(manifest_path, split), key=lambda c: c.shard):
-        own = list(members)
-        found += own
-        for k, speed in enumerate(speeds if own[0].split == "train" else (), 1):
-            found += [replace(c, id=f"{c.id}@{speed}", row=k * len(own) + c.row, speed=speed) for c in own]
-    return [c for c in found if _wanted(where, c.source, c.origin)]
-
-
-def _wanted(where: Where | None, source: str, origin: str) -> bool:
-    return where is None or where.source is None or not {source, origin}.isdisjoint(where.source)
 
 
 def build_manifest(config: dict, inputs: dict, out) -> dict:
@@ -192,18 +112,6 @@ def cut_shards(clips: list[Clip], shard_s: float, seed: int) -> list[Clip]:
             row, seconds = row + 1, seconds + c.seconds
         shard += bool(members)
     return done
-
-
-def clips_parquet(clips: list[Clip]) -> bytes:
-    import pyarrow as pa
-
-    part = [("id", "string"), ("uri", "string"), ("start", "int64"), ("frames", "int64"), ("offset", "int64"),
-            ("text", "string")]
-    parts = pa.list_(pa.struct([(n, pa.type_for_alias(t)) for n, t in part]))
-    rows = [{**vars(c), "parts": [vars(p) for p in c.parts]} for c in clips]
-    return _parquet(rows, [("id", "string"), ("origin", "string"), ("source", "string"), ("speaker", "string"),
-                           ("split", "string"), ("sample_rate", "int64"), ("frames", "int64"), ("parts", parts),
-                           ("shard", "int64"), ("row", "int64")])
 
 
 def _scan(found: list, corpus: Corpus, cluster, out) -> tuple[list[Unit], list[dict], dict]:
@@ -328,13 +236,3 @@ def _summary(clips: list[Clip], facts: dict, remarks: list[str]) -> str:
     reasons = {k: v for k, v in facts["rejected"].items() if k != "total"}
     bad = f"rejected {facts['rejected']['total']}" + (f" ({_counts(reasons)}; see rejected.parquet)" if reasons else "")
     return "\n".join([f"{len(clips)} clips, {hours:.2f} h of {facts['files']} files; {bad}", *remarks])
-
-
-def _parquet(rows: list[dict], columns: list[tuple]) -> bytes:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    schema = pa.schema([(n, pa.type_for_alias(t) if isinstance(t, str) else t) for n, t in columns])
-    sink = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows, schema=schema), sink)
-    return sink.getvalue()

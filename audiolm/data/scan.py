@@ -16,7 +16,7 @@ import numpy as np
 from fsspec.implementations.local import LocalFileSystem
 
 from audiolm import store
-from audiolm.config import Corpus
+from audiolm.config.corpus import Corpus
 from audiolm.data.audio import mono, open_sound
 from audiolm.data.sources import Found
 

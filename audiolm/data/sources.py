@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from fsspec.utils import glob_translate
 
 from audiolm import store
-from audiolm.config import ConfigError, Corpus, FolderSource, LibriSpeechSource, ManifestSource, Source
+from audiolm.config.base import ConfigError
+from audiolm.config.corpus import Corpus, FolderSource, LibriSpeechSource, ManifestSource, Source
 
 AUDIO = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3")
 SPLITS = ("train", "dev", "test")

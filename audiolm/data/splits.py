@@ -12,7 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from audiolm import rng
-from audiolm.config import ConfigError, Corpus
+from audiolm.config.base import ConfigError
+from audiolm.config.corpus import Corpus
 from audiolm.data.sources import Found
 
 

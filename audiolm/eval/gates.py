@@ -12,9 +12,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from audiolm.data.shards import device_of, fan_out
+from audiolm.data.parallel import device_of, fan_out
 from audiolm.data.tokens import level_name, read_meta, shard_name
-from audiolm.eval.likelihood import measure_stage
+from audiolm.eval.metrics.likelihood import measure_stage
 from audiolm.store import get_json, join, put_json
 
 # Levels in use had 0.79 to 0.99 of their bits on speech (README's unigrams); one that collapsed used 13 of

@@ -19,19 +19,20 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from audiolm import rng, store
+from audiolm.dag.run_index import SYSTEM_STEPS
 from audiolm.data.audio import wav_bytes
-from audiolm.data.manifest import Clip
+from audiolm.data.clips import Clip
 from audiolm.data.tokens import run_starts
 from audiolm.eval.ladder import continued, prompt_samples
-from audiolm.lm.draw import Draw
-from audiolm.lm.generation import DRAWS, AudioLM
-from audiolm.lm.system import NEEDED, load_system
+from audiolm.generate.audiolm import AudioLM
+from audiolm.generate.load import load_system
+from audiolm.generate.params import DRAWS, Draw
 
 MODES = ("original", "resynthesis", "levels", "fine", "acoustic", "shuffled", "continuation")
 ITEMS = {"original": "original", "resynthesis": "codec resynthesis", "levels": "codec resynthesis, coarse levels",
          "fine": "fine from true coarse", "acoustic": "acoustic generation",
          "shuffled": "acoustic generation, shuffled tokens", "continuation": "continuation"}  # in tables
-MODELS = (*NEEDED, "lm_fine")
+MODELS = (*SYSTEM_STEPS, "lm_fine")
 
 Clips = Sequence[tuple[Clip, np.ndarray]]
 Progress = Callable[[int, int, str], None]  # (done, of, unit)

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from audiolm import rng, store
-from audiolm.config import Where
-from audiolm.data.audio import read_clip, wav_bytes
-from audiolm.data.manifest import Clip, read_clips
-from audiolm.eval.codec import mel_distance
-from audiolm.lm.generation import AudioLM, Sound
+from audiolm.config.corpus import Where
+from audiolm.data.audio import wav_bytes
+from audiolm.data.clips import Clip, read_clip, read_clips
+from audiolm.eval.metrics.audio_quality import mel_distance
+from audiolm.generate.audiolm import AudioLM, Sound
 from audiolm.tokenizers.base import SAMPLE_RATE, SEMANTIC_HOP
 
 

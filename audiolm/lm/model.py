@@ -12,26 +12,27 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from audiolm import config, store
+from audiolm import store
+from audiolm.config import lm
 from audiolm.lm.stages import Stage, stage_from_json
 from audiolm.models.transformer import Transformer
 
 FORMAT = 2  # 1 had one head over all ids
 
 
-def build_lm(stage: Stage, shape: config.Stage) -> Transformer:
+def build_lm(stage: Stage, shape: lm.Stage) -> Transformer:
     """The untrained model of a stage; draws its weights from torch's current generator."""
     model = Transformer(**_arguments(stage, shape))
     model.checkpointing = shape.checkpointing
     return model
 
 
-def _arguments(stage: Stage, shape: config.Stage) -> dict[str, Any]:
+def _arguments(stage: Stage, shape: lm.Stage) -> dict[str, Any]:
     return {"vocab": stage.vocab_size, "slots": [len(ids) for ids in stage.slot_ids()], "longest": stage.max_len,
             **shape.model_dump(include={"dim", "layers", "heads", "ff", "dropout", "positions", "gated", "norm", "activation"})}
 
 
-def export_lm(module: Transformer, stage: Stage, shape: config.Stage) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def export_lm(module: Transformer, stage: Stage, shape: lm.Stage) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """(float32 weights on the CPU by name, JSON config) of a stage."""
     weights = {name: t.detach().to("cpu", torch.float32, copy=True).contiguous()
                for name, t in module.state_dict().items()}

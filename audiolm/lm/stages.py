@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from audiolm.config import LM
+from audiolm.config.lm import LM
 
 SEMANTIC_HZ = 25
 FRAMES = 2  # acoustic frames per semantic frame

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from audiolm import rng
-from audiolm.models.masked import Encoder, EncoderSizes
+from audiolm.models.conformer import Encoder, EncoderSizes
 
 
 def draw_negatives(mask_BT: torch.Tensor, k: int, seed: int, step: int, rows: list[int]) -> torch.Tensor:

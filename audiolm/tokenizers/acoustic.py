@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from audiolm.models.soundstream import SoundStream
-from audiolm.tokenizers import pretrained
+from audiolm.tokenizers import hf_codec
+from audiolm.tokenizers.artifact import ArtefactError, read_export
 from audiolm.tokenizers.base import (
     ACOUSTIC_HOP,
     SAMPLE_RATE,
@@ -26,7 +27,6 @@ from audiolm.tokenizers.base import (
     clip_lengths,
     padded_samples,
 )
-from audiolm.tokenizers.semantic import ArtefactError, read_export
 
 CHUNK_FRAMES = 3000  # 60 s
 
@@ -132,12 +132,12 @@ def _whole_frames(blocks: Iterable[np.ndarray]) -> Iterator[torch.Tensor]:
     yield torch.zeros(1, padded_samples(n) - n)
 
 
-def load_codec(path: str, device: str = "cpu") -> AcousticTokenizer | pretrained.PretrainedCodec:
+def load_codec(path: str, device: str = "cpu") -> AcousticTokenizer | hf_codec.PretrainedCodec:
     """The tokenizer of a finished codec build, trained here or imported. Raises ArtefactError where config and weights
     do not fit."""
     weights, config, digest = read_export(path)
-    if config.get("kind") in pretrained.CLASSES:
-        codec = pretrained.from_export(path, weights, config, digest, device)
+    if config.get("kind") in hf_codec.CLASSES:
+        codec = hf_codec.from_export(path, weights, config, digest, device)
         if (codec.spec.sample_rate, codec.spec.hop) != (SAMPLE_RATE, ACOUSTIC_HOP):
             raise ArtefactError(f"{path}/export/config.json: {codec.spec.sample_rate} Hz and a hop of {codec.spec.hop}; "
                                 f"this pipeline takes {SAMPLE_RATE} Hz and a hop of {ACOUSTIC_HOP}")

@@ -22,9 +22,9 @@ import torch
 
 from audiolm import store
 from audiolm.data import tokens
-from audiolm.data.audio import read_clip
-from audiolm.data.manifest import Clip, roots, token_clips
-from audiolm.data.shards import device_of, fan_out
+from audiolm.data.clips import Clip, read_clip, token_clips
+from audiolm.data.parallel import device_of, fan_out
+from audiolm.data.sources import roots
 from audiolm.tokenizers.base import ACOUSTIC_HOP, SAMPLE_RATE, SEMANTIC_HOP, TokenSpec, padded_samples
 
 TOKENIZER = {"semantic": "kmeans", "acoustic": "codec"}  # which -> the step whose artifact encodes

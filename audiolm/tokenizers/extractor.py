@@ -7,7 +7,6 @@ keep their ends).  Legend: wav_BT float32 at 16 kHz, lengths_B true samples, fea
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -15,7 +14,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
-from audiolm.models.masked import LAYER_CONVENTION, Encoder, EncoderSizes
+from audiolm.models.conformer import LAYER_CONVENTION, Encoder, EncoderSizes
 from audiolm.models.mel import log_mel
 from audiolm.tokenizers.base import SAMPLE_RATE, SEMANTIC_HOP, padded_samples
 
@@ -143,15 +142,3 @@ def windowed(extractor: Extractor, wav_BT: torch.Tensor, lengths_B: torch.Tensor
             for x, made in zip(found, whole, strict=True):
                 made[row, first:end] = x[i, first - at:end - at]
     return whole, frames_B
-
-
-def rebuilt(config: dict, weights: dict[str, torch.Tensor]) -> Extractor:
-    """The extractor of `to_json` and `state`; in float32 on the CPU. Raises KeyError, RuntimeError or ValueError where they
-    do not fit."""
-    if config["family"] == FAMILY:
-        encoder = Encoder(EncoderSizes(**config["encoder"]))
-        encoder.load_state_dict(weights)
-        return ConformerExtractor(encoder)
-    from audiolm.tokenizers.pretrained_semantic import rebuilt as imported
-
-    return imported(copy.deepcopy(config), weights)

@@ -16,13 +16,15 @@ import torch
 from safetensors.torch import load, save
 
 from audiolm import rng, store
-from audiolm.config_vocoder import Residual
-from audiolm.data.manifest import Clip, read_clips, roots
-from audiolm.data.shards import device_of, fan_out
+from audiolm.config.semantic import Residual
+from audiolm.data.clips import Clip, read_clips
+from audiolm.data.parallel import device_of, fan_out
+from audiolm.data.sources import roots
 from audiolm.models import kmeans
-from audiolm.tokenizers import fit
+from audiolm.tokenizers import kmeans_fit
+from audiolm.tokenizers.artifact import ArtefactError, read_export
 from audiolm.tokenizers.base import SAMPLE_RATE, SEMANTIC_HOP, TokenSpec
-from audiolm.tokenizers.semantic import ArtefactError, SemanticTokenizer, load_semantic, read_export
+from audiolm.tokenizers.semantic import SemanticTokenizer, load_semantic
 
 FORMAT = "audiolm-residual-1"
 
@@ -100,15 +102,15 @@ def fit_residual(config: dict, inputs: dict, out) -> dict:
     if not shards:
         raise ValueError(f"residual k-means needs train clips and the manifest has none for where = {where.source}: widen it")
     tokenizer, numbers, device = load_semantic(path), sorted(shards), device_of(cluster, out.inline)
-    frames = [sum(fit.frames_in(c) for c in shards[n]) for n in numbers]
+    frames = [sum(kmeans_fit.frames_in(c) for c in shards[n]) for n in numbers]
     items = [(path, tokenizer.layer, tokenizer.window, shards[n], roots(config["corpus"]), n, quota, seed, out.path, device)
-             for n, quota in zip(numbers, fit.quotas_of(frames, settings.max_frames), strict=True)]
-    fan_out(fit.sample_shard, items, out=out, cluster=cluster, unit="audio s", gpu=device == "cuda",
+             for n, quota in zip(numbers, kmeans_fit.quotas_of(frames, settings.max_frames), strict=True)]
+    fan_out(kmeans_fit.sample_shard, items, out=out, cluster=cluster, unit="audio s", gpu=device == "cuda",
             sizes=[f * SEMANTIC_HOP / SAMPLE_RATE for f in frames])
     out.check()
     note = store.join(out.path, "iterations.json")
     store.remove(note)
-    shown = fit.Iterations(out, partial(store.get_json, note))
+    shown = kmeans_fit.Iterations(out, partial(store.get_json, note))
     say = shown.show if out.inline else partial(store.put_json, note)
     facts = fan_out(fit_levels, [(path, settings, numbers, seed, out.path, device, say)], out=shown, cluster=cluster,
                     unit="fits", gpu=device == "cuda")[0]
@@ -121,17 +123,17 @@ def fit_levels(kmeans_path: str, settings: Residual, numbers: list[int], seed: i
     [iterations done, of, inertia per frame]."""
     tokenizer = load_semantic(kmeans_path)
     mean_D, std_D, book_KD = tokenizer.mean_D, tokenizer.std_D, tokenizer.centroids_KD.to(device)
-    rests = [load(store.get(fit.features_file(out_path, n)))["features"] for n in numbers]
+    rests = [load(store.get(kmeans_fit.features_file(out_path, n)))["features"] for n in numbers]
     kmeans.check_finite(rests, numbers)
     for i, x_ND in enumerate(rests):  # shard by shard: the features are held once
-        rests[i] = fit.scaled(x_ND, mean_D, std_D).to(device)
+        rests[i] = kmeans_fit.scaled(x_ND, mean_D, std_D).to(device)
     total, frames, told = _energy(rests), sum(map(len, rests)), time.monotonic()
     of = (settings.levels - 1) * settings.iterations
     books, facts = [], {"frames": frames, "levels": settings.levels, "k": len(book_KD)}
     for level in range(1, settings.levels + 1):
         def tell(run: int, done: int, inertia: float, before: int = (level - 2) * settings.iterations) -> None:
             nonlocal told
-            if time.monotonic() - told > fit.SHOW_S:
+            if time.monotonic() - told > kmeans_fit.SHOW_S:
                 told = time.monotonic()
                 say([before + done, of, inertia / frames])
 

@@ -8,27 +8,24 @@ float32 at 16 kHz, lengths_B true samples, features_BTD and codes_T1 at 25 Hz.
 
 from __future__ import annotations
 
+import copy
 import hashlib
-import json
 import math
 
 import torch
-from safetensors.torch import load, save
+from safetensors.torch import save
 
 from audiolm import store
 from audiolm.models import kmeans
-from audiolm.models.masked import LAYER_CONVENTION
+from audiolm.models.conformer import LAYER_CONVENTION, Encoder, EncoderSizes
+from audiolm.tokenizers.artifact import ArtefactError, read_export
 from audiolm.tokenizers.base import SAMPLE_RATE, SEMANTIC_HOP, TokenSpec
-from audiolm.tokenizers.extractor import FAMILY, Extractor, Window, rebuilt, windowed
+from audiolm.tokenizers.extractor import FAMILY, ConformerExtractor, Extractor, Window, windowed
 
 FORMAT = "audiolm-semantic-2"
 MASKED_FORMAT = "audiolm-masked-1"  # of a masked model's export
 GOLDEN_S = 2.0
 SURE = 1e-3  # golden frames nearer to a tie than this may differ between processors
-
-
-class ArtefactError(ValueError):
-    """An export that is incomplete, altered, or of another kind; the text names the path, the field and the fix."""
 
 
 def golden_clip() -> torch.Tensor:
@@ -69,23 +66,6 @@ class SemanticTokenizer:
         """codes_BT and frames_B, where the tokenizer is; codes past a row's frames mean nothing."""
         x_BTD, frames_B = self.features(wav_BT, lengths_B)
         return kmeans.assign(x_BTD.flatten(0, 1), self.centroids_KD).view(x_BTD.shape[:2]), frames_B
-
-
-def read_export(build: str) -> tuple[dict[str, torch.Tensor], dict, str]:
-    """(weights, config, digest) of {build}/export; the digest is of the bytes of both files. Raises ArtefactError."""
-    data = []
-    for name in ("model.safetensors", "config.json"):
-        path = store.join(build, "export", name)
-        try:
-            data.append(store.get(path))
-        except FileNotFoundError as e:
-            raise ArtefactError(f"{path} is missing: the step that leaves it has not finished") from e
-    weights, config = data[0], json.loads(data[1])
-    expected = config.get("weights_sha256")
-    if expected is not None and hashlib.sha256(weights).hexdigest() != expected:
-        raise ArtefactError(f"{build}/export: model.safetensors is not the file that config.json describes (sha256 "
-                            f"{expected[:16]}...); run the step that left it again")
-    return load(weights), config, hashlib.sha256(data[0] + data[1]).hexdigest()[:16]
 
 
 def load_extractor(build: str, device: str = "cpu") -> Extractor:
@@ -163,9 +143,21 @@ def _extractor(build: str, weights: dict[str, torch.Tensor], config: dict) -> Ex
     if family == FAMILY:
         _require(build, config, "layer_convention", LAYER_CONVENTION)
     try:
-        return rebuilt(config, {n.removeprefix("encoder."): w for n, w in weights.items() if n.startswith("encoder.")})
+        return extractor_from_export(config, {n.removeprefix("encoder."): w for n, w in weights.items() if n.startswith("encoder.")})
     except (KeyError, TypeError, ValueError, RuntimeError) as e:
         if isinstance(e, ArtefactError):
             raise
         raise ArtefactError(f"{build}/export: the weights do not fit the encoder in config.json (family {family!r}): "
                             f"{e}") from e
+
+
+def extractor_from_export(config: dict, weights: dict[str, torch.Tensor]) -> Extractor:
+    """The extractor of `to_json` and `state`; in float32 on the CPU. Raises KeyError, RuntimeError or ValueError where they
+    do not fit."""
+    if config["family"] == FAMILY:
+        encoder = Encoder(EncoderSizes(**config["encoder"]))
+        encoder.load_state_dict(weights)
+        return ConformerExtractor(encoder)
+    from audiolm.tokenizers.hf_encoder import rebuilt as imported
+
+    return imported(copy.deepcopy(config), weights)

@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 
 from audiolm.models.vocoder import SemanticVocoder
+from audiolm.tokenizers.artifact import ArtefactError, read_export
 from audiolm.tokenizers.base import TokenSpec, check_codes
 from audiolm.tokenizers.residual import ResidualTokenizer
-from audiolm.tokenizers.semantic import ArtefactError, read_export
 
 KIND = "semantic-vocoder"
 SIZES = ("levels", "vocab", "dim", "layers", "channels")

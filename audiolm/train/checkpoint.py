@@ -13,7 +13,7 @@ from typing import Any
 
 import safetensors.torch
 
-from audiolm.lease import LeaseLost, check_lease
+from audiolm.dag.lease import LeaseLost, check_lease
 from audiolm.store import get, join, put, put_json, remove
 from audiolm.train.commits import commits, folder_of, path_of
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 
-from audiolm.lease import check_lease
-from audiolm.metrics import read_build
+from audiolm.dag.lease import check_lease
+from audiolm.metrics_log import read_build
 from audiolm.store import copy, get_json, join, names, put, put_json
 
 

@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from audiolm.config import Train
-from audiolm.train.objective import Context
+from audiolm.config.training import Train
+from audiolm.train.objectives.base import Context
 
 Saved = dict[str, torch.Tensor]
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from audiolm.config import Train
+from audiolm.config.training import Train
 from audiolm.train.engine import all_sum, alone
-from audiolm.train.objective import Context, Objective
+from audiolm.train.objectives.base import Context, Objective
 
 FREE_SHARE = 0.92  # of the memory is what a trial may use: later rows can be longer, and memory is cut into pieces
 STATE_BYTES = 12  # a parameter, of moments and gradients that an engine keeps besides the trial's own

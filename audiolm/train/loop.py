@@ -23,16 +23,17 @@ import torch
 import torch.distributed as dist
 
 from audiolm import rng
-from audiolm.config import Cluster, Train
-from audiolm.data.shards import device_of
-from audiolm.lease import check_lease
-from audiolm.metrics import MetricsFile, read_from
+from audiolm.config.run import Cluster
+from audiolm.config.training import Train
+from audiolm.dag.lease import check_lease
+from audiolm.data.parallel import device_of
+from audiolm.metrics_log import MetricsFile, read_from
 from audiolm.store import get_json, is_local, join, open_fs, put, put_json
-from audiolm.train import checkpoint, early, finite, spike
+from audiolm.train import checkpoint, guards
 from audiolm.train.commits import newest, path_of, take_over
 from audiolm.train.engine import learning_rate, load_weights, make_engine
 from audiolm.train.hardware import matmul_rate, micro_batch
-from audiolm.train.objective import Context, Factory
+from audiolm.train.objectives.base import Context, Factory
 
 LEASE_CHECK_S = 10.0
 
@@ -163,7 +164,7 @@ def run_worker(job: Job, rank: int, world: int, check: Callable[[], None] = lamb
         while True:
             try:
                 return _run(job, rank, world, check, metrics, skipped)
-            except spike.Spiked as e:  # on every rank
+            except guards.Spiked as e:  # on every rank
                 skipped = e.skipped
                 if metrics:
                     metrics.add(e.step + 1, {"rollbacks": len(skipped)})
@@ -200,20 +201,20 @@ def _run(job: Job, rank: int, world: int, check: Callable[[], None], metrics: Me
     engines = {name: make_engine(module, cfg, ctx, checkpoint.load(job.build, commit, name) if commit else None,
                                  commit["updates"][name] if commit else 0)
                for name, module in objective.modules.items()}
-    spikes = spike.Spikes(cfg, commit, skipped)
+    spikes = guards.Spikes(cfg, commit, skipped)
     share = cfg.batch // world
     rows = range(rank * share, (rank + 1) * share)
     flops = getattr(objective, "flops_per_unit", None) if job.device == "cuda" else None
     full_rate = matmul_rate(device) * world if flops else None
 
     def load(step: int) -> list:
-        batch = spike.rows_of(step, spikes.skipped)
+        batch = guards.rows_of(step, spikes.skipped)
         return [objective.load(batch, rows[i:i + micro]) for i in range(0, share, micro)]
 
     checked = clock = time.monotonic()
     logged, units = start, 0.0
     with ThreadPoolExecutor(1) as loader, saver or contextlib.nullcontext():
-        end = start if early.stops(cfg, start, best["step"]) else cfg.steps  # it may have been killed at its last step
+        end = start if guards.out_of_patience(cfg, start, best["step"]) else cfg.steps  # it may have been killed at its last step
         pending = loader.submit(load, start) if start < end else None
         for step in range(start, end):
             batches, done = pending.result(), step + 1
@@ -231,7 +232,7 @@ def _run(job: Job, rank: int, world: int, check: Callable[[], None], metrics: Me
             if log or save or done % cfg.eval_every == 0:  # nothing is kept of a loss that was not looked at
                 spikes.look()
                 values = {k: float(v) for k, v in result.items()}
-                finite.check_loss(values["loss"], "loss", done, cfg)
+                guards.check_loss(values["loss"], "loss", done, cfg)
                 now = time.monotonic()
                 per_s = float(units) / (now - clock)
                 if metrics:
@@ -243,7 +244,7 @@ def _run(job: Job, rank: int, world: int, check: Callable[[], None], metrics: Me
             if done % cfg.eval_every == 0 or last:
                 pending.result()  # the loader's cache is not shared with a running load
                 validation = {"step": done, **objective.evaluate()}
-                finite.check_loss(validation.get("loss", 0.0), "validation loss", done, cfg)
+                guards.check_loss(validation.get("loss", 0.0), "validation loss", done, cfg)
                 improved = validation.get("loss", math.inf) < best["loss"]
                 if improved:
                     best = {"step": done, "loss": validation["loss"]}
@@ -251,9 +252,9 @@ def _run(job: Job, rank: int, world: int, check: Callable[[], None], metrics: Me
                 if metrics:
                     validated = metrics.add(done, {f"val.{k}": v for k, v in validation.items() if k != "step"})
                 clock, logged, units = time.monotonic(), done, 0.0
-                last = last or early.stops(cfg, done, best["step"])
+                last = last or guards.out_of_patience(cfg, done, best["step"])
             if save or last or improved:
-                finite.check_weights(objective.modules, done, cfg)
+                guards.check_weights(objective.modules, done, cfg)
                 if saver:
                     saver.wait()  # one copy of the state at a time
                 states = {name: engine.state() for name, engine in engines.items()}
@@ -296,5 +297,5 @@ def _finish(job: Job, objective, done: int, best: dict, validation: dict, facts:
     check_lease(job.build, job.attempt)
     put_json(join(job.build, "final.json"), {
         "steps": done, "exported_step": step, "best_step": best["step"], "best_loss": best["loss"],
-        "parameters": parameters, **facts, **early.facts(job.train, done, best["step"]),
+        "parameters": parameters, **facts, **guards.stop_facts(job.train, done, best["step"]),
         **{f"val.{k}": v for k, v in validation.items() if k != "step"}})

@@ -17,12 +17,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from audiolm.config import Codec  # noqa: E402
-from audiolm.configfile import load  # noqa: E402
-from audiolm.models.soundstream import SoundStream, fold  # noqa: E402
+from audiolm.config.codec import Codec  # noqa: E402
+from audiolm.config.load import load  # noqa: E402
+from audiolm.models.soundstream import (
+    SoundStream,  # noqa: E402
+    fold,  # noqa: E402
+)
 from audiolm.train.engine import make_engine  # noqa: E402
-from audiolm.train.objective import Context  # noqa: E402
-from audiolm.train.objective_codec import CodecObjective  # noqa: E402
+from audiolm.train.objectives.base import Context  # noqa: E402
+from audiolm.train.objectives.codec import CodecObjective  # noqa: E402
 from tests.bench.timing import best  # noqa: E402
 
 RATE = 16_000

@@ -22,15 +22,25 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from audiolm import store  # noqa: E402
-from audiolm.configfile import load as load_config  # noqa: E402
-from audiolm.lm import generation, stages  # noqa: E402
+from audiolm.config.load import load as load_config  # noqa: E402
+from audiolm.generate import audiolm  # noqa: E402
+from audiolm.generate.load import load  # noqa: E402
+from audiolm.generate.sampler import Sampler  # noqa: E402
+from audiolm.lm import stages  # noqa: E402
 from audiolm.lm.model import build_lm  # noqa: E402
-from audiolm.lm.sampling import Sampler  # noqa: E402
-from audiolm.lm.system import load  # noqa: E402
-from audiolm.models.masked import Encoder, EncoderSizes  # noqa: E402
-from audiolm.models.soundstream import SoundStream, fold  # noqa: E402
+from audiolm.models.conformer import (
+    Encoder,  # noqa: E402
+    EncoderSizes,  # noqa: E402
+)
+from audiolm.models.soundstream import (
+    SoundStream,  # noqa: E402
+    fold,  # noqa: E402
+)
 from audiolm.tokenizers.acoustic import AcousticTokenizer  # noqa: E402
-from audiolm.tokenizers.extractor import ConformerExtractor, Window  # noqa: E402
+from audiolm.tokenizers.extractor import (
+    ConformerExtractor,  # noqa: E402
+    Window,  # noqa: E402
+)
 from audiolm.tokenizers.semantic import SemanticTokenizer  # noqa: E402
 from tests.bench.timing import best  # noqa: E402
 
@@ -38,7 +48,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PROMPT, PROMPT_S, SECONDS = 1152, 3.0, 7.0
 
 
-def random_system(device: str) -> generation.AudioLM:
+def random_system(device: str) -> audiolm.AudioLM:
     """Of the paper's sizes on a GPU, of the quickstart's elsewhere."""
     cfg = load_config(str(ROOT / "workflows" / ("paper.yaml" if device == "cuda" else "quickstart.yaml")), [])
     m, c = cfg.semantic.model, cfg.codec
@@ -54,10 +64,10 @@ def random_system(device: str) -> generation.AudioLM:
     k = cfg.semantic.kmeans.k
     tokenizer = SemanticTokenizer(ConformerExtractor(encoder), m.layers, torch.zeros(m.dim), torch.ones(m.dim),
                                   torch.randn(k, m.dim), Window(750, 50), "", device)
-    return generation.AudioLM(tokenizer, AcousticTokenizer(codec, "", device), models, 1.0, device=device)
+    return audiolm.AudioLM(tokenizer, AcousticTokenizer(codec, "", device), models, 1.0, device=device)
 
 
-def stage_rate(system: generation.AudioLM, batch: int, ids: int, repeats: int) -> None:
+def stage_rate(system: audiolm.AudioLM, batch: int, ids: int, repeats: int) -> None:
     model, stage = system.models["coarse"]
     room = min(PROMPT, stage.max_len - ids)
     # the coarse stage: a prefix of semantic ids, then codes up to the length asked for
@@ -73,7 +83,7 @@ def stage_rate(system: generation.AudioLM, batch: int, ids: int, repeats: int) -
     print(f"coarse, {held:,} ids in the cache, batch {batch:3}: {batch * ids / took:10,.0f} ids/s", flush=True)
 
 
-def whole(system: generation.AudioLM, batch: int, repeats: int) -> None:
+def whole(system: audiolm.AudioLM, batch: int, repeats: int) -> None:
     draw = np.random.default_rng(0)
     prompts = [(0.1 * draw.standard_normal(round(16_000 * PROMPT_S))).astype(np.float32) for _ in range(batch)]
 

@@ -19,11 +19,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from audiolm.config import LM, Stage, Train  # noqa: E402
+from audiolm.config.lm import (
+    LM,  # noqa: E402
+    Stage,  # noqa: E402
+)
+from audiolm.config.training import Train  # noqa: E402
 from audiolm.lm import stages  # noqa: E402
 from audiolm.train.engine import make_engine  # noqa: E402
-from audiolm.train.objective import Context  # noqa: E402
-from audiolm.train.objective_lm import LMObjective  # noqa: E402
+from audiolm.train.objectives.base import Context  # noqa: E402
+from audiolm.train.objectives.lm import LMObjective  # noqa: E402
 from tests.bench.timing import best  # noqa: E402
 
 CROPS_S = {"lm_semantic": 30.64, "lm_coarse": 10.2}

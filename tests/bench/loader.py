@@ -84,8 +84,8 @@ def measure(folder: str, name: str, batch: int, seconds: float, threads: int) ->
     """One stage in this process: time to open, to the first batch, then the rate over `seconds`."""
     import torch
 
-    from audiolm.config import LM
-    from audiolm.data.batches import TokenBatches
+    from audiolm.config.lm import LM
+    from audiolm.lm.batches import TokenBatches
     from audiolm.lm.stages import build_stages
 
     torch.set_num_threads(1)

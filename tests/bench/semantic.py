@@ -24,12 +24,25 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from audiolm import rng  # noqa: E402
-from audiolm.configfile import load  # noqa: E402
-from audiolm.data.manifest import Clip, Part  # noqa: E402
-from audiolm.models.masked import Encoder, EncoderSizes  # noqa: E402
+from audiolm.config.load import load  # noqa: E402
+from audiolm.data.clips import (
+    Clip,  # noqa: E402
+    Part,  # noqa: E402
+)
+from audiolm.models.conformer import (
+    Encoder,  # noqa: E402
+    EncoderSizes,  # noqa: E402
+)
 from audiolm.tokenizers import encode  # noqa: E402
-from audiolm.tokenizers.extractor import ConformerExtractor, Extractor, window_of  # noqa: E402
-from audiolm.tokenizers.semantic import load_semantic, save_semantic  # noqa: E402
+from audiolm.tokenizers.extractor import (
+    ConformerExtractor,  # noqa: E402
+    Extractor,  # noqa: E402
+    window_of,  # noqa: E402
+)
+from audiolm.tokenizers.semantic import (
+    load_semantic,  # noqa: E402
+    save_semantic,  # noqa: E402
+)
 
 RATE = 16_000
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,7 +56,7 @@ def extractor(kind: str, folder: Path) -> tuple[Extractor, int]:
         return ConformerExtractor(Encoder(EncoderSizes(m.dim, m.layers, m.heads, m.ff, m.conv_kernel))), m.layers * 3 // 4
     from transformers import HubertConfig, HubertModel
 
-    from audiolm.tokenizers.pretrained_semantic import load_pretrained_encoder
+    from audiolm.tokenizers.hf_encoder import load_pretrained_encoder
 
     HubertModel(HubertConfig()).save_pretrained(folder)
     return load_pretrained_encoder(str(folder)), 9

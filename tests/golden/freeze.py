@@ -31,8 +31,9 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path.insert(0, str(ROOT))  # the code of this checkout, whatever is installed
 
-from audiolm.configfile import load  # noqa: E402
-from audiolm.dag import Artifact, run_step  # noqa: E402
+from audiolm.config.load import load  # noqa: E402
+from audiolm.dag.execute import run_step  # noqa: E402
+from audiolm.dag.step import Artifact  # noqa: E402
 from tests import token_corpus  # noqa: E402
 from workflows.full_pipeline import graph  # noqa: E402
 

@@ -1,0 +1,87 @@
+"""The configuration: frozen pydantic models with the paper's numbers as defaults.
+
+Every field is part of a step's identity unless it is marked `Runtime` or `Later` (see identity.py).
+Seconds end in `_s`, hertz in `_hz`.  Unknown keys are refused.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from audiolm.config.base import Config, Runtime
+from audiolm.config.corpus import Where
+from audiolm.config.training import Train
+
+
+class Discriminators(Config):
+    """The codec's adversary: periods and STFT windows with `codec.losses: dac`, one STFT window with `soundstream`."""
+
+    periods: tuple[int, ...] = (2, 3, 5, 7, 11)
+    windows: tuple[int, ...] = (2048, 1024, 512)
+    stft_window: int = Field(1024, ge=128, description="of the paper's STFT discriminator (SoundStream III-D)")
+    channels: int = 32
+    start_step: int = Field(1000, ge=0, description="first step of the adversarial game")
+
+
+class CodecWeights(Config):
+    """Weights of the generator's losses; with `codec.balance`, shares of the gradient that reaches the waveform."""
+
+    reconstruction: float = Field(15.0, gt=0)
+    waveform: float = Field(0.0, ge=0, description="of the power of the difference, relative to the original's")
+    feature: float = Field(2.0, ge=0)
+    adversarial: float = Field(1.0, ge=0)
+    commitment: float = Field(0.25, ge=0)
+    codebook: float = Field(1.0, ge=0, description="factorised codes only")
+
+
+class Codec(Config):
+    """SoundStream (2107.03312) at 16 kHz: strides 2, 4, 5, 8 -> 50 Hz; 12 x 1024 codes = 6 kb/s (paper IV-B)."""
+
+    where: Where = Where()
+    pretrained: Runtime[str | None] = Field(None, description="folder or URI of a transformers EnCodec, DAC or Mimi model, "
+                                            "imported instead of training one; n_q and vocab must fit it")
+    strides: tuple[int, ...] = (2, 4, 5, 8)
+    enc_channels: int = 32
+    dec_channels: int = 32
+    dim: int = 128  # with C = 32: 9.9 M parameters for both sides
+    n_q: int = Field(12, ge=1, le=64)
+    vocab: int = Field(1024, ge=2, le=65_535)
+    quantizer: Literal["ema", "factorised"] = Field("ema", description="codes that are moving averages (paper), or learned "
+                                                                       "in code_dim dimensions by cosine (DAC)")
+    code_dim: int = Field(8, ge=1, description="factorised codes only")
+    code_decay: float = Field(0.99, gt=0, lt=1)
+    quantize_from: int = Field(0, ge=0, description="first quantized step: codebooks start by k-means of latents that "
+                                                    "have learned so far")
+    dead_share: float = Field(0.1, description="a code is dead below this x (global frames a step / vocab)")
+    losses: Literal["dac", "soundstream"] = Field("dac", description="reconstruction, discriminators and game: DAC's 16 kHz "
+                                                  "recipe, or the paper's (its weights: 1, feature 100, adversarial 1)")
+    weights: CodecWeights = CodecWeights()
+    balance: bool = Field(False, description="scale each loss by its own gradient's running norm (EnCodec's balancer)")
+    disc: Discriminators = Discriminators()
+    ema: float = 0.999
+    crop_s: float = 0.48
+    train: Train = Train(steps=400_000, batch=64, lr=1e-4, decay_steps=200_000, betas=(0.8, 0.99), weight_decay=0.01,
+                         clip=10.0, zero=0)
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.quantize_from >= self.train.steps:
+            raise ValueError(f"quantize_from ({self.quantize_from}) must be below train.steps ({self.train.steps})")
+        if self.quantizer == "factorised" and self.balance:
+            raise ValueError("quantizer factorised with balance: true ended in one code a level wherever it was tried: set "
+                             "balance: false with DAC's weights, or quantizer: ema")
+        return self
+
+
+class CodecFigures(Config):
+    """What the step `codec_figures` depends on; whether Lyra v2 stands beside the codec counts, where its models lie not."""
+
+    where: Where
+    clips: int
+    clip_s: float
+    coarse_levels: int
+    with_lyra: bool
+    visqol: bool
+    lyra: Runtime[str | None]

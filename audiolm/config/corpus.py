@@ -1,0 +1,82 @@
+"""The configuration: frozen pydantic models with the paper's numbers as defaults.
+
+Every field is part of a step's identity unless it is marked `Runtime` or `Later` (see identity.py).
+Seconds end in `_s`, hertz in `_hz`.  Unknown keys are refused.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from audiolm.config.base import Config, Later, Runtime
+
+
+class _Source(Config):
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
+
+
+class FolderSource(_Source):
+    """Audio files under any fsspec URI. `speaker` says which part of the path names the speaker."""
+
+    kind: Literal["folder"]
+    root: Runtime[str]
+    glob: str = "**/*"
+    speaker: Literal["none", "parent", "grandparent"] = Field("none", description="none: every file is its own speaker")
+    split: Literal["train", "dev", "test"] | None = Field(None, description="put all of it there; None splits by speaker")
+
+
+class LibriSpeechSource(_Source):
+    """SUBSET/SPEAKER/CHAPTER/*.flac with optional *.trans.txt (LibriSpeech), or Libri-Light's SPEAKER/BOOK/*.flac."""
+
+    kind: Literal["librispeech"]
+    root: Runtime[str]
+    splits: dict[str, Literal["train", "dev", "test"]] | None = Field(
+        None, description="subset folder -> split; None: train*/dev*/test* by name, else split by speaker")
+
+
+class ManifestSource(_Source):
+    """The user's own Parquet: uri, and where present start, duration (seconds), speaker, source, split, text."""
+
+    kind: Literal["manifest"]
+    uri: Runtime[str]
+    root: Runtime[str | None] = Field(None, description="what relative uris are relative to; None = the Parquet's folder")
+
+
+Source = Annotated[FolderSource | LibriSpeechSource | ManifestSource, Field(discriminator="kind")]
+
+
+class Corpus(Config):
+    name: str
+    revision: int = Field(1, ge=1, description="raise it when files were added or changed on purpose")
+    sources: tuple[Source, ...] = Field(min_length=1)
+    sample_rate: int = 16_000  # paper III-B
+    min_s: float = Field(0.5, gt=0)
+    max_s: float = Field(60.0, gt=0, description="longer audio is cut")
+    join_s: float = Field(30.0, ge=0, description="consecutive utterances of a chapter are joined up to this; 0 = off")
+    dev: float = Field(0.05, ge=0, lt=0.5, description="share of hours, by speaker, where the corpus has no splits")
+    test: float = Field(0.05, ge=0, lt=0.5)
+    hold_out: Annotated[dict[Literal["dev", "test"], tuple[str, ...]], Later({})] = Field(
+        {}, description="speakers by name that are dev or test whatever else the corpus says")
+    shard_s: float = Field(3600.0, gt=0, description="audio seconds in a shard, at most")
+    max_rejected: float = Field(0.05, ge=0, le=1, description="share of files that may be unusable")
+    silence_db: float = Field(-70.0, description="a clip whose peak lies below this (dBFS) is silent")
+    changed: Runtime[Literal["stop", "ignore"]] = Field("stop", description="what to do when the files changed")
+
+    @model_validator(mode="after")
+    def _check(self):
+        names = [s.name for s in self.sources]
+        if len(set(names)) < len(names):
+            raise ValueError(f"sources must have different names, got {names}")
+        if self.min_s >= self.max_s:
+            raise ValueError(f"min_s ({self.min_s}) must be below max_s ({self.max_s})")
+        if both := set(self.hold_out.get("dev", ())) & set(self.hold_out.get("test", ())):
+            raise ValueError(f"hold_out names {sorted(both)} as dev and as test: keep each speaker in one")
+        return self
+
+
+class Where(Config):
+    """Which clips a step takes; None takes all."""
+
+    source: tuple[str, ...] | None = Field(None, description="names of corpus sources")

@@ -1,0 +1,36 @@
+"""The configuration: frozen pydantic models with the paper's numbers as defaults.
+
+Every field is part of a step's identity unless it is marked `Runtime` or `Later` (see identity.py).
+Seconds end in `_s`, hertz in `_hz`.  Unknown keys are refused.
+"""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from audiolm.config.base import Config, Runtime
+
+
+class Evaluate(Config):
+    clips: int = Field(8, ge=1, description="held-out clips for codec figures and the ladder")
+    clip_s: float = Field(8.0, gt=0, description="seconds of each such clip")
+    rows: int = Field(64, ge=1, description="held-out crops a stage's losses are measured on")
+    visqol: bool = Field(True, description="score codecs by ViSQOL too: 2 s a clip, codec and number of levels")
+    lyra: Runtime[str | None] = Field(None, description="folder or URI of Lyra v2's .tflite models, to set it beside the codec")
+
+
+class Tables(Config):
+    """The paper's tables, measured at the end of a run (step `tables`) and by workflows/evaluate.py."""
+
+    suites: tuple[str, ...] = Field(("abx", "wer", "speakers", "detector", "likelihood", "attention", "temperatures", "fad"),
+                                    description="of the step; empty: none")
+    sounds: int = Field(20, ge=1, description="clips whose sound Table I judges")
+    utterances: int = Field(100, ge=1, description="with a text, of 4 to 10 s, for Table II")
+    asr: str | None = Field(None, description="folder or URI of a transformers speech recogniser; None: Whisper tiny.en")
+    learned: int = Field(6, ge=1, description="utterances of a speaker that Table III's classifier learns")
+    judged: int = Field(2, ge=1, description="and other ones that it judges")
+    net_steps: int = Field(600, ge=1, description="of the classifiers of Table III and of the detector")
+    continued: int = Field(100, ge=2, description="clips whose continuations detector, FAD, DNSMOS, text and notes judge")
+    text_model: str | None = Field(None, description="folder or URI of a transformers causal model, for the suite text")
+    probes: dict[str, Runtime[str]] = Field({}, description="{name: folder with a gold.csv}: sWUGGY, sBLIMP and their like")
+    temperatures: tuple[float, ...] = (0.4, 0.6, 0.8, 1.0)

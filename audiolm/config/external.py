@@ -1,0 +1,58 @@
+"""What the steps that judge the semantic side depend on, and on which files; importable without torch.
+
+Paths are Runtime; the bytes of the item file and of the alignment are part of the identity through their digests.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+from pydantic import Field
+
+from audiolm import store
+from audiolm.config.base import Config, Runtime
+from audiolm.config.corpus import Where
+from audiolm.config.semantic import Abx
+
+
+class AbxSet(Config):
+    """What a step that measures ABX depends on: the items' bytes, wherever they lie."""
+
+    items: Runtime[str]
+    audio: Runtime[tuple[str, ...]]
+    digest: str
+    speakers: tuple[str, ...] | None
+
+
+class SemanticFigures(Config):
+    where: Where = Field(Where(), description="clips of the statistics; speakers of its train clips are seen ones")
+    items: Runtime[str | None] = Field(None, description="ZeroSpeech item file; None: no ABX")
+    digest: str | None = Field(None, description="of the item file")
+    audio: Runtime[tuple[str, ...]] = ()
+    phones: Runtime[str | None] = Field(None, description="alignment; None: no phone-by-token matrix")
+    phones_digest: str | None = None
+    speakers: tuple[str, ...] | None = Field(None, description="held out; None: those of the items not trained on")
+    examples: int = Field(24, ge=0, description="tokens, from the most used, that can be listened to")
+
+
+def semantic_figures_of(abx: Abx | None, where: Where | None = None) -> SemanticFigures:
+    """The step's config from semantic.abx and semantic.where; reads both files. Raises ValueError where one is missing."""
+    where = where or Where()
+    if abx is None:
+        return SemanticFigures(where=where)
+    return SemanticFigures(where=where, items=abx.items, digest=_digest("semantic.abx.items", abx.items), audio=abx.audio,
+                           phones=abx.phones, speakers=abx.speakers,
+                           phones_digest=_digest("semantic.abx.phones", abx.phones) if abx.phones else None)
+
+
+def abx_set(abx: Abx) -> AbxSet:
+    """For the steps that choose by ABX. Raises ValueError where the item file is missing."""
+    return AbxSet(items=abx.items, audio=abx.audio, digest=_digest("semantic.abx.items", abx.items), speakers=abx.speakers)
+
+
+def _digest(field: str, path: str) -> str:
+    try:
+        return hashlib.sha256(store.get(path)).hexdigest()[:16]
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as e:
+        raise ValueError(f"{field} is {path!r}, and there is no such file: give its path or URI, or leave semantic.abx "
+                          "out") from e

@@ -1,0 +1,73 @@
+"""The configuration: frozen pydantic models with the paper's numbers as defaults.
+
+Every field is part of a step's identity unless it is marked `Runtime` or `Later` (see identity.py).
+Seconds end in `_s`, hertz in `_hz`.  Unknown keys are refused.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from audiolm.config.base import Config, Later, Runtime
+from audiolm.config.corpus import Where
+from audiolm.config.training import Train
+
+
+class WarmStart(Config):
+    uri: Runtime[str] = Field(description="folder or URI of a text model in transformers' format (lm/warm_start.py)")
+
+
+class Stage(Config):
+    """One language model: the paper's 12 x 1024 x 16 x 4096 by default."""
+
+    crop_s: float
+    min_crop_s: Annotated[float | None, Later(None)] = Field(
+        None, ge=0, description="rows are cut further, into crops of at least this; 0 = off; None = 1 s in the fine stage")
+    dim: int = 1024
+    layers: int = 12
+    heads: int = 16
+    ff: int = 4096
+    dropout: float = 0.1
+    positions: Annotated[Literal["rotary", "t5"], Later("rotary")] = Field(
+        "rotary", description="t5: the paper's learned bias by distance; slower (a dense bias)")
+    gated: Annotated[bool, Later(False)] = Field(False, description="gated feed-forward: three matrices of ff instead of two")
+    activation: Annotated[Literal["gelu", "silu"], Later("gelu")] = "gelu"
+    norm: Annotated[Literal["layer", "rms"], Later("layer")] = "layer"
+    checkpointing: Runtime[bool] = Field(False, description="less memory, a third more work: blocks are computed again in "
+                                                            "the backward pass")
+    warm_start: Annotated[WarmStart | None, Later(None)] = Field(None, description="stage 1 alone: take a text model's body")
+    where: Where = Where()
+    gates: Runtime[Literal["stop", "warn"]] = Field("stop", description="what a failed gate does: no better than unigrams, "
+                                                                        "prefix not used, tokenizer collapsed")
+    train: Train
+
+
+def _lm(batch: int) -> Train:
+    return Train(steps=1_000_000, batch=batch, lr=3e-4, warmup_steps=2000, decay_steps=200_000, dtype="bfloat16",
+                 export="best")
+
+
+class LM(Config):
+    dedupe: bool = Field(True, description="collapse runs of semantic tokens in stages 1 and 2 (paper)")
+    coarse_levels: int = Field(4, ge=1, description="Q', levels of the coarse stage")
+    semantic: Stage = Stage(crop_s=30.0, train=_lm(256))
+    coarse: Stage = Stage(crop_s=10.0, train=_lm(256))
+    fine: Stage = Stage(crop_s=3.0, train=_lm(256))
+
+    @model_validator(mode="after")
+    def _check(self):
+        for name in ("coarse", "fine"):
+            if getattr(self, name).warm_start:
+                raise ValueError(f"lm.{name}.warm_start is set: text models start lm.semantic alone, leave it out here")
+        return self
+
+
+class Samples(Config):
+    n: int = Field(2, ge=1, description="samples of each mode")
+    prompt_s: float = 3.0  # paper III-D; 4.0 for piano
+    seconds: float = Field(7.0, gt=0, description="seconds generated beyond a prompt")
+    temperature_semantic: float = 0.6
+    temperature_coarse: float = 0.8
+    temperature_fine: float = 0.6

@@ -1,0 +1,93 @@
+"""Reads a configuration: one YAML file without inheritance, then `a.b=c` overrides (DESIGN 1.11)."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from audiolm.config.base import ConfigError
+from audiolm.config.pipeline import Pipeline
+
+
+def load(path: str, overrides: list[str] = ()) -> Pipeline:
+    """Reads a YAML file and applies `a.b=c` overrides (values are YAML; list items by number: `corpus.sources.0.root=x`).
+
+    Relative roots, uris and models in the file are relative to the file; those in overrides to the working folder.
+    Raises ConfigError.
+    """
+    try:
+        data = yaml.safe_load(Path(path).read_text()) or {}
+    except FileNotFoundError as e:
+        raise ConfigError(f"no config file {path}") from e
+    except yaml.YAMLError as e:
+        raise ConfigError(f"{path} is not YAML: {e}") from e
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path} holds a {type(data).__name__}, expected sections such as corpus: and codec:")
+    _root_paths(data, Path(path).resolve().parent)
+    for item in overrides:
+        _override(data, item)
+    _root_paths(data, Path.cwd())
+    return _validated(data, path)
+
+
+def _validated(data: dict, path: str) -> Pipeline:
+    try:
+        return Pipeline.model_validate(data)
+    except ValidationError as e:
+        lines = [f"  {'.'.join(map(str, err['loc'])) or 'config'}: {err['msg']}"
+                 + ("" if isinstance(err["input"], dict) else f" (got {err['input']!r})") for err in e.errors()]
+        raise ConfigError(f"{path} has {len(lines)} error(s):\n" + "\n".join(lines)) from e
+
+
+def changed(cfg: Pipeline, overrides: list[str]) -> Pipeline:
+    """A config with overrides as of the command line. Raises ConfigError."""
+    data = cfg.model_dump(mode="json")
+    for item in overrides:
+        _override(data, item)
+    _root_paths(data, Path.cwd())
+    return _validated(data, "the run's config")
+
+
+def _root_paths(data: dict, base: Path) -> None:
+    places = [(source, key) for source in (data.get("corpus") or {}).get("sources") or [] for key in ("root", "uri")]
+    semantic = data.get("semantic") or {}
+    abx, imported = (semantic.get(key) if isinstance(semantic, dict) else None for key in ("abx", "pretrained"))
+    places += [(data.get("codec"), "pretrained"), (data.get("evaluate"), "lyra"), (imported, "uri")]
+    for section, key in [*places, *((abx, key) for key in ("items", "audio", "phones"))]:
+        value = section.get(key) if isinstance(section, dict) else None
+        if isinstance(value, str):
+            section[key] = _rooted(value, base)
+        elif isinstance(value, list):
+            section[key] = [_rooted(v, base) if isinstance(v, str) else v for v in value]
+
+
+def _rooted(place: str, base: Path) -> str:
+    return place if "://" in place else os.path.normpath(base / Path(place).expanduser())
+
+
+def _override(data: dict, item: str) -> None:
+    key, eq, text = item.partition("=")
+    if not eq or not key:
+        raise ConfigError(f"override {item!r} is not of the form a.b=c")
+    *parents, last = key.split(".")
+    node: Any = data
+    for name in parents:
+        if isinstance(node, list):
+            if not name.isdigit() or int(name) >= len(node):
+                raise ConfigError(f"override {item!r}: {name!r} is not one of the {len(node)} items there")
+            node = node[int(name)]
+        else:
+            node = node.setdefault(name, {})
+        if not isinstance(node, (dict, list)):
+            raise ConfigError(f"override {item!r}: {name!r} is a value, not a section")
+    value = yaml.safe_load(text)
+    if isinstance(node, list):
+        if not last.isdigit() or int(last) >= len(node):
+            raise ConfigError(f"override {item!r}: {last!r} is not one of the {len(node)} items there")
+        node[int(last)] = value
+    else:
+        node[last] = value

@@ -1,0 +1,33 @@
+"""The configuration: frozen pydantic models with the paper's numbers as defaults.
+
+Every field is part of a step's identity unless it is marked `Runtime` or `Later` (see identity.py).
+Seconds end in `_s`, hertz in `_hz`.  Unknown keys are refused.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from audiolm.config.base import Config, Runtime
+
+
+class Run(Config):
+    name: Runtime[str] = "quickstart"
+    experiment: Runtime[str] = "audiolm"
+    seed: int = 0
+
+
+class Cluster(Config):
+    """Where and how the work runs; no field changes what is computed."""
+
+    address: Runtime[str | None] = Field(None, description="a Ray cluster to join; None starts one here")
+    workers: Runtime[int | None] = Field(None, ge=1, description="data tasks at once; None = the cluster's CPUs")
+    device: Runtime[Literal["auto", "cpu", "cuda"]] = "auto"
+    train_workers: Runtime[int] = Field(1, ge=1, description="training workers (ranks) of one step")
+    threads: Runtime[int | None] = Field(None, ge=1, description="torch threads a training worker; None = CPUs / ranks")
+    parallel_training: Runtime[int] = Field(1, ge=1, description="training steps at once")
+    retries: Runtime[int] = Field(2, ge=0, description="relaunches of a step after a node or worker died")
+    compile: Runtime[bool] = Field(True, description="torch.compile what trains on a GPU, where the step knows how")
+    audio_cache_mb: Runtime[int] = Field(512, ge=0, description="decoded audio kept in memory by a training worker")

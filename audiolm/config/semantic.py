@@ -1,0 +1,204 @@
+"""The configuration of the semantic side: masked model, its iterations, k-means, and how they are judged (PAPER 2)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from audiolm.config.base import Config, Later, Runtime
+from audiolm.config.corpus import Where
+from audiolm.config.training import Train
+
+
+class Residual(Config):
+    """More levels of semantic tokens, each of as many codes as the tokenizer has: 250 b/s a level at K = 1024."""
+
+    levels: int = Field(8, ge=2, le=64, description="in all, the tokenizer's own among them; 24 = the paper's 6 kb/s")
+    max_frames: int = Field(500_000, ge=1, description="frames sampled for the fit, which one task holds (2 GB at width 1024)")
+    iterations: int = Field(30, ge=1, description="of k-means, each level, at most")
+
+
+class Judges(Config):
+    """The vocoder's adversary, DAC's: periods and STFT windows."""
+
+    periods: tuple[int, ...] = (2, 3, 5, 7, 11)
+    windows: tuple[int, ...] = (2048, 1024, 512)
+    channels: int = Field(32, ge=1)
+    start_step: int = Field(1000, ge=0, description="first step of the adversarial game")
+
+
+class VocoderWeights(Config):
+    reconstruction: float = Field(15.0, gt=0)
+    feature: float = Field(2.0, ge=0)
+    adversarial: float = Field(1.0, ge=0)
+
+
+class Vocoder(Config):
+    """The decoder of semantic tokens: blocks that look both ways at 25 Hz, then SoundStream's decoder (paper Table I)."""
+
+    where: Where = Where()
+    levels: int = Field(1, ge=1, le=64, description="1: tokens alone; more need the step residual, and any prefix decodes")
+    dim: int = Field(512, ge=1)
+    layers: int = Field(8, ge=0, description="blocks at 25 Hz, each seeing 3 frames to either side")
+    channels: int = Field(32, ge=1, description="of SoundStream's decoder at 16 kHz; they double with each stride")
+    heard_s: float = Field(4.0, gt=0, description="audio around a crop that the tokenizer hears, as it hears whole clips later")
+    crop_s: float = Field(1.28, gt=0, description="audio that is made and compared")
+    disc: Judges = Judges()
+    weights: VocoderWeights = VocoderWeights()
+    ema: float = Field(0.999, ge=0, lt=1)
+    train: Train = Train(steps=200_000, batch=32, lr=2e-4, warmup_steps=1000, decay_steps=100_000, betas=(0.8, 0.99),
+                         weight_decay=0.01, clip=10.0, zero=0)
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.crop_s > self.heard_s:
+            raise ValueError(f"crop_s ({self.crop_s}) exceeds heard_s ({self.heard_s}): the crop lies inside what is heard")
+        return self
+
+
+class Augment(Config):
+    """What is done to a masked model's input in training, each with a chance a crop; targets come from clean audio."""
+
+    pitch: float = Field(0.5, ge=0, le=1)
+    pitch_cents: float = Field(300.0, ge=0, le=1200, description="largest shift of the spectrum, up or down")
+    noise: float = Field(0.25, ge=0, le=1)
+    snr_db: tuple[float, float] = (5.0, 25.0)
+    reverb: float = Field(0.25, ge=0, le=1)
+    reverb_s: tuple[float, float] = Field((0.1, 0.5), description="time in which the room falls by 60 dB")
+
+
+class W2vBert(Config):
+    """The paper's objective (2108.06209): a contrastive module and a masked-prediction module on its codes, jointly."""
+
+    contrastive_layers: int | None = Field(None, ge=1, description="blocks of the contrastive module; None = half of them")
+    codes: int = Field(1024, ge=2)
+    code_dim: int = Field(1024, ge=1)
+    negatives: int = Field(100, ge=1)
+    temperature: float = Field(0.1, gt=0)
+    gumbel: tuple[float, float, float] = Field((2.0, 0.5, 0.999995), description="first and last temperature, factor a step")
+    contrastive: float = 1.0  # beta
+    masked: float = 1.0  # gamma
+    diversity: float = 0.1
+
+
+class Masked(Config):
+    """The masked audio model: a Conformer on log-mels at 25 Hz; HuBERT on k-means of MFCC, or w2v-BERT."""
+
+    objective: Literal["hubert", "w2vbert"] = "hubert"
+    dim: int = 512
+    layers: int = 12
+    heads: int = 8
+    ff: int = 2048
+    conv_kernel: int = 5
+    dropout: float = 0.1
+    targets_k: int = Field(100, ge=2, description="k of the MFCC targets (HuBERT iteration 1)")
+    mask_span_s: float = 0.4
+    mask_share: float = Field(0.55, gt=0, lt=1, description="share of frames under a mask")
+    crop_s: float = 15.0
+    unmasked: Annotated[float, Later(0.0)] = Field(0.0, ge=0, description="weight of the mean loss on frames that are not "
+                                                   "masked, beside 1 on masked ones (HuBERT's alpha); it speeds up the start")
+    augment: Augment = Augment()
+    w2vbert: W2vBert | None = Field(None, description="of objective w2vbert; None: the paper's")
+    train: Train = Train(steps=100_000, batch=64, lr=1e-3, warmup_steps=400, decay_steps=20_000, weight_decay=0.01)
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.w2vbert and self.objective != "w2vbert":
+            raise ValueError(f"w2vbert is a section of objective w2vbert, objective is {self.objective}: drop one of them")
+        if self.objective == "w2vbert":
+            half = (self.w2vbert or W2vBert()).contrastive_layers
+            if half is not None and half >= self.layers:
+                raise ValueError(f"w2vbert.contrastive_layers ({half}) must leave blocks of layers ({self.layers}) to masked "
+                                 "prediction")
+            if self.train.export == "best":
+                raise ValueError("train.export: best goes by the loss, which is lowest where w2v-BERT's codes have collapsed: "
+                                 "say last")
+        return self
+
+
+class PretrainedEncoder(Config):
+    """Someone else's masked model instead of one trained here, in transformers' format."""
+
+    uri: Runtime[str] = Field(description="folder or URI of a HuBERT, WavLM, wav2vec 2.0 or w2v-BERT 2.0 model")
+
+
+class Iteration(Config):
+    """One more iteration of HuBERT: targets are k-means of a layer of the model before."""
+
+    layer: int | Literal["auto"] = Field("auto", description="block whose output is clustered, from 1; auto: by ABX")
+    k: int = Field(500, ge=2)
+    start: Literal["fresh", "previous"] = Field("fresh", description="weights of the encoder at the start")
+    train: Train | None = Field(None, description="None: as semantic.model.train")
+
+
+class Abx(Config):
+    """What features and tokens are judged on: ABX of phone triphones, by speakers that nothing was trained on."""
+
+    items: Runtime[str] = Field(description="ZeroSpeech item file")
+    audio: Runtime[tuple[str, ...]] = Field(description="folders with the items' files, at any depth")
+    phones: Runtime[str | None] = Field(None, description="alignment, a phone a line: file onset offset phone ...; for the "
+                                        "phone-by-token plot")
+    speakers: tuple[str, ...] | None = Field(None, description="None: those of the items that are not trained on")
+
+
+class Sweep(Config):
+    """The choice of layer and K by ABX where semantic.kmeans or an iteration says auto."""
+
+    layers: tuple[int, ...] | None = Field(None, description="None: all")
+    k: tuple[int, ...] = Field((), description="candidates where semantic.kmeans.k is auto")
+    top: int = Field(2, ge=1, description="layers, best by their features, on which centroids are measured")
+    frames: int = Field(200_000, ge=1, description="training frames sampled for a candidate's centroids")
+    iterations: int = Field(30, ge=1)
+
+
+class KMeans(Config):
+    layer: int | Literal["auto"] = Field(7, description="block whose output is clustered, from 1; auto: by ABX")
+    k: int | Literal["auto"] = 1024  # paper IV-B
+    max_frames: int = Field(2_000_000, ge=1, description="frames sampled for the fit")
+    max_local_frames: Runtime[int] = Field(2_000_000, ge=0, description="up to this, one task fits them all (8 GB at width "
+                                           "1024); above, a task a part and iteration, with the same result")
+    method: Annotated[Literal["lloyd", "minibatch"], Later("lloyd")] = Field(
+        "lloyd", description="minibatch: fewer passes over the frames, an inertia some per cent higher")
+    window_s: float = Field(16.0, gt=0, description="audio that the model hears at once; longer clips go through in windows")
+    overlap_s: float = Field(2.0, ge=0, description="of a window's ends, heard and not kept")
+    iterations: int = Field(100, ge=1, description="passes over the frames, at most")
+    restarts: int = Field(3, ge=1)
+
+
+class Semantic(Config):
+    where: Where = Where()
+    model: Masked = Masked()
+    pretrained: PretrainedEncoder | None = Field(None, description="imported instead of training semantic.model")
+    again: tuple[Iteration, ...] = Field((), description="further iterations of HuBERT")
+    abx: Abx | None = None
+    sweep: Sweep = Sweep()
+    kmeans: KMeans = KMeans()
+    residual: Residual | None = Field(None, description="also fit more levels of tokens by residual k-means (paper, Table I)")
+    vocoder: Vocoder | None = Field(None, description="also train a decoder of semantic tokens alone (paper, Table I)")
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.pretrained and self.again:
+            raise ValueError("again needs a model that is trained here: drop pretrained, or again")
+        if self.again and self.model.objective != "hubert":
+            raise ValueError(f"again is for objective hubert, model.objective is {self.model.objective}: drop one of them")
+        chosen = [("kmeans", self.kmeans.layer), *((f"again.{i}", a.layer) for i, a in enumerate(self.again))]
+        chosen += [("sweep", n) for n in self.sweep.layers or ()]
+        for name, layer in chosen:
+            if layer != "auto" and (layer < 1 or (layer > self.model.layers and not self.pretrained)):
+                raise ValueError(f"{name}: layer {layer} is not one of model.layers ({self.model.layers}), counted from 1")
+        have = self.residual.levels if self.residual else 1
+        if self.vocoder and self.vocoder.levels > have:
+            raise ValueError(f"vocoder.levels ({self.vocoder.levels}) exceeds the {have} level(s) there are: say "
+                             f"residual={{levels: {self.vocoder.levels}}}, or vocoder.levels=1")
+        if self.kmeans.window_s <= 2 * self.kmeans.overlap_s:
+            raise ValueError(f"kmeans.window_s ({self.kmeans.window_s}) must exceed twice kmeans.overlap_s "
+                             f"({self.kmeans.overlap_s})")
+        if isinstance(self.kmeans.k, int) and self.kmeans.k < 2:
+            raise ValueError(f"kmeans.k ({self.kmeans.k}) must be at least 2")
+        if self.kmeans.k == "auto" and len(self.sweep.k) < 2:
+            raise ValueError("kmeans.k: auto chooses among sweep.k, which needs at least two values: sweep.k=[256,512,1024]")
+        if "auto" in (self.kmeans.k, *(layer for _, layer in chosen)) and self.abx is None:
+            raise ValueError("auto chooses by ABX: give semantic.abx.items and semantic.abx.audio, or numbers in place of auto")
+        return self

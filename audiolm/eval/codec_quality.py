@@ -1,0 +1,178 @@
+"""Figures of a codec on held-out speech, by number of levels, beside shipped codecs: quality against bit rate.
+
+PESQ (wide band, 1 to 4.64), ViSQOL (speech mode at 16 kHz, 1 to 5; the table names its version and mapper), STOI (to
+1), SI-SDR (dB), mel distance (mean L1 of log-mels, nats) and bit rate; the yardstick of the mel distance is a clip's
+own mean spectrum, which any useful codec must beat.  Codes in use and perplexity per level.  wav_T: mono float32 at
+16 kHz.  A metric whose library is missing is None everywhere and the table says why once, in "absent".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from audiolm.eval.metrics.audio_quality import (
+    METRICS,
+    Scorers,
+    _mean,
+    _seconds,
+    _tensor,
+    mean_spectrum_distance,
+    measure,
+    mel_distance,
+    scorers,
+)
+from audiolm.eval.models.baseline_codecs import Baseline
+from audiolm.tokenizers.base import SAMPLE_RATE, Codec
+
+COARSE_BITS_PER_S = 2000  # of the paper's coarse levels: 4 x 10 bits x 50 Hz (III-B)
+
+
+def default_levels(codec: Codec) -> list[int]:
+    """1, the coarse levels (2 kb/s), half of the levels, all."""
+    n_q = codec.spec.n_q
+    coarse = round(COARSE_BITS_PER_S / _bits_per_s(codec, 1))
+    return sorted({1, min(max(coarse, 1), n_q), max(n_q // 2, 1), n_q})
+
+
+def codec_figures(codec: Codec, wavs: list[np.ndarray], levels: Sequence[int] | None = None,
+                  have: Scorers | None = None) -> dict[str, Any]:
+    """Returns "levels" (a row per number of levels: n_q, bits_per_s, mel, gain in mel over one level fewer, and where
+    n_q is in `levels` pesq, visqol, stoi, si_sdr_db, with "scored" and "failed" as in `measure`),
+    "levels_that_do_not_help" (gain <= 0), "codebooks" (a row per level: level, used, perplexity), "mean_spectrum_mel",
+    "absent", "visqol" (version and mapper), "clips" and "seconds".
+
+    levels None: `default_levels`. Raises ValueError without wavs and for levels that the codec has not.
+    """
+    if not wavs:
+        raise ValueError("codec_figures got no clips: give held-out audio")
+    n_q, have = codec.spec.n_q, have or scorers()
+    levels = default_levels(codec) if levels is None else levels
+    if unknown := [q for q in levels if not 1 <= q <= n_q]:
+        raise ValueError(f"levels {unknown} do not exist: this codec has 1 to {n_q}")
+    codes = encode(codec, wavs)
+    rows: list[dict[str, Any]] = []
+    for q in range(1, n_q + 1):
+        by_name = have.by_name if q in levels else {"mel": mel_distance}
+        row = measure(wavs, (decode(codec, c[:, :q], len(w)) for c, w in zip(codes, wavs, strict=True)), by_name)
+        mels = [r["mel"] for r in (*rows[-1:], row)]
+        gain = None if len(mels) < 2 or None in mels else mels[0] - mels[1]
+        rows.append({"n_q": q, "bits_per_s": _bits_per_s(codec, q), **row, "gain": gain})
+    return {"levels": rows, "levels_that_do_not_help": [r["n_q"] for r in rows if r["gain"] is not None and r["gain"] <= 0],
+            "codebooks": codebook_use(torch.cat(codes), codec.spec.vocab),
+            "mean_spectrum_mel": _mean([mean_spectrum_distance(w) for w in wavs]),
+            "absent": dict(have.absent), "visqol": have.visqol, "clips": len(wavs), "seconds": _seconds(wavs)}
+
+
+def compare(codec: Codec | None, wavs: list[np.ndarray], baselines: Sequence[Baseline] = (),
+            levels: Sequence[int] | None = None, with_visqol: bool = True) -> dict[str, Any]:
+    """One table of the original against itself, the baselines and the codec at some numbers of levels (None: no codec).
+
+    "rows": codec, n_q (None but for ours), kbps, pesq, visqol, stoi, si_sdr (dB), mel, scored; "levels": the same of
+    ours at every number of levels, with gain; "usage": level, used (codes), share, perplexity; the rest as in
+    `codec_figures`, "absent" with the baselines'. Raises ValueError without wavs.
+    """
+    if not wavs:
+        raise ValueError("compare got no clips: give audio of at least a second")
+    have = scorers(with_visqol)
+    rows = [{"codec": "identity", "n_q": None, "kbps": None, **_reported(measure(wavs, wavs, have.by_name))}]
+    absent = dict(have.absent)
+    for baseline in baselines:
+        if baseline.round_trip is None:
+            absent[baseline.codec] = baseline.absent
+            continue
+        mades, bits = zip(*map(baseline.round_trip, wavs), strict=True)
+        rows.append({"codec": baseline.codec, "n_q": None, "kbps": sum(bits) / _seconds(wavs) / 1000,
+                     **_reported(measure(wavs, mades, have.by_name))})
+    table = {"absent": absent, "visqol": have.visqol, "clips": len(wavs), "seconds": _seconds(wavs)}
+    if codec is None:
+        return {"rows": rows, **table}
+    levels = default_levels(codec) if levels is None else levels
+    found = codec_figures(codec, wavs, levels, have)
+    ours = [{"n_q": r["n_q"], "kbps": r["bits_per_s"] / 1000, **_reported(r), "gain": r["gain"]} for r in found["levels"]]
+    rows += [{"codec": "this codec", **{k: v for k, v in r.items() if k != "gain"}} for r in ours if r["n_q"] in levels]
+    usage = [{"level": r["level"], "used": round(r["used"] * codec.spec.vocab), "share": r["used"],
+              "perplexity": r["perplexity"]} for r in found["codebooks"]]
+    return {"rows": rows, "levels": ours, "usage": usage, "mean_spectrum_mel": found["mean_spectrum_mel"],
+            "levels_that_do_not_help": found["levels_that_do_not_help"], **table}
+
+
+def _reported(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {**{name.removesuffix("_db"): row[name] for name in METRICS}, "scored": row["scored"]}
+
+
+def format_table(table: Mapping[str, Any]) -> str:
+    """The rows of `compare` as aligned text, by bit rate, with `notes` below; a metric without any value has no column."""
+    heads = [(name, head, digits) for name, head, digits in HEADS if any(r[name] is not None for r in table["rows"])]
+    lines = [[head for _, head, _ in heads]]
+    for row in sorted(table["rows"], key=lambda r: (r["kbps"] is not None, r["kbps"] or 0)):
+        cells = ("-" if row[name] is None else f"{row[name]:.{digits}f}" if digits else str(row[name])
+                 for name, _, digits in heads)
+        lines.append(list(cells))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = [f"{line[0]:<{widths[0]}}  " + "  ".join(f"{c:>{w}}" for c, w in zip(line[1:], widths[1:], strict=True))
+            for line in lines]
+    return "\n".join([*text, "", *notes(table)])
+
+
+HEADS = (("codec", "codec", 0), ("n_q", "levels", 0), ("kbps", "kb/s", 2), ("pesq", "PESQ", 2), ("visqol", "ViSQOL", 2),
+         ("stoi", "STOI", 3), ("si_sdr", "SI-SDR dB", 1), ("mel", "mel distance", 3))  # (field, title, digits)
+
+
+def notes(table: Mapping[str, Any]) -> list[str]:
+    """What a reader of the figures has to know: clips, ViSQOL's mapper, what is absent, levels that do not help."""
+    labels = {name: head for name, head, _ in HEADS}
+    lines = [f"{table['clips']} clips, {table['seconds']:.1f} s; identity is the original against itself; rates count "
+             "the packets' bits."]
+    if table.get("visqol"):
+        lines.append(f"ViSQOL: {table['visqol']}; scores of another mapper cannot be set beside these.")
+    lines += [f"No {labels.get(name, name)}: {why}." for name, why in table["absent"].items()]
+    fewest: dict[str, int] = {}
+    for row in table["rows"]:
+        for name, n in row["scored"].items():
+            if name in ("pesq", "visqol", "stoi"):
+                fewest[name] = min(n, fewest.get(name, n))
+    lines += [f"{labels[name]} has a value on as few as {n} of {table['clips']} clips (too short, or no speech found)."
+              for name, n in fewest.items() if n < table["clips"]]
+    if useless := table.get("levels_that_do_not_help"):
+        lines.append(f"Levels that do not lower the mel distance: {', '.join(map(str, useless))}.")
+    return lines
+
+
+def reconstructions(codec: Codec, wav_T: np.ndarray, levels: Sequence[int],
+                    baselines: Sequence[Baseline] = ()) -> list[tuple[str, np.ndarray]]:
+    """(label, wav_T) of the original, of each number of levels and of the baselines at hand, to be heard side by side."""
+    codes_TQ, = encode(codec, [wav_T])
+    ours = [(f"{q} level{'s' * (q > 1)}, {_bits_per_s(codec, q) / 1000:.3g} kb/s",
+             decode(codec, codes_TQ[:, :q], len(wav_T))) for q in levels]
+    theirs = [(f"{b.codec}, {b.kbps:g} kb/s", b.round_trip(wav_T)[0]) for b in baselines if b.round_trip]
+    return [("original", wav_T), *ours, *theirs]
+
+
+def encode(codec: Codec, wavs: Sequence[np.ndarray]) -> list[torch.Tensor]:
+    if codec.spec.sample_rate != SAMPLE_RATE:
+        raise ValueError(f"{codec.spec.name} is a codec of {codec.spec.sample_rate} Hz; these figures are for {SAMPLE_RATE} Hz")
+    return [codec.encode(_tensor(w)[None], torch.tensor([len(w)]))[0] for w in wavs]
+
+
+def decode(codec: Codec, codes_TQ: torch.Tensor, samples: int) -> np.ndarray:
+    return codec.decode(codes_TQ[None])[0, :samples].numpy()
+
+
+def _bits_per_s(codec: Codec, n_q: int) -> float:
+    return n_q * codec.spec.rate_hz * math.log2(codec.spec.vocab)
+
+
+def codebook_use(codes_TQ: torch.Tensor, vocab: int) -> list[dict[str, float]]:
+    """Of each level: the share of its codes that occur, and exp(entropy) of their use."""
+    rows = []
+    for level in range(codes_TQ.shape[1]):
+        p = torch.bincount(codes_TQ[:, level], minlength=vocab).double()
+        p = p / p.sum()
+        rows.append({"level": level + 1, "used": float((p > 0).double().mean()),
+                     "perplexity": float(torch.special.entr(p).sum().exp())})
+    return rows

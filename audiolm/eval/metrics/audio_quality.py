@@ -1,0 +1,170 @@
+"""Figures of one reconstructed clip, for training and evaluation alike.
+
+wav_T (the original) and made_T: mono float at 16 kHz, of one length.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from audiolm.models.mel import HOP, log_mel
+from audiolm.tokenizers.base import SAMPLE_RATE
+
+PESQ_MIN_S = 0.25  # shorter clips have none
+
+
+def si_sdr_db(wav_T: np.ndarray, made_T: np.ndarray) -> float:
+    """Scale-invariant signal-to-distortion ratio in dB; -inf for silence against sound."""
+    wav, made = wav_T.astype(np.float64), made_T.astype(np.float64)
+    wav, made = wav - wav.mean(), made - made.mean()
+    energy = wav @ wav
+    if energy == 0:
+        return -math.inf
+    target = (made @ wav / energy) * wav
+    signal, noise = target @ target, ((made - target) ** 2).sum()
+    if signal == 0:
+        return -math.inf
+    return math.inf if noise == 0 else float(10 * math.log10(signal / noise))
+
+
+def pesq_wb(wav_T: np.ndarray, made_T: np.ndarray) -> float | str:
+    """Wide-band PESQ (ITU-T P.862.2), or why there is none (too short, no speech found)."""
+    import pesq
+
+    if len(wav_T) < PESQ_MIN_S * SAMPLE_RATE:
+        return f"shorter than {PESQ_MIN_S} s"
+    try:
+        return float(pesq.pesq(SAMPLE_RATE, wav_T, made_T, "wb"))
+    except (pesq.PesqError, ValueError, ZeroDivisionError) as e:
+        return f"{type(e).__name__}: {e}"
+
+
+METRICS = ("pesq", "visqol", "stoi", "si_sdr_db", "mel")
+VISQOL_MIN_S, STOI_MIN_S = 1.0, 0.5  # shorter clips have none
+INSTALL = "is not installed (pip install 'audiolm[eval]')"
+
+Score = Callable[[np.ndarray, np.ndarray], float | str]  # (wav_T, made_T) -> value, or why there is none
+
+
+@dataclass(frozen=True)
+class Scorers:
+    """The metrics at hand, those that are not with the reason, and which ViSQOL it is."""
+
+    by_name: Mapping[str, Score]
+    absent: Mapping[str, str]
+    visqol: str | None
+
+
+def scorers(with_visqol: bool = True) -> Scorers:
+    """Every metric whose library is installed; ViSQOL, which is slow, only if wanted. Its lattice mapper, its reference's
+    default, needs ai-edge-litert; without that it is the exponential one, whose scores lie 1 to 2 higher and cannot be
+    compared with the lattice's."""
+    by_name: dict[str, Score] = {"si_sdr_db": si_sdr_db, "mel": mel_distance}
+    absent, visqol = {}, None
+    try:
+        import pesq  # noqa: F401
+        by_name["pesq"] = pesq_wb
+    except ImportError:
+        absent["pesq"] = f"pesq {INSTALL}"
+    try:
+        import pystoi  # noqa: F401
+        by_name["stoi"] = stoi
+    except ImportError:
+        absent["stoi"] = f"pystoi {INSTALL}"
+    if with_visqol:
+        try:
+            by_name["visqol"], visqol = _visqol()
+        except ImportError:
+            absent["visqol"] = f"visqol-python {INSTALL}"
+    else:
+        absent["visqol"] = "switched off (evaluate.visqol)"
+    return Scorers(by_name, absent, visqol)
+
+
+def measure(wavs: Sequence[np.ndarray], mades: Iterable[np.ndarray], by_name: Mapping[str, Score]) -> dict[str, Any]:
+    """Mean of each metric over the clips (None where no clip has a value), "scored" = {metric: clips with a value},
+    "failed" = {metric: {clip number: reason}}."""
+    values: dict[str, list[float]] = {name: [] for name in by_name}
+    failed: dict[str, dict[str, str]] = {}
+    for i, (wav, made) in enumerate(zip(wavs, mades, strict=True)):
+        for name, score in by_name.items():
+            value = score(wav, made)
+            if isinstance(value, str) or not math.isfinite(value):
+                failed.setdefault(name, {})[str(i)] = value if isinstance(value, str) else "not finite"
+            else:
+                values[name].append(value)
+    means = {name: _mean(values.get(name, [])) for name in METRICS}
+    return {**means, "scored": {name: len(v) for name, v in values.items()}, "failed": failed}
+
+
+def _seconds(wavs: Sequence[np.ndarray]) -> float:
+    return sum(map(len, wavs)) / SAMPLE_RATE
+
+
+def _mean(values: list[float]) -> float | None:
+    return float(np.mean(values)) if values else None
+
+
+def _tensor(wav_T: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(wav_T, np.float32))
+
+
+def _mel(wav_T: np.ndarray) -> torch.Tensor:
+    return log_mel(torch.nn.functional.pad(_tensor(wav_T), (0, -len(wav_T) % HOP))[None])[0]
+
+
+def mel_distance(wav_T: np.ndarray, made_T: np.ndarray) -> float:
+    """Mean L1 distance of the log-mels of two signals of one length, in nats."""
+    return float((_mel(wav_T) - _mel(made_T)).abs().mean())
+
+
+def mean_spectrum_distance(wav_T: np.ndarray) -> float:
+    """The mel distance of predicting, at every frame, the clip's mean log-mel."""
+    mel_TF = _mel(wav_T)
+    return float((mel_TF - mel_TF.mean(0)).abs().mean())
+
+
+def stoi(wav_T: np.ndarray, made_T: np.ndarray) -> float | str:
+    """Short-time objective intelligibility, or why there is none."""
+    import pystoi
+
+    if len(wav_T) < STOI_MIN_S * SAMPLE_RATE:
+        return f"shorter than {STOI_MIN_S} s"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # it warns and gives 1e-5 where it finds too little speech
+        value = float(pystoi.stoi(wav_T, made_T, SAMPLE_RATE))
+    return value if wav_T.any() and value != 1e-5 else "too little speech"
+
+
+def _visqol() -> tuple[Score, str]:
+    """ViSQOL in speech mode and its name. Raises ImportError."""
+    from importlib.metadata import version
+
+    from visqol import VisqolApi
+
+    api = VisqolApi()
+    try:
+        api.create(mode="speech", use_lattice_model=True)
+        mapper = "lattice"
+    except ImportError:
+        api.create(mode="speech", use_lattice_model=False)
+        mapper = "exponential"
+
+    def score(wav_T: np.ndarray, made_T: np.ndarray) -> float | str:
+        if len(wav_T) < VISQOL_MIN_S * SAMPLE_RATE:
+            return f"shorter than {VISQOL_MIN_S:g} s"
+        if not wav_T.any():
+            return "silent"
+        try:
+            return float(api.measure_from_arrays(wav_T.astype(np.float64), made_T.astype(np.float64), SAMPLE_RATE).moslqo)
+        except (IndexError, ValueError, ZeroDivisionError) as e:  # no patch with any sound
+            return f"{type(e).__name__}: {e}"
+
+    return score, f"visqol-python {version('visqol-python')}, speech mode, {mapper} mapper"

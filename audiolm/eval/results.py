@@ -1,0 +1,76 @@
+"""What a metric gives: rows for the paper's tables, each a figure with its interval and how it was come by.
+
+Intervals are 95 %, by bootstrap over groups (speakers, or clips): what is drawn together is not independent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from audiolm import rng
+
+DRAWS = 2000
+ROLES = ("ours", "ceiling", "floor", "baseline")
+Progress = Callable[[int, int, str], object]  # done, of how many, unit
+
+
+@dataclass(frozen=True)
+class Row:
+    """A figure of `table` (I, II, III, IV as in the paper, else a name). `n` counts `of` (clips, pairs, crops); `value` None:
+    not measured, `note` says why and what to do. `role`: ours; ceiling (the original, the codec); floor (chance, shuffled
+    tokens); baseline (counting, duration)."""
+
+    table: str
+    item: str
+    metric: str  # with its unit: "WER %"
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    n: int = 0
+    of: str = "clips"
+    role: str = "ours"
+    paper: float | None = None
+    seconds: float = 0.0  # that measuring took
+    note: str = ""
+
+    def __post_init__(self):
+        if self.role not in ROLES:
+            raise ValueError(f"role {self.role!r} of {self.item!r} is none of {', '.join(ROLES)}")
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def unheard(done: int, total: int, unit: str) -> None:
+    """Progress that nobody follows."""
+
+
+def not_measured(table: str, item: str, metric: str, why: str, paper: float | None = None) -> Row:
+    """A row that stays visible: an optional package or data that are not there."""
+    return Row(table, item, metric, None, paper=paper, note=why)
+
+
+def interval(values: Sequence[float], groups: Sequence[Any], seed: int = 0,
+             weights: Sequence[float] | None = None) -> tuple[float, float, float]:
+    """(mean, low, high) of values, weighted (errors a word, weighted by words) and resampled by group. Raises ValueError where
+    there are none."""
+    if not len(values):
+        raise ValueError("no values to average: give the suite at least one item")
+    x = np.asarray(values, np.float64)
+    w = np.ones(len(x)) if weights is None else np.asarray(weights, np.float64)
+    names, of = np.unique(np.asarray([str(g) for g in groups]), return_inverse=True)
+    sums, totals = (np.bincount(of, v, minlength=len(names)) for v in (w * x, w))
+    drawn = rng.generator(seed, "bootstrap").multinomial(len(names), np.full(len(names), 1 / len(names)), size=DRAWS)
+    means = (drawn @ sums) / np.maximum(drawn @ totals, 1e-12)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(sums.sum() / totals.sum()), float(low), float(high)
+
+
+NAMES = {"lm_semantic": "semantic stage", "lm_coarse": "coarse stage", "lm_fine": "fine stage", "codec": "codec",
+         "masked_model": "masked audio model"}
+BASELINES = {"unigram": "unigram", "bigram": "Kneser-Ney 2", "fivegram": "Kneser-Ney 5", "previous": "previous frame",
+             "below": "level below", "baseline": "the better"}

@@ -1,0 +1,67 @@
+"""The step `codec_figures`: the trained codec on held-out clips, beside Opus and Lyra, before any language model is trained.
+
+Leaves `{out.path}/codec.json` (eval.codec.compare's table and "players": [{"clip", "files": [{"label", "file"}]}]) and,
+under `ui/codec/`, which the tracker shows, a wav and a spectrogram of each player.  Held-out means test, or dev where
+there is none; clips are those that the codec may learn from (codec.where).
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from typing import Any
+
+from audiolm import store
+from audiolm.config.codec import CodecFigures
+from audiolm.data.audio import wav_bytes
+from audiolm.data.parallel import device_of, fan_out
+from audiolm.data.sources import roots
+from audiolm.eval.codec_quality import compare, default_levels, reconstructions
+from audiolm.eval.ladder import held_out
+from audiolm.eval.models.baseline_codecs import baselines, opus
+from audiolm.render import plots
+from audiolm.tokenizers.acoustic import load_codec
+
+PLAYERS = 2  # clips to be heard at several numbers of levels
+
+
+def measure_codec(config: dict[str, Any], inputs: dict[str, Any], out: Any) -> dict[str, Any]:
+    """Step function. config: figures (config.CodecFigures), corpus, cluster; inputs: manifest, codec. Returns the main
+    figures, flat. Raises ValueError where nothing is held out."""
+    began, cluster = time.monotonic(), config["cluster"]
+    device = device_of(cluster, out.inline)
+    paths = {name: artifact.path for name, artifact in inputs.items()}
+    item = (config["figures"], roots(config["corpus"]), paths, out.path, device)
+    table, = fan_out(codec_part, [item], out=out, cluster=cluster, unit="tables", gpu=device == "cuda")
+    store.put_json(store.join(out.path, "codec.json"), table)
+    return {**flat_facts(table), "seconds": round(time.monotonic() - began, 3)}
+
+
+def codec_part(want: CodecFigures, source_roots: dict[str, str], paths: dict[str, str], folder: str,
+               device: str) -> dict[str, Any]:
+    """One task: the table at 1, Q', half and all levels, and the players' files."""
+    codec = load_codec(paths["codec"], device)
+    clips = held_out(paths["manifest"], source_roots, want.clips, want.clip_s, want.where)
+    levels = sorted({*default_levels(codec), min(want.coarse_levels, codec.spec.n_q)})
+    table = {**compare(codec, [wav for _, wav in clips], baselines(want.lyra), levels, want.visqol),
+             "players": []}
+    for clip, wav in clips[:PLAYERS]:
+        files = []
+        for label, made in reconstructions(codec, wav, levels, opus()[:1]):
+            name = re.sub(r"[^A-Za-z0-9.]+", "-", f"{clip.id}-{len(files)}-{label}")
+            store.put(store.join(folder, f"ui/codec/{name}.wav"), wav_bytes(made))
+            store.put(store.join(folder, f"ui/codec/{name}.png"), plots.spectrogram(made, label))
+            files.append({"label": label, "file": f"ui/codec/{name}.wav"})
+        table["players"].append({"clip": clip.id, "files": files})
+    return table
+
+
+def flat_facts(table: dict[str, Any]) -> dict[str, float]:
+    """The figures with all levels, the yardstick, and how many levels do not help."""
+    names = {name: name for name in ("pesq", "stoi", "si_sdr", "mel")}
+    if table["visqol"]:  # a name of its own for each mapper, so that no chart draws the two as one
+        names["visqol"] = "visqol_lattice" if "lattice" in table["visqol"] else "visqol_exponential"
+    best = table["levels"][-1]
+    facts = {name: best[k] for k, name in names.items() if best[k] is not None}
+    facts |= {"mean_spectrum_mel": table["mean_spectrum_mel"], "levels_that_do_not_help": len(table["levels_that_do_not_help"])}
+    return {k: round(float(v), 6) for k, v in facts.items()}

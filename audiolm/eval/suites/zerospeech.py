@@ -1,0 +1,275 @@
+"""The paper's Table IV: does stage 1 find the right word or sentence of a spoken pair likelier than the wrong one?
+
+A recording's score is the log-likelihood of its semantic tokens (deduplicated where the stage is) after BOS, without EOS: its
+sum, and its mean per token.  1 for the right one, 0.5 on ties; the mean over a pair's voices, then over pairs.  Recordings have
+0.2 s of silence at both ends.  Beside it stand Kneser-Ney bigrams of the run's train tokens, what phone trigrams tell where the
+set says so, and the shorter recording.  Legend: F recordings, P pairs of one voice, z_T semantic ids.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import posixpath
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from audiolm import store
+from audiolm.config.corpus import Where
+from audiolm.data.audio import SAMPLE_RATE_HZ, decode, resample
+from audiolm.data.sources import AUDIO
+from audiolm.eval.metrics import likelihood, ngram
+from audiolm.eval.results import Progress, Row, interval, not_measured, unheard
+from audiolm.lm.batches import TokenBatches
+from audiolm.lm.loss import inputs_of, prepare
+from audiolm.lm.model import load_lm
+from audiolm.lm.stages import Stage
+from audiolm.tokenizers.encode import READERS, encode_batch, plan_batches
+from audiolm.tokenizers.semantic import load_semantic
+
+if TYPE_CHECKING:
+    from audiolm.eval.suites.base import Ask
+
+BANDS = {"oov": 0, "1-5": 5, "6-20": 20, "21-100": 100, ">100": float("inf")}  # the most; ZeroSpeech's script has 5 in 6-20
+WORDS = ("is_word", "frequency", "frequency_band")  # columns that only words have
+SENTENCES = ("subtype", "transcription")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A right and a wrong recording (paths) of one voice; what several voices say has one id. `band` of words alone."""
+
+    id: str
+    voice: str
+    right: str
+    wrong: str
+    band: str | None
+
+    @property
+    def known(self) -> bool:
+        """In the vocabulary."""
+        return self.band not in (None, "oov")
+
+
+@dataclass(frozen=True)
+class ProbeSet:
+    """`kind`: words, sentences or stories; `official`: has ZeroSpeech's columns. `trigrams`: of a pair's id by how much phone
+    trigrams favour the right word, where a pairs.csv beside the gold says so (its column d3)."""
+
+    kind: str
+    official: bool
+    pairs: tuple[Pair, ...]
+    trigrams: Mapping[str, float]
+
+
+def read_probes(place: str) -> ProbeSet:
+    """The pairs of a gold.csv, or of the one in a folder. Raises FileNotFoundError; ValueError for what cannot be paired."""
+    gold = place if place.endswith(".csv") else store.join(place, "gold.csv")
+    rows, folder = _table(gold), posixpath.dirname(gold)
+    columns = rows[0].keys() if rows else ()
+    right = next((c for c in ("correct", "is_word") if c in columns), None)
+    name = next((c for c in ("pair_id", "id") if c in columns), None)
+    if "filename" not in columns or not right or not name:
+        raise ValueError(f"{gold}: columns {', '.join(columns) or 'none'}; filename, correct (or is_word) and pair_id (or id) "
+                         "are needed, as in ZeroSpeech 2021's gold.csv")
+    ending = {posixpath.splitext(n)[0]: n for n in store.names(folder) if n.lower().endswith(AUDIO)}
+    groups: dict[tuple[str, str], tuple[list, list]] = defaultdict(lambda: ([], []))
+    for row in rows:
+        within = [row[c] for c in ("type", "subtype") if name == "id" and c in columns]
+        groups["/".join([*within, row[name]]), row.get("voice", "")][row[right].strip() in ("1", "1.0")].append(row)
+    pairs = []
+    for (pair, voice), (wrong, good) in groups.items():
+        if len(wrong) != len(good):
+            raise ValueError(f"{gold}: pair {pair!r} of voice {voice!r} has {len(good)} right and {len(wrong)} wrong "
+                             "recordings; each right one needs a wrong one")
+        pairs += [Pair(pair, voice, *(_path(gold, folder, ending, r["filename"]) for r in (a, b)), band_of(a))
+                  for a, b in zip(good, wrong, strict=True)]
+    kind = next((k for k, own in (("words", WORDS), ("sentences", SENTENCES)) if any(c in columns for c in own)), "stories")
+    beside = store.join(folder, "pairs.csv")
+    trigrams = {r["pair_id"]: float(r["d3"]) for r in _table(beside) if r.get("d3")} if store.exists(beside) else {}
+    return ProbeSet(kind, "frequency" in columns or "transcription" in columns, tuple(pairs), trigrams)
+
+
+def band_of(row: Mapping[str, str]) -> str | None:
+    """The frequency band of a right word; None where the gold has none."""
+    if row.get("frequency", "").lower() in ("", "nan"):
+        return row.get("frequency_band") or None
+    count = float(row["frequency"])
+    return next(band for band, most in BANDS.items() if count <= most)
+
+
+def _table(path: str) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(store.get(path).decode("utf-8-sig"))))
+
+
+def _path(gold: str, folder: str, ending: Mapping[str, str], filename: str) -> str:
+    if filename.lower().endswith(AUDIO):
+        return store.join(folder, filename)
+    if filename not in ending:
+        raise ValueError(f"{gold} names {filename!r}, and {folder} has no such audio ({', '.join(AUDIO)}): put it there")
+    return store.join(folder, ending[filename])
+
+
+SILENCE_S = 0.2
+BATCH_S = 60.0  # padded audio heard at once
+AT_ONCE = 1024  # recordings in memory
+TOKENS = 8192  # of a forward pass, with the padding
+PAPER = {("words", "all", "mean"): 71.5, ("words", "in-vocab", "mean"): 83.7, ("sentences", "all", "mean"): 64.7,
+         ("sentences", "all", "sum"): 67.5}
+HOW = {"mean": "per token", "sum": "sum"}
+
+
+def measure_probes(sets: Mapping[str, str], steps: Mapping[str, str], where: Where | None = None, seed: int = 0,
+                   device: str = "cpu", progress: Progress = unheard) -> list[Row]:
+    """Rows of Table IV for each set, {name: folder of a gold.csv}. steps: the folders of kmeans, lm_semantic (or one of its
+    checkpoints), and manifest and semantic_tokens, whose train tokens the bigram counts; `where`: lm.semantic.where.
+
+    Raises as `read_probes`; ValueError where the stage is not the semantic one, or of another tokenizer.
+    """
+    tokenizer, (model, stage) = load_semantic(steps["kmeans"], device), load_lm(steps["lm_semantic"], device)
+    if stage.name != "semantic" or stage.k != tokenizer.spec.vocab:
+        raise ValueError(f"probes need the semantic stage of the tokenizer's {tokenizer.spec.vocab} tokens, got the "
+                         f"{stage.name} stage of {stage.k}: take lm_semantic and kmeans of one run")
+    bigram = bigram_of(TokenBatches(steps["manifest"], steps["semantic_tokens"], None, stage, "train", where, 1, seed))
+    read, rows = {name: read_probes(place) for name, place in sets.items()}, []
+    for name, probes in read.items():
+        began = time.monotonic()
+        files = [path for p in probes.pairs for path in (p.right, p.wrong)]
+        z, samples = hear(files, tokenizer, device, progress)
+        ids = [stage.targets(z_T) for z_T in z]
+        long = sum(len(z_T) > stage.crop_frames for z_T in z)
+        note = f"{long} of {len(z)} recordings exceed the {stage.crop_s:g} s the stage was trained on" if long else ""
+        scores = {"stage 1": by_sequence(ids, lambda some: log_likelihoods(model, stage, some, device)),
+                  "Kneser-Ney bigram": by_sequence(ids, lambda some: bigram_scores(bigram, stage, some))}
+        rows += rows_of(name, probes, scores, [len(i) for i in ids], samples, seed, time.monotonic() - began, note)
+    return rows
+
+
+def hear(files: Sequence[str], tokenizer, device: str = "cpu",
+         progress: Progress = unheard) -> tuple[list[np.ndarray], np.ndarray]:
+    """z_T of each file with silence around it, by batches of like lengths, and its own samples_F at 16 kHz."""
+    codes: list[np.ndarray] = [np.empty(0, np.int64)] * len(files)
+    samples, silence = np.zeros(len(files), np.int64), round(SILENCE_S * SAMPLE_RATE_HZ)
+    with ThreadPoolExecutor(READERS) as pool:  # decoding lets other threads run
+        for first in range(0, len(files), AT_ONCE):
+            wavs = list(pool.map(lambda path: resample(*decode(path), SAMPLE_RATE_HZ), files[first:first + AT_ONCE]))
+            samples[first:first + len(wavs)] = [len(w) for w in wavs]
+            done = first
+            for batch in plan_batches([len(w) + 2 * silence for w in wavs], BATCH_S):
+                for i, codes_TQ in zip(batch, encode_batch([np.pad(wavs[i], silence) for i in batch], tokenizer, device),
+                                       strict=True):
+                    codes[first + i] = codes_TQ[:, 0].numpy()
+                done += len(batch)
+                progress(done, len(files), "recordings")
+    return codes, samples
+
+
+def by_sequence(ids: Sequence[np.ndarray], score: Callable[[list[np.ndarray]], np.ndarray]) -> np.ndarray:
+    """scores_F. What sounds the same is asked about once: ties stay ties, however a batch rounds."""
+    once = {row.tobytes(): row for row in ids}
+    found = dict(zip(once, score(list(once.values())), strict=True))
+    return np.array([found[row.tobytes()] for row in ids])
+
+
+@torch.no_grad()
+def log_likelihoods(model: torch.nn.Module, stage: Stage, rows: Sequence[np.ndarray],
+                    device: str | torch.device = "cpu") -> np.ndarray:
+    """Log-likelihood in nats of each row of target ids under the semantic stage, after BOS and without EOS."""
+    out = np.zeros(len(rows))
+    for batch in _batches([len(r) + 1 for r in rows]):
+        length = max(len(rows[i]) for i in batch) + 1
+        ids_BT = torch.full((len(batch), length), stage.bos)
+        target_BT = torch.zeros(len(batch), length, dtype=torch.bool)
+        for b, i in enumerate(batch):
+            n = len(rows[i])
+            ids_BT[b, 1:n + 1], target_BT[b, 1:n + 1] = torch.from_numpy(rows[i]), True
+        doc_BT = torch.zeros_like(ids_BT)  # nothing looks ahead, so the padding needs no document of its own
+        tensors = prepare(stage, {"ids_BT": ids_BT, "target_BT": target_BT, "doc_BT": doc_BT})
+        nats_N = model(*inputs_of({name: x.to(device) for name, x in tensors.items()}))[0].double().cpu()
+        out[batch] = -np.bincount(tensors["index_SN"][0].numpy() // length, nats_N.numpy(), minlength=len(batch))
+    return out
+
+
+def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Rows of like lengths, at most TOKENS with their padding (at least one row)."""
+    batch: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if batch and (len(batch) + 1) * lengths[i] > TOKENS:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+def bigram_of(data: TokenBatches) -> ngram.KneserNey:
+    """Counted on the train clips at their own speed."""
+    stage = data.stage
+    _, *places = likelihood.views(stage, list(likelihood.train_rows(data)), -1)["bigram"]
+    return ngram.fit(*places, 2, stage.vocab_size, stage.k + 1)
+
+
+def bigram_scores(model: ngram.KneserNey, stage: Stage, rows: Sequence[np.ndarray]) -> np.ndarray:
+    """As `log_likelihoods`; it knows that a deduplicated id never repeats."""
+    nats_N = model.nats(*ngram.sequence([np.append(stage.bos, r) for r in rows]), stage.no_repeat)
+    row_N = np.repeat(np.arange(len(rows)), [len(r) for r in rows])
+    return -np.bincount(row_N, nats_N, minlength=len(rows))
+
+
+def rows_of(name: str, probes: ProbeSet, sums: Mapping[str, np.ndarray], tokens: Sequence[int], samples_F: np.ndarray,
+            seed: int, seconds: float, note: str = "") -> list[Row]:
+    """Rows from log-likelihoods sums_F of the recordings (right, wrong, right, ...), their numbers of tokens and samples."""
+    pairs, parts, wins = probes.pairs, parts_of(probes.pairs), {}
+    for judge, sums_F in sums.items():
+        wins |= {(judge, "mean"): wins_of(sums_F / tokens), (judge, "sum"): wins_of(sums_F)}
+    wins["the shorter", ""] = wins_of(-samples_F)
+    if all(p.id in probes.trigrams for p in pairs) and probes.trigrams:
+        wins["phone trigrams", ""] = wins_of(np.array([x for p in pairs for x in (probes.trigrams[p.id], 0.0)]))
+    rows = []
+    for (judge, how), wins_P in wins.items():
+        for part, at in parts.items():
+            score, low, high = interval(*_by_pair(100 * wins_P[at], [pairs[i].id for i in at]), seed)
+            paper = PAPER.get((probes.kind, part, how)) if judge == "stage 1" else None
+            other = "other pairs than the paper's (ZeroSpeech 2021, dev)" if paper and not probes.official else ""
+            rows.append(Row("IV", f"{judge}, {HOW[how]}" if how else judge, f"{name}, {part} %", score, low, high,
+                            len({pairs[i].id for i in at}), "pairs", "ours" if judge == "stage 1" else "baseline", paper,
+                            seconds, "; ".join(filter(None, (other, note if judge == "stage 1" else "")))))
+    return [*rows, Row("IV", "chance", f"{name}, all %", 50.0, n=len({p.id for p in pairs}), of="pairs", role="floor")]
+
+
+def parts_of(pairs: Sequence[Pair]) -> dict[str, list[int]]:
+    """Numbers of the pairs of a voice: all, those in the vocabulary, and each band, as far as there are some."""
+    parts = {"all": list(range(len(pairs))), "in-vocab": [i for i, p in enumerate(pairs) if p.known]}
+    for band in dict.fromkeys([*BANDS, *(p.band for p in pairs if p.band)]):
+        parts[band] = [i for i, p in enumerate(pairs) if p.band == band]
+    return {part: at for part, at in parts.items() if at}
+
+
+def wins_of(scores_F: np.ndarray) -> np.ndarray:
+    """wins_P: 1 where the right one of a pair (right, wrong, right, ...) scores higher, 0.5 on ties."""
+    right_P, wrong_P = scores_F[::2], scores_F[1::2]
+    return (right_P > wrong_P) + 0.5 * (right_P == wrong_P)
+
+
+def _by_pair(values_P: np.ndarray, ids: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """(means over voices, ids): one of each pair."""
+    names, of = np.unique(np.asarray(ids), return_inverse=True)
+    return np.bincount(of, values_P) / np.bincount(of), names
+
+
+def zerospeech_suite(ask: Ask) -> list[Row]:
+    """sWUGGY- and sBLIMP-style pairs, where the config names some (tables.probes)."""
+    cfg = ask.config
+    if not cfg.tables.probes:
+        return [not_measured("IV", "stage 1", f"{name} %", "no pairs: name folders with a gold.csv, tables.probes="
+                             f"{{{name}: FOLDER}}", paper) for name, paper in (("sWUGGY", 71.5), ("sBLIMP", 64.7))]
+    from audiolm.eval.suites.zerospeech import measure_probes
+
+    return measure_probes(cfg.tables.probes, ask.steps, cfg.lm.semantic.where, cfg.run.seed, ask.device, ask.out.progress)

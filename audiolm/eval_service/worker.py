@@ -1,0 +1,112 @@
+"""A job's part of an evaluation that was asked for: running, the figures, and what it writes back onto the version.
+
+Metrics go to the version's model, a Markdown table into its description, report.html and the tables to an MLflow run below the
+one that made the version, which the description links to.  Whatever goes wrong ends the request as failed, with the reason;
+an MLflow that is down is waited for, and what is sent again is there once.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from audiolm import store
+from audiolm.eval.results import Row
+from audiolm.eval.suites.base import Report
+from audiolm.eval_service import request
+from audiolm.report.results_page import markdown
+from audiolm.store import mask
+from audiolm.tracking import client as mlflow_client
+from audiolm.tracking.outbox import first_line, key, now_ms
+from audiolm.tracking.registry import ASK, MODEL
+
+MARK = "<!-- evaluation -->"
+DESCRIPTION_CHARS = 5000  # MLflow's column
+PATIENCE_S = 3600.0  # for an MLflow that does not answer
+
+T = TypeVar("T")
+
+
+def answer(client: Any, name: str, version: str, number: int, evaluate: Callable[[], Report]) -> bool:
+    """Runs `evaluate` for request `number` of a version and writes the end onto it; False where it failed or has ended."""
+    asked = _patient(lambda: request.read(client, name, version))
+    if asked.number != number:
+        return False  # it was given up as lost
+    _patient(lambda: request.running(client, asked))
+    run_id = _patient(lambda: _open(client, asked))
+    try:
+        report, at_ms = evaluate(), now_ms()
+        _patient(lambda: _publish(client, asked, run_id, report, at_ms))
+        _end(client, asked, run_id, "FINISHED", request.DONE, "")
+        return True
+    except BaseException as e:  # a job that is stopped (SystemExit) says so too
+        status = "FAILED" if isinstance(e, Exception) else "KILLED"
+        reason = f"{e}" if isinstance(e, ValueError) else "it was stopped" if status == "KILLED" else first_line(e)
+        _end(client, asked, run_id, status, request.FAILED, reason)
+        if not isinstance(e, ValueError):
+            raise
+        return False
+
+
+def _patient(fn: Callable[[], T]) -> T:
+    """Calls MLflow, again and again where it does not answer."""
+    until, wait = time.monotonic() + PATIENCE_S, 1.0
+    while True:
+        try:
+            return fn()
+        except Exception as e:  # noqa: BLE001  what its client raises depends on what fails
+            if time.monotonic() > until or mlflow_client.refused(e):
+                raise
+            time.sleep(wait)
+            wait = min(2 * wait, 30.0)
+
+
+def _open(client: Any, asked: request.Request) -> str:
+    if found := request.runs_of(client, asked):
+        return found[0].info.run_id
+    made_by = client.get_run(client.get_model_version(asked.name, asked.version).run_id).info
+    tags = {"audiolm.evaluation": asked.job, "model": asked.uri, "mlflow.parentRunId": made_by.run_id}
+    return client.create_run(made_by.experiment_id, tags=tags, run_name=asked.job).info.run_id
+
+
+def _end(client: Any, asked: request.Request, run_id: str, status: str, state: str, reason: str) -> None:
+    _patient(lambda: client.set_terminated(run_id, status))
+    _patient(lambda: request.end(client, asked, state, reason))
+
+
+def _publish(client: Any, asked: request.Request, run_id: str, report: Report, at_ms: int) -> None:
+    version = client.get_model_version(asked.name, asked.version)
+    step = int(asked.tags["step"]) if asked.tags.get("step", "").isdecimal() else 0
+    figures = {_key(r): float(r.value) for r in report.rows if r.value is not None}
+    for part in mlflow_client.metrics(figures, at_ms, step, version.tags.get(MODEL)):
+        client.log_batch(run_id, part)
+    for file in ("report.html", "rows.json"):
+        client.log_text(run_id, store.get(store.join(report.folder, file)).decode(), file)
+    client.log_text(run_id, _csv(report.rows), "rows.csv")
+    client.set_model_version_tag(asked.name, asked.version, request.RESULT, run_id)
+    experiment = client.get_run(run_id).info.experiment_id
+    text = _described(version.description or "", asked.number, f"#/experiments/{experiment}/runs/{run_id}", report.rows)
+    client.update_model_version(asked.name, asked.version, text)
+
+
+def _key(r: Row) -> str:
+    return key(f"eval/{r.table}/{r.item}/{r.metric}".replace("%", "percent"))
+
+
+def _csv(rows: list[Row]) -> str:
+    sink = io.StringIO()
+    writer = csv.DictWriter(sink, list(rows[0].to_json()))
+    writer.writeheader()
+    writer.writerows(r.to_json() for r in rows)
+    return sink.getvalue()
+
+
+def _described(before: str, number: int, where: str, rows: list[Row]) -> str:
+    """The description with the newest evaluation in place of an older one."""
+    head = before.split(MARK)[0].replace(ASK, "").strip()
+    links = f"**Evaluated** (request {number}): [report with sound and plots]({where}/artifacts/report.html), [run]({where})"
+    start = f"{head}\n\n{MARK}\n{links}\n\n"
+    return mask(start + markdown(rows, DESCRIPTION_CHARS - len(start) - 100))[:DESCRIPTION_CHARS]

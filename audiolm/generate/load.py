@@ -1,0 +1,95 @@
+"""A run's trained system: from a run's name, index or MLflow id to an AudioLM that generates.
+
+A run's index is `{store}/runs/{name}.json`: of each step the folder of its finished build.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from audiolm import store
+from audiolm.dag.run_index import SYSTEM_STEPS, steps_of
+from audiolm.data.parallel import pick_device
+from audiolm.tracking.lookup import find_run
+
+if TYPE_CHECKING:
+    from audiolm.generate.audiolm import AudioLM
+    from audiolm.generate.params import Draw
+
+def system_steps(index_path: str) -> dict[str, str]:
+    """The folders that a system is loaded from. Raises ValueError that names the steps which are not done yet."""
+    steps = steps_of(index_path)
+    missing = [name for name in SYSTEM_STEPS if name not in steps]
+    if not missing and "lm_fine" not in steps and _needs_fine(steps):
+        missing = ["lm_fine"]
+    if missing:
+        raise ValueError(f"--run: {index_path} names no finished step {', '.join(missing)}; the command that began the run "
+                         "goes on with it: python workflows/full_pipeline.py CONFIG.yaml")
+    return {name: steps[name] for name in (*SYSTEM_STEPS, "lm_fine") if name in steps}
+
+
+def _needs_fine(steps: Mapping[str, str]) -> bool:
+    """Whether the codec has more levels than the coarse stage."""
+    from audiolm.tokenizers.acoustic import load_codec
+
+    about = store.get_json(store.join(steps["lm_coarse"], "export", "config.json"))
+    return about is not None and about["stage"]["levels"][1] < load_codec(steps["codec"]).spec.n_q
+
+
+def open_system(run: str, device: str = "auto", draws: Mapping[str, Draw] | None = None,
+                tracking: str | None = None) -> AudioLM:
+    """The AudioLM of a run, named as in `find_run`; `draws` by stage, None as in the paper. Raises ValueError."""
+    steps = system_steps(find_run(run, tracking=tracking))
+    return load_system(tuple(steps.items()), pick_device(device), tuple(draws.items()) if draws else None)
+
+
+@lru_cache(maxsize=1)
+def load_system(steps: tuple[tuple[str, str], ...], device: str, draws: tuple[tuple[str, Draw], ...] | None) -> AudioLM:
+    """The AudioLM of some steps' folders, loaded once a process."""
+    return load(dict(steps), device, draws=dict(draws) if draws else None)
+
+
+def load(paths: Mapping[str, str], device: str = "cpu", mean_run: float | None = None,
+         draws: Mapping[str, Draw] | None = None) -> AudioLM:
+    """The system from the steps' output folders: kmeans, codec, lm_semantic, lm_coarse and (where Q' < Q) lm_fine.
+
+    `mean_run` defaults to the fact of that name of the `semantic_tokens` folder. The stages run in bfloat16 on a GPU.
+    Raises ValueError for a missing step and for stages that were trained on another tokenizer's tokens.
+    """
+    from audiolm.generate.audiolm import AudioLM
+    from audiolm.generate.params import DRAWS
+    from audiolm.lm.model import load_lm
+    from audiolm.tokenizers.acoustic import load_codec
+    from audiolm.tokenizers.semantic import load_semantic
+
+    for name in ("kmeans", "codec", "lm_semantic", "lm_coarse"):
+        if name not in paths:
+            raise ValueError(f"step {name} is missing, there are {sorted(paths)}: run the pipeline up to it")
+    _of_one_run(paths)
+    if mean_run is None:
+        if "semantic_tokens" not in paths:
+            raise ValueError("pass mean_run, or the semantic_tokens step's folder in paths")
+        done = store.get_json(store.join(paths["semantic_tokens"], "done.json"))
+        if done is None:
+            raise ValueError(f"{paths['semantic_tokens']} holds no finished semantic_tokens step: run it")
+        mean_run = done["facts"]["mean_run"]
+    models = {name: load_lm(paths[f"lm_{name}"], device)
+              for name in ("semantic", "coarse", "fine") if f"lm_{name}" in paths}
+    if device != "cpu":
+        models = {name: (model.bfloat16(), stage) for name, (model, stage) in models.items()}
+    return AudioLM(load_semantic(paths["kmeans"], device), load_codec(paths["codec"], device), models, float(mean_run),
+                   dict(draws or DRAWS), device=device)
+
+
+def _of_one_run(paths: Mapping[str, str]) -> None:
+    """Raises ValueError where a finished step's record names other inputs than these."""
+    ids = {name: ".".join(path.rstrip("/").split("/")[-2:]) for name, path in paths.items()}
+    for name in paths.keys() & {"semantic_tokens", "lm_semantic", "lm_coarse", "lm_fine"}:
+        path = paths[name]
+        made_of = (store.get_json(store.join(path, "done.json")) or {}).get("inputs", {})
+        for other in ids.keys() & made_of.keys():
+            if made_of[other] != ids[other]:
+                raise ValueError(f"{name} ({path}) was made of {other} {made_of[other]}, not of {ids[other]}: take all steps "
+                                 "of one run, or run the pipeline again")

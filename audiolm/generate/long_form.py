@@ -1,0 +1,66 @@
+"""Sound of any length in constant memory: slide and prompt (AudioLM baseline of SoundStorm, 2305.09636).
+
+Windows of 10 s, each prompted with the last 3 s of the one before, in all three stages.  That cuts semantic tokens in time,
+so it wants models trained with `lm.dedupe: false`: a deduplicated token does not tell how long it lasts.
+Shapes: wav_T float32 mono at 16 kHz, z_T at 25 Hz, codes_TQ at 50 Hz.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from audiolm.generate.audiolm import AudioLM, whole_frames
+from audiolm.lm.stages import FRAMES, SEMANTIC_HZ
+from audiolm.rng import derive
+from audiolm.tokenizers.base import SAMPLE_RATE, SEMANTIC_HOP, padded_samples
+
+WINDOW_S, OVERLAP = 10.0, 0.3  # the overlap as a share of the window
+HOLD = 8  # semantic frames (0.32 s) that wait for the next window: a codec that is not causal hears what follows
+
+
+def stream(lm: AudioLM, prompt_T: np.ndarray | None, seconds: float, seed: int, may_end: bool = True,
+           window_s: float = WINDOW_S, overlap_s: float | None = None) -> Iterator[np.ndarray]:
+    """Pieces of a prompt and at most `seconds` beyond it, as they are made; windows are at most as long as the trained crops.
+
+    Raises ValueError for deduplicated stages, a prompt that fills the window, and an overlap that leaves nothing new.
+    """
+    if lm.stage("semantic").dedupe:
+        raise ValueError("the stages were trained with lm.dedupe: true, whose tokens do not tell how long they last, so "
+                         "windows cannot slide over them: train with lm.dedupe=false, or ask for at most the trained crop")
+    prompt_T = None if prompt_T is None else whole_frames(prompt_T)
+    head = 0 if prompt_T is None else len(prompt_T) // SEMANTIC_HOP
+    window = min(int(window_s * SEMANTIC_HZ), *(lm.stage(name).crop_frames for name in ("semantic", "coarse")))
+    overlap = int(OVERLAP * window if overlap_s is None else overlap_s * SEMANTIC_HZ)
+    if not HOLD < overlap < window:
+        raise ValueError(f"the overlap ({overlap / SEMANTIC_HZ:g} s) must lie between {HOLD / SEMANTIC_HZ:g} s and the window "
+                         f"({window / SEMANTIC_HZ:g} s, at most what the stages were trained on)")
+    if head >= window:
+        raise ValueError(f"the prompt ({head / SEMANTIC_HZ:g} s) fills the window of {window / SEMANTIC_HZ:g} s: give a "
+                         "shorter one")
+    samples = head * SEMANTIC_HOP + round(seconds * SAMPLE_RATE)
+    if seconds <= 0:
+        raise ValueError(f"seconds ({seconds:g}) must be above 0")
+    return _windows(lm, prompt_T, samples, seed, may_end, window, overlap)
+
+
+def _windows(lm: AudioLM, prompt_T: np.ndarray | None, samples: int, seed: int, may_end: bool, window: int,
+             overlap: int) -> Iterator[np.ndarray]:
+    q, total = lm.stage("coarse").levels[1], padded_samples(samples) // SEMANTIC_HOP
+    z_T, codes_TQ = np.zeros(0, np.int64), np.zeros((0, lm.codec.spec.n_q), np.int64)
+    if prompt_T is not None:
+        z_T, codes_TQ = lm.tokenize([prompt_T])[0], lm.encode([prompt_T])[0]
+    done, told, ended, number = len(z_T), 0, False, 0  # semantic frames, and samples given out
+    while done < total and not ended:
+        held, seeds = len(z_T), [derive(seed, "window", number)]
+        (z_T,), (ended,) = lm.semantic([z_T], [min(window - held, total - done)], seeds, may_end)
+        coarse = lm.coarse([z_T], [FRAMES * len(z_T)], seeds, [codes_TQ[:, :q]])
+        codes_TQ = lm.fine(coarse, seeds, [codes_TQ[:, q:]])[0]
+        done, number = done + len(z_T) - held, number + 1
+        wav_T = lm.decode(codes_TQ, SEMANTIC_HOP * len(z_T))
+        last = ended or done >= total
+        start, end = SEMANTIC_HOP * (done - len(z_T)), min(samples, SEMANTIC_HOP * (done if last else done - HOLD))
+        yield wav_T[told - start:max(told, end) - start]
+        told = max(told, end)
+        z_T, codes_TQ = z_T[-overlap:], codes_TQ[-FRAMES * overlap:]

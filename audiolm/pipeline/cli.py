@@ -1,0 +1,205 @@
+"""The workflow's command line: plan, status, run (README "Commands").
+
+One positional YAML (default: the quickstart), `a.b=c` overrides, --dry-run --status --only --from --force --inline.
+Starts or joins Ray, runs the plan, shows progress, ships metrics, prints where sound, report and UI are.
+Exit status: 0 done, 1 failed, 2 wrong usage or config, 130 stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from argparse import ArgumentParser
+from collections.abc import Callable
+from pathlib import Path
+
+from audiolm.config.base import ConfigError
+from audiolm.config.load import load
+from audiolm.config.pipeline import Pipeline
+from audiolm.dag.execute import StepFailed, execute
+from audiolm.dag.plan import Row, plan, toposort
+from audiolm.dag.run_index import OUTPUTS
+from audiolm.dag.step import Step
+from audiolm.pipeline.ray_cluster import in_ray_job, start_ray, worker_died
+from audiolm.store import check_store, is_local
+from audiolm.train.commits import start
+
+
+def main(graph: Callable[[Pipeline], list[Step]], default: Path) -> None:
+    """Parses the command line and runs; ends the process."""
+    args = _parser(default).parse_intermixed_args()
+    values = [a for a in args.rest if "=" in a]
+    files = [a for a in args.rest if "=" not in a]
+    if len(files) > 1:
+        _fail(f"one config file at most, got {', '.join(files)}", 2)
+    try:
+        cfg = load(files[0] if files else str(default), values)
+        cfg = place(cfg)
+        steps = toposort(graph(cfg))
+        chosen = {"only": _names(args.only), "from_": _names(args.from_), "force": _names(args.force)}
+        rows = plan(steps, cfg.store, **chosen)
+    except (ConfigError, ValueError) as e:
+        _fail(str(e), 2)
+    except PermissionError as e:
+        _fail(f"store {cfg.store!r}: {e}; check its path and the credentials in the environment", 1)
+    if args.dry_run or args.status:
+        print(table(rows, run=args.dry_run))
+        return
+    sys.exit(_run(cfg, rows, chosen["force"], args.inline))
+
+
+def _parser(default: Path) -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description="AudioLM: raw audio in, generated audio out. Steps that are done are skipped; "
+                                            "after a crash the same command continues.")
+    p.add_argument("rest", nargs="*", metavar="CONFIG.yaml a.b=c", help=f"a config (default {default.name}) and overrides")
+    p.add_argument("--dry-run", action="store_true", help="print what would run and why; start nothing")
+    p.add_argument("--status", action="store_true", help="print where every step stands; start nothing")
+    p.add_argument("--only", metavar="A,B", help="run these steps alone; their inputs must exist")
+    p.add_argument("--from", dest="from_", metavar="A", help="run this step and those after it")
+    p.add_argument("--force", metavar="A,B", help="build these anew, or past the gate that stopped them; "
+                                                   "what depends on them follows")
+    p.add_argument("--inline", action="store_true", help="run in this one process, without Ray")
+    return p
+
+
+def _names(text: str | None) -> tuple[str, ...]:
+    return tuple(n.strip() for n in text.split(",") if n.strip()) if text else ()
+
+
+def _fail(text: str, code: int) -> None:
+    print(f"error: {text}", file=sys.stderr)
+    sys.exit(code)
+
+
+def place(cfg: Pipeline) -> Pipeline:
+    """Makes a local store absolute; inside a Ray job a relative one is refused (decision 12)."""
+    store, tracking = cfg.store, cfg.tracking
+    in_job = in_ray_job()
+    if is_local(store) and not os.path.isabs(store.removeprefix("file://")):
+        if in_job:
+            raise ConfigError(f"store: {store!r} is relative, and a Ray job's working folder changes with each submission; "
+                              "give an absolute path that every node sees, or s3://...: add store=/shared/audiolm")
+        store = os.path.abspath(store)
+    if tracking == "sqlite" and not is_local(store):
+        raise ConfigError(f"tracking: sqlite needs a local store, and store is {store!r}; "
+                          "give an MLflow server: tracking=http://host:5000, or tracking=none")
+    if tracking.startswith("sqlite:///") and not tracking.startswith("sqlite:////"):
+        if in_job:
+            raise ConfigError(f"tracking: {tracking!r} is relative; in a Ray job give sqlite:////absolute/path or a server")
+        tracking = "sqlite:///" + os.path.abspath(tracking.removeprefix("sqlite:///"))
+    return cfg.model_copy(update={"store": store, "tracking": tracking})
+
+
+def table(rows: list[Row], run: bool) -> str:
+    """The plan or the status as aligned lines."""
+    width = max(len(r.step.name) for r in rows)
+    lines = []
+    for r in rows:
+        verb = ("run " if r.run else "skip") if run else ""
+        reason = r.reason + _goes_on(r) if run else r.view.note
+        path = r.view.artifact.path if r.view.artifact and not (run and r.run) else ""
+        lines.append(f"{verb:5}{r.step.name:{width}}  {r.view.status:8} {r.step.fingerprint}  {reason}  {path}".rstrip())
+    n = sum(r.run for r in rows)
+    return "\n".join([*lines, f"{n} of {len(rows)} steps to run" if run else f"{len(rows) - n} of {len(rows)} steps done"])
+
+
+def _goes_on(row: Row) -> str:
+    """From which step a training would go on, and whose checkpoint that is where it is another build's."""
+    found = start(row.builds[0], row.builds[1:], row.step.trains.trunk_steps) if row.builds else None
+    if found is None:
+        return ""
+    whose = "" if found[0] == row.builds[0] else f" of {'/'.join(found[0].split('/')[-2:])}"
+    return f"; goes on from step {found[1]['step']}{whose}"
+
+
+def _run(cfg: Pipeline, rows: list[Row], force: tuple[str, ...], inline: bool) -> int:
+    quiet()
+    from audiolm.pipeline.run_observer import RunObserver
+
+    began = time.monotonic()
+    try:
+        check_store(cfg.store)
+        _check_corpus(cfg, rows)
+    except Exception as e:  # noqa: BLE001  one line that names the fix, whatever the filesystem raised
+        _fail(f"{e}" if isinstance(e, ValueError) else f"store {cfg.store!r}: {type(e).__name__}: {e}", 1)
+    todo = [r.step.name for r in rows if r.run]
+    observer = RunObserver(cfg, rows, git_state())
+    observer.say(f"audiolm: run {cfg.run.name!r}, corpus {cfg.corpus.name!r}, store {cfg.store}")
+    observer.say(f"{len(todo)} of {len(rows)} steps to run" + (": " + ", ".join(todo) if todo else ", nothing to do"))
+    code = 1
+    try:
+        if todo and not inline:
+            start_ray(cfg.cluster, cfg.store, observer.say)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C; set after Ray, which has one of its own
+        execute(rows, cfg.store, force=force, inline=inline, slots=cfg.cluster.parallel_training, observer=observer,
+                retries=cfg.cluster.retries, may_retry=worker_died, finished=observer.finished)
+        code = 0
+    except StepFailed as e:
+        observer.say(f"error: {e}")
+        observer.say("what is done stays done; the same command continues after the fix")
+    except KeyboardInterrupt:
+        code = 130
+        observer.say("stopped; the same command continues where this one was")
+    observer.close({0: "FINISHED", 1: "FAILED", 130: "KILLED"}[code], time.monotonic() - began)
+    if "ray" in sys.modules:
+        import ray
+
+        ray.shutdown()
+    if code == 130:  # threads that wait for workers would hold the process
+        sys.stdout.flush()
+        os._exit(code)
+    return code
+
+
+def quiet() -> None:
+    """The terminal shows the run: no telemetry, no library chatter."""
+    os.environ.update(RAY_USAGE_STATS_ENABLED="0", MLFLOW_DISABLE_TELEMETRY="true", RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
+                      TF_CPP_MIN_LOG_LEVEL="3", DS_LOG_LEVEL="error", GIT_PYTHON_REFRESH="quiet")
+    warnings.simplefilter("ignore")
+    for name in ("ray", "mlflow", "alembic", "DeepSpeed", "botocore", "s3fs"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _check_corpus(cfg: Pipeline, rows: list[Row]) -> None:
+    """A manifest that would be skipped must still describe the files there are (decision 9)."""
+    manifest = next((r for r in rows if r.step.name == "manifest" and not r.run), None)
+    if manifest is None or manifest.view.artifact is None or cfg.corpus.changed == "ignore":
+        return
+    from audiolm.data.manifest import changed_files
+
+    changes = {k: v for k, v in changed_files(manifest.view.artifact.path, cfg.corpus).items() if v}
+    if changes:
+        text = "; ".join(f"{len(v)} {k}: {', '.join(v[:3])}{' ...' if len(v) > 3 else ''}" for k, v in changes.items())
+        raise ValueError(f"corpus {cfg.corpus.name!r} changed since its manifest was built ({text}). To use the new files "
+                         f"raise corpus.revision to {cfg.corpus.revision + 1}; to go on with the old manifest add "
+                         "corpus.changed=ignore")
+
+
+def git_state() -> dict[str, str]:
+    """The commit and whether the tree is dirty; empty outside a checkout."""
+    here = Path(__file__).resolve().parent
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=5, check=True)
+        dirty = subprocess.run(["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, timeout=10)
+        return {"mlflow.source.git.commit": commit.stdout.strip(), "git.commit": commit.stdout.strip(),
+                "git.dirty": str(bool(dirty.stdout.strip())).lower()}
+    except (OSError, subprocess.SubprocessError):
+        return {}
+
+
+DEFAULT_RUN = "quickstart"
+
+
+def add_run_options(p: ArgumentParser) -> None:
+    """--run, --store and --tracking: `find_run`'s arguments."""
+    p.add_argument("--run", default=DEFAULT_RUN, metavar="RUN", help="a run's name, its index (OUTPUTS/runs/NAME.json) or its "
+                   "MLflow run id (default %(default)s)")
+    p.add_argument("--store", default=OUTPUTS, metavar="URI", help="where a run's name is looked up (default %(default)s)")
+    p.add_argument("--tracking", metavar="URI", help="the MLflow server of a run id; default: MLFLOW_TRACKING_URI, else the "
+                   "store's database")

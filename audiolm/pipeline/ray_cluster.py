@@ -1,0 +1,84 @@
+"""The workflow's command line: plan, status, run (README "Commands").
+
+One positional YAML (default: the quickstart), `a.b=c` overrides, --dry-run --status --only --from --force --inline.
+Starts or joins Ray, runs the plan, shows progress, ships metrics, prints where sound, report and UI are.
+Exit status: 0 done, 1 failed, 2 wrong usage or config, 130 stopped.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import uuid
+from collections.abc import Callable
+
+from audiolm.config.run import Cluster
+from audiolm.dag.execute import StepFailed
+from audiolm.store import get_json, join, put_json, remove
+
+
+def in_ray_job() -> bool:
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+def wants_ray(asked: bool) -> bool:
+    """Whether a command's work goes to Ray: it was asked to, runs in a Ray job, or RAY_ADDRESS names a cluster."""
+    return asked or in_ray_job() or bool(os.environ.get("RAY_ADDRESS"))
+
+
+def start_ray(cluster: Cluster, folder: str, say: Callable[[str], None]) -> None:
+    """Joins the cluster of a job, of RAY_ADDRESS or of cluster.address; else starts one for this run alone, which nobody
+    else may use. Raises StepFailed, also for a node that does not see `folder`."""
+    address = cluster.address or os.environ.get("RAY_ADDRESS")
+    import ray
+
+    from audiolm.pipeline.private_ray import guarded, read_settings
+
+    try:
+        if address:
+            read_settings()
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        else:
+            with guarded():
+                ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR,
+                         num_gpus=0 if cluster.device == "cpu" else None)
+    except (ConnectionError, RuntimeError, ValueError) as e:
+        where = f"join the cluster at {address!r}" if address else "start Ray here"
+        raise StepFailed(f"cannot {where}: {str(e).splitlines()[0]}; check cluster.address, RAY_ADDRESS and RAY_AUTH_MODE, "
+                         "or go without Ray") from e
+    nodes = [n for n in ray.nodes() if n["Alive"]]
+    resources = ray.cluster_resources()
+    say(f"ray: {len(nodes)} node(s), {resources.get('CPU', 0):.0f} CPUs, {resources.get('GPU', 0):.0f} GPUs")
+    if len(nodes) > 1:
+        _every_node_sees(folder, nodes)
+
+
+def _every_node_sees(store: str, nodes: list[dict]) -> None:
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    nonce = uuid.uuid4().hex
+    path = join(store, ".probe", nonce)
+    put_json(path, nonce)
+    try:
+        read = ray.remote(num_cpus=0)(get_json)
+        refs = {n["NodeManagerHostname"]: read.options(scheduling_strategy=NodeAffinitySchedulingStrategy(
+            n["NodeID"], soft=False)).remote(path) for n in nodes}
+        blind = [host for host, ref in refs.items() if ray.get(ref) != nonce]
+    finally:
+        remove(path)
+    if blind:
+        raise StepFailed(f"store {store!r} is not seen by node(s) {', '.join(blind)}: use a shared disk or s3://")
+
+
+def worker_died(e: BaseException) -> bool:
+    """True for a dead node, worker or actor: the step may run again. An error of the code itself may not."""
+    if "ray" not in sys.modules:
+        return False
+    from ray import exceptions as ray_errors
+
+    return (isinstance(e, (ray_errors.RayActorError, ray_errors.WorkerCrashedError, ray_errors.NodeDiedError,
+                           ray_errors.ObjectLostError, ray_errors.OutOfMemoryError))
+            or type(e).__name__ in ("WorkerHealthCheckFailedError", "WorkerHealthCheckTimeoutError", "ControllerError",
+                                    "PreemptionError"))

@@ -1,0 +1,313 @@
+"""Files and folders through a codec: audio to codes files and back, local or any fsspec place, in constant memory.
+
+A codes file is one safetensors file per audio file: `codes` uint16 (T, Q) and, as strings, format, codec (its hash), name,
+sample_rate (Hz), hop (samples), n_q (levels stored), vocab, samples (true length at sample_rate), source (relative name)
+and source_hash.  wav_T is float32 mono at the codec's rate; the end is padded to whole frames and cut off again by decoding.
+Files are written whole or not at all; one that was made of the same input by the same codec is not made again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import posixpath
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+import torch
+from fsspec.implementations.local import LocalFileSystem
+from safetensors import SafetensorError
+
+from audiolm import store
+from audiolm.data import audio
+from audiolm.data.audio_check import look, sound_errors, told
+from audiolm.data.sources import natural
+from audiolm.tokenizers.acoustic import AcousticTokenizer, chunks, load_codec
+
+FORMAT = "audiolm codes 1"
+CODES = ".safetensors"
+DEFAULT_RUN = "./outputs/runs/quickstart.json"
+REDRAW_S = 0.5  # how often a terminal's percentage changes
+PIECE_S = 60.0  # of an imported codec, which has no streaming of its own
+Tick = Callable[[float, float], None]  # (seconds done, seconds in all, where the header tells)
+
+
+@dataclass(frozen=True)
+class Job:
+    name: str  # the input's path below what was asked for
+    path: str
+    target: str
+
+
+@dataclass(frozen=True)
+class Done:
+    audio_s: float
+    kbps: float  # of the codes, nominal
+
+
+def open_codec(place: str | None, device: str = "cpu") -> Any:
+    """The codec of a build, of a run's index (runs/NAME.json) or of a folder of an imported codec; None: the quickstart's.
+
+    Raises ValueError with the fix where there is none.
+    """
+    path = place or DEFAULT_RUN
+    if path.endswith(".json"):
+        index = store.get_json(path)
+        if index is None:
+            raise ValueError(f"--codec: there is no run index {path}; train a codec with `python workflows/full_pipeline.py`, "
+                             "or name a run (OUTPUTS/runs/NAME.json), a codec build or an imported codec's folder with --codec")
+        if "path" not in index.get("steps", {}).get("codec", {}):
+            raise ValueError(f"--codec: {path} names no finished step `codec`; run its workflow with --only manifest,codec")
+        path = index["steps"]["codec"]["path"]
+    if store.exists(store.join(path, "export", "config.json")):
+        codec = load_codec(path, device)
+    elif store.exists(store.join(path, "config.json")):
+        from audiolm.tokenizers.hf_codec import load_pretrained_codec
+
+        codec = load_pretrained_codec(path, device)
+    else:
+        raise ValueError(f"--codec: {path} holds no codec (no export/config.json of a build and no config.json of an "
+                         "imported one); give a codec build's folder or a run's index runs/NAME.json")
+    if codec.spec.vocab > 1 << 16:
+        raise ValueError(f"--codec: {path} has {codec.spec.vocab} codes a level; codes files hold 16 bits, so at most 65536")
+    return codec
+
+
+def find(inputs: Iterable[str], suffixes: tuple[str, ...]) -> list[tuple[str, str]]:
+    """(name, path) of named files whatever their suffix, and of those with a known one below folders, hidden ones left out.
+
+    Raises ValueError for a folder without such files.
+    """
+    everything = []
+    for place in inputs:
+        fs, p = store.open_fs(place)
+        found = [(posixpath.basename(p.rstrip("/")), place)]
+        if fs.isdir(p):
+            names = (key[len(p.rstrip("/")):].lstrip("/") for key in fs.find(p))
+            found = [(n, store.join(place, n)) for n in sorted(names, key=natural)
+                     if n.lower().endswith(suffixes) and not any(part.startswith(".") for part in n.split("/"))]
+        if not found:
+            raise ValueError(f"no files ending in {', '.join(suffixes)} below {place}; name another folder, or the files")
+        everything += found
+    return everything
+
+
+def plan(inputs: Iterable[str], suffixes: tuple[str, ...], out: str, ending: str) -> list[Job]:
+    """What to do: each file found becomes the same relative name below `out` with another ending.
+
+    Raises ValueError as `find` does and where two inputs would have one target.
+    """
+    jobs: dict[str, Job] = {}
+    for name, path in find(inputs, suffixes):
+        job = Job(name, path, store.join(out, posixpath.splitext(name)[0] + ending))
+        if job.target in jobs:
+            raise ValueError(f"{path} and {jobs[job.target].path} would both become {job.target}: take them one at a "
+                             "time, with an --out of its own each")
+        jobs[job.target] = job
+    return list(jobs.values())
+
+
+def work(jobs: list[Job], do: Callable[[Job, Tick], Done | None]) -> int:
+    """Does the jobs, a line each and a total; a bad one is told and the others go on. Returns how many were bad.
+
+    `do` returns None where a file is done already.
+    """
+    began, counts, total_s = time.monotonic(), {"done": 0, "skipped": 0, "failed": 0}, 0.0
+    tty = sys.stdout.isatty()
+    clear = "\r\x1b[K" if tty else ""
+    for job in jobs:
+        start = time.monotonic()
+        try:
+            done = do(job, _ticker(job.name) if tty else lambda done_s, of_s: None)
+        except Exception as e:  # noqa: BLE001  whatever a file or a place raises, the next one has its turn
+            counts["failed"] += 1
+            print(clear, end="", flush=True)
+            print(f"error: {told(job.path, e)}", file=sys.stderr, flush=True)
+            continue
+        if done is None:
+            counts["skipped"] += 1
+            print(f"{clear}{job.name}  is done already", flush=True)
+            continue
+        counts["done"] += 1
+        total_s += done.audio_s
+        print(f"{clear}{job.name}  {_figures(done.audio_s, time.monotonic() - start)}, {done.kbps:.2f} kb/s", flush=True)
+    total = ", ".join(f"{n} {what}" for what, n in counts.items() if n)
+    print(total + (f": {_figures(total_s, time.monotonic() - began)}" if counts["done"] else ""), flush=True)
+    return counts["failed"]
+
+
+def _figures(audio_s: float, wall_s: float) -> str:
+    return f"{audio_s:.2f} s of audio in {wall_s:.2f} s, {audio_s / max(wall_s, 1e-9):.1f}x real time"
+
+
+def _ticker(name: str) -> Tick:
+    shown = time.monotonic()
+
+    def tick(done_s: float, of_s: float) -> None:
+        nonlocal shown
+        if time.monotonic() - shown > REDRAW_S:
+            shown = time.monotonic()
+            print(f"\r{name}  {min(100.0, 100 * done_s / max(of_s, 1e-9)):3.0f} %", end="", flush=True)
+
+    return tick
+
+
+def _done(codec: Any, levels: int, samples: int) -> Done:
+    spec = codec.spec
+    return Done(samples / spec.sample_rate, spec.rate_hz * levels * math.log2(spec.vocab) / 1000)
+
+
+def encode_file(codec: Any, job: Job, levels: int, force: bool, tick: Tick) -> Done | None:
+    """Audio file to codes file, `levels` of them; None where the file is done already.
+
+    Raises ValueError and FileNotFoundError for audio that is missing, empty, truncated, not audio or not finite.
+    """
+    spec, samples = codec.spec, 0
+    source_hash, about_s = look(job.path)
+    meta = {"format": FORMAT, "codec": codec.hash, "name": spec.name, "sample_rate": str(spec.sample_rate),
+            "hop": str(spec.hop), "n_q": str(levels), "vocab": str(spec.vocab), "source": job.name, "source_hash": source_hash}
+    if not force and _made_alike(job.target, meta):
+        return None
+
+    def blocks() -> Iterator[np.ndarray]:
+        nonlocal samples
+        for wav_T in audio.stream(job.path, spec.sample_rate):
+            samples += len(wav_T)
+            yield wav_T
+            tick(samples / spec.sample_rate, about_s)
+
+    with sound_errors(job.path):
+        codes_TQ = np.concatenate([codes_TQ[:, :levels].numpy().astype(np.uint16) for codes_TQ in _encode(codec, blocks())])
+    store.put(job.target, safetensors.numpy.save({"codes": codes_TQ}, {**meta, "samples": str(samples)}))
+    return _done(codec, levels, samples)
+
+
+def decode_file(codec: Any, job: Job, levels: int | None, form: str, force: bool, tick: Tick) -> Done | None:
+    """Codes file to a 16-bit wav or flac file (`form`) of the true length, from the first `levels` or all there are.
+
+    None where it is done already. Raises ValueError for files of another codec or not ours.
+    """
+    import soundfile
+
+    spec = codec.spec
+    codes_TQ, meta = read_codes(job.path)
+    samples = _check_fits(job.path, codes_TQ, meta, codec)
+    levels = levels or codes_TQ.shape[1]
+    if levels > codes_TQ.shape[1]:
+        raise ValueError(f"{job.path} holds {codes_TQ.shape[1]} levels, --levels asks for {levels}: give at most those")
+    made_of = hashlib.blake2b(codes_TQ.tobytes() + meta["samples"].encode(), digest_size=8).hexdigest()
+    comment = f"audiolm codec {codec.hash} levels {levels} codes {made_of}"
+    if not force and (there := _comment(job.target)) is not None:
+        if there == comment:
+            return None
+        if not there.startswith("audiolm codec "):
+            raise ValueError(f"{job.target} is there and was not made by decode: name another --out, or --force")
+    step, made = int(PIECE_S * spec.rate_hz), 0
+    pieces = (torch.from_numpy(codes_TQ[i:i + step, :levels].astype(np.int64)) for i in range(0, len(codes_TQ), step))
+    with appears(job.target) as aside, soundfile.SoundFile(aside, "w", spec.sample_rate, 1, "PCM_16", format=form) as f:
+        f.comment = comment
+        for wav_T in _decode(codec, pieces):
+            wav_T = wav_T[:samples - made].numpy()
+            f.write(np.clip(wav_T, -1.0, 1.0))
+            made += len(wav_T)
+            tick(made / spec.sample_rate, samples / spec.sample_rate)
+    return _done(codec, levels, samples)
+
+
+def read_codes(path: str) -> tuple[np.ndarray, dict[str, str]]:
+    """(codes_TQ uint16, metadata) of a codes file. Raises FileNotFoundError, ValueError for any other file."""
+    data = store.get(path)
+    try:
+        meta = json.loads(data[8:8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+        codes_TQ = safetensors.numpy.load(data)["codes"]
+        if meta["format"] != FORMAT or codes_TQ.dtype != np.uint16 or codes_TQ.ndim != 2 or not codes_TQ.size:
+            raise ValueError(meta["format"])
+        if not 0 < int(meta["samples"]) <= len(codes_TQ) * int(meta["hop"]):
+            raise ValueError(meta["samples"])
+        return codes_TQ, meta
+    except (ValueError, KeyError, TypeError, SafetensorError) as e:
+        raise ValueError(f"{path} is no whole codes file (safetensors with `codes` uint16 (T, Q) and format {FORMAT!r}): make "
+                         "it with `codec.py encode`") from e
+
+
+def _check_fits(path: str, codes_TQ: np.ndarray, meta: dict[str, str], codec: Any) -> int:
+    """The true length in samples, where these codes are this codec's."""
+    spec, levels = codec.spec, codes_TQ.shape[1]
+    if meta["codec"] != codec.hash:
+        raise ValueError(f"{path} was made by codec {meta['codec']} ({meta.get('name')}), this codec is {codec.hash} "
+                         f"({spec.name}): name the one that made it with --codec, or encode the audio again with this one")
+    if levels > spec.n_q:
+        raise ValueError(f"{path} holds {levels} levels, this codec has {spec.n_q}: the file was changed, encode again")
+    if (high := int(codes_TQ.max())) >= spec.vocab:
+        raise ValueError(f"{path} holds code {high}, this codec has codes 0 to {spec.vocab - 1}: the file was changed, "
+                         "encode again")
+    return int(meta["samples"])
+
+
+def _encode(codec: Any, blocks: Iterable[np.ndarray]) -> Iterator[torch.Tensor]:
+    """codes_TQ of one piece after another; an imported codec gets pieces with what it sees on both sides."""
+    if isinstance(codec, AcousticTokenizer):
+        yield from codec.encode_stream(blocks)
+        return
+    hop, size = codec.spec.hop, int(PIECE_S * codec.spec.rate_hz)
+    parts = (torch.from_numpy(wav_T)[None] for wav_T in blocks)
+    for wav_BT, before, _ in chunks(parts, size * hop, codec.history * hop, codec.lookahead * hop):
+        codes_TQ = codec.encode(wav_BT, torch.tensor([wav_BT.shape[1]]))[0]
+        yield codes_TQ[before // hop:][:size]
+
+
+def _decode(codec: Any, codes: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    if isinstance(codec, AcousticTokenizer):
+        yield from codec.decode_stream(codes)
+        return
+    hop, size = codec.spec.hop, int(PIECE_S * codec.spec.rate_hz)
+    for codes_BTQ, before, own in chunks((codes_TQ[None] for codes_TQ in codes), size, codec.history, codec.lookahead):
+        yield codec.decode(codes_BTQ)[0, before * hop:(before + own) * hop].cpu()
+
+
+def _made_alike(path: str, meta: dict[str, str]) -> bool:
+    try:
+        found = read_codes(path)[1]
+    except (FileNotFoundError, ValueError):
+        return False
+    return all(found.get(key) == value for key, value in meta.items())
+
+
+def _comment(path: str) -> str | None:
+    """What decode_file noted in the audio file at a path; None where there is none that can be read."""
+    import soundfile
+
+    try:
+        with audio.open_sound(path) as f:
+            return f.comment
+    except (FileNotFoundError, soundfile.SoundFileError):
+        return None
+
+
+@contextmanager
+def appears(path: str) -> Iterator[str]:
+    """A name on this machine's disk to write to; what was written appears at `path` once the block has ended well."""
+    fs, p = store.open_fs(path)
+    if not isinstance(fs, LocalFileSystem):
+        with tempfile.TemporaryDirectory() as folder:
+            yield (aside := os.path.join(folder, posixpath.basename(p)))
+            fs.put_file(aside, p)
+        return
+    os.makedirs(os.path.dirname(p), exist_ok=True)
+    aside = f"{p}.{uuid.uuid4().hex}.tmp"
+    try:
+        yield aside
+        os.replace(aside, p)
+    finally:
+        if os.path.exists(aside):
+            os.unlink(aside)

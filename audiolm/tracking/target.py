@@ -1,0 +1,81 @@
+"""What an evaluation is of: a run, a checkpoint of one stage within its run's system, or a registered system.
+
+A run is named by its name, index or MLflow id, the others by models:/NAME/VERSION or models:/NAME@ALIAS.  The run's index says
+where the other steps lie and with which config (seed, held-out clips, corpus) it is evaluated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from audiolm import store
+from audiolm.config.pipeline import Pipeline
+from audiolm.dag.run_index import steps_of
+from audiolm.tracking.lookup import connect, default_tracking, find_run, system_of, version_of
+
+
+@dataclass(frozen=True)
+class Target:
+    title: str
+    slug: str  # for folders
+    steps: Mapping[str, str]
+    config: Pipeline
+
+
+def resolve(text: str, folder: str, tracking: str | None = None) -> Target:
+    """`folder`: where a run's name is looked up, and the default MLflow. Raises ValueError for what cannot be evaluated."""
+    if not text.startswith("models:/"):
+        index = find_run(text, folder, tracking)
+        name = index.rsplit("/", 1)[-1].removesuffix(".json")
+        return Target(f"run {name}", name, _models(index), config_of(index))
+    client, uri = connect(default_tracking(folder, tracking))
+    version = version_of(client, text)
+    title, slug = f"{version.name}, version {version.version}", f"{version.name}-{version.version}"
+    if problem := refusal(version.tags):
+        raise ValueError(f"{text}: {problem}")
+    if "audiolm.system" in version.tags:
+        system = system_of(version, uri)
+        return Target(title, slug, {**_models(system["index"]), **system["steps"]}, config_of(system["index"]))
+    tags = version.tags
+    step, index, uri = tags["audiolm.step"], tags["audiolm.index"], tags["uri"]
+    if not store.exists(store.join(uri, "export")):
+        raise ValueError(f"{text}: its weights are not at {uri} (any more, or not for this machine): give another version, or "
+                         "run where the store is seen")
+    steps = _models(index)
+    made_of = (store.get_json(store.join(tags["audiolm.build"], "build.json")) or {}).get("inputs", {})
+    for name, build in made_of.items():
+        if name in steps and ".".join(steps[name].rstrip("/").split("/")[-2:]) != build:
+            raise ValueError(f"{text}: it was trained on {name} {build}, and {index} now names {steps[name]}: evaluate a "
+                             "version that was made since, or a system's version (models:/RUN/N)")
+    return Target(f"{title} ({step} at step {tags['step']})", slug, {**steps, step: uri}, config_of(index))
+
+
+def _models(index: str) -> dict[str, str]:
+    """A run's steps but for those that were made with its own checkpoints."""
+    return {name: path for name, path in steps_of(index).items() if name not in ("samples", "evaluate", "report")}
+
+
+def refusal(tags: Mapping[str, str]) -> str | None:
+    """Why a version with these tags cannot be evaluated, None where it can."""
+    if "audiolm.system" in tags:
+        return None
+    if not {"uri", "audiolm.step", "audiolm.index"} <= tags.keys():
+        return "it is no checkpoint of this project (no tags uri, audiolm.step, audiolm.index)"
+    if "pruned" in tags:
+        return ("it was pruned: its weights are gone from the store. Evaluate a later version or the alias best; "
+                "train.keep says how many stay")
+    if tags.get("audiolm.export") != "yes":
+        return (f"a checkpoint of {tags['audiolm.step']} holds a training's state and no export: only those of the language "
+                "models can be evaluated; give a run or a system's version instead")
+    return None
+
+
+def config_of(index: str) -> Pipeline:
+    """The config that a run was made with. Raises ValueError where its index has none."""
+    found: Any = store.get_json(index) or {}
+    if "config" not in found:
+        raise ValueError(f"{index} holds no config: start the run's own command once more, it "
+                         "only writes the index anew")
+    return Pipeline.model_validate(found["config"])

@@ -1,0 +1,128 @@
+"""The objective of a language-model stage (paper III-C): next-token cross-entropy over the stage's targets.
+
+The loss is the mean in nats per target token over the whole global batch, token-weighted over micro-batches and ranks;
+acoustic stages also report it per level (EOS counts in the level's slot it is predicted in).  Three stages are three
+values of one Stage type.  Shapes: a batch is what lm.nats.prepare makes of data.batches' rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from audiolm import rng
+from audiolm.config import lm as lm_config
+from audiolm.config.lm import LM
+from audiolm.data.tokens import TokenStore
+from audiolm.lm.batches import Crop, TokenBatches
+from audiolm.lm.loss import batch_sums, inputs_of, level_sums, prepare
+from audiolm.lm.model import build_lm, export_lm
+from audiolm.lm.stages import Stage, build_stages
+from audiolm.lm.warm_start import start_from
+from audiolm.train.engine import all_sum
+from audiolm.train.objectives.base import Context
+
+FLASH_WIDTH = 256  # of a head, at most
+EVAL_BATCH = 8  # validation rows a forward pass, over a rank's share
+
+
+def lm_objective(config: Mapping[str, Any], inputs: Mapping[str, str], ctx: Context) -> LMObjective:
+    """Factory. config: stage ("lm_semantic", "lm_coarse" or "lm_fine"), lm (its config.Stage), dedupe, coarse_levels,
+    rows (validation crops), seed, text_model (where it starts from one); inputs: paths of manifest, semantic_tokens,
+    acoustic_tokens (what the stage reads).
+
+    Raises TokenError for stores that do not belong together, ValueError for a stage the codec leaves no room for.
+    """
+    stage, shape, seed = stage_of(config, inputs), config["lm"], config["seed"]
+    paths = [inputs["manifest"], inputs.get("semantic_tokens"), inputs.get("acoustic_tokens")]
+    train, dev = (TokenBatches(*paths, stage, split, shape.where, shape.train.batch, seed, cache_mb)
+                  for split, cache_mb in (("train", 256), ("dev", 64)))
+    objective = LMObjective(stage, shape, train, dev, dev.fixed(config["rows"]), seed, ctx)
+    if config.get("text_model"):
+        start_from(objective.modules["lm"], shape, config["text_model"])
+    return objective
+
+
+def stage_of(config: Mapping[str, Any], inputs: Mapping[str, str]) -> Stage:
+    """The stage's layout; sizes come from the token stores it reads. Raises ValueError where there is no such stage."""
+    specs = {name: TokenStore(inputs[name]).spec for name in ("semantic_tokens", "acoustic_tokens") if name in inputs}
+    k = specs["semantic_tokens"]["vocab"] if "semantic_tokens" in specs else 0
+    name, coarse = config["stage"], config["coarse_levels"]
+    acoustic = specs.get("acoustic_tokens", {"n_q": coarse, "vocab": 0})
+    own = {name.removeprefix("lm_"): config["lm"]}
+    lm = LM.model_validate({"dedupe": config["dedupe"], "coarse_levels": coarse, **own})
+    stages = build_stages(lm, acoustic["n_q"], acoustic["vocab"], k)
+    if name not in stages:
+        raise ValueError(f"stage is {name!r}; with lm.coarse_levels {coarse} and codec.n_q {acoustic['n_q']} there are "
+                         f"{sorted(stages)}")
+    return stages[name]
+
+
+class LMObjective:
+    """State of one stage's training: the model, its batches and its validation rows."""
+
+    unit, exported = "tokens", "lm"
+
+    def __init__(self, stage: Stage, shape: lm_config.Stage, train: TokenBatches, dev: TokenBatches, rows: list[Crop], seed: int,
+                 ctx: Context):
+        self.stage, self.shape, self.data, self.dev, self.rows, self.ctx = stage, shape, train, dev, rows, ctx
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(rng.derive(seed, f"init lm_{stage.name}"))
+            self.modules: dict[str, nn.Module] = {"lm": build_lm(stage, shape)}
+        cuda = ctx.device.type == "cuda"
+        half, width = self.shape.train.dtype == "bfloat16", self.shape.dim // self.shape.heads
+        self.flash = cuda and half and self.shape.positions == "rotary" and width % 8 == 0 and width <= FLASH_WIDTH
+        # the attention of a row that is one document: of several it is less, so MFU is a little too high for short clips
+        self.flops_per_unit = self.modules["lm"].flops_per_token(self.stage.max_len)
+        if ctx.compile:
+            self.modules["lm"].compile_training()
+
+    def load(self, step: int, rows: Sequence[int]) -> dict[str, torch.Tensor]:
+        batch = prepare(self.stage, self.data.batch(step, rows), self.flash)
+        if self.ctx.device.type == "cuda":  # what is pinned is copied without waiting for the GPU's queue
+            batch = {name: x.pin_memory() for name, x in batch.items()}
+        return batch
+
+    def train_step(self, engines: Mapping[str, Any], batches: list[dict[str, torch.Tensor]],
+                   step: int) -> dict[str, torch.Tensor]:
+        """One update; all ranks take part."""
+        engine, device = engines["lm"], self.ctx.device
+        engine.module.train()
+        batches = [{name: x.to(device, non_blocking=True) for name, x in batch.items()} for batch in batches]
+        targets, tokens = all_sum(torch.stack([batch["count_2"] for batch in batches]).sum(0).double())
+        sums = torch.zeros(2, self.stage.levels[1] + 1, dtype=torch.float64, device=device)  # nats, tokens by level
+        for i, batch in enumerate(batches):
+            nats_SN = engine(*inputs_of(batch))
+            # engines average over ranks, so each rank's share is scaled by their number: the sum is the global mean
+            engine.backward(nats_SN.sum() * (self.ctx.world / targets.float()), last=i == len(batches) - 1)
+            sums += level_sums(self.stage, nats_SN.detach(), batch["label_SN"])
+        sums = all_sum(sums)
+        loss = sums[0].sum() / targets
+        norm = engine.step()
+        return {"loss": loss, "units": tokens, "grad_norm": norm, **self._per_level(sums)}
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Nats per target token on fixed dev rows, split over ranks; all ranks take part."""
+        module, device = self.modules["lm"], self.ctx.device
+        module.eval()
+        sums = torch.zeros(2, self.stage.levels[1] + 1, dtype=torch.float64, device=device)
+        own = self.rows[self.ctx.rank::self.ctx.world]
+        for i in range(0, len(own), EVAL_BATCH):
+            batch = self.dev.collate([self.dev.packed(*row) for row in own[i:i + EVAL_BATCH]])
+            with torch.autocast(device.type, torch.bfloat16, enabled=self.shape.train.dtype == "bfloat16"):
+                sums += batch_sums(module, self.stage, batch, device)
+        module.train()
+        sums = all_sum(sums)
+        loss = sums[0].sum() / sums[1].sum()
+        return {k: float(v) for k, v in {"loss": loss, "tokens": sums[1].sum(), **self._per_level(sums)}.items()}
+
+    def export(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        return export_lm(self.modules["lm"], self.stage, self.shape)
+
+    def _per_level(self, sums: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Loss of each target level, counted from 1 as the paper does; nothing for the semantic stage."""
+        return {f"loss.level{q + 1}": sums[0, q + 1] / sums[1, q + 1].clamp_min(1) for q in range(*self.stage.levels)}
