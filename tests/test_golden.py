@@ -8,8 +8,8 @@ import warnings
 
 import pytest
 
-from tests.conftest import ROOT
 from tests.golden import freeze
+from tests.worlds.basics import ROOT
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,15 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # a submitted job runs the code that was submitted
 
 from audiolm.config.codec import CodecFigures  # noqa: E402
-from audiolm.config.external import abx_set, semantic_figures_of  # noqa: E402
+from audiolm.config.external import (
+    abx_set,  # noqa: E402
+    semantic_figures_of,  # noqa: E402
+)
 from audiolm.config.pipeline import Pipeline  # noqa: E402
-from audiolm.config.semantic import KMeans, Semantic  # noqa: E402
+from audiolm.config.semantic import (
+    KMeans,  # noqa: E402
+    Semantic,  # noqa: E402
+)
 from audiolm.dag.step import Step  # noqa: E402
 from audiolm.lm.warm_start import text_model  # noqa: E402
 from audiolm.pipeline.cli import main  # noqa: E402

@@ -19,10 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from audiolm.config.codec import Codec  # noqa: E402
 from audiolm.config.load import load  # noqa: E402
-from audiolm.models.soundstream import (
-    SoundStream,  # noqa: E402
-    fold,  # noqa: E402
-)
+from audiolm.models.soundstream import SoundStream, fold
 from audiolm.train.engine import make_engine  # noqa: E402
 from audiolm.train.objectives.base import Context  # noqa: E402
 from audiolm.train.objectives.codec import CodecObjective  # noqa: E402

@@ -28,19 +28,10 @@ from audiolm.generate.load import load  # noqa: E402
 from audiolm.generate.sampler import Sampler  # noqa: E402
 from audiolm.lm import stages  # noqa: E402
 from audiolm.lm.model import build_lm  # noqa: E402
-from audiolm.models.conformer import (
-    Encoder,  # noqa: E402
-    EncoderSizes,  # noqa: E402
-)
-from audiolm.models.soundstream import (
-    SoundStream,  # noqa: E402
-    fold,  # noqa: E402
-)
+from audiolm.models.conformer import Encoder, EncoderSizes
+from audiolm.models.soundstream import SoundStream, fold
 from audiolm.tokenizers.acoustic import AcousticTokenizer  # noqa: E402
-from audiolm.tokenizers.extractor import (
-    ConformerExtractor,  # noqa: E402
-    Window,  # noqa: E402
-)
+from audiolm.tokenizers.extractor import ConformerExtractor, Window
 from audiolm.tokenizers.semantic import SemanticTokenizer  # noqa: E402
 from tests.bench.timing import best  # noqa: E402
 

@@ -19,10 +19,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from audiolm.config.lm import (
-    LM,  # noqa: E402
-    Stage,  # noqa: E402
-)
+from audiolm.config.lm import LM, Stage
 from audiolm.config.training import Train  # noqa: E402
 from audiolm.lm import stages  # noqa: E402
 from audiolm.train.engine import make_engine  # noqa: E402

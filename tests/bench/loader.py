@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from audiolm.store import open_fs  # noqa: E402
-from tests.conftest import seaweedfs  # noqa: E402
+from tests.worlds.servers import seaweedfs  # noqa: E402
 
 K, VOCAB, N_Q, RUN, DISTINCT = 500, 1024, 12, 1.4, 8
 

@@ -25,24 +25,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from audiolm import rng  # noqa: E402
 from audiolm.config.load import load  # noqa: E402
-from audiolm.data.clips import (
-    Clip,  # noqa: E402
-    Part,  # noqa: E402
-)
-from audiolm.models.conformer import (
-    Encoder,  # noqa: E402
-    EncoderSizes,  # noqa: E402
-)
+from audiolm.data.clips import Clip, Part
+from audiolm.models.conformer import Encoder, EncoderSizes
 from audiolm.tokenizers import encode  # noqa: E402
-from audiolm.tokenizers.extractor import (
-    ConformerExtractor,  # noqa: E402
-    Extractor,  # noqa: E402
-    window_of,  # noqa: E402
-)
-from audiolm.tokenizers.semantic import (
-    load_semantic,  # noqa: E402
-    save_semantic,  # noqa: E402
-)
+from audiolm.tokenizers.extractor import ConformerExtractor, Extractor, window_of
+from audiolm.tokenizers.semantic import load_semantic, save_semantic
 
 RATE = 16_000
 ROOT = Path(__file__).resolve().parents[2]

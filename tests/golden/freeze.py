@@ -34,7 +34,7 @@ sys.path.insert(0, str(ROOT))  # the code of this checkout, whatever is installe
 from audiolm.config.load import load  # noqa: E402
 from audiolm.dag.execute import run_step  # noqa: E402
 from audiolm.dag.step import Artifact  # noqa: E402
-from tests import token_corpus  # noqa: E402
+from tests.worlds import token_corpus  # noqa: E402
 from workflows.full_pipeline import graph  # noqa: E402
 
 TINY = str(HERE / "tiny.yaml")

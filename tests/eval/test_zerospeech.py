@@ -1,0 +1,192 @@
+"""Likelihood tests on spoken pairs: golds are read, scores are by the definition, who learnt the words wins, nobody else."""
+
+from __future__ import annotations
+
+import csv
+import io
+
+import numpy as np
+import pytest
+import torch
+
+from audiolm import store
+from audiolm.config import lm
+from audiolm.config.lm import LM
+from audiolm.data.audio import wav_bytes
+from audiolm.eval.metrics import ngram
+from audiolm.eval.suites import zerospeech
+from audiolm.eval.suites.zerospeech import Pair, ProbeSet, band_of, read_probes
+from audiolm.lm.batches import TokenBatches
+from audiolm.lm.loss import batch_sums
+from audiolm.lm.model import build_lm, export_lm, load_lm
+from audiolm.lm.stages import build_stages
+from audiolm.tokenizers.semantic import load_semantic
+from tests.worlds import token_corpus
+from tests.worlds.tiny_system import COARSE, TRAIN, VOCAB, K, Q, build, export
+
+WORDS = 16
+SHAPE = lm.Stage(crop_s=4.0, dim=32, layers=2, heads=2, ff=64, dropout=0.0, train=TRAIN)
+STAGE = build_stages(LM(coarse_levels=COARSE, semantic=SHAPE), Q, VOCAB, K)["lm_semantic"]
+
+
+def sound(number: int) -> np.ndarray:
+    """Syllables of two tones each, of one number's own."""
+    draw = np.random.default_rng(number)
+    t = np.arange(1600) / 16_000
+    syllables = [sum(np.sin(2 * np.pi * f * t) for f in draw.uniform(150, 4000, 2)) for _ in range(draw.integers(4, 9))]
+    return (0.2 * np.concatenate(syllables)).astype(np.float32)
+
+
+def write(folder, rows: list[dict], ending: str = "") -> str:
+    """A gold.csv, and below the folder the sound of each row's "sound"."""
+    sink = io.StringIO()
+    table = csv.DictWriter(sink, [c for c in rows[0] if c != "sound"], extrasaction="ignore")
+    table.writeheader()
+    table.writerows(rows)
+    store.put(str(folder / "gold.csv"), sink.getvalue().encode())
+    for row in rows:
+        store.put(str(folder / (row["filename"] + ending)), wav_bytes(sound(row["sound"])))
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def steps(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    corpus = token_corpus.make(folder / "corpus", {"train": [60] * 6, "dev": [20]})
+    return {**build(str(folder)), **corpus.paths}
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    """As ZeroSpeech lays sWUGGY out: word i is sound i, its non-word another; two voices say each."""
+    rows = [{"id": i, "filename": f"f{i}{v}{c}", "voice": f"v{v}", "frequency": 3 * i if c else "", "word": "w", "correct": c,
+             "sound": 1000 * v + i + 100 * (1 - c)} for i in range(WORDS) for c in (0, 1) for v in (0, 1)]
+    return write(tmp_path_factory.mktemp("lexical"), rows, ".wav")
+
+
+def test_who_learnt_the_right_words_wins_and_shuffled_tokens_give_chance(steps, words, tmp_path):
+    tokenizer, stage = load_semantic(steps["kmeans"]), STAGE
+    torch.manual_seed(0)
+    model = build_lm(stage, SHAPE)
+    pairs = read_probes(words).pairs
+    z, _ = zerospeech.hear([f for p in pairs for f in (p.right, p.wrong)], tokenizer)
+    ids = [stage.targets(z_T) for z_T in z]
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    rows = [(np.array([stage.bos, *i]), np.arange(len(i) + 1) > 0) for i in ids[::2]]
+    batch = TokenBatches(steps["manifest"], steps["semantic_tokens"], None, stage, "dev", None, 1, 0).collate(rows)
+    for _ in range(120):
+        nats, number = batch_sums(model, stage, batch, "cpu")[:, 0]
+        optimizer.zero_grad()
+        (nats / number).backward()
+        optimizer.step()
+    export(str(tmp_path), *export_lm(model, stage, SHAPE))
+    seen = []
+    rows = zerospeech.measure_probes({"sWUGGY": words}, {**steps, "lm_semantic": str(tmp_path)},
+                                 progress=lambda *at: seen.append(at))
+    found = {(r.item, r.metric): r for r in rows}
+    ours = found["stage 1, per token", "sWUGGY, all %"]
+    assert ours.value > 90 and ours.low > 75 and (ours.n, ours.of, ours.role, ours.paper) == (WORDS, "pairs", "ours", 71.5)
+    assert ours.note == "" and seen[-1] == (4 * WORDS, 4 * WORDS, "recordings")
+    assert found["stage 1, per token", "sWUGGY, in-vocab %"].n == WORDS - 1
+    assert found["stage 1, sum", "sWUGGY, all %"].value > 80
+    bands = {metric: r.n for (item, metric), r in found.items() if item == "stage 1, sum"}
+    assert list(bands)[2:] == [f"sWUGGY, {b} %" for b in ("oov", "1-5", "6-20", "21-100")] and bands["sWUGGY, 1-5 %"] == 1
+    for item in ("Kneser-Ney bigram, per token", "Kneser-Ney bigram, sum", "the shorter"):  # they know nothing of the words
+        row = found[item, "sWUGGY, all %"]
+        assert 25 < row.value < 75 and row.low < row.high and row.role == "baseline"
+    assert found["chance", "sWUGGY, all %"].value == 50
+
+    draw, pool, wins = np.random.default_rng(0), np.concatenate(ids), []
+    for _ in range(10):
+        shuffled = np.split(draw.permutation(pool), np.cumsum([len(i) for i in ids])[:-1])
+        scores = zerospeech.log_likelihoods(model, stage, shuffled) / [len(i) for i in ids]
+        wins.append(zerospeech.wins_of(scores).mean())
+    assert 0.42 < np.mean(wins) < 0.58
+
+
+def test_a_batched_score_is_the_sum_of_its_tokens_chances(steps, monkeypatch):
+    model, stage = load_lm(steps["lm_semantic"])
+    draw = np.random.default_rng(0)
+    rows = [draw.integers(0, K, n) for n in (3, 17, 1, 9, 9, 40)]
+    by_hand = []
+    for ids in rows:
+        chances = model(torch.tensor([[stage.bos, *ids]]))[0].log_softmax(-1)
+        by_hand.append(sum(float(chances[t, i]) for t, i in enumerate(ids)))  # the first after BOS, no EOS
+    monkeypatch.setattr(zerospeech, "TOKENS", 45)
+    assert sorted(map(len, zerospeech._batches([len(r) + 1 for r in rows]))) == [1, 1, 4]
+    np.testing.assert_allclose(zerospeech.log_likelihoods(model, stage, rows), by_hand, rtol=1e-5)
+    twice = zerospeech.by_sequence([rows[0], rows[1], rows[0]], lambda some: zerospeech.log_likelihoods(model, stage, some))
+    assert twice[0] == twice[2] and zerospeech.wins_of(twice[[0, 2]]) == [0.5]
+
+
+def test_the_bigrams_scores_by_hand():
+    train = [np.array([STAGE.bos, 0, 1, STAGE.eos]), np.array([STAGE.bos, 0, 2, STAGE.eos])]
+    model = ngram.fit(*ngram.sequence(train), 2, STAGE.vocab_size, K + 1)
+    # different ids before 0, 1, 2: one each, before EOS two; discounts 0.5 and 1, and what they leave is even over K + 1
+    one = 0.5 / 5 + (3 * 0.5 + 1) / 5 / (K + 1)
+    first = (2 - 1) / 2 + 1 / 2 * one
+    after = (1 - 0.5) / 2 + 2 * 0.5 / 2 * one
+    twice = 2 * 0.5 / 2 * one  # 0 after 0 cannot be where runs are collapsed
+    unseen = 2 * 0.5 / 2 * (3 * 0.5 + 1) / 5 / (K + 1)
+    found = zerospeech.bigram_scores(model, STAGE, [np.array([0, 1]), np.array([0]), np.array([0, 7])])
+    np.testing.assert_allclose(found, np.log([first * after / (1 - twice), first, first * unseen / (1 - twice)]))
+
+
+def test_tokens_are_the_same_alone_and_batched_and_have_silence_around(steps, words):
+    tokenizer = load_semantic(steps["kmeans"])
+    files = [f for p in read_probes(words).pairs for f in (p.right, p.wrong)][:24]
+    together, samples = zerospeech.hear(files, tokenizer)
+    assert len(set(map(len, together))) > 2
+    for path, z_T, n in zip(files, together, samples, strict=True):
+        (alone,), _ = zerospeech.hear([path], tokenizer)
+        np.testing.assert_array_equal(z_T, alone)
+        assert len(z_T) == 10 + -(-n // 640)  # 0.2 s are 5 frames
+
+
+def test_reads_words_sentences_and_stories(tmp_path, words):
+    assert [p.band for p in read_probes(words).pairs[:12:2]] == ["oov", "1-5", "6-20", "6-20", "6-20", "6-20"]
+    assert [band_of({"frequency": f}) for f in ("5", "20.0", "21", "101", "NaN")] == ["1-5", "6-20", "21-100", ">100", None]
+    found = read_probes(words)
+    assert (found.kind, found.official, len(found.pairs), len({p.id for p in found.pairs})) == ("words", True, 2 * WORDS, WORDS)
+    rows = [{"id": 1, "filename": f"{sub}{c}", "voice": "v", "type": "t", "subtype": sub, "transcription": "", "correct": c,
+             "sound": c} for sub in "ab" for c in (1, 0)]
+    found = read_probes(write(tmp_path / "syntactic", rows, ".flac"))  # sentences are numbered within their subtype
+    assert (found.kind, [p.id for p in found.pairs]) == ("sentences", ["t/a/1", "t/b/1"]) and not found.pairs[0].known
+    assert found.pairs[0].right.endswith("/syntactic/a1.flac")
+    rows = [{"id": f"x{c}", "pair_id": "x", "voice": "v", "word": "w", "is_word": c, "frequency_band": "high",
+             "filename": f"audio/{c}.wav", "sound": c} for c in (1, 0)]
+    folder = tmp_path / "own"
+    store.put(str(folder / "pairs.csv"), b"pair_id,d3\nx,-0.5\n")
+    found = read_probes(store.join(write(folder, rows), "gold.csv"))
+    assert (found.kind, found.official, found.pairs[0].band, found.trigrams) == ("words", False, "high", {"x": -0.5})
+    assert found.pairs == (Pair("x", "v", f"{folder}/audio/1.wav", f"{folder}/audio/0.wav", "high"),)
+    stories = write(tmp_path / "cloze", [{k: v for k, v in r.items() if k not in ("is_word", "frequency_band")} |
+                                         {"correct": r["is_word"]} for r in rows])
+    assert read_probes(stories).kind == "stories"
+
+
+def test_refuses_what_it_cannot_pair(tmp_path, steps, words):
+    rows = [{"id": "x", "filename": f"{c}.wav", "correct": c, "sound": c} for c in (1, 0)]
+    with pytest.raises(ValueError, match="pair 'x' of voice '' has 1 right and 0 wrong"):
+        read_probes(write(tmp_path, rows[:1]))
+    with pytest.raises(ValueError, match="filename, correct"):
+        read_probes(write(tmp_path, [{k: v for k, v in r.items() if k != "correct"} for r in rows]))
+    with pytest.raises(ValueError, match="'1', and .* has no such audio"):
+        read_probes(write(tmp_path / "other", [{**r, "filename": str(r["correct"])} for r in rows]))
+    with pytest.raises(FileNotFoundError):
+        read_probes(str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match="coarse stage"):
+        zerospeech.measure_probes({"w": words}, {**steps, "lm_semantic": steps["lm_coarse"]})
+
+
+def test_voices_first_then_pairs_and_the_paper_beside():
+    pairs = tuple(Pair(pair, str(i), "", "", None) for i, pair in enumerate(["a", "a", "b"]))
+    sums = {"stage 1": np.array([-4.0, -5.0, -6.0, -6.0, -3.0, -2.0])}
+    found = zerospeech.rows_of("sBLIMP", ProbeSet("sentences", False, pairs, {"a": 1.0, "b": 0.0}), sums, [4, 8, 3, 3, 3, 1],
+                           np.array([10, 20, 30, 30, 50, 40]), 0, 1.0, "one is long")
+    by_item = {r.item: r for r in found}
+    assert by_item["stage 1, sum"].value == 37.5 and by_item["stage 1, per token"].value == 62.5
+    assert by_item["the shorter"].value == 37.5 and by_item["phone trigrams"].value == 75
+    assert (by_item["stage 1, sum"].paper, by_item["stage 1, per token"].paper) == (67.5, 64.7)
+    assert by_item["stage 1, sum"].note == "other pairs than the paper's (ZeroSpeech 2021, dev); one is long"
+    assert all(r.table == "IV" and r.n == 2 for r in found)

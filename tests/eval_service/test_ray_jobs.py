@@ -1,0 +1,77 @@
+"""Asking in the UI with Ray's job server: an evaluation as a job of a real cluster, a repeat, a job it does not know."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+
+from audiolm.eval_service import request
+from audiolm.eval_service.launcher import RayJobs, open_launcher
+from audiolm.pipeline.private_ray import read_settings
+from tests.worlds.basics import free_port
+from tests.worlds.encoded_corpus import encoded, world  # noqa: F401
+from tests.worlds.registry import NAME, look, tags, until
+from tests.worlds.servers import CLOSED
+from tests.worlds.tiny_run import finish, tell
+
+
+@pytest.fixture
+def cluster(monkeypatch):
+    """The address of a job server; this process has its token."""
+    port = free_port()
+    code = f"""
+        import ray, sys
+        ray.init(num_cpus=2, include_dashboard=True, dashboard_port={port}, log_to_driver=False)
+        print("up", flush=True)
+        sys.stdin.read()
+    """
+    env = {**os.environ, **CLOSED, "PATH": os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]}
+    driver = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                              stderr=subprocess.DEVNULL, env=env)
+    assert driver.stdout.readline().strip() == b"up"
+    with monkeypatch.context() as settings:
+        for name, value in CLOSED.items():
+            settings.setenv(name, value)
+        read_settings()
+        yield f"http://127.0.0.1:{port}"
+    read_settings()
+    driver.stdin.close()  # it ends, and Ray with it
+    driver.wait(60)
+
+
+def test_an_evaluation_is_one_ray_job(world, encoded, ready, cluster):  # noqa: F811
+    folder = str(ready)
+    _, build = finish(world, folder)
+    uri = tell("sqlite", folder, build).uri
+    from mlflow import MlflowClient
+
+    client, launcher = MlflowClient(uri), open_launcher(False, cluster, "")
+    client.set_model_version_tag(NAME, "2", "evaluate.suites", "stages")
+    client.set_model_version_tag(NAME, "2", "evaluate", "requested")
+    job = f"eval-{NAME}-2-1"
+    assert look(client, launcher) == [f"models:/{NAME}/2: submitted as {job}"]
+    assert not RayJobs(cluster).submit(job, ["--help"])  # by another watcher
+    client.set_model_version_tag(NAME, "2", "evaluate", "requested")
+    assert "at work already" in look(client, launcher)[0]
+    found = until(client, "2", "done", "failed")
+    assert found["evaluate"] == "done", found
+    assert client.get_run(found["evaluate.run"]).data.tags["audiolm.evaluation"] == job
+    while launcher.status(job)[0]:
+        time.sleep(0.2)
+    assert "SUCCEEDED" in launcher.status(job)[1]
+
+    client.set_model_version_tag(NAME, "3", "evaluate", "running")
+    client.set_model_version_tag(NAME, "3", "evaluate.job", f"eval-{NAME}-3-1")
+    look(client, launcher)
+    assert "Ray's job server does not know it" in tags(client, "3")["evaluate.reason"]
+    assert request.read(client, NAME, "3").number == 2
+
+
+def test_no_job_server_is_an_error_that_names_the_ways_out():
+    with pytest.raises(ValueError, match="no Ray job server at http://127.0.0.1.*--inline"):
+        open_launcher(False, f"http://127.0.0.1:{free_port()}", "")

@@ -1,0 +1,266 @@
+"""The whole pipeline as its users run it: a Ray job, submitted again; killed and continued; forced.
+
+One Ray cluster and one whole run per session serve all of these.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import soundfile
+
+from audiolm.dag.execute import execute
+from audiolm.dag.plan import plan
+from audiolm.metrics_log import read_build
+from audiolm.tracking.lookup import index_of
+from tests.worlds.basics import ROOT, free_port
+from tests.worlds.dying_worker import graph
+from tests.worlds.servers import CLOSED
+
+STEPS = ["manifest", "masked_model", "kmeans", "codec", "codec_figures", "semantic_tokens", "semantic_figures",
+         "acoustic_tokens", "lm_semantic", "lm_coarse", "lm_fine", "samples", "evaluate", "tables", "report"]
+PIPELINE = ("workflows/full_pipeline.py", "tests/e2e.yaml")
+BIN = sysconfig.get_path("scripts")
+ENV = {**os.environ, **CLOSED, "PYTHONPATH": "", "PATH": BIN + os.pathsep + os.environ["PATH"]}
+
+
+def cli(*args, cwd=ROOT, check=True):
+    done = subprocess.run([sys.executable, "workflows/full_pipeline.py", "tests/e2e.yaml", *args], cwd=cwd, env=ENV,
+                          capture_output=True, text=True, timeout=420)
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def index(store):
+    return json.loads(Path(store, "runs", "e2e.json").read_text())["steps"]
+
+
+@pytest.fixture(scope="session")
+def head(tmp_path_factory):
+    """`ray start --head` with token authentication; yields the dashboard's address."""
+    port, dashboard, *agent = (free_port() for _ in range(5))  # another Ray on this machine may hold the usual ports
+    temp = tmp_path_factory.mktemp("r")
+    subprocess.run([f"{BIN}/ray", "start", "--head", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=2",
+                    f"--temp-dir={temp}", "--disable-usage-stats", f"--dashboard-agent-listen-port={agent[0]}",
+                    f"--dashboard-agent-grpc-port={agent[1]}", f"--metrics-export-port={agent[2]}"],
+                   env=ENV, check=True, capture_output=True, timeout=120)
+    pids = [int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit() and _mentions(p, str(temp))]
+    yield f"http://127.0.0.1:{dashboard}"
+    for pid in pids:  # only what this fixture started
+        try:
+            os.kill(pid, signal.SIGTERM)
+        except ProcessLookupError:
+            pass
+
+
+def _mentions(process: Path, text: str) -> bool:
+    try:
+        return text in process.joinpath("cmdline").read_text(errors="replace")
+    except OSError:
+        return False
+
+
+def submit(head, folder, *command):
+    """Submits a script as a user would; a head that has just started may not take jobs yet."""
+    deadline = time.monotonic() + 120
+    while True:
+        done = subprocess.run([f"{BIN}/ray", "job", "submit", "--address", head, "--working-dir", str(folder), "--",
+                               sys.executable, *command],
+                              env=ENV, capture_output=True, text=True, timeout=500)
+        if "No available agent to submit job" not in done.stdout + done.stderr or time.monotonic() > deadline:
+            return done
+        time.sleep(2.0)
+
+
+@pytest.fixture(scope="session")
+def checkout(tmp_path_factory):
+    """A copy of the project, as a user would submit it."""
+    folder = tmp_path_factory.mktemp("checkout") / "audiolm"
+    folder.mkdir()
+    for name in ("audiolm", "workflows", "pyproject.toml", *(f"tests/{n}" for n in (
+            "e2e.yaml", "__init__.py", "worlds/__init__.py", "worlds/tiny.py", "worlds/dying_worker.py"))):
+        source, target = ROOT / name, folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if source.is_dir():
+            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, target)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def job(head, checkout, tmp_path_factory):
+    """The one whole run: submitted as a Ray job with an absolute store."""
+    store = str(tmp_path_factory.mktemp("job") / "store")
+    done = submit(head, checkout, *PIPELINE, f"store={store}")
+    assert done.returncode == 0 and f"all {len(STEPS)} steps done" in done.stdout, done.stdout[-6000:] + done.stderr[-3000:]
+    return store
+
+
+def test_a_submitted_job_ends_with_sound_report_and_every_step_done(job):
+    assert set(index(job)) == set(STEPS)
+    samples = index(job)["samples"]["path"]
+    entries = json.loads(Path(samples, "samples.json").read_text())
+    assert len(entries) >= 6 and {e["mode"] for e in entries} == {"unconditional", "acoustic", "continuation", "resynthesis"}
+    for e in entries:
+        wav, rate = soundfile.read(io.BytesIO(Path(samples, e["file"]).read_bytes()))
+        assert rate == 16_000 and len(wav) == round(e["seconds"] * rate)
+        assert np.isfinite(wav).all() and np.abs(wav).max() > 1e-3
+    continued = [e for e in entries if e["mode"] == "continuation"]  # a prompt of 3 s and 2 s more, or less by EOS
+    assert len(continued) == 2 and all(e["prompt_s"] == 3.0 and (e["seconds"] == 5.0 or e["ended"]) for e in continued)
+    report = Path(index(job)["report"]["path"], "ui", "report.html").read_text()
+    assert report.count("<audio") >= 6 and "src=\"http" not in report
+    rows = {(r["table"], r["item"]): r for r in
+            json.loads(Path(index(job)["tables"]["path"], "rows.json").read_text())}
+    assert "Table II: what is said" in report and rows["II", "original"]["value"] < 30  # WER of synthetic readers
+    assert rows["detector", "original or continuation"]["value"] is not None and rows["IV", "stage 1"]["value"] is None
+
+
+def test_the_same_job_with_an_edited_comment_skips_every_step(job, head, checkout):
+    edited = checkout / "audiolm" / "models" / "rvq.py"
+    edited.write_text(edited.read_text() + "\n# an edited comment\n")
+    began = time.monotonic()
+    done = submit(head, checkout, *PIPELINE, f"store={job}")
+    assert done.returncode == 0 and f"0 of {len(STEPS)} steps to run" in done.stdout, done.stdout[-4000:] + done.stderr[-2000:]
+    assert time.monotonic() - began < 120
+
+
+def test_a_relative_store_in_a_job_is_refused_with_the_fix(job, head, checkout):
+    done = submit(head, checkout, *PIPELINE, "store=outputs")
+    assert done.returncode != 0 and "give an absolute path" in done.stdout + done.stderr
+
+
+def test_mlflow_holds_the_run(job):
+    """A parent run and a nested one for each step, with params, metrics by step, tags and what can be heard."""
+    import mlflow
+
+    client = mlflow.MlflowClient(f"sqlite:///{job}/mlflow.db")
+    experiment = client.get_experiment_by_name("audiolm")
+    runs = {r.info.run_name: r for r in client.search_runs([experiment.experiment_id], max_results=100)}
+    assert set(STEPS) <= set(runs) and runs["e2e"].data.params["codec.n_q"] == "3"
+    coarse = runs["lm_coarse"]
+    assert coarse.info.status == "FINISHED" and coarse.data.params["lm.train.lr"] == "0.002"
+    assert coarse.data.tags["mlflow.parentRunId"] == runs["e2e"].info.run_id
+    assert {"fingerprint", "build", "path"} <= set(coarse.data.tags)
+    assert len({m.step for m in client.get_metric_history(coarse.info.run_id, "loss")}) == 8
+    names = [a.path for a in client.list_artifacts(runs["samples"].info.run_id, "wav")] or \
+        [a.path for a in client.list_artifacts(runs["samples"].info.run_id)]
+    assert any(n.endswith(".wav") for n in names), names
+    assert "report.html" in [a.path for a in client.list_artifacts(runs["report"].info.run_id)]
+    (version,) = client.search_model_versions("name = 'e2e'")  # of the whole run, and none of those that skipped all
+    (answer,) = mlflow.pyfunc.load_model(version.source).predict([{"mode": "unconditional", "seconds": 0.5}])
+    assert 0 < answer["seconds"] <= 0.5
+    assert index_of(coarse.info.run_id, f"sqlite:///{job}/mlflow.db") == f"{job}/runs/e2e.json"
+
+
+def test_a_training_worker_that_was_killed_ends_with_the_losses_of_one_that_was_not(head, checkout, tmp_path):
+    """kill -9 of Ray Train's worker: the step is launched again and resumes; the same bits as undisturbed, without Ray."""
+    store = tmp_path / "store"
+    done = submit(head, checkout, "tests/dying_worker.py", str(store))
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
+    execute(plan(graph(None), str(tmp_path / "calm")), str(tmp_path / "calm"), inline=True)
+    ours, theirs = (plan(graph(None), str(s))[0].view.artifact for s in (store, tmp_path / "calm"))
+    assert (store / "died").exists() and len(list(Path(ours.path, "attempts").iterdir())) == 2
+    assert ours.facts == theirs.facts
+    losses = [[(r["step"], r["metrics"]["loss"]) for r in read_build(a.path) if "loss" in r["metrics"]] for a in (ours, theirs)]
+    assert losses[0] == losses[1] and len(losses[0]) == 12
+
+
+def kill_when(args, ready):
+    """Starts the pipeline and kills it (SIGKILL) as soon as `ready()`."""
+    process = subprocess.Popen([sys.executable, "workflows/full_pipeline.py", "tests/e2e.yaml", *args], cwd=ROOT, env=ENV,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 240
+    while not ready():
+        assert process.poll() is None and time.monotonic() < deadline, "it ended before it could be killed"
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+
+
+def test_killed_in_a_training_and_a_data_step_it_ends_the_same(job, tmp_path):
+    """kill -9 of the driver in the middle; the same command ends with the job's tokens and losses, bit for bit.
+
+    The job ran under Ray and these runs inline: the same bits there and here.
+    """
+    store = tmp_path / "store"
+    args = ["--inline", f"store={store}", "tracking=none", "--only", "manifest,masked_model,kmeans,semantic_tokens"]
+    kill_when(args, lambda: len(list(store.glob("masked_model/*/0001/commits/*.json"))) >= 2)
+    assert not list(store.glob("masked_model/*/0001/done.json"))
+    began = time.monotonic()
+    kill_when(args, lambda: len(list(store.glob("semantic_tokens/*/0001/shard-*.parquet"))) >= 1)
+    assert not list(store.glob("semantic_tokens/*/0001/done.json"))
+    kept = min(p.stat().st_mtime_ns for p in store.glob("semantic_tokens/*/0001/shard-*.parquet"))
+    cli(*args)
+    assert time.monotonic() - began < 120  # nobody waited for a dead owner's lease
+    steps = index(store)
+    assert len(list(Path(steps["masked_model"]["path"], "attempts").iterdir())) == 2
+    assert min(p.stat().st_mtime_ns for p in Path(steps["semantic_tokens"]["path"]).glob("shard-*")) == kept  # not made anew
+    for name in ("masked_model", "kmeans"):
+        ours, theirs = (json.loads(Path(i[name]["path"], "done.json").read_text())["facts"] for i in (steps, index(job)))
+        assert {k: v for k, v in ours.items() if "seconds" not in k} == {k: v for k, v in theirs.items() if "seconds" not in k}
+    shards = sorted(Path(steps["semantic_tokens"]["path"]).glob("shard-*.parquet"))
+    assert len(shards) > 3
+    for shard in shards:
+        theirs = pq.read_table(Path(index(job)["semantic_tokens"]["path"], shard.name))
+        assert pq.read_table(shard).equals(theirs)
+
+
+def test_force_makes_a_step_and_its_descendants_new_and_nothing_else(job):
+    before = {n: e["path"] for n, e in index(job).items()}
+    below = {"acoustic_tokens", "lm_coarse", "lm_fine", "samples", "evaluate", "tables", "report"}
+    plan = cli(f"store={job}", "--dry-run", "--force", "acoustic_tokens").stdout.splitlines()
+    assert {line.split()[1] for line in plan if line.startswith("run")} == below
+    plan = cli(f"store={job}", "--dry-run", "--force", "lm_coarse").stdout.splitlines()
+    after_coarse = {"lm_coarse", "samples", "evaluate", "tables", "report"}
+    assert {line.split()[1] for line in plan if line.startswith("run")} == after_coarse
+    cli(f"store={job}", "--inline", "tracking=none", "--force", "acoustic_tokens")
+    after = {n: e["path"] for n, e in index(job).items()}
+    assert {n for n in STEPS if before[n] != after[n]} == below
+    for name, pattern in (("acoustic_tokens", "shard-*.parquet"), ("lm_fine", "checkpoints/*/*")):
+        old, new = ({p.stat().st_ino for p in Path(x[name]).glob(pattern)} for x in (before, after))
+        assert new and not old & new
+    assert f"{len(STEPS)} of {len(STEPS)} steps done" in cli(f"store={job}", "--status").stdout
+
+
+def test_ctrl_c_stops_cleanly_and_the_same_command_continues(tmp_path):
+    store = tmp_path / "store"
+    args = ["--inline", f"store={store}", "tracking=none", "--only", "manifest,masked_model",
+            "semantic.model.train.steps=100"]  # long enough to be stopped in, however late this process is served
+    process = subprocess.Popen([sys.executable, "workflows/full_pipeline.py", "tests/e2e.yaml", *args], cwd=ROOT, env=ENV,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL))  # a shell's `&` has it ignored
+    while not list(store.glob("masked_model/*/0001/commits/*.json")):
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and "the same command continues" in text and "Traceback" not in text
+    assert json.loads(next(store.glob("masked_model/*/0001/attempts/0001.json")).read_text())["state"] == "stopped"
+    cli(*args)
+    assert len(list(store.glob("masked_model/*/0001/attempts/*.json"))) == 2 and "masked_model" in index(store)
+
+
+def test_the_store_may_be_an_s3_server(s3_server):
+    """Tokens and a trained stage in a bucket of a real server; the second run skips all of it."""
+    steps = "manifest,masked_model,kmeans,semantic_tokens,lm_semantic"
+    command = [sys.executable, "workflows/full_pipeline.py", "tests/e2e.yaml", "--inline", "--only", steps,
+               f"store=s3://tests/pipeline-{time.time_ns()}", "tracking=none"]
+    env = {**ENV, **{k: v for k, v in os.environ.items() if k.startswith("AWS_")}}
+    first, second = (subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
+                     for _ in range(2))
+    assert first.returncode == 0 and "lm_semantic      DONE" in first.stdout, first.stdout + first.stderr
+    assert second.returncode == 0 and f"0 of {len(STEPS)} steps to run" in second.stdout, second.stdout + second.stderr

@@ -1,0 +1,111 @@
+"""The Ray that a run starts for itself: closed to whoever has not the run's token, and to other machines."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.worlds.basics import ROOT
+
+OWNER = """
+    import json, os, sys
+    from audiolm.pipeline.cli import quiet, start_ray
+    from audiolm.config.pipeline import Cluster
+
+    quiet()
+    before, said = dict(os.environ), []
+    start_ray(Cluster(device="cpu"), "", said.append)
+    import ray
+
+    changed = [k for k in {*before, *os.environ} if "AUTH" in k and before.get(k) != os.environ.get(k)]
+    node = ray._private.worker._global_node
+    print(json.dumps({"gcs": node.gcs_address, "session": node.get_session_dir_path(), "said": said, "changed": changed,
+                      "token": ray.get(ray.remote(lambda: os.environ.get("RAY_AUTH_TOKEN")).remote())}), flush=True)
+    sys.stdin.read()
+    ray.shutdown()
+"""
+VISITOR = """
+    import os, ray, sys
+    from ray._private import ray_constants
+
+    ray_constants.ENABLE_RAY_CLUSTER = False  # else Ray takes 127.0.0.1 for another address of the machine
+    ray.init(address=sys.argv[1], log_to_driver=False)
+    print("ran as a child of", ray.get(ray.remote(lambda: os.getppid()).remote()))
+"""
+TOKEN = "0123456789abcdef" * 4
+
+
+def python(code: str, *args: str, home: Path, **env: str) -> subprocess.Popen:
+    """A process with a home of its own, so that no token file of this machine's user has a part in it."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_AUTH") and k != "RAY_ADDRESS"}
+    return subprocess.Popen([sys.executable, "-c", textwrap.dedent(code), *args], stdin=subprocess.PIPE, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT,
+                            env={**kept, "HOME": str(home), "PYTHONPATH": str(ROOT), **env})
+
+
+def visit(cluster: dict, home: Path, **env: str) -> tuple[bool, str]:
+    """Whether a task of another process ran in the cluster, and what that process said."""
+    visitor = python(VISITOR, cluster["gcs"], home=home, RAY_NUM_REDIS_GET_RETRIES="1", **env)
+    try:
+        out, err = visitor.communicate(timeout=60)
+    finally:
+        visitor.kill()
+    return visitor.returncode == 0 or "ran as" in out, out + err
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """A run's own cluster, whose user has switched authentication off and has a token of his own."""
+    home = tmp_path_factory.mktemp("home")
+    owner = python(OWNER, home=home, RAY_AUTH_MODE="disabled", RAY_AUTH_TOKEN=TOKEN)
+    line = owner.stdout.readline()
+    processes = psutil.Process(owner.pid).children(recursive=True) if line else []
+    try:
+        assert line, owner.communicate(timeout=60)[1]
+        yield {**json.loads(line), "processes": [psutil.Process(owner.pid), *processes]}
+        _, err = owner.communicate(timeout=60)  # its input ends, it stops Ray
+        assert owner.returncode == 0, err
+        assert not (home / ".ray" / "auth_token").exists()
+    finally:
+        owner.kill()
+        for process in psutil.wait_procs(processes, timeout=20)[1]:
+            process.kill()
+
+
+@pytest.mark.parametrize("env", [{}, {"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN},
+                                 {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}],
+                         ids=["no mode", "no token", "the user's token", "another run's token"])
+def test_a_stranger_runs_nothing(cluster, tmp_path, env):
+    ran, said = visit(cluster, tmp_path, **env)
+    assert not ran and "Authentication token is missing or incorrect" in said, said
+
+
+def test_who_has_the_token_runs_tasks(cluster, tmp_path):
+    ran, said = visit(cluster, tmp_path, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=cluster["token"] or "none")
+    assert ran, said
+
+
+def test_nothing_listens_to_other_machines(cluster):
+    listening = {}
+    for process in cluster["processes"]:
+        if process.is_running():
+            listening.update({f"{c.laddr.ip}:{c.laddr.port}": process.name() for c in process.net_connections("inet")
+                              if c.status == psutil.CONN_LISTEN})
+    open_to_all = {k: v for k, v in listening.items() if not k.startswith(("127.", "::1:", "::ffff:127."))}
+    assert len(listening) > 5 and not open_to_all, listening
+
+
+def test_the_token_stays_in_the_memory_of_the_run(cluster):
+    token = cluster["token"]
+    assert len(token) == 64 and token != TOKEN and not cluster["changed"] and token not in "".join(cluster["said"])
+    written = [p for p in Path(cluster["session"]).rglob("*") if p.is_file() and token.encode() in p.read_bytes()]
+    shown = [p for p in cluster["processes"] if p.is_running() and token in " ".join(p.cmdline())]
+    assert not written and not shown

@@ -1,0 +1,192 @@
+"""The codec in training: learning, resume, micro-batches, workers, the alarm, configs that cannot train."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+import pytest
+import safetensors.torch
+import torch
+import torch.multiprocessing as mp
+
+from audiolm import store
+from audiolm.config import codec as codec_config
+from audiolm.config import corpus as corpus_config
+from audiolm.tokenizers.acoustic import load_codec
+from audiolm.tokenizers.artifact import ArtefactError
+from audiolm.train.objectives.base import Context
+from audiolm.train.objectives.codec import codec_objective
+from tests.worlds.tiny_codec import run, saved_state, tiny_codec, training, voice
+
+RECIPES = {"ema": {}, "factorised": {"quantizer": "factorised"},
+           "soundstream": {"losses": "soundstream", "weights": {"reconstruction": 1, "feature": 100}},
+           "balanced": {"balance": True, "weights": {"reconstruction": 1, "waveform": 1}}}
+
+
+def recipe(name: str, start_step: int = 2, engine: str = "torch", zero: int = 0) -> codec_config.Codec:
+    plain = tiny_codec(start_step, engine=engine, zero=zero).model_dump()
+    return codec_config.Codec.model_validate({**plain, "quantize_from": 1, **RECIPES[name]})
+
+
+@pytest.mark.parametrize("name", ["ema", "factorised"])
+def test_training_lowers_the_distance_and_the_export_gives_the_same_codes(tmp_path, name):
+    objective, engines = training(tiny_codec(start_step=46, steps=50, **RECIPES[name]))
+    first, = run(objective, engines, 0, 1)
+    assert "discriminator" not in first and first["units"] == pytest.approx(4 * 3200 / 16_000)
+    early = objective.evaluate()
+    judge = engines["discriminator"].state()
+    run(objective, engines, 1, 46)
+    untouched = engines["discriminator"].state()
+    assert engines["discriminator"].updates == 0 and all(torch.equal(judge[k], untouched[k]) for k in judge)
+    last = run(objective, engines, 46, 50)[-1]
+    late = objective.evaluate()
+    assert engines["discriminator"].updates == 4 and {"adversarial", "feature", "grad_norm/discriminator"} <= set(last)
+    assert any(not torch.equal(judge[k], v) for k, v in engines["discriminator"].state().items() if k in judge)
+    assert late["loss"] < 0.75 * early["loss"] and late["loss"] == late["mel/q02"]
+    assert late["gain/q01"] == pytest.approx(late["mel/q00"] - late["mel/q01"])
+
+    weights, sizes = objective.export()
+    store.put(f"{tmp_path}/export/model.safetensors", safetensors.torch.save(weights))
+    store.put_json(f"{tmp_path}/export/config.json", sizes)
+    loaded, wav_BT, lengths_B = load_codec(str(tmp_path)), voice(6400, 9)[None], torch.tensor([6400])
+    direct = objective.averaged().encode(wav_BT)[0]
+    assert torch.equal(loaded.encode(wav_BT, lengths_B)[0], direct[:20]) and len(loaded.hash) == 16
+    assert loaded.spec.n_q == 3 and loaded.spec.vocab == 16 and loaded.spec.rate_hz == 50
+    store.put_json(f"{tmp_path}/export/config.json", {**sizes, "dim": 8})
+    with pytest.raises(ArtefactError, match="do not fit the codec"):
+        load_codec(str(tmp_path))
+
+
+def test_levels_that_do_not_help_raise_the_alarm():
+    objective, engines = training(tiny_codec())
+    assert "alarm/levels_without_gain" not in objective.evaluate()  # nothing is quantized yet
+    run(objective, engines, 0, 1)
+    net = objective.generator.net
+    with torch.no_grad():
+        net.quantizer.codebook_QND[1:] = 0.0
+    assert objective.evaluate()["alarm/levels_without_gain"] == 2.0
+    silent = {"mel/q00", "mel/q01", "mel/q02", "mel/unquantized", "gain/q01", "used/q00", "perplexity/q00"}
+    assert silent <= set(objective.evaluate())
+
+
+@pytest.mark.parametrize("engine", [("torch", 0), ("deepspeed", 0), ("deepspeed", 1)], ids=["torch", "zero0", "zero1"])
+@pytest.mark.parametrize("name", RECIPES)
+def test_resume_equals_an_uninterrupted_run(name, engine):
+    whole, engines = training(recipe(name, 2, *engine))
+    run(whole, engines, 0, 3)
+    saved = saved_state(engines)
+    rest = run(whole, engines, 3, 5)
+    again, resumed = training(recipe(name, 2, *engine), *saved)
+    assert run(again, resumed, 3, 5) == rest
+    for key, value in saved_state(engines)[0].items():
+        other = resumed[key].state()
+        assert all(torch.equal(v, other[k]) for k, v in value.items())
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_micro_batches_add_up_to_the_batch(name):
+    one, engines = training(recipe(name, 0))
+    run(one, engines, 0, 2)
+    two, others = training(recipe(name, 0), *saved_state(engines))
+    a, b = run(one, engines, 2, 3)[-1], run(two, others, 2, 3, pieces=2)[-1]
+    for key, value in a.items():
+        assert b[key] == pytest.approx(value, rel=1e-3), key
+    books = [x.generator.net.quantizer.state_dict() for x in (one, two)]
+    assert all(torch.allclose(v, books[1][k], atol=1e-3) for k, v in books[0].items())
+
+
+def _worker(rank, port, codec, saved, results):
+    torch.set_num_threads(1)
+    os.environ["LOCAL_RANK"] = str(rank)
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    objective, engines = training(codec, *saved, rank=rank, world=2)
+    metrics = run(objective, engines, 1, 4)
+    held_out, state = objective.evaluate(), saved_state(engines)[0]
+    if rank == 0:
+        results.put((metrics, held_out, {n: {k: v.numpy() for k, v in s.items()} for n, s in state.items()}))
+        results.close()
+        results.join_thread()
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(("name", "engine", "zero"), [("ema", "torch", 0), ("balanced", "deepspeed", 0),
+                                                      ("ema", "deepspeed", 1), ("factorised", "deepspeed", 1)])
+def test_two_workers_train_as_one(name, engine, zero, monkeypatch):
+    """The start of the codebooks, their updates, the game and the validation, on halves of the same batches."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    one, engines = training(recipe(name))
+    run(one, engines, 0, 1)
+    saved = saved_state(engines)
+    expected = run(one, engines, 1, 4)
+    figures = one.evaluate()
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    context = mp.get_context("spawn")
+    results = context.Queue()
+    codec = recipe(name, 2, engine, zero)
+    workers = [context.Process(target=_worker, args=(r, port, codec, saved, results)) for r in range(2)]
+    for w in workers:
+        w.start()
+    metrics, held_out, state = results.get(timeout=120)
+    for w in workers:
+        w.join(60)
+    for mine, theirs in zip(expected, metrics, strict=True):
+        for key, value in mine.items():
+            assert theirs[key] == pytest.approx(value, rel=2e-5 if "loss" in key else 1e-3, abs=1e-5), key
+    for key, value in figures.items():
+        assert held_out[key] == pytest.approx(value, rel=1e-3, abs=1e-3), key
+    if name == "ema":
+        book = torch.from_numpy(state["generator"]["buffer/net.quantizer.codebook_QND"])
+        assert torch.allclose(book, one.generator.net.quantizer.codebook_QND, atol=1e-5)
+
+
+def test_compiled_and_in_bfloat16_as_on_a_gpu(monkeypatch):
+    """The path a GPU takes, but for the kernels: graphs of the same parts, autocast, the balancer's two ways back."""
+    compile_, parts = torch.nn.Module.compile, []
+
+    def by_eager(self, **options):
+        parts.append(self)
+        compile_(self, backend="aot_eager", **options)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", by_eager)
+    plain = recipe("balanced", 0)
+    half = codec_config.Codec.model_validate({**plain.model_dump(), "train": {**plain.train.model_dump(), "dtype": "bfloat16"}})
+    eager, engines = training(plain)
+    compiled, others = training(half, compile=True)
+    assert len(parts) == 2 + 2 and list(compiled.generator.state_dict()) == list(eager.generator.state_dict())
+    for mine, theirs in zip(run(eager, engines, 0, 2), run(compiled, others, 0, 2), strict=True):
+        for key in ("loss", "reconstruction", "adversarial", "discriminator"):
+            assert theirs[key] == pytest.approx(mine[key], rel=0.05), key
+    assert compiled.evaluate()["mel"] == pytest.approx(eager.evaluate()["mel"], rel=0.1)
+
+
+def test_what_is_not_quantized_yet_is_never_the_best():
+    objective, engines = training(recipe("ema"))
+    run(objective, engines, 0, 1)
+    assert "loss" not in objective.evaluate() and objective.evaluate()["mel"] > 0
+    run(objective, engines, 1, 2)
+    assert objective.evaluate()["loss"] == objective.evaluate()["mel"]
+    with pytest.raises(ValueError, match=r"quantize_from \(40\) must be below train.steps \(40\)"):
+        tiny_codec(quantize_from=40)
+    with pytest.raises(ValueError, match="one code a level"):
+        tiny_codec(quantizer="factorised", balance=True)
+
+
+def test_dropout_draws_depend_on_step_and_row_alone():
+    objective, _ = training(tiny_codec())
+    whole = objective.load(3, range(8))["n_q_B"]
+    assert torch.equal(torch.cat([objective.load(3, range(i, i + 2))["n_q_B"] for i in (0, 2, 4, 6)]), whole)
+    many = objective.load(4, range(60))["n_q_B"]
+    assert set(many.tolist()) == {1, 2, 3}
+
+
+def test_configs_that_cannot_train_are_refused():
+    corpus = corpus_config.Corpus(name="x", sources=[{"kind": "folder", "name": "x", "root": "/nowhere"}])
+    ctx = Context(0, 1, torch.device("cpu"), 0)
+    for codec, message in ((codec_config.Codec(strides=(2, 4, 5)), "make a hop of 40 samples"),
+                           (codec_config.Codec(crop_s=0.04), "raise it to at least 0.08")):
+        with pytest.raises(ValueError, match=message):
+            codec_objective({"codec": codec, "corpus": corpus, "seed": 0}, {"manifest": "/nowhere"}, ctx)

@@ -1,0 +1,153 @@
+"""Training a stage: it learns, its loss is per token whatever the batching, and what it exports is the model."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from audiolm import store
+from audiolm.config.lm import Stage
+from audiolm.config.training import Train
+from audiolm.lm.model import load_lm
+from audiolm.train.engine import make_engine
+from audiolm.train.objectives import lm
+from audiolm.train.objectives.base import Context
+from tests.worlds import token_corpus
+
+STEPS = 60
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    frames = {"train": [60] * 8 + [17, 9, 5, 13], "dev": [40, 33, 12]}
+    return token_corpus.make(tmp_path_factory.mktemp("corpus"), frames)
+
+
+def objective(corpus, stage="lm_coarse", rank=0, world=1, seed=0, **changed):
+    train = Train(steps=STEPS, batch=8, lr=1e-2, warmup_steps=5, engine="torch", **changed)
+    shape = Stage(crop_s=0.8, dim=32, layers=2, heads=2, ff=64, dropout=0.0, train=train)
+    config = {"stage": stage, "seed": seed, "lm": shape, "dedupe": False, "coarse_levels": 2, "rows": 6}
+    return lm.lm_objective(config, corpus.paths, Context(rank, world, CPU, seed))
+
+
+class Gradients:
+    """An engine that keeps the gradients and changes nothing."""
+
+    def __init__(self, module):
+        self.module = module
+
+    def __call__(self, *args):
+        return self.module(*args)
+
+    def backward(self, loss, last=True):
+        loss.backward()
+
+    def step(self):
+        self.taken = torch.cat([p.grad.flatten() for p in self.module.parameters()])
+        self.module.zero_grad()
+        return float(self.taken.norm())
+
+
+@pytest.mark.parametrize("stage", ["lm_semantic", "lm_coarse", "lm_fine"])
+def test_it_learns(corpus, stage):
+    o = objective(corpus, stage)
+    engines = {"lm": make_engine(o.modules["lm"], o.shape.train, o.ctx)}
+    first = o.evaluate()["loss"]
+    losses = [float(o.train_step(engines, [o.load(s, range(8))], s)["loss"]) for s in range(STEPS)]
+    last = o.evaluate()
+    uniform = np.log(token_corpus.K + 1 if stage == "lm_semantic" else token_corpus.VOCAB)  # of a slot's own ids
+    assert first == pytest.approx(uniform, rel=0.1)
+    assert np.mean(losses[-5:]) < 0.92 * losses[0]
+    assert last["loss"] < 0.97 * first
+
+
+def test_levels_add_up_to_the_loss(corpus):
+    o = objective(corpus)
+    result = o.train_step({"lm": Gradients(o.modules["lm"])}, [o.load(0, range(8))], 0)
+    ids_BT, target_BT = (o.data.batch(0, range(8))[k] for k in ("ids_BT", "target_BT"))
+    levels = o.stage.level_of(ids_BT[target_BT].numpy())
+    counts = [int((levels == q).sum()) for q in range(2)]
+    last_B = torch.where(target_BT, torch.arange(target_BT.shape[1]), 0).amax(1)
+    assert float(result["units"]) == (last_B + 1).sum() > sum(counts)  # the prefix is work too, padding is none
+    mean = sum(n * float(result[f"loss.level{q + 1}"]) for q, n in enumerate(counts)) / sum(counts)
+    assert mean == pytest.approx(float(result["loss"]), rel=1e-6)
+    assert "loss.level1" not in objective(corpus, "lm_semantic").evaluate()
+    assert {"loss.level3"} == {k for k in objective(corpus, "lm_fine").evaluate() if "level" in k}
+
+
+def test_micro_batches_and_padding_do_not_change_a_step(corpus):
+    results = []
+    for parts in ([range(8)], [range(0, 3), range(3, 8)], [[i] for i in range(8)]):
+        o = objective(corpus)
+        engine = Gradients(o.modules["lm"])
+        batches = [o.load(2, rows) for rows in parts]
+        results.append((float(o.train_step({"lm": engine}, batches, 2)["loss"]), engine.taken))
+    lengths = {int((objective(corpus).load(2, [i])["label_SN"] >= 0).sum()) for i in range(8)}
+    assert len(lengths) > 1  # else an unweighted mean would pass
+    for loss, gradient in results[1:]:
+        assert loss == pytest.approx(results[0][0], rel=1e-6)
+        assert torch.allclose(gradient, results[0][1], rtol=1e-4, atol=1e-7)
+
+
+def test_two_workers_take_the_step_of_one(corpus, monkeypatch):
+    whole = objective(corpus)
+    one = Gradients(whole.modules["lm"])
+    loss = float(whole.train_step({"lm": one}, [whole.load(1, range(8))], 1)["loss"])
+    ranks = [objective(corpus, rank=r, world=2) for r in range(2)]
+    parts = [[o.load(1, range(4 * r, 4 * r + 4))] for r, o in enumerate(ranks)]
+    count_2 = sum(b["count_2"] for p in parts for b in p).double()
+    monkeypatch.setattr(lm, "all_sum", lambda x: count_2 if x.ndim == 1 else x)
+    engines = [Gradients(o.modules["lm"]) for o in ranks]
+    losses = [float(o.train_step({"lm": e}, p, 1)["loss"]) for o, e, p in zip(ranks, engines, parts, strict=True)]
+    assert sum(losses) == pytest.approx(loss, rel=1e-6)  # each rank holds its share of the sum
+    averaged = (engines[0].taken + engines[1].taken) / 2  # what an engine does
+    assert torch.allclose(averaged, one.taken, rtol=1e-4, atol=1e-7)
+
+
+def test_validation_is_split_over_workers(corpus, monkeypatch):
+    whole = objective(corpus).evaluate()
+    parts = [objective(corpus, rank=r, world=2).evaluate() for r in range(2)]
+    assert all(p["tokens"] > 0 for p in parts) and sum(p["tokens"] for p in parts) == whole["tokens"]
+    loss = sum(p["loss"] * p["tokens"] for p in parts) / whole["tokens"]
+    assert loss == pytest.approx(whole["loss"], rel=1e-6)
+
+
+def test_weights_come_from_the_seed_alone(corpus):
+    torch.manual_seed(1)
+    a = objective(corpus).modules["lm"].state_dict()
+    torch.manual_seed(2)
+    before = torch.get_rng_state()
+    b = objective(corpus, rank=1, world=2).modules["lm"].state_dict()
+    assert torch.equal(torch.get_rng_state(), before)  # nobody else's draws move
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert not torch.equal(a["embed.weight"], objective(corpus, seed=5).modules["lm"].state_dict()["embed.weight"])
+
+
+def test_the_export_is_the_model(corpus, tmp_path):
+    o = objective(corpus)
+    tensors, about = o.export()
+    store.put(str(tmp_path / "export" / "model.safetensors"), safetensors.torch.save(tensors))
+    store.put_json(str(tmp_path / "export" / "config.json"), json.loads(json.dumps(about)))
+    model, stage = load_lm(str(tmp_path))
+    ids_BT = o.load(0, [0])["ids_BT"]
+    assert stage == o.stage
+    assert torch.equal(model(ids_BT), o.modules["lm"].eval()(ids_BT))
+
+
+def test_a_stage_that_the_codec_leaves_no_room_for_is_named(corpus):
+    config = {"stage": "lm_fine", "lm": objective(corpus).shape, "dedupe": True, "coarse_levels": 3}
+    with pytest.raises(ValueError, match="stage is 'lm_fine'.*coarse_levels 3"):
+        lm.stage_of(config, corpus.paths)

@@ -1,0 +1,29 @@
+"""Asking in the UI: every state of a request, with real processes and a real MLflow, killed where it hurts."""
+
+from __future__ import annotations
+
+import time
+
+from audiolm.eval.suites.run import check_names
+from audiolm.eval_service.watcher import sweep
+
+NAME = "tiny-lm_semantic"
+
+
+def look(client, launcher, parallel=9) -> list[str]:
+    said = []
+    uri = client.tracking_uri
+    sweep(client, launcher, ["--tracking", uri], parallel=parallel, say=said.append, check=check_names)
+    return said
+
+
+def tags(client, version) -> dict[str, str]:
+    return dict(client.get_model_version(NAME, version).tags)
+
+
+def until(client, version, *wanted, seconds=120.0) -> dict[str, str]:
+    deadline = time.monotonic() + seconds
+    while (found := tags(client, version))["evaluate"] not in wanted:
+        assert time.monotonic() < deadline, found
+        time.sleep(0.1)
+    return found

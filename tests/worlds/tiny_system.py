@@ -1,0 +1,57 @@
+"""The cascade with small real models: exact lengths, prompts unchanged, chunks, seeds, and the `samples` step."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from safetensors.torch import save
+
+from audiolm import store
+from audiolm.config import lm as lm_config
+from audiolm.config import training
+from audiolm.lm.model import build_lm, export_lm
+from audiolm.lm.stages import build_stages
+from audiolm.models.conformer import Encoder, EncoderSizes
+from audiolm.models.soundstream import SoundStream
+from audiolm.tokenizers.extractor import ConformerExtractor, Window
+from audiolm.tokenizers.semantic import save_semantic
+
+K, VOCAB, Q, COARSE = 12, 16, 4, 2
+TRAIN = training.Train(steps=1, batch=1, lr=1e-3)
+CROPS_S = {"semantic": 4.0, "coarse": 2.0, "fine": 0.4}
+RUN = 1.5
+
+
+def build(folder: str, coarse: int = COARSE, dedupe: bool = True) -> dict[str, str]:
+    """A whole system's exports with random weights; returns the steps' paths."""
+    torch.manual_seed(0)
+    paths = {name: store.join(folder, name) for name in ("kmeans", "codec", "lm_semantic", "lm_coarse", "lm_fine")}
+    sizes = EncoderSizes(dim=16, layers=1, heads=2, ff=32)
+    save_semantic(paths["kmeans"], ConformerExtractor(Encoder(sizes)), 1, torch.zeros(16), torch.ones(16), torch.randn(K, 16),
+                  Window(400, 50), {})
+    codec = SoundStream((2, 4, 5, 8), 2, 2, 8, Q, VOCAB, norm=False)
+    torch.nn.init.normal_(codec.quantizer.codebook_QND, std=0.3)
+    export(paths["codec"], codec.state_dict(), {
+        "kind": "soundstream", "sample_rate": 16_000, "strides": [2, 4, 5, 8], "enc_channels": 2, "dec_channels": 2,
+        "dim": 8, "n_q": Q, "vocab": VOCAB, "quantizer": "ema", "code_dim": 8})
+    shapes = {name: lm_config.Stage(crop_s=crop_s, dim=16, layers=2, heads=2, ff=32, train=TRAIN)
+              for name, crop_s in CROPS_S.items()}
+    stages = build_stages(lm_config.LM(coarse_levels=coarse, dedupe=dedupe, **shapes), Q, VOCAB, K)
+    for step, stage in stages.items():
+        model = build_lm(stage, shapes[stage.name])
+        torch.nn.init.normal_(model.head.weight, std=0.5)
+        export(paths[step], *export_lm(model, stage, shapes[stage.name]))
+    return {name: path for name, path in paths.items() if not name.startswith("lm_") or name in stages}
+
+
+def export(path: str, weights: dict, about: dict) -> None:
+    store.put(store.join(path, "export", "model.safetensors"), save(weights))
+    store.put_json(store.join(path, "export", "config.json"), about)
+
+
+def voice(seconds: float, seed: int = 0) -> np.ndarray:
+    rng, t = np.random.default_rng(seed), np.arange(round(seconds * 16_000)) / 16_000
+    return (0.2 * np.sin(700 * t * (1 + np.sin(3 * t))) + 0.1 * rng.standard_normal(len(t))).astype(np.float32)
+
+
+PLAIN = {"may_end": False, "window_s": 2.0, "overlap_s": 1.2}

@@ -1,0 +1,34 @@
+"""The training loop: resume equals uninterrupted, checkpoints are committed and pruned, a lost lease stops it."""
+
+from __future__ import annotations
+
+from audiolm.config.run import Cluster
+from audiolm.config.training import Train
+from audiolm.dag.execute import execute
+from audiolm.dag.plan import plan
+from audiolm.dag.step import Step
+from audiolm.train.loop import train
+from tests.worlds.tiny import tiny_lm
+
+
+def settings(**changes):
+    return Train(**{"steps": 12, "batch": 8, "lr": 3e-3, "warmup_steps": 2, "decay_steps": 4, "eval_every": 5,
+                    "save_every": 3, "keep": 2, "log_every": 2, "engine": "torch", **changes})
+
+
+SPOILED = {"noisy": tuple(range(12, 99))}  # what is learned until then is unlearned from noise
+
+
+def training_step(fail_at=None, objective=None, **changes):
+    cluster = Cluster(threads=1, device="cpu")
+    cfg = settings(**changes)
+
+    def fn(config, inputs, out):
+        return train(tiny_lm, {"fail_at": fail_at, **(objective or {})}, cfg, inputs, out, cluster=cluster, seed=0)
+
+    return Step("tiny", fn, {"train": cfg}, trains=cfg)
+
+
+def build(step, store):
+    execute(plan([step], store), store, inline=True)
+    return plan([step], store)[0].view.artifact
