@@ -1,3 +1,26 @@
 """AudioLM (Borsos et al., 2209.03143) as a distributed workflow: raw audio in, generated audio out."""
 
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from audiolm.generate.audiolm import AudioLM
+    from audiolm.generate.params import Draw
+
 __version__ = "0.1.0"
+
+
+def load(run: str, device: str = "auto", draws: Mapping[str, Draw] | None = None, *, tracking: str | None = None) -> AudioLM:
+    """Loads a trained run's system, ready to generate.
+
+    `run` is the run's index (OUTPUTS/runs/NAME.json), its name below ./outputs, or its MLflow run id, looked up at `tracking`.
+    `draws` are the sampling parameters by stage (default: the paper's). Raises ValueError for a run that is not finished.
+    """
+    from audiolm.data.parallel import pick_device
+    from audiolm.generate.load import load_system, system_steps
+    from audiolm.tracking.lookup import find_run
+
+    steps = system_steps(find_run(run, tracking=tracking))
+    return load_system(tuple(steps.items()), pick_device(device), tuple(draws.items()) if draws else None)

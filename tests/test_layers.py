@@ -1,67 +1,97 @@
-"""Imports point down only (DESIGN 2), heavy libraries stay behind their doors, files stay short."""
+"""The house rules as tests: imports point down, heavy libraries stay behind their doors, rooms and files stay small."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-LAYERS = [["rng", "store", "identity"], ["config_train"], ["config_semantic", "config_vocoder", "config_figures"],
-          ["config", "lease", "metrics", "progress", "outbox", "mlflow_client"],
-          ["configfile", "models", "tracked_runs"], ["data"], ["tokenizers"], ["lm"],
-          ["train"], ["eval"], ["dag"], ["tracked_versions"], ["tracked_checkpoints", "tracked_systems"],
-          ["tracking", "execute"], ["steps"], ["cli", "run"], ["serve", "ask"]]
-RANK = {name: i for i, names in enumerate(LAYERS) for name in names}
-# mlflow: mlflow_client makes every client; tracking and tracked_systems send its entities; tracked_runs and
-# tracked_versions read its errors;
-# serve.py is run by MLflow alone, as the model
-DOORS = {"mlflow": {"mlflow_client.py", "tracking.py", "tracked_systems.py", "tracked_runs.py", "serve.py",
-                    "tracked_versions.py"},
-         "deepspeed": {"train/engine.py", "train/checkpoint.py"},
-         "ray": {"data/shards.py", "train/loop.py", "cli.py", "ask/launch.py"}}
-SOURCES = sorted((ROOT / "audiolm").rglob("*.py"))
+import pytest
+
+from tests.worlds.basics import ROOT
+
+PACKAGE = ROOT / "audiolm"
+# Rooms from the ground up: a file imports from its own floor and from floors below. A room within a room has its own floor.
+FLOORS = [["rng", "store", "metrics_log"], ["config"], ["dag"], ["render"], ["models"], ["data"], ["tokenizers"], ["lm"],
+          ["eval.metrics", "eval.models"], ["generate"], ["train"], ["eval"], ["report"], ["tracking"], ["pipeline"],
+          ["eval_service"]]
+FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
+DOORS = {"mlflow": {"tracking"}, "deepspeed": {"train/engine.py", "train/checkpoint.py"},
+         "ray": {"data/parallel.py", "train/loop.py", "pipeline/ray_cluster.py", "pipeline/private_ray.py", "pipeline/cli.py",
+                 "eval_service/launcher.py"}}
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+OURS = [*SOURCES, *sorted((ROOT / "workflows").glob("*.py")), *sorted((ROOT / "tests").rglob("*.py"))]
 
 
-def imported(tree):
-    for node in ast.walk(tree):
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module_of(path): path for path in SOURCES}
+
+
+def imported(path: Path) -> set[str]:
+    """Every module or name that a file imports, lazily or not."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            yield from (a.name for a in node.names)
+            found |= {a.name for a in node.names}
         elif isinstance(node, ast.ImportFrom):
-            yield from (f"{node.module}.{a.name}" for a in node.names)
+            found |= {f"{node.module}.{a.name}" for a in node.names}
+    return found
+
+
+def own_modules(path: Path) -> set[str]:
+    """The modules of this package that a file imports; `import audiolm` alone gives the version and is no edge."""
+    names = {n if n in MODULES else n.rsplit(".", 1)[0] for n in imported(path) if n.startswith("audiolm.")}
+    return names & MODULES.keys() - {"audiolm"}
+
+
+def floor_of(module: str) -> int:
+    parts = module.split(".")[1:]
+    return next(FLOOR[".".join(parts[:n])] for n in (2, 1) if ".".join(parts[:n]) in FLOOR)
 
 
 def test_imports_point_down():
-    wrong = []
-    for path in SOURCES:
-        own = path.relative_to(ROOT / "audiolm").parts[0].removesuffix(".py")
-        for name in imported(ast.parse(path.read_text())):
-            parts = name.split(".")
-            if parts[0] == "audiolm" and len(parts) > 1 and parts[1] in RANK and own in RANK and RANK[parts[1]] > RANK[own]:
-                wrong.append(f"{path.name} imports {name}")
-    assert not wrong
+    upward = [f"{module} imports {other}" for module, path in MODULES.items() if module != "audiolm"
+              for other in own_modules(path) if floor_of(other) > floor_of(module)]
+    assert not upward
+
+
+def test_no_circle_of_imports():
+    try:
+        TopologicalSorter({module: own_modules(path) for module, path in MODULES.items()}).prepare()
+    except CycleError as e:
+        pytest.fail(f"files import each other: {' -> '.join(e.args[1])}")
 
 
 def test_models_import_torch_only():
-    for path in (ROOT / "audiolm" / "models").glob("*.py"):
-        for name in imported(ast.parse(path.read_text())):
-            top = name.split(".")[0]
+    for path in (PACKAGE / "models").glob("*.py"):
+        for name in imported(path):
             own = name.startswith(("audiolm.models", "audiolm.rng"))
-            assert own or top in {"torch", "numpy", *sys.stdlib_module_names}, f"{path.name} imports {name}"
+            assert own or name.split(".")[0] in {"torch", "numpy", *sys.stdlib_module_names}, f"{path.name} imports {name}"
 
 
 def test_heavy_libraries_stay_behind_their_doors():
     for path in SOURCES:
-        here = str(path.relative_to(ROOT / "audiolm"))
-        for name in imported(ast.parse(path.read_text())):
+        here = path.relative_to(PACKAGE)
+        for name in imported(path):
             doors = DOORS.get(name.split(".")[0])
-            assert doors is None or here in doors, f"{here} imports {name}"
+            assert doors is None or {str(here), here.parts[0]} & doors, f"{here} imports {name}"
 
 
-def test_files_are_short():
-    files = [*SOURCES, *(ROOT / "workflows").glob("*.py"), *(ROOT / "tests").rglob("*.py")]
-    long = {str(p.relative_to(ROOT)): n for p in files if (n := len(p.read_text().splitlines())) > 350}
+def test_rooms_and_files_stay_small():
+    folders = {p.parent for p in OURS}
+    assert not {str(f.relative_to(ROOT)): n for f in folders if (n := len([*f.glob("*.py")])) > 20}
+    assert len([*PACKAGE.glob("*.py")]) <= 6
+    assert not {str(p.relative_to(ROOT)): n for p in OURS if (n := len(p.read_text().splitlines())) > 350}
+
+
+def test_functions_stay_short():
+    long = {f"{path.relative_to(ROOT)}:{node.name}": n for path in OURS for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.FunctionDef) and (n := node.end_lineno - node.lineno + 1) > 60}
     assert not long
 
 

@@ -79,13 +79,6 @@ class AudioLM:
         for model, _ in self.models.values():
             model.compile_sampling()
 
-    @staticmethod
-    def load(run: str, device: str = "auto", draws: Mapping[str, Draw] | None = None) -> AudioLM:
-        """The system of a trained run: its index (OUTPUTS/runs/NAME.json), its name below ./outputs or its MLflow run id."""
-        from audiolm.generate.load import open_system
-
-        return open_system(run, device, draws)
-
     def continue_(self, prompt: str | np.ndarray, seconds: float = 7.0, samples: int = 1, seed: int = 0, prompt_s: float = 3.0,
                   sample_rate: int = SAMPLE_RATE) -> list[Sound]:
         """`samples` continuations of the first `prompt_s` seconds (0: all) of an audio file, or of wav_T or wav_TC at

@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING
 
 from audiolm import store
 from audiolm.dag.run_index import SYSTEM_STEPS, steps_of
-from audiolm.data.parallel import pick_device
-from audiolm.tracking.lookup import find_run
 
 if TYPE_CHECKING:
     from audiolm.generate.audiolm import AudioLM
@@ -36,13 +34,6 @@ def _needs_fine(steps: Mapping[str, str]) -> bool:
 
     about = store.get_json(store.join(steps["lm_coarse"], "export", "config.json"))
     return about is not None and about["stage"]["levels"][1] < load_codec(steps["codec"]).spec.n_q
-
-
-def open_system(run: str, device: str = "auto", draws: Mapping[str, Draw] | None = None,
-                tracking: str | None = None) -> AudioLM:
-    """The AudioLM of a run, named as in `find_run`; `draws` by stage, None as in the paper. Raises ValueError."""
-    steps = system_steps(find_run(run, tracking=tracking))
-    return load_system(tuple(steps.items()), pick_device(device), tuple(draws.items()) if draws else None)
 
 
 @lru_cache(maxsize=1)

@@ -15,13 +15,13 @@ from audiolm.lm.batches import TokenBatches
 from audiolm.lm.stages import build_stages
 from audiolm.tokenizers.base import padded_samples
 from tests.worlds.basics import RecordingOut
-from tests.worlds.encoded_corpus import N_Q, STAGES, VOCAB, K, encoded, run_encode, world  # noqa: F401
+from tests.worlds.encoded_corpus import N_Q, STAGES, VOCAB, K, run_encode
 
 SPEEDS = (0.9, 1.1)
 
 
 @pytest.fixture(scope="module")
-def copied(world, tmp_path_factory):  # noqa: F811
+def copied(world, tmp_path_factory):
     """(paths of both stores with copies, the steps' facts)."""
     root = tmp_path_factory.mktemp("copied")
     facts = {w: run_encode(world, w, RecordingOut(root / w), speeds=SPEEDS) for w in ("semantic", "acoustic")}
@@ -44,7 +44,7 @@ def test_a_copy_has_its_length_to_the_sample_and_another_pitch(tmp_path, rate, s
             assert heard == pytest.approx(440 * speed, abs=1.5) and clip.seconds == pytest.approx(len(wav_T) / 16_000, abs=1e-3)
 
 
-def test_rows_of_a_store_are_the_clips_then_their_copies(world, copied):  # noqa: F811
+def test_rows_of_a_store_are_the_clips_then_their_copies(world, copied):
     stores = {w: tokens.TokenStore(path) for w, path in copied[0].items()}
     tokens.check_pair(stores["semantic"], stores["acoustic"])
     assert stores["semantic"].speeds == SPEEDS
@@ -60,7 +60,7 @@ def test_rows_of_a_store_are_the_clips_then_their_copies(world, copied):  # noqa
     assert [c.id for c in token_clips(str(world.root / "manifest"), SPEEDS, "dev")] == ["a/dev-0", "a/dev-1"]
 
 
-def test_the_clips_own_tokens_and_figures_do_not_change(world, encoded, copied):  # noqa: F811
+def test_the_clips_own_tokens_and_figures_do_not_change(world, encoded, copied):
     paths, facts = copied
     for which, path in paths.items():
         plain = tokens.TokenStore(str(world.root / f"{which}_tokens"))
@@ -80,7 +80,7 @@ def test_the_clips_own_tokens_and_figures_do_not_change(world, encoded, copied):
 
 
 @pytest.mark.parametrize("name", ["lm_semantic", "lm_coarse", "lm_fine"])
-def test_training_hears_the_copies_and_validation_does_not(world, copied, name):  # noqa: F811
+def test_training_hears_the_copies_and_validation_does_not(world, copied, name):
     stage, manifest = build_stages(STAGES, N_Q, VOCAB, K)[name], str(world.root / "manifest")
     train, dev = (TokenBatches(manifest, copied[0]["semantic"], copied[0]["acoustic"], stage, split, None, 2, 0)
                   for split in ("train", "dev"))

@@ -27,7 +27,7 @@ from audiolm.lm.stages import build_stages
 from audiolm.tokenizers import encode
 from audiolm.tokenizers.base import TokenSpec, padded_samples
 from tests.worlds.basics import RecordingOut
-from tests.worlds.encoded_corpus import N_Q, RATE, SHAPE, STAGES, VOCAB, K, encoded, run_encode, world  # noqa: F401
+from tests.worlds.encoded_corpus import N_Q, RATE, SHAPE, STAGES, VOCAB, K, run_encode
 
 
 def test_both_stores_belong_together_and_hold_every_clip(world, encoded):

@@ -15,7 +15,6 @@ from audiolm.report.results_page import build, markdown
 from audiolm.tracking.registry import SYSTEM
 from audiolm.tracking.tracker import Tracker
 from tests.worlds.basics import ROOT
-from tests.worlds.encoded_corpus import encoded, world  # noqa: F401
 from tests.worlds.tiny_run import finish, tell
 
 SCRIPT = str(ROOT / "workflows" / "evaluate.py")

@@ -10,7 +10,6 @@ import sys
 import pytest
 
 from tests.eval_service.test_requests import ROOT
-from tests.worlds.encoded_corpus import encoded, world  # noqa: F401
 from tests.worlds.registry import NAME
 from tests.worlds.servers import MLflowServer
 from tests.worlds.tiny_run import finish, tell
@@ -38,7 +37,7 @@ def browser():
         b.close()
 
 
-def test_a_person_asks_and_hears_the_answer(browser, world, encoded, tmp_path):  # noqa: F811
+def test_a_person_asks_and_hears_the_answer(browser, world, encoded, tmp_path):
     server, folder, watcher = MLflowServer(tmp_path), str(tmp_path / "store"), None
     _, build = finish(world, folder)
     try:

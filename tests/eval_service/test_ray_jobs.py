@@ -14,7 +14,6 @@ from audiolm.eval_service import request
 from audiolm.eval_service.launcher import RayJobs, open_launcher
 from audiolm.pipeline.private_ray import read_settings
 from tests.worlds.basics import free_port
-from tests.worlds.encoded_corpus import encoded, world  # noqa: F401
 from tests.worlds.registry import NAME, look, tags, until
 from tests.worlds.servers import CLOSED
 from tests.worlds.tiny_run import finish, tell
@@ -44,7 +43,7 @@ def cluster(monkeypatch):
     driver.wait(60)
 
 
-def test_an_evaluation_is_one_ray_job(world, encoded, ready, cluster):  # noqa: F811
+def test_an_evaluation_is_one_ray_job(world, encoded, ready, cluster):
     folder = str(ready)
     _, build = finish(world, folder)
     uri = tell("sqlite", folder, build).uri

@@ -19,7 +19,6 @@ from audiolm.eval_service import request
 from audiolm.eval_service.launcher import Processes, claim
 from audiolm.eval_service.request import job_id
 from tests.worlds.basics import ROOT, free_port
-from tests.worlds.encoded_corpus import encoded, world  # noqa: F401
 from tests.worlds.registry import NAME, look, tags, until
 from tests.worlds.servers import MLflowServer
 from tests.worlds.tiny_run import finish, tell
@@ -151,7 +150,7 @@ KILLED = """
 """
 
 
-def test_the_round_trip(world, encoded, tmp_path, monkeypatch):  # noqa: F811
+def test_the_round_trip(world, encoded, tmp_path, monkeypatch):
     """Asked on a server, the watcher killed between submitting and telling, another one finishes, woken by the webhook."""
     monkeypatch.setenv("MLFLOW_WEBHOOK_ALLOWED_SCHEMES", "http,https")
     monkeypatch.setenv("MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS", "true")

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import soundfile as sf
 
+import audiolm
 from audiolm import store
-from audiolm.generate.audiolm import AudioLM
 from audiolm.generate.prompts import read_prompt
 from tests.worlds.basics import ROOT
 from tests.worlds.tiny_system import CROPS_S, RUN, build, voice
@@ -58,7 +58,7 @@ def sounds(folder: str) -> dict[str, bytes]:
 
 
 def test_three_lines_of_python_continue_a_sound(run, here):
-    lm = AudioLM.load(run, "cpu")
+    lm = audiolm.load(run, "cpu")
     one, two = lm.continue_("a.wav", 0.6, samples=2, prompt_s=0.6)
     assert one.prompt == 9600 and len(one.wav_T) <= 19_200 and not np.array_equal(one.codes_TQ, two.codes_TQ)
     wav, rate = sf.read("a.wav")

@@ -169,7 +169,7 @@ def test_mlflow_holds_the_run(job):
 def test_a_training_worker_that_was_killed_ends_with_the_losses_of_one_that_was_not(head, checkout, tmp_path):
     """kill -9 of Ray Train's worker: the step is launched again and resumes; the same bits as undisturbed, without Ray."""
     store = tmp_path / "store"
-    done = submit(head, checkout, "tests/dying_worker.py", str(store))
+    done = submit(head, checkout, "tests/worlds/dying_worker.py", str(store))
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
     execute(plan(graph(None), str(tmp_path / "calm")), str(tmp_path / "calm"), inline=True)
     ours, theirs = (plan(graph(None), str(s))[0].view.artifact for s in (store, tmp_path / "calm"))

@@ -1,4 +1,7 @@
-"""A Ray job that trains tiny.TinyLM; its worker dies by SIGKILL, once, in the middle. `python tests/worlds/dying_worker.py STORE`"""
+"""A Ray job that trains TinyLM; its worker is killed by SIGKILL, once, in the middle.
+
+    python tests/worlds/dying_worker.py STORE
+"""
 
 from __future__ import annotations
 
