@@ -187,7 +187,7 @@ _HIDE = (
 )
 
 
-def mask(text: Any) -> str:
+def hide_credentials(text: Any) -> str:
     """Text without the credentials that its URIs may hold."""
     text = str(text)
     for pattern, shown in _HIDE:
@@ -195,10 +195,10 @@ def mask(text: Any) -> str:
     return text
 
 
-def masked(value: Any) -> Any:
+def hide_credentials_in(value: Any) -> Any:
     """Plain JSON with every text masked."""
     if isinstance(value, dict):
-        return {k: masked(v) for k, v in value.items()}
+        return {k: hide_credentials_in(v) for k, v in value.items()}
     if isinstance(value, list):
-        return [masked(v) for v in value]
-    return mask(value) if isinstance(value, str) else value
+        return [hide_credentials_in(v) for v in value]
+    return hide_credentials(value) if isinstance(value, str) else value

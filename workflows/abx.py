@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def measure(args: argparse.Namespace) -> list[dict]:
-    """`eval.abx.abx` of the audio's features, with "name" and "seconds"; several rows for checkpoints."""
+    """`eval.metrics.abx.abx` of the audio's features, with "name" and "seconds"; several rows for checkpoints."""
     from audiolm.eval.metrics import abx
 
     whole = args.model is not None and args.layer is not None
@@ -79,9 +79,9 @@ def sources(args: argparse.Namespace, files: set[str]) -> Iterator[tuple[str, in
     if args.features != "layer":
         yield args.features, None, lambda file: extract(wav_of(paths[file])), rate_hz
         return
-    from audiolm.config.semantic import KMeans  # its windows, which tokens are made with
+    from audiolm.config.semantic import KMeansConfig  # its windows, which tokens are made with
 
-    window = window_of(KMeans().window_s, KMeans().overlap_s)
+    window = window_of(KMeansConfig().window_s, KMeansConfig().overlap_s)
     models = checkpoints(args.model, device) if args.checkpoints else [(None, load_extractor(args.model, device))]
     for step, model in models:
         name = f"layer {args.layer}" + ("" if step is None else f", step {step}")

@@ -51,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def evaluate(codec, args: argparse.Namespace) -> int:
-    """Prints `eval.codec.compare` of the clips."""
+    """Prints `eval.codec_quality.compare` of the clips."""
     from soundfile import SoundFileError
 
     from audiolm import store
@@ -61,7 +61,7 @@ def evaluate(codec, args: argparse.Namespace) -> int:
     from audiolm.eval.models.baseline_codecs import baselines
     from audiolm.tokenizers import codec_files
 
-    found, samples = codec_files.find(args.inputs, AUDIO), round(args.seconds * SAMPLE_RATE_HZ)
+    found, samples = codec_files.find_files(args.inputs, AUDIO), round(args.seconds * SAMPLE_RATE_HZ)
     picked = [found[i * len(found) // args.clips] for i in range(args.clips)] if len(found) > args.clips else found
     wavs = []
     for _, path in picked:
@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {e}" if named else f"error: {type(e).__name__}: {e}", file=sys.stderr)
         return 2
 
-    def do(job: codec_files.Job, tick: codec_files.Tick) -> codec_files.Done | None:
+    def do(job: codec_files.FileJob, tick: codec_files.Tick) -> codec_files.FileResult | None:
         if args.do == "encode":
             return codec_files.encode_file(codec, job, args.levels or codec.spec.n_q, args.force, tick)
         return codec_files.decode_file(codec, job, args.levels, args.format, args.force, tick)

@@ -33,24 +33,24 @@ def main(argv: list[str] | None = None) -> int:
     from audiolm import store
     from audiolm.dag.run_index import steps_of
     from audiolm.data.audio import start_of
-    from audiolm.data.audio_check import look, sound_errors, told
+    from audiolm.data.audio_check import audio_errors, check_audio, error_line
     from audiolm.data.sources import AUDIO
-    from audiolm.eval.suites.detector import judge, of_run
-    from audiolm.tokenizers.codec_files import find
+    from audiolm.eval.suites.detector import of_run, score_windows
+    from audiolm.tokenizers.codec_files import find_files
     from audiolm.tracking.lookup import find_run
 
     judged, failed = {}, 0
     try:
         path = args.detector or of_run(steps_of(find_run(args.run, args.store, args.tracking)))
-        for _, file in find(args.inputs, AUDIO):
+        for _, file in find_files(args.inputs, AUDIO):
             try:
-                look(file)
-                with sound_errors(file):
+                check_audio(file)
+                with audio_errors(file):
                     wav_T = start_of(file, None)
-                p_S = judge(path, wav_T)
+                p_S = score_windows(path, wav_T)
             except (ValueError, FileNotFoundError) as e:
                 failed += 1
-                print(f"error: {told(file, e)}", file=sys.stderr)
+                print(f"error: {error_line(file, e)}", file=sys.stderr)
                 continue
             judged[file] = [round(float(p), 4) for p in p_S]
             print(f"{p_S.mean():6.1%}  {file}  {' '.join(f'{p:.2f}' for p in p_S)}", flush=True)

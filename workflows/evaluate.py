@@ -59,10 +59,10 @@ def names(args: argparse.Namespace) -> list[str]:
 
 def evaluate(args: argparse.Namespace) -> Any:
     """Evaluates one or two targets; returns the (first) Report."""
-    from audiolm.config.load import changed
+    from audiolm.config.load import apply_overrides
     from audiolm.eval.suites.run import check_names, run_suites
     from audiolm.pipeline.cli import quiet
-    from audiolm.pipeline.progress import Board
+    from audiolm.pipeline.progress import ProgressBoard
     from audiolm.pipeline.ray_cluster import start_ray, wants_ray
     from audiolm.report import results_page
     from audiolm.report.results_page import run_and_report
@@ -74,12 +74,12 @@ def evaluate(args: argparse.Namespace) -> Any:
     check_names(names(args))
     targets = [resolve(text, args.store, args.tracking) for text in texts]
     overrides = [a for a in args.rest if "=" in a] + ([f"cluster.device={args.device}"] if args.device != "auto" else [])
-    config = changed(targets[0].config, overrides)
+    config = apply_overrides(targets[0].config, overrides)
     on_ray = wants_ray(args.ray)
     home = store.join(config.store, "evaluations")
     slug = "-against-".join(t.slug for t in targets) + (f"/{args.answer}" if args.answer else "")
     folder = store.absolute(args.out) if args.out else store.join(home, slug)
-    board, began = Board(), time.monotonic()
+    board, began = ProgressBoard(), time.monotonic()
     quiet()
     if on_ray:
         start_ray(config.cluster, config.store, board.say)
@@ -102,7 +102,7 @@ def evaluate(args: argparse.Namespace) -> Any:
 
 
 def answer(args: argparse.Namespace) -> int:
-    """A job's part (audiolm/ask/answer.py)."""
+    """A job's part (audiolm/eval_service/worker.py)."""
     from audiolm.eval_service.launcher import claim
     from audiolm.eval_service.worker import answer as answered
     from audiolm.tracking.lookup import connect
@@ -125,7 +125,7 @@ def watch(args: argparse.Namespace) -> None:
     from audiolm.eval_service.launcher import open_launcher
     from audiolm.eval_service.watcher import watch as watched
     from audiolm.pipeline.cli import quiet
-    from audiolm.store import mask
+    from audiolm.store import hide_credentials
     from audiolm.tracking.lookup import connect, default_tracking
 
     if args.rest or args.compare:
@@ -133,7 +133,7 @@ def watch(args: argparse.Namespace) -> None:
     if args.every <= 0 or args.parallel < 1:
         raise ValueError(f"--every {args.every} and --parallel {args.parallel}: above 0")
     tracking = default_tracking(args.store, args.tracking)
-    if tracking != mask(tracking):
+    if tracking != hide_credentials(tracking):
         raise ValueError("--tracking holds credentials, and a job's command line is shown by Ray: put them into "
                          "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, here and on Ray's nodes")
     quiet()
@@ -142,7 +142,7 @@ def watch(args: argparse.Namespace) -> None:
     extra = ["--tracking", tracking, "--device", args.device]
 
     def say(text: str) -> None:
-        print(f"{time.strftime('%H:%M:%S')} {mask(text)}", flush=True)
+        print(f"{time.strftime('%H:%M:%S')} {hide_credentials(text)}", flush=True)
 
     if args.webhook is not None:
         webhook.serve(args.webhook_host, args.webhook, os.environ.get(args.secret_env, ""), wake)

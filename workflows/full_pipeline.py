@@ -13,16 +13,10 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # a submitted job runs the code that was submitted
 
-from audiolm.config.codec import CodecFigures  # noqa: E402
-from audiolm.config.external import (
-    abx_set,  # noqa: E402
-    semantic_figures_of,  # noqa: E402
-)
+from audiolm.config.codec import CodecMetricsConfig  # noqa: E402
+from audiolm.config.external import abx_files_config, semantic_metrics_config  # noqa: E402
 from audiolm.config.pipeline import Pipeline  # noqa: E402
-from audiolm.config.semantic import (
-    KMeans,  # noqa: E402
-    Semantic,  # noqa: E402
-)
+from audiolm.config.semantic import KMeansConfig, SemanticConfig  # noqa: E402
 from audiolm.dag.step import Step  # noqa: E402
 from audiolm.lm.warm_start import text_model  # noqa: E402
 from audiolm.pipeline.cli import main  # noqa: E402
@@ -45,14 +39,14 @@ def graph(cfg: Pipeline) -> list[Step]:
     else:
         codec_ = Step("codec", do.train_codec, {**common, "codec": codec}, (manifest,), trains=codec.train)
     ev = cfg.evaluate
-    shown = CodecFigures(where=codec.where, clips=ev.clips, clip_s=ev.clip_s, coarse_levels=lm.coarse_levels,
+    shown = CodecMetricsConfig(where=codec.where, clips=ev.clips, clip_s=ev.clip_s, coarse_levels=lm.coarse_levels,
                          visqol=ev.visqol, with_lyra=ev.lyra is not None, lyra=ev.lyra)
     figures = Step("codec_figures", do.measure_codec, {"cluster": cfg.cluster, "corpus": cfg.corpus, "figures": shown},
                    (manifest, codec_))
 
     encode = {**common, "tokens": cfg.tokens}
     z = Step("semantic_tokens", do.encode_tokens, {**encode, "which": "semantic"}, (manifest, kmeans))
-    heard = Step("semantic_figures", do.measure_semantic, {**common, "figures": semantic_figures_of(sem.abx, sem.where)},
+    heard = Step("semantic_figures", do.measure_semantic, {**common, "figures": semantic_metrics_config(sem.abx, sem.where)},
                  (manifest, kmeans, z))
     decoders = []  # for Table I alone: nothing below needs them
     if sem.residual:
@@ -86,13 +80,13 @@ def graph(cfg: Pipeline) -> list[Step]:
     return [manifest, *before, kmeans, codec_, figures, z, heard, *decoders, y, *stages, samples, evaluate, tables, report]
 
 
-def semantic(sem: Semantic, common: dict, manifest: Step) -> list[Step]:
+def semantic(sem: SemanticConfig, common: dict, manifest: Step) -> list[Step]:
     """The masked model, its further iterations, the choice of layer and K where they say auto, and k-means, which is last."""
     from audiolm.pipeline import steps as do
 
-    judged = abx_set(sem.abx) if sem.abx else None
+    judged = abx_files_config(sem.abx) if sem.abx else None
 
-    def clusters(suffix: str, name: str, settings: KMeans, model: Step) -> list[Step]:
+    def clusters(suffix: str, name: str, settings: KMeansConfig, model: Step) -> list[Step]:
         found = []
         if "auto" in (settings.layer, settings.k):
             sweep = sem.sweep if settings.k == "auto" else sem.sweep.model_copy(update={"k": ()})
@@ -110,7 +104,7 @@ def semantic(sem: Semantic, common: dict, manifest: Step) -> list[Step]:
     model = steps[0]
     for n, again in enumerate(sem.again, 2):
         of = sem.kmeans  # its other settings are the last k-means' own: they may change without a new iteration
-        wanted = KMeans(layer=again.layer, k=again.k, restarts=1, window_s=of.window_s, overlap_s=of.overlap_s,
+        wanted = KMeansConfig(layer=again.layer, k=again.k, restarts=1, window_s=of.window_s, overlap_s=of.overlap_s,
                         max_local_frames=of.max_local_frames)
         steps += clusters(f"_{n}", f"targets_{n}", wanted, model)
         how = {"model": sem.model, "train": again.train or sem.model.train, "iteration": again, "where": sem.where}

@@ -72,14 +72,14 @@ def by_stage(option: str, texts: list[str] | None, kind: Callable, default: dict
 
 def draws(args: argparse.Namespace) -> tuple:
     """(stage, Draw) of each stage."""
-    from audiolm.config.lm import Samples
-    from audiolm.generate.params import Draw
+    from audiolm.config.lm import SamplesConfig
+    from audiolm.generate.params import SamplingParams
 
-    paper, off = Samples(), dict.fromkeys(STAGES)
+    paper, off = SamplesConfig(), dict.fromkeys(STAGES)
     t = by_stage("--temperature", args.temperature, float, {s: getattr(paper, f"temperature_{s}") for s in STAGES})
     k, p = by_stage("--top-k", args.top_k, int, off), by_stage("--top-p", args.top_p, float, off)
     window = by_stage("--window", args.window, int, off)
-    return tuple((s, Draw(t[s], k[s], p[s], window[s])) for s in STAGES)
+    return tuple((s, SamplingParams(t[s], k[s], p[s], window[s])) for s in STAGES)
 
 
 def check(args: argparse.Namespace) -> None:
@@ -108,13 +108,13 @@ def check(args: argparse.Namespace) -> None:
 def generate(args: argparse.Namespace) -> int:
     """Returns how many prompts failed."""
     from audiolm import store
-    from audiolm.config.run import Cluster
-    from audiolm.data.parallel import device_of, fan_out, pick_device
+    from audiolm.config.run import ClusterConfig
+    from audiolm.data.parallel import cluster_device, parallel_map, pick_device
     from audiolm.generate import jobs
     from audiolm.generate.jobs import run_task
     from audiolm.generate.load import system_steps
     from audiolm.pipeline.cli import quiet
-    from audiolm.pipeline.progress import Board
+    from audiolm.pipeline.progress import ProgressBoard
     from audiolm.pipeline.ray_cluster import in_ray_job, start_ray, wants_ray
     from audiolm.render import sounds_page
     from audiolm.tracking.lookup import find_run
@@ -127,36 +127,36 @@ def generate(args: argparse.Namespace) -> int:
     if not on_ray:
         pick_device(args.device)
     index, out = find_run(args.run, args.store, args.tracking), store.absolute(args.out)
-    asked = jobs.Asked(index.rsplit("/", 1)[-1].removesuffix(".json"), index, tuple(system_steps(index).items()), args.mode,
+    asked = jobs.GenerationJob(index.rsplit("/", 1)[-1].removesuffix(".json"), index, tuple(system_steps(index).items()), args.mode,
                          draws(args), args.seed, args.seconds, args.prompt_s, args.whole, args.long)
     if args.prompt:
-        samples, wrong = jobs.look_at(jobs.name_prompts(args.prompt), args.samples)
+        samples, wrong = jobs.check_prompts(jobs.name_prompts(args.prompt), args.samples)
     else:
-        samples, wrong = [jobs.Sample(args.mode, n) for n in range(1, args.samples + 1)], []
-    todo = jobs.left(asked, samples, out, args.force)
+        samples, wrong = [jobs.SampleJob(args.mode, n) for n in range(1, args.samples + 1)], []
+    todo = jobs.pending_samples(asked, samples, out, args.force)
     size = 1 if args.long else args.batch
     batches = [todo[i:i + size] for i in range(0, len(todo), size)]
-    board, began = Board(), time.monotonic()
+    board, began = ProgressBoard(), time.monotonic()
     board.say(f"run {asked.run} ({index}): {len(todo)} of {len(samples)} samples to make, to {args.out}")
     for line in wrong:
         print(f"error: {line}", file=sys.stderr)
     if todo:
         quiet()
-        cluster = Cluster(device=args.device)
+        cluster = ClusterConfig(device=args.device)
         if on_ray:
             start_ray(cluster, out, board.say)
-        device = device_of(cluster, inline=not on_ray)
+        device = cluster_device(cluster, inline=not on_ray)
         board.start("generate")
         shown = SimpleNamespace(inline=not on_ray, step=SimpleNamespace(name="generate"),
                                 progress=lambda done, total, unit: board.update("generate", done, total, unit))
-        failed = fan_out(run_task, [(asked, batch, out, device) for batch in batches], out=shown, cluster=cluster, unit="prompts",
+        failed = parallel_map(run_task, [(asked, batch, out, device) for batch in batches], out=shown, cluster=cluster, unit="prompts",
                          sizes=[len(batch) / args.samples for batch in batches], gpu=device == "cuda")
         failed = list(dict.fromkeys(line for lines in failed for line in lines))
         board.end("generate", "DONE", time.monotonic() - began, f"{len(failed)} prompts failed" if failed else "")
         for line in failed:
             print(f"error: {line}", file=sys.stderr)
         wrong += failed
-    made = jobs.records(out)
+    made = jobs.sample_records(out)
     ours = [made[s.file] for s in samples if s.file in made]
     if ours:
         store.put(store.join(out, "index.html"), sounds_page.build(made).encode())

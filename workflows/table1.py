@@ -57,7 +57,7 @@ def builds(args: argparse.Namespace) -> dict[str, str | None]:
 
 
 def measure(args: argparse.Namespace) -> dict:
-    """`eval.table1.table1` of the builds, with their paths and "wall_s"."""
+    """`eval.suites.tokens.table1` of the builds, with their paths and "wall_s"."""
     from audiolm.data import audio
     from audiolm.data.parallel import pick_device
     from audiolm.data.sources import AUDIO
@@ -81,7 +81,7 @@ def measure(args: argparse.Namespace) -> dict:
         tokenizer = load_residual(paths["tokenizer"], paths["residual"], device)
         vocoder = load_vocoder(paths["vocoder"], tokenizer, device) if paths["vocoder"] else None
         sides.append(semantic_side(tokenizer, vocoder))
-    places = [path for _, path in codec_files.find(args.clips, AUDIO)] if args.clips else list(by_name.values())
+    places = [path for _, path in codec_files.find_files(args.clips, AUDIO)] if args.clips else list(by_name.values())
     some = [places[i * len(places) // args.number] for i in range(args.number)] if len(places) > args.number else places
     wavs = [wav_of(place)[:round(args.seconds * audio.SAMPLE_RATE_HZ)] for place in some]
 

@@ -20,7 +20,7 @@ class _Runtime:
 
 
 @dataclass(frozen=True)
-class _Leaf:
+class _LengthOnly:
     pass
 
 
@@ -33,7 +33,7 @@ class Later:
 
 T = TypeVar("T")
 Runtime = Annotated[T, _Runtime()]
-Leaf = Annotated[T, _Leaf()]
+LengthOnly = Annotated[T, _LengthOnly()]
 
 
 class Config(BaseModel):
@@ -50,7 +50,7 @@ def identity(x: Any, trunk: bool = False) -> Any:
         kept = {}
         for name, field in fields.items():
             later = next((m for m in field.metadata if isinstance(m, Later)), None)
-            left_out = (_Runtime, _Leaf) if trunk else _Runtime
+            left_out = (_Runtime, _LengthOnly) if trunk else _Runtime
             if any(isinstance(m, left_out) for m in field.metadata) or (later and plain[name] == later.default):
                 continue
             value = getattr(x, name)

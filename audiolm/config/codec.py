@@ -1,6 +1,6 @@
 """The configuration: frozen pydantic models with the paper's numbers as defaults.
 
-Every field is part of a step's identity unless it is marked `Runtime` or `Later` (see identity.py).
+Every field is part of a step's identity unless it is marked `Runtime` or `Later` (see config/base.py).
 Seconds end in `_s`, hertz in `_hz`.  Unknown keys are refused.
 """
 
@@ -11,11 +11,11 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from audiolm.config.base import Config, Runtime
-from audiolm.config.corpus import Where
-from audiolm.config.training import Train
+from audiolm.config.corpus import ClipFilter
+from audiolm.config.training import TrainConfig
 
 
-class Discriminators(Config):
+class CodecDiscriminatorsConfig(Config):
     """The codec's adversary: periods and STFT windows with `codec.losses: dac`, one STFT window with `soundstream`."""
 
     periods: tuple[int, ...] = (2, 3, 5, 7, 11)
@@ -25,7 +25,7 @@ class Discriminators(Config):
     start_step: int = Field(1000, ge=0, description="first step of the adversarial game")
 
 
-class CodecWeights(Config):
+class CodecLossWeights(Config):
     """Weights of the generator's losses; with `codec.balance`, shares of the gradient that reaches the waveform."""
 
     reconstruction: float = Field(15.0, gt=0)
@@ -36,10 +36,10 @@ class CodecWeights(Config):
     codebook: float = Field(1.0, ge=0, description="factorised codes only")
 
 
-class Codec(Config):
+class CodecConfig(Config):
     """SoundStream (2107.03312) at 16 kHz: strides 2, 4, 5, 8 -> 50 Hz; 12 x 1024 codes = 6 kb/s (paper IV-B)."""
 
-    where: Where = Where()
+    where: ClipFilter = ClipFilter()
     pretrained: Runtime[str | None] = Field(None, description="folder or URI of a transformers EnCodec, DAC or Mimi model, "
                                             "imported instead of training one; n_q and vocab must fit it")
     strides: tuple[int, ...] = (2, 4, 5, 8)
@@ -57,12 +57,12 @@ class Codec(Config):
     dead_share: float = Field(0.1, description="a code is dead below this x (global frames a step / vocab)")
     losses: Literal["dac", "soundstream"] = Field("dac", description="reconstruction, discriminators and game: DAC's 16 kHz "
                                                   "recipe, or the paper's (its weights: 1, feature 100, adversarial 1)")
-    weights: CodecWeights = CodecWeights()
+    weights: CodecLossWeights = CodecLossWeights()
     balance: bool = Field(False, description="scale each loss by its own gradient's running norm (EnCodec's balancer)")
-    disc: Discriminators = Discriminators()
+    disc: CodecDiscriminatorsConfig = CodecDiscriminatorsConfig()
     ema: float = 0.999
     crop_s: float = 0.48
-    train: Train = Train(steps=400_000, batch=64, lr=1e-4, decay_steps=200_000, betas=(0.8, 0.99), weight_decay=0.01,
+    train: TrainConfig = TrainConfig(steps=400_000, batch=64, lr=1e-4, decay_steps=200_000, betas=(0.8, 0.99), weight_decay=0.01,
                          clip=10.0, zero=0)
 
     @model_validator(mode="after")
@@ -75,10 +75,10 @@ class Codec(Config):
         return self
 
 
-class CodecFigures(Config):
+class CodecMetricsConfig(Config):
     """What the step `codec_figures` depends on; whether Lyra v2 stands beside the codec counts, where its models lie not."""
 
-    where: Where
+    where: ClipFilter
     clips: int
     clip_s: float
     coarse_levels: int

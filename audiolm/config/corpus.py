@@ -1,6 +1,6 @@
 """The configuration: frozen pydantic models with the paper's numbers as defaults.
 
-Every field is part of a step's identity unless it is marked `Runtime` or `Later` (see identity.py).
+Every field is part of a step's identity unless it is marked `Runtime` or `Later` (see config/base.py).
 Seconds end in `_s`, hertz in `_hz`.  Unknown keys are refused.
 """
 
@@ -47,7 +47,7 @@ class ManifestSource(_Source):
 Source = Annotated[FolderSource | LibriSpeechSource | ManifestSource, Field(discriminator="kind")]
 
 
-class Corpus(Config):
+class CorpusConfig(Config):
     name: str
     revision: int = Field(1, ge=1, description="raise it when files were added or changed on purpose")
     sources: tuple[Source, ...] = Field(min_length=1)
@@ -76,7 +76,7 @@ class Corpus(Config):
         return self
 
 
-class Where(Config):
+class ClipFilter(Config):
     """Which clips a step takes; None takes all."""
 
     source: tuple[str, ...] | None = Field(None, description="names of corpus sources")

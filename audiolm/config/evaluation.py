@@ -1,6 +1,6 @@
 """The configuration: frozen pydantic models with the paper's numbers as defaults.
 
-Every field is part of a step's identity unless it is marked `Runtime` or `Later` (see identity.py).
+Every field is part of a step's identity unless it is marked `Runtime` or `Later` (see config/base.py).
 Seconds end in `_s`, hertz in `_hz`.  Unknown keys are refused.
 """
 
@@ -11,7 +11,7 @@ from pydantic import Field
 from audiolm.config.base import Config, Runtime
 
 
-class Evaluate(Config):
+class EvaluateConfig(Config):
     clips: int = Field(8, ge=1, description="held-out clips for codec figures and the ladder")
     clip_s: float = Field(8.0, gt=0, description="seconds of each such clip")
     rows: int = Field(64, ge=1, description="held-out crops a stage's losses are measured on")
@@ -19,7 +19,7 @@ class Evaluate(Config):
     lyra: Runtime[str | None] = Field(None, description="folder or URI of Lyra v2's .tflite models, to set it beside the codec")
 
 
-class Tables(Config):
+class TablesConfig(Config):
     """The paper's tables, measured at the end of a run (step `tables`) and by workflows/evaluate.py."""
 
     suites: tuple[str, ...] = Field(("abx", "wer", "speakers", "detector", "likelihood", "attention", "temperatures", "fad"),

@@ -11,11 +11,11 @@ from pydantic import Field
 
 from audiolm import store
 from audiolm.config.base import Config, Runtime
-from audiolm.config.corpus import Where
-from audiolm.config.semantic import Abx
+from audiolm.config.corpus import ClipFilter
+from audiolm.config.semantic import AbxConfig
 
 
-class AbxSet(Config):
+class AbxFilesConfig(Config):
     """What a step that measures ABX depends on: the items' bytes, wherever they lie."""
 
     items: Runtime[str]
@@ -24,8 +24,8 @@ class AbxSet(Config):
     speakers: tuple[str, ...] | None
 
 
-class SemanticFigures(Config):
-    where: Where = Field(Where(), description="clips of the statistics; speakers of its train clips are seen ones")
+class SemanticMetricsConfig(Config):
+    where: ClipFilter = Field(ClipFilter(), description="clips of the statistics; speakers of its train clips are seen ones")
     items: Runtime[str | None] = Field(None, description="ZeroSpeech item file; None: no ABX")
     digest: str | None = Field(None, description="of the item file")
     audio: Runtime[tuple[str, ...]] = ()
@@ -35,19 +35,19 @@ class SemanticFigures(Config):
     examples: int = Field(24, ge=0, description="tokens, from the most used, that can be listened to")
 
 
-def semantic_figures_of(abx: Abx | None, where: Where | None = None) -> SemanticFigures:
+def semantic_metrics_config(abx: AbxConfig | None, where: ClipFilter | None = None) -> SemanticMetricsConfig:
     """The step's config from semantic.abx and semantic.where; reads both files. Raises ValueError where one is missing."""
-    where = where or Where()
+    where = where or ClipFilter()
     if abx is None:
-        return SemanticFigures(where=where)
-    return SemanticFigures(where=where, items=abx.items, digest=_digest("semantic.abx.items", abx.items), audio=abx.audio,
+        return SemanticMetricsConfig(where=where)
+    return SemanticMetricsConfig(where=where, items=abx.items, digest=_digest("semantic.abx.items", abx.items), audio=abx.audio,
                            phones=abx.phones, speakers=abx.speakers,
                            phones_digest=_digest("semantic.abx.phones", abx.phones) if abx.phones else None)
 
 
-def abx_set(abx: Abx) -> AbxSet:
+def abx_files_config(abx: AbxConfig) -> AbxFilesConfig:
     """For the steps that choose by ABX. Raises ValueError where the item file is missing."""
-    return AbxSet(items=abx.items, audio=abx.audio, digest=_digest("semantic.abx.items", abx.items), speakers=abx.speakers)
+    return AbxFilesConfig(items=abx.items, audio=abx.audio, digest=_digest("semantic.abx.items", abx.items), speakers=abx.speakers)
 
 
 def _digest(field: str, path: str) -> str:

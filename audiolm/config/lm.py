@@ -1,6 +1,6 @@
 """The configuration: frozen pydantic models with the paper's numbers as defaults.
 
-Every field is part of a step's identity unless it is marked `Runtime` or `Later` (see identity.py).
+Every field is part of a step's identity unless it is marked `Runtime` or `Later` (see config/base.py).
 Seconds end in `_s`, hertz in `_hz`.  Unknown keys are refused.
 """
 
@@ -11,15 +11,15 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from audiolm.config.base import Config, Later, Runtime
-from audiolm.config.corpus import Where
-from audiolm.config.training import Train
+from audiolm.config.corpus import ClipFilter
+from audiolm.config.training import TrainConfig
 
 
-class WarmStart(Config):
+class WarmStartConfig(Config):
     uri: Runtime[str] = Field(description="folder or URI of a text model in transformers' format (lm/warm_start.py)")
 
 
-class Stage(Config):
+class StageConfig(Config):
     """One language model: the paper's 12 x 1024 x 16 x 4096 by default."""
 
     crop_s: float
@@ -37,24 +37,24 @@ class Stage(Config):
     norm: Annotated[Literal["layer", "rms"], Later("layer")] = "layer"
     checkpointing: Runtime[bool] = Field(False, description="less memory, a third more work: blocks are computed again in "
                                                             "the backward pass")
-    warm_start: Annotated[WarmStart | None, Later(None)] = Field(None, description="stage 1 alone: take a text model's body")
-    where: Where = Where()
+    warm_start: Annotated[WarmStartConfig | None, Later(None)] = Field(None, description="stage 1 alone: take a text model's body")
+    where: ClipFilter = ClipFilter()
     gates: Runtime[Literal["stop", "warn"]] = Field("stop", description="what a failed gate does: no better than unigrams, "
                                                                         "prefix not used, tokenizer collapsed")
-    train: Train
+    train: TrainConfig
 
 
-def _lm(batch: int) -> Train:
-    return Train(steps=1_000_000, batch=batch, lr=3e-4, warmup_steps=2000, decay_steps=200_000, dtype="bfloat16",
+def _stage_training(batch: int) -> TrainConfig:
+    return TrainConfig(steps=1_000_000, batch=batch, lr=3e-4, warmup_steps=2000, decay_steps=200_000, dtype="bfloat16",
                  export="best")
 
 
-class LM(Config):
+class LMConfig(Config):
     dedupe: bool = Field(True, description="collapse runs of semantic tokens in stages 1 and 2 (paper)")
     coarse_levels: int = Field(4, ge=1, description="Q', levels of the coarse stage")
-    semantic: Stage = Stage(crop_s=30.0, train=_lm(256))
-    coarse: Stage = Stage(crop_s=10.0, train=_lm(256))
-    fine: Stage = Stage(crop_s=3.0, train=_lm(256))
+    semantic: StageConfig = StageConfig(crop_s=30.0, train=_stage_training(256))
+    coarse: StageConfig = StageConfig(crop_s=10.0, train=_stage_training(256))
+    fine: StageConfig = StageConfig(crop_s=3.0, train=_stage_training(256))
 
     @model_validator(mode="after")
     def _check(self):
@@ -64,7 +64,7 @@ class LM(Config):
         return self
 
 
-class Samples(Config):
+class SamplesConfig(Config):
     n: int = Field(2, ge=1, description="samples of each mode")
     prompt_s: float = 3.0  # paper III-D; 4.0 for piano
     seconds: float = Field(7.0, gt=0, description="seconds generated beyond a prompt")

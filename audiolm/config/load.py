@@ -13,7 +13,7 @@ from audiolm.config.base import ConfigError
 from audiolm.config.pipeline import Pipeline
 
 
-def load(path: str, overrides: list[str] = ()) -> Pipeline:
+def load_config(path: str, overrides: list[str] = ()) -> Pipeline:
     """Reads a YAML file and applies `a.b=c` overrides (values are YAML; list items by number: `corpus.sources.0.root=x`).
 
     Relative roots, uris and models in the file are relative to the file; those in overrides to the working folder.
@@ -27,10 +27,10 @@ def load(path: str, overrides: list[str] = ()) -> Pipeline:
         raise ConfigError(f"{path} is not YAML: {e}") from e
     if not isinstance(data, dict):
         raise ConfigError(f"{path} holds a {type(data).__name__}, expected sections such as corpus: and codec:")
-    _root_paths(data, Path(path).resolve().parent)
+    _resolve_paths(data, Path(path).resolve().parent)
     for item in overrides:
-        _override(data, item)
-    _root_paths(data, Path.cwd())
+        _apply_override(data, item)
+    _resolve_paths(data, Path.cwd())
     return _validated(data, path)
 
 
@@ -43,16 +43,16 @@ def _validated(data: dict, path: str) -> Pipeline:
         raise ConfigError(f"{path} has {len(lines)} error(s):\n" + "\n".join(lines)) from e
 
 
-def changed(cfg: Pipeline, overrides: list[str]) -> Pipeline:
+def apply_overrides(cfg: Pipeline, overrides: list[str]) -> Pipeline:
     """A config with overrides as of the command line. Raises ConfigError."""
     data = cfg.model_dump(mode="json")
     for item in overrides:
-        _override(data, item)
-    _root_paths(data, Path.cwd())
+        _apply_override(data, item)
+    _resolve_paths(data, Path.cwd())
     return _validated(data, "the run's config")
 
 
-def _root_paths(data: dict, base: Path) -> None:
+def _resolve_paths(data: dict, base: Path) -> None:
     places = [(source, key) for source in (data.get("corpus") or {}).get("sources") or [] for key in ("root", "uri")]
     semantic = data.get("semantic") or {}
     abx, imported = (semantic.get(key) if isinstance(semantic, dict) else None for key in ("abx", "pretrained"))
@@ -60,16 +60,16 @@ def _root_paths(data: dict, base: Path) -> None:
     for section, key in [*places, *((abx, key) for key in ("items", "audio", "phones"))]:
         value = section.get(key) if isinstance(section, dict) else None
         if isinstance(value, str):
-            section[key] = _rooted(value, base)
+            section[key] = _resolve_path(value, base)
         elif isinstance(value, list):
-            section[key] = [_rooted(v, base) if isinstance(v, str) else v for v in value]
+            section[key] = [_resolve_path(v, base) if isinstance(v, str) else v for v in value]
 
 
-def _rooted(place: str, base: Path) -> str:
+def _resolve_path(place: str, base: Path) -> str:
     return place if "://" in place else os.path.normpath(base / Path(place).expanduser())
 
 
-def _override(data: dict, item: str) -> None:
+def _apply_override(data: dict, item: str) -> None:
     key, eq, text = item.partition("=")
     if not eq or not key:
         raise ConfigError(f"override {item!r} is not of the form a.b=c")

@@ -1,6 +1,6 @@
 """The configuration: frozen pydantic models with the paper's numbers as defaults.
 
-Every field is part of a step's identity unless it is marked `Runtime` or `Later` (see identity.py).
+Every field is part of a step's identity unless it is marked `Runtime` or `Later` (see config/base.py).
 Seconds end in `_s`, hertz in `_hz`.  Unknown keys are refused.
 """
 
@@ -9,35 +9,35 @@ from __future__ import annotations
 from pydantic import Field, model_validator
 
 from audiolm.config.base import Config
-from audiolm.config.codec import Codec
-from audiolm.config.corpus import Corpus, ManifestSource, Where
-from audiolm.config.evaluation import Evaluate, Tables
-from audiolm.config.lm import LM, Samples
-from audiolm.config.run import Cluster, Run
-from audiolm.config.semantic import Semantic
-from audiolm.config.tokens import Tokens
+from audiolm.config.codec import CodecConfig
+from audiolm.config.corpus import ClipFilter, CorpusConfig, ManifestSource
+from audiolm.config.evaluation import EvaluateConfig, TablesConfig
+from audiolm.config.lm import LMConfig, SamplesConfig
+from audiolm.config.run import ClusterConfig, RunConfig
+from audiolm.config.semantic import SemanticConfig
+from audiolm.config.tokens import TokensConfig
 
 
 class Pipeline(Config):
-    run: Run = Run()
+    run: RunConfig = RunConfig()
     store: str = Field("./outputs", description="any fsspec URI that every node sees")
     tracking: str = Field("sqlite", description="sqlite (in the store), none, or an MLflow tracking URI")
-    cluster: Cluster = Cluster()
-    corpus: Corpus
-    semantic: Semantic = Semantic()
-    codec: Codec = Codec()
-    tokens: Tokens = Tokens()
-    lm: LM = LM()
-    samples: Samples = Samples()
-    evaluate: Evaluate = Evaluate()
-    tables: Tables = Tables()
+    cluster: ClusterConfig = ClusterConfig()
+    corpus: CorpusConfig
+    semantic: SemanticConfig = SemanticConfig()
+    codec: CodecConfig = CodecConfig()
+    tokens: TokensConfig = TokensConfig()
+    lm: LMConfig = LMConfig()
+    samples: SamplesConfig = SamplesConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    tables: TablesConfig = TablesConfig()
 
     @model_validator(mode="after")
     def _check(self):
         if self.lm.coarse_levels > self.codec.n_q:
             raise ValueError(f"lm.coarse_levels ({self.lm.coarse_levels}) exceeds codec.n_q ({self.codec.n_q})")
         known = {s.name for s in self.corpus.sources}
-        sounds = self.semantic.vocoder.where if self.semantic.vocoder else Where()
+        sounds = self.semantic.vocoder.where if self.semantic.vocoder else ClipFilter()
         for field, where in (("semantic.where", self.semantic.where), ("semantic.vocoder.where", sounds),
                              ("codec.where", self.codec.where), ("lm.semantic.where", self.lm.semantic.where),
                              ("lm.coarse.where", self.lm.coarse.where), ("lm.fine.where", self.lm.fine.where)):

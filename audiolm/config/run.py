@@ -1,6 +1,6 @@
 """The configuration: frozen pydantic models with the paper's numbers as defaults.
 
-Every field is part of a step's identity unless it is marked `Runtime` or `Later` (see identity.py).
+Every field is part of a step's identity unless it is marked `Runtime` or `Later` (see config/base.py).
 Seconds end in `_s`, hertz in `_hz`.  Unknown keys are refused.
 """
 
@@ -13,13 +13,13 @@ from pydantic import Field
 from audiolm.config.base import Config, Runtime
 
 
-class Run(Config):
+class RunConfig(Config):
     name: Runtime[str] = "quickstart"
     experiment: Runtime[str] = "audiolm"
     seed: int = 0
 
 
-class Cluster(Config):
+class ClusterConfig(Config):
     """Where and how the work runs; no field changes what is computed."""
 
     address: Runtime[str | None] = Field(None, description="a Ray cluster to join; None starts one here")

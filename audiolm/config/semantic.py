@@ -7,11 +7,11 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from audiolm.config.base import Config, Later, Runtime
-from audiolm.config.corpus import Where
-from audiolm.config.training import Train
+from audiolm.config.corpus import ClipFilter
+from audiolm.config.training import TrainConfig
 
 
-class Residual(Config):
+class ResidualConfig(Config):
     """More levels of semantic tokens, each of as many codes as the tokenizer has: 250 b/s a level at K = 1024."""
 
     levels: int = Field(8, ge=2, le=64, description="in all, the tokenizer's own among them; 24 = the paper's 6 kb/s")
@@ -19,7 +19,7 @@ class Residual(Config):
     iterations: int = Field(30, ge=1, description="of k-means, each level, at most")
 
 
-class Judges(Config):
+class VocoderDiscriminatorsConfig(Config):
     """The vocoder's adversary, DAC's: periods and STFT windows."""
 
     periods: tuple[int, ...] = (2, 3, 5, 7, 11)
@@ -28,26 +28,26 @@ class Judges(Config):
     start_step: int = Field(1000, ge=0, description="first step of the adversarial game")
 
 
-class VocoderWeights(Config):
+class VocoderLossWeights(Config):
     reconstruction: float = Field(15.0, gt=0)
     feature: float = Field(2.0, ge=0)
     adversarial: float = Field(1.0, ge=0)
 
 
-class Vocoder(Config):
+class VocoderConfig(Config):
     """The decoder of semantic tokens: blocks that look both ways at 25 Hz, then SoundStream's decoder (paper Table I)."""
 
-    where: Where = Where()
+    where: ClipFilter = ClipFilter()
     levels: int = Field(1, ge=1, le=64, description="1: tokens alone; more need the step residual, and any prefix decodes")
     dim: int = Field(512, ge=1)
     layers: int = Field(8, ge=0, description="blocks at 25 Hz, each seeing 3 frames to either side")
     channels: int = Field(32, ge=1, description="of SoundStream's decoder at 16 kHz; they double with each stride")
     heard_s: float = Field(4.0, gt=0, description="audio around a crop that the tokenizer hears, as it hears whole clips later")
     crop_s: float = Field(1.28, gt=0, description="audio that is made and compared")
-    disc: Judges = Judges()
-    weights: VocoderWeights = VocoderWeights()
+    disc: VocoderDiscriminatorsConfig = VocoderDiscriminatorsConfig()
+    weights: VocoderLossWeights = VocoderLossWeights()
     ema: float = Field(0.999, ge=0, lt=1)
-    train: Train = Train(steps=200_000, batch=32, lr=2e-4, warmup_steps=1000, decay_steps=100_000, betas=(0.8, 0.99),
+    train: TrainConfig = TrainConfig(steps=200_000, batch=32, lr=2e-4, warmup_steps=1000, decay_steps=100_000, betas=(0.8, 0.99),
                          weight_decay=0.01, clip=10.0, zero=0)
 
     @model_validator(mode="after")
@@ -57,7 +57,7 @@ class Vocoder(Config):
         return self
 
 
-class Augment(Config):
+class AugmentConfig(Config):
     """What is done to a masked model's input in training, each with a chance a crop; targets come from clean audio."""
 
     pitch: float = Field(0.5, ge=0, le=1)
@@ -68,7 +68,7 @@ class Augment(Config):
     reverb_s: tuple[float, float] = Field((0.1, 0.5), description="time in which the room falls by 60 dB")
 
 
-class W2vBert(Config):
+class W2vBertConfig(Config):
     """The paper's objective (2108.06209): a contrastive module and a masked-prediction module on its codes, jointly."""
 
     contrastive_layers: int | None = Field(None, ge=1, description="blocks of the contrastive module; None = half of them")
@@ -82,7 +82,7 @@ class W2vBert(Config):
     diversity: float = 0.1
 
 
-class Masked(Config):
+class MaskedModelConfig(Config):
     """The masked audio model: a Conformer on log-mels at 25 Hz; HuBERT on k-means of MFCC, or w2v-BERT."""
 
     objective: Literal["hubert", "w2vbert"] = "hubert"
@@ -98,16 +98,16 @@ class Masked(Config):
     crop_s: float = 15.0
     unmasked: Annotated[float, Later(0.0)] = Field(0.0, ge=0, description="weight of the mean loss on frames that are not "
                                                    "masked, beside 1 on masked ones (HuBERT's alpha); it speeds up the start")
-    augment: Augment = Augment()
-    w2vbert: W2vBert | None = Field(None, description="of objective w2vbert; None: the paper's")
-    train: Train = Train(steps=100_000, batch=64, lr=1e-3, warmup_steps=400, decay_steps=20_000, weight_decay=0.01)
+    augment: AugmentConfig = AugmentConfig()
+    w2vbert: W2vBertConfig | None = Field(None, description="of objective w2vbert; None: the paper's")
+    train: TrainConfig = TrainConfig(steps=100_000, batch=64, lr=1e-3, warmup_steps=400, decay_steps=20_000, weight_decay=0.01)
 
     @model_validator(mode="after")
     def _check(self):
         if self.w2vbert and self.objective != "w2vbert":
             raise ValueError(f"w2vbert is a section of objective w2vbert, objective is {self.objective}: drop one of them")
         if self.objective == "w2vbert":
-            half = (self.w2vbert or W2vBert()).contrastive_layers
+            half = (self.w2vbert or W2vBertConfig()).contrastive_layers
             if half is not None and half >= self.layers:
                 raise ValueError(f"w2vbert.contrastive_layers ({half}) must leave blocks of layers ({self.layers}) to masked "
                                  "prediction")
@@ -117,22 +117,22 @@ class Masked(Config):
         return self
 
 
-class PretrainedEncoder(Config):
+class PretrainedEncoderConfig(Config):
     """Someone else's masked model instead of one trained here, in transformers' format."""
 
     uri: Runtime[str] = Field(description="folder or URI of a HuBERT, WavLM, wav2vec 2.0 or w2v-BERT 2.0 model")
 
 
-class Iteration(Config):
+class IterationConfig(Config):
     """One more iteration of HuBERT: targets are k-means of a layer of the model before."""
 
     layer: int | Literal["auto"] = Field("auto", description="block whose output is clustered, from 1; auto: by ABX")
     k: int = Field(500, ge=2)
     start: Literal["fresh", "previous"] = Field("fresh", description="weights of the encoder at the start")
-    train: Train | None = Field(None, description="None: as semantic.model.train")
+    train: TrainConfig | None = Field(None, description="None: as semantic.model.train")
 
 
-class Abx(Config):
+class AbxConfig(Config):
     """What features and tokens are judged on: ABX of phone triphones, by speakers that nothing was trained on."""
 
     items: Runtime[str] = Field(description="ZeroSpeech item file")
@@ -142,7 +142,7 @@ class Abx(Config):
     speakers: tuple[str, ...] | None = Field(None, description="None: those of the items that are not trained on")
 
 
-class Sweep(Config):
+class LayerSweepConfig(Config):
     """The choice of layer and K by ABX where semantic.kmeans or an iteration says auto."""
 
     layers: tuple[int, ...] | None = Field(None, description="None: all")
@@ -152,7 +152,7 @@ class Sweep(Config):
     iterations: int = Field(30, ge=1)
 
 
-class KMeans(Config):
+class KMeansConfig(Config):
     layer: int | Literal["auto"] = Field(7, description="block whose output is clustered, from 1; auto: by ABX")
     k: int | Literal["auto"] = 1024  # paper IV-B
     max_frames: int = Field(2_000_000, ge=1, description="frames sampled for the fit")
@@ -166,16 +166,16 @@ class KMeans(Config):
     restarts: int = Field(3, ge=1)
 
 
-class Semantic(Config):
-    where: Where = Where()
-    model: Masked = Masked()
-    pretrained: PretrainedEncoder | None = Field(None, description="imported instead of training semantic.model")
-    again: tuple[Iteration, ...] = Field((), description="further iterations of HuBERT")
-    abx: Abx | None = None
-    sweep: Sweep = Sweep()
-    kmeans: KMeans = KMeans()
-    residual: Residual | None = Field(None, description="also fit more levels of tokens by residual k-means (paper, Table I)")
-    vocoder: Vocoder | None = Field(None, description="also train a decoder of semantic tokens alone (paper, Table I)")
+class SemanticConfig(Config):
+    where: ClipFilter = ClipFilter()
+    model: MaskedModelConfig = MaskedModelConfig()
+    pretrained: PretrainedEncoderConfig | None = Field(None, description="imported instead of training semantic.model")
+    again: tuple[IterationConfig, ...] = Field((), description="further iterations of HuBERT")
+    abx: AbxConfig | None = None
+    sweep: LayerSweepConfig = LayerSweepConfig()
+    kmeans: KMeansConfig = KMeansConfig()
+    residual: ResidualConfig | None = Field(None, description="also fit more levels of tokens by residual k-means (paper, Table I)")
+    vocoder: VocoderConfig | None = Field(None, description="also train a decoder of semantic tokens alone (paper, Table I)")
 
     @model_validator(mode="after")
     def _check(self):

@@ -1,6 +1,6 @@
 """The configuration: frozen pydantic models with the paper's numbers as defaults.
 
-Every field is part of a step's identity unless it is marked `Runtime` or `Later` (see identity.py).
+Every field is part of a step's identity unless it is marked `Runtime` or `Later` (see config/base.py).
 Seconds end in `_s`, hertz in `_hz`.  Unknown keys are refused.
 """
 
@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from audiolm.config.base import Config, Later
 
 
-class Tokens(Config):
+class TokensConfig(Config):
     batch_s: float = Field(120.0, gt=0, description="padded audio seconds encoded at once; a rule of the shard alone")
     dtype: Annotated[Literal["float32", "bfloat16"], Later("float32")] = Field(
         "float32", description="of the masked model's work on semantic tokens; bfloat16 is for GPUs")

@@ -6,27 +6,27 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from audiolm.config.base import Config, Later, Leaf, Runtime
+from audiolm.config.base import Config, Later, LengthOnly, Runtime
 
 
-class Rollback(Config):
-    """When a step's loss has spiked (train/spike.py)."""
+class RollbackConfig(Config):
+    """When a step's loss has spiked (train/guards.py)."""
 
     deviations: float = Field(10.0, gt=0, description="above the median of the window, in standard deviations")
     window: int = Field(100, ge=4, description="steps; no spike is seen before there were as many, but for a loss of nan")
 
 
-class Train(Config):
+class TrainConfig(Config):
     """One training run: warm-up, constant, decay to zero over the last `decay_steps` (DESIGN 1.6).
 
     Runs that differ in `steps` and `decay_steps` alone are one trunk up to their decay: the longer one continues.
     """
 
-    steps: Leaf[int] = Field(ge=1)
+    steps: LengthOnly[int] = Field(ge=1)
     batch: int = Field(ge=1, description="rows of the global batch, over all workers")
     lr: float = Field(gt=0)
     warmup_steps: int = Field(0, ge=0)
-    decay_steps: Leaf[int] = Field(0, ge=0)
+    decay_steps: LengthOnly[int] = Field(0, ge=0)
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.1
     clip: float = Field(1.0, ge=0, description="global gradient norm; 0 = off")
@@ -35,7 +35,7 @@ class Train(Config):
     export: Literal["best", "last"] = Field("last", description="which weights later steps load: best by validation")
     patience: Annotated[int | None, Later(None)] = Field(None, ge=1, description="validations in a row without a new best "
                                                          "that end the training early; None = never")
-    rollback: Annotated[Rollback | None, Later(None)] = Field(None, description="go back to the newest checkpoint when the "
+    rollback: Annotated[RollbackConfig | None, Later(None)] = Field(None, description="go back to the newest checkpoint when the "
                                                               "loss spikes and pass over those rows, three times at most")
     micro_batch: Runtime[Annotated[int, Field(ge=1)] | Literal["auto"] | None] = Field(
         None, description="rows a forward pass; None = the worker's share; auto = half by half what fits the GPU; "

@@ -13,8 +13,8 @@ import traceback
 from collections.abc import Callable, Iterable
 
 from audiolm.dag.lease import Lease, LeaseLost, Waiter
-from audiolm.dag.plan import Row
-from audiolm.dag.step import Artifact, Observer, Out, Status, Step, kin, look
+from audiolm.dag.plan import PlanRow
+from audiolm.dag.step import Artifact, Observer, Status, Step, StepContext, inspect, trunk_siblings
 from audiolm.store import get_json, join, put_json
 
 
@@ -22,7 +22,7 @@ class StepFailed(RuntimeError):
     """A step ended with an error; the text names it."""
 
 
-def execute(rows: list[Row], store: str, *, force: Iterable[str] = (), inline: bool = False, slots: int = 1,
+def execute(rows: list[PlanRow], store: str, *, force: Iterable[str] = (), inline: bool = False, slots: int = 1,
             observer: Observer | None = None, retries: int = 0, may_retry: Callable[[BaseException], bool] = lambda e: False,
             finished: Callable[[str, Artifact], None] = lambda name, artifact: None) -> dict[str, Artifact]:
     """Returns every step's artifact (skipped ones too). Raises StepFailed, from the first error."""
@@ -32,7 +32,7 @@ def execute(rows: list[Row], store: str, *, force: Iterable[str] = (), inline: b
     todo, running, results, stopping = [r for r in rows if r.run], set(), queue.Queue(), threading.Event()
     errors: list[tuple[str, BaseException]] = []
 
-    def work(row: Row, inputs: dict[str, Artifact]) -> None:
+    def work(row: PlanRow, inputs: dict[str, Artifact]) -> None:
         for left in range(retries, -1, -1):
             try:
                 results.put((row, run_step(row.step, store, inputs, force=row.step.name in force, inline=inline,
@@ -83,11 +83,11 @@ def execute(rows: list[Row], store: str, *, force: Iterable[str] = (), inline: b
 def _open_build(step: Step, store: str, inputs: dict[str, str], force: bool) -> tuple[str, int]:
     """The build to work on: the newest for these inputs, or a new one (exclusive: two drivers agree on it)."""
     while True:
-        view = look(step, store, inputs)
+        view = inspect(step, store, inputs)
         if view.build is not None and not (force and view.status is Status.DONE):
             return join(step.root(store), f"{view.build:04d}"), view.build
         n = view.newest + 1
-        trunk = {"trunk": kin(step, store, inputs, None, force)[0]} if step.trains else {}
+        trunk = {"trunk": trunk_siblings(step, store, inputs, None, force)[0]} if step.trains else {}
         try:
             put_json(join(step.root(store), "recipe.json"), step.recipe)
             put_json(join(step.root(store), f"{n:04d}", "build.json"), {"inputs": inputs, "time": time.time(), **trunk},
@@ -118,7 +118,7 @@ def run_step(step: Step, store: str, inputs: dict[str, Artifact], *, force: bool
             lease.close("done")  # it was finished between the look and the claim
             continue
         time.sleep(poll_s)
-    out = Out(step, path, lease, observer, inline, force, kin(step, store, builds, path)[1] if step.trains else [])
+    out = StepContext(step, path, lease, observer, inline, force, trunk_siblings(step, store, builds, path)[1] if step.trains else [])
     began = time.time()
     try:
         if observer:

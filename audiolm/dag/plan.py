@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from audiolm.config.base import flatten
-from audiolm.dag.step import Status, Step, View, kin, look
+from audiolm.dag.step import Status, Step, StepState, inspect, trunk_siblings
 from audiolm.store import get_json, join, names
 
 
@@ -35,18 +35,18 @@ def toposort(targets: Iterable[Step]) -> list[Step]:
 
 
 @dataclass(frozen=True, eq=False)
-class Row:
+class PlanRow:
     """One step of a plan: will it run, and why; for training, the builds it may go on from, its own first."""
 
     step: Step
-    view: View
+    view: StepState
     run: bool
     reason: str
     builds: tuple[str | None, ...] = ()
 
 
 def plan(steps: list[Step], store: str, *, only: Iterable[str] = (), from_: Iterable[str] = (),
-         force: Iterable[str] = ()) -> list[Row]:
+         force: Iterable[str] = ()) -> list[PlanRow]:
     """What would run, in order. Reads the store, writes nothing. Raises ValueError for unknown or unbuilt names."""
     known = [s.name for s in steps]
     for option, given in (("--only", only), ("--from", from_), ("--force", force)):
@@ -59,7 +59,7 @@ def plan(steps: list[Step], store: str, *, only: Iterable[str] = (), from_: Iter
         if from_ and any(u.name in chosen for u in s.inputs):
             chosen.add(s.name)
         inputs = {u.name: builds[u.name] for u in s.inputs}
-        view = look(s, store, inputs)
+        view = inspect(s, store, inputs)
         builds[s.name] = view.artifact.build if view.artifact else None
         above = [u.name for u in s.inputs if u.name in will_run]
         run = s.name in chosen and (s.name in force or bool(above) or view.status is not Status.DONE)
@@ -71,12 +71,12 @@ def plan(steps: list[Step], store: str, *, only: Iterable[str] = (), from_: Iter
         if run and s.trains and not above:
             again = view.build is None or (s.name in force and view.status is Status.DONE)
             own = None if again else join(s.root(store), f"{view.build:04d}")
-            before = (own, *kin(s, store, inputs, own, s.name in force)[1])
-        rows.append(Row(s, view, run, _reason(s, store, view, run, s.name in force, above), before))
+            before = (own, *trunk_siblings(s, store, inputs, own, s.name in force)[1])
+        rows.append(PlanRow(s, view, run, _reason(s, store, view, run, s.name in force, above), before))
     return rows
 
 
-def _reason(step: Step, store: str, view: View, run: bool, forced: bool, above: list[str]) -> str:
+def _reason(step: Step, store: str, view: StepState, run: bool, forced: bool, above: list[str]) -> str:
     if not run:
         return view.note if view.status is Status.DONE else f"{view.status}, not selected"
     if forced:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from audiolm import store
 from audiolm.config.pipeline import Pipeline
-from audiolm.store import join, masked, put_json
+from audiolm.store import hide_credentials_in, join, put_json
 
 OUTPUTS = "./outputs"
 SYSTEM_STEPS = ("kmeans", "codec", "semantic_tokens", "lm_semantic", "lm_coarse")
@@ -34,4 +34,4 @@ def index_path(cfg: Pipeline) -> str:
 def write_index(cfg: Pipeline, steps: dict[str, dict]) -> None:
     """runs/{run}.json: the human index, step -> path (DESIGN 4), and the config, without credentials, for evaluations."""
     put_json(index_path(cfg), {"run": cfg.run.name, "corpus": cfg.corpus.name, "steps": steps,
-                               "config": masked(cfg.model_dump(mode="json"))})
+                               "config": hide_credentials_in(cfg.model_dump(mode="json"))})

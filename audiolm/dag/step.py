@@ -36,7 +36,7 @@ class Status(enum.StrEnum):
 @dataclass(frozen=True, eq=False)
 class Step:
     name: str
-    fn: Callable[[dict, dict[str, Artifact], Out], dict | None]
+    fn: Callable[[dict, dict[str, Artifact], StepContext], dict | None]
     config: Mapping[str, Any] = field(default_factory=dict)
     inputs: tuple[Step, ...] = ()
     version: int = 1  # raise it when the meaning of fn changes
@@ -77,12 +77,12 @@ class Artifact:
 class Observer(Protocol):
     """What wants to know how steps fare: a terminal, a tracker."""
 
-    def began(self, out: Out) -> None: ...
-    def progress(self, out: Out, done: float, total: float, unit: str, note: str) -> None: ...
-    def ended(self, out: Out, status: str, facts: dict, error: str | None) -> str | None: ...
+    def began(self, out: StepContext) -> None: ...
+    def progress(self, out: StepContext, done: float, total: float, unit: str, note: str) -> None: ...
+    def ended(self, out: StepContext, status: str, facts: dict, error: str | None) -> str | None: ...
 
 
-class Out:
+class StepContext:
     """A running step's folder: its lease, its metrics, its progress, whether the user forced it; `kin` are the other builds
     of its trunk."""
 
@@ -113,7 +113,7 @@ class Out:
 
 
 @dataclass(frozen=True)
-class View:
+class StepState:
     """What the store says of a step: status, the newest finished build and the build that would be continued."""
 
     status: Status
@@ -123,7 +123,7 @@ class View:
     note: str = ""
 
 
-def look(step: Step, store: str, inputs: Mapping[str, str | None]) -> View:
+def inspect(step: Step, store: str, inputs: Mapping[str, str | None]) -> StepState:
     """Reads a step's state, given its inputs' build ids (None where an input is not built); writes nothing."""
     root = step.root(store)
     numbers = [int(n) for n in names(root) if n.isdigit()]
@@ -137,25 +137,25 @@ def look(step: Step, store: str, inputs: Mapping[str, str | None]) -> View:
     newest = max((n for n in numbers if records[n]), default=0)  # a folder without its record is only being opened
     match = [n for n in numbers if records[n] and records[n]["inputs"] == dict(inputs)]
     if match and done[match[-1]]:
-        return View(Status.DONE, artifact, match[-1], newest, f"built in {done[match[-1]]['seconds']:.0f} s")
+        return StepState(Status.DONE, artifact, match[-1], newest, f"built in {done[match[-1]]['seconds']:.0f} s")
     if match:
         path = join(root, f"{match[-1]:04d}")
         attempt = read_attempt(path, latest(path))
         if attempt is None:
-            return View(Status.LOST, artifact, match[-1], newest, "opened, not begun")
+            return StepState(Status.LOST, artifact, match[-1], newest, "opened, not begun")
         if attempt["state"] in ("failed", "stopped"):
             last = (attempt.get("error") or "stopped").strip().splitlines()[-1]
-            return View(Status.FAILED, artifact, match[-1], newest, last[:200])
+            return StepState(Status.FAILED, artifact, match[-1], newest, last[:200])
         lost = is_dead(attempt) or time.time() - attempt["time"] > LEASE_S
-        return View(Status.LOST if lost else Status.RUNNING, artifact, match[-1], newest,
+        return StepState(Status.LOST if lost else Status.RUNNING, artifact, match[-1], newest,
                     f"attempt {latest(path)} on {attempt['host']}" + (", its owner died" if lost else ""))
     if finished:
         changed = [k for k, v in inputs.items() if artifact.record["inputs"].get(k) != v]
-        return View(Status.STALE, artifact, None, newest, f"newer build of {', '.join(changed)}")
-    return View(Status.MISSING, artifact, None, newest)
+        return StepState(Status.STALE, artifact, None, newest, f"newer build of {', '.join(changed)}")
+    return StepState(Status.MISSING, artifact, None, newest)
 
 
-def kin(step: Step, store: str, inputs: Mapping[str, str | None], build: str | None,
+def trunk_siblings(step: Step, store: str, inputs: Mapping[str, str | None], build: str | None,
         force: bool = False) -> tuple[dict, list[str]]:
     """The trunk of a build (one to be opened where `build` is None) and the other builds that stand on it.
 

@@ -14,13 +14,13 @@ from audiolm import store
 from audiolm.data import audio, scan
 
 
-def told(path: str, e: Exception) -> str:
+def error_line(path: str, e: Exception) -> str:
     """One line that names the file and what was wrong with it."""
     text = "no such file" if isinstance(e, FileNotFoundError) else " ".join(str(e).split()) or type(e).__name__
     return text if path in text else f"{path}: {text}"
 
 
-def look(path: str) -> tuple[str, float]:
+def check_audio(path: str) -> tuple[str, float]:
     """(content hash, seconds as the header tells) of an audio file. Raises ValueError for what libsndfile would forgive."""
     fs, p = store.open_fs(path)
     size = int(fs.info(p)["size"])
@@ -31,7 +31,7 @@ def look(path: str) -> tuple[str, float]:
         scan.check_container(head, tail, size)
     except scan.Unusable as e:
         raise ValueError(f"{path}: {e.args[0]}: {e.args[1]}; get the file again") from e
-    with sound_errors(path), audio.open_sound(path) as f:
+    with audio_errors(path), audio.open_sound(path) as f:
         rate, frames = f.samplerate, f.frames
     if not scan.RATES_HZ[0] <= rate <= scan.RATES_HZ[1]:
         raise ValueError(f"{path} says {rate} Hz; from {scan.RATES_HZ[0]} to {scan.RATES_HZ[1]} are read")
@@ -45,7 +45,7 @@ def look(path: str) -> tuple[str, float]:
 
 
 @contextmanager
-def sound_errors(path: str) -> Iterator[None]:
+def audio_errors(path: str) -> Iterator[None]:
     import soundfile
 
     try:

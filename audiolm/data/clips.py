@@ -16,7 +16,7 @@ from itertools import groupby
 import numpy as np
 
 from audiolm import store
-from audiolm.config.corpus import Where
+from audiolm.config.corpus import ClipFilter
 from audiolm.data.audio import LOSSLESS, SAMPLE_RATE_HZ, _read, open_sound, resample, samples_at
 from audiolm.data.sources import locate
 
@@ -67,7 +67,7 @@ class Clip:
         return None if None in texts else " ".join(texts)
 
 
-def read_clips(manifest_path: str, split: str | None = None, where: Where | None = None) -> list[Clip]:
+def read_clips(manifest_path: str, split: str | None = None, where: ClipFilter | None = None) -> list[Clip]:
     """The clips of a manifest's folder in order of (shard, row); `where.source` takes a source's name or label."""
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
@@ -85,7 +85,7 @@ def read_clips(manifest_path: str, split: str | None = None, where: Where | None
 
 
 def token_clips(manifest_path: str, speeds: Sequence[float], split: str | None = None,
-                where: Where | None = None) -> list[Clip]:
+                where: ClipFilter | None = None) -> list[Clip]:
     """The rows of a token store: `read_clips`, and after a shard's own the copies of its train clips, a speed after the other,
     with ids `{id}@{speed}`."""
     found = []
@@ -97,7 +97,7 @@ def token_clips(manifest_path: str, speeds: Sequence[float], split: str | None =
     return [c for c in found if _wanted(where, c.source, c.origin)]
 
 
-def _wanted(where: Where | None, source: str, origin: str) -> bool:
+def _wanted(where: ClipFilter | None, source: str, origin: str) -> bool:
     return where is None or where.source is None or not {source, origin}.isdisjoint(where.source)
 
 

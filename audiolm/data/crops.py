@@ -21,7 +21,7 @@ from audiolm.data.clips import Clip, read_clip
 KEPT = 4  # window permutations held at once: the current one, its neighbours, and one for read-ahead
 
 
-class Order:
+class CropSampler:
     """Rows of global batches over clips of the given lengths, `shards[c]` being the shard number of clip c."""
 
     def __init__(self, lengths: Sequence[int], shards: Sequence[int], crop: int, batch: int, seed: int, window: int = 8,
@@ -98,7 +98,7 @@ class AudioCrops:
 
     def __init__(self, clips: Sequence[Clip], roots: dict[str, str], crop: int, batch: int, seed: int, cache_mb: int):
         self.clips, self.roots, self.crop = list(clips), roots, crop
-        self.order = Order([c.samples for c in self.clips], [c.shard for c in self.clips], crop, batch, seed)
+        self.order = CropSampler([c.samples for c in self.clips], [c.shard for c in self.clips], crop, batch, seed)
         self._cache: OrderedDict[int, np.ndarray] = OrderedDict()
         self._room, self._held = cache_mb * 2**20, 0
         self._fits = 4 * sum(c.samples for c in self.clips) <= self._room  # float32

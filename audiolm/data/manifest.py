@@ -18,11 +18,11 @@ from itertools import groupby
 
 from audiolm import rng, store
 from audiolm.config.base import ConfigError
-from audiolm.config.corpus import Corpus
+from audiolm.config.corpus import CorpusConfig
 from audiolm.data import scan, sources
 from audiolm.data.audio import SAMPLE_RATE_HZ
 from audiolm.data.clips import Clip, Part, _parquet, clips_parquet
-from audiolm.data.parallel import fan_out
+from audiolm.data.parallel import parallel_map
 from audiolm.data.sources import SPLITS
 from audiolm.data.splits import Unit, assign
 
@@ -59,7 +59,7 @@ def build_manifest(config: dict, inputs: dict, out) -> dict:
             "summary": _summary(clips, facts, remarks)}
 
 
-def changed_files(manifest_path: str, corpus: Corpus) -> dict[str, list[str]]:
+def changed_files(manifest_path: str, corpus: CorpusConfig) -> dict[str, list[str]]:
     """{added, removed, modified}: "source/uri" of files that differ from what the manifest saw.
 
     A file is modified where its size or the hash of its first and last 64 KB differs; one with another date only (a
@@ -114,10 +114,10 @@ def cut_shards(clips: list[Clip], shard_s: float, seed: int) -> list[Clip]:
     return done
 
 
-def _scan(found: list, corpus: Corpus, cluster, out) -> tuple[list[Unit], list[dict], dict]:
+def _scan(found: list, corpus: CorpusConfig, cluster, out) -> tuple[list[Unit], list[dict], dict]:
     """(units, rejected rows, {(origin, uri): hash}), in the order of `found`."""
     groups = list(_groups(found))
-    paths = fan_out(scan.scan_group, [(found[a:b], corpus, store.join(out.path, "scan")) for a, b in groups], out=out,
+    paths = parallel_map(scan.scan_group, [(found[a:b], corpus, store.join(out.path, "scan")) for a, b in groups], out=out,
                     cluster=cluster, unit="files", sizes=[float(b - a) for a, b in groups])
     units, rejected, hashes = [], [], {}
     with ThreadPoolExecutor(16) as pool:
@@ -146,7 +146,7 @@ def _groups(found: list) -> Iterator[tuple[int, int]]:
         yield first, len(found)
 
 
-def _check_rejected(rejected: list[dict], files: int, corpus: Corpus) -> None:
+def _check_rejected(rejected: list[dict], files: int, corpus: CorpusConfig) -> None:
     """Pieces of a long file that are silent do not count: the file as such is usable."""
     bad = [r for r in rejected if r["frames"] == 0]
     if len(bad) <= corpus.max_rejected * files and len(bad) < files:

@@ -11,10 +11,10 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from audiolm.config.run import Cluster
+from audiolm.config.run import ClusterConfig
 
 
-def fan_out(fn: Callable, items: Sequence[tuple], *, out, cluster: Cluster, unit: str,
+def parallel_map(fn: Callable, items: Sequence[tuple], *, out, cluster: ClusterConfig, unit: str,
             sizes: Sequence[float] | None = None, gpu: bool = False) -> list[Any]:
     """[fn(*item) for item in items]; `sizes` (in `unit`) weigh the progress, else items are counted."""
     sizes = list(sizes) if sizes is not None else [1.0] * len(items)
@@ -52,7 +52,7 @@ def fan_out(fn: Callable, items: Sequence[tuple], *, out, cluster: Cluster, unit
     return results
 
 
-def device_of(cluster: Cluster, inline: bool, gpus: int = 1) -> str:
+def cluster_device(cluster: ClusterConfig, inline: bool, gpus: int = 1) -> str:
     """cuda or cpu: as the config says, else what the cluster (inline: this process) has; the driver may have no GPU."""
     if cluster.device != "auto":
         return cluster.device

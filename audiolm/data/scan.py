@@ -16,7 +16,7 @@ import numpy as np
 from fsspec.implementations.local import LocalFileSystem
 
 from audiolm import store
-from audiolm.config.corpus import Corpus
+from audiolm.config.corpus import CorpusConfig
 from audiolm.data.audio import mono, open_sound
 from audiolm.data.sources import Found
 
@@ -41,7 +41,7 @@ class Measured:
     peaks: np.ndarray
 
 
-def scan_group(found: list[Found], corpus: Corpus, folder: str) -> str:
+def scan_group(found: list[Found], corpus: CorpusConfig, folder: str) -> str:
     """Looks at the files of some rows; writes and returns `{folder}/{key}.json`:
     {files: [[row, content hash]], units: [[row, rate, start, frames, piece, pieces]],
     rejected: [[row, start, frames, reason, detail]]}, rows counted within `found`."""
@@ -201,7 +201,7 @@ def _stretch(f: Found, m: Measured) -> tuple[int, int]:
     return start, min(end, m.frames) - start
 
 
-def _cut(m: Measured, start: int, frames: int, corpus: Corpus) -> list[tuple[int, int]]:
+def _cut(m: Measured, start: int, frames: int, corpus: CorpusConfig) -> list[tuple[int, int]]:
     """Stretches [a, b) of at most max_s that cover [start, start + frames)."""
     longest = int(corpus.max_s * m.rate)
     if frames <= longest:
@@ -217,7 +217,7 @@ def _cut(m: Measured, start: int, frames: int, corpus: Corpus) -> list[tuple[int
     return list(zip(cuts, [*cuts[1:], start + frames], strict=True))
 
 
-def _check(m: Measured, a: int, b: int, corpus: Corpus) -> None:
+def _check(m: Measured, a: int, b: int, corpus: CorpusConfig) -> None:
     if b - a < corpus.min_s * m.rate:
         raise Unusable("too short", f"{(b - a) / m.rate:.3f} s, corpus.min_s is {corpus.min_s}")
     peaks = m.peaks[a // m.block:-(-b // m.block)]

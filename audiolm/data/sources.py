@@ -17,7 +17,7 @@ from fsspec.utils import glob_translate
 
 from audiolm import store
 from audiolm.config.base import ConfigError
-from audiolm.config.corpus import Corpus, FolderSource, LibriSpeechSource, ManifestSource, Source
+from audiolm.config.corpus import CorpusConfig, FolderSource, LibriSpeechSource, ManifestSource, Source
 
 AUDIO = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3")
 SPLITS = ("train", "dev", "test")
@@ -52,7 +52,7 @@ class Found:
     duration: float | None = None
 
 
-def roots(corpus: Corpus) -> dict[str, str]:
+def roots(corpus: CorpusConfig) -> dict[str, str]:
     """Where the relative uris of each source start: {source name: folder URI}."""
     return {s.name: _root(s) for s in corpus.sources}
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from audiolm import rng
 from audiolm.config.base import ConfigError
-from audiolm.config.corpus import Corpus
+from audiolm.config.corpus import CorpusConfig
 from audiolm.data.sources import Found
 
 
@@ -43,7 +43,7 @@ class Unit:
         return self.found.origin, self.found.source
 
 
-def assign(units: list[Unit], corpus: Corpus, seed: int) -> tuple[list[str], list[str]]:
+def assign(units: list[Unit], corpus: CorpusConfig, seed: int) -> tuple[list[str], list[str]]:
     """(the split of every unit, remarks for the user). Raises ConfigError where nothing is left to train on."""
     named = {speaker: split for split, speakers in corpus.hold_out.items() for speaker in speakers}
     if unknown := sorted(set(named) - {u.speaker for u in units}):
@@ -65,7 +65,7 @@ def assign(units: list[Unit], corpus: Corpus, seed: int) -> tuple[list[str], lis
                     free.append(i)
         if not free:
             continue
-        key, what = _level([units[i] for i in free], alone)
+        key, what = _even_split([units[i] for i in free], alone)
         if alone:
             remarks.append(f"one speaker only: split by {what}, so held-out clips are of a speaker that was trained on")
         elif len({key(units[i]) for i in free}) == 1:
@@ -107,7 +107,7 @@ def hold_out(seconds: dict, shares: dict[str, float], seed: int, name: str) -> d
     return held
 
 
-def _level(units: list[Unit], alone: bool):
+def _even_split(units: list[Unit], alone: bool):
     """(key function, what it names): speakers, or in a corpus of one speaker the coarsest level with three groups."""
     levels = [(lambda u: u.found.chapter or "", "chapter"), (lambda u: u.found.uri, "file"),
               (lambda u: (u.found.uri, u.start), "piece")]
@@ -133,7 +133,7 @@ def _hold_out_of_train(units: list[Unit], splits: list[str | None], shares: dict
         return "no dev clip, and no train clip to hold out"
     many = {g: ids for g, ids in train.items() if len({units[i].speaker for i in ids}) > 1}
     group, chosen = max((many or train).items(), key=lambda item: (sum(units[i].seconds for i in item[1]), item[0]))
-    key, what = _level([units[i] for i in chosen], alone=not many)
+    key, what = _even_split([units[i] for i in chosen], alone=not many)
     held = hold_out(_hours(units, chosen, key), shares, seed, "/".join(group))
     for i in chosen:
         splits[i] = held.get(key(units[i]), "train")

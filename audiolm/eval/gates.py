@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from audiolm.data.parallel import device_of, fan_out
+from audiolm.data.parallel import cluster_device, parallel_map
 from audiolm.data.tokens import level_name, read_meta, shard_name
 from audiolm.eval.metrics.likelihood import measure_stage
 from audiolm.store import get_json, join, put_json
@@ -49,10 +49,10 @@ def check_stage(config: Mapping[str, Any], inputs: Mapping[str, Any], out: Any, 
     found = {k: v for k, v in (get_json(_path(out)) or {}).items() if k in ("unigram", "conditioning")}
     if not found:
         name, shape, cluster = config["stage"], config["lm"], config["cluster"]
-        device = device_of(cluster, out.inline)
+        device = cluster_device(cluster, out.inline)
         item = (name, {**{k: a.path for k, a in inputs.items()}, name: out.path}, shape.where, config["rows"], config["seed"],
                 device, ("unigram",))
-        measured = fan_out(measure_stage, [item], out=out, cluster=cluster, unit="gates", gpu=device == "cuda")[0]
+        measured = parallel_map(measure_stage, [item], out=out, cluster=cluster, unit="gates", gpu=device == "cuda")[0]
         found["unigram"] = judge_unigram(measured["figures"])
         if measured["conditioning"]:
             found["conditioning"] = judge_conditioning(name, measured["conditioning"])

@@ -26,10 +26,10 @@ from audiolm.data.tokens import run_starts
 from audiolm.eval.ladder import continued, prompt_samples
 from audiolm.generate.audiolm import AudioLM
 from audiolm.generate.load import load_system
-from audiolm.generate.params import DRAWS, Draw
+from audiolm.generate.params import PAPER_PARAMS, SamplingParams
 
 MODES = ("original", "resynthesis", "levels", "fine", "acoustic", "shuffled", "continuation")
-ITEMS = {"original": "original", "resynthesis": "codec resynthesis", "levels": "codec resynthesis, coarse levels",
+LABELS = {"original": "original", "resynthesis": "codec resynthesis", "levels": "codec resynthesis, coarse levels",
          "fine": "fine from true coarse", "acoustic": "acoustic generation",
          "shuffled": "acoustic generation, shuffled tokens", "continuation": "continuation"}  # in tables
 MODELS = (*SYSTEM_STEPS, "lm_fine")
@@ -39,7 +39,7 @@ Progress = Callable[[int, int, str], None]  # (done, of, unit)
 
 
 @dataclass(frozen=True)
-class Wanted:
+class SampleSpec:
     """A sound of a clip; `number` tells samples of one mode apart. The first `prompt` samples of the clip are the prompt."""
 
     clip: str
@@ -55,10 +55,10 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class Made:
+class Sample:
     """A sound; `after_T` is what follows the prompt. Acoustic generation has no prompt."""
 
-    wanted: Wanted
+    wanted: SampleSpec
     wav_T: np.ndarray
 
     @property
@@ -66,7 +66,7 @@ class Made:
         return self.wav_T[0 if self.wanted.mode in ("acoustic", "shuffled") else self.wanted.prompt:]
 
 
-def plan(clips: Clips, modes: Mapping[str, int], prompt_s: float = 3.0) -> list[Wanted]:
+def plan_samples(clips: Clips, modes: Mapping[str, int], prompt_s: float = 3.0) -> list[SampleSpec]:
     """Of each clip so many sounds of each mode. A clip that is not twice as long as prompt_s has half of itself as prompt.
     Raises ValueError for an unknown mode and a clip given twice."""
     if unknown := sorted(set(modes) - set(MODES)):
@@ -74,7 +74,7 @@ def plan(clips: Clips, modes: Mapping[str, int], prompt_s: float = 3.0) -> list[
     if len({clip.id for clip, _ in clips}) < len(clips):
         raise ValueError("a clip is given twice: give each once, with more samples of a mode")
     prompts = [prompt_samples(wav, prompt_s) for _, wav in clips]
-    return [Wanted(clip.id, clip.speaker, clip.text, mode, i, prompt) for mode in MODES for (clip, _), prompt
+    return [SampleSpec(clip.id, clip.speaker, clip.text, mode, i, prompt) for mode in MODES for (clip, _), prompt
             in zip(clips, prompts, strict=True) for i in range(modes.get(mode, 0))]
 
 
@@ -84,24 +84,24 @@ def longest_s(paths: Mapping[str, str]) -> float:
     return min(about["stage"]["crop_s"] for about in exports)
 
 
-def make(paths: Mapping[str, str], clips: Clips, wanted: Sequence[Wanted], folder: str, seed: int = 0, device: str = "cpu",
-         draws: Mapping[str, Draw] | None = None, batch: int = 16, progress: Progress | None = None) -> list[Made]:
+def make_samples(paths: Mapping[str, str], clips: Clips, wanted: Sequence[SampleSpec], folder: str, seed: int = 0, device: str = "cpu",
+         draws: Mapping[str, SamplingParams] | None = None, batch: int = 16, progress: Progress | None = None) -> list[Sample]:
     """The sounds in order. `paths`: the folders of the run's steps; `folder`: the cache, any store. Raises ValueError beyond
     the stages' trained crops and for sounds of clips that are not given."""
     wavs = {clip.id: wav for clip, wav in clips}
     if foreign := sorted({w.clip for w in wanted} - wavs.keys()):
         raise ValueError(f"sounds of {foreign[0]} are wanted, whose audio is not among the {len(wavs)} clips: give it")
-    tasks = missing(paths, clips, wanted, folder, seed, draws, batch)
+    tasks = missing_batches(paths, clips, wanted, folder, seed, draws, batch)
     for done, task in enumerate(tasks):
-        make_batch(dict(paths), *task, folder, seed, device, draws)
+        make_sample_batch(dict(paths), *task, folder, seed, device, draws)
         if progress:
             progress(done + 1, len(tasks), "batches of sounds")
     name = _names(paths, wavs, seed, draws)
-    return [Made(w, wavs[w.clip] if w.mode == "original" else _read(store.join(folder, name(w)))) for w in wanted]
+    return [Sample(w, wavs[w.clip] if w.mode == "original" else _read(store.join(folder, name(w)))) for w in wanted]
 
 
-def missing(paths: Mapping[str, str], clips: Clips, wanted: Sequence[Wanted], folder: str, seed: int = 0,
-            draws: Mapping[str, Draw] | None = None, batch: int = 16) -> list[tuple[list[Wanted], list[np.ndarray]]]:
+def missing_batches(paths: Mapping[str, str], clips: Clips, wanted: Sequence[SampleSpec], folder: str, seed: int = 0,
+            draws: Mapping[str, SamplingParams] | None = None, batch: int = 16) -> list[tuple[list[SampleSpec], list[np.ndarray]]]:
     """What is not in the cache, as tasks (sounds of one mode, each one's clip wav_T) for `make_batch`, wherever it runs."""
     wavs = {clip.id: wav for clip, wav in clips}
     name, there = _names(paths, wavs, seed, draws), set(store.names(folder))
@@ -112,8 +112,8 @@ def missing(paths: Mapping[str, str], clips: Clips, wanted: Sequence[Wanted], fo
     return tasks
 
 
-def make_batch(paths: Mapping[str, str], wanted: Sequence[Wanted], wavs: Sequence[np.ndarray], folder: str, seed: int,
-               device: str, draws: Mapping[str, Draw] | None = None) -> None:
+def make_sample_batch(paths: Mapping[str, str], wanted: Sequence[SampleSpec], wavs: Sequence[np.ndarray], folder: str, seed: int,
+               device: str, draws: Mapping[str, SamplingParams] | None = None) -> None:
     """One task: generates sounds of one mode and puts them into the cache."""
     steps = {name: paths[name] for name in MODELS if name in paths}
     lm = load_system(tuple(steps.items()), device, tuple(draws.items()) if draws else None)
@@ -123,7 +123,7 @@ def make_batch(paths: Mapping[str, str], wanted: Sequence[Wanted], wavs: Sequenc
         store.put(store.join(folder, name(w)), wav_bytes(wav_T))
 
 
-def _generate(lm: AudioLM, wanted: Sequence[Wanted], wavs: Sequence[np.ndarray], seeds: Sequence[int]) -> list[np.ndarray]:
+def _generate(lm: AudioLM, wanted: Sequence[SampleSpec], wavs: Sequence[np.ndarray], seeds: Sequence[int]) -> list[np.ndarray]:
     mode = wanted[0].mode
     if mode in ("levels", "fine"):
         coarse = [codes_TQ[:, :lm.stage("coarse").levels[1]] for codes_TQ in lm.encode(wavs)]
@@ -143,10 +143,10 @@ def white_noise(wav_T: np.ndarray, seed: int, clip: str) -> np.ndarray:
     return np.sqrt(np.square(wav_T).mean()) * rng.generator(seed, f"white noise {clip}").standard_normal(len(wav_T))
 
 
-def by_item(made: Sequence[Made], roles: Mapping[str, str], floor: str) -> dict[str, tuple[str, list[Made]]]:
+def by_item(made: Sequence[Sample], roles: Mapping[str, str], floor: str) -> dict[str, tuple[str, list[Sample]]]:
     """(role, sounds) of each mode by its name in tables, and last the originals once more, which `floor` is made of."""
-    own = {ITEMS[mode]: (role, [m for m in made if m.wanted.mode == mode]) for mode, role in roles.items()}
-    return {**own, floor: ("floor", own[ITEMS["original"]][1])}
+    own = {LABELS[mode]: (role, [m for m in made if m.wanted.mode == mode]) for mode, role in roles.items()}
+    return {**own, floor: ("floor", own[LABELS["original"]][1])}
 
 
 def shuffled(z_T: np.ndarray, seed: int) -> np.ndarray:
@@ -156,13 +156,13 @@ def shuffled(z_T: np.ndarray, seed: int) -> np.ndarray:
 
 
 def _names(paths: Mapping[str, str], wavs: Mapping[str, np.ndarray], seed: int,
-           draws: Mapping[str, Draw] | None) -> Callable[[Wanted], str]:
+           draws: Mapping[str, SamplingParams] | None) -> Callable[[SampleSpec], str]:
     """wanted -> its file's name. The codec alone decides a resynthesis, and all samples of a clip share a hash of its audio."""
     heard = {clip: hashlib.blake2b(np.ascontiguousarray(wav, np.float32).tobytes(), digest_size=16).hexdigest()
              for clip, wav in wavs.items()}
-    how = {stage: asdict(draw) for stage, draw in {**DRAWS, **(draws or {})}.items()}
+    how = {stage: asdict(draw) for stage, draw in {**PAPER_PARAMS, **(draws or {})}.items()}
 
-    def name(w: Wanted) -> str:
+    def name(w: SampleSpec) -> str:
         needed = {"resynthesis": ("codec",), "continuation": MODELS}.get(w.mode, tuple(m for m in MODELS if m != "lm_semantic"))
         made_of = {m: store.absolute(paths[m]) for m in needed if m in paths}
         depends = [made_of, w.mode, heard[w.clip]]

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from audiolm import rng, store
-from audiolm.config.corpus import Where
+from audiolm.config.corpus import ClipFilter
 from audiolm.data.audio import wav_bytes
 from audiolm.data.clips import Clip, read_clip, read_clips
 from audiolm.eval.metrics.audio_quality import mel_distance
@@ -23,7 +23,7 @@ from audiolm.tokenizers.base import SAMPLE_RATE, SEMANTIC_HOP
 
 
 def held_out(manifest: str, roots: dict[str, str], n: int, seconds: float,
-             where: Where | None) -> list[tuple[Clip, np.ndarray]]:
+             where: ClipFilter | None) -> list[tuple[Clip, np.ndarray]]:
     """At most n (clip, wav_T) of the test split (dev where there is none), each cut to `seconds`; no randomness.
 
     Evenly spaced among the clips that are long enough, else the longest. Raises ValueError where nothing is held out.

@@ -19,7 +19,7 @@ Progress = Callable[[int, int, str], object]  # done, of how many, unit
 
 
 @dataclass(frozen=True)
-class Row:
+class Result:
     """A figure of `table` (I, II, III, IV as in the paper, else a name). `n` counts `of` (clips, pairs, crops); `value` None:
     not measured, `note` says why and what to do. `role`: ours; ceiling (the original, the codec); floor (chance, shuffled
     tokens); baseline (counting, duration)."""
@@ -45,16 +45,16 @@ class Row:
         return asdict(self)
 
 
-def unheard(done: int, total: int, unit: str) -> None:
+def no_progress(done: int, total: int, unit: str) -> None:
     """Progress that nobody follows."""
 
 
-def not_measured(table: str, item: str, metric: str, why: str, paper: float | None = None) -> Row:
+def not_measured(table: str, item: str, metric: str, why: str, paper: float | None = None) -> Result:
     """A row that stays visible: an optional package or data that are not there."""
-    return Row(table, item, metric, None, paper=paper, note=why)
+    return Result(table, item, metric, None, paper=paper, note=why)
 
 
-def interval(values: Sequence[float], groups: Sequence[Any], seed: int = 0,
+def bootstrap_interval(values: Sequence[float], groups: Sequence[Any], seed: int = 0,
              weights: Sequence[float] | None = None) -> tuple[float, float, float]:
     """(mean, low, high) of values, weighted (errors a word, weighted by words) and resampled by group. Raises ValueError where
     there are none."""
@@ -70,7 +70,7 @@ def interval(values: Sequence[float], groups: Sequence[Any], seed: int = 0,
     return float(sums.sum() / totals.sum()), float(low), float(high)
 
 
-NAMES = {"lm_semantic": "semantic stage", "lm_coarse": "coarse stage", "lm_fine": "fine stage", "codec": "codec",
+STAGE_TITLES = {"lm_semantic": "semantic stage", "lm_coarse": "coarse stage", "lm_fine": "fine stage", "codec": "codec",
          "masked_model": "masked audio model"}
-BASELINES = {"unigram": "unigram", "bigram": "Kneser-Ney 2", "fivegram": "Kneser-Ney 5", "previous": "previous frame",
+BASELINE_TITLES = {"unigram": "unigram", "bigram": "Kneser-Ney 2", "fivegram": "Kneser-Ney 5", "previous": "previous frame",
              "below": "level below", "baseline": "the better"}

@@ -15,7 +15,7 @@ from dataclasses import replace
 import numpy as np
 
 from audiolm import rng, store
-from audiolm.config.corpus import Where
+from audiolm.config.corpus import ClipFilter
 from audiolm.data.audio import SAMPLE_RATE_HZ, decode, resample
 from audiolm.data.clips import Clip, read_clip, read_clips
 from audiolm.data.sources import AUDIO
@@ -28,14 +28,14 @@ HELD_OUT = ("test", "dev")
 LEAST_S, MOST_S = 4.0, 10.0  # paper IV-B: utterances of 4 to 10 s
 
 
-def utterances(manifest: str, split: str | None = None, where: Where | None = None) -> list[Clip]:
+def utterances(manifest: str, split: str | None = None, where: ClipFilter | None = None) -> list[Clip]:
     """Every part of the manifest's clips as a Clip of its own."""
     return [replace(c, id=f"{c.origin}/{p.id}", frames=p.frames, parts=(replace(p, offset=0),))
             for c in read_clips(manifest, split, where) for p in c.parts]
 
 
 def with_text(manifest: str, n: int, seed: int = 0, least_s: float = LEAST_S, most_s: float = MOST_S,
-              where: Where | None = None) -> list[Clip]:
+              where: ClipFilter | None = None) -> list[Clip]:
     """n utterances with text that last least_s to most_s, of the test split (dev where it has none), speakers in turn; fewer
     where there are fewer. Raises ValueError where there are none."""
     for split in HELD_OUT:
@@ -46,7 +46,7 @@ def with_text(manifest: str, n: int, seed: int = 0, least_s: float = LEAST_S, mo
                      "or dev share")
 
 
-def to_continue(manifest: str, n: int, seed: int = 0, least_s: float = 6.0, where: Where | None = None) -> list[Clip]:
+def to_continue(manifest: str, n: int, seed: int = 0, least_s: float = 6.0, where: ClipFilter | None = None) -> list[Clip]:
     """n held-out utterances (test and dev) of at least least_s, speakers in turn, for prompts and what follows them. Raises
     ValueError where there are none."""
     fit = [c for split in HELD_OUT for c in utterances(manifest, split, where) if c.seconds >= least_s]
@@ -55,7 +55,7 @@ def to_continue(manifest: str, n: int, seed: int = 0, least_s: float = 6.0, wher
     return in_turn(fit, n, seed)
 
 
-def of_speakers(manifest: str, train: int, test: int, seed: int = 0, least_s: float = LEAST_S, where: Where | None = None,
+def of_speakers(manifest: str, train: int, test: int, seed: int = 0, least_s: float = LEAST_S, where: ClipFilter | None = None,
                 most_speakers: int = 300) -> tuple[list[Clip], list[Clip]]:
     """(training, test) utterances of at least least_s for a speaker classifier: of each speaker `train` and `test` of them,
     disjoint, from the one source that has the most such speakers (of equals the one whose name comes first). Speakers of any
@@ -110,7 +110,7 @@ def read(clips: Sequence[Clip], roots: Mapping[str, str], most_s: float = MOST_S
 
 
 def groups_of(items: Items, wanted: tuple[str, ...] | None, manifest: str,
-              where: Where) -> tuple[dict[str, tuple[str, ...]], list[str]]:
+              where: ClipFilter) -> tuple[dict[str, tuple[str, ...]], list[str]]:
     """({"held_out", "test", "seen": speakers of the items}, remarks); a group without speakers is absent.
 
     A speaker is seen (test) where a train (test) clip names them, or is cut from a file that the items call theirs; the others
@@ -138,7 +138,7 @@ def wav_of(path: str) -> np.ndarray:
 
 def audio_paths(folders: tuple[str, ...], wanted: set[str], field: str = "semantic.abx.audio") -> dict[str, str]:
     """{file id of the items: path}. Raises ValueError naming `field` and a file that lies nowhere."""
-    found = {posixpath.splitext(posixpath.basename(name))[0]: path for name, path in codec_files.find(list(folders), AUDIO)}
+    found = {posixpath.splitext(posixpath.basename(name))[0]: path for name, path in codec_files.find_files(list(folders), AUDIO)}
     if missing := sorted(wanted - set(found)):
         raise ValueError(f"{field}: {len(missing)} of the items' {len(wanted)} files lie nowhere below "
                          f"{', '.join(folders)}; the first is {missing[0]}")

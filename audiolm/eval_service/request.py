@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from audiolm.store import mask
+from audiolm.store import hide_credentials
 
 REQUESTED, SUBMITTED, RUNNING, DONE, FAILED = "requested", "submitted", "running", "done", "failed"
 STATE, SUITES, JOB, ENDED, REASON, RESULT = ("evaluate", "evaluate.suites", "evaluate.job", "evaluate.ended", "evaluate.reason",
@@ -99,7 +99,7 @@ def end(client: Any, asked: Request, state: str, reason: str = "") -> None:
     if read(client, asked.name, asked.version).number != asked.number:
         return
     _set(client, asked, JOB, asked.job)
-    _set(client, asked, REASON, mask(reason)[:REASON_CHARS])
+    _set(client, asked, REASON, hide_credentials(reason)[:REASON_CHARS])
     _set(client, asked, ENDED, f"{asked.number} {state}")
     _set(client, asked, STATE, state)
 

@@ -14,11 +14,11 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from audiolm import store
-from audiolm.eval.results import Row
-from audiolm.eval.suites.base import Report
+from audiolm.eval.results import Result
+from audiolm.eval.suites.base import SuiteReport
 from audiolm.eval_service import request
 from audiolm.report.results_page import markdown
-from audiolm.store import mask
+from audiolm.store import hide_credentials
 from audiolm.tracking import client as mlflow_client
 from audiolm.tracking.outbox import first_line, key, now_ms
 from audiolm.tracking.registry import ASK, MODEL
@@ -30,7 +30,7 @@ PATIENCE_S = 3600.0  # for an MLflow that does not answer
 T = TypeVar("T")
 
 
-def answer(client: Any, name: str, version: str, number: int, evaluate: Callable[[], Report]) -> bool:
+def answer(client: Any, name: str, version: str, number: int, evaluate: Callable[[], SuiteReport]) -> bool:
     """Runs `evaluate` for request `number` of a version and writes the end onto it; False where it failed or has ended."""
     asked = _patient(lambda: request.read(client, name, version))
     if asked.number != number:
@@ -77,7 +77,7 @@ def _end(client: Any, asked: request.Request, run_id: str, status: str, state: s
     _patient(lambda: request.end(client, asked, state, reason))
 
 
-def _publish(client: Any, asked: request.Request, run_id: str, report: Report, at_ms: int) -> None:
+def _publish(client: Any, asked: request.Request, run_id: str, report: SuiteReport, at_ms: int) -> None:
     version = client.get_model_version(asked.name, asked.version)
     step = int(asked.tags["step"]) if asked.tags.get("step", "").isdecimal() else 0
     figures = {_key(r): float(r.value) for r in report.rows if r.value is not None}
@@ -92,11 +92,11 @@ def _publish(client: Any, asked: request.Request, run_id: str, report: Report, a
     client.update_model_version(asked.name, asked.version, text)
 
 
-def _key(r: Row) -> str:
+def _key(r: Result) -> str:
     return key(f"eval/{r.table}/{r.item}/{r.metric}".replace("%", "percent"))
 
 
-def _csv(rows: list[Row]) -> str:
+def _csv(rows: list[Result]) -> str:
     sink = io.StringIO()
     writer = csv.DictWriter(sink, list(rows[0].to_json()))
     writer.writeheader()
@@ -104,9 +104,9 @@ def _csv(rows: list[Row]) -> str:
     return sink.getvalue()
 
 
-def _described(before: str, number: int, where: str, rows: list[Row]) -> str:
+def _described(before: str, number: int, where: str, rows: list[Result]) -> str:
     """The description with the newest evaluation in place of an older one."""
     head = before.split(MARK)[0].replace(ASK, "").strip()
     links = f"**Evaluated** (request {number}): [report with sound and plots]({where}/artifacts/report.html), [run]({where})"
     start = f"{head}\n\n{MARK}\n{links}\n\n"
-    return mask(start + markdown(rows, DESCRIPTION_CHARS - len(start) - 100))[:DESCRIPTION_CHARS]
+    return hide_credentials(start + markdown(rows, DESCRIPTION_CHARS - len(start) - 100))[:DESCRIPTION_CHARS]

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from audiolm.generate.params import DRAWS, Draw
+from audiolm.generate.params import PAPER_PARAMS, SamplingParams
 from audiolm.generate.sampler import Sampler
 from audiolm.lm.stages import FRAMES, SEMANTIC_HZ, Stage, dedupe
 from audiolm.models.transformer import Transformer
@@ -54,7 +54,7 @@ class AudioLM:
     codec: Codec
     models: dict[str, tuple[Transformer, Stage]]  # semantic, coarse and (where Q' < Q) fine
     mean_run: float
-    draws: Mapping[str, Draw] = field(default_factory=lambda: dict(DRAWS))
+    draws: Mapping[str, SamplingParams] = field(default_factory=lambda: dict(PAPER_PARAMS))
     device: str = "cpu"
     spent_s: dict[str, float] = field(default_factory=dict)
 

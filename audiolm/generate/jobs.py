@@ -1,4 +1,4 @@
-"""What a generation asks for, under which names, and what of it is done (eval.sound_task makes the rest).
+"""What a generation asks for, under which names, and what of it is done (generate.jobs makes the rest).
 
 A sample is NAME-N.wav (16 kHz, 16-bit PCM) with its NAME-N.json (`settings`: all that the sound depends on; and how it
 went) in one folder, its picture and its prompt as the model heard it below page/.  The wav comes last and whole, so a
@@ -24,31 +24,31 @@ import soundfile
 import audiolm
 from audiolm import store
 from audiolm.data.audio import wav_bytes
-from audiolm.data.audio_check import look, told
+from audiolm.data.audio_check import check_audio, error_line
 from audiolm.data.sources import AUDIO
 from audiolm.generate.load import load_system
 from audiolm.generate.prompts import read_prompt, seed_of
 from audiolm.render.plots import spectrogram
 from audiolm.tokenizers import codec_files
 from audiolm.tokenizers.base import SAMPLE_RATE
-from audiolm.tokenizers.codec_files import appears
+from audiolm.tokenizers.codec_files import appearing
 
 if TYPE_CHECKING:
     from audiolm.generate.audiolm import AudioLM
-    from audiolm.generate.params import Draw
+    from audiolm.generate.params import SamplingParams
 
-LOOKS = 16  # files looked at together
+CHECK_THREADS = 16  # files looked at together
 
 
 @dataclass(frozen=True)
-class Asked:
+class GenerationJob:
     """What all samples of a command share."""
 
     run: str
     index: str
     models: tuple[tuple[str, str], ...]  # folder by step
     mode: str
-    draws: tuple[tuple[str, Draw], ...]  # by stage
+    draws: tuple[tuple[str, SamplingParams], ...]  # by stage
     seed: int
     seconds: float | None = None  # None where the prompt's length decides
     prompt_s: float | None = None  # 0: all of a file
@@ -57,7 +57,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Sample:
+class SampleJob:
     name: str  # NAME of the files
     number: int  # from 1
     prompt: str = ""  # as it was given; "" for none
@@ -74,35 +74,35 @@ def name_prompts(inputs: Sequence[str]) -> list[tuple[str, str]]:
 
     Raises ValueError for a folder without audio.
     """
-    found = {path: posixpath.splitext(name)[0].replace("/", "-") for name, path in codec_files.find(inputs, AUDIO)}
+    found = {path: posixpath.splitext(name)[0].replace("/", "-") for name, path in codec_files.find_files(inputs, AUDIO)}
     often = Counter(found.values())
     return [(f"{name}-{hashlib.sha256(path.encode()).hexdigest()[:6]}" if often[name] > 1 else name, path)
             for path, name in found.items()]
 
 
-def look_at(prompts: Sequence[tuple[str, str]], count: int) -> tuple[list[Sample], list[str]]:
+def check_prompts(prompts: Sequence[tuple[str, str]], count: int) -> tuple[list[SampleJob], list[str]]:
     """`count` samples of each prompt, and a line for each that is missing or no audio."""
     def one(path: str) -> tuple[str, str]:
         try:
-            return look(path)[0], ""
+            return check_audio(path)[0], ""
         except Exception as e:  # noqa: BLE001  whatever a file or a place raises, the others have their turn
-            return "", told(path, e)
+            return "", error_line(path, e)
 
-    with ThreadPoolExecutor(LOOKS) as pool:
+    with ThreadPoolExecutor(CHECK_THREADS) as pool:
         looked = list(pool.map(one, [path for _, path in prompts]))
     good = [(name, path, digest) for (name, path), (digest, wrong) in zip(prompts, looked, strict=True) if not wrong]
-    return ([Sample(name, n, path, store.absolute(path), digest) for name, path, digest in good
+    return ([SampleJob(name, n, path, store.absolute(path), digest) for name, path, digest in good
              for n in range(1, count + 1)], [wrong for _, wrong in looked if wrong])
 
 
-def settings(asked: Asked, sample: Sample) -> dict[str, Any]:
+def sample_settings(asked: GenerationJob, sample: SampleJob) -> dict[str, Any]:
     """All that a sample's sound depends on, as its JSON has it."""
     return {"mode": asked.mode, "prompt": sample.prompt, "prompt_hash": sample.digest, "prompt_s": asked.prompt_s,
             "sample": sample.number, "seconds": asked.seconds, "seed": asked.seed, "whole": asked.whole, "long": asked.long,
             "draws": {stage: asdict(draw) for stage, draw in asked.draws}, "models": dict(asked.models)}
 
 
-def records(folder: str) -> dict[str, dict[str, Any]]:
+def sample_records(folder: str) -> dict[str, dict[str, Any]]:
     """The JSON of each sample in a folder whose wav is there, by file name without its ending."""
     there = set(store.names(folder))
     names = [name for name in sorted(n[:-5] for n in there if n.endswith(".json")) if f"{name}.wav" in there]
@@ -114,13 +114,13 @@ def records(folder: str) -> dict[str, dict[str, Any]]:
             return None
         return found if isinstance(found, dict) and "settings" in found else None
 
-    with ThreadPoolExecutor(LOOKS) as pool:
+    with ThreadPoolExecutor(CHECK_THREADS) as pool:
         return {name: found for name, found in zip(names, pool.map(one, names), strict=True) if found}
 
 
-def left(asked: Asked, samples: Sequence[Sample], folder: str, force: bool) -> list[Sample]:
+def pending_samples(asked: GenerationJob, samples: Sequence[SampleJob], folder: str, force: bool) -> list[SampleJob]:
     """The samples that are not done yet, all with `force`. Raises ValueError for a file of other settings or not ours."""
-    there, made = set(store.names(folder)), records(folder)
+    there, made = set(store.names(folder)), sample_records(folder)
     todo = []
     for sample in samples:
         path, old = store.join(folder, f"{sample.file}.wav"), made.get(sample.file)
@@ -130,7 +130,7 @@ def left(asked: Asked, samples: Sequence[Sample], folder: str, force: bool) -> l
         fix = "name another --out, or make it anew with --force"
         if old is None:
             raise ValueError(f"{path} is there and was not made by generate.py: {fix}")
-        new = json.loads(json.dumps(settings(asked, sample)))
+        new = json.loads(json.dumps(sample_settings(asked, sample)))
         if other := [k for k in new if new[k] != old["settings"].get(k)]:
             k = other[0]
             raise ValueError(f"{path} was made with another {k} ({old['settings'].get(k)}, now {new[k]}): {fix}")
@@ -149,7 +149,7 @@ class Generated:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-def run_task(asked: Asked, samples: Sequence[Sample], folder: str, device: str) -> list[str]:
+def run_task(asked: GenerationJob, samples: Sequence[SampleJob], folder: str, device: str) -> list[str]:
     """Makes the samples; returns a line for each prompt that failed."""
     lm = load_system(asked.models, device, asked.draws)
     prompts, wrong = {}, {}
@@ -159,7 +159,7 @@ def run_task(asked: Asked, samples: Sequence[Sample], folder: str, device: str) 
         try:
             wav_T = read_prompt(sample.place, asked.prompt_s)
         except Exception as e:  # noqa: BLE001  whatever a file or a place raises, the others have their turn
-            wrong[sample.prompt] = told(sample.prompt, e)
+            wrong[sample.prompt] = error_line(sample.prompt, e)
             continue
         prompts[sample.prompt] = wav_T
         name = store.join(folder, "page", f"{sample.name}-prompt")
@@ -168,7 +168,7 @@ def run_task(asked: Asked, samples: Sequence[Sample], folder: str, device: str) 
     return [*wrong.values(), *_make(lm, asked, [s for s in samples if s.prompt not in wrong], prompts, folder)]
 
 
-def _make(lm: AudioLM, asked: Asked, samples: Sequence[Sample], prompts: dict[str, np.ndarray], folder: str) -> list[str]:
+def _make(lm: AudioLM, asked: GenerationJob, samples: Sequence[SampleJob], prompts: dict[str, np.ndarray], folder: str) -> list[str]:
     """All together; where that fails, each alone."""
     if not samples:
         return []
@@ -178,11 +178,11 @@ def _make(lm: AudioLM, asked: Asked, samples: Sequence[Sample], prompts: dict[st
         return []
     except ValueError as e:
         if len(samples) == 1:
-            return [told(samples[0].prompt or asked.mode, e)]
+            return [error_line(samples[0].prompt or asked.mode, e)]
     return [line for sample in samples for line in _make(lm, asked, [sample], prompts, folder)]
 
 
-def _generate(lm: AudioLM, asked: Asked, samples: Sequence[Sample], prompts: dict[str, np.ndarray]) -> list[Generated]:
+def _generate(lm: AudioLM, asked: GenerationJob, samples: Sequence[SampleJob], prompts: dict[str, np.ndarray]) -> list[Generated]:
     seeds = [seed_of(asked.seed, s.prompt, s.number) for s in samples]
     wavs, may_end = [prompts.get(s.prompt) for s in samples], not asked.whole
     lm.spent_s.clear()
@@ -210,7 +210,7 @@ def _generate(lm: AudioLM, asked: Asked, samples: Sequence[Sample], prompts: dic
     return made
 
 
-def _long(lm: AudioLM, asked: Asked, prompt_T: np.ndarray | None, seed: int) -> Generated:
+def _long(lm: AudioLM, asked: GenerationJob, prompt_T: np.ndarray | None, seed: int) -> Generated:
     """A sound that is generated while it is written."""
     from audiolm.generate.long_form import stream
 
@@ -239,10 +239,10 @@ def _about(lm: AudioLM, prompt_T: np.ndarray | None, ended: bool) -> dict[str, A
     return {"prompt_s": None if prompt_T is None else len(prompt_T) / SAMPLE_RATE, "ended": ended, "device": lm.device}
 
 
-def _publish(folder: str, asked: Asked, sample: Sample, made: Generated) -> None:
+def _publish(folder: str, asked: GenerationJob, sample: SampleJob, made: Generated) -> None:
     """Writes a sample's picture, JSON and, last and whole, its wav."""
     path, shown, room = store.join(folder, f"{sample.file}.wav"), [], round(SHOWN_S * SAMPLE_RATE)
-    with appears(path) as aside:
+    with appearing(path) as aside:
         with soundfile.SoundFile(aside, "w", SAMPLE_RATE, 1, "PCM_16", format="WAV") as f:
             for wav_T in made.pieces:
                 if not np.isfinite(wav_T).all():
@@ -255,6 +255,6 @@ def _publish(folder: str, asked: Asked, sample: Sample, made: Generated) -> None
         store.put(store.join(folder, "page", f"{sample.file}.png"), picture)
         store.remove(path)  # of other settings: it must not stand beside this JSON
         store.put_json(store.join(folder, f"{sample.file}.json"), {
-            "settings": settings(asked, sample), "run": asked.run, "index": asked.index, "name": sample.name,
+            "settings": sample_settings(asked, sample), "run": asked.run, "index": asked.index, "name": sample.name,
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "audiolm": audiolm.__version__,
             **made.facts})

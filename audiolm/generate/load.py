@@ -14,7 +14,7 @@ from audiolm.dag.run_index import SYSTEM_STEPS, steps_of
 
 if TYPE_CHECKING:
     from audiolm.generate.audiolm import AudioLM
-    from audiolm.generate.params import Draw
+    from audiolm.generate.params import SamplingParams
 
 def system_steps(index_path: str) -> dict[str, str]:
     """The folders that a system is loaded from. Raises ValueError that names the steps which are not done yet."""
@@ -37,20 +37,20 @@ def _needs_fine(steps: Mapping[str, str]) -> bool:
 
 
 @lru_cache(maxsize=1)
-def load_system(steps: tuple[tuple[str, str], ...], device: str, draws: tuple[tuple[str, Draw], ...] | None) -> AudioLM:
+def load_system(steps: tuple[tuple[str, str], ...], device: str, draws: tuple[tuple[str, SamplingParams], ...] | None) -> AudioLM:
     """The AudioLM of some steps' folders, loaded once a process."""
     return load(dict(steps), device, draws=dict(draws) if draws else None)
 
 
 def load(paths: Mapping[str, str], device: str = "cpu", mean_run: float | None = None,
-         draws: Mapping[str, Draw] | None = None) -> AudioLM:
+         draws: Mapping[str, SamplingParams] | None = None) -> AudioLM:
     """The system from the steps' output folders: kmeans, codec, lm_semantic, lm_coarse and (where Q' < Q) lm_fine.
 
     `mean_run` defaults to the fact of that name of the `semantic_tokens` folder. The stages run in bfloat16 on a GPU.
     Raises ValueError for a missing step and for stages that were trained on another tokenizer's tokens.
     """
     from audiolm.generate.audiolm import AudioLM
-    from audiolm.generate.params import DRAWS
+    from audiolm.generate.params import PAPER_PARAMS
     from audiolm.lm.model import load_lm
     from audiolm.tokenizers.acoustic import load_codec
     from audiolm.tokenizers.semantic import load_semantic
@@ -71,7 +71,7 @@ def load(paths: Mapping[str, str], device: str = "cpu", mean_run: float | None =
     if device != "cpu":
         models = {name: (model.bfloat16(), stage) for name, (model, stage) in models.items()}
     return AudioLM(load_semantic(paths["kmeans"], device), load_codec(paths["codec"], device), models, float(mean_run),
-                   dict(draws or DRAWS), device=device)
+                   dict(draws or PAPER_PARAMS), device=device)
 
 
 def _of_one_run(paths: Mapping[str, str]) -> None:

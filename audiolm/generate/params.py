@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import torch
 
-from audiolm.config.lm import Samples
+from audiolm.config.lm import SamplesConfig
 
 
 @dataclass(frozen=True)
-class Draw:
+class SamplingParams:
     """Temperature 0 takes the most likely id. The rest is off in the paper.
 
     `window`: an id that makes up more than `repeats` of the last `window` ids of its slot is drawn again, without top_k and
@@ -41,17 +41,17 @@ class Draw:
             raise ValueError(f"repeats ({self.repeats}) must lie in [0, 1)")
 
 
-def draws_of(samples: Samples) -> dict[str, Draw]:
+def params_from_config(samples: SamplesConfig) -> dict[str, SamplingParams]:
     """By stage, as a run's config says."""
-    return {stage: Draw(getattr(samples, f"temperature_{stage}")) for stage in ("semantic", "coarse", "fine")}
+    return {stage: SamplingParams(getattr(samples, f"temperature_{stage}")) for stage in ("semantic", "coarse", "fine")}
 
 
-def noise(seed: int, first: int, last: int) -> torch.Tensor:
+def gumbel_noise(seed: int, first: int, last: int) -> torch.Tensor:
     """noise_S2 of the target positions [first, last), from the sample's own generator."""
     return torch.rand(last, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)[first:]
 
 
-def pick(scores_BW: torch.Tensor, noise_B2: torch.Tensor, how: Draw, ids_BW: torch.Tensor,
+def sample_ids(scores_BW: torch.Tensor, noise_B2: torch.Tensor, how: SamplingParams, ids_BW: torch.Tensor,
          recent_BR: torch.Tensor) -> torch.Tensor:
     """(B,): the ids drawn; one with score -inf never is."""
     if how.temperature == 0:
@@ -80,4 +80,4 @@ def _at(probs_BW: torch.Tensor, noise_B: torch.Tensor, ids_BW: torch.Tensor) -> 
     return ids_BW.gather(1, torch.searchsorted(cdf_BW, at_B1, right=True))[:, 0]
 
 
-DRAWS = {"semantic": Draw(0.6), "coarse": Draw(0.8), "fine": Draw(0.6)}  # paper III-D
+PAPER_PARAMS = {"semantic": SamplingParams(0.6), "coarse": SamplingParams(0.8), "fine": SamplingParams(0.6)}  # paper III-D

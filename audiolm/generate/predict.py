@@ -1,4 +1,4 @@
-"""Answers requests for sound, one row a prompt: what audiolm/serve.py serves. Knows nothing of MLflow.
+"""Answers requests for sound, one row a prompt: what audiolm/tracking/serve.py serves. Knows nothing of MLflow.
 
 A row asks: `audio` (base64 of an audio file; none for mode unconditional), at most `seconds` beyond it (7), `seed` (0),
 `samples` (1), `mode` (continuation, unconditional, acoustic, resynthesis).  An answer holds `audio` (base64 of a 16-bit wav
@@ -29,7 +29,7 @@ READS = {"continuation": "audio, seconds", "unconditional": "seconds", "acoustic
 MOST = 32  # samples of a row
 
 
-def open_system(system: Mapping[str, Any]) -> AudioLM:
+def load_logged_system(system: Mapping[str, Any]) -> AudioLM:
     """The AudioLM of a system.json, on the GPU if there is one. Raises ValueError where a step's folder is gone."""
     for name, path in system["steps"].items():
         if not store.exists(path):
@@ -38,7 +38,7 @@ def open_system(system: Mapping[str, Any]) -> AudioLM:
     return load(system["steps"], pick_device("auto"))
 
 
-def answer(lm: AudioLM, rows: Sequence[Mapping[str, Any]], params: Mapping[str, float]) -> list[dict[str, Any]]:
+def predict(lm: AudioLM, rows: Sequence[Mapping[str, Any]], params: Mapping[str, float]) -> list[dict[str, Any]]:
     """The rows' samples in order. params: `temperature_semantic`, `temperature_coarse`, `temperature_fine`.
 
     Raises ValueError naming the row, the field and the fix.

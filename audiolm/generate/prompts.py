@@ -11,7 +11,7 @@ import tempfile
 import numpy as np
 
 from audiolm.data.audio import mono, resample, start_of
-from audiolm.data.audio_check import look, sound_errors
+from audiolm.data.audio_check import audio_errors, check_audio
 from audiolm.rng import derive
 from audiolm.tokenizers.base import SAMPLE_RATE, SEMANTIC_HOP
 
@@ -25,8 +25,8 @@ def read_prompt(path: str, prompt_s: float = PROMPT_S) -> np.ndarray:
 
     Raises FileNotFoundError; ValueError for what is empty, truncated or no audio, and as `checked` does.
     """
-    look(path)
-    with sound_errors(path):
+    check_audio(path)
+    with audio_errors(path):
         wav_T = start_of(path, round(prompt_s * SAMPLE_RATE) or None)
     return checked(wav_T)
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from audiolm.generate.params import Draw, noise, pick
+from audiolm.generate.params import SamplingParams, gumbel_noise, sample_ids
 from audiolm.lm.stages import Stage
 from audiolm.models.transformer import ROWS, Transformer
 
@@ -22,7 +22,7 @@ ONE_THREAD_DIM = 512  # models up to this width sample on one CPU thread
 CHECK = 16  # draws after which a GPU is asked whether all samples have ended
 WARM = 3  # tokens before a CUDA graph is captured: libraries set themselves up
 KEPT = 2  # memories of different sizes that a GPU keeps
-PLAIN = Draw()
+PLAIN = SamplingParams()
 LENGTH = 512  # a kept memory's length is a multiple of this
 
 
@@ -54,11 +54,11 @@ class Sampler:
         own = stage.slot_ids()  # what a slot's head scores, nothing else can be drawn
         ids_SW = np.stack([np.pad(ids, (0, max(map(len, own)) - len(ids)), constant_values=stage.eos) for ids in own])
         self._ids_SW = torch.from_numpy(ids_SW).to(self.device)
-        self._kept: dict[tuple[int, Draw], Memory] = {}
+        self._kept: dict[tuple[int, SamplingParams], Memory] = {}
 
     def __call__(self, prompts: Sequence[np.ndarray], n_target: Sequence[int] | int, *, seeds: Sequence[int],
                  forced: Sequence[np.ndarray] | None = None, eos_from: int | Sequence[int] | None = None,
-                 draw: Draw = PLAIN) -> list[np.ndarray]:
+                 draw: SamplingParams = PLAIN) -> list[np.ndarray]:
         """Target ids of each prompt (`Stage.prompt`), `n_target` of them; those in `forced` are given and come back first.
 
         A sample may end before, with EOS as its last id, once it has `eos_from` targets (for all, or each); None: EOS is
@@ -90,7 +90,7 @@ class Sampler:
                     out[i] = np.concatenate([given[i], ids])
         return out
 
-    def _group(self, rows: list[np.ndarray], starts: list[int], steps: list[int], ends_B: np.ndarray, draw: Draw,
+    def _group(self, rows: list[np.ndarray], starts: list[int], steps: list[int], ends_B: np.ndarray, draw: SamplingParams,
                seeds: Sequence[int]) -> list[np.ndarray]:
         """The ids that follow each row, steps[b] of them, the first as target number starts[b]."""
         stage, B, S = self.stage, len(rows), max(steps)
@@ -98,7 +98,7 @@ class Sampler:
         n_SB = np.arange(S)[:, None] + np.array(starts)
         m.slot_SB[:S, :B] = torch.from_numpy(n_SB % stage.slots)
         m.eos_SB[:S, :B] = torch.from_numpy(stage.eos_legal(n_SB) & (n_SB >= ends_B))
-        m.noise_SB2[:S, :B] = torch.stack([noise(seed, n, n + S) for seed, n in zip(seeds, starts, strict=True)], 1)
+        m.noise_SB2[:S, :B] = torch.stack([gumbel_noise(seed, n, n + S) for seed, n in zip(seeds, starts, strict=True)], 1)
         m.at.zero_()
         m.last_B[:B] = torch.tensor([row[-1] for row in rows])
         if m.back:
@@ -123,7 +123,7 @@ class Sampler:
             out.append(ids[:ends[0] + 1] if len(ends) else ids)
         return out
 
-    def _memory(self, rows: int, length: int, draw: Draw) -> Memory:
+    def _memory(self, rows: int, length: int, draw: SamplingParams) -> Memory:
         back = (draw.window or 0) * self.stage.slots
         if not self.static:
             return Memory(self.model, rows, length, back)
@@ -137,7 +137,7 @@ class Sampler:
         kept.cache.clear()
         return kept
 
-    def _step(self, m: Memory, draw: Draw, slots: list[int] | None) -> None:
+    def _step(self, m: Memory, draw: SamplingParams, slots: list[int] | None) -> None:
         """One id more in every row. `slots` of this step where the host knows them and may act on it."""
         slot_B, may_end_B, noise_B2 = (x.index_select(0, m.at)[0] for x in (m.slot_SB, m.eos_SB, m.noise_SB2))
         h_BD = self.model.advance(m.last_B[:, None], m.cache)[:, 0]
@@ -146,14 +146,14 @@ class Sampler:
         if self.stage.no_repeat:
             barred_BW = barred_BW | (ids_BW == m.last_B[:, None])
         scores_BW = self.model.scores(h_BD, slot_B if slots is None else slots).masked_fill(barred_BW, -torch.inf)
-        drawn_B = pick(scores_BW, noise_B2, draw, ids_BW, m.recent_BR)
+        drawn_B = sample_ids(scores_BW, noise_B2, draw, ids_BW, m.recent_BR)
         m.last_B.copy_(drawn_B)
         m.out_SB.index_copy_(0, m.at, drawn_B[None])
         if m.back:
             m.recent_BR.copy_(torch.cat([m.recent_BR[:, 1:], drawn_B[:, None]], 1))
         m.at += 1
 
-    def _replay(self, m: Memory, draw: Draw) -> None:
+    def _replay(self, m: Memory, draw: SamplingParams) -> None:
         """`_step` as a CUDA graph, captured when the cache first reaches a run of keys."""
         if m.warm < WARM:
             m.warm += 1

@@ -16,11 +16,11 @@ import numpy as np
 from audiolm import rng, store
 from audiolm.data.audio import wav_bytes
 from audiolm.data.clips import Clip, read_clip, read_clips
-from audiolm.data.parallel import device_of, fan_out
+from audiolm.data.parallel import cluster_device, parallel_map
 from audiolm.data.sources import roots
 from audiolm.generate.audiolm import Sound, whole_frames
 from audiolm.generate.load import load
-from audiolm.generate.params import draws_of
+from audiolm.generate.params import params_from_config
 from audiolm.tokenizers.base import SAMPLE_RATE
 
 MODES = ("unconditional", "acoustic", "continuation", "resynthesis")
@@ -34,11 +34,11 @@ def make_samples(config: Mapping[str, Any], inputs: Mapping[str, Any], out: Any)
     than the sound lasts), the median of the seconds that stage 1 ended too early and, by mode, semantic tokens a second (of
     resynthesis: of the real clips). Raises ValueError for a wav that is not finite.
     """
-    device = device_of(config["cluster"], out.inline)
+    device = cluster_device(config["cluster"], out.inline)
     paths = {name: artifact.path for name, artifact in inputs.items()}
     settings = {k: config[k] for k in ("samples", "corpus", "seed")}
     mean_run = inputs["semantic_tokens"].facts["mean_run"]
-    results = fan_out(make_mode, [(mode, settings, paths, mean_run, out.path, device) for mode in MODES], out=out,
+    results = parallel_map(make_mode, [(mode, settings, paths, mean_run, out.path, device) for mode in MODES], out=out,
                       cluster=config["cluster"], unit="modes", gpu=device == "cuda")
     entries = [entry for mode_entries, _ in results for entry in mode_entries]
     out.check()
@@ -59,7 +59,7 @@ def make_mode(mode: str, config: Mapping[str, Any], paths: Mapping[str, str], me
               device: str) -> tuple[list[dict], dict[str, float]]:
     """One task: the wavs of a mode, and the seconds spent in all ("") and by stage."""
     asked, corpus, seed = config["samples"], config["corpus"], config["seed"]
-    system = load({name: paths[name] for name in MODELS if name in paths}, device, mean_run=mean_run, draws=draws_of(asked))
+    system = load({name: paths[name] for name in MODELS if name in paths}, device, mean_run=mean_run, draws=params_from_config(asked))
     clips = pick(read_clips(paths["manifest"], "test"), asked.n, asked.prompt_s + asked.seconds, seed)
     wavs = [_excerpt(clip, roots(corpus), asked.prompt_s + asked.seconds) for clip in clips]
     prompts = [whole_frames(wav[:round(asked.prompt_s * SAMPLE_RATE)]) for wav in wavs]

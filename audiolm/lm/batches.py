@@ -1,7 +1,7 @@
 """Rows of token ids for one language-model stage, from both token stores (DESIGN 1.7, 1.8).
 
 A training row is filled with documents, each a crop of one clip as the stage packs it: where a row is full, its last clip
-is cut, and the rest begins another row (data.rows).  Everything is planned from lengths; of the stores only the stage's
+is cut, and the rest begins another row (lm.row_plan).  Everything is planned from lengths; of the stores only the stage's
 columns are read, a shard at a time, ahead of their use, into a bounded cache.  Validation takes plain crops, one a row.
 A stage is any value with the fields of lm.stages.Stage that are used here (data stands below lm).
 Shapes: z_T semantic ids at 25 Hz; codes_TQ at 50 Hz; ids_BT int64, target_BT bool (the id carries loss), doc_BT int64
@@ -19,11 +19,11 @@ import numpy as np
 import torch
 
 from audiolm import rng
-from audiolm.config.corpus import Where
+from audiolm.config.corpus import ClipFilter
 from audiolm.data.clips import Clip, token_clips
 from audiolm.data.tokens import RATIO, TokenStore, check_pair, run_starts, side_by_side
 from audiolm.lm.clip_lengths import read_lengths
-from audiolm.lm.row_plan import RowPlan
+from audiolm.lm.row_plan import PackingPlan
 from audiolm.lm.shard_cache import ShardCache
 
 Crop = tuple[int, int]  # (clip number, start in semantic frames)
@@ -45,7 +45,7 @@ class TokenBatches:
     """Batches of the clips of a split, in the manifest's order; `frames`: their semantic frames."""
 
     def __init__(self, manifest_path: str, semantic_path: str | None, acoustic_path: str | None, stage: Any, split: str,
-                 where: Where | None, batch: int, seed: int, cache_mb: int = 256):
+                 where: ClipFilter | None, batch: int, seed: int, cache_mb: int = 256):
         """Raises TokenError for stores that do not belong together, ValueError where the split is empty."""
         self.stage, self.batch_rows, self.seed = stage, batch, seed
         self.semantic = _open(semantic_path, "semantic_tokens", stage) if stage.needs_semantic else None
@@ -74,7 +74,7 @@ class TokenBatches:
         return token_clips(manifest_path, self.stores[0].speeds, split, where)
 
     @cached_property
-    def plan(self) -> RowPlan:
+    def plan(self) -> PackingPlan:
         """Made at the first batch: where tokens are deduplicated it needs a number of each clip from the store."""
         stage, lengths = self.stage, self.lengths
         costs = stage.frame_ids * self.frames + stage.special
@@ -88,7 +88,7 @@ class TokenBatches:
         # a row has one cut clip more than the costs know of, and ends within a frame of its end
         stride = max(1, stage.max_len - stage.special - stage.frame_ids // 2)
         size = float(self._sizes[lengths.shards].mean())
-        return RowPlan(costs, lengths.firsts, stride, self.batch_rows, self.seed, size)
+        return PackingPlan(costs, lengths.firsts, stride, self.batch_rows, self.seed, size)
 
     def batch(self, step: int, rows: Iterable[int]) -> dict[str, torch.Tensor]:
         """ids_BT, target_BT, doc_BT of rows of step's global batch; decided by (seed, step, row) alone."""

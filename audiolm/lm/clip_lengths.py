@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from audiolm import store
-from audiolm.config.corpus import Where
+from audiolm.config.corpus import ClipFilter
 from audiolm.data.audio import SAMPLE_RATE_HZ, samples_at
 from audiolm.data.tokens import TokenError, TokenStore, digest_clips, new_digest
 
@@ -23,7 +23,7 @@ COLUMNS = ["id", "origin", "source", "split", "sample_rate", "frames", "shard"]
 
 
 @dataclass(frozen=True)
-class Lengths:
+class ClipLengths:
     """Clip c has frames[c] semantic frames and is row rows[c] of its shard; shard shards[s] holds clips firsts[s] to
     firsts[s + 1], those that `where` takes."""
 
@@ -36,7 +36,7 @@ class Lengths:
         return int(self.shards[np.searchsorted(self.firsts, clip, side="right") - 1])
 
 
-def read_lengths(manifest_path: str, split: str, where: Where | None, hop: int, stores: Sequence[TokenStore]) -> Lengths:
+def read_lengths(manifest_path: str, split: str, where: ClipFilter | None, hop: int, stores: Sequence[TokenStore]) -> ClipLengths:
     """Raises TokenError where a store holds other clips than the manifest, or clips of another length."""
     speeds = stores[0].speeds if split == "train" else ()
     frames, rows, shards, numbers = [np.zeros(0, np.int32)], [np.zeros(0, np.int32)], [], []
@@ -55,11 +55,11 @@ def read_lengths(manifest_path: str, split: str, where: Where | None, hop: int, 
             rows.append(np.flatnonzero(taken).astype(np.int32))
             shards.append(k)
             numbers.append(len(rows[-1]))
-    return Lengths(np.concatenate(frames), np.concatenate(rows), np.array(shards, np.int64),
+    return ClipLengths(np.concatenate(frames), np.concatenate(rows), np.array(shards, np.int64),
                    np.concatenate([[0], np.cumsum(numbers, dtype=np.int64)]))
 
 
-def _shards(manifest_path: str, split: str, where: Where | None) -> Iterator[tuple[int, list[str], np.ndarray, np.ndarray]]:
+def _shards(manifest_path: str, split: str, where: ClipFilter | None) -> Iterator[tuple[int, list[str], np.ndarray, np.ndarray]]:
     """(number, ids, samples at 16 kHz, whether `where` takes it) of the clips of each shard, in the manifest's order."""
     fs, p = store.open_fs(store.join(manifest_path, "clips.parquet"))
     held: list[tuple[list[str], np.ndarray, np.ndarray]] = []

@@ -2,7 +2,7 @@
 
 A target's probability is among the ids its slot may take.  `prepare` says on the CPU where the targets are, so that the
 device is never asked, at a size that the batch's shape decides, so that nothing is compiled twice.
-Shapes: ids_BT, target_BT (the id carries loss), doc_BT as data.batches; index_SN, label_SN, nats_SN as models.heads.
+Shapes: ids_BT, target_BT (the id carries loss), doc_BT as lm.batches; index_SN, label_SN, nats_SN as models.heads.
 """
 
 from __future__ import annotations

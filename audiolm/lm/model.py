@@ -20,19 +20,19 @@ from audiolm.models.transformer import Transformer
 FORMAT = 2  # 1 had one head over all ids
 
 
-def build_lm(stage: Stage, shape: lm.Stage) -> Transformer:
+def build_lm(stage: Stage, shape: lm.StageConfig) -> Transformer:
     """The untrained model of a stage; draws its weights from torch's current generator."""
     model = Transformer(**_arguments(stage, shape))
     model.checkpointing = shape.checkpointing
     return model
 
 
-def _arguments(stage: Stage, shape: lm.Stage) -> dict[str, Any]:
+def _arguments(stage: Stage, shape: lm.StageConfig) -> dict[str, Any]:
     return {"vocab": stage.vocab_size, "slots": [len(ids) for ids in stage.slot_ids()], "longest": stage.max_len,
             **shape.model_dump(include={"dim", "layers", "heads", "ff", "dropout", "positions", "gated", "norm", "activation"})}
 
 
-def export_lm(module: Transformer, stage: Stage, shape: lm.Stage) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def export_lm(module: Transformer, stage: Stage, shape: lm.StageConfig) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """(float32 weights on the CPU by name, JSON config) of a stage."""
     weights = {name: t.detach().to("cpu", torch.float32, copy=True).contiguous()
                for name, t in module.state_dict().items()}

@@ -41,7 +41,7 @@ class Ring:
         return at, int(self.begins[row] - (self.ends[at - 1] if at else 0))
 
 
-class RowPlan:
+class PackingPlan:
     """costs: ids of each clip, shard after shard; shard s holds clips firsts[s] to firsts[s + 1]; `stride`: ids of a row."""
 
     def __init__(self, costs: np.ndarray, firsts: np.ndarray, stride: int, batch: int, seed: int, shard_bytes: float = 1):

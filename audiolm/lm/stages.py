@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from audiolm.config.lm import LM
+from audiolm.config.lm import LMConfig
 
 SEMANTIC_HZ = 25
 FRAMES = 2  # acoustic frames per semantic frame
@@ -243,7 +243,7 @@ def stage_from_json(data: dict) -> Stage:
     return Stage(**{**data, "levels": tuple(data["levels"])})
 
 
-def build_stages(config: LM, codec_n_q: int, codec_vocab: int, k: int) -> dict[str, Stage]:
+def build_stages(config: LMConfig, codec_n_q: int, codec_vocab: int, k: int) -> dict[str, Stage]:
     """The run's stages by step name; no lm_fine where Q' = Q (piano). Raises ValueError where Q' > Q."""
     coarse = config.coarse_levels
     if coarse > codec_n_q:

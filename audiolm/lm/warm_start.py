@@ -42,7 +42,7 @@ def text_model(uri: str) -> TextModel:
     return TextModel(uri=uri, digest=sha.hexdigest()[:16])
 
 
-def start_from(model: Transformer, shape: lm.Stage, want: TextModel) -> None:
+def start_from(model: Transformer, shape: lm.StageConfig, want: TextModel) -> None:
     """Gives the model the text model's body. Raises ValueError naming what differs where it does not fit."""
     import safetensors.torch
     import torch
@@ -74,7 +74,7 @@ def start_from(model: Transformer, shape: lm.Stage, want: TextModel) -> None:
     assert set(missing) == {"embed.weight", "head.weight"}, missing
 
 
-def _differences(about: dict[str, Any], shape: lm.Stage) -> list[str]:
+def _differences(about: dict[str, Any], shape: lm.StageConfig) -> list[str]:
     """What keeps the bodies from being the same function, as texts that say what to set."""
     from audiolm.models.positions import ROTARY_BASE
     from audiolm.models.transformer import EPS

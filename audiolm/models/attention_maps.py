@@ -14,7 +14,7 @@ from audiolm.models.transformer import Transformer
 
 
 @torch.no_grad()
-def listen(model: Transformer, ids_T: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def attention_maps(model: Transformer, ids_T: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """(share_TT, h_TD) of each layer of a model in eval mode. One head is looked at after the other, for memory."""
     T, turns = len(ids_T), None
     bias_HTT = torch.full((T, T), -torch.inf, device=ids_T.device).triu(1).expand(model.heads, -1, -1)

@@ -16,7 +16,7 @@ from audiolm.models.mel import log_mel
 
 
 @dataclass(frozen=True)
-class Draw:
+class Augmentation:
     """What happens to one row; `seed` is that of its noises."""
 
     cents: float = 0.0
@@ -27,18 +27,18 @@ class Draw:
     seed: int = 0
 
 
-def draw(chances: tuple[float, float, float], cents: float, snr_db: tuple[float, float], reverb_s: tuple[float, float],
-         generator: np.random.Generator) -> Draw:
+def draw_augmentation(chances: tuple[float, float, float], cents: float, snr_db: tuple[float, float], reverb_s: tuple[float, float],
+         generator: np.random.Generator) -> Augmentation:
     """One row's draw; `chances` are those of pitch, noise and reverb."""
     pitch, noise, reverb = generator.random(3) < chances
     shift, snr, colour, room, wet = generator.random(5)
     seed = int(generator.integers(2**62))
-    return Draw(float(cents * (2 * shift - 1)) if pitch else 0.0,
+    return Augmentation(float(cents * (2 * shift - 1)) if pitch else 0.0,
                 float(snr_db[0] + snr * (snr_db[1] - snr_db[0])) if noise else None, float(colour),
                 float(reverb_s[0] + room * (reverb_s[1] - reverb_s[0])) if reverb else None, float(0.1 + 0.9 * wet), seed)
 
 
-def heard(wav_BT: torch.Tensor, lengths_B: torch.Tensor, draws: list[Draw], sample_rate: int = 16_000) -> torch.Tensor:
+def augment(wav_BT: torch.Tensor, lengths_B: torch.Tensor, draws: list[Augmentation], sample_rate: int = 16_000) -> torch.Tensor:
     """mel_BTF of the rows after their draws; audio past a row's length stays silent."""
     rows = []
     for wav_T, n, d in zip(wav_BT, lengths_B.tolist(), draws, strict=True):

@@ -11,7 +11,7 @@ GPU_KEYS = 256  # a CUDA graph each: reading 128 keys too many costs less than m
 
 
 @dataclass
-class Cache:
+class KVCache:
     """Keys and values of every layer; row b holds `lengths_B[b]` tokens at the places 0, 1, ..."""
 
     k: list[torch.Tensor]  # per layer (batch, heads, length, width of a head)
@@ -25,10 +25,10 @@ class Cache:
         self.lengths_B.zero_()
         self.longest = 0
 
-    def rows(self, first: int, last: int) -> Cache:
+    def rows(self, first: int, last: int) -> KVCache:
         """A view of some empty rows that shares their memory; set `longest` of the whole afterwards."""
         part = slice(first, last)
-        return Cache([t[part] for t in self.k], [t[part] for t in self.v], self.lengths_B[part], self.turns)
+        return KVCache([t[part] for t in self.k], [t[part] for t in self.v], self.lengths_B[part], self.turns)
 
     def truncate(self, lengths_B: torch.Tensor, longest: int) -> None:
         """Declares the true lengths of the first rows after a right-padded prompt; what lies beyond is masked and
@@ -60,7 +60,7 @@ class Places:
     bias: torch.Tensor | None  # (B or 1, H, t, keys), added to the scores; -inf where a key is not seen
 
 
-def places(cache: Cache, t: int, distance_bias=None) -> Places:
+def places(cache: KVCache, t: int, distance_bias=None) -> Places:
     """Of t new tokens of every row. Raises ValueError where the cache is full."""
     B, H, length, _ = cache.k[0].shape
     if cache.longest + t > length:

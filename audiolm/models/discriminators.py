@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
-Judgement = tuple[torch.Tensor, list[torch.Tensor]]
+DiscriminatorOutput = tuple[torch.Tensor, list[torch.Tensor]]
 Size = tuple[int, int]
 
 
@@ -28,7 +28,7 @@ def _conv1d(c_in: int, c_out: int, kernel: int, stride: int = 1, groups: int = 1
 class Layers(nn.ModuleList):
     """Convolutions with leaky ReLU between: the last one's output, and the activations before it."""
 
-    def forward(self, x: torch.Tensor, slope: float = 0.1) -> Judgement:
+    def forward(self, x: torch.Tensor, slope: float = 0.1) -> DiscriminatorOutput:
         *inner, last = self
         features = []
         for layer in inner:
@@ -56,7 +56,7 @@ class Period(nn.Module):
         layers = [_conv1d(a, b, 5, 3) for a, b in zip(widths, widths[1:], strict=False)]
         self.layers = Layers([*layers, _conv1d(widths[-1], widths[-1], 5), _conv1d(widths[-1], 1, 3)])
 
-    def forward(self, wav_BT: torch.Tensor) -> Judgement:
+    def forward(self, wav_BT: torch.Tensor) -> DiscriminatorOutput:
         x_BT = F.pad(wav_BT[:, None], (0, -wav_BT.shape[-1] % self.period), mode="reflect")[:, 0]
         # rows of one example stay together, so that halves of the batch stay halves
         logits, features = self.layers(x_BT.view(len(x_BT), -1, self.period).transpose(1, 2).flatten(0, 1)[:, None])
@@ -75,7 +75,7 @@ class Spectral(nn.Module):
         layers += [_conv(channels, channels, (3, 3)), _conv(channels, 1, (3, 3))]
         self.layers = Layers(layers)
 
-    def forward(self, wav_BT: torch.Tensor) -> Judgement:
+    def forward(self, wav_BT: torch.Tensor) -> DiscriminatorOutput:
         return self.layers(_spectrum(wav_BT, self.window).to(self.layers[-1].bias.dtype))
 
 
@@ -90,7 +90,7 @@ class WaveScale(nn.Module):
         layers += [_conv1d(a, b, 41, 4, groups=max(1, a // 4)) for a, b in zip(widths, widths[1:], strict=False)]
         self.layers = Layers([*layers, _conv1d(widths[-1], widths[-1], 5), _conv1d(widths[-1], 1, 3)])
 
-    def forward(self, wav_BT: torch.Tensor) -> Judgement:
+    def forward(self, wav_BT: torch.Tensor) -> DiscriminatorOutput:
         x_BCT = wav_BT[:, None]
         if self.scale > 1:
             x_BCT = F.avg_pool1d(x_BCT, 2 * self.scale, self.scale, self.scale // 2)
@@ -125,7 +125,7 @@ class ComplexSTFT(nn.Module):
             width, bins = wider, bins // 2
         self.layers = Layers([*layers, weight_norm(nn.Conv2d(width, 1, (1, bins)))])
 
-    def forward(self, wav_BT: torch.Tensor) -> Judgement:
+    def forward(self, wav_BT: torch.Tensor) -> DiscriminatorOutput:
         x_BCTF = _spectrum(wav_BT, self.window)[..., :-1].contiguous()  # without the last bin F halves six times
         return self.layers(x_BCTF.to(self.layers[-1].bias.dtype), 0.3)
 
@@ -142,5 +142,5 @@ class Discriminators(nn.Module):
             each = [*(Period(p, channels) for p in periods), *(Spectral(w, channels) for w in windows)]
         self.each = nn.ModuleList(each)
 
-    def forward(self, wav_BT: torch.Tensor) -> list[Judgement]:
+    def forward(self, wav_BT: torch.Tensor) -> list[DiscriminatorOutput]:
         return [d(wav_BT) for d in self.each]

@@ -18,7 +18,7 @@ NO_TARGET = -100
 PIECE = 8192  # targets scored at once: 32 MB at 1,024 ids in float32
 
 
-class Heads(nn.Module):
+class LevelHeads(nn.Module):
     def __init__(self, dim: int, sizes: Sequence[int]):
         super().__init__()
         self.sizes = tuple(sizes)

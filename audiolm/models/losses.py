@@ -12,7 +12,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from audiolm.models.discriminators import Judgement
+from audiolm.models.discriminators import DiscriminatorOutput
 from audiolm.models.mel import mel_filterbank
 
 WINDOWS = (32, 64, 128, 256, 512, 1024, 2048)
@@ -63,7 +63,7 @@ def waveform_distance(fake_BT: torch.Tensor, real_BT: torch.Tensor) -> torch.Ten
     return ((fake_BT - real_BT).square().mean(1) / real_BT.square().mean(1).clamp_min(1e-4)).mean()
 
 
-def discriminator_loss(real: list[Judgement], fake: list[Judgement], kind: str = "dac") -> torch.Tensor:
+def discriminator_loss(real: list[DiscriminatorOutput], fake: list[DiscriminatorOutput], kind: str = "dac") -> torch.Tensor:
     """What the discriminators minimise: real towards 1, fake towards 0, or beyond +-1 by hinge."""
     total = 0.0
     for (r, _), (f, _) in zip(real, fake, strict=True):
@@ -75,14 +75,14 @@ def discriminator_loss(real: list[Judgement], fake: list[Judgement], kind: str =
     return total
 
 
-def adversarial_loss(fake: list[Judgement], kind: str = "dac") -> torch.Tensor:
+def adversarial_loss(fake: list[DiscriminatorOutput], kind: str = "dac") -> torch.Tensor:
     """What the generator minimises so that the fakes pass for real."""
     if kind == "soundstream":
         return sum(F.relu(1 - f.float()).mean() for f, _ in fake) / len(fake)
     return sum((1 - f.float()).square().mean() for f, _ in fake)
 
 
-def feature_loss(real: list[Judgement], fake: list[Judgement], kind: str = "dac") -> torch.Tensor:
+def feature_loss(real: list[DiscriminatorOutput], fake: list[DiscriminatorOutput], kind: str = "dac") -> torch.Tensor:
     """Mean L1 between the discriminators' activations, layer by layer. The real side gives no gradient."""
     each = [(f - r.detach()).abs().mean(dtype=torch.float32)  # no fp32 copy of a layer is kept
             for (_, reals), (_, fakes) in zip(real, fake, strict=True) for r, f in zip(reals, fakes, strict=True)]

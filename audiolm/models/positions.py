@@ -30,20 +30,20 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return y.to(x.dtype)
 
 
-def buckets(longest: int) -> torch.Tensor:
+def distance_buckets(longest: int) -> torch.Tensor:
     """The bucket of every distance 0 .. longest - 1."""
     exact = BUCKETS // 2
     grown = [int(math.log(d / exact) / math.log(longest / exact) * (BUCKETS - exact)) for d in range(exact, longest)]
     return torch.tensor([*range(min(exact, longest)), *(min(exact + g, BUCKETS - 1) for g in grown)])
 
 
-class DistanceBias(nn.Module):
+class RelativePositionBias(nn.Module):
     """What every head adds to a score at each distance; `longest` in tokens."""
 
     def __init__(self, heads: int, longest: int):
         super().__init__()
         self.table = nn.Parameter(torch.empty(BUCKETS, heads))
-        self.register_buffer("bucket_L", buckets(longest), persistent=False)
+        self.register_buffer("bucket_L", distance_buckets(longest), persistent=False)
 
     def forward(self, length: int) -> torch.Tensor:
         """bias_HTT, -inf where a key comes after the query."""

@@ -16,9 +16,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from audiolm.models.attention import ALONE, Documents, attend, mask_of
-from audiolm.models.cache import KEYS, Cache, Places, places
-from audiolm.models.heads import Heads
-from audiolm.models.positions import DistanceBias, rotary, rotate
+from audiolm.models.cache import KEYS, KVCache, Places, places
+from audiolm.models.heads import LevelHeads
+from audiolm.models.positions import RelativePositionBias, rotary, rotate
 
 ROWS = 8  # rows of a CPU matrix product while sampling; a product's rounding depends on its shape
 EPS = 1e-5
@@ -100,10 +100,10 @@ class Transformer(nn.Module):
         self.vocab, self.dim, self.heads, self.dropout = vocab, dim, heads, dropout
         self.checkpointing, self._compiled = False, None  # of the training pass alone
         self.embed = nn.Embedding(vocab, dim)
-        self.bias = DistanceBias(heads, longest) if positions == "t5" else None
+        self.bias = RelativePositionBias(heads, longest) if positions == "t5" else None
         self.blocks = nn.ModuleList(Block(dim, heads, ff, dropout, gated, norm, activation) for _ in range(layers))
         self.norm = _norm(norm, dim)
-        self.head = Heads(dim, slots or (vocab,))
+        self.head = LevelHeads(dim, slots or (vocab,))
         for name, p in self.named_parameters():
             if p.ndim == 2:
                 # residual branches shrink with depth, so that the sum over 2 x layers of them keeps its scale
@@ -166,15 +166,15 @@ class Transformer(nn.Module):
         return cos.to(dtype), sin.to(dtype)
 
     def cache(self, batch: int, length: int, device: torch.device | str | None = None,
-              dtype: torch.dtype | None = None) -> Cache:
+              dtype: torch.dtype | None = None) -> KVCache:
         """An empty cache for `batch` rows of at most `length` tokens; device and dtype default to the weights'."""
         device, dtype = device or self.embed.weight.device, dtype or self.embed.weight.dtype
         shape = (batch, self.heads, -(-length // KEYS) * KEYS, self.dim // self.heads)
         k, v = ([torch.zeros(shape, device=device, dtype=dtype) for _ in self.blocks] for _ in range(2))
         turns = None if self.bias else self._rotary(torch.arange(shape[2], device=device))
-        return Cache(k, v, torch.zeros(batch, dtype=torch.int64, device=device), turns)
+        return KVCache(k, v, torch.zeros(batch, dtype=torch.int64, device=device), turns)
 
-    def advance(self, ids_Bt: torch.Tensor, cache: Cache) -> torch.Tensor:
+    def advance(self, ids_Bt: torch.Tensor, cache: KVCache) -> torch.Tensor:
         """Appends t >= 1 tokens to each row; returns h_BtD. Use under torch.no_grad() and in eval mode.
 
         Raises ValueError where the cache is full.

@@ -20,10 +20,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from audiolm.config.base import ConfigError
-from audiolm.config.load import load
+from audiolm.config.load import load_config
 from audiolm.config.pipeline import Pipeline
 from audiolm.dag.execute import StepFailed, execute
-from audiolm.dag.plan import Row, plan, toposort
+from audiolm.dag.plan import PlanRow, plan, toposort
 from audiolm.dag.run_index import OUTPUTS
 from audiolm.dag.step import Step
 from audiolm.pipeline.ray_cluster import in_ray_job, start_ray, worker_died
@@ -39,7 +39,7 @@ def main(graph: Callable[[Pipeline], list[Step]], default: Path) -> None:
     if len(files) > 1:
         _fail(f"one config file at most, got {', '.join(files)}", 2)
     try:
-        cfg = load(files[0] if files else str(default), values)
+        cfg = load_config(files[0] if files else str(default), values)
         cfg = place(cfg)
         steps = toposort(graph(cfg))
         chosen = {"only": _names(args.only), "from_": _names(args.from_), "force": _names(args.force)}
@@ -96,7 +96,7 @@ def place(cfg: Pipeline) -> Pipeline:
     return cfg.model_copy(update={"store": store, "tracking": tracking})
 
 
-def table(rows: list[Row], run: bool) -> str:
+def table(rows: list[PlanRow], run: bool) -> str:
     """The plan or the status as aligned lines."""
     width = max(len(r.step.name) for r in rows)
     lines = []
@@ -109,7 +109,7 @@ def table(rows: list[Row], run: bool) -> str:
     return "\n".join([*lines, f"{n} of {len(rows)} steps to run" if run else f"{len(rows) - n} of {len(rows)} steps done"])
 
 
-def _goes_on(row: Row) -> str:
+def _goes_on(row: PlanRow) -> str:
     """From which step a training would go on, and whose checkpoint that is where it is another build's."""
     found = start(row.builds[0], row.builds[1:], row.step.trains.trunk_steps) if row.builds else None
     if found is None:
@@ -118,7 +118,7 @@ def _goes_on(row: Row) -> str:
     return f"; goes on from step {found[1]['step']}{whose}"
 
 
-def _run(cfg: Pipeline, rows: list[Row], force: tuple[str, ...], inline: bool) -> int:
+def _run(cfg: Pipeline, rows: list[PlanRow], force: tuple[str, ...], inline: bool) -> int:
     quiet()
     from audiolm.pipeline.run_observer import RunObserver
 
@@ -166,7 +166,7 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def _check_corpus(cfg: Pipeline, rows: list[Row]) -> None:
+def _check_corpus(cfg: Pipeline, rows: list[PlanRow]) -> None:
     """A manifest that would be skipped must still describe the files there are (decision 9)."""
     manifest = next((r for r in rows if r.step.name == "manifest" and not r.run), None)
     if manifest is None or manifest.view.artifact is None or cfg.corpus.changed == "ignore":

@@ -36,7 +36,7 @@ class _Line:
         return (d1 - d0) / (t1 - t0) if t1 > t0 and d1 > d0 else None
 
 
-class Board:
+class ProgressBoard:
     """The lines of all running steps. `clock` is for tests (seconds, monotonic)."""
 
     def __init__(self, stream=None, clock=time.monotonic):

@@ -13,7 +13,7 @@ import sys
 import uuid
 from collections.abc import Callable
 
-from audiolm.config.run import Cluster
+from audiolm.config.run import ClusterConfig
 from audiolm.dag.execute import StepFailed
 from audiolm.store import get_json, join, put_json, remove
 
@@ -27,7 +27,7 @@ def wants_ray(asked: bool) -> bool:
     return asked or in_ray_job() or bool(os.environ.get("RAY_ADDRESS"))
 
 
-def start_ray(cluster: Cluster, folder: str, say: Callable[[str], None]) -> None:
+def start_ray(cluster: ClusterConfig, folder: str, say: Callable[[str], None]) -> None:
     """Joins the cluster of a job, of RAY_ADDRESS or of cluster.address; else starts one for this run alone, which nobody
     else may use. Raises StepFailed, also for a node that does not see `folder`."""
     address = cluster.address or os.environ.get("RAY_ADDRESS")

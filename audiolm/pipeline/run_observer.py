@@ -9,10 +9,10 @@ import time
 
 from audiolm.config.base import flatten
 from audiolm.config.pipeline import Pipeline
-from audiolm.dag.plan import Row
+from audiolm.dag.plan import PlanRow
 from audiolm.dag.run_index import index_path, write_index
-from audiolm.dag.step import Artifact, Out
-from audiolm.pipeline.progress import Board, duration
+from audiolm.dag.step import Artifact, StepContext
+from audiolm.pipeline.progress import ProgressBoard, duration
 from audiolm.store import exists, get_json, join
 from audiolm.tracking.registry import SYSTEM
 from audiolm.tracking.tracker import Tracker
@@ -24,9 +24,9 @@ ENDS = {"done": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}  # a step's
 class RunObserver:
     """Tells board and tracker how steps fare. Called from several threads."""
 
-    def __init__(self, cfg: Pipeline, rows: list[Row], git: dict[str, str]):
+    def __init__(self, cfg: Pipeline, rows: list[PlanRow], git: dict[str, str]):
         self.cfg, self.rows, self.git = cfg, rows, git
-        self.board = Board()
+        self.board = ProgressBoard()
         self.tracker = Tracker(cfg.tracking, cfg.store, cfg.run.experiment, cfg.run.name, self.board.say)
         self._handles, self._began, self._logged, self._index = {}, {}, {}, {}
         self._made_with: dict[str, str] = {}  # the builds that the samples were made with, by step
@@ -35,7 +35,7 @@ class RunObserver:
     def say(self, text: str) -> None:
         self.board.say(text)
 
-    def began(self, out: Out) -> None:
+    def began(self, out: StepContext) -> None:
         name = out.step.name
         self._began[name] = time.monotonic()
         self.board.start(name)
@@ -46,7 +46,7 @@ class RunObserver:
         self.tracker.ship(handle, out.metrics_path, out.path if out.step.trains else None)
         self._handles[name] = handle
 
-    def progress(self, out: Out, done: float, total: float, unit: str, note: str) -> None:
+    def progress(self, out: StepContext, done: float, total: float, unit: str, note: str) -> None:
         name = out.step.name
         self.board.update(name, done, total, unit, note)
         now = time.monotonic()
@@ -57,7 +57,7 @@ class RunObserver:
             out.log(int(done), {"progress.share": done / total if total else 1.0,
                                 f"progress.{unit.replace(' ', '_')}_per_s": done / (now - self._began[name])})
 
-    def ended(self, out: Out, status: str, facts: dict, error: str | None) -> str | None:
+    def ended(self, out: StepContext, status: str, facts: dict, error: str | None) -> str | None:
         name = out.step.name
         took = time.monotonic() - self._began[name]
         self.board.end(name, status.upper(), took, error or headline(facts))

@@ -1,6 +1,6 @@
 """What was generated into a folder, as a line and as a page: each prompt's sound and picture beside its samples'.
 
-Reads the samples' JSON alone (eval.sounds); players and pictures are the files in the folder.
+Reads the samples' JSON alone (generate.jobs); players and pictures are the files in the folder.
 """
 
 from __future__ import annotations

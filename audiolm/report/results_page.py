@@ -12,13 +12,13 @@ from typing import Any
 
 from audiolm import store
 from audiolm.config.pipeline import Pipeline
-from audiolm.eval.results import Row
-from audiolm.eval.suites.base import Report
+from audiolm.eval.results import Result
+from audiolm.eval.suites.base import SuiteReport
 from audiolm.eval.suites.run import run_suites
 from audiolm.render import plots
 from audiolm.render.html import Html, join, missing, number, page, picture, playable, table, tag, verdict
 
-Column = tuple[str, Sequence[Row], Sequence[dict]]
+Column = tuple[str, Sequence[Result], Sequence[dict]]
 TITLES = {"I": "Table I: the tokens", "II": "Table II: what is said", "III": "Table III: who says it",
           "IV": "Table IV: likelihood tests", "losses": "Losses beside counting", "levels": "Losses by level",
           "conditioning": "Is the prefix used?",
@@ -65,7 +65,7 @@ def _table(name: str, columns: Sequence[Column]) -> Html:
     return join(parts)
 
 
-def _figure(r: Row) -> str:
+def _figure(r: Result) -> str:
     return number(float(r.value)) + (f" [{number(float(r.low))}, {number(float(r.high))}]" if r.low is not None else "")
 
 
@@ -98,7 +98,7 @@ def _card(title: str, sound: dict | None) -> Html:
     return tag("div", tag("h3", title), player, image, cls="card")
 
 
-def markdown(rows: Iterable[Row], limit: int) -> str:
+def markdown(rows: Iterable[Result], limit: int) -> str:
     """The rows as a Markdown table of at most `limit` characters; what does not fit is counted."""
     rows = list(rows)
     text, size = ["| | | ours | paper | of |", "|---|---|---|---|---|"], 60
@@ -115,7 +115,7 @@ def markdown(rows: Iterable[Row], limit: int) -> str:
 
 
 def run_and_report(steps: Mapping[str, str], names: Sequence[str], folder: str, config: Pipeline, out: Any, *, cache: str,
-               title: str, manifest: str | None = None) -> Report:
+               title: str, manifest: str | None = None) -> SuiteReport:
     """Runs suites (those of DEFAULT where none is named) on a system; writes report.html and rows.json into `folder`.
     `manifest`: whose held-out clips are heard, its own by default. Raises ValueError for an unknown suite and where nothing
     could be measured."""

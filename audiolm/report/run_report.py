@@ -17,13 +17,13 @@ from audiolm import store
 from audiolm.config.base import flatten
 from audiolm.eval import gates
 from audiolm.eval.codec_quality import HEADS, notes
-from audiolm.eval.results import BASELINES, NAMES, Row
+from audiolm.eval.results import BASELINE_TITLES, STAGE_TITLES, Result
 from audiolm.metrics_log import read_build
 from audiolm.render import plots
 from audiolm.render.html import Html, join, missing, number, page, picture, table, tag, verdict
 from audiolm.render.html import playable as _wav
 from audiolm.report import results_page
-from audiolm.report.semantic_section import semantic, title_of
+from audiolm.report.semantic_section import semantic_section, title_of
 
 TRAINED = ("masked_model", "codec", "lm_semantic", "lm_coarse", "lm_fine")
 MODES = {"unconditional": "Unconditional: everything is made up", "acoustic": "Acoustic generation: the words of a held-out "
@@ -53,7 +53,7 @@ def build_report(config: dict[str, Any], inputs: Mapping[str, Any], out: Any) ->
         ("conditioning", "Is the conditioning used?", _conditioning(figures.get("conditioning") or {})),
         ("codec", "Codec", _codec(codec, paths.get("codec_figures", ""), plot)),
         ("tokens", "Semantic tokens", join([
-            semantic(paths, plot.add, _wav), "" if "semantic_figures" in paths else _tokens(figures.get("tokens") or {})])),
+            semantic_section(paths, plot.add, _wav), "" if "semantic_figures" in paths else _tokens(figures.get("tokens") or {})])),
         ("curves", "Training", _curves(paths, figures, codec, plot)),
         ("run", "What ran", _what_ran(inputs)),
     ]
@@ -127,7 +127,7 @@ def _tables(paths: Mapping[str, str]) -> list[tuple[str, str, Html]]:
     """The paper's tables, and what can be heard of them."""
     if "tables" not in paths:
         return []
-    rows = [Row(**r) for r in _json(paths, "tables", "rows.json") or ()]
+    rows = [Result(**r) for r in _json(paths, "tables", "rows.json") or ()]
     heard = [{**s, "file": store.join(paths["tables"], s["file"])} for s in _json(paths, "tables", "heard.json") or ()]
     if not rows:
         return [("tables", "The paper's tables", missing("Not measured: tables.suites is empty."))]
@@ -149,7 +149,7 @@ def _stages(stages: Mapping[str, dict], over: Sequence[Mapping[str, Any]]) -> Ht
             if (stage == "lm_semantic") == ("bigram" in columns):
                 rows += [_loss_row(_stage(stage, row.get("level")), row, columns, against)
                          for row in (s, *(s.get("levels") or ()))]
-        head = ["", "loss", *(BASELINES[n] for n in columns), *(f"against {BASELINES[n]}" for n in against), "tokens"]
+        head = ["", "loss", *(BASELINE_TITLES[n] for n in columns), *(f"against {BASELINE_TITLES[n]}" for n in against), "tokens"]
         parts.append(table(head, rows, [*range(1, 2 + len(columns)), len(head) - 1]))
     if all(s.get("baseline") is not None for s in stages.values()):
         named = "; ".join(f"{_stage(r['stage'], r['level'])} ({r['percent']:.1f} % over)" for r in over)
@@ -159,12 +159,12 @@ def _stages(stages: Mapping[str, dict], over: Sequence[Mapping[str, Any]]) -> Ht
 
 
 def _gates(paths: Mapping[str, str]) -> list[Html]:
-    return [tag("p", verdict(False, "", f"{name}, a gate failed"), f": {text}") for step, name in NAMES.items()
+    return [tag("p", verdict(False, "", f"{name}, a gate failed"), f": {text}") for step, name in STAGE_TITLES.items()
             if step in paths for text in gates.failures(paths[step])]
 
 
 def _stage(name: str, level: int | None) -> str:
-    return NAMES.get(name, name) + (f", level {level}" if level else "")
+    return STAGE_TITLES.get(name, name) + (f", level {level}" if level else "")
 
 
 def _loss_row(label: str, s: Mapping[str, Any], columns: Sequence[str], against: Sequence[str]) -> list:
@@ -183,7 +183,7 @@ def _conditioning(found: Mapping[str, dict]) -> Html:
         true, shuffled = c.get("true"), c.get("shuffled")
         gain = None if true is None or shuffled is None else shuffled - true
         mark = verdict(None if gain is None else gain > gates.needed_gain(c), f"{gain or 0:.3f} lost without it", "not used")
-        rows.append([NAMES.get(name, name), number(true), number(shuffled), mark])
+        rows.append([STAGE_TITLES.get(name, name), number(true), number(shuffled), mark])
     return join([tag("p", "The same targets after their own prefix and after another clip's. A stage that reads its prefix "
                           "is worse with the wrong one.", cls="soft"),
                  table(["", "true prefix", "shuffled prefix", ""], rows, [1, 2])])
@@ -252,14 +252,14 @@ def _curves(paths: Mapping[str, str], figures: Mapping[str, Any], codec: Mapping
     for name in (n for n in (TRAINED[0], *trained, *TRAINED[1:]) if n in paths):
         rows = [r for r in read_build(paths[name]) if "loss" in r["metrics"] or any(map(_validates, r["metrics"]))]
         if not rows:
-            parts.append(missing(f"No metrics file in the build of {NAMES.get(name) or title_of(name)}."))
+            parts.append(missing(f"No metrics file in the build of {STAGE_TITLES.get(name) or title_of(name)}."))
             continue
         keep = set(np.linspace(0, len(rows) - 1, min(len(rows), POINTS)).round().astype(int).tolist())
         rows = [r for i, r in enumerate(rows) if i in keep or any(map(_validates, r["metrics"]))]
         told = stages.get(name, {})
-        base = {title: told[k] for k, title in BASELINES.items() if told.get(k) is not None and
+        base = {title: told[k] for k, title in BASELINE_TITLES.items() if told.get(k) is not None and
                 (k != "baseline" or told.get("levels"))}  # the mean of each level's better one, a line of its own
-        title = NAMES.get(name) or title_of(name)
+        title = STAGE_TITLES.get(name) or title_of(name)
         drawn = [(f"loss-{name}", title, "loss", {"training": "loss", "validation": "val.loss"}, base)]
         if name == "codec":  # its two losses are not one quantity: a weighted sum, and the mel distance
             levels = sorted({k for r in rows for k in r["metrics"] if k.startswith("val.mel/q")})

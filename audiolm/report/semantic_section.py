@@ -1,6 +1,6 @@
 """The report's section on the semantic side: tokens, their sound and phones, ABX, layers, the masked models' learning.
 
-Reads semantic.json and layers*.json of the inputs' builds (eval.semantic_figures, eval.layer_choice); whatever is not there
+Reads semantic.json and layers*.json of the inputs' builds (eval.steps.semantic, eval.steps.layers); whatever is not there
 is left out and said in words.  Errors in %, differences in points, rates in tokens or bits a second.
 """
 
@@ -29,7 +29,7 @@ Add = Callable[[str, bytes, str], Html]
 Sound = Callable[[str], tuple[np.ndarray, Html] | None]
 
 
-def semantic(paths: Mapping[str, str], add: Add, sound: Sound) -> Html:
+def semantic_section(paths: Mapping[str, str], add: Add, sound: Sound) -> Html:
     """The section. paths: builds by step; add(name, png, text) files a picture with the report; sound(path) gives (wav_T,
     player) or None. Raises nothing for what is missing."""
     parts = []

@@ -17,7 +17,7 @@ import torch
 
 from audiolm.models.soundstream import SoundStream
 from audiolm.tokenizers import hf_codec
-from audiolm.tokenizers.artifact import ArtefactError, read_export
+from audiolm.tokenizers.artifact import ArtifactError, read_export
 from audiolm.tokenizers.base import (
     ACOUSTIC_HOP,
     SAMPLE_RATE,
@@ -139,20 +139,20 @@ def load_codec(path: str, device: str = "cpu") -> AcousticTokenizer | hf_codec.P
     if config.get("kind") in hf_codec.CLASSES:
         codec = hf_codec.from_export(path, weights, config, digest, device)
         if (codec.spec.sample_rate, codec.spec.hop) != (SAMPLE_RATE, ACOUSTIC_HOP):
-            raise ArtefactError(f"{path}/export/config.json: {codec.spec.sample_rate} Hz and a hop of {codec.spec.hop}; "
+            raise ArtifactError(f"{path}/export/config.json: {codec.spec.sample_rate} Hz and a hop of {codec.spec.hop}; "
                                 f"this pipeline takes {SAMPLE_RATE} Hz and a hop of {ACOUSTIC_HOP}")
         return codec
     sizes = ("strides", "enc_channels", "dec_channels", "dim", "n_q", "vocab", "quantizer", "code_dim")
     missing = [key for key in sizes if key not in config]
     if config.get("kind") != "soundstream" or missing:
-        raise ArtefactError(f"{path}/export/config.json is no codec's of this version (kind {config.get('kind')!r}, without "
+        raise ArtifactError(f"{path}/export/config.json is no codec's of this version (kind {config.get('kind')!r}, without "
                             f"{', '.join(missing) or 'nothing'}): give the path of a codec build, or train it again")
     if config["sample_rate"] != SAMPLE_RATE or math.prod(config["strides"]) != ACOUSTIC_HOP:
-        raise ArtefactError(f"{path}/export/config.json: {config['sample_rate']} Hz and strides {config['strides']}; "
+        raise ArtifactError(f"{path}/export/config.json: {config['sample_rate']} Hz and strides {config['strides']}; "
                             f"this pipeline takes {SAMPLE_RATE} Hz and a hop of {ACOUSTIC_HOP}")
     model = SoundStream(**{key: config[key] for key in sizes}, norm=False)
     try:
         model.load_state_dict(weights)
     except RuntimeError as e:
-        raise ArtefactError(f"{path}/export: the weights do not fit the codec that config.json describes: {e}") from e
+        raise ArtifactError(f"{path}/export: the weights do not fit the codec that config.json describes: {e}") from e
     return AcousticTokenizer(model, digest, device)

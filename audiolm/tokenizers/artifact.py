@@ -17,7 +17,7 @@ from safetensors.torch import load
 from audiolm import store
 
 
-class ArtefactError(ValueError):
+class ArtifactError(ValueError):
     """An export that is incomplete, altered, or of another kind; the text names the path, the field and the fix."""
 
 
@@ -29,10 +29,10 @@ def read_export(build: str) -> tuple[dict[str, torch.Tensor], dict, str]:
         try:
             data.append(store.get(path))
         except FileNotFoundError as e:
-            raise ArtefactError(f"{path} is missing: the step that leaves it has not finished") from e
+            raise ArtifactError(f"{path} is missing: the step that leaves it has not finished") from e
     weights, config = data[0], json.loads(data[1])
     expected = config.get("weights_sha256")
     if expected is not None and hashlib.sha256(weights).hexdigest() != expected:
-        raise ArtefactError(f"{build}/export: model.safetensors is not the file that config.json describes (sha256 "
+        raise ArtifactError(f"{build}/export: model.safetensors is not the file that config.json describes (sha256 "
                             f"{expected[:16]}...); run the step that left it again")
     return load(weights), config, hashlib.sha256(data[0] + data[1]).hexdigest()[:16]

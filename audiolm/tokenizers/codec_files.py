@@ -30,7 +30,7 @@ from safetensors import SafetensorError
 
 from audiolm import store
 from audiolm.data import audio
-from audiolm.data.audio_check import look, sound_errors, told
+from audiolm.data.audio_check import audio_errors, check_audio, error_line
 from audiolm.data.sources import natural
 from audiolm.tokenizers.acoustic import AcousticTokenizer, chunks, load_codec
 
@@ -43,14 +43,14 @@ Tick = Callable[[float, float], None]  # (seconds done, seconds in all, where th
 
 
 @dataclass(frozen=True)
-class Job:
+class FileJob:
     name: str  # the input's path below what was asked for
     path: str
     target: str
 
 
 @dataclass(frozen=True)
-class Done:
+class FileResult:
     audio_s: float
     kbps: float  # of the codes, nominal
 
@@ -83,7 +83,7 @@ def open_codec(place: str | None, device: str = "cpu") -> Any:
     return codec
 
 
-def find(inputs: Iterable[str], suffixes: tuple[str, ...]) -> list[tuple[str, str]]:
+def find_files(inputs: Iterable[str], suffixes: tuple[str, ...]) -> list[tuple[str, str]]:
     """(name, path) of named files whatever their suffix, and of those with a known one below folders, hidden ones left out.
 
     Raises ValueError for a folder without such files.
@@ -102,14 +102,14 @@ def find(inputs: Iterable[str], suffixes: tuple[str, ...]) -> list[tuple[str, st
     return everything
 
 
-def plan(inputs: Iterable[str], suffixes: tuple[str, ...], out: str, ending: str) -> list[Job]:
+def plan(inputs: Iterable[str], suffixes: tuple[str, ...], out: str, ending: str) -> list[FileJob]:
     """What to do: each file found becomes the same relative name below `out` with another ending.
 
     Raises ValueError as `find` does and where two inputs would have one target.
     """
-    jobs: dict[str, Job] = {}
-    for name, path in find(inputs, suffixes):
-        job = Job(name, path, store.join(out, posixpath.splitext(name)[0] + ending))
+    jobs: dict[str, FileJob] = {}
+    for name, path in find_files(inputs, suffixes):
+        job = FileJob(name, path, store.join(out, posixpath.splitext(name)[0] + ending))
         if job.target in jobs:
             raise ValueError(f"{path} and {jobs[job.target].path} would both become {job.target}: take them one at a "
                              "time, with an --out of its own each")
@@ -117,7 +117,7 @@ def plan(inputs: Iterable[str], suffixes: tuple[str, ...], out: str, ending: str
     return list(jobs.values())
 
 
-def work(jobs: list[Job], do: Callable[[Job, Tick], Done | None]) -> int:
+def work(jobs: list[FileJob], do: Callable[[FileJob, Tick], FileResult | None]) -> int:
     """Does the jobs, a line each and a total; a bad one is told and the others go on. Returns how many were bad.
 
     `do` returns None where a file is done already.
@@ -132,7 +132,7 @@ def work(jobs: list[Job], do: Callable[[Job, Tick], Done | None]) -> int:
         except Exception as e:  # noqa: BLE001  whatever a file or a place raises, the next one has its turn
             counts["failed"] += 1
             print(clear, end="", flush=True)
-            print(f"error: {told(job.path, e)}", file=sys.stderr, flush=True)
+            print(f"error: {error_line(job.path, e)}", file=sys.stderr, flush=True)
             continue
         if done is None:
             counts["skipped"] += 1
@@ -162,18 +162,18 @@ def _ticker(name: str) -> Tick:
     return tick
 
 
-def _done(codec: Any, levels: int, samples: int) -> Done:
+def _done(codec: Any, levels: int, samples: int) -> FileResult:
     spec = codec.spec
-    return Done(samples / spec.sample_rate, spec.rate_hz * levels * math.log2(spec.vocab) / 1000)
+    return FileResult(samples / spec.sample_rate, spec.rate_hz * levels * math.log2(spec.vocab) / 1000)
 
 
-def encode_file(codec: Any, job: Job, levels: int, force: bool, tick: Tick) -> Done | None:
+def encode_file(codec: Any, job: FileJob, levels: int, force: bool, tick: Tick) -> FileResult | None:
     """Audio file to codes file, `levels` of them; None where the file is done already.
 
     Raises ValueError and FileNotFoundError for audio that is missing, empty, truncated, not audio or not finite.
     """
     spec, samples = codec.spec, 0
-    source_hash, about_s = look(job.path)
+    source_hash, about_s = check_audio(job.path)
     meta = {"format": FORMAT, "codec": codec.hash, "name": spec.name, "sample_rate": str(spec.sample_rate),
             "hop": str(spec.hop), "n_q": str(levels), "vocab": str(spec.vocab), "source": job.name, "source_hash": source_hash}
     if not force and _made_alike(job.target, meta):
@@ -186,13 +186,13 @@ def encode_file(codec: Any, job: Job, levels: int, force: bool, tick: Tick) -> D
             yield wav_T
             tick(samples / spec.sample_rate, about_s)
 
-    with sound_errors(job.path):
+    with audio_errors(job.path):
         codes_TQ = np.concatenate([codes_TQ[:, :levels].numpy().astype(np.uint16) for codes_TQ in _encode(codec, blocks())])
     store.put(job.target, safetensors.numpy.save({"codes": codes_TQ}, {**meta, "samples": str(samples)}))
     return _done(codec, levels, samples)
 
 
-def decode_file(codec: Any, job: Job, levels: int | None, form: str, force: bool, tick: Tick) -> Done | None:
+def decode_file(codec: Any, job: FileJob, levels: int | None, form: str, force: bool, tick: Tick) -> FileResult | None:
     """Codes file to a 16-bit wav or flac file (`form`) of the true length, from the first `levels` or all there are.
 
     None where it is done already. Raises ValueError for files of another codec or not ours.
@@ -214,7 +214,7 @@ def decode_file(codec: Any, job: Job, levels: int | None, form: str, force: bool
             raise ValueError(f"{job.target} is there and was not made by decode: name another --out, or --force")
     step, made = int(PIECE_S * spec.rate_hz), 0
     pieces = (torch.from_numpy(codes_TQ[i:i + step, :levels].astype(np.int64)) for i in range(0, len(codes_TQ), step))
-    with appears(job.target) as aside, soundfile.SoundFile(aside, "w", spec.sample_rate, 1, "PCM_16", format=form) as f:
+    with appearing(job.target) as aside, soundfile.SoundFile(aside, "w", spec.sample_rate, 1, "PCM_16", format=form) as f:
         f.comment = comment
         for wav_T in _decode(codec, pieces):
             wav_T = wav_T[:samples - made].numpy()
@@ -295,7 +295,7 @@ def _comment(path: str) -> str | None:
 
 
 @contextmanager
-def appears(path: str) -> Iterator[str]:
+def appearing(path: str) -> Iterator[str]:
     """A name on this machine's disk to write to; what was written appears at `path` once the block has ended well."""
     fs, p = store.open_fs(path)
     if not isinstance(fs, LocalFileSystem):

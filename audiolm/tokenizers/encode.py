@@ -23,7 +23,7 @@ import torch
 from audiolm import store
 from audiolm.data import tokens
 from audiolm.data.clips import Clip, read_clip, token_clips
-from audiolm.data.parallel import device_of, fan_out
+from audiolm.data.parallel import cluster_device, parallel_map
 from audiolm.data.sources import roots
 from audiolm.tokenizers.base import ACOUSTIC_HOP, SAMPLE_RATE, SEMANTIC_HOP, TokenSpec, padded_samples
 
@@ -45,12 +45,12 @@ def encode_tokens(config: dict[str, Any], inputs: dict[str, Any], out: Any) -> d
         by_shard.setdefault(clip.shard, []).append(clip)
     if sorted(by_shard) != list(range(len(by_shard))):
         raise tokens.TokenError(f"the manifest's shards are {sorted(by_shard)[:10]}..., expected 0, 1, 2, ...")
-    device, began = device_of(cluster, out.inline), time.monotonic()
+    device, began = cluster_device(cluster, out.inline), time.monotonic()
     items = [(which, by_shard[k], k, len(by_shard), roots(corpus), inputs[TOKENIZER[which]].path,
               inputs["manifest"].build, out.path, config["tokens"].batch_s, device,
               config["tokens"].dtype if which == "semantic" else "float32", speeds) for k in sorted(by_shard)]
     sizes = [sum(c.seconds for c in by_shard[k]) for k in sorted(by_shard)]
-    parts = fan_out(encode_shard, items, out=out, cluster=cluster, unit="audio s", sizes=sizes, gpu=device == "cuda")
+    parts = parallel_map(encode_shard, items, out=out, cluster=cluster, unit="audio s", sizes=sizes, gpu=device == "cuda")
     return _facts(which, parts, sizes, time.monotonic() - began)
 
 

@@ -58,7 +58,7 @@ class ConformerExtractor:
 
     @torch.no_grad()
     def features(self, wav_BT, lengths_B, layers):
-        mel_BTF, frames_B = mel_of(wav_BT.to(self.encoder.mask_embedding.device), lengths_B)
+        mel_BTF, frames_B = extractor_mel(wav_BT.to(self.encoder.mask_embedding.device), lengths_B)
         return [x_BTD.float() for x_BTD in self.encoder.outputs(mel_BTF, frames_B, None, layers)], frames_B
 
     def to(self, device, dtype=torch.float32):
@@ -78,13 +78,13 @@ class ConformerExtractor:
         return {"family": FAMILY, "layer_convention": LAYER_CONVENTION, "encoder": self.encoder.sizes.to_json()}
 
 
-def mel_of(wav_BT: torch.Tensor, lengths_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def extractor_mel(wav_BT: torch.Tensor, lengths_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """mel_BTF (100 Hz) and frames_B (25 Hz): audio past a row's length counts as silence, rows end on whole frames."""
-    wav_BT, frames_B = silenced(wav_BT, lengths_B)
+    wav_BT, frames_B = mask_padding(wav_BT, lengths_B)
     return log_mel(wav_BT), frames_B
 
 
-def silenced(wav_BT: torch.Tensor, lengths_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def mask_padding(wav_BT: torch.Tensor, lengths_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """wav_BT of whole frames of the longest row, zeros past each length, and frames_B."""
     target = padded_samples(int(lengths_B.max()))  # of lengths on the CPU, where a caller has them: no waiting for a GPU
     lengths_B = lengths_B.to(wav_BT.device)
@@ -125,7 +125,7 @@ def window_of(window_s: float, overlap_s: float) -> Window:
 def windowed(extractor: Extractor, wav_BT: torch.Tensor, lengths_B: torch.Tensor, layers: Sequence[int],
              window: Window) -> tuple[list[torch.Tensor], torch.Tensor]:
     """`Extractor.features` by windows, which go through as rows of batches."""
-    wav_BT, frames_B = silenced(wav_BT, lengths_B)
+    wav_BT, frames_B = mask_padding(wav_BT, lengths_B)
     if int(frames_B.max()) <= window.frames:
         return extractor.features(wav_BT, lengths_B, layers)
     spans = [(row, *span) for row, n in enumerate(frames_B.tolist()) for span in window.spans(n)]

@@ -22,7 +22,7 @@ EDGE, MEL_EDGE = 40, 120  # half of what a frame hears beyond its hop: (400 - 32
 EPS = 1e-7  # of Wav2Vec2FeatureExtractor
 
 
-def together(config, frames: list[int]) -> list[list[int]]:
+def group_rows(config, frames: list[int]) -> list[list[int]]:
     """The rows of each forward pass."""
     if not getattr(config, "conv_pos_batch_norm", False):
         return [list(range(len(frames)))]
@@ -52,7 +52,7 @@ def mel_inputs(wav_BT: torch.Tensor, frames_B: torch.Tensor, n_mels: int) -> tup
 
 
 @contextlib.contextmanager
-def norms_apart(model, frames: list[int]) -> Iterator[None]:
+def per_row_group_norm(model, frames: list[int]) -> Iterator[None]:
     """While it is open, the model's group norm, where it has one, runs over each row's own span."""
     if getattr(model.config, "feat_extract_norm", None) != "group" or len(set(frames)) == 1:
         yield

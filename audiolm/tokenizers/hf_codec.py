@@ -104,18 +104,18 @@ def load_pretrained_codec(path: str, device: str = "cpu") -> PretrainedCodec:
 
 def from_export(path: str, weights: dict, config: dict, digest: str, device: str = "cpu") -> PretrainedCodec:
     """The codec of what `import_codec` left (weights by name, export/config.json). Raises ArtefactError."""
-    from audiolm.tokenizers.artifact import ArtefactError
+    from audiolm.tokenizers.artifact import ArtifactError
 
     kind, settings = config.get("kind"), config.get("transformers")
     if kind not in CLASSES or not isinstance(settings, dict):
-        raise ArtefactError(f"{path}/export/config.json is no imported codec's (kind {kind!r}): give the path of a build "
+        raise ArtifactError(f"{path}/export/config.json is no imported codec's (kind {kind!r}): give the path of a build "
                             f"whose kind is one of {', '.join(CLASSES)}")
     kind, model = _build(path, {**settings, "model_type": kind}, weights)
     rate, hop, levels, vocab = _sizes(kind, model.config)
     found = {"sample_rate": rate, "hop": hop, "vocab": vocab, "n_q": min(levels, config.get("n_q", 0))}
     if wrong := [f"{name} {config.get(name)!r}, the model's is {value}" for name, value in found.items()
                  if config.get(name) != value]:
-        raise ArtefactError(f"{path}/export/config.json says {'; '.join(wrong)}: run the step again (--force codec)")
+        raise ArtifactError(f"{path}/export/config.json says {'; '.join(wrong)}: run the step again (--force codec)")
     return PretrainedCodec(model, kind, config["n_q"], digest, device)
 
 
@@ -164,12 +164,12 @@ def import_codec(config: dict, inputs: dict, out) -> dict:
 
 
 def _read(uri: str, name: str) -> bytes:
-    from audiolm.tokenizers.artifact import ArtefactError
+    from audiolm.tokenizers.artifact import ArtifactError
 
     try:
         return store.get(store.join(uri, name))
     except (FileNotFoundError, NotADirectoryError) as e:
-        raise ArtefactError(_missing(uri, name)) from e
+        raise ArtifactError(_missing(uri, name)) from e
 
 
 def _missing(uri: str, name: str) -> str:
@@ -193,11 +193,11 @@ def _build(where: str, settings: dict, weights: bytes | dict) -> tuple[str, obje
     import safetensors.torch
     import torch
 
-    from audiolm.tokenizers.artifact import ArtefactError
+    from audiolm.tokenizers.artifact import ArtifactError
 
     kind = settings.get("model_type")
     if kind not in CLASSES:
-        raise ArtefactError(f"{where}: config.json has model_type {kind!r}; the codecs that can be used are "
+        raise ArtifactError(f"{where}: config.json has model_type {kind!r}; the codecs that can be used are "
                             f"{', '.join(CLASSES)}")
     config_class, model_class = (getattr(transformers, name) for name in CLASSES[kind])
     bars = transformers.utils.logging.is_progress_bar_enabled()
@@ -209,7 +209,7 @@ def _build(where: str, settings: dict, weights: bytes | dict) -> tuple[str, obje
         model, report = model_class.from_pretrained(None, config=config, state_dict=weights, dtype=torch.float32,
                                                     output_loading_info=True)
     except Exception as e:  # transformers and safetensors raise many kinds for what is one fault: the files
-        raise ArtefactError(f"{where}: config.json and model.safetensors make no {kind} model: {e}") from e
+        raise ArtifactError(f"{where}: config.json and model.safetensors make no {kind} model: {e}") from e
     finally:
         if bars:
             transformers.utils.logging.enable_progress_bar()
@@ -220,7 +220,7 @@ def _build(where: str, settings: dict, weights: bytes | dict) -> tuple[str, obje
     if surplus > 0 and not wrong:  # transformers' Mimi keeps silent on names in a half that it knows
         wrong = [f"{surplus} more than the model has"]
     if wrong:
-        raise ArtefactError(f"{where}: model.safetensors does not fit config.json; tensors {' and '.join(wrong)}: save the "
+        raise ArtifactError(f"{where}: model.safetensors does not fit config.json; tensors {' and '.join(wrong)}: save the "
                             "model again with save_pretrained")
     return kind, model
 

@@ -69,15 +69,15 @@ class TransformersExtractor:
         ValueError for a layer that is not there."""
         import torch
 
-        from audiolm.tokenizers.extractor import silenced
-        from audiolm.tokenizers.hf_batch import together
+        from audiolm.tokenizers.extractor import mask_padding
+        from audiolm.tokenizers.hf_batch import group_rows
 
         self._check(layers)
-        wav_BT, frames_B = silenced(wav_BT.to(next(self.model.parameters()).device), lengths_B)
+        wav_BT, frames_B = mask_padding(wav_BT.to(next(self.model.parameters()).device), lengths_B)
         lengths_B, frames = lengths_B.to(wav_BT.device), frames_B.tolist()
         made = [wav_BT.new_zeros(len(wav_BT), 2 * max(frames), self.dim) for _ in layers]
         with torch.no_grad():
-            for rows in together(self.model.config, frames):
+            for rows in group_rows(self.model.config, frames):
                 part = [frames[row] for row in rows]
                 found = self._blocks(wav_BT[rows, :max(part) * SEMANTIC_HOP], lengths_B[rows], part, layers)
                 for x_BTD, found_BTD in zip(made, found, strict=True):
@@ -118,7 +118,7 @@ class TransformersExtractor:
         """The outputs of blocks, by hooks: what transformers gives as hidden_states, and nothing is computed above them."""
         import torch
 
-        from audiolm.tokenizers.hf_batch import mel_inputs, norms_apart, wave_inputs
+        from audiolm.tokenizers.hf_batch import mel_inputs, per_row_group_norm, wave_inputs
 
         frames_B = torch.tensor(frames, device=wav_BT.device)
         if self.family == MEL_FAMILY:
@@ -136,7 +136,7 @@ class TransformersExtractor:
 
         hooks = [self.model.encoder.layers[n - 1].register_forward_hook(keep(n)) for n in set(layers)]
         try:
-            with norms_apart(self.model, frames), contextlib.suppress(_Enough):
+            with per_row_group_norm(self.model, frames), contextlib.suppress(_Enough):
                 self.model(inputs.to(next(self.model.parameters()).dtype), attention_mask=mask)
         finally:
             for hook in hooks:
@@ -153,7 +153,7 @@ def load_pretrained_encoder(uri: str) -> TransformersExtractor:
     return _read_model(uri)[0]
 
 
-def rebuilt(config: dict, weights: dict[str, torch.Tensor]) -> TransformersExtractor:
+def from_export(config: dict, weights: dict[str, torch.Tensor]) -> TransformersExtractor:
     """The extractor of `to_json` and `state`; in float32 on the CPU. Raises ArtefactError where they do not fit."""
     if config.get("layer_convention") != CONVENTION:
         raise _fault(f"layer_convention is {config.get('layer_convention')!r}, this code reads {CONVENTION!r}: import the "
@@ -332,6 +332,6 @@ def _missing(uri: str, name: str) -> Exception:
 
 
 def _fault(text: str) -> Exception:
-    from audiolm.tokenizers.artifact import ArtefactError
+    from audiolm.tokenizers.artifact import ArtifactError
 
-    return ArtefactError(text)
+    return ArtifactError(text)

@@ -16,10 +16,10 @@ import torch
 from safetensors.torch import load, save
 
 from audiolm import rng, store
-from audiolm.config.run import Cluster
-from audiolm.config.semantic import KMeans
+from audiolm.config.run import ClusterConfig
+from audiolm.config.semantic import KMeansConfig
 from audiolm.data.clips import Clip, read_clip, read_clips
-from audiolm.data.parallel import device_of, fan_out
+from audiolm.data.parallel import cluster_device, parallel_map
 from audiolm.data.sources import roots
 from audiolm.models import kmeans
 from audiolm.tokenizers.base import SAMPLE_RATE, SEMANTIC_HOP, padded_samples
@@ -47,12 +47,12 @@ def fit_kmeans(config: dict, inputs: dict, out) -> dict:
     numbers = sorted(shards)
     frames = [sum(frames_in(c) for c in shards[n]) for n in numbers]
     quotas = quotas_of(frames, settings.max_frames)
-    device = device_of(cluster, out.inline)
+    device = cluster_device(cluster, out.inline)
     window = window_of(settings.window_s, settings.overlap_s)
     items = [(model, settings.layer, window, shards[n], roots(config["corpus"]), n, quota, seed, out.path, device)
              for n, quota in zip(numbers, quotas, strict=True)]
     sizes = [min(f, OVERSAMPLE * q) * SEMANTIC_HOP / SAMPLE_RATE for f, q in zip(frames, quotas, strict=True)]
-    kept = fan_out(sample_shard, items, out=out, cluster=cluster, unit="audio s", sizes=sizes, gpu=device == "cuda")
+    kept = parallel_map(sample_shard, items, out=out, cluster=cluster, unit="audio s", sizes=sizes, gpu=device == "cuda")
     out.check()
     fit = fit_here if sum(kept) <= settings.max_local_frames else fit_parts
     return fit(model, settings, dict(zip(numbers, kept, strict=True)), seed, out, cluster, device)
@@ -63,7 +63,7 @@ def model_of(inputs: dict):
     return next(a for name, a in inputs.items() if name.startswith("masked_model"))
 
 
-def chosen(settings: KMeans, inputs: dict) -> KMeans:
+def chosen(settings: KMeansConfig, inputs: dict) -> KMeansConfig:
     """`settings` with numbers in place of auto."""
     facts = next((a.facts for name, a in inputs.items() if name.startswith("layers")), {})
     return settings.model_copy(update={name: facts[name] for name in ("layer", "k") if getattr(settings, name) == "auto"})
@@ -117,19 +117,19 @@ class Iterations:
         self.out.progress(at[0], at[1], "iterations", "" if at[2] is None else f"inertia {at[2]:.4g}")
 
 
-def fit_here(model: str, settings: KMeans, kept: dict[int, int], seed: int, out, cluster: Cluster, device: str) -> dict:
+def fit_here(model: str, settings: KMeansConfig, kept: dict[int, int], seed: int, out, cluster: ClusterConfig, device: str) -> dict:
     """The fit in one task, which holds all features; returns the step's facts. `kept`: shard -> frames."""
     note = store.join(out.path, "iterations.json")
     store.remove(note)
     shown = Iterations(out, partial(store.get_json, note))
     say = shown.show if out.inline else partial(store.put_json, note)  # a task on another machine leaves a file
-    facts = fan_out(fit_files, [(model, settings, list(kept), seed, out.path, device, say)], out=shown, cluster=cluster,
+    facts = parallel_map(fit_files, [(model, settings, list(kept), seed, out.path, device, say)], out=shown, cluster=cluster,
                     unit="fits", gpu=device == "cuda")[0]
     store.remove(note)
     return facts
 
 
-def fit_files(model: str, settings: KMeans, numbers: list[int], seed: int, out_path: str, device: str,
+def fit_files(model: str, settings: KMeansConfig, numbers: list[int], seed: int, out_path: str, device: str,
               say: Callable[[list], None]) -> dict:
     """Z-score, k-means and artefact from the files of features; `say` hears how far it is; returns the facts."""
     shards = [load(store.get(features_file(out_path, n)))["features"] for n in numbers]
@@ -147,21 +147,21 @@ def fit_files(model: str, settings: KMeans, numbers: list[int], seed: int, out_p
 
     found = kmeans.fit(shards, settings.k, rng.derive(seed, "kmeans"), settings.iterations, settings.restarts,
                        method=settings.method, tell=tell)
-    return leave(model, settings, found, mean_D, std_D, frames, seed, out_path)
+    return export(model, settings, found, mean_D, std_D, frames, seed, out_path)
 
 
-def fit_parts(model: str, settings: KMeans, kept: dict[int, int], seed: int, out, cluster: Cluster, device: str) -> dict:
+def fit_parts(model: str, settings: KMeansConfig, kept: dict[int, int], seed: int, out, cluster: ClusterConfig, device: str) -> dict:
     """The same fit with a task a part and iteration; the driver sees centroids and sums. `kept`: shard -> frames."""
     groups = [[list(kept)[i] for i in group] for group in kmeans.parts(list(kept.values()))]
     frames, gpu = sum(kept.values()), device == "cuda"
-    fan_out(join_part, [(out.path, i, group) for i, group in enumerate(groups)], out=out, cluster=cluster, unit="parts")
+    parallel_map(join_part, [(out.path, i, group) for i, group in enumerate(groups)], out=out, cluster=cluster, unit="parts")
     at = [0, settings.restarts * settings.iterations, None]
     shown = Iterations(out, lambda: at)
 
     def each_with(scale: tuple[torch.Tensor, torch.Tensor] | None, device: str) -> kmeans.Each:
         def each(fn: Callable, *args, only: Sequence[int] | None = None) -> list:
             which = range(len(groups)) if only is None else only
-            return fan_out(on_part, [(out.path, i, scale, device, fn, args) for i in which], out=shown, cluster=cluster,
+            return parallel_map(on_part, [(out.path, i, scale, device, fn, args) for i in which], out=shown, cluster=cluster,
                            unit="parts", gpu=device == "cuda")
         return each
 
@@ -169,11 +169,11 @@ def fit_parts(model: str, settings: KMeans, kept: dict[int, int], seed: int, out
         at[0], at[2] = run * settings.iterations + done, inertia / frames
 
     scale = zscore(each_with(None, "cpu"), frames)
-    begin = fan_out(start_parts, [(out.path, len(groups), scale, device, frames, settings, seed)], out=shown,
+    begin = parallel_map(start_parts, [(out.path, len(groups), scale, device, frames, settings, seed)], out=shown,
                     cluster=cluster, unit="starts", gpu=gpu)[0]
     found = kmeans.best(each_with(scale, device), len(groups), begin, settings.iterations, settings.method,
                         rng.derive(seed, "kmeans"), tell)
-    facts = fan_out(leave, [(model, settings, found, *scale, frames, seed, out.path)], out=shown, cluster=cluster,
+    facts = parallel_map(export, [(model, settings, found, *scale, frames, seed, out.path)], out=shown, cluster=cluster,
                     unit="fits")[0]
     out.check()
     store.remove(store.join(out.path, "parts"))  # the files of the shards stay
@@ -199,7 +199,7 @@ def on_part(out_path: str, part: int, scale: tuple[torch.Tensor, torch.Tensor] |
 
 
 def start_parts(out_path: str, parts: int, scale: tuple[torch.Tensor, torch.Tensor], device: str, frames: int,
-                settings: KMeans, seed: int) -> list[torch.Tensor]:
+                settings: KMeansConfig, seed: int) -> list[torch.Tensor]:
     """centroids_KD of each restart; holds a sample of the frames and one part at a time."""
     def rows_of(rows: torch.Tensor) -> torch.Tensor:
         return kmeans.take((on_part(out_path, i, scale, device, torch.cat, ()) for i in range(parts)), rows)
@@ -207,7 +207,7 @@ def start_parts(out_path: str, parts: int, scale: tuple[torch.Tensor, torch.Tens
     return kmeans.starts(rows_of, frames, settings.k, rng.derive(seed, "kmeans"), settings.restarts)
 
 
-def leave(model: str, settings: KMeans, found: kmeans.KMeans, mean_D: torch.Tensor, std_D: torch.Tensor, frames: int,
+def export(model: str, settings: KMeansConfig, found: kmeans.KMeans, mean_D: torch.Tensor, std_D: torch.Tensor, frames: int,
           seed: int, out_path: str) -> dict:
     """Writes the artefact; returns the step's facts."""
     used = int((found.counts > 0).sum())

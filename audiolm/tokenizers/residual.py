@@ -16,13 +16,13 @@ import torch
 from safetensors.torch import load, save
 
 from audiolm import rng, store
-from audiolm.config.semantic import Residual
+from audiolm.config.semantic import ResidualConfig
 from audiolm.data.clips import Clip, read_clips
-from audiolm.data.parallel import device_of, fan_out
+from audiolm.data.parallel import cluster_device, parallel_map
 from audiolm.data.sources import roots
 from audiolm.models import kmeans
 from audiolm.tokenizers import kmeans_fit
-from audiolm.tokenizers.artifact import ArtefactError, read_export
+from audiolm.tokenizers.artifact import ArtifactError, read_export
 from audiolm.tokenizers.base import SAMPLE_RATE, SEMANTIC_HOP, TokenSpec
 from audiolm.tokenizers.semantic import SemanticTokenizer, load_semantic
 
@@ -79,14 +79,14 @@ def load_residual(kmeans_path: str, residual_path: str | None = None, device: st
         return ResidualTokenizer(tokenizer)
     weights, config, digest = read_export(residual_path)
     if config.get("format") != FORMAT:
-        raise ArtefactError(f"{residual_path}/export/config.json: format is {config.get('format')!r}, this code reads "
+        raise ArtifactError(f"{residual_path}/export/config.json: format is {config.get('format')!r}, this code reads "
                             f"{FORMAT!r}; give the path of a residual build, or run its step again (--force residual)")
     if config["kmeans"] != tokenizer.hash:
-        raise ArtefactError(f"{residual_path}: its levels go on from the tokenizer {config['kmeans']}, {kmeans_path} is "
+        raise ArtifactError(f"{residual_path}: its levels go on from the tokenizer {config['kmeans']}, {kmeans_path} is "
                             f"{tokenizer.hash}; give the kmeans build it was fitted on, or fit it again (--force residual)")
     books_LKD = weights["codebooks"]
     if books_LKD.shape != (config["levels"] - 1, *tokenizer.centroids_KD.shape):
-        raise ArtefactError(f"{residual_path}: codebooks are {tuple(books_LKD.shape)}, expected {config['levels'] - 1} of "
+        raise ArtifactError(f"{residual_path}: codebooks are {tuple(books_LKD.shape)}, expected {config['levels'] - 1} of "
                             f"{tuple(tokenizer.centroids_KD.shape)}; run its step again (--force residual)")
     return ResidualTokenizer(tokenizer, books_LKD, digest)
 
@@ -101,24 +101,24 @@ def fit_residual(config: dict, inputs: dict, out) -> dict:
         shards.setdefault(clip.shard, []).append(clip)
     if not shards:
         raise ValueError(f"residual k-means needs train clips and the manifest has none for where = {where.source}: widen it")
-    tokenizer, numbers, device = load_semantic(path), sorted(shards), device_of(cluster, out.inline)
+    tokenizer, numbers, device = load_semantic(path), sorted(shards), cluster_device(cluster, out.inline)
     frames = [sum(kmeans_fit.frames_in(c) for c in shards[n]) for n in numbers]
     items = [(path, tokenizer.layer, tokenizer.window, shards[n], roots(config["corpus"]), n, quota, seed, out.path, device)
              for n, quota in zip(numbers, kmeans_fit.quotas_of(frames, settings.max_frames), strict=True)]
-    fan_out(kmeans_fit.sample_shard, items, out=out, cluster=cluster, unit="audio s", gpu=device == "cuda",
+    parallel_map(kmeans_fit.sample_shard, items, out=out, cluster=cluster, unit="audio s", gpu=device == "cuda",
             sizes=[f * SEMANTIC_HOP / SAMPLE_RATE for f in frames])
     out.check()
     note = store.join(out.path, "iterations.json")
     store.remove(note)
     shown = kmeans_fit.Iterations(out, partial(store.get_json, note))
     say = shown.show if out.inline else partial(store.put_json, note)
-    facts = fan_out(fit_levels, [(path, settings, numbers, seed, out.path, device, say)], out=shown, cluster=cluster,
+    facts = parallel_map(fit_levels, [(path, settings, numbers, seed, out.path, device, say)], out=shown, cluster=cluster,
                     unit="fits", gpu=device == "cuda")[0]
     store.remove(note)
     return facts
 
 
-def fit_levels(kmeans_path: str, settings: Residual, numbers: list[int], seed: int, out_path: str, device: str, say) -> dict:
+def fit_levels(kmeans_path: str, settings: ResidualConfig, numbers: list[int], seed: int, out_path: str, device: str, say) -> dict:
     """Codebooks of levels 2 .. settings.levels from the files of features; leaves the artefact, returns the facts. `say` hears
     [iterations done, of, inertia per frame]."""
     tokenizer = load_semantic(kmeans_path)

@@ -18,7 +18,7 @@ from safetensors.torch import save
 from audiolm import store
 from audiolm.models import kmeans
 from audiolm.models.conformer import LAYER_CONVENTION, Encoder, EncoderSizes
-from audiolm.tokenizers.artifact import ArtefactError, read_export
+from audiolm.tokenizers.artifact import ArtifactError, read_export
 from audiolm.tokenizers.base import SAMPLE_RATE, SEMANTIC_HOP, TokenSpec
 from audiolm.tokenizers.extractor import FAMILY, ConformerExtractor, Extractor, Window, windowed
 
@@ -103,14 +103,14 @@ def load_semantic(kmeans_path: str, device: str = "cpu", dtype: str = "float32")
     missing = [f for f in ("layer", "k", "window_frames", "overlap_frames", "golden") if f not in config]
     missing += [name for name in ("zscore.mean", "zscore.std", "centroids") if name not in weights]
     if missing:
-        raise ArtefactError(f"{kmeans_path}/export lacks {', '.join(missing)}; run the kmeans step again (--force kmeans)")
+        raise ArtifactError(f"{kmeans_path}/export lacks {', '.join(missing)}; run the kmeans step again (--force kmeans)")
     extractor = _extractor(kmeans_path, weights, config)
     layer, k, dim = config["layer"], config["k"], extractor.dim
     if not 1 <= layer <= extractor.layers:
-        raise ArtefactError(f"{kmeans_path}: layer {layer} is not one of the encoder's {extractor.layers} blocks")
+        raise ArtifactError(f"{kmeans_path}: layer {layer} is not one of the encoder's {extractor.layers} blocks")
     for name, shape in (("zscore.mean", (dim,)), ("zscore.std", (dim,)), ("centroids", (k, dim))):
         if weights[name].shape != shape:
-            raise ArtefactError(f"{kmeans_path}: {name} has shape {tuple(weights[name].shape)}, config says k = {k} and dim = "
+            raise ArtifactError(f"{kmeans_path}: {name} has shape {tuple(weights[name].shape)}, config says k = {k} and dim = "
                                 f"{dim}; run the kmeans step again (--force kmeans)")
     window = Window(config["window_frames"], config["overlap_frames"])
     parts = (layer, weights["zscore.mean"], weights["zscore.std"], weights["centroids"], window, digest)
@@ -120,7 +120,7 @@ def load_semantic(kmeans_path: str, device: str = "cpu", dtype: str = "float32")
     sure = torch.tensor(config["golden"]["sure"], dtype=torch.bool)
     if golden.shape != tokens.shape or not torch.equal(tokens[sure], golden[sure]):
         wrong = "another number" if golden.shape != tokens.shape else f"{int((tokens != golden)[sure].sum())}"
-        raise ArtefactError(f"{kmeans_path}: {wrong} of the {len(golden)} golden tokens differ: weights, layer, "
+        raise ArtifactError(f"{kmeans_path}: {wrong} of the {len(golden)} golden tokens differ: weights, layer, "
                             "z-score or centroids do not belong together; run the kmeans step again (--force kmeans)")
     return SemanticTokenizer(extractor, *parts, device, getattr(torch, dtype))
 
@@ -134,7 +134,7 @@ def _golden(tokenizer: SemanticTokenizer) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _require(build: str, config: dict, field: str, value) -> None:
     if config.get(field) != value:
-        raise ArtefactError(f"{build}/export/config.json: {field} is {config.get(field)!r}, this code reads {value!r}; "
+        raise ArtifactError(f"{build}/export/config.json: {field} is {config.get(field)!r}, this code reads {value!r}; "
                             "run the step that left it again, or use the version of audiolm that wrote it")
 
 
@@ -145,9 +145,9 @@ def _extractor(build: str, weights: dict[str, torch.Tensor], config: dict) -> Ex
     try:
         return extractor_from_export(config, {n.removeprefix("encoder."): w for n, w in weights.items() if n.startswith("encoder.")})
     except (KeyError, TypeError, ValueError, RuntimeError) as e:
-        if isinstance(e, ArtefactError):
+        if isinstance(e, ArtifactError):
             raise
-        raise ArtefactError(f"{build}/export: the weights do not fit the encoder in config.json (family {family!r}): "
+        raise ArtifactError(f"{build}/export: the weights do not fit the encoder in config.json (family {family!r}): "
                             f"{e}") from e
 
 
@@ -158,6 +158,6 @@ def extractor_from_export(config: dict, weights: dict[str, torch.Tensor]) -> Ext
         encoder = Encoder(EncoderSizes(**config["encoder"]))
         encoder.load_state_dict(weights)
         return ConformerExtractor(encoder)
-    from audiolm.tokenizers.hf_encoder import rebuilt as imported
+    from audiolm.tokenizers.hf_encoder import from_export as imported
 
     return imported(copy.deepcopy(config), weights)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from audiolm.models.vocoder import SemanticVocoder
-from audiolm.tokenizers.artifact import ArtefactError, read_export
+from audiolm.tokenizers.artifact import ArtifactError, read_export
 from audiolm.tokenizers.base import TokenSpec, check_codes
 from audiolm.tokenizers.residual import ResidualTokenizer
 
@@ -46,18 +46,18 @@ def load_vocoder(build: str, tokenizer: ResidualTokenizer, device: str = "cpu") 
     weights, config, digest = read_export(build)
     missing = [key for key in (*SIZES, "tokens") if key not in config]
     if config.get("kind") != KIND or missing:
-        raise ArtefactError(f"{build}/export/config.json is no semantic vocoder's (kind {config.get('kind')!r}, without "
+        raise ArtifactError(f"{build}/export/config.json is no semantic vocoder's (kind {config.get('kind')!r}, without "
                             f"{', '.join(missing) or 'nothing'}): give the path of a semantic_vocoder build")
     levels, has = config["levels"], tokenizer.spec.n_q
     if levels > has:
-        raise ArtefactError(f"{build} was trained on {levels} levels, the tokenizer has {has}: give the residual build too")
+        raise ArtifactError(f"{build} was trained on {levels} levels, the tokenizer has {has}: give the residual build too")
     if config["tokens"] != tokenizer.hash_of(levels):
-        raise ArtefactError(f"{build} was trained on the tokens of {config['tokens']}, these are of "
+        raise ArtifactError(f"{build} was trained on the tokens of {config['tokens']}, these are of "
                             f"{tokenizer.hash_of(levels)}: give the kmeans (and residual) builds it was trained "
                             "on, or train it again")
     model = SemanticVocoder(**{key: config[key] for key in SIZES}, norm=False)
     try:
         model.load_state_dict(weights)
     except RuntimeError as e:
-        raise ArtefactError(f"{build}/export: the weights do not fit the vocoder that config.json describes: {e}") from e
+        raise ArtifactError(f"{build}/export: the weights do not fit the vocoder that config.json describes: {e}") from e
     return SemanticCodec(tokenizer, model, digest, device)

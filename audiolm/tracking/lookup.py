@@ -48,7 +48,7 @@ def index_of(run_id: str, tracking: str | None = None) -> str:
     client, uri = connect(tracking)
     from mlflow.exceptions import MlflowException
 
-    where = f"MLflow at {store.mask(uri)}"
+    where = f"MLflow at {store.hide_credentials(uri)}"
     try:
         run = client.get_run(run_id)
         if parent := run.data.tags.get("mlflow.parentRunId"):
@@ -98,7 +98,6 @@ def find_run(run: str, folder: str = OUTPUTS, tracking: str | None = None) -> st
     """The index of a run: a path or URI that ends in .json as it is, an MLflow run id (32 hex digits) by the server
     `tracking` (None: MLFLOW_TRACKING_URI, else the database in `folder`), else a name's below `folder`."""
     if re.fullmatch("[0-9a-f]{32}", run):
-        from audiolm.tracking.lookup import default_tracking, index_of
 
         return index_of(run, default_tracking(folder, tracking))
     return run if run.endswith(".json") else store.join(folder, "runs", f"{run}.json")

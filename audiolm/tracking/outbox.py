@@ -17,14 +17,14 @@ from typing import Any
 
 from audiolm import store
 from audiolm.dag import lease
-from audiolm.store import mask
+from audiolm.store import hide_credentials
 
 PARAM_CHARS, TAG_CHARS, KEY_CHARS = 6000, 5000, 250  # MLflow's limits
 STATUSES = ("FINISHED", "FAILED", "KILLED")
 
 
 @dataclass(eq=False)
-class Run:
+class TrackedRun:
     """One run of the tracker and what has still to be told of it; the server's `run_id` is None until it gave one."""
 
     key: str
@@ -47,13 +47,13 @@ class Run:
     ended_ms: int = 0
 
 
-def new(name: str, parent: Run | None, params: Mapping[str, str], tags: Mapping[str, str]) -> Run:
-    return Run(uuid.uuid4().hex, name, parent and parent.key, now_ms(), lease.owner(), parent and parent.run_id,
-               params={key(k): mask(v)[:PARAM_CHARS] for k, v in params.items()},
-               tags={key(k): mask(v)[:TAG_CHARS] for k, v in tags.items()})
+def new(name: str, parent: TrackedRun | None, params: Mapping[str, str], tags: Mapping[str, str]) -> TrackedRun:
+    return TrackedRun(uuid.uuid4().hex, name, parent and parent.key, now_ms(), lease.owner(), parent and parent.run_id,
+               params={key(k): hide_credentials(v)[:PARAM_CHARS] for k, v in params.items()},
+               tags={key(k): hide_credentials(v)[:TAG_CHARS] for k, v in tags.items()})
 
 
-def end(run: Run, status: str, facts: Mapping[str, Any], ui_folder: str | None) -> None:
+def end(run: TrackedRun, status: str, facts: Mapping[str, Any], ui_folder: str | None) -> None:
     """Notes how a run ended. Raises ValueError for a status that is none."""
     if status not in STATUSES:
         raise ValueError(f"status {status!r} is not one of {', '.join(STATUSES)}")
@@ -61,20 +61,20 @@ def end(run: Run, status: str, facts: Mapping[str, Any], ui_folder: str | None) 
     run.ended_ms, run.status = now_ms(), status
 
 
-def save(folder: str, run: Run, text: str) -> None:
+def save(folder: str, run: TrackedRun, text: str) -> None:
     store.put(store.join(folder, f"{run.key}.json"), text.encode())
 
 
-def note_text(head: Mapping[str, str], run: Run) -> str:
+def note_text(head: Mapping[str, str], run: TrackedRun) -> str:
     """A run's note; `head` says which server and experiment it is meant for."""
     return json.dumps({**head, "run": {**asdict(run), "offset": 0}}, sort_keys=True)  # the offset stands elsewhere
 
 
-def drop(folder: str, run: Run) -> None:
+def drop(folder: str, run: TrackedRun) -> None:
     store.remove(store.join(folder, f"{run.key}.json"))
 
 
-def release(folder: str, head: Mapping[str, str], runs: list[Run]) -> None:
+def release(folder: str, head: Mapping[str, str], runs: list[TrackedRun]) -> None:
     """Gives runs up for the next tracker, even one of this same process. A store that fails here changes nothing."""
     for run in runs:
         run.owner = {}
@@ -84,14 +84,14 @@ def release(folder: str, head: Mapping[str, str], runs: list[Run]) -> None:
             pass
 
 
-def left_over(folder: str, head: Mapping[str, str]) -> tuple[list[Run], list[str]]:
+def left_over(folder: str, head: Mapping[str, str]) -> tuple[list[TrackedRun], list[str]]:
     """Runs that earlier drivers did not deliver, parents first, and the ids of the parents whose driver was killed."""
     runs, killed = [], []
     for name in store.names(folder):
         note = store.get_json(store.join(folder, name))
         if not note or any(note.get(k) != v for k, v in head.items()):
             continue
-        run = Run(**note["run"])
+        run = TrackedRun(**note["run"])
         if alive(run.owner):
             continue
         run.owner, run.asked = lease.owner(), True
@@ -122,18 +122,18 @@ def resolve(uri: str, folder: str) -> tuple[str | None, str | None]:
         return None, None
     if uri == "sqlite":
         if not store.is_local(folder):
-            raise ValueError(f"tracking: sqlite needs a store on a local disk, but store is {mask(folder)}; "
+            raise ValueError(f"tracking: sqlite needs a store on a local disk, but store is {hide_credentials(folder)}; "
                              "set tracking to an MLflow server's URI (http://host:5000) or to none")
         root = Path(store.open_fs(folder)[1])
         root.mkdir(parents=True, exist_ok=True)
         return f"sqlite:///{root / 'mlflow.db'}", (root / "mlflow").as_uri()
     if "://" not in uri:
-        raise ValueError(f"tracking: {mask(uri)!r} is neither sqlite, none nor a URI such as http://host:5000")
+        raise ValueError(f"tracking: {hide_credentials(uri)!r} is neither sqlite, none nor a URI such as http://host:5000")
     return uri, None
 
 
 def first_line(e: BaseException) -> str:
-    return mask(f"{type(e).__name__}: {e}".splitlines()[0][:300])
+    return hide_credentials(f"{type(e).__name__}: {e}".splitlines()[0][:300])
 
 
 def numbers(prefix: str, facts: Mapping[str, Any]) -> dict[str, float]:

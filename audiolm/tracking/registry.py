@@ -15,8 +15,8 @@ from typing import Any
 from audiolm import store
 from audiolm.config.base import flatten
 from audiolm.dag.run_index import SYSTEM_STEPS
-from audiolm.store import get_json, join, mask, names
-from audiolm.tracking.outbox import Run, key
+from audiolm.store import get_json, hide_credentials, join, names
+from audiolm.tracking.outbox import TrackedRun, key
 
 MODEL = "audiolm.model"
 ASK = ("To evaluate it within its run's system, set the tag `evaluate` to `requested` (and `evaluate.suites` to some of "
@@ -77,15 +77,15 @@ def prune(client: Any, name: str, version: str) -> None:
 
 
 @dataclass
-class Shown:
+class ShownCheckpoints:
     """What the server has: by a commit's file (model, version, whether both say pruned), and where `best` points."""
 
     commits: dict[str, tuple[Any, str | None, bool]] = field(default_factory=dict)
     best: str | None = None
 
 
-def deliver_checkpoints(client: Any, experiment_id: str, run: Run, owner: tuple[str, str], shown: Shown,
-            log: Callable[[Run, list[tuple]], None]) -> None:
+def deliver_checkpoints(client: Any, experiment_id: str, run: TrackedRun, owner: tuple[str, str], shown: ShownCheckpoints,
+            log: Callable[[TrackedRun, list[tuple]], None]) -> None:
     """Tells an MlflowClient of commits that it does not know yet and of those that were pruned; `owner`: the pipeline run's
     name and index; `log` sends metrics (key, value, time in ms, step, model id). `shown` is this function's memory; raises
     when the server does not answer."""
@@ -119,11 +119,11 @@ def deliver_checkpoints(client: Any, experiment_id: str, run: Run, owner: tuple[
         raise
 
 
-def _known(client: Any, experiment_id: str, run: Run) -> dict[str, Any]:
+def _known(client: Any, experiment_id: str, run: TrackedRun) -> dict[str, Any]:
     """The server's models of this build by their commits' files."""
     found, token = {}, None
     while True:
-        page = client.search_logged_models([experiment_id], f"tags.`audiolm.build` = '{mask(run.build)}'", page_token=token)
+        page = client.search_logged_models([experiment_id], f"tags.`audiolm.build` = '{hide_credentials(run.build)}'", page_token=token)
         for model in page:
             if str(model.status) == "READY":
                 found[f"{int(model.params['step']):08d}.json"] = model
@@ -134,13 +134,13 @@ def _known(client: Any, experiment_id: str, run: Run) -> dict[str, Any]:
             return found
 
 
-def _make(client: Any, experiment_id: str, run: Run, commit: dict, log: Callable[[Run, list[tuple]], None]) -> Any:
+def _make(client: Any, experiment_id: str, run: TrackedRun, commit: dict, log: Callable[[TrackedRun, list[tuple]], None]) -> Any:
     step, validation = commit["step"], commit["validation"]
     uri = join(run.build, "checkpoints", commit["folder"])
     tags = {"uri": uri, "audiolm.build": run.build, **({"export": join(uri, "export")} if "export" in commit else {})}
     config = (get_json(join(run.build.rsplit("/", 1)[0], "recipe.json")) or {}).get("config", {})
-    params = {key(k): mask(v)[:5000] for k, v in flatten(config).items()}
-    model = client.create_logged_model(experiment_id, f"{run.name}-{step}", run.run_id, {k: mask(v) for k, v in tags.items()},
+    params = {key(k): hide_credentials(v)[:5000] for k, v in flatten(config).items()}
+    model = client.create_logged_model(experiment_id, f"{run.name}-{step}", run.run_id, {k: hide_credentials(v) for k, v in tags.items()},
                                        {**params, "step": str(step)}, "checkpoint")
     if validation.get("step") == step and commit.get("validated"):
         at_ms = round(commit["validated"] * 1000)  # the time stamp of the metrics file's row: so a curve has it once
@@ -149,16 +149,16 @@ def _make(client: Any, experiment_id: str, run: Run, commit: dict, log: Callable
     return client.finalize_logged_model(model.model_id, "READY")
 
 
-def _tags(run: Run, index: str, commit: dict) -> dict[str, str]:
+def _tags(run: TrackedRun, index: str, commit: dict) -> dict[str, str]:
     """A version's tags, all that evaluating it needs."""
     uri, validation = join(run.build, "checkpoints", commit["folder"]), commit["validation"]
     loss = validation.get("loss") if validation.get("step") == commit["step"] else None
     tags = {"uri": uri, "step": commit["step"], "fingerprint": run.build.split("/")[-2], "loss": loss, "audiolm.step": run.name,
             "audiolm.build": run.build, "audiolm.index": index, "audiolm.export": "yes" if "export" in commit else "no"}
-    return {k: mask(v) for k, v in tags.items() if v is not None}
+    return {k: hide_credentials(v) for k, v in tags.items() if v is not None}
 
 
-def _point(client: Any, name: str, run: Run, shown: Shown) -> None:
+def _point(client: Any, name: str, run: TrackedRun, shown: ShownCheckpoints) -> None:
     there = {file: version for file, (_, version, pruned) in shown.commits.items() if not pruned}
     newest = get_json(join(run.build, "commits", max(there))) if there else None
     best = newest and there.get(f"{newest.get('best_step') or 0:08d}.json")
@@ -171,7 +171,7 @@ SYSTEM = (*SYSTEM_STEPS, "lm_fine")  # the steps that generating reads
 SYSTEM_TAG = "audiolm.system"
 
 
-def deliver_system(client: Any, experiment_id: str, run: Run) -> None:
+def deliver_system(client: Any, experiment_id: str, run: TrackedRun) -> None:
     """Registers `run.system`, unless it is there. Raises when the server does not answer."""
     from mlflow.exceptions import MlflowException
 
@@ -190,7 +190,7 @@ def deliver_system(client: Any, experiment_id: str, run: Run) -> None:
                                 await_creation_for=None)
 
 
-def _logged(client: Any, experiment_id: str, run: Run, digest: str) -> Any:
+def _logged(client: Any, experiment_id: str, run: TrackedRun, digest: str) -> Any:
     """The server's LoggedModel of this system, made where there is none."""
     for model in client.search_logged_models([experiment_id], f"tags.`{SYSTEM_TAG}` = '{digest}'"):
         if str(model.status) == "READY":

@@ -1,6 +1,6 @@
 """What `mlflow models serve` runs: MLflow keeps a copy of this script as the model ("models from code", so no pickle).
 
-It is run, never imported, and so loads MLflow at once.  The work is lm/answer.py's, of the audiolm that is installed
+It is run, never imported, and so loads MLflow at once.  The work is generate/predict.py's, of the audiolm that is installed
 where it is served: `--env-manager local`.
 """
 
@@ -19,17 +19,17 @@ class Served(PythonModel):
 
     def load_context(self, context):
         from audiolm import store
-        from audiolm.generate.predict import open_system
+        from audiolm.generate.predict import load_logged_system
 
-        self.system = open_system(store.get_json(context.artifacts["system"]))
+        self.system = load_logged_system(store.get_json(context.artifacts["system"]))
         self.turn = threading.Lock()  # the server has threads, and torch's number of threads is the process's
 
     def predict(self, context, model_input: pandas.DataFrame, params=None):
-        from audiolm.generate.predict import answer
+        from audiolm.generate.predict import predict
 
         try:
             with self.turn:
-                return answer(self.system, model_input.to_dict("records"), params or {})
+                return predict(self.system, model_input.to_dict("records"), params or {})
         except ValueError as e:
             raise MlflowException.invalid_parameter_value(str(e)) from e  # status 400
 

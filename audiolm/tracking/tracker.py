@@ -20,9 +20,9 @@ from urllib.parse import quote
 
 from audiolm import store
 from audiolm.metrics_log import read_from
-from audiolm.store import mask
+from audiolm.store import hide_credentials
 from audiolm.tracking import client, outbox, registry
-from audiolm.tracking.outbox import Run, key
+from audiolm.tracking.outbox import TrackedRun, key
 
 EVERY_S = 3.0
 REFUSED = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "ENDPOINT_NOT_FOUND")
@@ -41,13 +41,13 @@ class Tracker:
         self._folder = f"{store.rstrip('/')}/.tracking/{quote(run_name, safe='')}"
         self._say = say or logging.getLogger(__name__).warning
         self._owner = run_name, f"{store.rstrip('/')}/runs/{run_name}.json"
-        self._head = {"uri": mask(self.uri), "experiment": experiment}
+        self._head = {"uri": hide_credentials(self.uri), "experiment": experiment}
         self._name = hashlib.sha256(f"{store}|{run_name}".encode()).hexdigest()[:16]  # of both, safe in a search
         self._off = self.uri is None
-        self._runs: list[Run] = []
+        self._runs: list[TrackedRun] = []
         self._saved: dict[str, str] = {}
-        self._models: dict[str, registry.Shown] = {}
-        self._parent: Run | None = None
+        self._models: dict[str, registry.ShownCheckpoints] = {}
+        self._parent: TrackedRun | None = None
         self._client = self._experiment_id = None
         self._lock = threading.Lock()
         self._passed = threading.Condition()
@@ -68,7 +68,7 @@ class Tracker:
         try:
             left, killed = outbox.left_over(self._folder, self._head)
         except Exception as e:  # noqa: BLE001  a store that stumbles here fails its steps with a better error
-            self._say(f"tracking: cannot read {mask(self._folder)}: {outbox.first_line(e)}")
+            self._say(f"tracking: cannot read {hide_credentials(self._folder)}: {outbox.first_line(e)}")
         over = {"takes_over": ",".join(killed)} if killed else {}
         self._parent = outbox.new(self._run_name, None, params, {**tags, **over})
         with self._lock:
@@ -77,7 +77,7 @@ class Tracker:
         self._thread.start()
         self._wake.set()
 
-    def begin_step(self, name: str, attempt_path: str, params: Mapping[str, str], tags: Mapping[str, str]) -> Run:
+    def begin_step(self, name: str, attempt_path: str, params: Mapping[str, str], tags: Mapping[str, str]) -> TrackedRun:
         """Opens a nested run; returns at once with its handle."""
         run = outbox.new(name, self._parent, params, {"step": name, "attempt": attempt_path, **tags})
         if not self._off:
@@ -86,13 +86,13 @@ class Tracker:
             self._wake.set()
         return run
 
-    def ship(self, handle: Run, metrics_path: str, build: str | None = None) -> None:
+    def ship(self, handle: TrackedRun, metrics_path: str, build: str | None = None) -> None:
         """Names a step's metrics file, and the build whose checkpoints are shown; what is new there is delivered from then
         on, every few seconds. May be called again."""
         with self._lock:
             handle.metrics_path, handle.build = metrics_path, build
 
-    def end_step(self, handle: Run, status: str, facts: Mapping[str, Any], ui_folder: str | None) -> str | None:
+    def end_step(self, handle: TrackedRun, status: str, facts: Mapping[str, Any], ui_folder: str | None) -> str | None:
         """Ends a nested run: FINISHED, FAILED or KILLED. Flush the metrics file first. Returns the run's id if known.
 
         Numbers among the facts become metrics `fact.x`; everything below `ui_folder` becomes artifacts.
@@ -116,7 +116,7 @@ class Tracker:
         """Notes on the parent run which system it ended with (tracked_systems): a run's index, its models' folders."""
         if self._parent:
             with self._lock:
-                self._parent.system = {"index": mask(index), "steps": {name: mask(path) for name, path in steps.items()}}
+                self._parent.system = {"index": hide_credentials(index), "steps": {name: hide_credentials(path) for name, path in steps.items()}}
 
     def finish(self, status: str, timeout_s: float = 30.0) -> None:
         """Ends the parent run and waits until all is delivered, at most `timeout_s`; the next run does the rest."""
@@ -135,7 +135,7 @@ class Tracker:
         if left:
             if not self._thread.is_alive():
                 outbox.release(self._folder, self._head, left)
-            self._say(f"tracking: {len(left)} run(s) are not all in MLflow at {mask(self.uri)}; "
+            self._say(f"tracking: {len(left)} run(s) are not all in MLflow at {hide_credentials(self.uri)}; "
                       f"the next run named {self._run_name!r} on this store delivers the rest")
 
     def flush(self, timeout_s: float) -> bool:
@@ -156,8 +156,8 @@ class Tracker:
             return "no tracking (tracking: none)"
         if self.uri.startswith("http"):
             where = f"/#/experiments/{self._experiment_id}" if self._experiment_id else ""
-            return mask(self.uri).rstrip("/") + where
-        return f"mlflow ui --backend-store-uri '{mask(self.uri)}'   then open http://127.0.0.1:5000"
+            return hide_credentials(self.uri).rstrip("/") + where
+        return f"mlflow ui --backend-store-uri '{hide_credentials(self.uri)}'   then open http://127.0.0.1:5000"
 
     # ---- the thread
 
@@ -194,25 +194,25 @@ class Tracker:
         except Exception as e:  # noqa: BLE001  a tracker's trouble is never a step's trouble
             self._failures += 1
             if self._failures == 1:
-                self._say(f"tracking: MLflow at {mask(self.uri)} does not answer; the run goes on and what it has to "
+                self._say(f"tracking: MLflow at {hide_credentials(self.uri)} does not answer; the run goes on and what it has to "
                           f"show is delivered later ({outbox.first_line(e)})")
             with self._lock:  # let the others go first next time
                 if run in self._runs:
                     self._runs.append(self._runs.pop(self._runs.index(run)))
             return False
         if self._failures:
-            self._say(f"tracking: MLflow at {mask(self.uri)} answers again")
+            self._say(f"tracking: MLflow at {hide_credentials(self.uri)} answers again")
         self._failures = 0
         return True
 
-    def _save(self, run: Run) -> None:
+    def _save(self, run: TrackedRun) -> None:
         with self._lock:
             text = outbox.note_text(self._head, run)
         if self._saved.get(run.key) != text:
             outbox.save(self._folder, run, text)
             self._saved[run.key] = text
 
-    def _deliver(self, run: Run) -> bool:
+    def _deliver(self, run: TrackedRun) -> bool:
         """Sends what a run has still to be told; True when it is complete. Raises when the server does not answer."""
         if self._experiment_id is None:
             self._open_experiment()
@@ -225,7 +225,7 @@ class Tracker:
         self._send_metrics(run)
         self._log_batch(run, metrics=[(k, v, run.ended_ms, 0) for k, v in facts.items()])
         self._refusable(run, registry.deliver_checkpoints, self._client, self._experiment_id, run, self._owner,
-                        self._models.setdefault(run.key, registry.Shown()), self._log_batch)
+                        self._models.setdefault(run.key, registry.ShownCheckpoints()), self._log_batch)
         if ui and store.names(ui):
             self._upload(run, ui)
         with self._lock:
@@ -259,7 +259,7 @@ class Tracker:
             self._client.restore_experiment(found.experiment_id)
         self._experiment_id = found.experiment_id
 
-    def _create(self, run: Run) -> None:
+    def _create(self, run: TrackedRun) -> None:
         tags = {"audiolm.key": run.key, "audiolm.name": self._name, "audiolm.owner": json.dumps(run.owner)}
         with self._lock:
             parent = next((r for r in self._runs if r.key == run.parent), None)
@@ -297,7 +297,7 @@ class Tracker:
             self._client.set_terminated(found.info.run_id, "KILLED")
         return ended
 
-    def _send(self, run: Run, params: dict[str, str], tags: dict[str, str]) -> None:
+    def _send(self, run: TrackedRun, params: dict[str, str], tags: dict[str, str]) -> None:
         from mlflow.entities import Param, RunTag
 
         for group, make, name in ((params, Param, "params"), (tags, RunTag, "tags")):
@@ -306,7 +306,7 @@ class Tracker:
                 part = {"params": (), "tags": (), name: items[i:i + BATCH]}
                 self._refusable(run, self._client.log_batch, run.run_id, (), part["params"], part["tags"])
 
-    def _send_metrics(self, run: Run) -> None:
+    def _send_metrics(self, run: TrackedRun) -> None:
         start = run.offset
         try:
             while run.metrics_path:
@@ -320,18 +320,18 @@ class Tracker:
             if run.offset != start:
                 store.put_json(outbox.shipped_path(run.metrics_path), {"offset": run.offset, "run_id": run.run_id})
 
-    def _log_batch(self, run: Run, metrics: list[tuple]) -> None:
+    def _log_batch(self, run: TrackedRun, metrics: list[tuple]) -> None:
         from mlflow.entities import Metric
 
         items = [Metric(k, float(v), *rest) for k, v, *rest in metrics]
         for i in range(0, len(items), METRICS):
             self._refusable(run, self._client.log_batch, run.run_id, items[i:i + METRICS])
 
-    def _upload(self, run: Run, folder: str) -> None:
+    def _upload(self, run: TrackedRun, folder: str) -> None:
         with tempfile.TemporaryDirectory() as aside:
             self._refusable(run, self._client.log_artifacts, run.run_id, store.local_copy(folder, aside))
 
-    def _refusable(self, run: Run, fn: Callable, *args) -> None:
+    def _refusable(self, run: TrackedRun, fn: Callable, *args) -> None:
         """Calls the server. What it refuses for good is reported once a run and dropped; an outage raises."""
         from mlflow.exceptions import MlflowException
 

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from audiolm.config.training import Train
+from audiolm.config.training import TrainConfig
 from audiolm.train.objectives.base import Context
 
 Saved = dict[str, torch.Tensor]
@@ -48,14 +48,14 @@ def all_sum(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def learning_rate(train: Train, step: int) -> float:
+def learning_rate(train: TrainConfig, step: int) -> float:
     """Warm-up, constant, linear decay to zero over the last `decay_steps`; step counts from 0."""
     up = min(1.0, (step + 1) / train.warmup_steps) if train.warmup_steps else 1.0
     down = min(1.0, (train.steps - step) / train.decay_steps) if train.decay_steps else 1.0
     return train.lr * min(up, down)
 
 
-def _groups(module: nn.Module, train: Train) -> list[dict]:
+def _groups(module: nn.Module, train: TrainConfig) -> list[dict]:
     """Weight decay for matrices, none for gains and biases."""
     params = [p for p in module.parameters() if p.requires_grad]
     groups = [{"params": [p for p in params if p.ndim >= 2], "weight_decay": train.weight_decay},
@@ -63,7 +63,7 @@ def _groups(module: nn.Module, train: Train) -> list[dict]:
     return [g for g in groups if g["params"]]
 
 
-def _adamw(module: nn.Module, train: Train) -> torch.optim.AdamW:
+def _adamw(module: nn.Module, train: TrainConfig) -> torch.optim.AdamW:
     fused = next(module.parameters()).is_cuda
     return torch.optim.AdamW(_groups(module, train), lr=train.lr, betas=train.betas, eps=1e-8, fused=fused)
 
@@ -97,7 +97,7 @@ def load_weights(module: nn.Module, saved: Saved) -> None:
 class TorchEngine:
     """Plain PyTorch; several ranks average their gradients in one flat reduction."""
 
-    def __init__(self, module: nn.Module, train: Train, ctx: Context, saved: Saved | None, updates: int):
+    def __init__(self, module: nn.Module, train: TrainConfig, ctx: Context, saved: Saved | None, updates: int):
         self.module, self.train, self.ctx, self.updates = module.to(ctx.device), train, ctx, updates
         if saved:
             load_weights(module, saved)
@@ -140,7 +140,7 @@ class TorchEngine:
 class DeepSpeedEngine:
     """DeepSpeed ZeRO; the optimizer is torch's AdamW (no CPU extension to compile). All ranks take part in every call."""
 
-    def __init__(self, module: nn.Module, train: Train, ctx: Context, saved: Saved | None, updates: int):
+    def __init__(self, module: nn.Module, train: TrainConfig, ctx: Context, saved: Saved | None, updates: int):
         deepspeed = _deepspeed(ctx)
         self.module, self.train, self.ctx, self.updates = module.to(ctx.device), train, ctx, updates
         if saved:
@@ -218,7 +218,7 @@ class DeepSpeedEngine:
 
     def _link_moments(self) -> None:
         """Points the parameters at their moments. ZeRO does it once, after its first group stepped, and so misses the
-        moments of the other groups; the names are private, tests/test_engine.py guards them."""
+        moments of the other groups; the names are private, tests/train/test_engine.py guards them."""
         if self.train.zero == 3:
             return
         zero = self.engine.optimizer
@@ -264,7 +264,7 @@ def _set_moments(module: nn.Module, optimizer: torch.optim.Optimizer, saved: Sav
                               **{key: saved[f"{key}/{name}"].to(p.device).clone() for key in MOMENTS}}
 
 
-def make_engine(module: nn.Module, train: Train, ctx: Context, saved: Saved | None = None,
+def make_engine(module: nn.Module, train: TrainConfig, ctx: Context, saved: Saved | None = None,
                 updates: int = 0) -> TorchEngine | DeepSpeedEngine:
     return {"torch": TorchEngine, "deepspeed": DeepSpeedEngine}[train.engine](module, train, ctx, saved, updates)
 

@@ -14,7 +14,7 @@ import torch
 import torch._functorch.config
 from torch import nn
 
-from audiolm.config.codec import CodecWeights
+from audiolm.config.codec import CodecLossWeights
 from audiolm.data.clips import read_clip
 from audiolm.eval.metrics.audio_quality import pesq_wb, si_sdr_db
 from audiolm.models.losses import adversarial_loss, discriminator_loss, feature_loss
@@ -24,7 +24,7 @@ from audiolm.train.objectives.base import Engine
 EVAL_CROPS, EVAL_SAMPLES, EVAL_ROWS = 16, 48 * SEMANTIC_HOP, 4  # 1.92 s each
 
 
-class Average(nn.Module):
+class EMA(nn.Module):
     """Moving average of named parameters, in fp32 buffers ("." in a name becomes "/")."""
 
     def __init__(self, named: Mapping[str, torch.Tensor]):
@@ -41,7 +41,7 @@ class Average(nn.Module):
         return {name.replace("/", "."): value for name, value in self.named_buffers()}
 
 
-def play(engine: Engine, module: nn.Module, wav_BT: torch.Tensor, fake_BT: torch.Tensor, share: float, last: bool, kind: str,
+def discriminator_step(engine: Engine, module: nn.Module, wav_BT: torch.Tensor, fake_BT: torch.Tensor, share: float, last: bool, kind: str,
          dtype: str) -> dict[str, torch.Tensor]:
     """The discriminators' own step on detached fakes, then their judgement of the fakes with frozen weights: the losses
     adversarial and feature (which reach fake_BT) and discriminator (detached). `kind` is dac or soundstream, `dtype` that of
@@ -61,7 +61,7 @@ def play(engine: Engine, module: nn.Module, wav_BT: torch.Tensor, fake_BT: torch
             "discriminator": loss.detach()}
 
 
-def scores(real_BT: torch.Tensor, fake_BT: torch.Tensor) -> torch.Tensor:
+def reconstruction_metrics(real_BT: torch.Tensor, fake_BT: torch.Tensor) -> torch.Tensor:
     """(sum, number) over the rows that have a value, of PESQ and of SI-SDR."""
     found_22 = torch.zeros(2, 2)
     for real_T, fake_T in zip(real_BT.cpu().numpy(), fake_BT.cpu().numpy(), strict=True):
@@ -73,7 +73,7 @@ def scores(real_BT: torch.Tensor, fake_BT: torch.Tensor) -> torch.Tensor:
     return found_22
 
 
-def held_out(clips: list, places: dict[str, str]) -> torch.Tensor:
+def held_out_crops(clips: list, places: dict[str, str]) -> torch.Tensor:
     """The same EVAL_CROPS pieces on every rank and at every call, spread evenly over the clips."""
     wav_BT = torch.zeros(EVAL_CROPS, EVAL_SAMPLES)
     each = math.ceil(EVAL_CROPS / len(clips))
@@ -97,7 +97,7 @@ TERMS = ("reconstruction", "waveform", "feature", "adversarial")
 DECAY = 0.999
 
 
-class Balance(nn.Module):
+class LossBalancer(nn.Module):
     def __init__(self):
         super().__init__()
         self.register_buffer("total", torch.zeros(len(TERMS)))  # decayed sum of norms, and of ones
@@ -109,7 +109,7 @@ class Balance(nn.Module):
         return dict(zip(TERMS, self.total / self.count.clamp_min(1e-12), strict=True))
 
     def target(self, made_BT: torch.Tensor, fake_BT: torch.Tensor, terms: Mapping[str, torch.Tensor],
-               weights: CodecWeights, share: float) -> torch.Tensor:
+               weights: CodecLossWeights, share: float) -> torch.Tensor:
         """A scalar whose gradient is the balanced one. made_BT is the generator's waveform, fake_BT its detached twin that
         the terms were computed from; `share` of the step's rows are in this micro-batch."""
         running, sum_BT, plain = self.norms(), torch.zeros_like(fake_BT), fake_BT.new_zeros(())

@@ -18,16 +18,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from audiolm.config.training import Train
+from audiolm.config.training import TrainConfig
 from audiolm.train.engine import all_sum
 
 
-def out_of_patience(train: Train, done: int, best_step: int | None) -> bool:
+def out_of_patience(train: TrainConfig, done: int, best_step: int | None) -> bool:
     """True when the training ends after `done` steps, the best validation so far being that of `best_step`."""
     return train.patience is not None and best_step is not None and done - best_step >= train.patience * train.eval_every
 
 
-def stop_facts(train: Train, done: int, best_step: int | None) -> dict:
+def stop_facts(train: TrainConfig, done: int, best_step: int | None) -> dict:
     """What final.json says of a training that ended before its steps; nothing of one that did not."""
     if done == train.steps:
         return {}
@@ -35,13 +35,13 @@ def stop_facts(train: Train, done: int, best_step: int | None) -> dict:
                                           f"better than step {best_step}'s"]}
 
 
-def check_loss(value: float, name: str, done: int, train: Train) -> None:
+def check_loss(value: float, name: str, done: int, train: TrainConfig) -> None:
     """Raises FloatingPointError naming what to look at for a value that is not finite after `done` steps."""
     if not math.isfinite(value):
         raise FloatingPointError(f"the {name} is {value} at step {done}: {_first_bad(train)}")
 
 
-def check_weights(modules: Mapping[str, nn.Module], done: int, train: Train) -> None:
+def check_weights(modules: Mapping[str, nn.Module], done: int, train: TrainConfig) -> None:
     """The same for weights and buffers. All ranks take part: each may hold a part of them."""
     tensors = [t for m in modules.values() for t in m.state_dict().values() if t.is_floating_point()]
     spoiled = all_sum(torch.stack([(~t.isfinite()).any() for t in tensors]).sum())
@@ -49,7 +49,7 @@ def check_weights(modules: Mapping[str, nn.Module], done: int, train: Train) -> 
         raise FloatingPointError(f"weights are not finite after step {done}, and are not saved: {_first_bad(train)}")
 
 
-def _first_bad(train: Train) -> str:
+def _first_bad(train: TrainConfig) -> str:
     return (f"look at train: lr {train.lr} and clip {train.clip} (lower them; clip 0 is none), warmup_steps "
             f"{train.warmup_steps} (raise it), dtype {train.dtype} (try float32); then at the input: silent audio, or code "
             "usage in the token steps' facts. The last checkpoint is sound")
@@ -58,7 +58,7 @@ def _first_bad(train: Train) -> str:
 MAX_ROLLBACKS = 3  # rollbacks of a training
 
 
-class Spiked(Exception):
+class LossSpike(Exception):
     """The loss of a step spiked; `skipped` is what to pass over from now on."""
 
     def __init__(self, step: int, loss: float, skipped: list[dict[str, int]]):
@@ -73,10 +73,10 @@ def rows_of(step: int, skipped: Sequence[Mapping[str, int]]) -> int:
     return step
 
 
-class Spikes:
+class SpikeGuard:
     """The losses of a training as its rollback sees them; does nothing where `train.rollback` is None."""
 
-    def __init__(self, train: Train, commit: Mapping[str, Any] | None, skipped: list[dict[str, int]] | None):
+    def __init__(self, train: TrainConfig, commit: Mapping[str, Any] | None, skipped: list[dict[str, int]] | None):
         """`commit` is the record that training starts from, `skipped` what was found since (None: what the record says)."""
         known = (commit or {}).get("spikes", {"skipped": [], "recent": []})
         self.train, self.rule = train, train.rollback
@@ -102,7 +102,7 @@ class Spikes:
                                        f"at steps {before}: single rows are not to blame. Look at train: lr {self.train.lr} "
                                        f"and clip {self.train.clip} (lower them), warmup_steps {self.train.warmup_steps} and "
                                        f"rollback.deviations {self.rule.deviations} (raise them)")
-                raise Spiked(step, value, [*self.skipped, {"step": step, "rows": rows_of(step, self.skipped)}])
+                raise LossSpike(step, value, [*self.skipped, {"step": step, "rows": rows_of(step, self.skipped)}])
             self.recent.append(value)
         self._unseen.clear()
 

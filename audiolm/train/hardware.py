@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from audiolm.config.training import Train
+from audiolm.config.training import TrainConfig
 from audiolm.train.engine import all_sum, alone
 from audiolm.train.objectives.base import Context, Objective
 
@@ -16,7 +16,7 @@ FREE_SHARE = 0.92  # of the memory is what a trial may use: later rows can be lo
 STATE_BYTES = 12  # a parameter, of moments and gradients that an engine keeps besides the trial's own
 
 
-def micro_batch(train: Train, objective: Objective, ctx: Context) -> int:
+def micro_batch(train: TrainConfig, objective: Objective, ctx: Context) -> int:
     """Rows a forward pass of this rank; all ranks take part. `auto` tries on a GPU, for objectives of one module (a codec's
     first step says little of its later ones); it is the rank's share elsewhere."""
     share = train.batch // ctx.world
@@ -35,7 +35,7 @@ def micro_batch(train: Train, objective: Objective, ctx: Context) -> int:
         torch.cuda.set_per_process_memory_fraction(1.0)
 
 
-def largest(train: Train, objective: Objective, ctx: Context, share: int) -> int:
+def largest(train: TrainConfig, objective: Objective, ctx: Context, share: int) -> int:
     """The largest of share, share/2, ... that no rank runs out of memory with, by its first step's forward and backward
     passes before there are engines. Weights, buffers and later steps are as if it had not been. All ranks take part."""
     modules = {name: module.to(ctx.device) for name, module in objective.modules.items()}
@@ -54,7 +54,7 @@ def largest(train: Train, objective: Objective, ctx: Context, share: int) -> int
         rows = -(-rows // 2)
 
 
-def _try(train: Train, objective: Objective, modules: dict[str, nn.Module], ctx: Context, rows: range, n: int) -> str | None:
+def _try(train: TrainConfig, objective: Objective, modules: dict[str, nn.Module], ctx: Context, rows: range, n: int) -> str | None:
     """What it failed with for want of memory; text, since a kept exception would keep the tensors of its frames."""
     batches = [objective.load(0, rows[i:i + n]) for i in range(0, len(rows), n)]
     try:
@@ -71,7 +71,7 @@ def _try(train: Train, objective: Objective, modules: dict[str, nn.Module], ctx:
 class _Trial:
     """An engine that computes gradients and changes no weight."""
 
-    def __init__(self, module: nn.Module, train: Train, ctx: Context):
+    def __init__(self, module: nn.Module, train: TrainConfig, ctx: Context):
         self.module, self.train, self.ctx = module, train, ctx
 
     def __call__(self, *args) -> Any:

@@ -23,10 +23,10 @@ import torch
 import torch.distributed as dist
 
 from audiolm import rng
-from audiolm.config.run import Cluster
-from audiolm.config.training import Train
+from audiolm.config.run import ClusterConfig
+from audiolm.config.training import TrainConfig
 from audiolm.dag.lease import check_lease
-from audiolm.data.parallel import device_of
+from audiolm.data.parallel import cluster_device
 from audiolm.metrics_log import MetricsFile, read_from
 from audiolm.store import get_json, is_local, join, open_fs, put, put_json
 from audiolm.train import checkpoint, guards
@@ -39,12 +39,12 @@ LEASE_CHECK_S = 10.0
 
 
 @dataclass(frozen=True)
-class Job:
+class TrainJob:
     """What a training worker is told; travels to it whole."""
 
     factory: Factory
     config: Mapping[str, Any]
-    train: Train
+    train: TrainConfig
     inputs: Mapping[str, str]
     build: str
     attempt: int
@@ -56,18 +56,18 @@ class Job:
     compile: bool
 
 
-def train(factory: Factory, config: Mapping[str, Any], train: Train, inputs: Mapping[str, Any], out, *,
-          cluster: Cluster, seed: int) -> dict:
+def train(factory: Factory, config: Mapping[str, Any], train: TrainConfig, inputs: Mapping[str, Any], out, *,
+          cluster: ClusterConfig, seed: int) -> dict:
     """Trains to the end (resuming this build's newest checkpoint) and returns the facts of {build}/final.json, which is
     written last: where it stands, nothing is left to do."""
     if final := get_json(join(out.path, "final.json")):
         return final
     world = 1 if out.inline else cluster.train_workers
-    device = device_of(cluster, out.inline, world)
+    device = cluster_device(cluster, out.inline, world)
     if train.batch % world:
         raise ValueError(f"{out.step.name}: batch {train.batch} is not divisible by cluster.train_workers {world}")
     threads = cluster.threads or max(1, (os.cpu_count() or 1) // world)
-    job = Job(factory, config, train, {k: a.path for k, a in inputs.items()}, out.path, out.attempt, out.metrics_path,
+    job = TrainJob(factory, config, train, {k: a.path for k, a in inputs.items()}, out.path, out.attempt, out.metrics_path,
               seed, device, threads, cluster.audio_cache_mb, cluster.compile and device == "cuda")
     take_over(out.path, out.attempt, out.kin, train.trunk_steps)
     out.progress(0, train.steps, "steps", "starting workers")
@@ -82,7 +82,7 @@ def train(factory: Factory, config: Mapping[str, Any], train: Train, inputs: Map
     return final
 
 
-def _fit(job: Job, world: int, threads: int, out) -> None:
+def _fit(job: TrainJob, world: int, threads: int, out) -> None:
     import ray.train
     from ray.train.torch import TorchTrainer
 
@@ -118,7 +118,7 @@ def _ray_worker(config: dict) -> None:
 class watch:
     """Turns the workers' metrics file into the driver's progress, while the block runs."""
 
-    def __init__(self, job: Job, out):
+    def __init__(self, job: TrainJob, out):
         self.job, self.out, self.stop = job, out, threading.Event()
         self.thread = threading.Thread(target=self._run, daemon=True)
 
@@ -156,7 +156,7 @@ class watch:
         return "audio s" if "audio" in metrics else "tokens"
 
 
-def run_worker(job: Job, rank: int, world: int, check: Callable[[], None] = lambda: None) -> None:
+def run_worker(job: TrainJob, rank: int, world: int, check: Callable[[], None] = lambda: None) -> None:
     """One rank's whole run, begun again from the newest checkpoint where the loss spikes (train.rollback)."""
     metrics = MetricsFile(job.metrics) if rank == 0 else None
     skipped = None
@@ -164,7 +164,7 @@ def run_worker(job: Job, rank: int, world: int, check: Callable[[], None] = lamb
         while True:
             try:
                 return _run(job, rank, world, check, metrics, skipped)
-            except guards.Spiked as e:  # on every rank
+            except guards.LossSpike as e:  # on every rank
                 skipped = e.skipped
                 if metrics:
                     metrics.add(e.step + 1, {"rollbacks": len(skipped)})
@@ -176,7 +176,7 @@ def run_worker(job: Job, rank: int, world: int, check: Callable[[], None] = lamb
             metrics.close()
 
 
-def _run(job: Job, rank: int, world: int, check: Callable[[], None], metrics: MetricsFile | None,
+def _run(job: TrainJob, rank: int, world: int, check: Callable[[], None], metrics: MetricsFile | None,
          skipped: list[dict[str, int]] | None) -> None:
     """Trains to the end; all ranks take part in every step, evaluation and save."""
     torch.set_num_threads(job.threads)
@@ -201,7 +201,7 @@ def _run(job: Job, rank: int, world: int, check: Callable[[], None], metrics: Me
     engines = {name: make_engine(module, cfg, ctx, checkpoint.load(job.build, commit, name) if commit else None,
                                  commit["updates"][name] if commit else 0)
                for name, module in objective.modules.items()}
-    spikes = guards.Spikes(cfg, commit, skipped)
+    spikes = guards.SpikeGuard(cfg, commit, skipped)
     share = cfg.batch // world
     rows = range(rank * share, (rank + 1) * share)
     flops = getattr(objective, "flops_per_unit", None) if job.device == "cuda" else None
@@ -281,7 +281,7 @@ def _run(job: Job, rank: int, world: int, check: Callable[[], None], metrics: Me
             _finish(job, objective, done, best, validation, spikes.facts())
 
 
-def _finish(job: Job, objective, done: int, best: dict, validation: dict, facts: dict) -> None:
+def _finish(job: TrainJob, objective, done: int, best: dict, validation: dict, facts: dict) -> None:
     """Exports what later steps load: the last weights, or the best by validation loss. Rank 0 only."""
     step = done
     if job.train.export == "best" and best["step"] is not None and best["step"] != step:

@@ -17,8 +17,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from audiolm.config.codec import Codec  # noqa: E402
-from audiolm.config.load import load  # noqa: E402
+from audiolm.config.codec import CodecConfig  # noqa: E402
+from audiolm.config.load import load_config  # noqa: E402
 from audiolm.models.soundstream import SoundStream, fold
 from audiolm.train.engine import make_engine  # noqa: E402
 from audiolm.train.objectives.base import Context  # noqa: E402
@@ -38,7 +38,7 @@ def half(device: str):
 
 @torch.inference_mode()
 def coding(channels: int, rows: int, seconds: float, repeats: int, device: str) -> None:
-    sizes = Codec(enc_channels=channels, dec_channels=channels)
+    sizes = CodecConfig(enc_channels=channels, dec_channels=channels)
     model = fold(SoundStream(sizes.strides, channels, channels, sizes.dim, sizes.n_q, sizes.vocab)).eval().to(device)
     if device == "cuda":
         model.encoder.compile()
@@ -61,7 +61,7 @@ class _Noise:
         return self.wav_BT[:len(rows)], torch.full((len(rows),), self.crop)
 
 
-def training(codec: Codec, what: str, rows: int, engine: str, repeats: int, device: str) -> None:
+def training(codec: CodecConfig, what: str, rows: int, engine: str, repeats: int, device: str) -> None:
     """A full step: generator, all discriminators, optimizers, codebooks, moving average."""
     train = codec.train.model_copy(update={"batch": rows, "engine": engine,
                                            "dtype": "bfloat16" if device == "cuda" else "float32"})
@@ -113,8 +113,8 @@ def main() -> None:
         coding(channels, 64 if gpu else 1, 10.0, args.repeats, args.device)
     peer(32 if gpu else 1, 10.0, args.repeats, args.device)
     small = {} if gpu else {"enc_channels": 8, "dec_channels": 8, "dim": 64}
-    speech = load(str(Path(__file__).resolve().parents[2] / "workflows" / "speech.yaml")).codec
-    for what, codec in (("defaults", Codec()), ("speech.yaml", speech)):
+    speech = load_config(str(Path(__file__).resolve().parents[2] / "workflows" / "speech.yaml")).codec
+    for what, codec in (("defaults", CodecConfig()), ("speech.yaml", speech)):
         for engine in args.engines:
             training(codec.model_copy(update=small), what, 64 if gpu else 8, engine, args.repeats, args.device)
 

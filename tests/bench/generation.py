@@ -22,7 +22,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from audiolm import store  # noqa: E402
-from audiolm.config.load import load as load_config  # noqa: E402
+from audiolm.config.load import load_config  # noqa: E402
 from audiolm.generate import audiolm  # noqa: E402
 from audiolm.generate.load import load  # noqa: E402
 from audiolm.generate.sampler import Sampler  # noqa: E402

@@ -19,8 +19,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from audiolm.config.lm import LM, Stage
-from audiolm.config.training import Train  # noqa: E402
+from audiolm.config.lm import LMConfig, StageConfig
+from audiolm.config.training import TrainConfig  # noqa: E402
 from audiolm.lm import stages  # noqa: E402
 from audiolm.train.engine import make_engine  # noqa: E402
 from audiolm.train.objectives.base import Context  # noqa: E402
@@ -63,10 +63,10 @@ def matmul_rate(device: str) -> float:
 
 def training(name: str, args: argparse.Namespace, positions: str, engine: str, rate: float) -> None:
     gpu = args.device == "cuda"
-    train = Train(steps=1, batch=args.rows, lr=1e-4, engine=engine, dtype="bfloat16" if gpu else "float32", zero=args.zero)
-    shape = Stage(crop_s=CROPS_S[name], positions=positions, train=train, checkpointing=args.checkpointing, gated=args.gated,
+    train = TrainConfig(steps=1, batch=args.rows, lr=1e-4, engine=engine, dtype="bfloat16" if gpu else "float32", zero=args.zero)
+    shape = StageConfig(crop_s=CROPS_S[name], positions=positions, train=train, checkpointing=args.checkpointing, gated=args.gated,
                   **(PAPER if gpu or args.paper else TINY))
-    stage = stages.build_stages(LM(**{name.removeprefix("lm_"): shape}), 12, 1024, 1024)[name]
+    stage = stages.build_stages(LMConfig(**{name.removeprefix("lm_"): shape}), 12, 1024, 1024)[name]
     ctx = Context(0, 1, torch.device(args.device), 0, compile=gpu and not args.eager)
     objective = LMObjective(stage, shape, Random(stage, args.rows, args.clip_s), None, [], 0, ctx)
     lm = make_engine(objective.modules["lm"], train, ctx)

@@ -84,12 +84,12 @@ def measure(folder: str, name: str, batch: int, seconds: float, threads: int) ->
     """One stage in this process: time to open, to the first batch, then the rate over `seconds`."""
     import torch
 
-    from audiolm.config.lm import LM
+    from audiolm.config.lm import LMConfig
     from audiolm.lm.batches import TokenBatches
     from audiolm.lm.stages import build_stages
 
     torch.set_num_threads(1)
-    stage = build_stages(LM(), N_Q, VOCAB, K)[f"lm_{name}"]
+    stage = build_stages(LMConfig(), N_Q, VOCAB, K)[f"lm_{name}"]
     imported, began = peak_mb(), time.perf_counter()
     paths = [f"{folder}/{n}" for n in ("manifest", "semantic_tokens", "acoustic_tokens")]
     data = TokenBatches(*paths, stage, "train", None, batch, 0)

@@ -24,7 +24,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from audiolm import rng  # noqa: E402
-from audiolm.config.load import load  # noqa: E402
+from audiolm.config.load import load_config  # noqa: E402
 from audiolm.data.clips import Clip, Part
 from audiolm.models.conformer import Encoder, EncoderSizes
 from audiolm.tokenizers import encode  # noqa: E402
@@ -39,7 +39,7 @@ def extractor(kind: str, folder: Path) -> tuple[Extractor, int]:
     """The model with random weights and the layer that is clustered."""
     torch.manual_seed(0)
     if kind == "conformer":
-        m = load(str(ROOT / "workflows" / "speech.yaml")).semantic.model
+        m = load_config(str(ROOT / "workflows" / "speech.yaml")).semantic.model
         return ConformerExtractor(Encoder(EncoderSizes(m.dim, m.layers, m.heads, m.ff, m.conv_kernel))), m.layers * 3 // 4
     from transformers import HubertConfig, HubertModel
 

@@ -9,12 +9,12 @@ from typing import Annotated
 import pytest
 
 from audiolm.config.base import Config, ConfigError, Later, flatten, identity
-from audiolm.config.codec import Codec
-from audiolm.config.lm import Stage
-from audiolm.config.load import load
-from audiolm.config.run import Cluster
-from audiolm.config.tokens import Tokens
-from audiolm.config.training import Train
+from audiolm.config.codec import CodecConfig
+from audiolm.config.lm import StageConfig
+from audiolm.config.load import load_config
+from audiolm.config.run import ClusterConfig
+from audiolm.config.tokens import TokensConfig
+from audiolm.config.training import TrainConfig
 from audiolm.pipeline.cli import place
 from tests.worlds.basics import ROOT
 
@@ -22,9 +22,9 @@ QUICKSTART = str(ROOT / "workflows" / "quickstart.yaml")
 
 
 def test_defaults_are_the_papers_numbers():
-    codec, cfg = Codec(), load(QUICKSTART)
+    codec, cfg = CodecConfig(), load_config(QUICKSTART)
     assert (codec.strides, codec.n_q, codec.vocab) == ((2, 4, 5, 8), 12, 1024)
-    stage = Stage(crop_s=30.0, train=Train(steps=1, batch=1, lr=1))
+    stage = StageConfig(crop_s=30.0, train=TrainConfig(steps=1, batch=1, lr=1))
     assert (stage.layers, stage.dim, stage.heads, stage.ff) == (12, 1024, 16, 4096)
     assert (cfg.lm.semantic.crop_s, cfg.lm.coarse.crop_s, cfg.lm.fine.crop_s) == (30.0, 10.0, 3.0)
     assert (cfg.samples.temperature_semantic, cfg.samples.temperature_coarse, cfg.samples.temperature_fine) == (0.6, 0.8, 0.6)
@@ -39,8 +39,8 @@ def test_runtime_fields_leave_no_trace_and_later_ones_only_when_they_differ():
         b: Annotated[int, Later(0)] = 0
 
     assert identity(New()) == identity(Old()) and identity(New(b=2)) == {"a": 1, "b": 2}
-    assert identity({"cluster": Cluster(workers=7), "x": 1}) == {"x": 1}
-    assert "speeds" not in identity(Tokens()) and identity(Tokens(speeds=[0.9, 1.1]))["speeds"] == [0.9, 1.1]
+    assert identity({"cluster": ClusterConfig(workers=7), "x": 1}) == {"x": 1}
+    assert "speeds" not in identity(TokensConfig()) and identity(TokensConfig(speeds=[0.9, 1.1]))["speeds"] == [0.9, 1.1]
     with pytest.raises(TypeError, match="identity of a set"):
         identity({"x": {1}})
 
@@ -57,31 +57,31 @@ def test_runtime_fields_leave_no_trace_and_later_ones_only_when_they_differ():
 ])
 def test_mistakes_are_named(override, message):
     with pytest.raises(ConfigError, match=message):
-        load(QUICKSTART, [override])
+        load_config(QUICKSTART, [override])
 
 
 def test_paths_in_a_file_are_relative_to_it_and_those_of_overrides_to_the_working_folder(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    assert load(QUICKSTART).corpus.sources[0].root == str(ROOT / "workflows" / "quickstart" / "flac")
-    assert load(QUICKSTART, ["corpus.sources.0.root=here"]).corpus.sources[0].root == str(tmp_path / "here")
-    assert load(QUICKSTART, ["codec.pretrained=here"]).codec.pretrained == str(tmp_path / "here")
-    assert load(QUICKSTART, ["corpus.sources.0.root=s3://b/x"]).corpus.sources[0].root == "s3://b/x"
+    assert load_config(QUICKSTART).corpus.sources[0].root == str(ROOT / "workflows" / "quickstart" / "flac")
+    assert load_config(QUICKSTART, ["corpus.sources.0.root=here"]).corpus.sources[0].root == str(tmp_path / "here")
+    assert load_config(QUICKSTART, ["codec.pretrained=here"]).codec.pretrained == str(tmp_path / "here")
+    assert load_config(QUICKSTART, ["corpus.sources.0.root=s3://b/x"]).corpus.sources[0].root == "s3://b/x"
 
 
 def test_inside_a_job_relative_places_are_refused(monkeypatch):
-    cfg = load(QUICKSTART)
+    cfg = load_config(QUICKSTART)
     assert place(cfg).store.startswith("/")
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
     with pytest.raises(ConfigError, match="working folder changes with each submission; give an absolute path"):
         place(cfg)
     with pytest.raises(ConfigError, match="sqlite needs a local store"):
-        place(load(QUICKSTART, ["store=s3://b/x"]))
+        place(load_config(QUICKSTART, ["store=s3://b/x"]))
     with pytest.raises(ConfigError, match="relative; in a Ray job give sqlite:////absolute"):
-        place(load(QUICKSTART, ["store=/x", "tracking=sqlite:///x.db"]))
+        place(load_config(QUICKSTART, ["store=/x", "tracking=sqlite:///x.db"]))
 
 
 def test_every_field_can_be_shown_as_a_parameter():
-    params = flatten(load(QUICKSTART))
+    params = flatten(load_config(QUICKSTART))
     assert params["lm.coarse.train.lr"] == "0.002" and params["corpus.sources.0.kind"] == "librispeech"
     assert all(isinstance(v, str) for v in params.values())
 

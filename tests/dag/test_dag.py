@@ -9,14 +9,14 @@ import time
 
 import pytest
 
-from audiolm.config.run import Cluster
-from audiolm.config.training import Train
+from audiolm.config.run import ClusterConfig
+from audiolm.config.training import TrainConfig
 from audiolm.dag import execute as execute_dag
 from audiolm.dag import lease
 from audiolm.dag.execute import StepFailed, execute, run_step
 from audiolm.dag.lease import Lease, LeaseLost, Waiter
 from audiolm.dag.plan import plan, toposort
-from audiolm.dag.step import Step, look
+from audiolm.dag.step import Step, inspect
 from audiolm.store import get_json, join, names, put_json
 
 calls: list[str] = []
@@ -39,7 +39,7 @@ def double(config, inputs, out):
 
 
 def graph(steps=3, workers=None, **runtime):
-    config = {"train": Train(steps=steps, batch=1, lr=1.0, **runtime), "cluster": Cluster(workers=workers)}
+    config = {"train": TrainConfig(steps=steps, batch=1, lr=1.0, **runtime), "cluster": ClusterConfig(workers=workers)}
     a = Step("make", make, config)
     b = Step("double", double, {}, (a,))
     return toposort([Step("leaf", double, {"x": 1}, (a, b))])
@@ -64,8 +64,8 @@ def test_identity_is_what_is_computed_never_how(store):
     go(store, graph())
     assert go(store, graph(workers=9, micro_batch=1, engine="torch", zero=0)) == [False] * 3
     assert go(store, graph(steps=4)) == [True] * 3
-    assert Step("s", make, {"train": Train(steps=1, batch=1, lr=1)}).fingerprint == \
-        Step("s", make, {"train": Train(steps=1, batch=1, lr=1.0)}).fingerprint
+    assert Step("s", make, {"train": TrainConfig(steps=1, batch=1, lr=1)}).fingerprint == \
+        Step("s", make, {"train": TrainConfig(steps=1, batch=1, lr=1.0)}).fingerprint
 
 
 def test_force_opens_a_new_build_and_its_descendants_follow(store):
@@ -207,14 +207,14 @@ def _claim_and_die(build):
 
 
 def test_a_dead_owner_of_this_machine_is_taken_over_at_once(store):
-    step = Step("dead", make, {"train": Train(steps=1, batch=1, lr=1.0)})
+    step = Step("dead", make, {"train": TrainConfig(steps=1, batch=1, lr=1.0)})
     execute_dag._open_build(step, store, {}, False)
     build = join(step.root(store), "0001")
     process = multiprocessing.get_context("spawn").Process(target=_claim_and_die, args=(build,))
     process.start()
     process.join()
     assert get_json(join(build, "attempts", "0001.json"))["state"] == "running"
-    assert str(look(step, store, {}).status) == "lost"
+    assert str(inspect(step, store, {}).status) == "lost"
     began = time.monotonic()
     run_step(step, store, {})
     assert time.monotonic() - began < 5 and names(join(build, "attempts")) == ["0001.json", "0002.json"]

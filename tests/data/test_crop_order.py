@@ -9,14 +9,14 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from audiolm.data.crops import Order
+from audiolm.data.crops import CropSampler
 
 LENGTHS = [5, 30, 11, 10, 1, 25, 7, 40, 3, 9, 10, 21]
 SHARDS = [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
 
 
 def order(batch=4, seed=0, window=2, align=1):
-    return Order(LENGTHS, SHARDS, crop=10, batch=batch, seed=seed, window=window, align=align)
+    return CropSampler(LENGTHS, SHARDS, crop=10, batch=batch, seed=seed, window=window, align=align)
 
 
 def test_every_slot_once_per_epoch():
@@ -29,7 +29,7 @@ def test_every_slot_once_per_epoch():
 
 
 def test_an_epoch_reads_few_shards_at_a_time():
-    o = Order([10] * 400, np.repeat(np.arange(40), 10), crop=10, batch=8, seed=0, window=4)
+    o = CropSampler([10] * 400, np.repeat(np.arange(40), 10), crop=10, batch=8, seed=0, window=4)
     for begin in range(0, 400, 40):
         assert len({o.clip_at(k) // 10 for k in range(begin, begin + 40)}) == 4
     assert len(o._windows) <= 4  # memory does not grow with the steps taken
@@ -56,27 +56,27 @@ def test_seed_and_process_decide_alone():
     code = ("from audiolm.data.crops import Order; o = Order([5, 30, 11], [0, 1, 1], 10, 2, 7); "
             "print([o.row(s, i) for s in range(9) for i in range(2)])")
     again = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
-    o = Order([5, 30, 11], [0, 1, 1], 10, 2, 7)
+    o = CropSampler([5, 30, 11], [0, 1, 1], 10, 2, 7)
     assert again == str([o.row(s, i) for s in range(9) for i in range(2)])
     assert [order(seed=0).row(s, 0) for s in range(50)] != [order(seed=1).row(s, 0) for s in range(50)]
 
 
 @pytest.mark.parametrize("align", [1, 4])
 def test_starts_are_legal_aligned_and_spread(align):
-    o = Order([50], [0], crop=10, batch=1, seed=3, align=align)
+    o = CropSampler([50], [0], crop=10, batch=1, seed=3, align=align)
     starts = Counter(o.row(s, 0)[1] for s in range(3000))
     legal = range(0, 41, align)
     assert set(starts) == set(legal)
     assert max(starts.values()) < 2 * 3000 / len(legal)
-    assert all(Order([10, 4], [0, 0], 10, 1, 0).row(s, 0)[1] == 0 for s in range(20))
+    assert all(CropSampler([10, 4], [0, 0], 10, 1, 0).row(s, 0)[1] == 0 for s in range(20))
 
 
 def test_refusals_name_the_fault():
     with pytest.raises(ValueError, match="no clips"):
-        Order([], [], 10, 1, 0)
+        CropSampler([], [], 10, 1, 0)
     with pytest.raises(ValueError, match="clip 1 has length 0"):
-        Order([3, 0], [0, 0], 10, 1, 0)
+        CropSampler([3, 0], [0, 0], 10, 1, 0)
     with pytest.raises(ValueError, match="crop is 0"):
-        Order([3], [0], 0, 1, 0)
+        CropSampler([3], [0], 0, 1, 0)
     with pytest.raises(ValueError, match="outside the global batch"):
         order().row(0, 4)

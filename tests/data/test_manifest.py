@@ -12,8 +12,8 @@ import pytest
 import soundfile as sf
 
 from audiolm.config.base import ConfigError
-from audiolm.config.corpus import Corpus, Where
-from audiolm.config.run import Cluster
+from audiolm.config.corpus import ClipFilter, CorpusConfig
+from audiolm.config.run import ClusterConfig
 from audiolm.data import manifest as manifest_module
 from audiolm.data.audio import decode, resample
 from audiolm.data.clips import read_clip, read_clips
@@ -57,8 +57,8 @@ def build(recording_out, tmp_path):
 
     def run(*sources, seed=0, **fields):
         recording_out.path = str(tmp_path / f"manifest{next(count)}")
-        corpus = Corpus(name="c", sources=sources, **fields)
-        facts = build_manifest({"corpus": corpus, "seed": seed, "cluster": Cluster()}, {}, recording_out)
+        corpus = CorpusConfig(name="c", sources=sources, **fields)
+        facts = build_manifest({"corpus": corpus, "seed": seed, "cluster": ClusterConfig()}, {}, recording_out)
         return corpus, facts, read_clips(recording_out.path)
 
     run.out = recording_out
@@ -242,8 +242,8 @@ def test_each_source_gives_its_share_and_one_speaker_sources_stay_train(build, t
                                                              "b": {"train", "dev", "test"}, "c": {"train"}}
     assert facts["remarks"] == ["source c: one speaker only, all of it is train"]
     path = build.out.path
-    assert {c.source for c in read_clips(path, "dev", Where(source=("a", "c")))} == {"a"}
-    assert len(read_clips(path, where=Where(source=("b",)))) == len([c for c in clips if c.source == "b"])
+    assert {c.source for c in read_clips(path, "dev", ClipFilter(source=("a", "c")))} == {"a"}
+    assert len(read_clips(path, where=ClipFilter(source=("b",)))) == len([c for c in clips if c.source == "b"])
 
 
 def test_a_corpus_without_dev_holds_speakers_out_and_one_without_train_says_the_fix(build, tmp_path):
@@ -297,8 +297,8 @@ def test_same_bytes_whatever_the_grouping_and_after_a_resume(build, tmp_path, mo
     assert first == {n: Path(build.out.path, f"{n}.parquet").read_bytes() for n in names}
     looked = []
     monkeypatch.setattr(manifest_module.scan, "measure", lambda *a: looked.append(a))
-    corpus = Corpus(name="c", sources=[libri(root)])
-    build_manifest({"corpus": corpus, "seed": 0, "cluster": Cluster()}, {}, build.out)
+    corpus = CorpusConfig(name="c", sources=[libri(root)])
+    build_manifest({"corpus": corpus, "seed": 0, "cluster": ClusterConfig()}, {}, build.out)
     assert looked == [] and first["clips"] == Path(build.out.path, "clips.parquet").read_bytes()
 
 
@@ -334,7 +334,7 @@ def test_changed_corpus_is_noticed_and_a_copy_with_new_dates_is_not(build, tmp_p
     shutil.copytree(root, tmp_path / "copy")
     for file in (tmp_path / "copy").rglob("*.*"):
         os.utime(file, (1, 1))
-    copy = Corpus(name="c", sources=[libri(tmp_path / "copy")])
+    copy = CorpusConfig(name="c", sources=[libri(tmp_path / "copy")])
     assert changed_files(path, corpus) == same == changed_files(path, copy)
     assert build(libri(tmp_path / "copy"))[1]["listing"] == facts["listing"]
     write(root / "1" / "1" / "1-1-0000.wav", noise(1, 8000, seed=5), 8000)  # other sound, same size

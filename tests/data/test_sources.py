@@ -11,8 +11,8 @@ import pytest
 import soundfile as sf
 
 from audiolm.config.base import ConfigError
-from audiolm.config.corpus import Corpus, FolderSource, LibriSpeechSource, ManifestSource
-from audiolm.config.run import Cluster
+from audiolm.config.corpus import CorpusConfig, FolderSource, LibriSpeechSource, ManifestSource
+from audiolm.config.run import ClusterConfig
 from audiolm.data import sources
 from audiolm.data.clips import read_clip, read_clips
 from audiolm.data.manifest import build_manifest, changed_files
@@ -145,9 +145,9 @@ def test_s3_source_and_its_errors(s3_server, recording_out, tmp_path, monkeypatc
             sf.write(name, 0.1 * rng.standard_normal(17000), 16000)
             fs.put(str(name), f"corpus/speech/{speaker}/5/{name.name}")
     source = libri("s3://corpus/speech")
-    corpus = Corpus(name="c", sources=[source])
+    corpus = CorpusConfig(name="c", sources=[source])
     recording_out.path = "s3://corpus/store/manifest"
-    facts = build_manifest({"corpus": corpus, "seed": 0, "cluster": Cluster()}, {}, recording_out)
+    facts = build_manifest({"corpus": corpus, "seed": 0, "cluster": ClusterConfig()}, {}, recording_out)
     assert (facts["files"], facts["clips"], facts["parts"]) == (6, 3, 6)
     for clip in read_clips(recording_out.path):
         assert len(read_clip(clip, sources.roots(corpus))) == clip.samples == 34000

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from audiolm import store
-from audiolm.config.lm import LM, Stage
-from audiolm.config.training import Train
+from audiolm.config.lm import LMConfig, StageConfig
+from audiolm.config.training import TrainConfig
 from audiolm.data.clips import Clip, Part
 from audiolm.eval.suites import attention, temperatures
 from audiolm.generate.load import load
 from audiolm.lm.stages import build_stages
-from audiolm.models.attention_maps import listen
+from audiolm.models.attention_maps import attention_maps
 from audiolm.models.transformer import Transformer
 from audiolm.render import plots
 from tests.worlds.tiny_system import COARSE, RUN, build, voice
@@ -29,7 +29,7 @@ def test_what_is_listened_to_gives_what_the_model_gives(shape):
     torch.manual_seed(0)
     model = Transformer(20, 16, 3, 4, 32, 0.1, **shape).eval()
     ids_T = torch.randint(20, (30,))
-    found = list(listen(model, ids_T))
+    found = list(attention_maps(model, ids_T))
     assert len(found) == 3 and all(torch.allclose(share_TT.sum(1), torch.ones(30)) for share_TT, _ in found)
     assert all((share_TT.triu(1) == 0).all() for share_TT, _ in found)
     with torch.no_grad():
@@ -38,8 +38,8 @@ def test_what_is_listened_to_gives_what_the_model_gives(shape):
 
 def aligned(dedupe: bool):
     """A coarse stage of one layer and one level that looks at the token whose number its last code has."""
-    shape = Stage(crop_s=10.0, train=Train(steps=1, batch=1, lr=1e-3))
-    stage = build_stages(LM(dedupe=dedupe, coarse_levels=1, semantic=shape, coarse=shape, fine=shape), 1, K, K)["lm_coarse"]
+    shape = StageConfig(crop_s=10.0, train=TrainConfig(steps=1, batch=1, lr=1e-3))
+    stage = build_stages(LMConfig(dedupe=dedupe, coarse_levels=1, semantic=shape, coarse=shape, fine=shape), 1, K, K)["lm_coarse"]
     model = Transformer(stage.vocab_size, 2 * K, 1, 1, 8, 0.0, slots=[K + 1], positions="t5", longest=stage.max_len).eval()
     with torch.no_grad():
         model.bias.table.zero_()
@@ -88,7 +88,7 @@ def clips():
 
 def test_rows_and_pictures_of_a_system(lm, clips, tmp_path):
     seen = []
-    rows, files = attention.listening(lm, clips, str(tmp_path), progress=lambda *at: seen.append(at))
+    rows, files = attention.attention_results(lm, clips, str(tmp_path), progress=lambda *at: seen.append(at))
     near, even, used, *layers = rows
     assert (near.item, even.item, even.role) == ("all layers", "even attention", "floor") and seen[-1] == (2, 2, "clips")
     assert near.low <= near.value <= near.high and near.n == 2 and 0 < used.value < 100

@@ -9,9 +9,9 @@ import pytest
 import soundfile as sf
 
 from audiolm import rng, store
-from audiolm.eval.generated import Made, Wanted
+from audiolm.eval.generated import Sample, SampleSpec
 from audiolm.eval.models.convnet import Settings
-from audiolm.eval.suites.detector import PLAN, TRAINED, crops, detector, judge, pairs
+from audiolm.eval.suites.detector import PLAN, TRAINED, crops, detector, pairs, score_windows
 from tests.worlds.sounds import talk
 from workflows import detect as command
 
@@ -23,7 +23,7 @@ def buzz(wav: np.ndarray) -> np.ndarray:
     return wav + 0.02 * np.sign(np.sin(np.arange(len(wav)) * 2 * np.pi * 3000 / SR)).astype(np.float32)
 
 
-def sounds(generated=buzz, people: int = 8, seconds: float = 3.0) -> list[Made]:
+def sounds(generated=buzz, people: int = 8, seconds: float = 3.0) -> list[Sample]:
     """A clip a speaker, 1 s of prompt; what follows it in a continuation went through `generated`."""
     made = []
     for i in range(people):
@@ -31,7 +31,7 @@ def sounds(generated=buzz, people: int = 8, seconds: float = 3.0) -> list[Made]:
         wav[SR + 8000:SR + 12000] *= 1e-3  # a pause
         for mode in PLAN:
             one = np.concatenate([wav[:SR], generated(wav[SR:])]) if mode == "continuation" else wav
-            made.append(Made(Wanted(f"c{i}", f"p{i}", None, mode, 0, SR), one.astype(np.float32)))
+            made.append(Sample(SampleSpec(f"c{i}", f"p{i}", None, mode, 0, SR), one.astype(np.float32)))
     return made
 
 
@@ -42,10 +42,10 @@ def test_a_planted_trace_is_found_and_the_detector_judges_files(tmp_path):
     assert table["chance"].value == 50 and table["chance"].role == "floor"
     assert "others are judged" in table["continuations"].note
     wav = talk(130, 4.5, 99)
-    p_S = judge(path, np.concatenate([wav[:2 * SR], buzz(wav[2 * SR:])]))
+    p_S = score_windows(path, np.concatenate([wav[:2 * SR], buzz(wav[2 * SR:])]))
     assert p_S.shape == (4,) and p_S[:2].max() < 0.5 < p_S[2:].min()
     with pytest.raises(ValueError, match="lasts 0.50 s"):
-        judge(path, wav[:SR // 2])
+        score_windows(path, wav[:SR // 2])
     assert detector(sounds(), str(tmp_path), TINY)[1] == path  # kept
 
 

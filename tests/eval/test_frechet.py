@@ -29,9 +29,9 @@ def test_what_is_nearer_scores_lower():
     held_out = [notes(i, 0.001) for i in range(12)]
     sets = {"codec": [notes(i, 0.0011) for i in range(20, 32)], "hissing": [notes(i, 0.01) for i in range(20, 32)],
             "noise": [np.random.default_rng(i).standard_normal(48_000).astype(np.float32) for i in range(12)]}
-    rows = {row.item: row for row in frechet_suites.fad_rows(held_out, sets)}
+    rows = {row.item: row for row in frechet_suites.frechet_results(held_out, sets)}
     assert rows[frechet_suites.HALVES].value < rows["hissing"].value and rows["codec"].value < rows["hissing"].value < rows["noise"].value
     assert rows["codec"].role == rows[frechet_suites.HALVES].role == "ceiling" and rows["noise"].role == "ours"
     assert all(row.low <= row.high and row.n in (6, 12) for row in rows.values())
     with pytest.raises(ValueError, match="at least 1 s"):
-        frechet.embed(held_out[0][:8_000])
+        frechet.embed_logmel(held_out[0][:8_000])

@@ -8,9 +8,9 @@ import shutil
 import numpy as np
 import pytest
 
-from audiolm.config.lm import Stage
-from audiolm.config.run import Cluster
-from audiolm.config.training import Train
+from audiolm.config.lm import StageConfig
+from audiolm.config.run import ClusterConfig
+from audiolm.config.training import TrainConfig
 from audiolm.dag.execute import StepFailed, execute
 from audiolm.dag.plan import plan
 from audiolm.dag.step import Step
@@ -79,9 +79,9 @@ def graph(corpus, steps_=2, used=None, **shape):
         return fn
 
     inputs = [Step(n, copied(n), {"used": used}) for n in ("manifest", "semantic_tokens", "acoustic_tokens")]
-    train = Train(steps=steps_, batch=8, lr=1e-2, warmup_steps=2, engine="torch", eval_every=steps_, export="best")
-    lm = Stage(crop_s=0.8, dim=32, layers=2, heads=2, ff=64, dropout=0.0, train=train, **shape)
-    config = {"seed": 0, "cluster": Cluster(device="cpu", threads=1), "stage": "lm_coarse", "lm": lm, "dedupe": False,
+    train = TrainConfig(steps=steps_, batch=8, lr=1e-2, warmup_steps=2, engine="torch", eval_every=steps_, export="best")
+    lm = StageConfig(crop_s=0.8, dim=32, layers=2, heads=2, ff=64, dropout=0.0, train=train, **shape)
+    config = {"seed": 0, "cluster": ClusterConfig(device="cpu", threads=1), "stage": "lm_coarse", "lm": lm, "dedupe": False,
               "coarse_levels": 1, "rows": 16}
     return [*inputs, Step("lm_coarse", steps.train_lm, config, tuple(inputs), trains=True)]
 

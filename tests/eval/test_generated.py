@@ -11,7 +11,7 @@ import soundfile
 from audiolm import store
 from audiolm.data.clips import Clip, Part, clips_parquet
 from audiolm.eval import generated, test_sets
-from audiolm.eval.generated import make, missing, plan, shuffled
+from audiolm.eval.generated import make_samples, missing_batches, plan_samples, shuffled
 from tests.worlds.tiny_system import RUN, build, voice
 
 SR = 16_000
@@ -35,10 +35,10 @@ EACH = {"original": 1, "resynthesis": 1, "acoustic": 2, "shuffled": 1, "continua
 
 
 def test_sounds_are_made_once_and_do_not_depend_on_their_neighbours(paths, tmp_path, monkeypatch):
-    cache, wanted = str(tmp_path), plan(CLIPS, EACH, prompt_s=0.5)
-    assert len(wanted) == 12 and [w.id for w in wanted] == [w.id for w in plan(CLIPS, EACH, 0.5)]
-    made = make(paths, CLIPS, wanted, cache)
-    assert [m.wanted for m in made] == wanted and missing(paths, CLIPS, wanted, cache) == []
+    cache, wanted = str(tmp_path), plan_samples(CLIPS, EACH, prompt_s=0.5)
+    assert len(wanted) == 12 and [w.id for w in wanted] == [w.id for w in plan_samples(CLIPS, EACH, 0.5)]
+    made = make_samples(paths, CLIPS, wanted, cache)
+    assert [m.wanted for m in made] == wanted and missing_batches(paths, CLIPS, wanted, cache) == []
     by_id = {m.wanted.id: m for m in made}
     for (c, wav), prompt in zip(CLIPS, (7_680, 6_400), strict=True):  # whole frames; of a short clip half
         own = {mode: by_id[f"{c.id} {mode} 0"] for mode in EACH}
@@ -49,20 +49,20 @@ def test_sounds_are_made_once_and_do_not_depend_on_their_neighbours(paths, tmp_p
         np.testing.assert_allclose(own["continuation"].wav_T[:prompt], own["resynthesis"].wav_T[:prompt], atol=1e-4)
         other = by_id[f"{c.id} acoustic 1"].wav_T
         assert len(other) != len(own["acoustic"].wav_T) or not np.allclose(other, own["acoustic"].wav_T)
-    again = make(paths, CLIPS[1:], [w for w in wanted if w.clip == "o/b"][::-1], str(tmp_path / "alone"), batch=1)
+    again = make_samples(paths, CLIPS[1:], [w for w in wanted if w.clip == "o/b"][::-1], str(tmp_path / "alone"), batch=1)
     for m in again:
         np.testing.assert_array_equal(m.wav_T, by_id[m.wanted.id].wav_T)
-    monkeypatch.setattr(generated, "make_batch", None)  # the cache alone
-    for one, two in zip(make(paths, CLIPS, wanted, cache), made, strict=True):
+    monkeypatch.setattr(generated, "make_sample_batch", None)  # the cache alone
+    for one, two in zip(make_samples(paths, CLIPS, wanted, cache), made, strict=True):
         np.testing.assert_array_equal(one.wav_T, two.wav_T)
 
 
 def test_another_checkpoint_seed_or_recording_is_another_sound(paths, tmp_path):
-    wanted = plan(CLIPS, EACH, 0.5)
-    make(paths, CLIPS, wanted, str(tmp_path))
+    wanted = plan_samples(CLIPS, EACH, 0.5)
+    make_samples(paths, CLIPS, wanted, str(tmp_path))
 
     def modes(paths=paths, clips=CLIPS, seed=0):
-        return {w.mode for some, _ in missing(paths, clips, wanted, str(tmp_path), seed) for w in some}
+        return {w.mode for some, _ in missing_batches(paths, clips, wanted, str(tmp_path), seed) for w in some}
 
     assert modes() == set()
     assert modes({**paths, "lm_semantic": "elsewhere"}) == {"continuation"}
@@ -73,15 +73,15 @@ def test_another_checkpoint_seed_or_recording_is_another_sound(paths, tmp_path):
 
 def test_refusals(paths, tmp_path):
     with pytest.raises(ValueError, match=r"modes \['vocoder'\]: choose from original"):
-        plan(CLIPS, {"vocoder": 1})
+        plan_samples(CLIPS, {"vocoder": 1})
     with pytest.raises(ValueError, match="exceed the 2 s the coarse stage"):
         long = [(clip("long", 2.4), voice(2.4))]
-        make(paths, long, plan(long, {"continuation": 1}), str(tmp_path))
+        make_samples(paths, long, plan_samples(long, {"continuation": 1}), str(tmp_path))
     assert generated.longest_s(paths) == 2
     with pytest.raises(ValueError, match="given twice"):
-        plan(CLIPS[:1] * 2, EACH)
+        plan_samples(CLIPS[:1] * 2, EACH)
     with pytest.raises(ValueError, match="sounds of o/b are wanted"):
-        make(paths, CLIPS[:1], plan(CLIPS, EACH), str(tmp_path))
+        make_samples(paths, CLIPS[:1], plan_samples(CLIPS, EACH), str(tmp_path))
 
 
 def test_shuffled_tokens_last_as_long_as_before():

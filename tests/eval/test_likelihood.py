@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from audiolm.config.lm import LM, Stage
-from audiolm.config.training import Train
+from audiolm.config.lm import LMConfig, StageConfig
+from audiolm.config.training import TrainConfig
 from audiolm.eval.metrics import likelihood
 from audiolm.lm.batches import TokenBatches
 from audiolm.lm.stages import build_stages
@@ -25,8 +25,8 @@ def corpus(tmp_path_factory):
 
 
 def stage(name, dedupe=False):
-    shape = Stage(crop_s=1.0, train=Train(steps=1, batch=4, lr=1e-3))
-    return build_stages(LM(dedupe=dedupe, coarse_levels=2, semantic=shape, coarse=shape, fine=shape),
+    shape = StageConfig(crop_s=1.0, train=TrainConfig(steps=1, batch=4, lr=1e-3))
+    return build_stages(LMConfig(dedupe=dedupe, coarse_levels=2, semantic=shape, coarse=shape, fine=shape),
                         token_corpus.N_Q, VOCAB, K)[name]
 
 
@@ -105,7 +105,7 @@ def test_the_bigram_beats_the_unigram_on_a_markov_chain_and_the_true_law_wins(co
     worse = likelihood.stage_figures(Blind(s), s, data(corpus, s, "train"), data(corpus, s, "dev"), 100)
     assert worse["loss"] == pytest.approx(np.log(K + 1), rel=1e-5)
     assert worse["loss"] > found["unigram"] and worse["bigram"] == found["bigram"] and worse["difference_percent"] > 0
-    assert likelihood.not_under({"lm_semantic": found, "lm_b": worse}) == [
+    assert likelihood.above_baseline({"lm_semantic": found, "lm_b": worse}) == [
         {"stage": "lm_b", "level": None, "better": worse["better"], "percent": worse["difference_percent"]}]
 
 
@@ -122,7 +122,7 @@ def test_acoustic_baselines_look_one_frame_back_and_one_level_down(corpus):
     assert found["tokens"] == 12 * 100 * 2 + eos
     n = [12 * 100 + eos, 12 * 100]
     assert found["baseline"] == pytest.approx((one["previous"] * n[0] + two["previous"] * n[1]) / sum(n))
-    over = likelihood.not_under({"lm_coarse": found})  # Planted knows nothing of level 2
+    over = likelihood.above_baseline({"lm_coarse": found})  # Planted knows nothing of level 2
     assert [(r["stage"], r["level"]) for r in over if r["level"]] == [("lm_coarse", 2)]
 
 

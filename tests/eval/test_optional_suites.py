@@ -9,8 +9,8 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 
-from audiolm.config.evaluation import Tables
-from audiolm.eval.generated import ITEMS, Made, Wanted
+from audiolm.config.evaluation import TablesConfig
+from audiolm.eval.generated import LABELS, Sample, SampleSpec
 from audiolm.eval.models import asr, onnx, text_model
 from audiolm.eval.suites import dnsmos, notes, run, text
 from tests.worlds.basics import ROOT
@@ -19,8 +19,8 @@ QUICKSTART = ROOT / "workflows" / "quickstart"
 SR = 16_000
 
 
-def sound(clip: str, mode: str, wav_T: np.ndarray, prompt: int = 0) -> Made:
-    return Made(Wanted(clip, clip, None, mode, 0, prompt), wav_T.astype(np.float32))
+def sound(clip: str, mode: str, wav_T: np.ndarray, prompt: int = 0) -> Sample:
+    return Sample(SampleSpec(clip, clip, None, mode, 0, prompt), wav_T.astype(np.float32))
 
 
 def speech(n: int) -> list[np.ndarray]:
@@ -35,7 +35,7 @@ def without(monkeypatch, *packages: str) -> None:
 
 
 def test_they_run_where_they_are_named():
-    assert not {"dnsmos", "text", "notes"} & {*Tables().suites, *run.DEFAULT}
+    assert not {"dnsmos", "text", "notes"} & {*TablesConfig().suites, *run.DEFAULT}
     assert run.check_names(["dnsmos", "text", "notes"]) == ["dnsmos", "text", "notes"]
 
 
@@ -43,13 +43,13 @@ def test_they_run_where_they_are_named():
 
 
 def test_dnsmos_hears_noise_after_the_prompt_alone():
-    if why := onnx.lacking("speechmos", ""):
+    if why := onnx.missing_dependency("speechmos", ""):
         pytest.skip(why)
     (wav,) = speech(1)
     wav = wav[:3 * SR]
     noisy = dnsmos.in_noise(wav, 1, "a")
     made = [sound("a", "original", wav), sound("a", "continuation", np.concatenate([wav, noisy]), len(wav))]
-    rows = {(r.item, r.metric): r for r in dnsmos.dnsmos_rows(made)}
+    rows = {(r.item, r.metric): r for r in dnsmos.dnsmos_results(made)}
     for metric in dnsmos.METRICS:
         clean, continued, floor = (rows[item, metric] for item in ("original", "continuation", dnsmos.FLOOR))
         assert 5 > clean.value > 0.3 + continued.value and continued.value == pytest.approx(floor.value, abs=0.4)
@@ -58,7 +58,7 @@ def test_dnsmos_hears_noise_after_the_prompt_alone():
 
 
 def test_dnsmos_gives_the_packages_marks(monkeypatch):
-    if why := onnx.lacking("speechmos", ""):
+    if why := onnx.missing_dependency("speechmos", ""):
         pytest.skip(why)
     mel = SimpleNamespace(melspectrogram=lambda **_: np.ones((120, 900)))  # of another of its marks
     for name, parts in (("librosa", {"feature": mel, "power_to_db": lambda x, ref: x}), ("requests", {"session": None})):
@@ -140,17 +140,17 @@ def test_auto_bleu():
 
 
 def test_speech_is_transcribed_and_silence_is_counted(folder):
-    if why := asr.lacking():
+    if why := asr.missing_dependency():
         pytest.skip(why)
     (wav,) = speech(1)
     made = [sound("a", "original", wav), sound("a", "continuation", wav, SR // 25), sound("b", "continuation", np.zeros(SR))]
-    rows = {(r.item, r.metric): r for r in text.text_rows(made)}
+    rows = {(r.item, r.metric): r for r in text.text_results(made)}
     original, continued = (rows[mode, text.BLEU] for mode in ("original", "continuation"))
     assert 0 <= original.value < 60 and (original.n, continued.n) == (1, 1) and original.note == ""
     assert continued.note == "1 of 2 said fewer than two words"
     assert rows["original", text.RATE].value > 1.5 * rows["continuation", text.RATE].value > 0
     assert "tables.text_model=" in rows["continuation", text.PERPLEXITY].note
-    measured = text.text_rows(made[:1], str(folder))
+    measured = text.text_results(made[:1], str(folder))
     assert len(measured) == 5 and all(r.value is not None for r in measured)
 
 
@@ -170,7 +170,7 @@ SCALE = [60, 64, 67, 72, 71, 67, 62, 65, 69, 74]  # five seconds: more than two 
 
 
 def test_planted_notes_are_found():
-    if why := onnx.lacking("basic_pitch", ""):
+    if why := onnx.missing_dependency("basic_pitch", ""):
         pytest.skip(why)
     found = notes.transcriber()(played(SCALE))
     for i, pitch in enumerate(SCALE):  # in all windows
@@ -179,19 +179,19 @@ def test_planted_notes_are_found():
 
 
 def test_what_follows_the_prompt_is_compared():
-    if why := onnx.lacking("basic_pitch", ""):
+    if why := onnx.missing_dependency("basic_pitch", ""):
         pytest.skip(why)
     silent = np.zeros(2 * SR, np.float32)
     made = [sound("a", "original", played(SCALE[:4])), sound("b", "original", silent),
             sound("a", "continuation", np.concatenate([played(SCALE[:4]), played([94, 96])]), 2 * SR)]
-    rows = {(r.item, r.metric): r for r in notes.note_rows(made)}
+    rows = {(r.item, r.metric): r for r in notes.note_results(made)}
     a_second, mean, span = notes.METRICS
     assert 0.9 <= rows["original", a_second].value <= 1.3 and rows["original", a_second].n == 2
     assert (rows["original", mean].n, rows["original", a_second].role) == (1, "ceiling")
     assert rows["original", span].value >= 12
     assert rows["continuation", mean].value == pytest.approx(95) and rows["continuation", span].value == pytest.approx(2)
     assert rows[notes.NOISE, a_second].role == "floor" and rows[notes.NOISE, a_second].value < 0.9
-    assert rows[ITEMS["resynthesis"], a_second].value is None
+    assert rows[LABELS["resynthesis"], a_second].value is None
 
 
 def test_notes_of_probabilities():
@@ -205,6 +205,6 @@ def test_notes_of_probabilities():
 def test_missing_packages_are_seen(monkeypatch):
     without(monkeypatch, "speechmos", "basic_pitch", "jiwer")
     made = [sound("a", mode, np.zeros(SR)) for mode in ("original", "continuation")]
-    for rows, fix in ((dnsmos.dnsmos_rows(made), 'pip install "audiolm[eval]"'), (text.text_rows(made), "audiolm[eval]"),
-                      (notes.note_rows(made), "pip install --no-deps basic-pitch")):
+    for rows, fix in ((dnsmos.dnsmos_results(made), 'pip install "audiolm[eval]"'), (text.text_results(made), "audiolm[eval]"),
+                      (notes.note_results(made), "pip install --no-deps basic-pitch")):
         assert rows and all(r.value is None and fix in r.note for r in rows)

@@ -16,10 +16,10 @@ import torch
 
 from audiolm import store
 from audiolm.config.base import identity
-from audiolm.config.corpus import Corpus
-from audiolm.config.external import SemanticFigures, semantic_figures_of
-from audiolm.config.run import Cluster
-from audiolm.config.semantic import Abx
+from audiolm.config.corpus import CorpusConfig
+from audiolm.config.external import SemanticMetricsConfig, semantic_metrics_config
+from audiolm.config.run import ClusterConfig
+from audiolm.config.semantic import AbxConfig
 from audiolm.data import clips as clips_data
 from audiolm.data import tokens
 from audiolm.data.clips import Clip, Part, clips_parquet
@@ -191,15 +191,15 @@ def world(tmp_path_factory):
     return SimpleNamespace(root=root, inputs={n: SimpleNamespace(path=p, build="0001", facts={}) for n, p in paths.items()})
 
 
-def judged(world, **changed) -> Abx:
+def judged(world, **changed) -> AbxConfig:
     root = world.root
-    return Abx(**{"items": str(root / "a.item"), "audio": (str(root / "deep"),), "phones": str(root / "phones.txt"), **changed})
+    return AbxConfig(**{"items": str(root / "a.item"), "audio": (str(root / "deep"),), "phones": str(root / "phones.txt"), **changed})
 
 
-def measure(world, want: SemanticFigures, path, **changed):
+def measure(world, want: SemanticMetricsConfig, path, **changed):
     """(facts, semantic.json, out)."""
-    corpus = Corpus(name="t", sources=({"kind": "folder", "name": "s", "root": str(world.root)},))
-    config = {"figures": want, "corpus": corpus, "cluster": Cluster(device="cpu"), "seed": 0}
+    corpus = CorpusConfig(name="t", sources=({"kind": "folder", "name": "s", "root": str(world.root)},))
+    config = {"figures": want, "corpus": corpus, "cluster": ClusterConfig(device="cpu"), "seed": 0}
     out = RecordingOut(path)
     facts = figures.measure_semantic(config, {**world.inputs, **changed}, out)
     return facts, json.loads(store.get(store.join(out.path, "ui", "semantic.json"))), out
@@ -208,7 +208,7 @@ def measure(world, want: SemanticFigures, path, **changed):
 @pytest.fixture(scope="module")
 def measured(world, tmp_path_factory):
     path = tmp_path_factory.mktemp("measured") / "semantic_figures" / "aaaaaaaaaaaa" / "0001"
-    return measure(world, semantic_figures_of(judged(world)), path)
+    return measure(world, semantic_metrics_config(judged(world)), path)
 
 
 def test_the_step_separates_held_out_from_seen(measured):
@@ -287,7 +287,7 @@ def test_the_page_shows_it_all(world, measured, tmp_path):
 
 
 def test_without_items_the_page_says_what_is_missing(world, tmp_path):
-    facts, table, out = measure(world, semantic_figures_of(None), tmp_path / "step" / "aaaaaaaaaaaa" / "0001")
+    facts, table, out = measure(world, semantic_metrics_config(None), tmp_path / "step" / "aaaaaaaaaaaa" / "0001")
     assert not [k for k in facts if k.startswith("abx") or k == "pnmi"] and facts["rate"] == 25.0
     store.remove(store.join(out.path, table["examples"][0]["file"]))
     inputs = {"semantic_figures": SimpleNamespace(path=out.path, facts={})}
@@ -302,7 +302,7 @@ def test_speakers_are_seen_whatever_the_corpus_calls_them(world, tmp_path):
     clips = clips_data.read_clips(world.inputs["manifest"].path)
     renamed = [Clip(**{**c.__dict__, "speaker": "reader " + c.speaker, "split": "train"}) for c in clips[:3]]
     store.put(str(tmp_path / "manifest" / "clips.parquet"), clips_parquet(renamed))
-    want = semantic_figures_of(judged(world, phones=None))
+    want = semantic_metrics_config(judged(world, phones=None))
     groups, files, remarks = figures._item_files(want, str(tmp_path / "manifest"))
     assert groups == {"held_out": ("s3",), "seen": ("s0", "s1", "s2")} and len(files) == 4 and not remarks
     groups, _, remarks = figures._item_files(want.model_copy(update={"speakers": ("s1",)}), str(tmp_path / "manifest"))
@@ -315,7 +315,7 @@ def test_nothing_held_out_is_measured_on_train(world, tmp_path):
     clips = [Clip(**{**c.__dict__, "split": "train"}) for c in clips_data.read_clips(world.inputs["manifest"].path)]
     store.put(str(tmp_path / "manifest" / "clips.parquet"), clips_parquet(clips))
     manifest = SimpleNamespace(path=str(tmp_path / "manifest"), build="0001", facts={})
-    facts, table, _ = measure(world, semantic_figures_of(judged(world)), tmp_path / "out", manifest=manifest)
+    facts, table, _ = measure(world, semantic_metrics_config(judged(world)), tmp_path / "out", manifest=manifest)
     assert table["drift_bits"] is None and table["statistics"]["held_out"] is None and table["examples_from"] == "train"
     assert list(table["abx"]) == ["seen"] and "trained on" in table["absent"]["held_out"] and "abx_within" not in facts
     assert table["phones"]["speakers"] == sorted([*TRAIN, *HELD]) and "abx_seen_mfcc_within" in facts
@@ -323,28 +323,28 @@ def test_nothing_held_out_is_measured_on_train(world, tmp_path):
 
 def test_what_does_not_fit_is_named(world, tmp_path):
     with pytest.raises(ValueError, match=r"semantic\.abx\.items is '/nowhere'"):
-        semantic_figures_of(judged(world, items="/nowhere"))
+        semantic_metrics_config(judged(world, items="/nowhere"))
     with pytest.raises(ValueError, match=r"semantic\.abx\.phones"):
-        semantic_figures_of(judged(world, phones=str(tmp_path / "none.txt")))
+        semantic_metrics_config(judged(world, phones=str(tmp_path / "none.txt")))
     fewer = tmp_path / "fewer"
     fewer.mkdir()
     for n in (0, 1, 3):
         (fewer / f"f{n}.wav").write_bytes((world.root / "deep" / f"f{n}.wav").read_bytes())
     with pytest.raises(ValueError, match="f2"):
-        measure(world, semantic_figures_of(judged(world, audio=(str(fewer),))), tmp_path / "out")
+        measure(world, semantic_metrics_config(judged(world, audio=(str(fewer),))), tmp_path / "out")
     (tmp_path / "other.txt").write_text("g0 0.0 0.2 a word\n")
     with pytest.raises(ValueError, match="names none of the 2 files"):
-        measure(world, semantic_figures_of(judged(world, phones=str(tmp_path / "other.txt"))), tmp_path / "out")
+        measure(world, semantic_metrics_config(judged(world, phones=str(tmp_path / "other.txt"))), tmp_path / "out")
     (tmp_path / "bad.txt").write_text("f2 0.0 a\n")
     with pytest.raises(ValueError, match="line 1"):
         figures.read_phones(str(tmp_path / "bad.txt"), ["f2"])
 
 
 def test_identity_follows_the_bytes_of_items_and_alignment(world, tmp_path):
-    one = identity(semantic_figures_of(judged(world)))
+    one = identity(semantic_metrics_config(judged(world)))
     (tmp_path / "moved.item").write_bytes((world.root / "a.item").read_bytes())
-    assert identity(semantic_figures_of(judged(world, items=str(tmp_path / "moved.item"), audio=("elsewhere",)))) == one
+    assert identity(semantic_metrics_config(judged(world, items=str(tmp_path / "moved.item"), audio=("elsewhere",)))) == one
     (tmp_path / "moved.item").write_text(HEADER + "f0 0.1 0.3 a x y s0\n")
-    assert identity(semantic_figures_of(judged(world, items=str(tmp_path / "moved.item")))) != one
+    assert identity(semantic_metrics_config(judged(world, items=str(tmp_path / "moved.item")))) != one
     (tmp_path / "phones.txt").write_text("f2 0.0 0.2 a word\n")
-    assert identity(semantic_figures_of(judged(world, phones=str(tmp_path / "phones.txt")))) != one
+    assert identity(semantic_metrics_config(judged(world, phones=str(tmp_path / "phones.txt")))) != one

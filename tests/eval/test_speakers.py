@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from audiolm import store
-from audiolm.eval.generated import ITEMS, Made, Wanted
+from audiolm.eval.generated import LABELS, Sample, SampleSpec
 from audiolm.eval.models import convnet, speaker
 from audiolm.eval.models.convnet import Settings, load_net, trained
 from audiolm.eval.suites.speakers import COSINE, accuracy, similarity
@@ -22,14 +22,14 @@ TINY = Settings(crop_s=0.5, channels=(8, 16, 16), mels=40, steps=60, batch=16, l
 PITCHES = {"low": 110.0, "high": 220.0}
 
 
-def sounds(voice: dict[str, str], mode: str, first: int, n: int = 6) -> list[Made]:
+def sounds(voice: dict[str, str], mode: str, first: int, n: int = 6) -> list[Sample]:
     """n clips a speaker of that mode: the prompt is the speaker's, what follows has the pitch of voice[speaker]."""
     made = []
     for s, (name, pitch) in enumerate(PITCHES.items()):
         for i in range(first, first + n):
             index = 100 * s + i
             wav = np.concatenate([talk(pitch, 0.5, index), talk(PITCHES[voice[name]], 1.5, 1000 + index)])
-            made.append(Made(Wanted(f"{name}{i}", name, None, mode, 0, PROMPT), wav))
+            made.append(Sample(SampleSpec(f"{name}{i}", name, None, mode, 0, PROMPT), wav))
     return made
 
 
@@ -41,7 +41,7 @@ def test_planted_voices_are_told_apart_by_what_follows_the_prompt(tmp_path):
     made = [*sounds(OWN, "original", 50), *sounds(OWN, "resynthesis", 50), *sounds(OTHER, "continuation", 50)]
     seen = []
     table = {r.item: r for r in accuracy(learn, made, str(tmp_path), TINY, progress=lambda *a: seen.append(a))}
-    assert table["original"].value == 100 and table[ITEMS["resynthesis"]].value == 100
+    assert table["original"].value == 100 and table[LABELS["resynthesis"]].value == 100
     assert table["continuation"].value == 0  # in the other one's voice: the true prompt does not count
     assert (table["chance"].value, table["chance"].role) == (50, "floor")
     assert (table["continuation"].paper, table["continuation"].n) == (92.6, 12) and seen[-1][:2] == (60, 60)
@@ -103,7 +103,7 @@ def test_mel_powers_are_librosas():
 
 
 def test_embeddings_know_a_voice_again():
-    if why := speaker.lacking():
+    if why := speaker.missing_dependency():
         pytest.skip(why)
     import soundfile
 
@@ -113,9 +113,9 @@ def test_embeddings_know_a_voice_again():
     for s, own in enumerate(wavs):
         for i, wav in enumerate(own):
             other = np.concatenate([wav[:2 * SR], wavs[s - 1][i][2 * SR:]])  # goes on in another's voice
-            made += [Made(Wanted(f"{s}-{i}", f"p{s}", None, mode, 0, 2 * SR), w)
+            made += [Sample(SampleSpec(f"{s}-{i}", f"p{s}", None, mode, 0, 2 * SR), w)
                      for mode, w in (("original", wav), ("resynthesis", 0.5 * wav), ("continuation", other))]
     table = {r.item: r for r in similarity(made)}
-    same, soft = table["original"], table[ITEMS["resynthesis"]]
+    same, soft = table["original"], table[LABELS["resynthesis"]]
     assert same.value > 0.75 and same.low > max(table[i].high for i in ("continuation", "another speaker"))
     assert soft.value == pytest.approx(same.value, abs=0.05) and table["continuation"].role == "ours"

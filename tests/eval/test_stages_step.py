@@ -13,11 +13,11 @@ import soundfile
 import torch
 
 from audiolm import store
-from audiolm.config.codec import CodecFigures
-from audiolm.config.corpus import Where
-from audiolm.config.evaluation import Evaluate
-from audiolm.config.lm import Samples
-from audiolm.config.run import Cluster
+from audiolm.config.codec import CodecMetricsConfig
+from audiolm.config.corpus import ClipFilter
+from audiolm.config.evaluation import EvaluateConfig
+from audiolm.config.lm import SamplesConfig
+from audiolm.config.run import ClusterConfig
 from audiolm.data import clips as clips_data
 from audiolm.data import tokens
 from audiolm.eval.steps.codec import measure_codec
@@ -132,8 +132,8 @@ def test_evaluate_fills_every_table(world, encoded, tmp_path):
         store.put(str(world.root / name / "export" / "model.safetensors"), safetensors.torch.save(weights))
         store.put_json(str(world.root / name / "export" / "config.json"), about)
     names = ("manifest", "kmeans", "codec", "semantic_tokens", "acoustic_tokens", "lm_semantic", "lm_coarse", "lm_fine")
-    config = {"evaluate": Evaluate(clips=2, clip_s=1.0, rows=4), "samples": Samples(prompt_s=0.4), "lm": STAGES,
-              "corpus": world.corpus, "cluster": Cluster(device="cpu"), "seed": 0}
+    config = {"evaluate": EvaluateConfig(clips=2, clip_s=1.0, rows=4), "samples": SamplesConfig(prompt_s=0.4), "lm": STAGES,
+              "corpus": world.corpus, "cluster": ClusterConfig(device="cpu"), "seed": 0}
     facts = run_evaluate(config, {n: SimpleNamespace(path=str(world.root / n)) for n in names}, RecordingOut(tmp_path))
     table = store.get_json(f"{tmp_path}/evaluate.json")
     assert [r["level"] for r in table["stages"]["lm_fine"]["levels"]] == [3]
@@ -161,8 +161,8 @@ def test_evaluate_fills_every_table(world, encoded, tmp_path):
 
 
 def test_codec_figures_beside_the_original_and_opus(world, tmp_path):
-    want = CodecFigures(where=Where(), clips=2, clip_s=1.0, coarse_levels=2, visqol=False, with_lyra=False, lyra=None)
-    config = {"figures": want, "corpus": world.corpus, "cluster": Cluster(device="cpu")}
+    want = CodecMetricsConfig(where=ClipFilter(), clips=2, clip_s=1.0, coarse_levels=2, visqol=False, with_lyra=False, lyra=None)
+    config = {"figures": want, "corpus": world.corpus, "cluster": ClusterConfig(device="cpu")}
     inputs = {n: SimpleNamespace(path=str(world.root / n)) for n in ("manifest", "codec")}
     facts = measure_codec(config, inputs, RecordingOut(tmp_path))
     table = store.get_json(f"{tmp_path}/codec.json")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from audiolm import store
-from audiolm.eval.results import Row
+from audiolm.eval.results import Result
 from audiolm.report.results_page import build, markdown
 from audiolm.tracking.registry import SYSTEM
 from audiolm.tracking.tracker import Tracker
@@ -42,8 +42,8 @@ def evaluate(capsys, *args) -> tuple[int, str]:
     return code, said.out + said.err
 
 
-def rows_of(folder: str) -> dict[tuple[str, str], Row]:
-    return {(r["table"], r["item"]): Row(**r) for r in store.get_json(f"{folder}/rows.json")}
+def rows_of(folder: str) -> dict[tuple[str, str], Result]:
+    return {(r["table"], r["item"]): Result(**r) for r in store.get_json(f"{folder}/rows.json")}
 
 
 def test_a_run_is_evaluated_and_what_was_measured_is_kept(made, capsys, tmp_path):
@@ -139,7 +139,7 @@ def test_every_table_of_a_run_has_its_rows(made, capsys, tmp_path):
            "tables.temperatures=[0.8]")
     code, said = evaluate(capsys, "tiny", "--store", folder, "--out", str(tmp_path), *few)
     assert code == 0, said
-    rows = [Row(**r) for r in store.get_json(f"{tmp_path}/rows.json")]
+    rows = [Result(**r) for r in store.get_json(f"{tmp_path}/rows.json")]
     assert {r.table for r in rows} >= {"losses", "ladder", "I", "IV", "stage 2's attention", "temperatures"}
     notes = {r.table: r.note for r in rows if r.value is None}
     assert "semantic.abx=" in notes["I"] and "tables.probes=" in notes["IV"]
@@ -155,7 +155,7 @@ def test_optional_suites_are_named(made, capsys, tmp_path, monkeypatch):
     code, said = evaluate(capsys, "tiny", "--store", folder, "--out", str(tmp_path), "--suites", "ladder,dnsmos,text,notes",
                           "tables.continued=2", "samples.prompt_s=0.2")
     assert code == 0, said
-    rows = [Row(**r) for r in store.get_json(f"{tmp_path}/rows.json")]
+    rows = [Result(**r) for r in store.get_json(f"{tmp_path}/rows.json")]
     notes = {r.table: r.note for r in rows if r.value is None}
     assert {r.table for r in rows} == {"ladder", "DNSMOS", "Text", "Notes"} and "audiolm[eval]" in notes["DNSMOS"]
     assert any("tables.text_model=" in r.note for r in rows) or "audiolm[eval]" in notes["Text"]
@@ -164,13 +164,13 @@ def test_optional_suites_are_named(made, capsys, tmp_path, monkeypatch):
 
 
 def test_a_page_and_a_description_say_it_all():
-    rows = [Row("II", "original | <b>", "WER %", 2.5, 2.0, 3.0, 40, role="ceiling", paper=2.5),
-            Row("II", "ours", "WER %", None, paper=6.0, note="pip install 'audiolm[eval]'")]
+    rows = [Result("II", "original | <b>", "WER %", 2.5, 2.0, 3.0, 40, role="ceiling", paper=2.5),
+            Result("II", "ours", "WER %", None, paper=6.0, note="pip install 'audiolm[eval]'")]
     page = build("x <y>", [("ours", rows, [])])
     for said in ("2.500 [2.000, 3.000]", "original | &lt;b&gt; (ceiling)", "not measured", "6.0", "x &lt;y&gt;"):
         assert said in page
     text = markdown(rows, 4000)
     assert "| II: original \\| <b> (ceiling) | WER % | 2.500 [2.000, 3.000] | 2.5 | 40 clips |" in text
     assert "not measured: pip install" in text
-    many = [Row("I", f"item {i}", "x", 1.0) for i in range(500)]
+    many = [Result("I", f"item {i}", "x", 1.0) for i in range(500)]
     assert len(markdown(many, 4000)) <= 4000 and "more rows in the report" in markdown(many, 4000)

@@ -62,7 +62,7 @@ def lines_of(made, *options: str) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """The mel distance alone: the other metrics are slow, and tests/test_eval_codec.py is theirs."""
+    """The mel distance alone: the other metrics are slow, and tests/eval/test_codec_quality.py is theirs."""
     have = Scorers({"mel": mel_distance}, {"visqol": "visqol-python is not installed"}, None)
     monkeypatch.setattr("audiolm.eval.metrics.audio_quality.scorers", lambda: have)
 

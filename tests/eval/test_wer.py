@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 
-from audiolm.eval.generated import ITEMS, Made, Wanted
+from audiolm.eval.generated import LABELS, Sample, SampleSpec
 from audiolm.eval.models import asr
 from audiolm.eval.suites import wer
 from audiolm.eval.suites.wer import Said, rows, table2
@@ -17,8 +17,8 @@ from tests.worlds.basics import ROOT
 QUICKSTART = ROOT / "workflows" / "quickstart"
 
 
-def wanted(i: int, mode: str, text: str = "the cat sat on the mat") -> Wanted:
-    return Wanted(f"c{i}", f"s{i % 3}", text, mode, 0, 0)
+def wanted(i: int, mode: str, text: str = "the cat sat on the mat") -> SampleSpec:
+    return SampleSpec(f"c{i}", f"s{i % 3}", text, mode, 0, 0)
 
 
 @pytest.mark.parametrize(("text", "said"), [
@@ -40,17 +40,17 @@ def test_rates_are_summed_and_a_shuffled_text_is_mostly_wrong():
     found += [Said(wanted(i, "acoustic", text), text, text.replace("fox", "box") if i else text, 0.0) for i in range(6)]
     found += [Said(wanted(i, "shuffled", text), text, mixed, 0.0) for i in range(6)]
     table = {(r.item, r.metric): r for r in rows(found)}
-    clean, near, floor = (table[ITEMS[m], "WER %"] for m in ("original", "acoustic", "shuffled"))
+    clean, near, floor = (table[LABELS[m], "WER %"] for m in ("original", "acoustic", "shuffled"))
     assert clean.value == clean.high == 0 and (clean.role, clean.paper, clean.n) == ("ceiling", 2.5, 6)
     assert near.value == pytest.approx(100 * 5 / (6 * 16)) and near.low <= near.value <= near.high
-    assert floor.value > 80 and floor.role == "floor" and table[ITEMS["shuffled"], "CER %"].value > 50
-    assert 0 < table[ITEMS["acoustic"], "CER %"].value < near.value
+    assert floor.value > 80 and floor.role == "floor" and table[LABELS["shuffled"], "CER %"].value > 50
+    assert 0 < table[LABELS["acoustic"], "CER %"].value < near.value
     assert asr.errors("a b c d", "") == (4, 4, 7, 7)
 
 
 def test_whisper_hears_speech_and_not_noise():
     """The embedded corpus through the packaged model: its words are mostly heard, noise has none of them."""
-    if why := asr.lacking():
+    if why := asr.missing_dependency():
         pytest.skip(why)
     import soundfile
 
@@ -61,10 +61,10 @@ def test_whisper_hears_speech_and_not_noise():
         wav, rate = soundfile.read(next(QUICKSTART.rglob(f"{name}.*")), dtype="float32")
         assert rate == 16_000
         noise = 0.1 * np.random.default_rng(i).standard_normal(len(wav)).astype(np.float32)
-        made += [Made(wanted(i, "original", text), wav), Made(wanted(i, "shuffled", text), noise)]
+        made += [Sample(wanted(i, "original", text), wav), Sample(wanted(i, "shuffled", text), noise)]
     seen = []
     table = {r.item: r.value for r in table2(made, progress=lambda *a: seen.append(a)) if r.metric == "WER %"}
-    assert table["original"] < 50 < table[ITEMS["shuffled"]] and seen[-1] == (6, 6, "transcripts")
+    assert table["original"] < 50 < table[LABELS["shuffled"]] and seen[-1] == (6, 6, "transcripts")
 
 
 def test_transformers_models_by_path(tmp_path):
@@ -113,13 +113,13 @@ def test_a_sequence_to_sequence_model_by_path(tmp_path):
 def test_what_cannot_be_measured_is_seen(monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "jiwer" else find(name))
-    table = table2([Made(wanted(0, "original"), np.zeros(16_000, np.float32))])
+    table = table2([Sample(wanted(0, "original"), np.zeros(16_000, np.float32))])
     assert len(table) == 12 and all(r.value is None and "jiwer" in r.note and "audiolm[eval]" in r.note for r in table)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "transformers" else find(name))
     if find("jiwer") and find("num2words"):
-        assert asr.lacking("/models/x") == 'transformers not installed: pip install "audiolm[pretrained]"'
+        assert asr.missing_dependency("/models/x") == 'transformers not installed: pip install "audiolm[pretrained]"'
     assert {r.paper for r in table} == {0.8, 2.5, 0.9, 2.6, 3.4, 6.0, None}
     monkeypatch.undo()
-    if asr.lacking() is None:
+    if asr.missing_dependency() is None:
         with pytest.raises(ValueError, match="none of the clips has a text"):
-            wer.transcribed([Made(wanted(0, "original", ""), np.zeros(16_000, np.float32))])
+            wer.transcribed([Sample(wanted(0, "original", ""), np.zeros(16_000, np.float32))])

@@ -11,7 +11,7 @@ import torch
 
 from audiolm import store
 from audiolm.config import lm
-from audiolm.config.lm import LM
+from audiolm.config.lm import LMConfig
 from audiolm.data.audio import wav_bytes
 from audiolm.eval.metrics import ngram
 from audiolm.eval.suites import zerospeech
@@ -25,8 +25,8 @@ from tests.worlds import token_corpus
 from tests.worlds.tiny_system import COARSE, TRAIN, VOCAB, K, Q, build, export
 
 WORDS = 16
-SHAPE = lm.Stage(crop_s=4.0, dim=32, layers=2, heads=2, ff=64, dropout=0.0, train=TRAIN)
-STAGE = build_stages(LM(coarse_levels=COARSE, semantic=SHAPE), Q, VOCAB, K)["lm_semantic"]
+SHAPE = lm.StageConfig(crop_s=4.0, dim=32, layers=2, heads=2, ff=64, dropout=0.0, train=TRAIN)
+STAGE = build_stages(LMConfig(coarse_levels=COARSE, semantic=SHAPE), Q, VOCAB, K)["lm_semantic"]
 
 
 def sound(number: int) -> np.ndarray:

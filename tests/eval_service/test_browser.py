@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from tests.eval_service.test_requests import ROOT
+from tests.worlds.basics import ROOT
 from tests.worlds.registry import NAME
 from tests.worlds.servers import MLflowServer
 from tests.worlds.tiny_run import finish, tell

@@ -209,8 +209,8 @@ def test_the_round_trip(world, encoded, tmp_path, monkeypatch):
 def test_an_mlflow_that_is_down_when_a_job_ends_only_delays(tmp_path, monkeypatch):
     from mlflow import MlflowClient
 
-    from audiolm.eval.results import Row
-    from audiolm.eval.suites.base import Report
+    from audiolm.eval.results import Result
+    from audiolm.eval.suites.base import SuiteReport
     from audiolm.eval_service.worker import answer
 
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
@@ -228,7 +228,7 @@ def test_an_mlflow_that_is_down_when_a_job_ends_only_delays(tmp_path, monkeypatc
             store.put(f"{tmp_path}/r/report.html", b"<p>")
             server.kill()
             threading.Timer(2.0, server.start).start()
-            return Report([Row("I", "a", "x", 1.0)], [], f"{tmp_path}/r")
+            return SuiteReport([Result("I", "a", "x", 1.0)], [], f"{tmp_path}/r")
 
         assert answer(client, NAME, "1", 1, evaluate)
         assert tags(client, "1")["evaluate"] == "done"

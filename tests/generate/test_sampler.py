@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from audiolm.generate.params import Draw, pick
+from audiolm.generate.params import SamplingParams, sample_ids
 from audiolm.generate.sampler import Sampler
 from audiolm.lm.stages import Stage
 from audiolm.models.transformer import Transformer
@@ -46,7 +46,7 @@ def prompt(name: str, frames: int, seed: int) -> np.ndarray:
 def test_every_id_is_legal(models, name):
     stage = STAGES[name]
     for temperature, top_k, top_p in ((1, None, None), (50, None, None), (1, 3, None), (1, None, 0.5), (0, None, None)):
-        out = Sampler(models[name], stage)([prompt(name, 9, s) for s in range(3)], 60, draw=Draw(temperature, top_k, top_p),
+        out = Sampler(models[name], stage)([prompt(name, 9, s) for s in range(3)], 60, draw=SamplingParams(temperature, top_k, top_p),
                      eos_from=0, seeds=[1, 2, 3])
         for ids in out:
             assert 0 < len(ids) <= 60
@@ -59,12 +59,12 @@ def test_eos_ends_a_sample_or_is_never_drawn(models):
     stage, model = STAGES["semantic"], build(STAGES["semantic"], 0.0)
     model.load_state_dict(models["semantic"].state_dict())
     prompts, seeds = [stage.prompt()] * 12, list(range(12))
-    free = Sampler(model, stage)(prompts, 50, draw=Draw(5.0), eos_from=0, seeds=seeds)
+    free = Sampler(model, stage)(prompts, 50, draw=SamplingParams(5.0), eos_from=0, seeds=seeds)
     ended = [ids for ids in free if len(ids) < 50]
     assert ended and all(ids[-1] == stage.eos and stage.eos not in ids[:-1] for ids in ended)
-    late = Sampler(model, stage)(prompts, 50, draw=Draw(5.0), eos_from=list(range(12, 24)), seeds=seeds)
+    late = Sampler(model, stage)(prompts, 50, draw=SamplingParams(5.0), eos_from=list(range(12, 24)), seeds=seeds)
     assert all(len(ids) > n for n, ids in zip(range(12, 24), late, strict=True)) and any(len(ids) < 50 for ids in late)
-    full = Sampler(model, stage)(prompts, 50, draw=Draw(5.0), eos_from=None, seeds=seeds)
+    full = Sampler(model, stage)(prompts, 50, draw=SamplingParams(5.0), eos_from=None, seeds=seeds)
     assert all(len(ids) == 50 and stage.eos not in ids for ids in full)
 
 
@@ -74,12 +74,12 @@ def test_a_sample_is_the_same_whatever_the_batch(models, name):
     prompts = [prompt(name, 3 + 5 * i % 17, i) for i in range(n)]
     counts = [6 * stage.slots + 9 * i % 40 * stage.slots for i in range(n)]
     seeds = list(range(100, 100 + n))
-    batch = Sampler(models[name], stage)(prompts, counts, draw=Draw(1.0), seeds=seeds)
+    batch = Sampler(models[name], stage)(prompts, counts, draw=SamplingParams(1.0), seeds=seeds)
     for i in range(n):
-        alone = Sampler(models[name], stage)([prompts[i]], [counts[i]], draw=Draw(1.0), seeds=[seeds[i]])[0]
+        alone = Sampler(models[name], stage)([prompts[i]], [counts[i]], draw=SamplingParams(1.0), seeds=[seeds[i]])[0]
         np.testing.assert_array_equal(batch[i], alone)
         assert len(alone) == counts[i]
-    back = Sampler(models[name], stage)(prompts[::-1], counts[::-1], draw=Draw(1.0), seeds=seeds[::-1])[::-1]
+    back = Sampler(models[name], stage)(prompts[::-1], counts[::-1], draw=SamplingParams(1.0), seeds=seeds[::-1])[::-1]
     assert all(np.array_equal(a, b) for a, b in zip(batch, back, strict=True))
 
 
@@ -90,7 +90,7 @@ def test_the_gpus_way_draws_the_same_ids(models, name, monkeypatch):
     plain, static = Sampler(model, stage), Sampler(model, stage)
     static.static = True
     monkeypatch.setattr(static, "_replay", lambda m, draw: static._step(m, draw, None))
-    how = Draw(1.0, top_p=0.9, window=3, repeats=0.4)
+    how = SamplingParams(1.0, top_p=0.9, window=3, repeats=0.4)
     for n in (3, 5, 4):  # 4 and 8 rows; the last call finds its memory used
         prompts = [prompt(name, 3 + 5 * i % 17, i % 3) for i in range(n)]
         counts = [(6 + 9 * i % 40) * stage.slots for i in range(n)]
@@ -129,14 +129,14 @@ def test_forced_ids_come_back_and_the_rest_follows_them(models):
 def test_no_repeat_at_the_prompts_boundary(models):
     stage = STAGES["semantic"]
     forced = [stage.targets(np.array([i])) for i in range(K)]
-    out = Sampler(models["semantic"], stage)([stage.prompt()] * K, 30, forced=forced, draw=Draw(30.0),
+    out = Sampler(models["semantic"], stage)([stage.prompt()] * K, 30, forced=forced, draw=SamplingParams(30.0),
                  seeds=list(range(K)))
     assert all((ids[1:] != ids[:-1]).all() for ids in out)
 
 
 def test_cached_sampling_equals_the_whole_model_at_each_step(models):
     stage, model, p = STAGES["fine"], models["fine"], prompt("fine", 6, 1)
-    ids = Sampler(model, stage)([p], 36, draw=Draw(0.0), seeds=[0])[0]
+    ids = Sampler(model, stage)([p], 36, draw=SamplingParams(0.0), seeds=[0])[0]
     for n in range(36):
         h_D = model.hidden(torch.from_numpy(np.concatenate([p, ids[:n]]))[None])[0, -1]
         scores_W = model.head.by_slot()[n % stage.slots] @ h_D
@@ -148,23 +148,23 @@ def test_draws_follow_the_distribution():
     logits_V = torch.tensor([1.0, -torch.inf, 0.0, 2.0, -1.0, -torch.inf])
     ids_V = torch.arange(6)
 
-    def drawn(noise: torch.Tensor, draw: Draw, recent=()) -> torch.Tensor:
+    def drawn(noise: torch.Tensor, draw: SamplingParams, recent=()) -> torch.Tensor:
         n = len(noise)
-        return pick(logits_V.expand(n, 6), noise, draw, ids_V.expand(n, 6), torch.tensor(recent).expand(n, len(recent)))
+        return sample_ids(logits_V.expand(n, 6), noise, draw, ids_V.expand(n, 6), torch.tensor(recent).expand(n, len(recent)))
 
-    def shares(draw: Draw, recent=()) -> torch.Tensor:
+    def shares(draw: SamplingParams, recent=()) -> torch.Tensor:
         noise = torch.rand(20_000, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         return torch.bincount(drawn(noise, draw, recent), minlength=6) / len(noise)
 
     for t in (0.6, 1.0, 2.0):
-        torch.testing.assert_close(shares(Draw(t)), (logits_V / t).softmax(0), atol=0.015, rtol=0)
-    assert shares(Draw(1.0, top_k=2)).nonzero().flatten().tolist() == [0, 3]
-    assert shares(Draw(1.0, top_p=0.7)).nonzero().flatten().tolist() == [0, 3]  # 0.64 + 0.24 crosses 0.7
-    assert shares(Draw(1.0, top_p=1e-6)).tolist() == [0, 0, 0, 1, 0, 0]
+        torch.testing.assert_close(shares(SamplingParams(t)), (logits_V / t).softmax(0), atol=0.015, rtol=0)
+    assert shares(SamplingParams(1.0, top_k=2)).nonzero().flatten().tolist() == [0, 3]
+    assert shares(SamplingParams(1.0, top_p=0.7)).nonzero().flatten().tolist() == [0, 3]  # 0.64 + 0.24 crosses 0.7
+    assert shares(SamplingParams(1.0, top_p=1e-6)).tolist() == [0, 0, 0, 1, 0, 0]
     ends = torch.tensor([[0.0, 0.0], [1.0 - 2**-53, 0.0]], dtype=torch.float64)
-    assert drawn(ends, Draw(1.0)).tolist() == [0, 4]
+    assert drawn(ends, SamplingParams(1.0)).tolist() == [0, 4]
     # repetition-aware: id 3 stands too often among the last ones, so where top_p draws it, all ids may come
-    aware = Draw(1.0, top_p=1e-6, window=10, repeats=0.2)
+    aware = SamplingParams(1.0, top_p=1e-6, window=10, repeats=0.2)
     assert shares(aware, (3, 3, 0, 0)).tolist() == [0, 0, 0, 1, 0, 0]
     torch.testing.assert_close(shares(aware, (3, 3, 3, 0)), logits_V.softmax(0), atol=0.015, rtol=0)
 
@@ -173,4 +173,4 @@ def test_bad_settings_are_refused():
     for settings, field in (((-1.0,), "temperature"), ((1.0, 0), "top_k"), ((1.0, None, 0.0), "top_p"),
                             ((1.0, None, None, 0), "window"), ((1.0, None, None, 5, 1.0), "repeats")):
         with pytest.raises(ValueError, match=field):
-            Draw(*settings)
+            SamplingParams(*settings)

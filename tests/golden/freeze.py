@@ -31,7 +31,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path.insert(0, str(ROOT))  # the code of this checkout, whatever is installed
 
-from audiolm.config.load import load  # noqa: E402
+from audiolm.config.load import load_config  # noqa: E402
 from audiolm.dag.execute import run_step  # noqa: E402
 from audiolm.dag.step import Artifact  # noqa: E402
 from tests.worlds import token_corpus  # noqa: E402
@@ -55,7 +55,7 @@ FRAMES = {"train": [300, 250, 160, 100, 60, 17, 9, 5], "dev": [180, 90, 33, 12]}
 
 def build(name: str, folder: str, overrides: list[str] = (), planted: dict[str, Artifact] | None = None) -> Artifact:
     """A step of the tiny pipeline, after the steps it needs; `planted` artifacts stand in for some of them."""
-    cfg = load(TINY, [*overrides, f"store={folder}"])
+    cfg = load_config(TINY, [*overrides, f"store={folder}"])
     return _finished(next(s for s in graph(cfg) if s.name == name), folder, planted or {})
 
 
@@ -137,8 +137,8 @@ def _sha256(data: bytes) -> str:
 
 def fingerprints(folder: str = "") -> dict:
     """A golden: the recipes of every step of the shipped configs and of the tiny ones. No machine changes them."""
-    configs = {name: load(str(ROOT / "workflows" / f"{name}.yaml")) for name in SHIPPED}
-    configs |= {"tiny": load(TINY), "tiny w2vbert": load(TINY, W2VBERT)}
+    configs = {name: load_config(str(ROOT / "workflows" / f"{name}.yaml")) for name in SHIPPED}
+    configs |= {"tiny": load_config(TINY), "tiny w2vbert": load_config(TINY, W2VBERT)}
     return {name: {key: value for s in graph(cfg) for key, value in _recipe(s)} for name, cfg in configs.items()}
 
 

@@ -11,23 +11,23 @@ import pytest
 import torch
 
 from audiolm import store as stored
-from audiolm.config.corpus import Where
-from audiolm.config.lm import LM, Stage
-from audiolm.config.training import Train
+from audiolm.config.corpus import ClipFilter
+from audiolm.config.lm import LMConfig, StageConfig
+from audiolm.config.training import TrainConfig
 from audiolm.data import tokens
 from audiolm.data.clips import clips_parquet, read_clips
 from audiolm.lm.batches import TokenBatches
 from audiolm.lm.stages import build_stages
 from tests.worlds import token_corpus
 
-TRAIN = Train(steps=1, batch=4, lr=1e-3)
+TRAIN = TrainConfig(steps=1, batch=4, lr=1e-3)
 FRAMES = {"train": [70, 30, 9, 25, 50, 41, 26, 12], "dev": [33, 80, 20, 25]}
 
 
 def stages(dedupe=True):
     shape = {"dim": 16, "layers": 1, "heads": 2, "ff": 32, "train": TRAIN}
-    config = LM(dedupe=dedupe, coarse_levels=2, semantic=Stage(crop_s=2.0, **shape), coarse=Stage(crop_s=1.0, **shape),
-                fine=Stage(crop_s=0.4, **shape))
+    config = LMConfig(dedupe=dedupe, coarse_levels=2, semantic=StageConfig(crop_s=2.0, **shape), coarse=StageConfig(crop_s=1.0, **shape),
+                fine=StageConfig(crop_s=0.4, **shape))
     return build_stages(config, token_corpus.N_Q, token_corpus.VOCAB, token_corpus.K)
 
 
@@ -89,7 +89,7 @@ def speech(tmp_path_factory):
 
 
 def paper_stage(corpus, name, dedupe=True, batch=1, seed=0):
-    stage = build_stages(LM(dedupe=dedupe, coarse_levels=2), token_corpus.N_Q, token_corpus.VOCAB, token_corpus.K)[name]
+    stage = build_stages(LMConfig(dedupe=dedupe, coarse_levels=2), token_corpus.N_Q, token_corpus.VOCAB, token_corpus.K)[name]
     paths = [corpus.paths[n] for n in ("manifest", "semantic_tokens", "acoustic_tokens")]
     return TokenBatches(*paths, stage, "train", None, batch, seed)
 
@@ -123,8 +123,8 @@ def test_fine_rows_hold_one_to_three_seconds(speech):
     assert min(inner) >= 9 and max(inner) == 75 and np.mean([25 <= n <= 75 for n in inner]) > 0.9
     assert {1, 2} <= {len(row) for row in rows}
     assert len({n for n in inner if 25 <= n < 75}) > 20
-    whole = build_stages(LM(fine=LM().fine.model_copy(update={"min_crop_s": 0.0})), 12, 16, 12)["lm_fine"]
-    assert whole.min_crop_frames == 0 and build_stages(LM(), 12, 16, 12)["lm_coarse"].min_crop_frames == 0
+    whole = build_stages(LMConfig(fine=LMConfig().fine.model_copy(update={"min_crop_s": 0.0})), 12, 16, 12)["lm_fine"]
+    assert whole.min_crop_frames == 0 and build_stages(LMConfig(), 12, 16, 12)["lm_coarse"].min_crop_frames == 0
 
 
 @pytest.mark.parametrize("name", ["lm_semantic", "lm_coarse", "lm_fine"])
@@ -212,13 +212,13 @@ def test_fixed_crops_are_legal_different_and_evenly_spread(corpus):
 def test_splits_and_where_are_kept_apart(corpus):
     dev = data(corpus, split="dev")
     assert dev.frames.tolist() == FRAMES["dev"] and {c.split for c in dev.clips} == {"dev"}
-    only, every = data(corpus, where=Where(source=("b",))), data(corpus)
+    only, every = data(corpus, where=ClipFilter(source=("b",))), data(corpus)
     assert only.frames.tolist() == FRAMES["train"][1::2] and every.frames.tolist() == FRAMES["train"]
     for i, n in enumerate(only.frames):
         assert np.array_equal(only.cut(i, 0, n)[1], every.cut(2 * i + 1, 0, n)[1])
     only.batch(0, range(4))
     with pytest.raises(ValueError, match="no train clips"):
-        data(corpus, where=Where(source=("none",)))
+        data(corpus, where=ClipFilter(source=("none",)))
 
 
 def test_stores_that_do_not_belong_together_are_refused(corpus, tmp_path):

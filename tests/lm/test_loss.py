@@ -13,14 +13,14 @@ from audiolm.config import lm, training
 from audiolm.lm.loss import batch_sums, inputs_of, level_sums, prepare
 from audiolm.lm.model import build_lm
 from audiolm.lm.stages import Stage
-from audiolm.models.heads import NO_TARGET, Heads
+from audiolm.models.heads import NO_TARGET, LevelHeads
 
 K, VOCAB, Q = 11, 7, 5
 STAGES = {"semantic": Stage("semantic", K, VOCAB, (0, 0), 2, True, 2.0),
           "coarse": Stage("coarse", K, VOCAB, (0, 2), 2, True, 2.0),
           "fine": Stage("fine", 0, VOCAB, (2, Q), 2, True, 2.0)}
-SHAPE = lm.Stage(crop_s=2.0, dim=32, layers=2, heads=2, ff=64, dropout=0.0,
-                     train=training.Train(steps=1, batch=1, lr=1e-3))
+SHAPE = lm.StageConfig(crop_s=2.0, dim=32, layers=2, heads=2, ff=64, dropout=0.0,
+                     train=training.TrainConfig(steps=1, batch=1, lr=1e-3))
 
 
 def crops(stage: Stage, lengths: list[int]) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -29,7 +29,7 @@ def crops(stage: Stage, lengths: list[int]) -> list[tuple[np.ndarray, np.ndarray
 
 
 def rows(stage: Stage, packed: list[list[tuple[np.ndarray, np.ndarray]]], length: int) -> dict[str, torch.Tensor]:
-    """Documents side by side in rows, as data.batches makes them."""
+    """Documents side by side in rows, as lm.batches makes them."""
     ids_BT = torch.full((len(packed), length), stage.bos)
     target_BT, doc_BT = torch.zeros_like(ids_BT, dtype=torch.bool), torch.zeros_like(ids_BT)
     for b, documents in enumerate(packed):
@@ -108,7 +108,7 @@ def test_what_the_model_is_given_has_one_shape_whatever_is_packed(name):
 @pytest.mark.parametrize("piece", [1, 7, 64])
 def test_pieces_give_the_losses_and_gradients_of_the_whole(piece):
     torch.manual_seed(0)
-    heads, h_ND = Heads(16, [9, 8]), torch.randn(50, 16, requires_grad=True)
+    heads, h_ND = LevelHeads(16, [9, 8]), torch.randn(50, 16, requires_grad=True)
     torch.nn.init.normal_(heads.weight)
     index_SN, label_SN = torch.randint(0, 50, (2, 40)), torch.randint(0, 8, (2, 40))
     label_SN[:, ::3] = NO_TARGET
@@ -124,7 +124,7 @@ def test_pieces_give_the_losses_and_gradients_of_the_whole(piece):
 
 def test_pieces_bound_the_memory():
     """What the backward pass keeps of scores is nothing: they are made again."""
-    heads, h_ND, kept = Heads(16, [4096]), torch.randn(512, 16, requires_grad=True), []
+    heads, h_ND, kept = LevelHeads(16, [4096]), torch.randn(512, 16, requires_grad=True), []
     torch.nn.init.normal_(heads.weight)
     index_SN = torch.arange(512)[None]
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
@@ -134,7 +134,7 @@ def test_pieces_bound_the_memory():
 
 def test_rows_in_different_slots_are_scored_by_their_own_heads():
     torch.manual_seed(0)
-    heads, h_BD = Heads(16, [9, 8]), torch.randn(4, 16)
+    heads, h_BD = LevelHeads(16, [9, 8]), torch.randn(4, 16)
     torch.nn.init.normal_(heads.weight)
     scores_BW = heads.scores(h_BD, [0, 1, 1])
     assert torch.equal(heads.scores(h_BD, [1, 1, 1])[1:], scores_BW[1:])

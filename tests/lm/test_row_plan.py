@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from audiolm.lm.row_plan import LANES, RowPlan
+from audiolm.lm.row_plan import LANES, PackingPlan
 
 COSTS = np.random.default_rng(0).integers(20, 700, 400).astype(np.int32)
 FIRSTS = np.arange(0, 401, 10)  # 40 shards of 10 clips
@@ -13,7 +13,7 @@ STRIDE = 30
 
 
 def plan(batch=8, seed=0, costs=COSTS, firsts=FIRSTS, stride=STRIDE, **sizes):
-    return RowPlan(costs, firsts, stride, batch, seed, **sizes)
+    return PackingPlan(costs, firsts, stride, batch, seed, **sizes)
 
 
 @pytest.mark.parametrize("batch, stride", [(1, 30), (7, 30), (8, 30), (200, 30), (3, 900_000), (8, 30_000)])

@@ -13,12 +13,12 @@ from audiolm.lm.model import build_lm, export_lm, load_lm
 from audiolm.lm.stages import NO_LEVEL, build_stages, dedupe
 
 K, VOCAB, Q, COARSE = 11, 7, 5, 2
-TRAIN = training.Train(steps=1, batch=1, lr=1e-3)
-SHAPE = lm_config.Stage(crop_s=1.0, dim=16, layers=1, heads=2, ff=32, train=TRAIN)
+TRAIN = training.TrainConfig(steps=1, batch=1, lr=1e-3)
+SHAPE = lm_config.StageConfig(crop_s=1.0, dim=16, layers=1, heads=2, ff=32, train=TRAIN)
 
 
 def stages(dedupe: bool = True, coarse: int = COARSE):
-    lm = lm_config.LM(dedupe=dedupe, coarse_levels=coarse, semantic=SHAPE, coarse=SHAPE, fine=SHAPE)
+    lm = lm_config.LMConfig(dedupe=dedupe, coarse_levels=coarse, semantic=SHAPE, coarse=SHAPE, fine=SHAPE)
     return build_stages(lm, Q, VOCAB, K)
 
 
@@ -118,7 +118,7 @@ def test_no_fine_stage_where_all_levels_are_coarse():
 
 
 def test_paper_sizes():
-    s = build_stages(lm_config.LM(), 12, 1024, 1024)
+    s = build_stages(lm_config.LMConfig(), 12, 1024, 1024)
     assert [x.crop_frames for x in s.values()] == [750, 250, 75]
     assert [x.max_len for x in s.values()] == [750 + 2, 250 + 2000 + 3, 600 + 1200 + 2]
     assert [x.vocab_size for x in s.values()] == [1024 + 3, 1024 + 4 * 1024 + 3, 12 * 1024 + 3]

@@ -17,9 +17,9 @@ from audiolm.models.transformer import Transformer
 STAGE = Stage("semantic", 20, 0, (0, 0), 4, True, 4.0)
 
 
-def shape(**changed) -> lm.Stage:
+def shape(**changed) -> lm.StageConfig:
     sizes = {"dim": 32, "layers": 2, "heads": 4, "ff": 48, "dropout": 0.0, "gated": True, "activation": "silu", "norm": "rms"}
-    return lm.Stage(crop_s=4.0, train=training.Train(steps=1, batch=1, lr=1e-3), **{**sizes, **changed})
+    return lm.StageConfig(crop_s=4.0, train=training.TrainConfig(steps=1, batch=1, lr=1e-3), **{**sizes, **changed})
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def llama(tmp_path_factory):
     return folder, model
 
 
-def fresh(of: lm.Stage) -> Transformer:
+def fresh(of: lm.StageConfig) -> Transformer:
     torch.manual_seed(1)
     return build_lm(STAGE, of).eval().requires_grad_(False)
 
@@ -83,4 +83,4 @@ def test_the_bytes_are_the_identity_and_it_is_stage_1s_alone(llama, tmp_path):
     warm = shape(warm_start={"uri": llama[0]})
     assert identity(warm)["warm_start"] == {}
     with pytest.raises(ValueError, match=r"lm\.coarse\.warm_start"):
-        lm.LM(coarse=warm)
+        lm.LMConfig(coarse=warm)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from audiolm import rng
-from audiolm.models.augment import Draw, draw, heard, in_a_room, with_noise
+from audiolm.models.augment import Augmentation, augment, draw_augmentation, in_a_room, with_noise
 from audiolm.models.mel import log_mel, mel_filterbank, warped_filterbank
 
 RATE = 16_000
@@ -59,20 +59,20 @@ def test_a_room_smears_forward_only_and_stays_as_loud():
 
 def test_rows_do_not_see_each_other_nor_padding_and_frames_stay():
     wavs, lengths = [speech_like(i, n) for i, n in enumerate((16_000, 9_600))], torch.tensor([16_000, 9_600])
-    draws = [Draw(200.0, 10.0, 0.5, 0.2, 0.5, seed=7), Draw(-150.0, 15.0, 0.0, 0.3, 0.5, seed=8)]
+    draws = [Augmentation(200.0, 10.0, 0.5, 0.2, 0.5, seed=7), Augmentation(-150.0, 15.0, 0.0, 0.3, 0.5, seed=8)]
     wav_BT = torch.zeros(2, 16_000)
     for row, wav in zip(wav_BT, wavs, strict=True):
         row[:len(wav)] = wav
-    both = heard(wav_BT, lengths, draws)
-    alone = heard(wavs[1][None], lengths[1:], draws[1:])
+    both = augment(wav_BT, lengths, draws)
+    alone = augment(wavs[1][None], lengths[1:], draws[1:])
     assert torch.allclose(both[1, :60], alone[0], atol=1e-4)
     assert both[1, 62:].max() < -11  # silence after the row's end
-    nothing = heard(wav_BT, lengths, [Draw(), Draw()])
+    nothing = augment(wav_BT, lengths, [Augmentation(), Augmentation()])
     assert torch.equal(nothing, log_mel(wav_BT))
 
 
 def test_draws_have_their_chances_and_ranges():
-    draws = [draw((0.5, 0.25, 0.25), 300.0, (5.0, 25.0), (0.1, 0.5), rng.generator(1, "augment", 0, i)) for i in range(2000)]
+    draws = [draw_augmentation((0.5, 0.25, 0.25), 300.0, (5.0, 25.0), (0.1, 0.5), rng.generator(1, "augment", 0, i)) for i in range(2000)]
     assert 0.45 < np.mean([d.cents != 0 for d in draws]) < 0.55
     assert 0.2 < np.mean([d.snr_db is not None for d in draws]) < 0.3
     assert 0.2 < np.mean([d.reverb_s is not None for d in draws]) < 0.3

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from audiolm.models.attention import Documents, documents, positions_of
-from audiolm.models.positions import BUCKETS, DistanceBias, buckets
+from audiolm.models.positions import BUCKETS, RelativePositionBias, distance_buckets
 from audiolm.models.transformer import Transformer
 
 VOCAB = 50
@@ -159,17 +159,17 @@ def test_clear_errors(model):
 
 def test_buckets_reach_the_longest_distance_and_near_ones_are_exact():
     for longest in (1, 5, 16, 17, 100, 2304):
-        found = buckets(longest).tolist()
+        found = distance_buckets(longest).tolist()
         assert len(found) == longest and found[:16] == list(range(min(16, longest)))
         assert all(a <= b <= a + 1 or longest < 200 for a, b in zip(found, found[1:], strict=False))
         assert longest < 40 or found[-1] == BUCKETS - 1
-    far = buckets(2304)
+    far = distance_buckets(2304)
     assert len(far.unique()) == BUCKETS and (far == BUCKETS - 1).sum() > 300  # evenly in the logarithm, not cut at 128
 
 
 def test_the_bias_is_the_tables_value_at_each_distance_and_learns():
     torch.manual_seed(0)
-    bias = DistanceBias(3, 40)
+    bias = RelativePositionBias(3, 40)
     torch.nn.init.normal_(bias.table)
     i, j = torch.arange(50)[:, None], torch.arange(50)
     expected = bias.at(i - j).permute(2, 0, 1).masked_fill(j > i, -torch.inf)

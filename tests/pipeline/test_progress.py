@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from audiolm.pipeline.progress import Board, duration, short
+from audiolm.pipeline.progress import ProgressBoard, duration, short
 
 
 class Terminal(io.StringIO):
@@ -45,7 +45,7 @@ def clock():
 
 def test_plain_lines_at_start_end_and_every_ten_seconds(clock):
     out = io.StringIO()
-    board = Board(out, clock)
+    board = ProgressBoard(out, clock)
     board.start("acoustic_tokens")
     for second in range(25):
         clock.now += 1
@@ -59,7 +59,7 @@ def test_plain_lines_at_start_end_and_every_ten_seconds(clock):
 
 def test_a_rate_never_counts_work_that_was_there_at_the_start(clock):
     out = io.StringIO()
-    board = Board(out, clock)
+    board = ProgressBoard(out, clock)
     board.start("codec")
     board.update("codec", 900, 1000, "steps")  # resumed at 900
     for i in range(1, 6):
@@ -71,7 +71,7 @@ def test_a_rate_never_counts_work_that_was_there_at_the_start(clock):
 
 def test_the_rate_follows_the_last_half_minute(clock):
     out = io.StringIO()
-    board = Board(out, clock)
+    board = ProgressBoard(out, clock)
     board.start("lm")
     done = 0
     for rate in [1000] * 60 + [10] * 60:
@@ -83,7 +83,7 @@ def test_the_rate_follows_the_last_half_minute(clock):
 
 def test_another_phase_of_a_step_starts_its_rate_anew(clock):
     out = io.StringIO()
-    board = Board(out, clock)
+    board = ProgressBoard(out, clock)
     board.start("kmeans")
     board.update("kmeans", 0, 100, "clips")
     clock.now += 1
@@ -95,7 +95,7 @@ def test_another_phase_of_a_step_starts_its_rate_anew(clock):
 
 def test_a_terminal_keeps_one_line_a_running_step_and_leaves_finished_ones(clock):
     out = Terminal()
-    board = Board(out, clock)
+    board = ProgressBoard(out, clock)
     board.say("hello")
     board.start("codec")
     board.start("masked_model")
@@ -117,7 +117,7 @@ def test_a_terminal_keeps_one_line_a_running_step_and_leaves_finished_ones(clock
 
 def test_many_threads_write_whole_lines():
     out = io.StringIO()
-    board = Board(out)
+    board = ProgressBoard(out)
 
     def work(name):
         board.start(name)

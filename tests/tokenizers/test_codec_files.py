@@ -165,7 +165,7 @@ def files_meta(codec: AcousticTokenizer) -> dict[str, str]:
 
 def test_a_stopped_decode_leaves_nothing(tmp_path, codec):
     sf.write(tmp_path / "a.wav", noise(6400), 16_000)
-    job = codec_files.Job("a.wav", str(tmp_path / "a.wav"), str(tmp_path / "codes/a.safetensors"))
+    job = codec_files.FileJob("a.wav", str(tmp_path / "a.wav"), str(tmp_path / "codes/a.safetensors"))
     assert codec_files.encode_file(codec, job, 3, False, lambda done_s, of_s: None).audio_s == 0.4
     seen = []
 
@@ -174,7 +174,7 @@ def test_a_stopped_decode_leaves_nothing(tmp_path, codec):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        codec_files.decode_file(codec, codec_files.Job("a", job.target, str(tmp_path / "out/a.wav")), None, "wav", False, stop)
+        codec_files.decode_file(codec, codec_files.FileJob("a", job.target, str(tmp_path / "out/a.wav")), None, "wav", False, stop)
     assert seen == [(0.4, 0.4, 1)] and list((tmp_path / "out").iterdir()) == []
 
 
@@ -211,11 +211,11 @@ def test_long_files_show_how_far_they_are_on_a_terminal(tmp_path, monkeypatch, c
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.setattr(codec_files, "REDRAW_S", 0.0)
 
-    def do(job: codec_files.Job, tick: codec_files.Tick) -> codec_files.Done:
+    def do(job: codec_files.FileJob, tick: codec_files.Tick) -> codec_files.FileResult:
         tick(30.0, 120.0)
-        return codec_files.Done(120.0, 6.0)
+        return codec_files.FileResult(120.0, 6.0)
 
-    assert codec_files.work([codec_files.Job("a.wav", "a.wav", "a")], do) == 0
+    assert codec_files.work([codec_files.FileJob("a.wav", "a.wav", "a")], do) == 0
     said = capsys.readouterr().out
     assert "\ra.wav   25 %" in said and "\x1b[Ka.wav  120.00 s of audio" in said
 

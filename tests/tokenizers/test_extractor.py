@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from audiolm.config.semantic import KMeans, Semantic
+from audiolm.config.semantic import KMeansConfig, SemanticConfig
 from audiolm.models.conformer import Encoder, EncoderSizes
 from audiolm.tokenizers.extractor import ConformerExtractor, Window, window_of, windowed
 from audiolm.tokenizers.semantic import SemanticTokenizer, golden_clip
@@ -88,4 +88,4 @@ def test_what_a_window_cannot_be_is_refused():
     with pytest.raises(ValueError, match=r"window_s \(0.4\) must exceed twice overlap_s \(0.2\)"):
         Window(10, 5)
     with pytest.raises(ValueError, match="kmeans.window_s"):
-        Semantic(kmeans=KMeans(window_s=4.0, overlap_s=2.0))
+        SemanticConfig(kmeans=KMeansConfig(window_s=4.0, overlap_s=2.0))

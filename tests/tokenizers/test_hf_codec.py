@@ -13,10 +13,10 @@ import safetensors.torch
 import torch
 
 from audiolm import rng, store
-from audiolm.config.load import load
+from audiolm.config.load import load_config
 from audiolm.pipeline import steps
 from audiolm.tokenizers.acoustic import load_codec
-from audiolm.tokenizers.artifact import ArtefactError
+from audiolm.tokenizers.artifact import ArtifactError
 from audiolm.tokenizers.base import padded_samples
 from audiolm.tokenizers.hf_codec import imported, load_pretrained_codec
 from tests.worlds.basics import ROOT
@@ -195,10 +195,10 @@ def test_what_does_not_fit_says_what_and_how(folders, tmp_path, recording_out):
     build = str(tmp_path / "build")
     shutil.copytree(tmp_path / "other", tmp_path / "build" / "export")
     store.put_json(f"{build}/export/config.json", export)
-    with pytest.raises(ArtefactError, match="24000 Hz and a hop of 320; this pipeline takes 16000"):
+    with pytest.raises(ArtifactError, match="24000 Hz and a hop of 320; this pipeline takes 16000"):
         load_codec(build)
     store.put_json(f"{build}/export/config.json", {**export, "vocab": 32})
-    with pytest.raises(ArtefactError, match="says vocab 32, the model's is 64"):
+    with pytest.raises(ArtifactError, match="says vocab 32, the model's is 64"):
         load_pretrained_codec(build)
 
 
@@ -210,11 +210,11 @@ def test_files_that_are_no_such_model_are_refused(folders, kind, tmp_path):
             ("unexpected", {**weights, "more": torch.zeros(1)}, r"1 unexpected \(more\)"),
             ("half", {**weights, "encoder.more": torch.zeros(1)}, r"encoder.more|1 more than the model has"),
             ("shape", {**weights, name: torch.zeros(7, 7)}, f"make no {kind} model")):
-        with pytest.raises(ArtefactError, match=message):
+        with pytest.raises(ArtifactError, match=message):
             load_pretrained_codec(write(tmp_path / case, folders[kind], changed))
-    with pytest.raises(ArtefactError, match="codebook_size"):
+    with pytest.raises(ArtifactError, match="codebook_size"):
         load_pretrained_codec(write(tmp_path / "odd", folders[kind], codebook_size=63))
-    with pytest.raises(ArtefactError, match="model_type 'hubert'.*encodec, dac, mimi"):
+    with pytest.raises(ArtifactError, match="model_type 'hubert'.*encodec, dac, mimi"):
         load_pretrained_codec(write(tmp_path / "type", folders[kind], model_type="hubert"))
 
 
@@ -230,7 +230,7 @@ def test_pickles_and_models_that_tokens_cannot_carry_are_refused(folders, tmp_pa
             ("encodec", {"normalize": True, "chunk_length_s": 1.0}, "normalize is True and chunk_length_s 1.0"),
             ("encodec", {"audio_channels": 2}, "audio_channels is 2, only mono"),
             ("mimi", {"encoder_config": None}, "one half only")):
-        with pytest.raises(ArtefactError, match=message):
+        with pytest.raises(ArtifactError, match=message):
             load_pretrained_codec(write(tmp_path / message[:9], folders[kind], **settings))
 
 
@@ -266,7 +266,7 @@ def plan(*values: str) -> dict:
         import full_pipeline
     finally:
         sys.path.pop(0)
-    return {s.name: s for s in full_pipeline.graph(load(QUICKSTART, list(values)))}
+    return {s.name: s for s in full_pipeline.graph(load_config(QUICKSTART, list(values)))}
 
 
 def test_a_pretrained_codec_is_its_bytes_and_not_its_place(folders, tmp_path):

@@ -12,10 +12,10 @@ import safetensors.torch
 import torch
 
 from audiolm import rng, store
-from audiolm.tokenizers.artifact import ArtefactError
+from audiolm.tokenizers.artifact import ArtifactError
 from audiolm.tokenizers.base import padded_samples
 from audiolm.tokenizers.extractor import Window, windowed
-from audiolm.tokenizers.hf_encoder import CONVENTION, import_encoder, imported_encoder, load_pretrained_encoder, rebuilt
+from audiolm.tokenizers.hf_encoder import CONVENTION, from_export, import_encoder, imported_encoder, load_pretrained_encoder
 from audiolm.tokenizers.semantic import load_extractor, load_semantic, save_semantic
 
 transformers = pytest.importorskip("transformers")
@@ -135,7 +135,7 @@ def test_rows_do_not_hear_one_another_nor_what_lies_past_their_end(models, kind,
     folder, _, extractor = models[kind]
     if normalize and kind not in MEL_KINDS:
         settings = {**extractor.to_json(), "preprocessor": {"sampling_rate": 16_000, "do_normalize": True}}
-        extractor = rebuilt(json.loads(json.dumps(settings)), extractor.state())
+        extractor = from_export(json.loads(json.dumps(settings)), extractor.state())
     lengths = [9000, 1, 5000, 8961, 641, 0, 26_000]  # two end in one frame; WavLM's positions are exact below 25 600
     wav_BT = noise(len(lengths), 27_000, index=1)
     found, frames_B, rows = passes(extractor, wav_BT, lengths, [1, 2, 3])
@@ -174,7 +174,7 @@ def test_a_model_cut_at_a_layer_gives_the_same_features_there(models, kind):
     for layer in (1, 2, 3):
         cut = extractor.truncated(layer)
         assert cut.layers == layer and not any(f"encoder.layers.{layer}." in name for name in cut.state())
-        again = rebuilt(json.loads(json.dumps(cut.to_json())), cut.state())
+        again = from_export(json.loads(json.dumps(cut.to_json())), cut.state())
         for some in (cut, again):
             assert torch.equal(some.raw(wav_BT, lengths_B, [layer])[0][0], whole[layer - 1])
         with pytest.raises(ValueError, match=f"layer {layer + 1}.*has {layer} blocks"):
@@ -261,7 +261,7 @@ def test_identity_is_the_bytes_of_every_file_that_counts(models, tmp_path, recor
         store.put(f"{folder}/{name}", store.get(f"{folder}/{name}") + b"\n")
         digests.add(imported_encoder(folder).digest)
     assert len(digests | {config["encoder"].digest}) == 3
-    with pytest.raises(ArtefactError, match="semantic.pretrained.uri.*changed since this run was planned"):
+    with pytest.raises(ArtifactError, match="semantic.pretrained.uri.*changed since this run was planned"):
         import_encoder(config, {}, recording_out)
     assert not store.exists(f"{recording_out.path}/export")
 
@@ -303,7 +303,7 @@ def test_what_does_not_fit_is_refused_by_name(models, kind, name, fields, text, 
     folder = str(tmp_path / "m")
     shutil.copytree(models[kind][0], folder)
     change(folder, name, **fields)
-    with pytest.raises(ArtefactError, match=f"semantic.pretrained.uri: .*(?:{text})"):
+    with pytest.raises(ArtifactError, match=f"semantic.pretrained.uri: .*(?:{text})"):
         load_pretrained_encoder(folder)
 
 
@@ -313,22 +313,22 @@ def test_missing_tensors_pickles_and_broken_files_are_refused(models, tmp_path):
     weights = safetensors.torch.load(store.get(f"{folder}/model.safetensors"))
     del weights["encoder.layers.1.attention.gru_rel_pos_const"]
     store.put(f"{folder}/model.safetensors", safetensors.torch.save(weights))
-    with pytest.raises(ArtefactError, match="1 missing.*layers.1.attention.gru_rel_pos_const"):
+    with pytest.raises(ArtifactError, match="1 missing.*layers.1.attention.gru_rel_pos_const"):
         load_pretrained_encoder(folder)
     store.put(f"{folder}/model.safetensors", b"nothing")
-    with pytest.raises(ArtefactError, match="cannot be read"):
+    with pytest.raises(ArtifactError, match="cannot be read"):
         load_pretrained_encoder(folder)
     store.remove(f"{folder}/model.safetensors")
     torch.save(weights, f"{folder}/pytorch_model.bin")
     for ask in (imported_encoder, load_pretrained_encoder):
-        with pytest.raises(ArtefactError, match="semantic.pretrained.uri.*no model.safetensors.*pytorch_model.bin is a pickle"):
+        with pytest.raises(ArtifactError, match="semantic.pretrained.uri.*no model.safetensors.*pytorch_model.bin is a pickle"):
             ask(folder)
-    with pytest.raises(ArtefactError, match="holds no config.json"):
+    with pytest.raises(ArtifactError, match="holds no config.json"):
         imported_encoder(str(tmp_path / "nowhere"))
 
 
 def test_an_export_of_another_convention_is_refused(models):
     extractor = models["hubert"][2]
     for wrong in ({"layer_convention": "after every norm"}, {"family": "wavlm"}):
-        with pytest.raises(ArtefactError, match=next(iter(wrong))):
-            rebuilt({**extractor.to_json(), **wrong}, extractor.state())
+        with pytest.raises(ArtifactError, match=next(iter(wrong))):
+            from_export({**extractor.to_json(), **wrong}, extractor.state())

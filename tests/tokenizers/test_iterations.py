@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from audiolm.config.base import ConfigError
-from audiolm.config.load import load
-from audiolm.config.semantic import Iteration
+from audiolm.config.load import load_config
+from audiolm.config.semantic import IterationConfig
 from audiolm.data.clips import read_clips
 from audiolm.tokenizers.semantic import load_extractor, load_semantic
 from audiolm.train.objectives.base import Context
@@ -88,8 +88,8 @@ def test_the_choice_is_made_on_speakers_that_nothing_was_trained_on(built):
 
 def test_a_second_iteration_starts_where_the_first_ended_and_learns_its_own_targets(built):
     _, paths = built
-    cfg = load(str(ROOT / "workflows" / "quickstart.yaml"), [f"semantic.model={MODEL}", "semantic.kmeans.layer=1"])
-    again = Iteration(start="previous", k=6)
+    cfg = load_config(str(ROOT / "workflows" / "quickstart.yaml"), [f"semantic.model={MODEL}", "semantic.kmeans.layer=1"])
+    again = IterationConfig(start="previous", k=6)
     inputs = {name: str(paths[name]) for name in ("manifest", "masked_model", "targets_2")}
     begun = masked_objective({"model": cfg.semantic.model, "train": cfg.semantic.model.train, "iteration": again,
                               "where": cfg.semantic.where, "corpus": cfg.corpus, "seed": 0}, inputs,
@@ -156,5 +156,5 @@ def test_what_cannot_be_chosen_is_refused_at_once(items, tmp_path):
                         ("semantic.kmeans.layer=9", "layer 9 is not"), ("semantic.kmeans.k=auto", "at least two values"),
                         ("semantic.again=[{layer: 7}]", r"again.0: layer 7 is not one of model.layers \(4\)")):
         with pytest.raises(ConfigError, match=text):
-            load(quick, [wrong])
+            load_config(quick, [wrong])
     assert "semantic.abx.items" in run(tmp_path, str(tmp_path / "no.item"), "--dry-run", check=False).stderr

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load, save
 
 from audiolm import rng, store
-from audiolm.config.corpus import Corpus, Where
-from audiolm.config.run import Cluster
-from audiolm.config.semantic import KMeans
+from audiolm.config.corpus import ClipFilter, CorpusConfig
+from audiolm.config.run import ClusterConfig
+from audiolm.config.semantic import KMeansConfig
 from audiolm.data import parallel
 from audiolm.data.clips import Clip, Part
 from audiolm.models import kmeans
@@ -24,7 +24,7 @@ from audiolm.tokenizers.extractor import ConformerExtractor
 from audiolm.tokenizers.semantic import MASKED_FORMAT
 
 RATE = 16_000
-SIZES = KMeans(layer=2, k=9, max_frames=200, iterations=20, restarts=2)
+SIZES = KMeansConfig(layer=2, k=9, max_frames=200, iterations=20, restarts=2)
 ARTEFACT = ("model.safetensors", "config.json")
 
 
@@ -43,7 +43,7 @@ def masked(tmp_path_factory) -> str:
 
 
 @pytest.fixture
-def corpus(tmp_path, monkeypatch) -> Corpus:
+def corpus(tmp_path, monkeypatch) -> CorpusConfig:
     """Eight clips of noise in changing colours, two a shard, and a manifest without its step."""
     clips = []
     for i in range(8):
@@ -54,12 +54,12 @@ def corpus(tmp_path, monkeypatch) -> Corpus:
         clips.append(Clip(id=str(i), origin="s", source="s", speaker=str(i), split="train", sample_rate=RATE,
                           frames=len(wav), parts=(part,), shard=i // 2, row=i % 2))
     monkeypatch.setattr(kmeans_fit, "read_clips", lambda path, split, where: clips)
-    return Corpus(name="t", sources=({"kind": "folder", "name": "s", "root": str(tmp_path)},))
+    return CorpusConfig(name="t", sources=({"kind": "folder", "name": "s", "root": str(tmp_path)},))
 
 
-def run(corpus: Corpus, masked: str, out, **change) -> dict:
-    config = {"kmeans": SIZES.model_copy(update=change), "where": Where(), "corpus": corpus, "seed": 3,
-              "cluster": Cluster(device="cpu")}
+def run(corpus: CorpusConfig, masked: str, out, **change) -> dict:
+    config = {"kmeans": SIZES.model_copy(update=change), "where": ClipFilter(), "corpus": corpus, "seed": 3,
+              "cluster": ClusterConfig(device="cpu")}
     return kmeans_fit.fit_kmeans(config, {"manifest": SimpleNamespace(path="-"), "masked_model": SimpleNamespace(path=masked)}, out)
 
 
@@ -88,7 +88,7 @@ def test_tasks_a_part_leave_the_artefact_of_one_task(corpus, masked, recording_o
 def test_parts_finish_in_any_order(corpus, masked, recording_out, monkeypatch):
     monkeypatch.setattr(kmeans, "PART", 70)
     run(corpus, masked, recording_out, max_local_frames=0)
-    forwards = parallel.fan_out
+    forwards = parallel.parallel_map
 
     def backwards(fn, items, **how):
         return forwards(fn, items[::-1], **{**how, "sizes": None})[::-1]
@@ -102,7 +102,7 @@ def test_parts_finish_in_any_order(corpus, masked, recording_out, monkeypatch):
 def test_only_sums_and_centroids_leave_a_task(corpus, masked, recording_out, monkeypatch):
     monkeypatch.setattr(kmeans, "PART", 70)
     monkeypatch.setattr(kmeans, "INIT_ROWS_PER_K", 4)
-    sizes, forwards = {}, parallel.fan_out
+    sizes, forwards = {}, parallel.parallel_map
 
     def numbers(x) -> int:
         return x.numel() if isinstance(x, torch.Tensor) else sum(map(numbers, x)) if isinstance(x, (tuple, list)) else 0

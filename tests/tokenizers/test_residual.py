@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from audiolm import store
-from audiolm.tokenizers.artifact import ArtefactError
+from audiolm.tokenizers.artifact import ArtifactError
 from audiolm.tokenizers.residual import ResidualTokenizer, load_residual
 from audiolm.tokenizers.semantic import load_semantic
 from tests.worlds import tiny_vocoder as tiny
@@ -79,15 +79,15 @@ def test_the_step_is_the_same_again_and_samples_up_to_max_frames(made, tmp_path,
 def test_levels_of_another_tokenizer_are_refused(made, tmp_path):
     corpus, path, residual, _ = made
     other = tiny.built_tokenizer(f"{tmp_path}/other", corpus.wavs[:6], seed=1)
-    with pytest.raises(ArtefactError, match="go on from the tokenizer"):
+    with pytest.raises(ArtifactError, match="go on from the tokenizer"):
         load_residual(other, residual)
-    with pytest.raises(ArtefactError, match="give the path of a residual build"):
+    with pytest.raises(ArtifactError, match="give the path of a residual build"):
         load_residual(path, other)
     config = store.get_json(f"{residual}/export/config.json")
     for change, text in (({"levels": 3}, r"expected 2 of \(12, 16\)"), ({"weights_sha256": "0" * 64}, "not the file")):
         store.put(f"{tmp_path}/bad/export/model.safetensors", store.get(f"{residual}/export/model.safetensors"))
         store.put_json(f"{tmp_path}/bad/export/config.json", {**config, **change})
-        with pytest.raises(ArtefactError, match=text):
+        with pytest.raises(ArtifactError, match=text):
             load_residual(path, f"{tmp_path}/bad")
 
 

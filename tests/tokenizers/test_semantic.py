@@ -14,14 +14,14 @@ import torch
 from safetensors.torch import load, save
 
 from audiolm import rng, store
-from audiolm.config.corpus import Corpus
-from audiolm.config.run import Cluster
-from audiolm.config.semantic import KMeans, Masked, Semantic
-from audiolm.config.training import Train
+from audiolm.config.corpus import CorpusConfig
+from audiolm.config.run import ClusterConfig
+from audiolm.config.semantic import KMeansConfig, MaskedModelConfig, SemanticConfig
+from audiolm.config.training import TrainConfig
 from audiolm.data import parallel
 from audiolm.data.clips import Clip, Part
 from audiolm.tokenizers import kmeans_fit as fit_module
-from audiolm.tokenizers.artifact import ArtefactError
+from audiolm.tokenizers.artifact import ArtifactError
 from audiolm.tokenizers.kmeans_fit import fit_kmeans
 from audiolm.tokenizers.semantic import load_extractor, load_semantic, save_semantic
 from audiolm.train.objectives import masked as om
@@ -29,8 +29,8 @@ from audiolm.train.objectives import masked_inputs
 from audiolm.train.objectives.base import Context
 
 RATE = 16_000
-MODEL = Masked(dim=16, layers=3, heads=2, ff=24, targets_k=8, crop_s=1.0, train=Train(steps=10, batch=2, lr=1e-3))
-SEMANTIC = Semantic(model=MODEL, kmeans=KMeans(layer=2, k=12, max_frames=150, iterations=20, restarts=2))
+MODEL = MaskedModelConfig(dim=16, layers=3, heads=2, ff=24, targets_k=8, crop_s=1.0, train=TrainConfig(steps=10, batch=2, lr=1e-3))
+SEMANTIC = SemanticConfig(model=MODEL, kmeans=KMeansConfig(layer=2, k=12, max_frames=150, iterations=20, restarts=2))
 
 
 def syllables(seed: int, seconds: float) -> torch.Tensor:
@@ -66,7 +66,7 @@ def corpus(tmp_path_factory):
         part = Part(id=str(i), uri=f"{i}.wav", start=0, frames=len(wav), offset=0, text="")
         clips.append(Clip(id=str(i), origin="s", source="s", speaker=str(i), split="dev" if i > 6 else "train",
                           sample_rate=RATE, frames=len(wav), parts=(part,), shard=i // 3, row=i % 3))
-    config = Corpus(name="t", sources=({"kind": "folder", "name": "s", "root": str(root)},))
+    config = CorpusConfig(name="t", sources=({"kind": "folder", "name": "s", "root": str(root)},))
     return SimpleNamespace(config=config, clips=clips)
 
 
@@ -97,7 +97,7 @@ def export(objective, path) -> str:
 
 def run_kmeans(corpus, model: str, path) -> dict:
     config = {"model": SEMANTIC.model, "kmeans": SEMANTIC.kmeans, "where": SEMANTIC.where, "corpus": corpus.config, "seed": 3,
-              "cluster": Cluster(device="cpu")}
+              "cluster": ClusterConfig(device="cpu")}
     inputs = {"manifest": SimpleNamespace(path="-"), "masked_model": SimpleNamespace(path=model)}
     return fit_kmeans(config, inputs, Out(path))
 
@@ -177,7 +177,7 @@ def test_kmeans_step_facts_and_independence_of_order(read, artefact, tmp_path, m
     assert facts["used_clusters"] + facts["dead_clusters"] == 12
     assert 0 < facts["entropy"] <= math.log(12) and 0 < facts["explained"] < 1
     assert store.names(str(tmp_path / "again" / "features")) == [f"{i:05d}.safetensors" for i in range(3)]
-    fan_out = parallel.fan_out
+    fan_out = parallel.parallel_map
 
     def backwards(fn, items, **how):  # workers may finish in any order
         return fan_out(fn, items[::-1], **{**how, "sizes": how.get("sizes") and how["sizes"][::-1]})[::-1]
@@ -215,7 +215,7 @@ def edit(artefact: str, weights=lambda w: w, config=lambda c: c) -> None:
 @pytest.mark.parametrize("name", ["centroids", "zscore.mean", "encoder.blocks.1.norm.weight", "encoder.statistics.std"])
 def test_golden_tokens_refuse_parts_that_do_not_belong_together(artefact, name):
     edit(artefact, weights=lambda w: {**w, name: w[name].flip(0) + 0.5})
-    with pytest.raises(ArtefactError, match="of the 50 golden tokens differ"):
+    with pytest.raises(ArtifactError, match="of the 50 golden tokens differ"):
         load_semantic(artefact)
 
 
@@ -228,33 +228,33 @@ def test_other_mismatches_are_named(artefact):
         store.put(store.join(artefact, "export", "config.json"), config)
 
     store.put(path, whole[:-4] + b"\0\0\0\1")
-    with pytest.raises(ArtefactError, match="not the file that config.json describes"):
+    with pytest.raises(ArtifactError, match="not the file that config.json describes"):
         load_semantic(artefact)
     for field, value in (("sample_rate", 24_000), ("layer_convention", "before the norm"), ("family", "other")):
         restore()
         edit(artefact, config=lambda c, f=field, v=value: {**c, f: v})
-        with pytest.raises(ArtefactError, match="layer_convention is" if field == "family" else f"{field} is {value!r}"):
+        with pytest.raises(ArtifactError, match="layer_convention is" if field == "family" else f"{field} is {value!r}"):
             load_semantic(artefact)
     for change, text in (({"k": 13}, "k = 13"), ({"layer": 3}, "layer 3 is not one"), ({"layer": 1}, "golden tokens")):
         restore()
         edit(artefact, config=lambda c, change=change: {**c, **change})
-        with pytest.raises(ArtefactError, match=text):
+        with pytest.raises(ArtifactError, match=text):
             load_semantic(artefact)
     for name, text in (("encoder.mask_embedding", "mask_embedding"), ("centroids", "lacks centroids;")):
         restore()
         edit(artefact, weights=lambda w, name=name: {n: v for n, v in w.items() if n != name})
-        with pytest.raises(ArtefactError, match=text):
+        with pytest.raises(ArtifactError, match=text):
             load_semantic(artefact)
     restore()
     edit(artefact, config=lambda c: {n: v for n, v in c.items() if n not in ("golden", "layer")})
-    with pytest.raises(ArtefactError, match="lacks layer, golden;"):
+    with pytest.raises(ArtifactError, match="lacks layer, golden;"):
         load_semantic(artefact)
     restore()
     edit(artefact, weights=lambda w: {**w, "zscore.std": w["zscore.std"][:5]})
-    with pytest.raises(ArtefactError, match=r"zscore.std has shape \(5,\).*dim = 16"):
+    with pytest.raises(ArtifactError, match=r"zscore.std has shape \(5,\).*dim = 16"):
         load_semantic(artefact)
     store.remove(path)
-    with pytest.raises(ArtefactError, match="model.safetensors is missing"):
+    with pytest.raises(ArtifactError, match="model.safetensors is missing"):
         load_semantic(artefact)
 
 

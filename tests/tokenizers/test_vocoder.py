@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from audiolm import store
-from audiolm.config.run import Cluster
+from audiolm.config.run import ClusterConfig
 from audiolm.dag.execute import StepFailed, execute
 from audiolm.dag.plan import plan
 from audiolm.dag.step import Step
 from audiolm.models.soundstream import fold
 from audiolm.models.vocoder import SemanticVocoder
-from audiolm.tokenizers.artifact import ArtefactError
+from audiolm.tokenizers.artifact import ArtifactError
 from audiolm.tokenizers.residual import load_residual
 from audiolm.tokenizers.vocoder import load_vocoder
 from audiolm.train.engine import make_engine
@@ -134,7 +134,7 @@ def test_a_run_that_failed_and_resumed_equals_an_uninterrupted_one(made, tmp_pat
         def fn(config, inputs, out):
             settings = {"vocoder": vocoder, "corpus": made[0].config, "seed": 0}
             return train(lambda config, _, ctx: vocoder_objective(config, made[1], ctx), settings, vocoder.train, {}, out,
-                         cluster=Cluster(threads=1, device="cpu"), seed=0)
+                         cluster=ClusterConfig(threads=1, device="cpu"), seed=0)
 
         step = Step("semantic_vocoder", fn, {"train": vocoder.train}, trains=True)
         execute(plan([step], store_path), store_path, inline=True)
@@ -161,19 +161,19 @@ def test_what_does_not_belong_together_is_refused(made, tmp_path):
     objective, _ = objective_of(made, tiny.tiny_vocoder())
     build = tiny.leave(objective, f"{tmp_path}/build")
     plain, more = load_residual(inputs["kmeans"]), load_residual(inputs["kmeans"], inputs["residual"])
-    with pytest.raises(ArtefactError, match="trained on 3 levels, the tokenizer has 1"):
+    with pytest.raises(ArtifactError, match="trained on 3 levels, the tokenizer has 1"):
         load_vocoder(build, plain)
     other = load_residual(tiny.built_tokenizer(f"{tmp_path}/other", corpus.wavs[:6], seed=1))
     alone, _ = objective_of(made, tiny.tiny_vocoder(levels=1), {k: v for k, v in inputs.items() if k != "residual"})
     one = tiny.leave(alone, f"{tmp_path}/one")
     assert load_vocoder(one, plain).spec.n_q == load_vocoder(one, more).spec.n_q == 1
-    with pytest.raises(ArtefactError, match="was trained on the tokens of"):
+    with pytest.raises(ArtifactError, match="was trained on the tokens of"):
         load_vocoder(one, other)
-    with pytest.raises(ArtefactError, match="no semantic vocoder's"):
+    with pytest.raises(ArtifactError, match="no semantic vocoder's"):
         load_vocoder(inputs["kmeans"], plain)
     config = store.get_json(f"{build}/export/config.json")
     store.put_json(f"{build}/export/config.json", {**config, "dim": 8})
-    with pytest.raises(ArtefactError, match="do not fit the vocoder"):
+    with pytest.raises(ArtifactError, match="do not fit the vocoder"):
         load_vocoder(build, more)
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from audiolm import store
 from audiolm.metrics_log import MetricsFile
-from audiolm.store import mask
+from audiolm.store import hide_credentials
 from audiolm.tracking.outbox import shipped_path
 from audiolm.tracking.tracker import Tracker
 from tests.worlds.basics import ROOT
@@ -203,9 +203,9 @@ def test_what_cannot_work_is_refused_with_the_fix(tmp_path):
 
 
 def test_credentials_are_masked():
-    assert mask("postgresql://me:p@ss@db:5432/x") == "postgresql://***@db:5432/x"
-    assert mask("https://h/x?a=1&X-Amz-Signature=ab&sig=zz") == "https://h/x?a=1&X-Amz-Signature=***&sig=***"
-    assert mask("s3://bucket/a@b/c") == "s3://bucket/a@b/c"
+    assert hide_credentials("postgresql://me:p@ss@db:5432/x") == "postgresql://***@db:5432/x"
+    assert hide_credentials("https://h/x?a=1&X-Amz-Signature=ab&sig=zz") == "https://h/x?a=1&X-Amz-Signature=***&sig=***"
+    assert hide_credentials("s3://bucket/a@b/c") == "s3://bucket/a@b/c"
 
 
 def test_an_outage_only_delays(ready, tmp_path, monkeypatch):

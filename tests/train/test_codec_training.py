@@ -14,7 +14,7 @@ from audiolm import store
 from audiolm.config import codec as codec_config
 from audiolm.config import corpus as corpus_config
 from audiolm.tokenizers.acoustic import load_codec
-from audiolm.tokenizers.artifact import ArtefactError
+from audiolm.tokenizers.artifact import ArtifactError
 from audiolm.train.objectives.base import Context
 from audiolm.train.objectives.codec import codec_objective
 from tests.worlds.tiny_codec import run, saved_state, tiny_codec, training, voice
@@ -24,9 +24,9 @@ RECIPES = {"ema": {}, "factorised": {"quantizer": "factorised"},
            "balanced": {"balance": True, "weights": {"reconstruction": 1, "waveform": 1}}}
 
 
-def recipe(name: str, start_step: int = 2, engine: str = "torch", zero: int = 0) -> codec_config.Codec:
+def recipe(name: str, start_step: int = 2, engine: str = "torch", zero: int = 0) -> codec_config.CodecConfig:
     plain = tiny_codec(start_step, engine=engine, zero=zero).model_dump()
-    return codec_config.Codec.model_validate({**plain, "quantize_from": 1, **RECIPES[name]})
+    return codec_config.CodecConfig.model_validate({**plain, "quantize_from": 1, **RECIPES[name]})
 
 
 @pytest.mark.parametrize("name", ["ema", "factorised"])
@@ -54,7 +54,7 @@ def test_training_lowers_the_distance_and_the_export_gives_the_same_codes(tmp_pa
     assert torch.equal(loaded.encode(wav_BT, lengths_B)[0], direct[:20]) and len(loaded.hash) == 16
     assert loaded.spec.n_q == 3 and loaded.spec.vocab == 16 and loaded.spec.rate_hz == 50
     store.put_json(f"{tmp_path}/export/config.json", {**sizes, "dim": 8})
-    with pytest.raises(ArtefactError, match="do not fit the codec"):
+    with pytest.raises(ArtifactError, match="do not fit the codec"):
         load_codec(str(tmp_path))
 
 
@@ -153,7 +153,7 @@ def test_compiled_and_in_bfloat16_as_on_a_gpu(monkeypatch):
 
     monkeypatch.setattr(torch.nn.Module, "compile", by_eager)
     plain = recipe("balanced", 0)
-    half = codec_config.Codec.model_validate({**plain.model_dump(), "train": {**plain.train.model_dump(), "dtype": "bfloat16"}})
+    half = codec_config.CodecConfig.model_validate({**plain.model_dump(), "train": {**plain.train.model_dump(), "dtype": "bfloat16"}})
     eager, engines = training(plain)
     compiled, others = training(half, compile=True)
     assert len(parts) == 2 + 2 and list(compiled.generator.state_dict()) == list(eager.generator.state_dict())
@@ -184,9 +184,9 @@ def test_dropout_draws_depend_on_step_and_row_alone():
 
 
 def test_configs_that_cannot_train_are_refused():
-    corpus = corpus_config.Corpus(name="x", sources=[{"kind": "folder", "name": "x", "root": "/nowhere"}])
+    corpus = corpus_config.CorpusConfig(name="x", sources=[{"kind": "folder", "name": "x", "root": "/nowhere"}])
     ctx = Context(0, 1, torch.device("cpu"), 0)
-    for codec, message in ((codec_config.Codec(strides=(2, 4, 5)), "make a hop of 40 samples"),
-                           (codec_config.Codec(crop_s=0.04), "raise it to at least 0.08")):
+    for codec, message in ((codec_config.CodecConfig(strides=(2, 4, 5)), "make a hop of 40 samples"),
+                           (codec_config.CodecConfig(crop_s=0.04), "raise it to at least 0.08")):
         with pytest.raises(ValueError, match=message):
             codec_objective({"codec": codec, "corpus": corpus, "seed": 0}, {"manifest": "/nowhere"}, ctx)

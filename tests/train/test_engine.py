@@ -10,7 +10,7 @@ import torch
 import torch.multiprocessing as mp
 
 from audiolm import rng
-from audiolm.config.training import Train
+from audiolm.config.training import TrainConfig
 from audiolm.train import engine as engines
 from audiolm.train.engine import learning_rate, make_engine
 from audiolm.train.objectives.base import Context
@@ -24,7 +24,7 @@ def run(engine, zero, start, stop, saved=None, updates=0, rank=0, world=1, micro
     """Losses of steps start..stop-1 and the canonical state after them."""
     torch.set_num_threads(1)
     engines.WHOLE_NUMEL = 0  # else ZeRO 3 would leave a model of this size whole
-    train = Train(steps=100, batch=8, lr=3e-3, warmup_steps=3, clip=0.5, engine=engine, zero=zero)
+    train = TrainConfig(steps=100, batch=8, lr=3e-3, warmup_steps=3, clip=0.5, engine=engine, zero=zero)
     ctx = Context(rank, world, torch.device("cpu"), seed=1)
     objective = tiny_lm({"dropout": dropout}, {}, ctx)
     e = make_engine(objective.modules["model"], train, ctx, saved, updates)

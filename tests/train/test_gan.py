@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from audiolm import rng
-from audiolm.config.codec import CodecWeights
+from audiolm.config.codec import CodecLossWeights
 from audiolm.models import losses
 from audiolm.models.discriminators import Discriminators, Period
-from audiolm.train.gan import Balance
+from audiolm.train.gan import LossBalancer
 
 KINDS = ("dac", "soundstream")
 
@@ -77,11 +77,11 @@ def test_reconstruction_losses_grow_with_the_error_and_give_finite_gradients(mea
 
 
 def test_the_balancer_gives_each_loss_its_share_whatever_its_scale():
-    weights = CodecWeights(reconstruction=3.0, waveform=1.0, commitment=2.0)
+    weights = CodecLossWeights(reconstruction=3.0, waveform=1.0, commitment=2.0)
     real_BT, start_BT = noise(4, 50), noise(4, 50, index=1)
 
     def gradient(scale: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        balance, fake_BT, side = Balance(), start_BT.clone().requires_grad_(), torch.ones((), requires_grad=True)
+        balance, fake_BT, side = LossBalancer(), start_BT.clone().requires_grad_(), torch.ones((), requires_grad=True)
         for _ in range(3):
             terms = {"reconstruction": scale * (fake_BT - real_BT).square().mean(), "waveform": fake_BT.abs().mean(),
                      "commitment": side * side, "discriminator": torch.ones(())}
@@ -102,10 +102,10 @@ def test_the_balancer_gives_each_loss_its_share_whatever_its_scale():
 
 
 def test_micro_batches_and_ranks_do_not_change_the_balance():
-    weights, real_BT, start_BT = CodecWeights(waveform=1.0), noise(4, 50), noise(4, 50, index=1)
+    weights, real_BT, start_BT = CodecLossWeights(waveform=1.0), noise(4, 50), noise(4, 50, index=1)
 
     def after(pieces: int) -> tuple[torch.Tensor, torch.Tensor]:
-        balance = Balance()
+        balance = LossBalancer()
         for _ in range(2):
             parts = []
             for fake_BT, wav_BT in zip(start_BT.chunk(pieces), real_BT.chunk(pieces), strict=True):

@@ -10,8 +10,8 @@ import safetensors.torch
 import torch
 
 from audiolm import store
-from audiolm.config.lm import Stage
-from audiolm.config.training import Train
+from audiolm.config.lm import StageConfig
+from audiolm.config.training import TrainConfig
 from audiolm.lm.model import load_lm
 from audiolm.train.engine import make_engine
 from audiolm.train.objectives import lm
@@ -37,8 +37,8 @@ def corpus(tmp_path_factory):
 
 
 def objective(corpus, stage="lm_coarse", rank=0, world=1, seed=0, **changed):
-    train = Train(steps=STEPS, batch=8, lr=1e-2, warmup_steps=5, engine="torch", **changed)
-    shape = Stage(crop_s=0.8, dim=32, layers=2, heads=2, ff=64, dropout=0.0, train=train)
+    train = TrainConfig(steps=STEPS, batch=8, lr=1e-2, warmup_steps=5, engine="torch", **changed)
+    shape = StageConfig(crop_s=0.8, dim=32, layers=2, heads=2, ff=64, dropout=0.0, train=train)
     config = {"stage": stage, "seed": seed, "lm": shape, "dedupe": False, "coarse_levels": 2, "rows": 6}
     return lm.lm_objective(config, corpus.paths, Context(rank, world, CPU, seed))
 

@@ -8,7 +8,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from audiolm.config.run import Cluster
+from audiolm.config.run import ClusterConfig
 from audiolm.dag.execute import StepFailed
 from audiolm.dag.lease import Lease, LeaseLost
 from audiolm.metrics_log import MetricsFile, read_build
@@ -17,7 +17,7 @@ from audiolm.store import exists, get, get_json, join, names, put_json, remove
 from audiolm.train import checkpoint
 from audiolm.train import engine as engines
 from audiolm.train.commits import commits, newest
-from audiolm.train.loop import Job, run_worker, train, watch
+from audiolm.train.loop import TrainJob, run_worker, train, watch
 from tests.worlds.tiny import tiny_lm
 from tests.worlds.training import SPOILED, build, settings, training_step
 
@@ -73,7 +73,7 @@ def test_the_best_weights_are_exported_when_asked(tmp_path, engine, zero, monkey
 def test_a_worker_whose_lease_was_taken_does_not_commit(tmp_path):
     path = str(tmp_path / "b")
     lease = Lease(path)
-    job = Job(tiny_lm, {}, settings(), {}, path, lease.attempt, f"{path}/metrics-0001.jsonl", 0, "cpu", 1, 16, False)
+    job = TrainJob(tiny_lm, {}, settings(), {}, path, lease.attempt, f"{path}/metrics-0001.jsonl", 0, "cpu", 1, 16, False)
     taken = Lease(path)
     with pytest.raises(LeaseLost, match="taken over by attempt 2"):
         run_worker(job, 0, 1)
@@ -105,7 +105,7 @@ def test_a_batch_that_workers_cannot_share_is_refused(tmp_path):
         inline, path, step = False, str(tmp_path), training_step()
 
     with pytest.raises(ValueError, match="batch 8 is not divisible by cluster.train_workers 3"):
-        train(tiny_lm, {}, settings(), {}, Out, cluster=Cluster(train_workers=3, device="cpu"), seed=0)
+        train(tiny_lm, {}, settings(), {}, Out, cluster=ClusterConfig(train_workers=3, device="cpu"), seed=0)
 
 
 def test_an_alarm_of_the_validation_stands_in_the_progress_until_it_is_over(tmp_path):
@@ -115,7 +115,7 @@ def test_an_alarm_of_the_validation_stands_in_the_progress_until_it_is_over(tmp_
         def progress(self, done, total, unit, note):
             notes.append(note)
 
-    job = Job(tiny_lm, {}, settings(), {}, str(tmp_path), 1, f"{tmp_path}/metrics-0001.jsonl", 0, "cpu", 1, 16, False)
+    job = TrainJob(tiny_lm, {}, settings(), {}, str(tmp_path), 1, f"{tmp_path}/metrics-0001.jsonl", 0, "cpu", 1, 16, False)
 
     def seen(text: str, present: bool) -> bool:
         deadline = time.monotonic() + 20
@@ -162,7 +162,7 @@ def test_a_training_that_was_killed_at_its_early_end_is_not_trained_on(tmp_path)
     final, made = get_json(join(path, "final.json")), commits(path)
     remove(join(path, "final.json"))
     lease = Lease(path)
-    run_worker(Job(tiny_lm, {"fail_at": final["steps"]}, settings(**EARLY), {}, path, lease.attempt,
+    run_worker(TrainJob(tiny_lm, {"fail_at": final["steps"]}, settings(**EARLY), {}, path, lease.attempt,
                    f"{path}/metrics-0002.jsonl", 0, "cpu", 1, 16, False), 0, 1)
     lease.close("done")
     assert get_json(join(path, "final.json")) == final and commits(path) == made

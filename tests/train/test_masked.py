@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from audiolm import rng
-from audiolm.config.semantic import Augment, Masked
-from audiolm.config.training import Train
+from audiolm.config.semantic import AugmentConfig, MaskedModelConfig
+from audiolm.config.training import TrainConfig
 from audiolm.models.conformer import Encoder, EncoderSizes, MaskedModel
 from audiolm.models.mel import log_mel
 from audiolm.tokenizers.base import padded_samples
-from audiolm.tokenizers.extractor import mel_of
+from audiolm.tokenizers.extractor import extractor_mel
 from audiolm.train.engine import make_engine
 from audiolm.train.objectives import masked as om
 from audiolm.train.objectives import masked_inputs
@@ -40,19 +40,19 @@ def model() -> MaskedModel:
     return MaskedModel(SIZES, targets_k=12).eval()
 
 
-def objective(k: int = 12, ctx: Context = CTX, dropout: float = 0.0, augment: Augment | None = None) -> om.MaskedObjective:
+def objective(k: int = 12, ctx: Context = CTX, dropout: float = 0.0, augment: AugmentConfig | None = None) -> om.MaskedObjective:
     torch.manual_seed(0)
     model = MaskedModel(EncoderSizes(32, 2, 2, 48, 5, dropout), k)
     points = []
     for i in range(6):
-        mel_BTF, frames_B = mel_of(syllables(i, 3.0)[None], torch.tensor([3 * RATE]))
+        mel_BTF, frames_B = extractor_mel(syllables(i, 3.0)[None], torch.tensor([3 * RATE]))
         points.append(om.target_features(mel_BTF, frames_B)[0])
     model.targets.codebook.copy_(om.kmeans.fit(points, k, 0).centroids)
     model.encoder.statistics.mean.fill_(-6.0)
     model.encoder.statistics.std.fill_(3.0)
-    train = Train(steps=80, batch=4, lr=3e-3, engine="torch", warmup_steps=5)
-    still = Augment(pitch=0, noise=0, reverb=0)
-    sizes = Masked(dim=32, layers=2, heads=2, ff=48, targets_k=k, augment=augment or still, train=train)
+    train = TrainConfig(steps=80, batch=4, lr=3e-3, engine="torch", warmup_steps=5)
+    still = AugmentConfig(pitch=0, noise=0, reverb=0)
+    sizes = MaskedModelConfig(dim=32, layers=2, heads=2, ff=48, targets_k=k, augment=augment or still, train=train)
     held = {i: syllables(9000 + i, 2.0) for i in range(3)}
     return om.MaskedObjective(model, MaskedInputs(sizes, Crops(), held, ctx.seed), ctx)
 
@@ -71,9 +71,9 @@ def test_a_row_is_the_same_alone_and_padded_in_a_batch(model):
     for row, wav in zip(wav_BT, wavs, strict=True):
         row[:len(wav)] = wav
     lengths_B = torch.tensor([len(w) for w in wavs])
-    together_BTD = model.features(*mel_of(wav_BT, lengths_B), 2)
+    together_BTD = model.features(*extractor_mel(wav_BT, lengths_B), 2)
     for i, wav in enumerate(wavs):
-        alone_BTD = model.features(*mel_of(wav[None], lengths_B[i:i + 1]), 2)
+        alone_BTD = model.features(*extractor_mel(wav[None], lengths_B[i:i + 1]), 2)
         assert alone_BTD.shape[1] == math.ceil(len(wav) / 640)
         assert (together_BTD[i, :alone_BTD.shape[1]] - alone_BTD[0]).abs().max() < 1e-5
 
@@ -91,7 +91,7 @@ def test_a_click_moves_the_frame_it_lies_in(model):
 
 
 def test_layers_are_counted_from_one_and_bad_ones_refused(model):
-    mel_BTF, frames_B = mel_of(syllables(1, 1.0)[None], torch.tensor([RATE]))
+    mel_BTF, frames_B = extractor_mel(syllables(1, 1.0)[None], torch.tensor([RATE]))
     assert torch.equal(model.head(model.features(mel_BTF, frames_B, 2)), model(mel_BTF, frames_B))
     assert not torch.equal(model.features(mel_BTF, frames_B, 1), model.features(mel_BTF, frames_B, 2))
     for layer in (0, 3):
@@ -115,7 +115,7 @@ def test_masked_frames_are_hidden_from_the_model(model):
     """With the convolutions' reach inside the mask, what lies under it cannot change the prediction there."""
     mask_BT = torch.zeros(1, 25, dtype=torch.bool)
     mask_BT[0, 5:20] = True
-    mel_BTF, frames_B = mel_of(syllables(1, 1.0)[None], torch.tensor([RATE]))
+    mel_BTF, frames_B = extractor_mel(syllables(1, 1.0)[None], torch.tensor([RATE]))
     changed = mel_BTF.clone()
     changed[:, 4 * 7:4 * 18] += 2.0
     assert torch.equal(model(mel_BTF, frames_B, mask_BT), model(changed, frames_B, mask_BT))
@@ -138,9 +138,9 @@ def test_targets_do_not_see_padding_or_level():
     a, b = syllables(1, 1.5), syllables(2, 0.8)
     wav_BT = torch.zeros(2, 24_000)
     wav_BT[0], wav_BT[1, :len(b)] = a, b
-    mel_BTF, frames_B = mel_of(wav_BT, torch.tensor([len(a), len(b)]))
+    mel_BTF, frames_B = extractor_mel(wav_BT, torch.tensor([len(a), len(b)]))
     together = om.target_features(mel_BTF, frames_B)
-    alone = om.target_features(*mel_of(b[None], torch.tensor([len(b)])))
+    alone = om.target_features(*extractor_mel(b[None], torch.tensor([len(b)])))
     assert together.shape == (2, 38, 39)
     assert (together[1, :20] - alone[0]).abs().max() < 1e-4
     assert abs(float(alone.mean())) < 1e-3 and 0.3 < float(alone.std()) < 1.1
@@ -252,12 +252,12 @@ def test_a_collapsed_model_and_constant_targets_ring():
 
 
 def test_targets_come_from_clean_audio_and_the_model_hears_another():
-    o, seen = objective(augment=Augment(pitch=1, noise=1, reverb=1)), []
+    o, seen = objective(augment=AugmentConfig(pitch=1, noise=1, reverb=1)), []
     batch = o.load(0, range(4))
     targets = o.targets
     o.targets = lambda batch, mel_BTF, frames_B: seen.append(mel_BTF) or targets(batch, mel_BTF, frames_B)
     o._loss(lambda mel_BTF, *rest: seen.append(mel_BTF) or o.model(mel_BTF, *rest), batch)
-    clean_BTF, frames_B = mel_of(batch.wav_BT, batch.lengths_B)
+    clean_BTF, frames_B = extractor_mel(batch.wav_BT, batch.lengths_B)
     assert torch.equal(seen[0], clean_BTF) and (seen[1] - clean_BTF).abs().mean() > 0.1
-    again = objective(augment=Augment(pitch=1, noise=1, reverb=1)).load(0, [2, 3])
+    again = objective(augment=AugmentConfig(pitch=1, noise=1, reverb=1)).load(0, [2, 3])
     assert again.draws == batch.draws[2:]  # a row's own draw, whoever loads it

@@ -7,14 +7,14 @@ import math
 import pytest
 import torch
 
-from audiolm.config.training import Train
+from audiolm.config.training import TrainConfig
 from audiolm.dag.execute import StepFailed
 from audiolm.dag.lease import Lease
 from audiolm.metrics_log import read_build
 from audiolm.store import get, get_json, join
 from audiolm.train import guards
 from audiolm.train.commits import newest
-from audiolm.train.loop import Job, run_worker
+from audiolm.train.loop import TrainJob, run_worker
 from tests.worlds.basics import free_port
 from tests.worlds.tiny import tiny_lm
 from tests.worlds.training import build, settings, training_step
@@ -38,22 +38,22 @@ def test_which_rows_a_step_takes():
 
 
 def test_what_a_spike_is():
-    train = Train(steps=9, batch=1, lr=1, rollback={"deviations": 5, "window": 4})
+    train = TrainConfig(steps=9, batch=1, lr=1, rollback={"deviations": 5, "window": 4})
 
     def seen(*values):
-        spikes = guards.Spikes(train, None, None)
+        spikes = guards.SpikeGuard(train, None, None)
         for step, value in enumerate(values):
             spikes.add(step, torch.tensor(value))
         spikes.look()
         return spikes
 
     assert list(seen(9.0, 3.0, 2.1, 2.0, 2.2, 2.3, 1.0).recent) == pytest.approx([2.0, 2.2, 2.3, 1.0])
-    with pytest.raises(guards.Spiked) as found:
+    with pytest.raises(guards.LossSpike) as found:
         seen(2.0, 2.1, 2.2, 2.1, 2.6, 9.0)
     assert found.value.step == 4 and found.value.skipped == [{"step": 4, "rows": 4}]  # the first, whenever it is looked at
-    with pytest.raises(guards.Spiked):
+    with pytest.raises(guards.LossSpike):
         seen(2.0, math.nan)  # before there is a window
-    off = guards.Spikes(Train(steps=9, batch=1, lr=1), None, None)
+    off = guards.SpikeGuard(TrainConfig(steps=9, batch=1, lr=1), None, None)
     off.add(0, torch.tensor(math.nan))
     off.look()
     assert off.record() == {} and off.facts() == {}
@@ -114,7 +114,7 @@ def test_two_workers_roll_back_and_stop_early_alike(tmp_path):
     assert alone.facts["rollbacks"] == 1 and alone.facts["stopped_at"] < 60
     path = str(tmp_path / "b")
     lease = Lease(path)
-    job = Job(tiny_lm, objective, settings(**changes), {}, path, lease.attempt, f"{path}/metrics-0001.jsonl", 0, "cpu", 1, 16,
+    job = TrainJob(tiny_lm, objective, settings(**changes), {}, path, lease.attempt, f"{path}/metrics-0001.jsonl", 0, "cpu", 1, 16,
               False)
     workers = torch.multiprocessing.spawn(_rank, (2, free_port(), job), nprocs=2, join=False)
     assert any(workers.join(120) for _ in range(3))  # a call returns when one of them has ended

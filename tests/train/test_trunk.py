@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from audiolm.config.lm import Stage
-from audiolm.config.run import Cluster
-from audiolm.config.training import Train
+from audiolm.config.lm import StageConfig
+from audiolm.config.run import ClusterConfig
+from audiolm.config.training import TrainConfig
 from audiolm.dag.execute import StepFailed, execute
 from audiolm.dag.plan import plan
 from audiolm.dag.step import Artifact, Step
@@ -124,14 +124,14 @@ def test_a_language_model_of_100_then_200_steps_is_that_of_200_at_once_and_each_
     corpus = token_corpus.make(tmp_path / "corpus", {"train": [60] * 8 + [17, 9], "dev": [40, 33]})
 
     def stage(steps):
-        run = Train(steps=steps, batch=4, lr=1e-2, warmup_steps=5, decay_steps=20, eval_every=40, save_every=70, engine="torch",
+        run = TrainConfig(steps=steps, batch=4, lr=1e-2, warmup_steps=5, decay_steps=20, eval_every=40, save_every=70, engine="torch",
                     export="best")
-        size = Stage(crop_s=0.8, dim=16, layers=1, heads=2, ff=32, dropout=0.1, train=run)
+        size = StageConfig(crop_s=0.8, dim=16, layers=1, heads=2, ff=32, dropout=0.1, train=run)
         config = {"stage": "lm_coarse", "seed": 0, "lm": size, "dedupe": False, "coarse_levels": 2, "rows": 4}
         inputs = {name: Artifact(path, "0001", {}) for name, path in corpus.paths.items()}
 
         def fn(config, _, out):
-            return train(lm_objective, config, run, inputs, out, cluster=Cluster(threads=1, device="cpu"), seed=0)
+            return train(lm_objective, config, run, inputs, out, cluster=ClusterConfig(threads=1, device="cpu"), seed=0)
 
         return Step("lm_coarse", fn, config, trains=run)
 

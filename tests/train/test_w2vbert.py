@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 
 from audiolm import store
-from audiolm.config.corpus import Corpus, Where
-from audiolm.config.semantic import Augment, Masked, W2vBert
-from audiolm.config.training import Train
+from audiolm.config.corpus import ClipFilter, CorpusConfig
+from audiolm.config.semantic import AugmentConfig, MaskedModelConfig, W2vBertConfig
+from audiolm.config.training import TrainConfig
 from audiolm.data.clips import Clip, Part
 from audiolm.models.conformer import EncoderSizes
 from audiolm.models.w2vbert import W2vBertModel, contrastive_logits, diversity, draw_gumbel, draw_negatives
-from audiolm.tokenizers.extractor import mel_of
+from audiolm.tokenizers.extractor import extractor_mel
 from audiolm.tokenizers.semantic import load_extractor
 from audiolm.train.engine import make_engine
 from audiolm.train.objectives import masked_inputs
@@ -29,15 +29,15 @@ from audiolm.train.objectives.masked_inputs import MaskedInputs
 from tests.worlds.syllables import CTX, RATE, Crops, syllables
 
 CODES = 24
-QUIET = Augment(pitch=0, noise=0, reverb=0)
+QUIET = AugmentConfig(pitch=0, noise=0, reverb=0)
 CPU = torch.device("cpu")
 
 
-def objective(ctx: Context = CTX, augment: Augment = QUIET, **w2vbert) -> ow.W2vBertObjective:
+def objective(ctx: Context = CTX, augment: AugmentConfig = QUIET, **w2vbert) -> ow.W2vBertObjective:
     torch.manual_seed(0)
-    w = W2vBert(codes=CODES, code_dim=16, negatives=20, gumbel=(2.0, 0.5, 0.98), **w2vbert)
-    train = Train(steps=170, batch=4, lr=3e-3, engine="torch", warmup_steps=5)
-    sizes = Masked(objective="w2vbert", dim=32, layers=2, heads=2, ff=48, dropout=0.0, augment=augment, w2vbert=w, train=train)
+    w = W2vBertConfig(codes=CODES, code_dim=16, negatives=20, gumbel=(2.0, 0.5, 0.98), **w2vbert)
+    train = TrainConfig(steps=170, batch=4, lr=3e-3, engine="torch", warmup_steps=5)
+    sizes = MaskedModelConfig(objective="w2vbert", dim=32, layers=2, heads=2, ff=48, dropout=0.0, augment=augment, w2vbert=w, train=train)
     model = ow.w2vbert_model(sizes)
     model.encoder.statistics.mean.fill_(-6.0)
     model.encoder.statistics.std.fill_(3.0)
@@ -101,7 +101,7 @@ def oracle():
 def test_contrastive_loss_and_diversity_equal_transformers(oracle):
     """Two rows of unequal length, the same negatives, and codes that repeat, so that some negatives fall away."""
     ours, theirs = oracle
-    mel_BTF, frames_B = mel_of(*Crops().batch(0, [0, 1]))
+    mel_BTF, frames_B = extractor_mel(*Crops().batch(0, [0, 1]))
     mask_BT = torch.rand(2, mel_BTF.shape[1] // 4, generator=torch.Generator().manual_seed(2)) < 0.5
     mask_BT[1, int(frames_B[1]):] = False
     negatives_BMK = draw_negatives(mask_BT, 20, 0, 0, [0, 1])
@@ -213,7 +213,7 @@ def test_micro_batches_and_order_of_rows_do_not_change_the_step(deal):
 
 def test_the_step_is_the_gradient_of_the_loss_it_reports():
     """Also where the model hears something other than the clean audio that the codes are of."""
-    o = objective(augment=Augment(pitch=1.0, noise=1.0, reverb=0.0), diversity=1.0)
+    o = objective(augment=AugmentConfig(pitch=1.0, noise=1.0, reverb=0.0), diversity=1.0)
     batch = o.load(3, range(4))
     clean_BTF, heard_BTF, frames_B = o.inputs.mels(batch.masked, CPU)
     assert not torch.equal(clean_BTF, heard_BTF)
@@ -314,15 +314,15 @@ def test_the_export_is_an_extractor_of_both_modules_layers(tmp_path, trained):
     wav_BT, lengths_B = Crops().batch(1, [0, 1])
     found, frames_B = extractor.features(wav_BT, lengths_B, [1, 2])
     with torch.no_grad():
-        expected = o.model.encoder.outputs(*mel_of(wav_BT, lengths_B), None, [1, 2])
+        expected = o.model.encoder.outputs(*extractor_mel(wav_BT, lengths_B), None, [1, 2])
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found, expected, strict=True))
 
 
 def test_the_split_of_layers_is_checked():
-    sizes = Masked(dim=32, layers=6, heads=2, ff=48)
+    sizes = MaskedModelConfig(dim=32, layers=6, heads=2, ff=48)
     assert ow.w2vbert_model(sizes).contrastive_layers == 3
     with pytest.raises(ValueError, match=r"contrastive_layers \(6\).*1 to 5"):
-        ow.w2vbert_model(sizes.model_copy(update={"w2vbert": W2vBert(contrastive_layers=6)}))
+        ow.w2vbert_model(sizes.model_copy(update={"w2vbert": W2vBertConfig(contrastive_layers=6)}))
 
 
 def test_the_factory_measures_the_input_and_shares_out_validation(tmp_path, monkeypatch):
@@ -334,9 +334,9 @@ def test_the_factory_measures_the_input_and_shares_out_validation(tmp_path, monk
         clips.append(Clip(id=str(i), origin="s", source="s", speaker=str(i), split="dev" if i > 2 else "train",
                           sample_rate=RATE, frames=len(wav), parts=(part,), shard=0, row=i))
     monkeypatch.setattr(masked_inputs, "read_clips", lambda path, split, where: [c for c in clips if c.split == split])
-    sizes = objective().inputs.sizes.model_copy(update={"crop_s": 1.0, "augment": Augment(pitch=1.0, noise=1.0, reverb=1.0)})
-    config = {"model": sizes, "train": sizes.train, "where": Where(), "seed": 3,
-              "corpus": Corpus(name="t", sources=({"kind": "folder", "name": "s", "root": str(tmp_path)},))}
+    sizes = objective().inputs.sizes.model_copy(update={"crop_s": 1.0, "augment": AugmentConfig(pitch=1.0, noise=1.0, reverb=1.0)})
+    config = {"model": sizes, "train": sizes.train, "where": ClipFilter(), "seed": 3,
+              "corpus": CorpusConfig(name="t", sources=({"kind": "folder", "name": "s", "root": str(tmp_path)},))}
 
     def make(rank: int, world: int) -> ow.W2vBertObjective:
         torch.manual_seed(0)

@@ -12,15 +12,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a submitted job runs the code that was submitted
 
-from audiolm.config.run import Cluster  # noqa: E402
-from audiolm.config.training import Train  # noqa: E402
+from audiolm.config.run import ClusterConfig  # noqa: E402
+from audiolm.config.training import TrainConfig  # noqa: E402
 from audiolm.dag.execute import execute  # noqa: E402
 from audiolm.dag.plan import plan  # noqa: E402
 from audiolm.dag.step import Step  # noqa: E402
 from audiolm.train.loop import train  # noqa: E402
 from tests.worlds.tiny import TinyLM  # noqa: E402
 
-SETTINGS = Train(steps=12, batch=8, lr=3e-3, warmup_steps=2, decay_steps=4, eval_every=5, save_every=3, log_every=1)
+SETTINGS = TrainConfig(steps=12, batch=8, lr=3e-3, warmup_steps=2, decay_steps=4, eval_every=5, save_every=3, log_every=1)
 
 
 class Mortal(TinyLM):
@@ -39,7 +39,7 @@ def mortal(config, inputs, ctx):
 
 def graph(died: str | None) -> list[Step]:
     def fn(config, inputs, out):
-        return train(mortal, {"died": died}, SETTINGS, inputs, out, cluster=Cluster(threads=1, device="cpu"), seed=0)
+        return train(mortal, {"died": died}, SETTINGS, inputs, out, cluster=ClusterConfig(threads=1, device="cpu"), seed=0)
 
     return [Step("tiny", fn, {"train": SETTINGS}, trains=SETTINGS)]
 

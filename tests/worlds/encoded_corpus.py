@@ -11,11 +11,11 @@ import soundfile
 import torch
 
 from audiolm import rng, store
-from audiolm.config.corpus import Corpus
-from audiolm.config.lm import LM, Stage
-from audiolm.config.run import Cluster
-from audiolm.config.tokens import Tokens
-from audiolm.config.training import Train
+from audiolm.config.corpus import CorpusConfig
+from audiolm.config.lm import LMConfig, StageConfig
+from audiolm.config.run import ClusterConfig
+from audiolm.config.tokens import TokensConfig
+from audiolm.config.training import TrainConfig
 from audiolm.data.clips import Clip, Part, clips_parquet
 from audiolm.models.conformer import Encoder, EncoderSizes
 from audiolm.models.soundstream import SoundStream
@@ -27,8 +27,8 @@ from tests.worlds.basics import RecordingOut
 RATE, K, N_Q, VOCAB = 16_000, 8, 3, 16
 SECONDS = {"train": (1.3, 0.9, 1.04, 1.1), "dev": (0.8, 1.2), "test": (1.5, 1.21, 0.6)}
 SIZES = {"strides": (2, 4, 5, 8), "enc_channels": 2, "dec_channels": 2, "dim": 8, "n_q": N_Q, "vocab": VOCAB}
-SHAPE = Stage(crop_s=1.0, dim=16, layers=1, heads=2, ff=32, train=Train(steps=1, batch=2, lr=1e-3))
-STAGES = LM(coarse_levels=2, semantic=SHAPE, coarse=SHAPE, fine=SHAPE)
+SHAPE = StageConfig(crop_s=1.0, dim=16, layers=1, heads=2, ff=32, train=TrainConfig(steps=1, batch=2, lr=1e-3))
+STAGES = LMConfig(coarse_levels=2, semantic=SHAPE, coarse=SHAPE, fine=SHAPE)
 
 
 @pytest.fixture(scope="module")
@@ -60,13 +60,13 @@ def world(tmp_path_factory):
     about = {"kind": "soundstream", "sample_rate": RATE, "quantizer": "ema", "code_dim": 8, **SIZES}
     store.put_json(str(root / "codec" / "export" / "config.json"), about)
     source = {"kind": "folder", "name": "a", "root": str(root / "audio")}
-    return SimpleNamespace(root=root, clips=clips, corpus=Corpus(name="t", sources=[source]))
+    return SimpleNamespace(root=root, clips=clips, corpus=CorpusConfig(name="t", sources=[source]))
 
 
 def run_encode(world, which, out, batch_s=4.0, speeds=()):
     inputs = {n: SimpleNamespace(path=str(world.root / n), build=f"{n}.0001") for n in ("manifest", "kmeans", "codec")}
-    config = {"which": which, "tokens": Tokens(batch_s=batch_s, speeds=speeds), "corpus": world.corpus, "seed": 0,
-              "cluster": Cluster(device="cpu")}
+    config = {"which": which, "tokens": TokensConfig(batch_s=batch_s, speeds=speeds), "corpus": world.corpus, "seed": 0,
+              "cluster": ClusterConfig(device="cpu")}
     return encode.encode_tokens(config, inputs, out)
 
 

@@ -8,10 +8,10 @@ import safetensors.torch
 import torch
 
 from audiolm import store
-from audiolm.config.evaluation import Evaluate
-from audiolm.config.lm import Samples
+from audiolm.config.evaluation import EvaluateConfig
+from audiolm.config.lm import SamplesConfig
 from audiolm.config.pipeline import Pipeline
-from audiolm.config.run import Cluster
+from audiolm.config.run import ClusterConfig
 from audiolm.lm.model import build_lm, export_lm
 from audiolm.lm.stages import build_stages
 from audiolm.tracking.tracker import Tracker
@@ -37,8 +37,8 @@ def finish(world, folder: str) -> tuple[str, str]:
     for step, loss in ((1, 2.5), (2, 2.0), (3, 2.25)):
         commit(build, step, loss, best=min(step, 2))
     store.put_json(f"{folder}/lm_semantic/abcdef/recipe.json", {"config": {"lm": {"dim": 16}, "seed": 0}})
-    cfg = Pipeline(run={"name": "tiny"}, store=folder, corpus=world.corpus, lm=STAGES, cluster=Cluster(device="cpu"),
-                   evaluate=Evaluate(clips=2, clip_s=1.0, rows=4), samples=Samples(prompt_s=0.4))
+    cfg = Pipeline(run={"name": "tiny"}, store=folder, corpus=world.corpus, lm=STAGES, cluster=ClusterConfig(device="cpu"),
+                   evaluate=EvaluateConfig(clips=2, clip_s=1.0, rows=4), samples=SamplesConfig(prompt_s=0.4))
     index = f"{folder}/runs/tiny.json"
     store.put_json(index, {"run": "tiny", "steps": {n: {"path": p} for n, p in paths.items()},
                            "config": cfg.model_dump(mode="json")})

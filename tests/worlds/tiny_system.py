@@ -17,7 +17,7 @@ from audiolm.tokenizers.extractor import ConformerExtractor, Window
 from audiolm.tokenizers.semantic import save_semantic
 
 K, VOCAB, Q, COARSE = 12, 16, 4, 2
-TRAIN = training.Train(steps=1, batch=1, lr=1e-3)
+TRAIN = training.TrainConfig(steps=1, batch=1, lr=1e-3)
 CROPS_S = {"semantic": 4.0, "coarse": 2.0, "fine": 0.4}
 RUN = 1.5
 
@@ -34,9 +34,9 @@ def build(folder: str, coarse: int = COARSE, dedupe: bool = True) -> dict[str, s
     export(paths["codec"], codec.state_dict(), {
         "kind": "soundstream", "sample_rate": 16_000, "strides": [2, 4, 5, 8], "enc_channels": 2, "dec_channels": 2,
         "dim": 8, "n_q": Q, "vocab": VOCAB, "quantizer": "ema", "code_dim": 8})
-    shapes = {name: lm_config.Stage(crop_s=crop_s, dim=16, layers=2, heads=2, ff=32, train=TRAIN)
+    shapes = {name: lm_config.StageConfig(crop_s=crop_s, dim=16, layers=2, heads=2, ff=32, train=TRAIN)
               for name, crop_s in CROPS_S.items()}
-    stages = build_stages(lm_config.LM(coarse_levels=coarse, dedupe=dedupe, **shapes), Q, VOCAB, K)
+    stages = build_stages(lm_config.LMConfig(coarse_levels=coarse, dedupe=dedupe, **shapes), Q, VOCAB, K)
     for step, stage in stages.items():
         model = build_lm(stage, shapes[stage.name])
         torch.nn.init.normal_(model.head.weight, std=0.5)

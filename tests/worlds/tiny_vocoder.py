@@ -11,9 +11,9 @@ from safetensors.torch import save
 
 from audiolm import store
 from audiolm.config import semantic as cv
-from audiolm.config.corpus import Corpus, Where
-from audiolm.config.run import Cluster
-from audiolm.config.training import Train
+from audiolm.config.corpus import ClipFilter, CorpusConfig
+from audiolm.config.run import ClusterConfig
+from audiolm.config.training import TrainConfig
 from audiolm.data.clips import Clip, Part
 from audiolm.models import kmeans
 from audiolm.models.conformer import Encoder, EncoderSizes
@@ -39,13 +39,13 @@ def corpus(folder) -> SimpleNamespace:
         clips.append(Clip(id=str(i), origin="s", source="s", speaker=str(i), split="train" if i < 6 else "dev",
                           sample_rate=RATE, frames=len(wav), parts=(part,), shard=i // 2, row=i % 2))
         wavs.append(wav)
-    return SimpleNamespace(config=Corpus(name="t", sources=({"kind": "folder", "name": "s", "root": str(folder)},)),
+    return SimpleNamespace(config=CorpusConfig(name="t", sources=({"kind": "folder", "name": "s", "root": str(folder)},)),
                            clips=clips, wavs=wavs)
 
 
 def read_by(monkeypatch: pytest.MonkeyPatch, clips: list[Clip]) -> None:
     """The manifest, without its step; four held-out pieces, as PESQ is slow."""
-    pieces = gan.held_out
+    pieces = gan.held_out_crops
     monkeypatch.setattr(vocoder, "held_out", lambda *args: pieces(*args)[::4])
     for module in (residual, vocoder):
         monkeypatch.setattr(module, "read_clips", lambda path, split=None, where=None: [c for c in clips if c.split == split])
@@ -67,17 +67,17 @@ def built_tokenizer(folder: str, wavs: list, seed: int = 0) -> str:
 
 
 def run_residual(corpus: SimpleNamespace, kmeans_path: str, out, **settings) -> dict:
-    config = {"residual": cv.Residual(**{"levels": 4, "iterations": 15, **settings}), "where": Where(), "corpus": corpus.config,
-              "seed": 3, "cluster": Cluster(device="cpu")}
+    config = {"residual": cv.ResidualConfig(**{"levels": 4, "iterations": 15, **settings}), "where": ClipFilter(), "corpus": corpus.config,
+              "seed": 3, "cluster": ClusterConfig(device="cpu")}
     inputs = {name: SimpleNamespace(path=path) for name, path in (("manifest", "-"), ("kmeans", kmeans_path))}
     return residual.fit_residual(config, inputs, out)
 
 
-def tiny_vocoder(levels: int = 3, start_step: int = 1000, steps: int = 60, **changes) -> cv.Vocoder:
+def tiny_vocoder(levels: int = 3, start_step: int = 1000, steps: int = 60, **changes) -> cv.VocoderConfig:
     train = {"steps": steps, "batch": 4, "lr": 3e-3, "betas": (0.8, 0.99), "clip": 10.0, "engine": "torch", "eval_every": 1000}
-    return cv.Vocoder(levels=levels, dim=16, layers=2, channels=2, heard_s=1.2, crop_s=0.2, ema=0.9,
-                      disc=cv.Judges(periods=(2,), windows=(256,), channels=2, start_step=start_step),
-                      train=Train(**{**train, **changes}))
+    return cv.VocoderConfig(levels=levels, dim=16, layers=2, channels=2, heard_s=1.2, crop_s=0.2, ema=0.9,
+                      disc=cv.VocoderDiscriminatorsConfig(periods=(2,), windows=(256,), channels=2, start_step=start_step),
+                      train=TrainConfig(**{**train, **changes}))
 
 
 def leave(objective, folder: str) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from audiolm.config.run import Cluster
-from audiolm.config.training import Train
+from audiolm.config.run import ClusterConfig
+from audiolm.config.training import TrainConfig
 from audiolm.dag.execute import execute
 from audiolm.dag.plan import plan
 from audiolm.dag.step import Step
@@ -12,7 +12,7 @@ from tests.worlds.tiny import tiny_lm
 
 
 def settings(**changes):
-    return Train(**{"steps": 12, "batch": 8, "lr": 3e-3, "warmup_steps": 2, "decay_steps": 4, "eval_every": 5,
+    return TrainConfig(**{"steps": 12, "batch": 8, "lr": 3e-3, "warmup_steps": 2, "decay_steps": 4, "eval_every": 5,
                     "save_every": 3, "keep": 2, "log_every": 2, "engine": "torch", **changes})
 
 
@@ -20,7 +20,7 @@ SPOILED = {"noisy": tuple(range(12, 99))}  # what is learned until then is unlea
 
 
 def training_step(fail_at=None, objective=None, **changes):
-    cluster = Cluster(threads=1, device="cpu")
+    cluster = ClusterConfig(threads=1, device="cpu")
     cfg = settings(**changes)
 
     def fn(config, inputs, out):

@@ -16,7 +16,7 @@ BANDS, FRAMES = 64, 100  # of a second
 SHRINK = 0.05  # of a covariance towards its diagonal: a few minutes of sound do not fill a full one
 
 
-def embed(wav_T: np.ndarray) -> np.ndarray:
+def embed_logmel(wav_T: np.ndarray) -> np.ndarray:
     """x_SD: a row for each whole second, half a second apart. Raises ValueError below one second."""
     import torch
 

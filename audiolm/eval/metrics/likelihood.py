@@ -1,6 +1,6 @@
 """How well a stage predicts held-out tokens: its loss beside count baselines, and whether its prefix is used.
 
-All figures are nats per target token on the same rows; eval/baselines.py says what is counted.  `conditioning` swaps the
+All figures are nats per target token on the same rows; eval/metrics/likelihood.py says what is counted.  `conditioning` swaps the
 prefix for another clip's: a stage that does not get worse ignores it.  Levels count from 0 here and from 1 in figures, as
 in the paper.
 """
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from audiolm import rng
-from audiolm.config.corpus import Where
+from audiolm.config.corpus import ClipFilter
 from audiolm.data.tokens import RATIO, TokenStore, level_name, run_starts
 from audiolm.eval.metrics import ngram
 from audiolm.lm.batches import Crop, TokenBatches
@@ -59,7 +59,7 @@ def train_rows(data: TokenBatches, most: int = COUNTED, copies: bool = False) ->
 
 def sums(stage: Stage, train: Sequence[Packed], held_out: Sequence[Packed],
          only: Sequence[str] | None = None) -> dict[str, np.ndarray]:
-    """{baseline: (2, levels + 1)}: nats and number of the held-out targets at level + 1, as lm.nats.by_level. `only`: of
+    """{baseline: (2, levels + 1)}: nats and number of the held-out targets at level + 1, as lm.loss.by_level. `only`: of
     these baselines (None: all)."""
     found: dict[str, np.ndarray] = {}
     cut = len(train) // 10  # whole clips with their copies before it and behind, but for one
@@ -113,7 +113,7 @@ BATCH = 8  # rows a forward pass
 STATISTICS_SHARDS = 50
 
 
-def measure_stage(name: str, paths: Mapping[str, str], where: Where, n: int, seed: int,
+def measure_stage(name: str, paths: Mapping[str, str], where: ClipFilter, n: int, seed: int,
                   device: str | torch.device = "cpu", only: Sequence[str] | None = None) -> dict[str, Any]:
     """Figures of the trained stage paths[name], and its conditioning where it has a prefix and two held-out rows (else
     None), on n held-out rows; paths also has manifest and the token stores that the stage reads. `only`: these baselines."""
@@ -159,7 +159,7 @@ def percent(value: float, base: float) -> float:
     return 100 * (value / base - 1)
 
 
-def not_under(stages: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+def above_baseline(stages: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The stages, and levels of stages (None: all of it), whose loss is not under their better baseline."""
     rows = [{"stage": name, "level": row.get("level"), "better": row["better"], "percent": row["difference_percent"]}
             for name, figures in stages.items() for row in (figures, *figures.get("levels", ()))]

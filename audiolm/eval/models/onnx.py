@@ -7,7 +7,7 @@ import posixpath
 from typing import Any
 
 
-def lacking(package: str, install: str) -> str | None:
+def missing_dependency(package: str, install: str) -> str | None:
     """Why there is no such network here, with the fix; None where there is one."""
     absent = [name.replace("_", "-") for name in (package, "onnxruntime") if importlib.util.find_spec(name) is None]
     return f"{', '.join(absent)} not installed: {install}" if absent else None

@@ -25,14 +25,14 @@ DIM, LAYERS = 256, 3
 LOUDNESS = 10 ** (-30 / 20)  # of full scale, root mean square
 
 
-def lacking() -> str | None:
+def missing_dependency() -> str | None:
     """Why there are no embeddings here, with the fix; None where there are."""
     return None if importlib.util.find_spec("resemblyzer") else f"resemblyzer not installed: {INSTALL}"
 
 
 def embedder(device: str = "cpu") -> Callable[[np.ndarray], np.ndarray]:
     """wav_T -> unit vector (256,). Raises ImportError where the package is missing."""
-    if why := lacking():
+    if why := missing_dependency():
         raise ImportError(why)
     package = importlib.util.find_spec("resemblyzer").submodule_search_locations[0]
     held = torch.load(posixpath.join(package, "pretrained.pt"), map_location="cpu", weights_only=True)["model_state"]

@@ -12,7 +12,7 @@ from audiolm.eval.models.asr import PRETRAINED
 Score = Callable[[str], tuple[float, int]]  # text -> (nats, tokens)
 
 
-def lacking(text_model: str | None) -> str | None:
+def missing_dependency(text_model: str | None) -> str | None:
     """Why there is nothing to score with, with the fix; None where there is."""
     if text_model is None:
         return "no text model: name the folder of a transformers causal model, tables.text_model=FOLDER"

@@ -1,6 +1,6 @@
 """The step `codec_figures`: the trained codec on held-out clips, beside Opus and Lyra, before any language model is trained.
 
-Leaves `{out.path}/codec.json` (eval.codec.compare's table and "players": [{"clip", "files": [{"label", "file"}]}]) and,
+Leaves `{out.path}/codec.json` (eval.codec_quality.compare's table and "players": [{"clip", "files": [{"label", "file"}]}]) and,
 under `ui/codec/`, which the tracker shows, a wav and a spectrogram of each player.  Held-out means test, or dev where
 there is none; clips are those that the codec may learn from (codec.where).
 """
@@ -12,9 +12,9 @@ import time
 from typing import Any
 
 from audiolm import store
-from audiolm.config.codec import CodecFigures
+from audiolm.config.codec import CodecMetricsConfig
 from audiolm.data.audio import wav_bytes
-from audiolm.data.parallel import device_of, fan_out
+from audiolm.data.parallel import cluster_device, parallel_map
 from audiolm.data.sources import roots
 from audiolm.eval.codec_quality import compare, default_levels, reconstructions
 from audiolm.eval.ladder import held_out
@@ -29,15 +29,15 @@ def measure_codec(config: dict[str, Any], inputs: dict[str, Any], out: Any) -> d
     """Step function. config: figures (config.CodecFigures), corpus, cluster; inputs: manifest, codec. Returns the main
     figures, flat. Raises ValueError where nothing is held out."""
     began, cluster = time.monotonic(), config["cluster"]
-    device = device_of(cluster, out.inline)
+    device = cluster_device(cluster, out.inline)
     paths = {name: artifact.path for name, artifact in inputs.items()}
     item = (config["figures"], roots(config["corpus"]), paths, out.path, device)
-    table, = fan_out(codec_part, [item], out=out, cluster=cluster, unit="tables", gpu=device == "cuda")
+    table, = parallel_map(codec_part, [item], out=out, cluster=cluster, unit="tables", gpu=device == "cuda")
     store.put_json(store.join(out.path, "codec.json"), table)
     return {**flat_facts(table), "seconds": round(time.monotonic() - began, 3)}
 
 
-def codec_part(want: CodecFigures, source_roots: dict[str, str], paths: dict[str, str], folder: str,
+def codec_part(want: CodecMetricsConfig, source_roots: dict[str, str], paths: dict[str, str], folder: str,
                device: str) -> dict[str, Any]:
     """One task: the table at 1, Q', half and all levels, and the players' files."""
     codec = load_codec(paths["codec"], device)

@@ -16,15 +16,15 @@ import numpy as np
 import torch
 
 from audiolm import rng, store
-from audiolm.config.semantic import Sweep
+from audiolm.config.semantic import LayerSweepConfig
 from audiolm.data.clips import Clip, read_clips
-from audiolm.data.parallel import device_of, fan_out
+from audiolm.data.parallel import cluster_device, parallel_map
 from audiolm.data.sources import roots
 from audiolm.eval.metrics import abx
 from audiolm.eval.test_sets import audio_paths, groups_of, wav_of
 from audiolm.models import kmeans
 from audiolm.render import plots
-from audiolm.tokenizers.artifact import ArtefactError
+from audiolm.tokenizers.artifact import ArtifactError
 from audiolm.tokenizers.base import SAMPLE_RATE, SEMANTIC_HOP
 from audiolm.tokenizers.extractor import Extractor, Window, window_of
 from audiolm.tokenizers.kmeans_fit import MIN_STD, encode_frames, model_of, sample_shard
@@ -39,7 +39,7 @@ def checkpoints(build: str, device: str = "cpu") -> Iterator[tuple[int, Extracto
     config = store.get_json(store.join(build, "export", "config.json"))
     kept = [c for c in commits(build) if not c.get("pruned")]
     if config is None or "encoder" not in config or not kept:
-        raise ArtefactError(f"{build} is no finished masked_model build with checkpoints: give one that was trained here")
+        raise ArtifactError(f"{build} is no finished masked_model build with checkpoints: give one that was trained here")
     for commit in kept:
         state = checkpoint.load(build, commit, "model")
         weights = {name.partition("/encoder.")[2]: value for name, value in state.items()
@@ -70,7 +70,7 @@ def choose_layer(config: dict[str, Any], inputs: dict[str, Any], out: Any) -> di
 
     Raises ValueError where fewer than two speakers are held out or audio is missing."""
     sweep, judged, cluster = config["sweep"], config["abx"], config["cluster"]
-    model, manifest, device = model_of(inputs).path, inputs["manifest"].path, device_of(cluster, out.inline)
+    model, manifest, device = model_of(inputs).path, inputs["manifest"].path, cluster_device(cluster, out.inline)
     items = abx.read_items(judged.items)
     speakers = list(groups_of(items, judged.speakers, manifest, config["where"])[0].get("held_out", ()))
     if len(speakers) < 2:
@@ -82,7 +82,7 @@ def choose_layer(config: dict[str, Any], inputs: dict[str, Any], out: Any) -> di
     layers = _layers(sweep, config["layer"], load_extractor(model).layers)
 
     def spread(fn, tasks: list[tuple], unit: str) -> list:
-        return fan_out(fn, tasks, out=out, cluster=cluster, unit=unit, gpu=device == "cuda")
+        return parallel_map(fn, tasks, out=out, cluster=cluster, unit=unit, gpu=device == "cuda")
 
     rows = [*spread(score_mfcc, [(place,)], "floor"), *spread(score_layer, [(place, n) for n in layers], "layers")]
     best = sorted(rows[1:], key=_badness)[:sweep.top]
@@ -109,7 +109,7 @@ def choose_layer(config: dict[str, Any], inputs: dict[str, Any], out: Any) -> di
             "mfcc_across": floor["across"], "candidates": len(rows) - 1, "speakers": len(speakers)}
 
 
-def _layers(sweep: Sweep, layer: int | str, n: int) -> list[int]:
+def _layers(sweep: LayerSweepConfig, layer: int | str, n: int) -> list[int]:
     if layer != "auto":
         return [layer]
     wanted = list(sweep.layers or range(1, n + 1))

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 
 from audiolm import store
-from audiolm.config.external import SemanticFigures
+from audiolm.config.external import SemanticMetricsConfig
 from audiolm.data.audio import wav_bytes
 from audiolm.data.clips import Clip, read_clip, read_clips
-from audiolm.data.parallel import device_of, fan_out
+from audiolm.data.parallel import cluster_device, parallel_map
 from audiolm.data.sources import roots
 from audiolm.data.tokens import TokenStore
 from audiolm.eval.metrics import abx
@@ -44,7 +44,7 @@ def measure_semantic(config: dict[str, Any], inputs: dict[str, Any], out: Any) -
     Raises ValueError for an item's file without audio and for speakers without items."""
     began, cluster, want = time.monotonic(), config["cluster"], config["figures"]
     paths = {name: artifact.path for name, artifact in inputs.items()}
-    device = device_of(cluster, out.inline)
+    device = cluster_device(cluster, out.inline)
     groups, files, remarks = _item_files(want, paths["manifest"])
     aligned = "held_out" if groups.get("held_out") else "seen"
     tasks: dict[str, tuple] = {}
@@ -53,7 +53,7 @@ def measure_semantic(config: dict[str, Any], inputs: dict[str, Any], out: Any) -
     if groups and want.phones:
         tasks["phones"] = (phones_part, want.items, want.phones, groups[aligned], files, paths["kmeans"], out.path, device)
     tasks["tokens"] = (tokens_part, want, roots(config["corpus"]), paths, out.path, config["seed"])
-    results = fan_out(_part, list(tasks.values()), out=out, cluster=cluster, unit="parts", gpu=device == "cuda")
+    results = parallel_map(_part, list(tasks.values()), out=out, cluster=cluster, unit="parts", gpu=device == "cuda")
     found = dict(zip(tasks, results, strict=True))
     table = {**found["tokens"], "remarks": remarks, "absent": {}, "phones": found.get("phones"), "abx": None}
     if groups:
@@ -78,7 +78,7 @@ def _part(task, *arguments: Any) -> Any:
     return task(*arguments)
 
 
-def _item_files(want: SemanticFigures, manifest: str) -> tuple[Groups, dict[str, str], list[str]]:
+def _item_files(want: SemanticMetricsConfig, manifest: str) -> tuple[Groups, dict[str, str], list[str]]:
     """(the groups that have speakers, file id -> path of their audio, remarks); all empty without items."""
     if want.items is None:
         return {}, {}, []
@@ -168,7 +168,7 @@ def phone_table(frames_PK: np.ndarray, names: Sequence[str], speakers: list[str]
             "phones": [names[p] for p in phones], "phone_of": best, "picture": picture}
 
 
-def tokens_part(want: SemanticFigures, source_roots: dict[str, str], paths: Mapping[str, str], folder: str,
+def tokens_part(want: SemanticMetricsConfig, source_roots: dict[str, str], paths: Mapping[str, str], folder: str,
                 seed: int) -> dict[str, Any]:
     """One task: statistics of train and held-out clips, their drift, and the examples."""
     tokens = TokenStore(paths["semantic_tokens"])

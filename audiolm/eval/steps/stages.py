@@ -11,13 +11,13 @@ import time
 from typing import Any
 
 from audiolm import store
-from audiolm.config.lm import LM
-from audiolm.data.parallel import device_of, fan_out
+from audiolm.config.lm import LMConfig
+from audiolm.data.parallel import cluster_device, parallel_map
 from audiolm.data.sources import roots
 from audiolm.eval.ladder import held_out, ladder, seconds_within
 from audiolm.eval.metrics import likelihood
 from audiolm.generate.load import load
-from audiolm.generate.params import draws_of
+from audiolm.generate.params import params_from_config
 
 STAGES = ("lm_semantic", "lm_coarse", "lm_fine")
 BASELINES = ("unigram", "bigram", "fivegram", "previous", "below")
@@ -33,15 +33,15 @@ def run_evaluate(config: dict[str, Any], inputs: dict[str, Any], out: Any) -> di
     began = time.monotonic()
     paths = {name: artifact.path for name, artifact in inputs.items()}
     cluster = config["cluster"]
-    settings = {"lm": LM(), **{k: v for k, v in config.items() if k != "cluster"}}
+    settings = {"lm": LMConfig(), **{k: v for k, v in config.items() if k != "cluster"}}
     stages = [s for s in STAGES if s in paths]
     parts = ["ladder", *stages[::-1], "tokens"]  # the longest first
-    device = device_of(cluster, out.inline)
+    device = cluster_device(cluster, out.inline)
     items = [(part, settings, paths, out.path, device) for part in parts]
-    results = fan_out(evaluate_part, items, out=out, cluster=cluster, unit="parts", gpu=device == "cuda")
+    results = parallel_map(evaluate_part, items, out=out, cluster=cluster, unit="parts", gpu=device == "cuda")
     found = dict(zip(parts, results, strict=True))
     table = {"stages": {s: found[s]["figures"] for s in stages}, "tokens": found["tokens"],
-             "ladder": found["ladder"], "not_under": likelihood.not_under({s: found[s]["figures"] for s in stages}),
+             "ladder": found["ladder"], "not_under": likelihood.above_baseline({s: found[s]["figures"] for s in stages}),
              "conditioning": {s: found[s]["conditioning"] for s in stages if found[s]["conditioning"]}}
     store.put_json(store.join(out.path, "evaluate.json"), table)
     return {**flat_facts(table), "seconds": round(time.monotonic() - began, 3)}
@@ -57,7 +57,7 @@ def evaluate_part(part: str, config: dict[str, Any], paths: dict[str, str], fold
     lm, evaluate, source_roots = config["lm"], config["evaluate"], roots(config["corpus"])
     where = lm.fine.where if "lm_fine" in paths else lm.coarse.where
     samples = config["samples"]
-    system = load(paths, device, draws=draws_of(samples))
+    system = load(paths, device, draws=params_from_config(samples))
     clips = held_out(paths["manifest"], source_roots, evaluate.clips, seconds_within(system, evaluate.clip_s), where)
     return ladder(system, clips, samples.prompt_s, config["seed"], folder)
 

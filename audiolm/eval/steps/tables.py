@@ -1,6 +1,6 @@
 """Step `tables`: the paper's tables of the trained system, all that its data allow (paper IV).
 
-Leaves rows.json (eval.figures.Row) and heard.json ([{"group", "title", "file", "prompt_s"}], files below the build).
+Leaves rows.json (eval.results.Row) and heard.json ([{"group", "title", "file", "prompt_s"}], files below the build).
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ from typing import Any
 
 from audiolm import store
 from audiolm.config.pipeline import Pipeline
-from audiolm.config.run import Run
-from audiolm.config.semantic import Semantic
+from audiolm.config.run import RunConfig
+from audiolm.config.semantic import SemanticConfig
 from audiolm.eval.suites.run import run_suites
 
 
 def measure_tables(config: Mapping[str, Any], inputs: Mapping[str, Any], out: Any) -> dict[str, Any]:
     """Step function. config: tables, samples, evaluate, lm, abx, corpus, seed, cluster; inputs: manifest, kmeans,
     codec, both token stores, the stages and, where there are, residual and semantic_vocoder. Returns our figures by name."""
-    asked = Pipeline(run=Run(seed=config["seed"]), semantic=Semantic(abx=config["abx"]),
+    asked = Pipeline(run=RunConfig(seed=config["seed"]), semantic=SemanticConfig(abx=config["abx"]),
                      **{k: config[k] for k in ("cluster", "corpus", "samples", "evaluate", "lm", "tables")})
     steps = {name: artifact.path for name, artifact in inputs.items()}
     cache = store.join(out.path, "suites")

@@ -18,23 +18,23 @@ from audiolm import store
 from audiolm.data.clips import Clip
 from audiolm.data.tokens import run_starts
 from audiolm.eval.ladder import slug
-from audiolm.eval.results import Progress, Row, interval, unheard
+from audiolm.eval.results import Progress, Result, bootstrap_interval, no_progress
 from audiolm.eval.suites.base import ladder_clips, load_audiolm
 from audiolm.generate.audiolm import AudioLM
 from audiolm.lm.stages import FRAMES, SEMANTIC_HZ, Stage
-from audiolm.models.attention_maps import listen
+from audiolm.models.attention_maps import attention_maps
 from audiolm.models.transformer import Transformer
 from audiolm.render import plots
 
 if TYPE_CHECKING:
-    from audiolm.eval.suites.base import Ask
+    from audiolm.eval.suites.base import SuiteContext
 
 NEAR_S = 0.2
 TABLE = "stage 2's attention"
 
 
-def listening(lm: AudioLM, clips: Sequence[tuple[Clip, np.ndarray]], folder: str, seed: int = 0,
-              progress: Progress = unheard) -> tuple[list[Row], list[str]]:
+def attention_results(lm: AudioLM, clips: Sequence[tuple[Clip, np.ndarray]], folder: str, seed: int = 0,
+              progress: Progress = no_progress) -> tuple[list[Result], list[str]]:
     """Rows of the share of the attention to the prefix that lies near what is spoken, over all layers and of each; beside it
     even attention, and how much of all attention the prefix has. Leaves and names a picture a clip, {folder}/attention/.
 
@@ -61,7 +61,7 @@ def listening(lm: AudioLM, clips: Sequence[tuple[Clip, np.ndarray]], folder: str
                ("all layers", "attention to the prefix, of all, %", prefix_CL.mean(1), "ours")]
     figures += [(f"layer {i + 1}", metric, near_CL[:, i], "ours") for i in range(near_CL.shape[1])]
     took = time.monotonic() - began
-    return [Row(TABLE, item, metric, *interval(100 * values, names, seed), len(names), "clips", role, seconds=took)
+    return [Result(TABLE, item, metric, *bootstrap_interval(100 * values, names, seed), len(names), "clips", role, seconds=took)
             for item, metric, values, role in figures], files
 
 
@@ -71,7 +71,7 @@ def prefix_attention(model: Transformer, stage: Stage, z_T: np.ndarray, codes_TQ
     the codes before. Raises ValueError for codes that are not the stage's."""
     prompt, targets = stage.prompt(z_T), stage.targets(codes_TQ)  # BOS z... SEP, which predicts the first code
     ids_T = torch.from_numpy(np.concatenate([prompt, targets])[:-1]).to(device)
-    return np.stack([share_TT[len(prompt) - 1:, 1:len(prompt) - 1].cpu().numpy() for share_TT, _ in listen(model, ids_T)])
+    return np.stack([share_TT[len(prompt) - 1:, 1:len(prompt) - 1].cpu().numpy() for share_TT, _ in attention_maps(model, ids_T)])
 
 
 def spans_of(stage: Stage, z_T: np.ndarray) -> np.ndarray:
@@ -87,12 +87,11 @@ def near_prefix(stage: Stage, z_T: np.ndarray, targets: int) -> np.ndarray:
     return (spans_S2[:, 0] < middle_N1 + NEAR_S) & (spans_S2[:, 1] > middle_N1 - NEAR_S)
 
 
-def attention_suite(ask: Ask) -> list[Row]:
+def attention_suite(ask: SuiteContext) -> list[Result]:
     """Where stage 2 looks among the semantic tokens."""
-    from audiolm.eval.suites.attention import listening
 
     lm, clips = load_audiolm(ask), ladder_clips(ask)
-    rows, pictures = listening(lm, clips, ask.folder, ask.config.run.seed, ask.out.progress)
+    rows, pictures = attention_results(lm, clips, ask.folder, ask.config.run.seed, ask.out.progress)
     store.put_json(store.join(ask.folder, "sounds.json"), [
         {"group": "Stage 2's attention over the semantic tokens", "title": name.rsplit("/", 1)[-1].removesuffix(".png"),
          "file": name, "prompt_s": None} for name in pictures])

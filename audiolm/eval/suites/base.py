@@ -1,4 +1,4 @@
-"""The paper's tables and what stands beside them, as suites of `eval.suites`: choose items, make the sounds, judge them.
+"""The paper's tables and what stands beside them, as suites of `eval.suites.run`: choose items, make the sounds, judge them.
 
 Sounds are made once for all suites, as tasks, in `sounds/` beside the suites' folders; the items of each are frozen in its
 folder.  Counts and places are the config's section `tables`.
@@ -15,19 +15,19 @@ import numpy as np
 from audiolm import store
 from audiolm.config.pipeline import Pipeline
 from audiolm.data.audio import wav_bytes
-from audiolm.data.parallel import fan_out
+from audiolm.data.parallel import parallel_map
 from audiolm.data.sources import roots
 from audiolm.eval import generated, test_sets
-from audiolm.eval.results import Row
+from audiolm.eval.results import Result
 from audiolm.eval.steps.stages import evaluate_part
-from audiolm.generate.params import draws_of
+from audiolm.generate.params import params_from_config
 from audiolm.tokenizers.base import SAMPLE_RATE
 
 if TYPE_CHECKING:
     from audiolm.generate.audiolm import AudioLM
 
 @dataclass(frozen=True)
-class Ask:
+class SuiteContext:
     """What a suite is asked: the system's steps (folders), the run's config, where it may write, the device, and `out`, which
     fan_out reports to."""
 
@@ -42,12 +42,12 @@ class Ask:
         cfg = self.config
         settings = {"evaluate": cfg.evaluate, "samples": cfg.samples, "lm": cfg.lm, "corpus": cfg.corpus, "seed": cfg.run.seed}
         items = [(part, settings, dict(self.steps), self.folder, self.device) for part in names]
-        return fan_out(evaluate_part, items, out=self.out, cluster=cfg.cluster, unit="parts", gpu=self.device == "cuda")
+        return parallel_map(evaluate_part, items, out=self.out, cluster=cfg.cluster, unit="parts", gpu=self.device == "cuda")
 
 
 @dataclass(frozen=True)
-class Report:
-    rows: list[Row]
+class SuiteReport:
+    rows: list[Result]
     sounds: list[dict]  # file: whole path
     folder: str
 
@@ -56,33 +56,33 @@ PLAYED = 2  # clips of each mode that can be heard
 LEAST_S = 2.0  # of a clip that is continued
 
 
-def longest_clip_s(ask: Ask) -> float:
+def longest_clip_s(ask: SuiteContext) -> float:
     return min(test_sets.MOST_S, generated.longest_s(ask.steps))
 
 
-def clips_to_continue(ask: Ask) -> list:
+def clips_to_continue(ask: SuiteContext) -> list:
     cfg, most_s = ask.config, longest_clip_s(ask)
     least_s = min(cfg.samples.prompt_s + LEAST_S, most_s)
     return test_sets.to_continue(ask.steps["manifest"], cfg.tables.continued, cfg.run.seed, least_s)
 
 
-def samples_for(ask: Ask, name: str, choose: Callable[[], Sequence], modes: Mapping[str, int]) -> list[generated.Made]:
+def samples_for(ask: SuiteContext, name: str, choose: Callable[[], Sequence], modes: Mapping[str, int]) -> list[generated.Sample]:
     """The sounds of some modes of the clips, which `name` keeps by id."""
     cfg, folder = ask.config, sibling_folder(ask, "sounds")
     chosen = test_sets.frozen(store.join(ask.folder, f"{name}.json"), ask.steps["manifest"], choose)
     clips = test_sets.read(chosen, roots(cfg.corpus), longest_clip_s(ask))
     if "lm_fine" not in ask.steps:  # all levels are coarse: nothing stands between codec and coarse stage
         modes = {mode: n for mode, n in modes.items() if mode not in ("levels", "fine")}
-    wanted, draws = generated.plan(clips, modes, cfg.samples.prompt_s), draws_of(cfg.samples)
+    wanted, draws = generated.plan_samples(clips, modes, cfg.samples.prompt_s), params_from_config(cfg.samples)
     how = (folder, cfg.run.seed, ask.device, draws)
-    tasks = generated.missing(ask.steps, clips, wanted, folder, cfg.run.seed, draws)
+    tasks = generated.missing_batches(ask.steps, clips, wanted, folder, cfg.run.seed, draws)
     if tasks:
-        fan_out(generated.make_batch, [(dict(ask.steps), *task, *how) for task in tasks], out=ask.out, cluster=cfg.cluster,
+        parallel_map(generated.make_sample_batch, [(dict(ask.steps), *task, *how) for task in tasks], out=ask.out, cluster=cfg.cluster,
                 unit="batches of sounds", gpu=ask.device == "cuda")
-    return generated.make(ask.steps, clips, wanted, *how)
+    return generated.make_samples(ask.steps, clips, wanted, *how)
 
 
-def save_players(ask: Ask, made: Sequence[generated.Made]) -> None:
+def save_players(ask: SuiteContext, made: Sequence[generated.Sample]) -> None:
     """Leaves some clips' sounds to listen to."""
     heard = list(dict.fromkeys(m.wanted.clip for m in made))[:PLAYED]
     entries = []
@@ -91,22 +91,22 @@ def save_players(ask: Ask, made: Sequence[generated.Made]) -> None:
             mode, file = m.wanted.mode, f"wav/{len(entries)}.wav"
             store.put(store.join(ask.folder, file), wav_bytes(np.asarray(m.wav_T)))
             prompt_s = m.wanted.prompt / SAMPLE_RATE if mode == "continuation" else None
-            entries.append({"group": generated.ITEMS[mode], "title": f"{m.wanted.clip} {m.wanted.number + 1}", "file": file,
+            entries.append({"group": generated.LABELS[mode], "title": f"{m.wanted.clip} {m.wanted.number + 1}", "file": file,
                             "prompt_s": prompt_s})
     store.put_json(store.join(ask.folder, "sounds.json"), entries)
 
 
-def sibling_folder(ask: Ask, name: str) -> str:
+def sibling_folder(ask: SuiteContext, name: str) -> str:
     return store.join(ask.folder.rsplit("/", 1)[0], name)
 
 
-def load_audiolm(ask: Ask) -> AudioLM:
+def load_audiolm(ask: SuiteContext) -> AudioLM:
     from audiolm.generate.load import load
 
-    return load(ask.steps, ask.device, draws=draws_of(ask.config.samples))
+    return load(ask.steps, ask.device, draws=params_from_config(ask.config.samples))
 
 
-def ladder_clips(ask: Ask) -> list:
+def ladder_clips(ask: SuiteContext) -> list:
     from audiolm.eval.ladder import held_out
 
     cfg = ask.config

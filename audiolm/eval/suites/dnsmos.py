@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from audiolm.eval.generated import ITEMS, Made, by_item, white_noise
+from audiolm.eval.generated import LABELS, Sample, by_item, white_noise
 from audiolm.eval.models import onnx
-from audiolm.eval.results import Progress, Row, interval, not_measured, unheard
+from audiolm.eval.results import Progress, Result, bootstrap_interval, no_progress, not_measured
 from audiolm.eval.suites.base import clips_to_continue, samples_for
 from audiolm.tokenizers.base import SAMPLE_RATE
 
 if TYPE_CHECKING:
-    from audiolm.eval.suites.base import Ask
+    from audiolm.eval.suites.base import SuiteContext
 
 PLAN = {"original": 1, "resynthesis": 1, "acoustic": 1, "continuation": 1}  # for `generated.plan`
 ROLES = {"original": "ceiling", "resynthesis": "ceiling", "acoustic": "ours", "continuation": "ours"}
@@ -34,10 +34,10 @@ TO_MARKS = {"speech": (-0.08397278, 1.22083953, 0.0052439), "background": (-0.13
 Judge = Callable[[np.ndarray], tuple[float, float, float]]
 
 
-def dnsmos_rows(made: Sequence[Made], seed: int = 0, progress: Progress = unheard) -> list[Row]:
+def dnsmos_results(made: Sequence[Sample], seed: int = 0, progress: Progress = no_progress) -> list[Result]:
     """Marks of each mode. Without the package the rows say so."""
-    if why := onnx.lacking("speechmos", 'pip install "audiolm[eval]"'):
-        return [not_measured("DNSMOS", ITEMS[mode], METRICS[0], why) for mode in ROLES]
+    if why := onnx.missing_dependency("speechmos", 'pip install "audiolm[eval]"'):
+        return [not_measured("DNSMOS", LABELS[mode], METRICS[0], why) for mode in ROLES]
     own = by_item(made, ROLES, FLOOR)
     mark, rows, done, total = judge(), [], 0, sum(len(sounds) for _, sounds in own.values())
     for item, (role, sounds) in own.items():
@@ -47,7 +47,7 @@ def dnsmos_rows(made: Sequence[Made], seed: int = 0, progress: Progress = unhear
             progress(done := done + 1, total, "sounds")
         spent = (time.monotonic() - began) / len(METRICS)
         for metric, values in zip(METRICS, zip(*marks, strict=True), strict=False):
-            rows.append(Row("DNSMOS", item, metric, *interval(values, [m.wanted.clip for m in sounds], seed), len(sounds),
+            rows.append(Result("DNSMOS", item, metric, *bootstrap_interval(values, [m.wanted.clip for m in sounds], seed), len(sounds),
                             "sounds", role, seconds=spent, note="by speechmos"))
     return rows
 
@@ -77,9 +77,9 @@ def in_noise(wav_T: np.ndarray, seed: int, clip: str) -> np.ndarray:
     return (noisy_T / max(1.0, np.abs(noisy_T).max())).astype(np.float32)
 
 
-def dnsmos_suite(ask: Ask) -> list[Row]:
+def dnsmos_suite(ask: SuiteContext) -> list[Result]:
     """A network's marks for the sound."""
     from audiolm.eval.suites import dnsmos as marks
 
     made = samples_for(ask, "continued", lambda: clips_to_continue(ask), marks.PLAN)
-    return marks.dnsmos_rows(made, ask.config.run.seed, ask.out.progress)
+    return marks.dnsmos_results(made, ask.config.run.seed, ask.out.progress)

@@ -8,11 +8,11 @@ were not measured are.  sounds.json: [{"group", "title", "file" (below the suite
 from __future__ import annotations
 
 from audiolm import store
-from audiolm.eval.results import Row, not_measured
-from audiolm.eval.suites.base import Ask
+from audiolm.eval.results import Result, not_measured
+from audiolm.eval.suites.base import SuiteContext
 
 
-def ladder_suite(ask: Ask) -> list[Row]:
+def ladder_suite(ask: SuiteContext) -> list[Result]:
     """The stage ladder's mel distances, and its sound."""
     metric = "mel distance, nats"
     if missing := [s for s in ("kmeans", "codec", "semantic_tokens", "lm_semantic", "lm_coarse") if s not in ask.steps]:
@@ -20,5 +20,5 @@ def ladder_suite(ask: Ask) -> list[Row]:
     (rungs,) = ask.parts(["ladder"])
     sounds = [{"group": r["rung"], "title": f["clip"], "file": f["file"], "prompt_s": None} for r in rungs for f in r["files"]]
     store.put_json(store.join(ask.folder, "sounds.json"), sounds)
-    return [Row("ladder", r["rung"], metric, r["mel"], n=len(r["files"]),
+    return [Result("ladder", r["rung"], metric, r["mel"], n=len(r["files"]),
                 role="ceiling" if r["rung"].startswith("codec") else "ours") for r in rungs if r["rung"] != "original"]

@@ -10,31 +10,31 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from audiolm.eval.results import BASELINES, NAMES, Row, not_measured
+from audiolm.eval.results import BASELINE_TITLES, STAGE_TITLES, Result, not_measured
 from audiolm.eval.steps.stages import STAGES
-from audiolm.eval.suites.base import Ask
+from audiolm.eval.suites.base import SuiteContext
 
 
-def losses_suite(ask: Ask) -> list[Row]:
+def losses_suite(ask: SuiteContext) -> list[Result]:
     """Losses beside baselines, and what another clip's prefix costs."""
     there = [s for s in STAGES if s in ask.steps]
-    rows = [not_measured("losses", NAMES[s], "nats per token", f"the run has not finished {s} yet")
+    rows = [not_measured("losses", STAGE_TITLES[s], "nats per token", f"the run has not finished {s} yet")
             for s in STAGES[:2] if s not in there]
     levels = []
     for name, found in zip(there, ask.parts(there), strict=True):
-        rows += _loss_rows("losses", NAMES[name], found["figures"])
+        rows += _loss_rows("losses", STAGE_TITLES[name], found["figures"])
         for figures in found["figures"].get("levels") or ():
-            levels += _loss_rows("levels", f"{NAMES[name]}, level {figures['level']}", figures)
+            levels += _loss_rows("levels", f"{STAGE_TITLES[name]}, level {figures['level']}", figures)
         if used := found["conditioning"]:
-            rows += [Row("conditioning", NAMES[name], "nats per token", used["true"], n=used.get("rows", 0), of="rows"),
-                     Row("conditioning", f"{NAMES[name]}: another clip's prefix", "nats per token", used["shuffled"],
+            rows += [Result("conditioning", STAGE_TITLES[name], "nats per token", used["true"], n=used.get("rows", 0), of="rows"),
+                     Result("conditioning", f"{STAGE_TITLES[name]}: another clip's prefix", "nats per token", used["shuffled"],
                          n=used.get("rows", 0), of="rows", role="floor")]
     return [*(r for r in rows if r.table == "losses"), *(r for r in rows if r.table != "losses"), *levels]
 
 
-def _loss_rows(table: str, item: str, figures: Mapping[str, Any]) -> list[Row]:
+def _loss_rows(table: str, item: str, figures: Mapping[str, Any]) -> list[Result]:
     """A loss and what counting tells of the same tokens."""
     n = figures.get("tokens", 0)
-    return [Row(table, item, "nats per token", figures["loss"], n=n, of="tokens"),
-            *(Row(table, f"{item}: {title}", "nats per token", figures[base], n=n, of="tokens", role="baseline")
-              for base, title in BASELINES.items() if base != "baseline" and figures.get(base) is not None)]
+    return [Result(table, item, "nats per token", figures["loss"], n=n, of="tokens"),
+            *(Result(table, f"{item}: {title}", "nats per token", figures[base], n=n, of="tokens", role="baseline")
+              for base, title in BASELINE_TITLES.items() if base != "baseline" and figures.get(base) is not None)]

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from audiolm.eval.generated import ITEMS, Made, by_item, white_noise
+from audiolm.eval.generated import LABELS, Sample, by_item, white_noise
 from audiolm.eval.models import onnx
-from audiolm.eval.results import Progress, Row, interval, not_measured, unheard
+from audiolm.eval.results import Progress, Result, bootstrap_interval, no_progress, not_measured
 from audiolm.eval.suites.base import clips_to_continue, samples_for
 from audiolm.tokenizers.base import SAMPLE_RATE
 
 if TYPE_CHECKING:
-    from audiolm.eval.suites.base import Ask
+    from audiolm.eval.suites.base import SuiteContext
 
 PLAN = {"original": 1, "resynthesis": 1, "continuation": 1}  # for `generated.plan`
 ROLES = {"original": "ceiling", "resynthesis": "ceiling", "continuation": "ours"}
@@ -35,10 +35,10 @@ LOWEST = 21  # MIDI number of the first of 88 keys
 Transcribe = Callable[[np.ndarray], list[tuple[float, int]]]  # wav_T -> (start in seconds, MIDI number) of each note
 
 
-def note_rows(made: Sequence[Made], seed: int = 0, progress: Progress = unheard) -> list[Row]:
+def note_results(made: Sequence[Sample], seed: int = 0, progress: Progress = no_progress) -> list[Result]:
     """Statistics of each mode; a sound without notes counts in their number alone. Without the package the rows say so."""
-    if why := onnx.lacking("basic_pitch", INSTALL):
-        return [not_measured("Notes", ITEMS[mode], metric, why) for metric in METRICS for mode in ROLES]
+    if why := onnx.missing_dependency("basic_pitch", INSTALL):
+        return [not_measured("Notes", LABELS[mode], metric, why) for metric in METRICS for mode in ROLES]
     own = by_item(made, ROLES, NOISE)
     transcribe, rows, done, total = transcriber(), [], 0, sum(len(sounds) for _, sounds in own.values())
     for item, (role, sounds) in own.items():
@@ -57,7 +57,7 @@ def note_rows(made: Sequence[Made], seed: int = 0, progress: Progress = unheard)
         for metric, column in zip(METRICS, columns, strict=True):
             if column:
                 clips, values = zip(*column, strict=True)
-                rows.append(Row("Notes", item, metric, *interval(values, clips, seed), len(values), "sounds", role,
+                rows.append(Result("Notes", item, metric, *bootstrap_interval(values, clips, seed), len(values), "sounds", role,
                                 seconds=spent, note="by basic-pitch"))
             elif item != NOISE:
                 rows.append(not_measured("Notes", item, metric, "no notes were heard"))
@@ -94,8 +94,7 @@ def notes_in(onset_TP: np.ndarray, sounding_TP: np.ndarray) -> list[tuple[float,
             if len(held := sounding_TP[t + 1:t + 1 + n, p]) == n and (held >= SOUNDING).mean() > 0.5]
 
 
-def notes_suite(ask: Ask) -> list[Row]:
+def notes_suite(ask: SuiteContext) -> list[Result]:
     """Piano: what is played, in figures."""
-    from audiolm.eval.suites.notes import PLAN, note_rows
 
-    return note_rows(samples_for(ask, "continued", lambda: clips_to_continue(ask), PLAN), ask.config.run.seed, ask.out.progress)
+    return note_results(samples_for(ask, "continued", lambda: clips_to_continue(ask), PLAN), ask.config.run.seed, ask.out.progress)

@@ -17,10 +17,10 @@ from typing import Any
 from audiolm import store
 from audiolm.config.pipeline import Pipeline
 from audiolm.dag.run_index import SYSTEM_STEPS
-from audiolm.data.parallel import device_of
-from audiolm.eval.results import Row, not_measured
+from audiolm.data.parallel import cluster_device
+from audiolm.eval.results import Result, not_measured
 from audiolm.eval.suites.attention import attention_suite
-from audiolm.eval.suites.base import Ask, Report
+from audiolm.eval.suites.base import SuiteContext, SuiteReport
 from audiolm.eval.suites.detector import detector_suite
 from audiolm.eval.suites.dnsmos import dnsmos_suite
 from audiolm.eval.suites.frechet import frechet_suite
@@ -34,23 +34,23 @@ from audiolm.eval.suites.tokens import tokens_suite
 from audiolm.eval.suites.wer import wer_suite
 from audiolm.eval.suites.zerospeech import zerospeech_suite
 
-TABLE_SUITES: dict[str, Callable[[Any], list[Row]]] = {
+TABLE_SUITES: dict[str, Callable[[Any], list[Result]]] = {
     "abx": tokens_suite, "wer": wer_suite, "speakers": speakers_suite, "detector": detector_suite, "likelihood": zerospeech_suite,
     "attention": attention_suite, "temperatures": temperatures_suite, "fad": frechet_suite, "dnsmos": dnsmos_suite, "text": text_suite, "notes": notes_suite}
 OPTIONAL = ("dnsmos", "text", "notes")  # slow, or for some corpora: run where they are named
 NEEDS = {**dict.fromkeys(TABLE_SUITES, SYSTEM_STEPS), "abx": ("kmeans", "codec"),
          "likelihood": ("kmeans", "semantic_tokens", "lm_semantic")}
-SUITES: dict[str, Callable[[Ask], list[Row]]] = {"stages": losses_suite, "ladder": ladder_suite, **TABLE_SUITES}
+SUITES: dict[str, Callable[[SuiteContext], list[Result]]] = {"stages": losses_suite, "ladder": ladder_suite, **TABLE_SUITES}
 DEFAULT = tuple(name for name in SUITES if name not in OPTIONAL)
 HEARD = SUITES.keys() - {"stages", "abx", "likelihood"}  # those that choose clips of a manifest
 
 
 def run_suites(steps: Mapping[str, str], names: Sequence[str], folder: str, config: Pipeline, out: Any, *, cache: str,
-         manifest: str | None = None) -> Report:
+         manifest: str | None = None) -> SuiteReport:
     """The same without the page."""
     names = check_names(names) or DEFAULT
-    device, rows, sounds = device_of(config.cluster, out.inline), [], []
-    ask = Ask(steps, config, "", device, out)
+    device, rows, sounds = cluster_device(config.cluster, out.inline), [], []
+    ask = SuiteContext(steps, config, "", device, out)
     for name in names:
         its = {**steps, "manifest": manifest} if manifest and name in HEARD else steps
         where = store.join(cache, f"{name}-{_digest(name, its, config)}")
@@ -58,7 +58,7 @@ def run_suites(steps: Mapping[str, str], names: Sequence[str], folder: str, conf
         rows += found
         sounds += [{**s, "file": store.join(where, s["file"])} for s in heard]
     store.put_json(store.join(folder, "rows.json"), [r.to_json() for r in rows])
-    return Report(rows, sounds, folder)
+    return SuiteReport(rows, sounds, folder)
 
 
 def check_names(names: Sequence[str]) -> list[str]:
@@ -77,7 +77,7 @@ def _digest(name: str, steps: Mapping[str, str], config: Pipeline) -> str:
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _cached(name: str, ask: Ask) -> tuple[list[Row], list[dict]]:
+def _cached(name: str, ask: SuiteContext) -> tuple[list[Result], list[dict]]:
     if missing := [s for s in NEEDS.get(name, ()) if s not in ask.steps]:
         return [not_measured(name, name, "–", f"the run has not finished {', '.join(missing)} yet")], []
     kept = store.get_json(store.join(ask.folder, "rows.json"))
@@ -92,5 +92,5 @@ def _cached(name: str, ask: Ask) -> tuple[list[Row], list[dict]]:
         if all(r.value is not None for r in rows):
             store.put_json(store.join(ask.folder, "rows.json"), [r.to_json() for r in rows])  # last
     else:
-        rows = [Row(**r) for r in kept]
+        rows = [Result(**r) for r in kept]
     return rows, store.get_json(store.join(ask.folder, "sounds.json")) or []

@@ -17,15 +17,15 @@ import numpy as np
 
 from audiolm import rng
 from audiolm.eval import test_sets
-from audiolm.eval.generated import ITEMS, Made, Progress
+from audiolm.eval.generated import LABELS, Progress, Sample
 from audiolm.eval.models import speaker as embedding
 from audiolm.eval.models.convnet import Settings, log_probs, trained
-from audiolm.eval.results import Row, interval, not_measured
+from audiolm.eval.results import Result, bootstrap_interval, not_measured
 from audiolm.eval.suites.base import longest_clip_s, samples_for, save_players, sibling_folder
 from audiolm.tokenizers.base import SAMPLE_RATE
 
 if TYPE_CHECKING:
-    from audiolm.eval.suites.base import Ask
+    from audiolm.eval.suites.base import SuiteContext
 
 LEARN = {"original": 1, "resynthesis": 1}  # for `generated.plan`, of the training utterances
 PLAN = {"original": 1, "resynthesis": 1, "levels": 1, "fine": 1, "acoustic": 1, "continuation": 1}  # of the tested ones
@@ -38,15 +38,15 @@ LEAST_S = 0.5  # a shorter stretch tells nobody
 ACCURACY, COSINE = "speaker accuracy %", "speaker cosine to the prompt"
 
 
-def table3(learn: Sequence[Made], made: Sequence[Made], folder: str, settings: Settings = SETTINGS, device: str = "cpu",
-           seed: int = 0, progress: Progress | None = None) -> list[Row]:
+def table3(learn: Sequence[Sample], made: Sequence[Sample], folder: str, settings: Settings = SETTINGS, device: str = "cpu",
+           seed: int = 0, progress: Progress | None = None) -> list[Result]:
     """`learn`: the classifier's sounds; `made`: the judged ones, with the original of each clip; `folder`: where classifiers
     are kept. Raises ValueError for a judged speaker who is not learned and an utterance that is in both."""
     return [*accuracy(learn, made, folder, settings, device, seed, progress), *similarity(made, device, seed)]
 
 
-def accuracy(learn: Sequence[Made], made: Sequence[Made], folder: str, settings: Settings = SETTINGS, device: str = "cpu",
-             seed: int = 0, progress: Progress | None = None) -> list[Row]:
+def accuracy(learn: Sequence[Sample], made: Sequence[Sample], folder: str, settings: Settings = SETTINGS, device: str = "cpu",
+             seed: int = 0, progress: Progress | None = None) -> list[Result]:
     """The classifier's rows, chance last."""
     names = sorted({m.wanted.speaker for m in learn})
     if unknown := sorted({m.wanted.speaker for m in made} - set(names)):
@@ -66,17 +66,17 @@ def accuracy(learn: Sequence[Made], made: Sequence[Made], folder: str, settings:
         began = time.monotonic()
         right = [100.0 * (log_probs(net, m.after_T).argmax() == number[m.wanted.speaker]) for m in own]
         seconds, spent = spent + time.monotonic() - began, 0.0  # the first row has the training
-        value, low, high = interval(right, [m.wanted.speaker for m in own], seed)
-        table.append(Row("III", ITEMS[mode], ACCURACY, value, low, high, len(own), "sounds", role, PAPER.get(mode), seconds,
+        value, low, high = bootstrap_interval(right, [m.wanted.speaker for m in own], seed)
+        table.append(Result("III", LABELS[mode], ACCURACY, value, low, high, len(own), "sounds", role, PAPER.get(mode), seconds,
                          f"{len(names)} speakers, {len({m.wanted.speaker for m in own})} of them judged"))
-    return [*table, Row("III", "chance", ACCURACY, 100 / len(names), n=len(names), of="speakers", role="floor",
+    return [*table, Result("III", "chance", ACCURACY, 100 / len(names), n=len(names), of="speakers", role="floor",
                         paper=PAPER_CHANCE)]
 
 
-def similarity(made: Sequence[Made], device: str = "cpu", seed: int = 0) -> list[Row]:
+def similarity(made: Sequence[Sample], device: str = "cpu", seed: int = 0) -> list[Result]:
     """Mean cosine of the judged stretch and the prompt as recorded; the floor is another speaker's original."""
-    if why := embedding.lacking():
-        return [not_measured("III", ITEMS[mode], COSINE, why) for mode in ROLES]
+    if why := embedding.missing_dependency():
+        return [not_measured("III", LABELS[mode], COSINE, why) for mode in ROLES]
     embed, table = embedding.embedder(device), []
     originals = _judged(made, "original")
     prompt = {m.wanted.clip: embed(m.wav_T[:m.wanted.prompt]) for m in originals}
@@ -88,7 +88,7 @@ def similarity(made: Sequence[Made], device: str = "cpu", seed: int = 0) -> list
         if own:
             values = [float(prompt[m.wanted.clip] @ (voices[m.wanted.clip][1] if mode == "original" else embed(m.after_T)))
                       for m in own]
-            table.append(_cosine(ITEMS[mode], values, [m.wanted.speaker for m in own], role, seed, time.monotonic() - began))
+            table.append(_cosine(LABELS[mode], values, [m.wanted.speaker for m in own], role, seed, time.monotonic() - began))
     pairs, speakers = [], []
     for i, m in enumerate(originals):
         others = [v for speaker, v in voices.values() if speaker != m.wanted.speaker]
@@ -98,16 +98,16 @@ def similarity(made: Sequence[Made], device: str = "cpu", seed: int = 0) -> list
     return [*table, _cosine("another speaker", pairs, speakers, "floor", seed, 0.0)] if pairs else table
 
 
-def _judged(made: Sequence[Made], mode: str) -> list[Made]:
+def _judged(made: Sequence[Sample], mode: str) -> list[Sample]:
     return [m for m in made if m.wanted.mode == mode and len(m.after_T) >= LEAST_S * SAMPLE_RATE]
 
 
-def _cosine(item: str, values: Sequence[float], speakers: Sequence[str], role: str, seed: int, seconds: float) -> Row:
-    value, low, high = interval(np.asarray(values), speakers, seed)
-    return Row("III", item, COSINE, value, low, high, len(values), "sounds", role, seconds=seconds, note="by Resemblyzer")
+def _cosine(item: str, values: Sequence[float], speakers: Sequence[str], role: str, seed: int, seconds: float) -> Result:
+    value, low, high = bootstrap_interval(np.asarray(values), speakers, seed)
+    return Result("III", item, COSINE, value, low, high, len(values), "sounds", role, seconds=seconds, note="by Resemblyzer")
 
 
-def speakers_suite(ask: Ask) -> list[Row]:
+def speakers_suite(ask: SuiteContext) -> list[Result]:
     """Whether a continuation keeps its prompt's voice."""
     cfg, t = ask.config, ask.config.tables
     most_s = longest_clip_s(ask)

@@ -19,20 +19,20 @@ from audiolm import rng, store
 from audiolm.data.clips import Clip
 from audiolm.eval.ladder import continued, prompt_samples, saved, slug
 from audiolm.eval.metrics.audio_quality import mel_distance
-from audiolm.eval.results import Progress, Row, interval, unheard
+from audiolm.eval.results import Progress, Result, bootstrap_interval, no_progress
 from audiolm.eval.suites.base import ladder_clips, load_audiolm
 from audiolm.generate.audiolm import AudioLM, Sound
 from audiolm.tokenizers.base import ACOUSTIC_HOP
 
 if TYPE_CHECKING:
-    from audiolm.eval.suites.base import Ask
+    from audiolm.eval.suites.base import SuiteContext
 
 TEMPERATURES = (0.4, 0.6, 0.8, 1.0)
 TABLE = "temperatures"
 
 
 def sweep(lm: AudioLM, clips: Sequence[tuple[Clip, np.ndarray]], prompt_s: float, folder: str, seed: int = 0,
-          temperatures: Sequence[float] = TEMPERATURES, progress: Progress = unheard) -> tuple[list[Row], list[dict[str, Any]]]:
+          temperatures: Sequence[float] = TEMPERATURES, progress: Progress = no_progress) -> tuple[list[Result], list[dict[str, Any]]]:
     """Rows, and as eval.ladder gives them [{"rung", "mel", "files"}] with the wavs under {folder}/wav/; the same seeds at each
     temperature. `clips` as eval.ladder.held_out gives them, within the trained crops."""
     wavs, names = [wav for _, wav in clips], [clip.id for clip, _ in clips]
@@ -44,7 +44,7 @@ def sweep(lm: AudioLM, clips: Sequence[tuple[Clip, np.ndarray]], prompt_s: float
         took = time.monotonic() - began
         mel = [mel_distance(w[k:], s.wav_T[k:]) for w, s, k in zip(wavs, sounds, skip, strict=True)]
         share = [100 * distinct(s.codes_TQ[k // ACOUSTIC_HOP:, :q]) for s, k in zip(sounds, skip, strict=True)]
-        rows.extend(Row(TABLE, item, metric, *interval(values, names, seed), len(names), "clips", role, seconds=took)
+        rows.extend(Result(TABLE, item, metric, *bootstrap_interval(values, names, seed), len(names), "clips", role, seconds=took)
                     for metric, values in (("mel distance, nats", mel), ("distinct codes, %", share)))
         if skip is whole or role == "ours":
             files = saved(folder, f"t-{slug(item)}", clips, [s.wav_T for s in sounds])
@@ -72,9 +72,8 @@ def distinct(codes_TQ: np.ndarray) -> float:
     return float(np.mean([len(np.unique(level_T)) for level_T in codes_TQ.T]) / len(codes_TQ))
 
 
-def temperatures_suite(ask: Ask) -> list[Row]:
+def temperatures_suite(ask: SuiteContext) -> list[Result]:
     """How the sound changes with the temperature."""
-    from audiolm.eval.suites.temperatures import sweep
 
     cfg = ask.config
     rows, rungs = sweep(load_audiolm(ask), ladder_clips(ask), cfg.samples.prompt_s, ask.folder, cfg.run.seed,

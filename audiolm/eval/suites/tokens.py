@@ -18,14 +18,14 @@ import torch
 from audiolm.eval.codec_quality import COARSE_BITS_PER_S, decode, encode
 from audiolm.eval.metrics import abx
 from audiolm.eval.metrics.audio_quality import METRICS, Scorers, measure
-from audiolm.eval.results import Row, not_measured
+from audiolm.eval.results import Result, not_measured
 from audiolm.tokenizers.acoustic import AcousticTokenizer
 from audiolm.tokenizers.base import SAMPLE_RATE, Codec, Tokenizer
 from audiolm.tokenizers.residual import ResidualTokenizer
 from audiolm.tokenizers.vocoder import SemanticCodec
 
 if TYPE_CHECKING:
-    from audiolm.eval.suites.base import Ask
+    from audiolm.eval.suites.base import SuiteContext
 
 Say = Callable[[str], None]
 
@@ -65,7 +65,7 @@ def table1(sides: Sequence[Side], items: abx.Items, read: Callable[[str], np.nda
     si_sdr_db, mel, scored (None where there is none); "items", "clips", "seconds", "visqol", "absent" and "remarks".
 
     `read` gives wav_T of an item's file; `wavs` are what is decoded; `say` hears of progress.
-    Raises ValueError as eval.abx does, and where there is nothing to measure.
+    Raises ValueError as eval.metrics.abx does, and where there is nothing to measure.
     """
     if not sides or not len(wavs):
         raise ValueError("Table I needs tokens of one kind at least, and clips to decode")
@@ -157,7 +157,7 @@ def notes(table: Mapping[str, Any]) -> list[str]:
 PAPER_ABX = {"semantic": (6.7, 7.6, 1.1), "acoustic": (22.4, 28.7, 3.3), "acoustic, all": (17.8, 26.6, 3.9)}  # Table I
 
 
-def tokens_suite(ask: Ask) -> list[Row]:
+def tokens_suite(ask: SuiteContext) -> list[Result]:
     """ABX and quality of semantic and acoustic tokens, where the config names a triphone list (semantic.abx)."""
     wanted = ask.config.semantic.abx
     if wanted is None:
@@ -165,7 +165,6 @@ def tokens_suite(ask: Ask) -> list[Row]:
                              "semantic.abx={items: FILE, audio: [FOLDER]}")]
     from audiolm.eval.metrics import abx
     from audiolm.eval.metrics.audio_quality import scorers
-    from audiolm.eval.suites.tokens import acoustic_side, semantic_side, table1
     from audiolm.eval.test_sets import audio_paths, wav_of
     from audiolm.tokenizers.acoustic import load_codec
     from audiolm.tokenizers.residual import load_residual
@@ -189,7 +188,7 @@ def tokens_suite(ask: Ask) -> list[Row]:
         item = f"{line['tokens']}, {line['levels']} levels, {line['bits_per_s']:.0f} b/s"
         for mode, reference in zip(("within", "across"), paper, strict=False):
             low, high = line[f"interval_{mode}"] or (None, None)
-            rows.append(Row("I", item, f"ABX {mode} %", line[mode], low, high, found["items"], "triphones", paper=reference))
+            rows.append(Result("I", item, f"ABX {mode} %", line[mode], low, high, found["items"], "triphones", paper=reference))
         if line["visqol"] is not None:
-            rows.append(Row("I", item, "ViSQOL", line["visqol"], n=found["clips"], paper=paper[2]))
+            rows.append(Result("I", item, "ViSQOL", line["visqol"], n=found["clips"], paper=paper[2]))
     return rows

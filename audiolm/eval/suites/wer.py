@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from audiolm.eval import test_sets
-from audiolm.eval.generated import ITEMS, Made, Progress, Wanted
+from audiolm.eval.generated import LABELS, Progress, Sample, SampleSpec
 from audiolm.eval.models import asr as recognisers
-from audiolm.eval.results import Row, interval, not_measured
+from audiolm.eval.results import Result, bootstrap_interval, not_measured
 from audiolm.eval.suites.base import longest_clip_s, samples_for, save_players
 
 if TYPE_CHECKING:
-    from audiolm.eval.suites.base import Ask
+    from audiolm.eval.suites.base import SuiteContext
 
 PLAN = {"original": 1, "resynthesis": 1, "levels": 1, "fine": 1, "acoustic": 3, "shuffled": 1}  # for `generated.plan`
 ROLES = {"original": "ceiling", "resynthesis": "ceiling", "levels": "ceiling", "fine": "ours", "acoustic": "ours",
@@ -30,22 +30,22 @@ PAPER = {"original": (0.8, 2.5), "resynthesis": (0.9, 2.6), "acoustic": (3.4, 6.
 class Said:
     """What was heard, beside the text, both normalised."""
 
-    wanted: Wanted
+    wanted: SampleSpec
     text: str
     said: str
     seconds: float
 
 
-def table2(made: Sequence[Made], asr: str | None = None, device: str = "cpu", seed: int = 0,
-           progress: Progress | None = None) -> list[Row]:
+def table2(made: Sequence[Sample], asr: str | None = None, device: str = "cpu", seed: int = 0,
+           progress: Progress | None = None) -> list[Result]:
     """CER and WER of each mode; `asr` as in `asr.recogniser`. Without its packages the rows say so."""
-    if why := recognisers.lacking(asr):
-        return [not_measured("II", ITEMS[mode], metric, why, paper) for mode in ROLES
+    if why := recognisers.missing_dependency(asr):
+        return [not_measured("II", LABELS[mode], metric, why, paper) for mode in ROLES
                 for metric, paper in zip(("CER %", "WER %"), PAPER.get(mode, (None, None)), strict=True)]
     return rows(transcribed(made, asr, device, progress), f"by {asr or f'Whisper {recognisers.DEFAULT}'}", seed)
 
 
-def transcribed(made: Sequence[Made], asr: str | None = None, device: str = "cpu",
+def transcribed(made: Sequence[Sample], asr: str | None = None, device: str = "cpu",
                 progress: Progress | None = None) -> list[Said]:
     """Every sound whose clip has a text, as the recogniser hears it. Raises ValueError where none has."""
     judged = [m for m in made if m.wanted.mode in ROLES and m.wanted.text and recognisers.normalise(m.wanted.text)]
@@ -61,7 +61,7 @@ def transcribed(made: Sequence[Made], asr: str | None = None, device: str = "cpu
     return found
 
 
-def rows(found: Sequence[Said], note: str = "", seed: int = 0) -> list[Row]:
+def rows(found: Sequence[Said], note: str = "", seed: int = 0) -> list[Result]:
     """The table, in the order of ROLES; modes of which there is no sound are left out."""
     table = []
     for mode, role in ROLES.items():
@@ -71,13 +71,13 @@ def rows(found: Sequence[Said], note: str = "", seed: int = 0) -> list[Row]:
         counts = list(zip(*(recognisers.errors(s.text, s.said) for s in own), strict=True))
         spent, papers = sum(s.seconds for s in own), PAPER.get(mode, (None, None))
         for metric, wrong, of, paper in (("CER %", *counts[2:], papers[0]), ("WER %", *counts[:2], papers[1])):
-            value, low, high = interval([100 * w / n for w, n in zip(wrong, of, strict=True)],
+            value, low, high = bootstrap_interval([100 * w / n for w, n in zip(wrong, of, strict=True)],
                                         [s.wanted.speaker for s in own], seed, of)
-            table.append(Row("II", ITEMS[mode], metric, value, low, high, len(own), "utterances", role, paper, spent, note))
+            table.append(Result("II", LABELS[mode], metric, value, low, high, len(own), "utterances", role, paper, spent, note))
     return table
 
 
-def wer_suite(ask: Ask) -> list[Row]:
+def wer_suite(ask: SuiteContext) -> list[Result]:
     """CER and WER of held-out utterances, of the codec, and of what is said from their semantic tokens."""
     cfg = ask.config
     made = samples_for(ask, "utterances", lambda: test_sets.with_text(ask.steps["manifest"], cfg.tables.utterances, cfg.run.seed,

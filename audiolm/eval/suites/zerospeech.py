@@ -22,11 +22,11 @@ import numpy as np
 import torch
 
 from audiolm import store
-from audiolm.config.corpus import Where
+from audiolm.config.corpus import ClipFilter
 from audiolm.data.audio import SAMPLE_RATE_HZ, decode, resample
 from audiolm.data.sources import AUDIO
 from audiolm.eval.metrics import likelihood, ngram
-from audiolm.eval.results import Progress, Row, interval, not_measured, unheard
+from audiolm.eval.results import Progress, Result, bootstrap_interval, no_progress, not_measured
 from audiolm.lm.batches import TokenBatches
 from audiolm.lm.loss import inputs_of, prepare
 from audiolm.lm.model import load_lm
@@ -35,7 +35,7 @@ from audiolm.tokenizers.encode import READERS, encode_batch, plan_batches
 from audiolm.tokenizers.semantic import load_semantic
 
 if TYPE_CHECKING:
-    from audiolm.eval.suites.base import Ask
+    from audiolm.eval.suites.base import SuiteContext
 
 BANDS = {"oov": 0, "1-5": 5, "6-20": 20, "21-100": 100, ">100": float("inf")}  # the most; ZeroSpeech's script has 5 in 6-20
 WORDS = ("is_word", "frequency", "frequency_band")  # columns that only words have
@@ -126,8 +126,8 @@ PAPER = {("words", "all", "mean"): 71.5, ("words", "in-vocab", "mean"): 83.7, ("
 HOW = {"mean": "per token", "sum": "sum"}
 
 
-def measure_probes(sets: Mapping[str, str], steps: Mapping[str, str], where: Where | None = None, seed: int = 0,
-                   device: str = "cpu", progress: Progress = unheard) -> list[Row]:
+def measure_probes(sets: Mapping[str, str], steps: Mapping[str, str], where: ClipFilter | None = None, seed: int = 0,
+                   device: str = "cpu", progress: Progress = no_progress) -> list[Result]:
     """Rows of Table IV for each set, {name: folder of a gold.csv}. steps: the folders of kmeans, lm_semantic (or one of its
     checkpoints), and manifest and semantic_tokens, whose train tokens the bigram counts; `where`: lm.semantic.where.
 
@@ -153,7 +153,7 @@ def measure_probes(sets: Mapping[str, str], steps: Mapping[str, str], where: Whe
 
 
 def hear(files: Sequence[str], tokenizer, device: str = "cpu",
-         progress: Progress = unheard) -> tuple[list[np.ndarray], np.ndarray]:
+         progress: Progress = no_progress) -> tuple[list[np.ndarray], np.ndarray]:
     """z_T of each file with silence around it, by batches of like lengths, and its own samples_F at 16 kHz."""
     codes: list[np.ndarray] = [np.empty(0, np.int64)] * len(files)
     samples, silence = np.zeros(len(files), np.int64), round(SILENCE_S * SAMPLE_RATE_HZ)
@@ -224,7 +224,7 @@ def bigram_scores(model: ngram.KneserNey, stage: Stage, rows: Sequence[np.ndarra
 
 
 def rows_of(name: str, probes: ProbeSet, sums: Mapping[str, np.ndarray], tokens: Sequence[int], samples_F: np.ndarray,
-            seed: int, seconds: float, note: str = "") -> list[Row]:
+            seed: int, seconds: float, note: str = "") -> list[Result]:
     """Rows from log-likelihoods sums_F of the recordings (right, wrong, right, ...), their numbers of tokens and samples."""
     pairs, parts, wins = probes.pairs, parts_of(probes.pairs), {}
     for judge, sums_F in sums.items():
@@ -235,13 +235,13 @@ def rows_of(name: str, probes: ProbeSet, sums: Mapping[str, np.ndarray], tokens:
     rows = []
     for (judge, how), wins_P in wins.items():
         for part, at in parts.items():
-            score, low, high = interval(*_by_pair(100 * wins_P[at], [pairs[i].id for i in at]), seed)
+            score, low, high = bootstrap_interval(*_by_pair(100 * wins_P[at], [pairs[i].id for i in at]), seed)
             paper = PAPER.get((probes.kind, part, how)) if judge == "stage 1" else None
             other = "other pairs than the paper's (ZeroSpeech 2021, dev)" if paper and not probes.official else ""
-            rows.append(Row("IV", f"{judge}, {HOW[how]}" if how else judge, f"{name}, {part} %", score, low, high,
+            rows.append(Result("IV", f"{judge}, {HOW[how]}" if how else judge, f"{name}, {part} %", score, low, high,
                             len({pairs[i].id for i in at}), "pairs", "ours" if judge == "stage 1" else "baseline", paper,
                             seconds, "; ".join(filter(None, (other, note if judge == "stage 1" else "")))))
-    return [*rows, Row("IV", "chance", f"{name}, all %", 50.0, n=len({p.id for p in pairs}), of="pairs", role="floor")]
+    return [*rows, Result("IV", "chance", f"{name}, all %", 50.0, n=len({p.id for p in pairs}), of="pairs", role="floor")]
 
 
 def parts_of(pairs: Sequence[Pair]) -> dict[str, list[int]]:
@@ -264,12 +264,11 @@ def _by_pair(values_P: np.ndarray, ids: Sequence[str]) -> tuple[np.ndarray, np.n
     return np.bincount(of, values_P) / np.bincount(of), names
 
 
-def zerospeech_suite(ask: Ask) -> list[Row]:
+def zerospeech_suite(ask: SuiteContext) -> list[Result]:
     """sWUGGY- and sBLIMP-style pairs, where the config names some (tables.probes)."""
     cfg = ask.config
     if not cfg.tables.probes:
         return [not_measured("IV", "stage 1", f"{name} %", "no pairs: name folders with a gold.csv, tables.probes="
                              f"{{{name}: FOLDER}}", paper) for name, paper in (("sWUGGY", 71.5), ("sBLIMP", 64.7))]
-    from audiolm.eval.suites.zerospeech import measure_probes
 
     return measure_probes(cfg.tables.probes, ask.steps, cfg.lm.semantic.where, cfg.run.seed, ask.device, ask.out.progress)

@@ -29,20 +29,28 @@ from audiolm.models.rvq import perplexity
 from audiolm.models.soundstream import SoundStream, fold
 from audiolm.tokenizers.base import ACOUSTIC_HOP, SAMPLE_RATE, SEMANTIC_HOP
 from audiolm.train.engine import all_sum
-from audiolm.train.gan import EVAL_ROWS, Average, Balance, compile_parts, held_out, play, scores
+from audiolm.train.gan import (
+    EMA,
+    EVAL_ROWS,
+    LossBalancer,
+    compile_parts,
+    discriminator_step,
+    held_out_crops,
+    reconstruction_metrics,
+)
 from audiolm.train.objectives.base import Context, Engine
 
 INIT_FRAMES = 32  # frames a code for the k-means start
 
 
-class Generator(nn.Module):
+class CodecGenerator(nn.Module):
     """The codec in training and its average; the forward pass is the codec's."""
 
     def __init__(self, net: SoundStream):
         super().__init__()
         self.net = net
-        self.ema = Average(dict(net.named_parameters()))
-        self.balance = Balance()
+        self.ema = EMA(dict(net.named_parameters()))
+        self.balance = LossBalancer()
 
     def forward(self, wav_BT: torch.Tensor, n_q_B: torch.Tensor | None = None,
                 quantize: bool = True) -> dict[str, torch.Tensor]:
@@ -52,9 +60,9 @@ class Generator(nn.Module):
 class CodecObjective:
     unit = "audio s"
 
-    def __init__(self, codec: codec_config.Codec, crops: AudioCrops, held_out_BT: torch.Tensor, ctx: Context, seed: int):
+    def __init__(self, codec: codec_config.CodecConfig, crops: AudioCrops, held_out_BT: torch.Tensor, ctx: Context, seed: int):
         self.codec, self.crops, self.held_out_BT, self.ctx, self.seed = codec, crops, held_out_BT, ctx, seed
-        self.generator = Generator(_soundstream(codec))
+        self.generator = CodecGenerator(_soundstream(codec))
         d = codec.disc
         judges = Discriminators(codec.losses, d.periods, d.windows, d.channels, d.stft_window)
         self.modules: dict[str, nn.Module] = {"generator": self.generator, "discriminator": judges}
@@ -98,7 +106,7 @@ class CodecObjective:
                 latents.append(out["x_BDT"].transpose(1, 2).flatten(0, 1))
                 codes.append(out["codes_BTQ"].flatten(0, 1))
             if game:
-                terms |= play(engines["discriminator"], self.modules["discriminator"], wav_BT, fake_BT, share, last,
+                terms |= discriminator_step(engines["discriminator"], self.modules["discriminator"], wav_BT, fake_BT, share, last,
                               codec.losses, codec.train.dtype)
             loss = sum(getattr(codec.weights, name) * term for name, term in terms.items() if name != "discriminator")
             target = self.generator.balance.target(made_BT, fake_BT, terms, codec.weights, share) if codec.balance else loss
@@ -168,7 +176,7 @@ class CodecObjective:
                 fake_BT = model.decode(codes_BTQ[..., :q]) if started and q <= codec.n_q else model.synthesize(x_BDT)
                 mel_Q2[q] += (log_mel(fake_BT) - real_BTF).abs().mean() * len(wav_BT)
                 if q in (1, codec.n_q):
-                    scores_222[int(q == codec.n_q)] += scores(wav_BT, fake_BT).to(scores_222)
+                    scores_222[int(q == codec.n_q)] += reconstruction_metrics(wav_BT, fake_BT).to(scores_222)
         scores_222 = all_sum(scores_222)
         mel_Q2, hits_QN = all_sum(mel_Q2), all_sum(hits_QN)
         *mel, unquantized = (mel_Q2[1:] / mel_Q2[0]).tolist()
@@ -200,7 +208,7 @@ class CodecObjective:
             "vocab": c.vocab, "quantizer": c.quantizer, "code_dim": c.code_dim}
 
 
-def _soundstream(c: codec_config.Codec) -> SoundStream:
+def _soundstream(c: codec_config.CodecConfig) -> SoundStream:
     return SoundStream(c.strides, c.enc_channels, c.dec_channels, c.dim, c.n_q, c.vocab, c.code_decay, c.dead_share,
                        c.quantizer, c.code_dim)
 
@@ -224,4 +232,4 @@ def codec_objective(config: Mapping[str, Any], inputs: Mapping[str, Any], ctx: C
                              "widen codec.where or look at corpus.dev and the sources' splits")
     places = roots(corpus)
     crops = AudioCrops(clips["train"], places, crop, codec.train.batch, seed, ctx.cache_mb)
-    return CodecObjective(codec, crops, held_out(clips["dev"], places), ctx, seed)
+    return CodecObjective(codec, crops, held_out_crops(clips["dev"], places), ctx, seed)

@@ -2,7 +2,7 @@
 
 The loss is the mean in nats per target token over the whole global batch, token-weighted over micro-batches and ranks;
 acoustic stages also report it per level (EOS counts in the level's slot it is predicted in).  Three stages are three
-values of one Stage type.  Shapes: a batch is what lm.nats.prepare makes of data.batches' rows.
+values of one Stage type.  Shapes: a batch is what lm.loss.prepare makes of data.batches' rows.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import nn
 
 from audiolm import rng
 from audiolm.config import lm as lm_config
-from audiolm.config.lm import LM
+from audiolm.config.lm import LMConfig
 from audiolm.data.tokens import TokenStore
 from audiolm.lm.batches import Crop, TokenBatches
 from audiolm.lm.loss import batch_sums, inputs_of, level_sums, prepare
@@ -53,7 +53,7 @@ def stage_of(config: Mapping[str, Any], inputs: Mapping[str, str]) -> Stage:
     name, coarse = config["stage"], config["coarse_levels"]
     acoustic = specs.get("acoustic_tokens", {"n_q": coarse, "vocab": 0})
     own = {name.removeprefix("lm_"): config["lm"]}
-    lm = LM.model_validate({"dedupe": config["dedupe"], "coarse_levels": coarse, **own})
+    lm = LMConfig.model_validate({"dedupe": config["dedupe"], "coarse_levels": coarse, **own})
     stages = build_stages(lm, acoustic["n_q"], acoustic["vocab"], k)
     if name not in stages:
         raise ValueError(f"stage is {name!r}; with lm.coarse_levels {coarse} and codec.n_q {acoustic['n_q']} there are "
@@ -66,7 +66,7 @@ class LMObjective:
 
     unit, exported = "tokens", "lm"
 
-    def __init__(self, stage: Stage, shape: lm_config.Stage, train: TokenBatches, dev: TokenBatches, rows: list[Crop], seed: int,
+    def __init__(self, stage: Stage, shape: lm_config.StageConfig, train: TokenBatches, dev: TokenBatches, rows: list[Crop], seed: int,
                  ctx: Context):
         self.stage, self.shape, self.data, self.dev, self.rows, self.ctx = stage, shape, train, dev, rows, ctx
         with torch.random.fork_rng(devices=[]):

@@ -142,19 +142,19 @@ class MaskedObjective:
         rings = {"constant_targets": entropy < MIN_ENTROPY * math.log(k),
                  "constant_predictions": report["prediction_perplexity"] < max(1.5, COLLAPSED * math.exp(entropy)),
                  "no_better_than_guessing": report["loss"] >= entropy,
-                 "constant_loss": stands_still(before, report["loss"])}
+                 "constant_loss": has_collapsed(before, report["loss"])}
         return report | {f"alarm/{name}": float(on) for name, on in rings.items()}
 
     def export(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        return export(self.model.encoder, "hubert", {"targets_k": self.model.head.out_features})
+        return export_encoder(self.model.encoder, "hubert", {"targets_k": self.model.head.out_features})
 
 
-def stands_still(before: float | None, loss: float) -> bool:
+def has_collapsed(before: float | None, loss: float) -> bool:
     """Whether a validation's loss is that of the one before."""
     return before is not None and abs(before - loss) < 1e-5 * before
 
 
-def export(encoder, objective: str, more: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def export_encoder(encoder, objective: str, more: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """What `tokenizers.semantic.load_extractor` reads."""
     return ({f"encoder.{name}": value for name, value in encoder.state_dict().items()},
             {"format": MASKED_FORMAT, "family": FAMILY, "layer_convention": LAYER_CONVENTION, "objective": objective,
@@ -191,7 +191,7 @@ def teacher(path: str, device: torch.device, dtype: str, pieces: Iterable[Masked
 
 
 def masked_objective(config: Mapping[str, Any], inputs: Mapping[str, str], ctx: Context) -> MaskedObjective:
-    """The factory (train.objective): config {"model", "train", "iteration" (None: the first), "where", "corpus", "seed"},
+    """The factory (train.objectives.base): config {"model", "train", "iteration" (None: the first), "where", "corpus", "seed"},
     inputs {"manifest": path} and for an iteration beyond the first also masked_model[_N] and targets_N."""
     sizes, seed, again = config["model"], config["seed"], config["iteration"]
     data, clips = masked_inputs(config, inputs, ctx)

@@ -15,15 +15,15 @@ import numpy as np
 import torch
 
 from audiolm import rng
-from audiolm.config.semantic import Masked
+from audiolm.config.semantic import MaskedModelConfig
 from audiolm.data.clips import Clip, read_clip, read_clips
 from audiolm.data.crops import AudioCrops
 from audiolm.data.sources import roots
-from audiolm.models.augment import Draw, draw, heard
+from audiolm.models.augment import Augmentation, augment, draw_augmentation
 from audiolm.models.conformer import Encoder
 from audiolm.models.mel import log_mel
 from audiolm.tokenizers.base import SAMPLE_RATE, SEMANTIC_HOP, padded_samples
-from audiolm.tokenizers.extractor import mel_of, silenced
+from audiolm.tokenizers.extractor import extractor_mel, mask_padding
 from audiolm.train.objectives.base import Context
 
 FIT_S = 3600.0  # audio that input statistics and MFCC targets are measured on
@@ -37,7 +37,7 @@ class MaskedBatch:
     mask_BT: torch.Tensor  # frames the model must guess
     step: int  # -1 in validation
     rows: list[int]  # of the step's global batch; in validation the piece's number
-    draws: list[Draw] | None = None
+    draws: list[Augmentation] | None = None
 
     @property
     def audio_s(self) -> float:
@@ -64,14 +64,14 @@ def frames_of(samples: list[int]) -> list[int]:
 class MaskedInputs:
     """`crops` gives batches; `held` are this rank's validation pieces by number."""
 
-    def __init__(self, sizes: Masked, crops: AudioCrops, held: dict[int, torch.Tensor], seed: int):
+    def __init__(self, sizes: MaskedModelConfig, crops: AudioCrops, held: dict[int, torch.Tensor], seed: int):
         self.sizes, self.crops, self.held, self.seed = sizes, crops, held, seed
 
     def batch(self, step: int, rows: Sequence[int]) -> MaskedBatch:
         """Rows of step's global batch, on the CPU."""
         a = self.sizes.augment
         wav_BT, lengths_B = self.crops.batch(step, rows)
-        draws = [draw((a.pitch, a.noise, a.reverb), a.pitch_cents, a.snr_db, a.reverb_s,
+        draws = [draw_augmentation((a.pitch, a.noise, a.reverb), a.pitch_cents, a.snr_db, a.reverb_s,
                       rng.generator(self.seed, "augment", step, row)) for row in rows]
         return self._masked(wav_BT, lengths_B, [rng.generator(self.seed, "mask", step, row) for row in rows], step,
                             list(rows), draws if a.pitch or a.noise or a.reverb else None)
@@ -92,11 +92,11 @@ class MaskedInputs:
 
     def mels(self, batch: MaskedBatch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(clean mel_BTF, the one that the model hears, frames_B) on the device; one tensor where nothing is done to it."""
-        wav_BT, frames_B = silenced(batch.wav_BT.to(device), batch.lengths_B)
+        wav_BT, frames_B = mask_padding(batch.wav_BT.to(device), batch.lengths_B)
         clean_BTF = log_mel(wav_BT)
         if batch.draws is None:
             return clean_BTF, clean_BTF, frames_B
-        return clean_BTF, heard(wav_BT, batch.lengths_B, batch.draws), frames_B
+        return clean_BTF, augment(wav_BT, batch.lengths_B, batch.draws), frames_B
 
 
 def masked_inputs(config: Mapping[str, Any], inputs: Mapping[str, str], ctx: Context) -> tuple[MaskedInputs, list[Clip]]:
@@ -114,7 +114,7 @@ def masked_inputs(config: Mapping[str, Any], inputs: Mapping[str, str], ctx: Con
     return MaskedInputs(sizes, crops, held, config["seed"]), train
 
 
-def crop_samples(sizes: Masked) -> int:
+def crop_samples(sizes: MaskedModelConfig) -> int:
     return max(1, round(sizes.crop_s * SAMPLE_RATE / SEMANTIC_HOP)) * SEMANTIC_HOP
 
 
@@ -137,7 +137,7 @@ def fit_sample(clips: Sequence, folders: dict[str, str], crop: int, seed: int) -
     for i in sorted(chosen):
         start = int(rng.generator(seed, "fit-crop", i).integers(max(0, clips[i].samples - crop) + 1))
         wav = torch.from_numpy(read_clip(clips[i], folders, start, min(crop, clips[i].samples - start)))
-        yield mel_of(wav[None], torch.tensor([len(wav)]))
+        yield extractor_mel(wav[None], torch.tensor([len(wav)]))
 
 
 class Statistics:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from audiolm import rng
-from audiolm.config.semantic import Vocoder
+from audiolm.config.semantic import VocoderConfig
 from audiolm.data.clips import read_clips
 from audiolm.data.crops import AudioCrops
 from audiolm.data.sources import roots
@@ -28,17 +28,17 @@ from audiolm.tokenizers.base import SAMPLE_RATE, SEMANTIC_HOP
 from audiolm.tokenizers.residual import ResidualTokenizer, load_residual
 from audiolm.tokenizers.vocoder import KIND
 from audiolm.train.engine import all_sum
-from audiolm.train.gan import EVAL_ROWS, Average, compile_parts, held_out, play, scores
+from audiolm.train.gan import EMA, EVAL_ROWS, compile_parts, discriminator_step, held_out_crops, reconstruction_metrics
 from audiolm.train.objectives.base import Context, Engine
 
 
-class Generator(nn.Module):
+class VocoderGenerator(nn.Module):
     """The vocoder in training and its average; the forward pass is the vocoder's."""
 
     def __init__(self, net: SemanticVocoder):
         super().__init__()
         self.net = net
-        self.ema = Average(dict(net.named_parameters()))
+        self.ema = EMA(dict(net.named_parameters()))
 
     def forward(self, codes_BTQ: torch.Tensor, levels_B: torch.Tensor, starts_B: torch.Tensor, frames: int) -> torch.Tensor:
         return self.net(codes_BTQ, levels_B, starts_B, frames)
@@ -47,11 +47,11 @@ class Generator(nn.Module):
 class VocoderObjective:
     unit = "audio s"
 
-    def __init__(self, vocoder: Vocoder, tokenizer: ResidualTokenizer, crops: AudioCrops, held_out_BT: torch.Tensor,
+    def __init__(self, vocoder: VocoderConfig, tokenizer: ResidualTokenizer, crops: AudioCrops, held_out_BT: torch.Tensor,
                  ctx: Context, seed: int):
         self.vocoder, self.tokenizer, self.crops, self.ctx, self.seed = vocoder, tokenizer, crops, ctx, seed
         self.held_out_BT, self.frames = held_out_BT, _frames(vocoder.crop_s)
-        self.generator = Generator(_net(vocoder, tokenizer.spec.vocab))
+        self.generator = VocoderGenerator(_net(vocoder, tokenizer.spec.vocab))
         d = vocoder.disc
         judges = Discriminators("dac", d.periods, d.windows, d.channels)
         self.modules: dict[str, nn.Module] = {"generator": self.generator, "discriminator": judges}
@@ -81,7 +81,7 @@ class VocoderObjective:
             fake_BT = engines["generator"](self._codes(heard_BT), levels_B, starts_B, self.frames).float()
             terms = {"reconstruction": multi_scale_mel(fake_BT, real_BT)}
             if game:
-                terms |= play(engines["discriminator"], self.modules["discriminator"], real_BT, fake_BT, share, last, "dac",
+                terms |= discriminator_step(engines["discriminator"], self.modules["discriminator"], real_BT, fake_BT, share, last, "dac",
                               v.train.dtype)
             loss = sum(getattr(v.weights, name) * term for name, term in terms.items() if name != "discriminator")
             engines["generator"].backward(loss * share, last)
@@ -117,7 +117,7 @@ class VocoderObjective:
                 fake_BT = model(self._codes(wav_BT)[..., :levels])
                 mel = (log_mel(fake_BT) - log_mel(wav_BT)).abs().mean() * len(wav_BT)
                 mel_2 += torch.stack([mel, torch.full_like(mel, len(wav_BT))])
-                scores_22 += scores(wav_BT, fake_BT).to(scores_22)
+                scores_22 += reconstruction_metrics(wav_BT, fake_BT).to(scores_22)
             mel_2, scores_22 = all_sum(mel_2), all_sum(scores_22)
             end = "" if levels == self.vocoder.levels else "/q00"
             found[f"mel{end}"] = float(mel_2[0] / mel_2[1])
@@ -138,7 +138,7 @@ class VocoderObjective:
             "channels": v.channels, "vocab": self.tokenizer.spec.vocab, "tokens": self.tokenizer.hash_of(v.levels)}
 
 
-def _net(v: Vocoder, vocab: int) -> SemanticVocoder:
+def _net(v: VocoderConfig, vocab: int) -> SemanticVocoder:
     return SemanticVocoder(v.levels, vocab, v.dim, v.layers, v.channels)
 
 
@@ -166,4 +166,4 @@ def vocoder_objective(config: Mapping[str, Any], inputs: Mapping[str, Any], ctx:
     places = roots(config["corpus"])
     heard = _frames(vocoder.heard_s) * SEMANTIC_HOP
     crops = AudioCrops(clips["train"], places, heard, vocoder.train.batch, seed, ctx.cache_mb)
-    return VocoderObjective(vocoder, tokenizer, crops, held_out(clips["dev"], places), ctx, seed)
+    return VocoderObjective(vocoder, tokenizer, crops, held_out_crops(clips["dev"], places), ctx, seed)

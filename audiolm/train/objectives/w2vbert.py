@@ -16,14 +16,14 @@ from typing import Any
 
 import torch
 
-from audiolm.config.semantic import Masked, W2vBert
+from audiolm.config.semantic import MaskedModelConfig, W2vBertConfig
 from audiolm.data.sources import roots
 from audiolm.models.conformer import EncoderSizes
 from audiolm.models.rvq import perplexity
 from audiolm.models.w2vbert import W2vBertModel, diversity, draw_gumbel, draw_negatives
 from audiolm.train.engine import all_sum
 from audiolm.train.objectives.base import Context
-from audiolm.train.objectives.masked import COLLAPSED, export, stands_still
+from audiolm.train.objectives.masked import COLLAPSED, export_encoder, has_collapsed
 from audiolm.train.objectives.masked_inputs import (
     MaskedBatch,
     MaskedInputs,
@@ -43,10 +43,10 @@ class Batch:
     negatives_BMK: torch.Tensor
 
 
-def w2vbert_model(sizes: Masked) -> W2vBertModel:
+def w2vbert_model(sizes: MaskedModelConfig) -> W2vBertModel:
     """The model of a configuration; half the blocks are contrastive where it does not say. Raises ValueError."""
     conformer = EncoderSizes(sizes.dim, sizes.layers, sizes.heads, sizes.ff, sizes.conv_kernel, sizes.dropout)
-    w = sizes.w2vbert or W2vBert()
+    w = sizes.w2vbert or W2vBertConfig()
     return W2vBertModel(conformer, w.contrastive_layers or sizes.layers // 2, w.codes, w.code_dim)
 
 
@@ -55,7 +55,7 @@ class W2vBertObjective:
 
     def __init__(self, model: W2vBertModel, inputs: MaskedInputs, ctx: Context):
         self.modules = {"model": model.to(ctx.device)}
-        self.inputs, self.ctx, self.settings = inputs, ctx, inputs.sizes.w2vbert or W2vBert()
+        self.inputs, self.ctx, self.settings = inputs, ctx, inputs.sizes.w2vbert or W2vBertConfig()
         self._before: float | None = None  # the last validation's loss
 
     @property
@@ -138,17 +138,17 @@ class W2vBertObjective:
         used, named, loss = report["code_perplexity"], report["prediction_perplexity"], report["contrastive"] + report["masked"]
         rings = {"codes_collapsed": used < max(2.0, MIN_USE * w.codes),
                  "constant_predictions": used > 2 and named < max(1.5, COLLAPSED * used),
-                 "constant_loss": stands_still(self._before, loss)}
+                 "constant_loss": has_collapsed(self._before, loss)}
         self._before = loss
         return {"loss": loss, **report,
                 **{f"alarm/{name}": float(on) for name, on in rings.items()}}
 
     def export(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        return export(self.model.encoder, "w2vbert", {"contrastive_layers": self.model.contrastive_layers})
+        return export_encoder(self.model.encoder, "w2vbert", {"contrastive_layers": self.model.contrastive_layers})
 
 
 def w2vbert_objective(config: Mapping[str, Any], inputs: Mapping[str, str], ctx: Context) -> W2vBertObjective:
-    """The factory (train.objective): config {"model", "train", "where", "corpus", "seed"}, inputs {"manifest": path}."""
+    """The factory (train.objectives.base): config {"model", "train", "where", "corpus", "seed"}, inputs {"manifest": path}."""
     data, clips = masked_inputs(config, inputs, ctx)
     model, measured = w2vbert_model(config["model"]), Statistics()
     for mel_BTF, _ in fit_sample(clips, roots(config["corpus"]), crop_samples(config["model"]), config["seed"]):
