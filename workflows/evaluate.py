@@ -14,8 +14,8 @@ import signal
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -60,6 +60,7 @@ def names(args: argparse.Namespace) -> list[str]:
 def evaluate(args: argparse.Namespace) -> Any:
     """Evaluates one or two targets; returns the (first) Report."""
     from audiolm.config.load import apply_overrides
+    from audiolm.data.parallel import Workers
     from audiolm.eval.suites.run import check_names, run_suites
     from audiolm.pipeline.cli import quiet
     from audiolm.pipeline.progress import ProgressBoard
@@ -84,8 +85,7 @@ def evaluate(args: argparse.Namespace) -> Any:
     if on_ray:
         start_ray(config.cluster, config.store, board.say)
     board.start("evaluate")
-    out = SimpleNamespace(inline=not on_ray, step=SimpleNamespace(name="evaluate"),
-                          progress=lambda done, total, unit: board.update("evaluate", done, total, unit))
+    out = Workers(not on_ray, "evaluate", partial(board.update, "evaluate"))
     how = {"config": config, "out": out, "cache": store.join(home, "cache")}
     if args.compare:
         shown = [run_suites(t.steps, names(args), store.join(folder, str(i)), manifest=targets[0].steps.get("manifest"), **how)

@@ -12,8 +12,8 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -109,7 +109,7 @@ def generate(args: argparse.Namespace) -> int:
     """Returns how many prompts failed."""
     from audiolm import store
     from audiolm.config.run import ClusterConfig
-    from audiolm.data.parallel import cluster_device, parallel_map, pick_device
+    from audiolm.data.parallel import Workers, cluster_device, parallel_map, pick_device
     from audiolm.generate import jobs
     from audiolm.generate.jobs import run_task
     from audiolm.generate.load import system_steps
@@ -147,8 +147,7 @@ def generate(args: argparse.Namespace) -> int:
             start_ray(cluster, out, board.say)
         device = cluster_device(cluster, inline=not on_ray)
         board.start("generate")
-        shown = SimpleNamespace(inline=not on_ray, step=SimpleNamespace(name="generate"),
-                                progress=lambda done, total, unit: board.update("generate", done, total, unit))
+        shown = Workers(not on_ray, "generate", partial(board.update, "generate"))
         failed = parallel_map(run_task, [(asked, batch, out, device) for batch in batches], out=shown, cluster=cluster, unit="prompts",
                          sizes=[len(batch) / args.samples for batch in batches], gpu=device == "cuda")
         failed = list(dict.fromkeys(line for lines in failed for line in lines))

@@ -93,6 +93,10 @@ class StepContext:
         self.metrics_path = join(path, f"metrics-{self.attempt:04d}.jsonl")
         self._observer, self._metrics = observer, None
 
+    @property
+    def name(self) -> str:
+        return self.step.name
+
     def check(self) -> None:
         """Call from long loops: raises LeaseLost when another worker owns the build now."""
         self.lease.check()

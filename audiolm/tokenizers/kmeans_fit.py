@@ -19,7 +19,7 @@ from audiolm import rng, store
 from audiolm.config.run import ClusterConfig
 from audiolm.config.semantic import KMeansConfig
 from audiolm.data.clips import Clip, read_clip, read_clips
-from audiolm.data.parallel import cluster_device, parallel_map
+from audiolm.data.parallel import Workers, cluster_device, parallel_map
 from audiolm.data.sources import roots
 from audiolm.models import kmeans
 from audiolm.tokenizers.base import SAMPLE_RATE, SEMANTIC_HOP, padded_samples
@@ -104,25 +104,22 @@ def encode_frames(extractor: Extractor, layers: Sequence[int], wavs: Sequence, w
     return [torch.cat([x[:n] for x, n in zip(x_BTD.cpu(), frames, strict=True)]) for x_BTD in found]
 
 
-class Iterations:
-    """An `out` that shows what `at` says, (iteration, of, inertia per frame), in place of fan_out's own count of tasks."""
+def show_iterations(out, at: list) -> None:
+    """Reports [iterations done, of, inertia per frame] as the step's progress."""
+    out.progress(at[0], at[1], "iterations", "" if at[2] is None else f"inertia {at[2]:.4g}")
 
-    def __init__(self, out, at: Callable[[], list | None]):
-        self.out, self.at, self.inline, self.step = out, at, out.inline, getattr(out, "step", None)
 
-    def progress(self, *_) -> None:
-        self.show(self.at() or [0, 1, None])
-
-    def show(self, at: list) -> None:
-        self.out.progress(at[0], at[1], "iterations", "" if at[2] is None else f"inertia {at[2]:.4g}")
+def iteration_workers(out, at: Callable[[], list | None]) -> Workers:
+    """The step's workers, with the iterations that `at` returns as progress in place of a count of tasks."""
+    return Workers(out.inline, out.name, lambda *_: show_iterations(out, at() or [0, 1, None]))
 
 
 def fit_here(model: str, settings: KMeansConfig, kept: dict[int, int], seed: int, out, cluster: ClusterConfig, device: str) -> dict:
     """The fit in one task, which holds all features; returns the step's facts. `kept`: shard -> frames."""
     note = store.join(out.path, "iterations.json")
     store.remove(note)
-    shown = Iterations(out, partial(store.get_json, note))
-    say = shown.show if out.inline else partial(store.put_json, note)  # a task on another machine leaves a file
+    shown = iteration_workers(out, partial(store.get_json, note))
+    say = partial(show_iterations, out) if out.inline else partial(store.put_json, note)  # a task on another machine leaves a file
     facts = parallel_map(fit_files, [(model, settings, list(kept), seed, out.path, device, say)], out=shown, cluster=cluster,
                     unit="fits", gpu=device == "cuda")[0]
     store.remove(note)
@@ -156,7 +153,7 @@ def fit_parts(model: str, settings: KMeansConfig, kept: dict[int, int], seed: in
     frames, gpu = sum(kept.values()), device == "cuda"
     parallel_map(join_part, [(out.path, i, group) for i, group in enumerate(groups)], out=out, cluster=cluster, unit="parts")
     at = [0, settings.restarts * settings.iterations, None]
-    shown = Iterations(out, lambda: at)
+    shown = iteration_workers(out, lambda: at)
 
     def each_with(scale: tuple[torch.Tensor, torch.Tensor] | None, device: str) -> kmeans.Each:
         def each(fn: Callable, *args, only: Sequence[int] | None = None) -> list:

@@ -110,8 +110,8 @@ def fit_residual(config: dict, inputs: dict, out) -> dict:
     out.check()
     note = store.join(out.path, "iterations.json")
     store.remove(note)
-    shown = kmeans_fit.Iterations(out, partial(store.get_json, note))
-    say = shown.show if out.inline else partial(store.put_json, note)
+    shown = kmeans_fit.iteration_workers(out, partial(store.get_json, note))
+    say = partial(kmeans_fit.show_iterations, out) if out.inline else partial(store.put_json, note)
     facts = parallel_map(fit_levels, [(path, settings, numbers, seed, out.path, device, say)], out=shown, cluster=cluster,
                     unit="fits", gpu=device == "cuda")[0]
     store.remove(note)

@@ -44,7 +44,7 @@ def syllables(seed: int, seconds: float) -> torch.Tensor:
 class Out:
     """A step's running output, inline."""
 
-    inline = True
+    inline, name = True, "step"
 
     def __init__(self, path):
         self.path, self.seen = str(path), []
@@ -182,7 +182,7 @@ def test_kmeans_step_facts_and_independence_of_order(read, artefact, tmp_path, m
     def backwards(fn, items, **how):  # workers may finish in any order
         return fan_out(fn, items[::-1], **{**how, "sizes": how.get("sizes") and how["sizes"][::-1]})[::-1]
 
-    monkeypatch.setattr(fit_module, "fan_out", backwards)
+    monkeypatch.setattr(fit_module, "parallel_map", backwards)
     run_kmeans(read, str(tmp_path / "masked"), tmp_path / "backwards")
     for name in ("model.safetensors", "config.json"):
         first = store.get(store.join(artefact, "export", name))

@@ -17,8 +17,7 @@ def free_port() -> int:
 class RecordingOut:
     """What a step function sees, without a driver: for tests that call one."""
 
-    class step:  # noqa: N801
-        name = "step"
+    name = "step"
 
     def __init__(self, path):
         self.path, self.inline, self.forced, self.attempt = str(path), True, False, 1
