@@ -10,7 +10,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from audiolm.config.base import Config, Runtime
+from audiolm.config.base import Config, PathField, Runtime
 from audiolm.config.corpus import ClipFilter
 from audiolm.config.training import TrainConfig
 
@@ -40,8 +40,9 @@ class CodecConfig(Config):
     """SoundStream (2107.03312) at 16 kHz: strides 2, 4, 5, 8 -> 50 Hz; 12 x 1024 codes = 6 kb/s (paper IV-B)."""
 
     where: ClipFilter = ClipFilter()
-    pretrained: Runtime[str | None] = Field(None, description="folder or URI of a transformers EnCodec, DAC or Mimi model, "
-                                            "imported instead of training one; n_q and vocab must fit it")
+    pretrained: Runtime[PathField | None] = Field(
+        None, description="folder or URI of a transformers EnCodec, DAC or Mimi model, imported instead of training one; n_q and "
+                          "vocab must fit it")
     strides: tuple[int, ...] = (2, 4, 5, 8)
     enc_channels: int = 32
     dec_channels: int = 32
@@ -84,4 +85,4 @@ class CodecMetricsConfig(Config):
     coarse_levels: int
     with_lyra: bool
     visqol: bool
-    lyra: Runtime[str | None]
+    lyra: Runtime[PathField | None]

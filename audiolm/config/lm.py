@@ -10,13 +10,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from audiolm.config.base import Config, Later, Runtime
+from audiolm.config.base import Config, Later, PathField, Runtime
 from audiolm.config.corpus import ClipFilter
 from audiolm.config.training import TrainConfig
 
 
 class WarmStartConfig(Config):
-    uri: Runtime[str] = Field(description="folder or URI of a text model in transformers' format (lm/warm_start.py)")
+    uri: Runtime[PathField] = Field(description="folder or URI of a text model in transformers' format (lm/warm_start.py)")
 
 
 class StageConfig(Config):

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from audiolm.config.base import Config, Later, Runtime
+from audiolm.config.base import Config, Later, PathField, Runtime
 from audiolm.config.corpus import ClipFilter
 from audiolm.config.training import TrainConfig
 
@@ -120,7 +120,7 @@ class MaskedModelConfig(Config):
 class PretrainedEncoderConfig(Config):
     """Someone else's masked model instead of one trained here, in transformers' format."""
 
-    uri: Runtime[str] = Field(description="folder or URI of a HuBERT, WavLM, wav2vec 2.0 or w2v-BERT 2.0 model")
+    uri: Runtime[PathField] = Field(description="folder or URI of a HuBERT, WavLM, wav2vec 2.0 or w2v-BERT 2.0 model")
 
 
 class IterationConfig(Config):
@@ -135,10 +135,10 @@ class IterationConfig(Config):
 class AbxConfig(Config):
     """What features and tokens are judged on: ABX of phone triphones, by speakers that nothing was trained on."""
 
-    items: Runtime[str] = Field(description="ZeroSpeech item file")
-    audio: Runtime[tuple[str, ...]] = Field(description="folders with the items' files, at any depth")
-    phones: Runtime[str | None] = Field(None, description="alignment, a phone a line: file onset offset phone ...; for the "
-                                        "phone-by-token plot")
+    items: Runtime[PathField] = Field(description="ZeroSpeech item file")
+    audio: Runtime[tuple[PathField, ...]] = Field(description="folders with the items' files, at any depth")
+    phones: Runtime[PathField | None] = Field(
+        None, description="alignment, a phone a line: file onset offset phone ...; for the phone-by-token plot")
     speakers: tuple[str, ...] | None = Field(None, description="None: those of the items that are not trained on")
 
 
@@ -174,7 +174,8 @@ class SemanticConfig(Config):
     abx: AbxConfig | None = None
     sweep: LayerSweepConfig = LayerSweepConfig()
     kmeans: KMeansConfig = KMeansConfig()
-    residual: ResidualConfig | None = Field(None, description="also fit more levels of tokens by residual k-means (paper, Table I)")
+    residual: ResidualConfig | None = Field(
+        None, description="also fit more levels of tokens by residual k-means (paper, Table I)")
     vocoder: VocoderConfig | None = Field(None, description="also train a decoder of semantic tokens alone (paper, Table I)")
 
     @model_validator(mode="after")

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
-from typing import Annotated
+from typing import Annotated, get_args
 
 import pytest
 
 from audiolm.config.base import Config, ConfigError, Later, flatten, identity
-from audiolm.config.codec import CodecConfig
+from audiolm.config.codec import CodecConfig, CodecMetricsConfig
+from audiolm.config.external import AbxFilesConfig, SemanticMetricsConfig
 from audiolm.config.lm import StageConfig
 from audiolm.config.load import load_config
+from audiolm.config.pipeline import Pipeline
 from audiolm.config.run import ClusterConfig
 from audiolm.config.tokens import TokensConfig
 from audiolm.config.training import TrainConfig
@@ -66,6 +69,50 @@ def test_paths_in_a_file_are_relative_to_it_and_those_of_overrides_to_the_workin
     assert load_config(QUICKSTART, ["corpus.sources.0.root=here"]).corpus.sources[0].root == str(tmp_path / "here")
     assert load_config(QUICKSTART, ["codec.pretrained=here"]).codec.pretrained == str(tmp_path / "here")
     assert load_config(QUICKSTART, ["corpus.sources.0.root=s3://b/x"]).corpus.sources[0].root == "s3://b/x"
+
+
+@pytest.mark.parametrize(("section", "field"), [
+    ("tables: {asr: PATH}", lambda c: c.tables.asr), ("tables: {text_model: PATH}", lambda c: c.tables.text_model),
+    ("tables: {probes: {sWUGGY: PATH}}", lambda c: c.tables.probes["sWUGGY"]),
+    ("lm: {semantic: {crop_s: 1, train: {steps: 1, batch: 1, lr: 1}, warm_start: {uri: PATH}}}",
+     lambda c: c.lm.semantic.warm_start.uri),
+    ("semantic: {abx: {items: PATH, audio: [PATH, PATH]}}", lambda c: c.semantic.abx.audio[1]),
+    ("semantic: {pretrained: {uri: PATH}}", lambda c: c.semantic.pretrained.uri), ("evaluate: {lyra: PATH}",
+                                                                                 lambda c: c.evaluate.lyra)])
+def test_every_path_of_a_file_is_relative_to_it_and_of_an_override_to_the_working_folder(section, field, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "configs" / "my.yaml"
+    file.parent.mkdir()
+    corpus = "corpus: {name: c, sources: [{kind: folder, name: f, root: audio}]}\n"
+    file.write_text(corpus + section.replace("PATH", "models/x"))
+    assert field(load_config(str(file))) == str(file.parent / "models" / "x")
+    name, _, value = section.partition(":")
+    override = f"{name}={value.replace('PATH', './y').strip()}"
+    assert field(load_config(str(file), [override])) == str(tmp_path / "y")
+
+
+NO_PATHS = {("Pipeline", "store"), ("Pipeline", "tracking"),  # relative to the working folder, as configs share a store
+            ("LibriSpeechSource", "splits"), ("AbxConfig", "speakers"),  # only about a path
+            ("SemanticMetricsConfig", "digest"), ("SemanticMetricsConfig", "speakers")}
+
+
+def test_every_field_that_is_a_path_by_its_name_or_description_is_marked():
+    """A field of text is taken for a path where its name or description has one of the words."""
+    found = {}
+    for model in models(Pipeline) | models(AbxFilesConfig) | models(SemanticMetricsConfig) | models(CodecMetricsConfig):
+        for name, field in model.model_fields.items():
+            words = set(re.findall("[a-z]+", f"{name} {field.description or ''}".lower()))
+            if words & {"folder", "folders", "uri", "uris", "path", "file", "root", "items"} and "str" in str(field.annotation):
+                found[model.__name__, name] = "_Path" in str(field.rebuild_annotation())
+    assert {key for key, marked in found.items() if not marked} == NO_PATHS
+    assert sum(found.values()) >= 15
+
+
+def models(kind) -> set[type[Config]]:
+    """Every section below a type."""
+    if isinstance(kind, type) and issubclass(kind, Config):
+        return {kind}.union(*(models(field.annotation) for field in kind.model_fields.values()))
+    return set().union(*map(models, get_args(kind)))
 
 
 def test_inside_a_job_relative_places_are_refused(monkeypatch):
