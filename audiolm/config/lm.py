@@ -46,7 +46,7 @@ class StageConfig(Config):
 
 def _stage_training(batch: int) -> TrainConfig:
     return TrainConfig(steps=1_000_000, batch=batch, lr=3e-4, warmup_steps=2000, decay_steps=200_000, dtype="bfloat16",
-                 export="best")
+                       export="best", zero=2, micro_batch=16)
 
 
 class LMConfig(Config):

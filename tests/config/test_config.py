@@ -12,10 +12,11 @@ import pytest
 from audiolm.config.base import Config, ConfigError, Later, flatten, identity
 from audiolm.config.codec import CodecConfig, CodecMetricsConfig
 from audiolm.config.external import AbxFilesConfig, SemanticMetricsConfig
-from audiolm.config.lm import StageConfig
+from audiolm.config.lm import LMConfig, StageConfig
 from audiolm.config.load import load_config
 from audiolm.config.pipeline import Pipeline
 from audiolm.config.run import ClusterConfig
+from audiolm.config.semantic import SemanticConfig
 from audiolm.config.tokens import TokensConfig
 from audiolm.config.training import TrainConfig
 from audiolm.pipeline.cli import place
@@ -25,8 +26,16 @@ QUICKSTART = str(ROOT / "workflows" / "quickstart.yaml")
 
 
 def test_defaults_are_the_papers_numbers():
-    codec, cfg = CodecConfig(), load_config(QUICKSTART)
+    codec, cfg, semantic = CodecConfig(), load_config(QUICKSTART), SemanticConfig()
     assert (codec.strides, codec.n_q, codec.vocab) == ((2, 4, 5, 8), 12, 1024)
+    assert (codec.losses, codec.quantizer, codec.balance, codec.disc.stft_window) == ("soundstream", "ema", False, 1024)
+    weights = codec.weights
+    assert (weights.reconstruction, weights.feature, weights.adversarial, weights.waveform) == (1, 100, 1, 0)
+    model, train = semantic.model, semantic.model.train
+    assert (model.objective, model.dim, model.layers, model.heads, model.ff) == ("w2vbert", 1024, 24, 8, 4096)
+    assert (model.augment.pitch, model.augment.noise, model.augment.reverb) == (0, 0, 0)
+    assert (train.steps, train.batch, train.lr, train.warmup_steps) == (400_000, 2048, 2e-3, 25_000)
+    assert (semantic.kmeans.layer, semantic.kmeans.k) == (12 + 7, 1024)
     stage = StageConfig(crop_s=30.0, train=TrainConfig(steps=1, batch=1, lr=1))
     assert (stage.layers, stage.dim, stage.heads, stage.ff) == (12, 1024, 16, 4096)
     assert (cfg.lm.semantic.crop_s, cfg.lm.coarse.crop_s, cfg.lm.fine.crop_s) == (30.0, 10.0, 3.0)
@@ -131,6 +140,11 @@ def test_every_field_can_be_shown_as_a_parameter():
     params = flatten(load_config(QUICKSTART))
     assert params["lm.coarse.train.lr"] == "0.002" and params["corpus.sources.0.kind"] == "librispeech"
     assert all(isinstance(v, str) for v in params.values())
+
+
+def test_the_papers_recipe_trains_what_the_defaults_say():
+    paper = load_config(str(ROOT / "workflows" / "paper.yaml"))
+    assert (paper.semantic, paper.codec, paper.lm) == (SemanticConfig(), CodecConfig(), LMConfig())
 
 
 @pytest.mark.parametrize("name", ["quickstart", "speech", "piano", "paper"])
