@@ -23,6 +23,9 @@ from audiolm.pipeline.cli import main  # noqa: E402
 from audiolm.tokenizers.hf_codec import imported  # noqa: E402
 from audiolm.tokenizers.hf_encoder import imported_encoder  # noqa: E402
 
+# Sampled for the targets of an iteration of HuBERT: 22 hours, thousands of frames for each of their few clusters.
+TARGET_FRAMES = 2_000_000
+
 
 def graph(cfg: Pipeline) -> list[Step]:
     """The steps of a run, in order (README has the picture)."""
@@ -104,8 +107,8 @@ def semantic(sem: SemanticConfig, common: dict, manifest: Step) -> list[Step]:
     model = steps[0]
     for n, again in enumerate(sem.again, 2):
         of = sem.kmeans  # its other settings are the last k-means' own: they may change without a new iteration
-        wanted = KMeansConfig(layer=again.layer, k=again.k, restarts=1, window_s=of.window_s, overlap_s=of.overlap_s,
-                        max_local_frames=of.max_local_frames)
+        wanted = KMeansConfig(layer=again.layer, k=again.k, max_frames=TARGET_FRAMES, restarts=1, window_s=of.window_s,
+                              overlap_s=of.overlap_s, max_local_frames=of.max_local_frames)
         steps += clusters(f"_{n}", f"targets_{n}", wanted, model)
         how = {"model": sem.model, "train": again.train or sem.model.train, "iteration": again, "where": sem.where}
         model = Step(f"masked_model_{n}", do.train_masked, {**common, **how}, (manifest, model, steps[-1]), trains=how["train"])

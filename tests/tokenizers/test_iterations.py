@@ -20,7 +20,7 @@ from audiolm.train.objectives.masked import masked_objective
 from tests.worlds.basics import ROOT
 
 STEPS = "manifest,masked_model,layers_2,targets_2,masked_model_2,layers,kmeans"
-MODEL = ("{dim: 16, layers: 2, heads: 2, ff: 24, targets_k: 8, crop_s: 2.0, "
+MODEL = ("{objective: hubert, dim: 16, layers: 2, heads: 2, ff: 24, targets_k: 8, crop_s: 2.0, mask_share: 0.55, "
          "train: {steps: 4, batch: 2, lr: 1.0e-3, eval_every: 2, save_every: 2, engine: torch}}")
 AGAIN = ("[{layer: auto, k: 6, start: previous, "
          "train: {steps: 3, batch: 2, lr: 1.0e-3, eval_every: 3, save_every: 3, engine: torch}}]")

@@ -29,7 +29,8 @@ from audiolm.train.objectives import masked_inputs
 from audiolm.train.objectives.base import Context
 
 RATE = 16_000
-MODEL = MaskedModelConfig(dim=16, layers=3, heads=2, ff=24, targets_k=8, crop_s=1.0, train=TrainConfig(steps=10, batch=2, lr=1e-3))
+MODEL = MaskedModelConfig(objective="hubert", dim=16, layers=3, heads=2, ff=24, targets_k=8, crop_s=1.0, mask_share=0.55,
+                          train=TrainConfig(steps=10, batch=2, lr=1e-3))
 SEMANTIC = SemanticConfig(model=MODEL, kmeans=KMeansConfig(layer=2, k=12, max_frames=150, iterations=20, restarts=2))
 
 

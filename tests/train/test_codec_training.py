@@ -21,7 +21,7 @@ from tests.worlds.tiny_codec import run, saved_state, tiny_codec, training, voic
 
 RECIPES = {"ema": {}, "factorised": {"quantizer": "factorised"},
            "soundstream": {"losses": "soundstream", "weights": {"reconstruction": 1, "feature": 100}},
-           "balanced": {"balance": True, "weights": {"reconstruction": 1, "waveform": 1}}}
+           "balanced": {"balance": True, "weights": {"reconstruction": 1, "waveform": 1, "feature": 2}}}
 
 
 def recipe(name: str, start_step: int = 2, engine: str = "torch", zero: int = 0) -> codec_config.CodecConfig:

@@ -102,7 +102,7 @@ def test_the_balancer_gives_each_loss_its_share_whatever_its_scale():
 
 
 def test_micro_batches_and_ranks_do_not_change_the_balance():
-    weights, real_BT, start_BT = CodecLossWeights(waveform=1.0), noise(4, 50), noise(4, 50, index=1)
+    weights, real_BT, start_BT = CodecLossWeights(reconstruction=15.0, waveform=1.0), noise(4, 50), noise(4, 50, index=1)
 
     def after(pieces: int) -> tuple[torch.Tensor, torch.Tensor]:
         balance = LossBalancer()

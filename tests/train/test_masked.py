@@ -52,7 +52,8 @@ def objective(k: int = 12, ctx: Context = CTX, dropout: float = 0.0, augment: Au
     model.encoder.statistics.std.fill_(3.0)
     train = TrainConfig(steps=80, batch=4, lr=3e-3, engine="torch", warmup_steps=5)
     still = AugmentConfig(pitch=0, noise=0, reverb=0)
-    sizes = MaskedModelConfig(dim=32, layers=2, heads=2, ff=48, targets_k=k, augment=augment or still, train=train)
+    sizes = MaskedModelConfig(objective="hubert", dim=32, layers=2, heads=2, ff=48, targets_k=k, mask_share=0.55,
+                              augment=augment or still, train=train)
     held = {i: syllables(9000 + i, 2.0) for i in range(3)}
     return om.MaskedObjective(model, MaskedInputs(sizes, Crops(), held, ctx.seed), ctx)
 

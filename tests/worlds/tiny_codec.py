@@ -43,7 +43,10 @@ class Voices:
         return torch.stack(wavs), torch.full((len(rows),), self.crop)
 
 
-def tiny_codec(start_step: int = 1000, steps: int = 40, engine: str = "torch", zero: int = 0, **changes) -> codec_config.CodecConfig:
+def tiny_codec(start_step: int = 1000, steps: int = 40, engine: str = "torch", zero: int = 0,
+               **changes) -> codec_config.CodecConfig:
+    """DAC's losses with their weights, unless the changes say otherwise."""
+    changes = {"losses": "dac", "weights": {"reconstruction": 15, "feature": 2}, **changes}
     return codec_config.CodecConfig(
         enc_channels=4, dec_channels=4, dim=16, n_q=3, vocab=16, code_decay=0.9, crop_s=0.2, code_dim=4,
         disc=codec_config.CodecDiscriminatorsConfig(periods=(2,), windows=(256,), channels=2, start_step=start_step),
