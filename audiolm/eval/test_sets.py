@@ -19,7 +19,7 @@ from audiolm.config.corpus import ClipFilter
 from audiolm.data.audio import SAMPLE_RATE_HZ, decode, resample
 from audiolm.data.clips import Clip, read_clip, read_clips
 from audiolm.data.sources import AUDIO
-from audiolm.eval.metrics.abx import Items
+from audiolm.eval.metrics.abx import Items, read_items
 from audiolm.generate.audiolm import whole_frames
 from audiolm.tokenizers import codec_files
 from audiolm.tokenizers.base import SAMPLE_RATE
@@ -134,6 +134,16 @@ def groups_of(items: Items, wanted: tuple[str, ...] | None, manifest: str,
 def wav_of(path: str) -> np.ndarray:
     """wav_T at the pipeline's rate."""
     return resample(*decode(path), SAMPLE_RATE_HZ)
+
+
+def items_and_audio(path: str, folders: Sequence[str], speakers: Sequence[str] | None,
+                    field: str = "semantic.abx.audio") -> tuple[Items, dict[str, str]]:
+    """(the triphones of an item file, of `speakers` alone where some are given, {file id: path of its audio}).
+
+    Raises ValueError for a speaker without items, and as `audio_paths`."""
+    items = read_items(path)
+    items = items.of(speakers) if speakers else items
+    return items, audio_paths(tuple(folders), set(items.file.tolist()), field)
 
 
 def audio_paths(folders: tuple[str, ...], wanted: set[str], field: str = "semantic.abx.audio") -> dict[str, str]:

@@ -20,7 +20,7 @@ from audiolm.tracking.outbox import TrackedRun, key
 
 MODEL = "audiolm.model"
 ASK = ("To evaluate it within its run's system, set the tag `evaluate` to `requested` (and `evaluate.suites` to some of "
-       "the suites, where not all are wanted) while `python workflows/evaluate.py --watch` runs.")
+       "the suites, where not all are wanted) while `python workflows/evaluate.py watch` runs.")
 PRUNED = ("**Pruned:** its weights were removed from the store when later checkpoints came (`train.keep`), so it can be "
           "neither loaded nor evaluated.")
 

@@ -13,7 +13,7 @@ import pytest
 from audiolm import rng
 from audiolm.eval.metrics import abx, dtw
 from tests.worlds.abx_items import HEADER
-from workflows import abx as command
+from workflows import evaluate as command
 
 
 def plain_angle(a, b):
@@ -262,7 +262,7 @@ def test_command_line(tmp_path, capsys):
         (tmp_path / "deep").mkdir(exist_ok=True)
         (tmp_path / "deep" / f"f{s}.wav").write_bytes(wav_bytes(np.concatenate(wav)))
     (tmp_path / "a.item").write_text(HEADER + "".join(rows))
-    line = ["--items", str(tmp_path / "a.item"), "--audio", str(tmp_path), "--json", str(tmp_path / "out.json")]
+    line = ["abx", "--items", str(tmp_path / "a.item"), "--audio", str(tmp_path), "--json", str(tmp_path / "out.json")]
     for kind in ("mfcc", "mel"):
         assert command.main([*line, "--features", kind]) == 0
         out = capsys.readouterr().out

@@ -13,7 +13,7 @@ from audiolm.eval.generated import Sample, SampleSpec
 from audiolm.eval.models.convnet import Settings
 from audiolm.eval.suites.detector import PLAN, TRAINED, crops, detector, pairs, score_windows
 from tests.worlds.sounds import talk
-from workflows import detect as command
+from workflows import evaluate as command
 
 SR = 16_000
 TINY = Settings(crop_s=1.0, channels=(8, 16, 16), mels=40, steps=50, batch=16, lr=5e-3)
@@ -91,11 +91,11 @@ def test_a_runs_detector_judges_files(tmp_path, capsys):
     for name, w in (("real", wav), ("made", buzz(wav)), ("short", wav[:800])):
         sf.write(folder / f"{name}.wav", np.stack([w, w], 1), SR)
     run = ("--store", str(tmp_path), "--run", "r", "--json", str(tmp_path / "out.json"))
-    assert command.main([str(folder), *run]) == 1
+    assert command.main(["detect", str(folder), *run]) == 1
     said, wrong = capsys.readouterr()
     judged = store.get_json(str(tmp_path / "out.json"))
     real, made = (judged[str(folder / f"{name}.wav")] for name in ("real", "made"))
     assert len(real) == len(made) == 2 and max(real) < 0.5 < min(made) and said.count("%") == 2
     assert "short.wav: the sound lasts 0.05 s" in wrong
-    assert command.main([str(folder), "--store", str(tmp_path), "--run", "young"]) == 2
+    assert command.main(["detect", str(folder), "--store", str(tmp_path), "--run", "young"]) == 2
     assert "the run has no trained detector" in capsys.readouterr().err

@@ -113,8 +113,8 @@ def test_what_is_done_is_not_done_again_and_one_step_can_be_forced(built, items)
 def test_abx_of_every_checkpoint_by_command(built, items, tmp_path):
     """The curve over the training; its end is the model that was left."""
     _, paths = built
-    line = [sys.executable, "workflows/abx.py", "--items", items, "--audio", "workflows/quickstart/flac", "--features", "layer",
-            "--model", str(paths["masked_model"]), "--json", str(tmp_path / "out.json")]
+    line = [sys.executable, "workflows/evaluate.py", "abx", "--items", items, "--audio", "workflows/quickstart/flac",
+            "--features", "layer", "--model", str(paths["masked_model"]), "--json", str(tmp_path / "out.json")]
 
     def rows(*more: str) -> list[dict]:
         subprocess.run([*line, "--layer", "2", *more], cwd=ROOT, check=True, capture_output=True, timeout=120)

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from audiolm import rng, store
+from audiolm.data.audio import start_of
+from audiolm.data.audio_check import audio_errors, check_audio
 from audiolm.eval.generated import Progress, Sample
 from audiolm.eval.models.convnet import Settings, load_net, log_probs, trained
 from audiolm.eval.results import Result, bootstrap_interval, not_measured
@@ -89,6 +91,14 @@ def of_run(steps: Mapping[str, str]) -> str:
             return store.join(suites, "nets", found["net"])
     raise ValueError("the run has no trained detector: run its step `tables` with detector among tables.suites, or name a "
                      "detector's folder with --detector")
+
+
+def score_file(path: str, file: str) -> np.ndarray:
+    """p_S of an audio file of any rate, as `score_windows`. Raises ValueError for a file that cannot be read."""
+    check_audio(file)
+    with audio_errors(file):
+        wav_T = start_of(file, None)
+    return score_windows(path, wav_T)
 
 
 def score_windows(path: str, wav_T: np.ndarray, device: str = "cpu") -> np.ndarray:
