@@ -60,7 +60,7 @@ def training(codec: codec_config.CodecConfig, saved: dict | None = None, updates
     torch.manual_seed(0)
     ctx = Context(rank, world, torch.device("cpu"), 0, compile=compile)
     held_out_BT = torch.stack([voice(6400, i) for i in (6, 7, 8)])
-    objective = CodecObjective(codec, Voices(), held_out_BT, ctx, 0)
+    objective = CodecObjective(codec, Voices(), held_out_BT, ctx)
     return objective, {name: make_engine(m, codec.train, ctx, saved and saved[name], updates[name] if saved else 0)
                        for name, m in objective.modules.items()}
 

@@ -22,7 +22,6 @@ from audiolm.tokenizers.extractor import ConformerExtractor, Window
 from audiolm.tokenizers.kmeans_fit import encode_frames
 from audiolm.tokenizers.semantic import save_semantic
 from audiolm.train import gan
-from audiolm.train.objectives import vocoder
 from tests.worlds.tiny_codec import voice
 
 RATE, K, DIM, LAYER = 16_000, 12, 16, 2
@@ -46,8 +45,8 @@ def corpus(folder) -> SimpleNamespace:
 def read_by(monkeypatch: pytest.MonkeyPatch, clips: list[Clip]) -> None:
     """The manifest, without its step; four held-out pieces, as PESQ is slow."""
     pieces = gan.held_out_crops
-    monkeypatch.setattr(vocoder, "held_out_crops", lambda *args: pieces(*args)[::4])
-    for module in (residual, vocoder):
+    monkeypatch.setattr(gan, "held_out_crops", lambda *args: pieces(*args)[::4])
+    for module in (residual, gan):
         monkeypatch.setattr(module, "read_clips", lambda path, split=None, where=None: [c for c in clips if c.split == split])
 
 
