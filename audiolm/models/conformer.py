@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from audiolm.models.positions import Rope, apply_rope, rope_table
+from audiolm.models.positions import apply_rope, rope_table
 
 SUBSAMPLE = 4  # 100 Hz -> 25 Hz
 LAYER_CONVENTION = "block output after its closing LayerNorm, counted from 1"

@@ -20,6 +20,7 @@ import torch
 
 from audiolm import rng, store
 from audiolm.eval.metrics.dtw import DISTANCES, ItemFrames
+from audiolm.eval.metrics.stats import interval, resampled
 from audiolm.models.mel import HOP, log_mel, mfcc
 from audiolm.tokenizers.base import SAMPLE_RATE
 from audiolm.tokenizers.semantic import SemanticTokenizer
@@ -28,7 +29,7 @@ MODES = ("within", "across")
 KINDS = ("mfcc", "mel", "semantic", "centroids")
 COLUMNS = ("#file", "onset", "offset", "#phone", "prev-phone", "next-phone", "speaker")  # ZeroSpeech's
 SLACK_S = 0.25  # by which an alignment may run past its file's end
-DRAWS = 2000  # of the bootstrap
+PURPOSE = "abx bootstrap"  # of the random numbers that draw speakers
 
 Features = Mapping[str, Any] | Callable[[str], Any]
 
@@ -129,9 +130,9 @@ def scores(features: Features, items: Items, rate_hz: float, mode: Sequence[str]
 def summary(mode: str, s: Scores, seed: int = 0) -> dict[str, Any]:
     """{mode}: error in %; interval_{mode}: 95 % by bootstrap over A's speakers; by_speaker_{mode}: {speaker: %};
     triplets_{mode}, pairs_{mode} (of items compared), phone_pairs_{mode}; items and dropped."""
-    lo, hi = np.percentile(_errors(s, _resampled(s, seed)), (2.5, 97.5))
+    weights_WS = resampled(len(s.speakers), seed, PURPOSE)
     by_speaker = (100.0 * np.nanmean(s.error_SE, axis=1)).tolist()
-    return {mode: mean(s), f"interval_{mode}": [float(lo), float(hi)],
+    return {mode: mean(s), f"interval_{mode}": list(interval(_errors(s, weights_WS))),
             f"by_speaker_{mode}": dict(zip(s.speakers, by_speaker, strict=True)),
             f"triplets_{mode}": s.triplets, f"pairs_{mode}": s.distances,
             f"phone_pairs_{mode}": int((~np.isnan(s.error_SE)).any(0).sum()), "items": s.items, "dropped": s.dropped}
@@ -146,14 +147,8 @@ def difference(a: Scores, b: Scores, seed: int = 0) -> tuple[float, float, float
     """(a's error minus b's, and its 95 % interval) in points, the same speakers drawn for both."""
     if a.speakers != b.speakers:
         raise ValueError(f"scores of different speakers cannot be paired: {a.speakers} and {b.speakers}")
-    weights = _resampled(a, seed)
-    lo, hi = np.percentile(_errors(a, weights) - _errors(b, weights), (2.5, 97.5))
-    return mean(a) - mean(b), float(lo), float(hi)
-
-
-def _resampled(s: Scores, seed: int) -> np.ndarray:
-    n = len(s.speakers)
-    return rng.generator(seed, "abx bootstrap").multinomial(n, np.full(n, 1 / n), size=DRAWS).astype(np.float64)
+    weights_WS = resampled(len(a.speakers), seed, PURPOSE)
+    return mean(a) - mean(b), *interval(_errors(a, weights_WS) - _errors(b, weights_WS))
 
 
 def _errors(s: Scores, weights_WS: np.ndarray) -> np.ndarray:

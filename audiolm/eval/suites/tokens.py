@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from audiolm.eval.codec_quality import COARSE_BITS_PER_S, decode, encode
+from audiolm.eval.codec_quality import COARSE_BITS_PER_S, decode, encode, quality_notes
 from audiolm.eval.metrics import abx
-from audiolm.eval.metrics.audio_quality import METRICS, Scorers, measure
+from audiolm.eval.metrics.audio_quality import Scorers, measure
+from audiolm.eval.metrics.stats import text_table
 from audiolm.eval.results import Result, not_measured
 from audiolm.tokenizers.acoustic import AcousticTokenizer
 from audiolm.tokenizers.base import SAMPLE_RATE, Codec, Tokenizer
@@ -123,10 +124,7 @@ HEADS = (("tokens", "tokens", 0), ("levels", "levels", 0), ("bits_per_s", "b/s",
 def format_table(table: Mapping[str, Any]) -> str:
     """The rows of `table1` as aligned text, with what a reader has to know below."""
     lines = [[head for _, head, _ in HEADS]] + [[_cell(row, *head) for head in HEADS] for row in table["rows"]]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = [f"{line[0]:<{widths[0]}}  " + "  ".join(f"{c:>{w}}" for c, w in zip(line[1:], widths[1:], strict=True))
-            for line in lines]
-    return "\n".join([*text, "", *notes(table)])
+    return text_table(lines, notes(table))
 
 
 def _cell(row: Mapping[str, Any], name: str, _: str, digits: int) -> str:
@@ -143,15 +141,7 @@ def notes(table: Mapping[str, Any]) -> list[str]:
     labels = {name: head for name, head, _ in HEADS}
     lines = [f"ABX on {table['items']} triphones, with 95 % intervals over speakers; sound on clips: {table['clips']}, "
              f"{table['seconds']:.1f} s."]
-    if table["visqol"]:
-        lines.append(f"ViSQOL: {table['visqol']}; scores of another mapper cannot be set beside these.")
-    lines += [f"No {labels.get(name, name)}: {why}." for name, why in table["absent"].items()]
-    for name in METRICS:
-        fewest = [row["scored"][name] for row in table["rows"] if name in row["scored"]]
-        if fewest and min(fewest) < table["clips"]:
-            lines.append(f"{labels.get(name, name)} has a value on as few as {min(fewest)} of {table['clips']} clips (too "
-                         "short, or no speech found).")
-    return [*lines, *table["remarks"]]
+    return [*lines, *quality_notes(table, labels), *table["remarks"]]
 
 
 PAPER_ABX = {"semantic": (6.7, 7.6, 1.1), "acoustic": (22.4, 28.7, 3.3), "acoustic, all": (17.8, 26.6, 3.9)}  # Table I

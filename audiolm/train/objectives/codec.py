@@ -23,9 +23,9 @@ from audiolm.data.clips import read_clips
 from audiolm.data.crops import AudioCrops
 from audiolm.data.sources import roots
 from audiolm.models.discriminators import Discriminators
+from audiolm.models.entropy import perplexity
 from audiolm.models.losses import WINDOWS, multi_scale_mel, multi_scale_spectral, waveform_distance
 from audiolm.models.mel import log_mel
-from audiolm.models.rvq import perplexity
 from audiolm.models.soundstream import SoundStream, fold
 from audiolm.tokenizers.base import ACOUSTIC_HOP, SAMPLE_RATE, SEMANTIC_HOP
 from audiolm.train.engine import all_sum
