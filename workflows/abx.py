@@ -56,7 +56,7 @@ def measure(args: argparse.Namespace) -> list[dict]:
     items = items.of(args.speakers.split(",")) if args.speakers else items
     rows, began = [], time.monotonic()
     for name, step, features, rate_hz in sources(args, set(items.file.tolist())):
-        rows.append({"name": name, "step": step, **abx.abx(features, items, rate_hz, seed=args.seed),
+        rows.append({"name": name, "step": step, **abx.abx(features, items, rate_hz, abx.Protocol(args.seed)),
                      "seconds": round(time.monotonic() - began, 1)})
         began = time.monotonic()
     return rows

@@ -113,7 +113,7 @@ def _abx(side: Side, levels: int, codes: Mapping[str, torch.Tensor], items: abx.
     def features(file: str) -> np.ndarray:
         return side.vectors(codes[file][:, :levels]).numpy()
 
-    return abx.abx(features, items, side.tokenizer.spec.rate_hz, seed=seed)
+    return abx.abx(features, items, side.tokenizer.spec.rate_hz, abx.Protocol(seed))
 
 
 HEADS = (("tokens", "tokens", 0), ("levels", "levels", 0), ("bits_per_s", "b/s", 0), ("within", "ABX within %", 2),
