@@ -5,15 +5,10 @@ Intervals are 95 %, by bootstrap over groups (speakers, or clips): what is drawn
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-
-from audiolm import rng
-
-DRAWS = 2000
 ROLES = ("ours", "ceiling", "floor", "baseline")
 Progress = Callable[[int, int, str], object]  # done, of how many, unit
 
@@ -52,22 +47,6 @@ def no_progress(done: int, total: int, unit: str) -> None:
 def not_measured(table: str, item: str, metric: str, why: str, paper: float | None = None) -> Result:
     """A row that stays visible: an optional package or data that are not there."""
     return Result(table, item, metric, None, paper=paper, note=why)
-
-
-def bootstrap_interval(values: Sequence[float], groups: Sequence[Any], seed: int = 0,
-             weights: Sequence[float] | None = None) -> tuple[float, float, float]:
-    """(mean, low, high) of values, weighted (errors a word, weighted by words) and resampled by group. Raises ValueError where
-    there are none."""
-    if not len(values):
-        raise ValueError("no values to average: give the suite at least one item")
-    x = np.asarray(values, np.float64)
-    w = np.ones(len(x)) if weights is None else np.asarray(weights, np.float64)
-    names, of = np.unique(np.asarray([str(g) for g in groups]), return_inverse=True)
-    sums, totals = (np.bincount(of, v, minlength=len(names)) for v in (w * x, w))
-    drawn = rng.generator(seed, "bootstrap").multinomial(len(names), np.full(len(names), 1 / len(names)), size=DRAWS)
-    means = (drawn @ sums) / np.maximum(drawn @ totals, 1e-12)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(sums.sum() / totals.sum()), float(low), float(high)
 
 
 STAGE_TITLES = {"lm_semantic": "semantic stage", "lm_coarse": "coarse stage", "lm_fine": "fine stage", "codec": "codec",

@@ -256,9 +256,3 @@ def check_finite(shards: Sequence[torch.Tensor], numbers: Sequence[int]) -> None
     for i, x in zip(numbers, shards, strict=True):
         if not torch.isfinite(x).all():
             raise ValueError(f"k-means got values that are not finite in shard {i}; the features before it are broken")
-
-
-def entropy(counts_K: torch.Tensor) -> float:
-    """Of the shares of use, in nats; exp of it is the perplexity."""
-    p = counts_K.double() / counts_K.sum().clamp_min(1)
-    return max(0.0, -float((p * p.clamp_min(1e-30).log()).sum()))

@@ -25,6 +25,7 @@ from audiolm.data import tokens
 from audiolm.data.clips import Clip, read_clip, token_clips
 from audiolm.data.parallel import cluster_device, parallel_map
 from audiolm.data.sources import roots
+from audiolm.models.entropy import entropy_bits
 from audiolm.tokenizers.base import ACOUSTIC_HOP, SAMPLE_RATE, SEMANTIC_HOP, TokenSpec, padded_samples
 
 TOKENIZER = {"semantic": "kmeans", "acoustic": "codec"}  # which -> the step whose artifact encodes
@@ -173,9 +174,3 @@ def _facts(which: str, parts: list[dict[str, Any]], sizes: list[float], seconds:
     if which == "semantic":
         facts |= {"tokens_dedup": total["dedup"], "mean_run": round(total["frames"] / total["dedup"], 4)}
     return facts
-
-
-def entropy_bits(counts: np.ndarray) -> float:
-    """Entropy of a histogram in bits."""
-    p = counts[counts > 0] / counts.sum()
-    return float(-(p * np.log2(p)).sum())

@@ -22,6 +22,7 @@ from audiolm.data.clips import Clip, read_clip, read_clips
 from audiolm.data.parallel import Workers, cluster_device, parallel_map
 from audiolm.data.sources import roots
 from audiolm.models import kmeans
+from audiolm.models.entropy import entropy
 from audiolm.tokenizers.base import SAMPLE_RATE, SEMANTIC_HOP, padded_samples
 from audiolm.tokenizers.extractor import Extractor, Window, window_of, windowed
 from audiolm.tokenizers.semantic import load_extractor, save_semantic
@@ -211,7 +212,7 @@ def export(model: str, settings: KMeansConfig, found: kmeans.KMeans, mean_D: tor
     facts = {"k": settings.k, "layer": settings.layer, "frames": frames, "inertia": found.inertia / frames,
              "explained": 1.0 - found.inertia / (frames * int((std_D > MIN_STD).sum().clamp_min(1))),
              "iterations": found.iterations, "used_clusters": used, "dead_clusters": settings.k - used,
-             "entropy": kmeans.entropy(found.counts)}
+             "entropy": float(entropy(found.counts.double()))}
     save_semantic(out_path, load_extractor(model), settings.layer, mean_D, std_D, found.centroids,
                   window_of(settings.window_s, settings.overlap_s), {"frames": frames, "seed": seed})
     return facts

@@ -17,10 +17,10 @@ from audiolm.dag.step import Step
 from audiolm.data.tokens import TokenStore, level_name
 from audiolm.eval import gates
 from audiolm.metrics_log import read_build
+from audiolm.models.entropy import entropy_bits
 from audiolm.pipeline import steps
 from audiolm.pipeline.run_observer import headline
 from audiolm.store import get, get_json, join, names
-from audiolm.tokenizers.encode import entropy_bits
 from tests.worlds import token_corpus
 
 

@@ -127,7 +127,7 @@ def _folder(out_path: str, layer: int) -> str:
 
 
 def _row(place: Place, layer: int | None, k: int | None, features, rate_hz: float) -> dict[str, Any]:
-    found = abx.abx(features, abx.read_items(place.items).of(place.speakers), rate_hz, seed=place.seed)
+    found = abx.abx(features, abx.read_items(place.items).of(place.speakers), rate_hz, abx.Protocol(place.seed))
     return {"layer": layer, "k": k, **{key: found[key] for mode in abx.MODES for key in (mode, f"interval_{mode}")}}
 
 

@@ -18,7 +18,8 @@ from audiolm import store
 from audiolm.data.clips import Clip
 from audiolm.data.tokens import run_starts
 from audiolm.eval.ladder import slug
-from audiolm.eval.results import Progress, Result, bootstrap_interval, no_progress
+from audiolm.eval.metrics.stats import bootstrap_interval
+from audiolm.eval.results import Progress, Result, no_progress
 from audiolm.eval.suites.base import ladder_clips, load_audiolm
 from audiolm.generate.audiolm import AudioLM
 from audiolm.lm.stages import FRAMES, SEMANTIC_HZ, Stage

@@ -20,8 +20,9 @@ from audiolm import rng, store
 from audiolm.data.audio import start_of
 from audiolm.data.audio_check import audio_errors, check_audio
 from audiolm.eval.generated import Progress, Sample
+from audiolm.eval.metrics.stats import bootstrap_interval
 from audiolm.eval.models.convnet import Settings, load_net, log_probs, trained
-from audiolm.eval.results import Result, bootstrap_interval, not_measured
+from audiolm.eval.results import Result, not_measured
 from audiolm.eval.suites.base import clips_to_continue, samples_for, sibling_folder
 from audiolm.tokenizers.base import SAMPLE_RATE
 

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from audiolm.eval.generated import LABELS, Sample, by_item, white_noise
+from audiolm.eval.metrics.stats import bootstrap_interval
 from audiolm.eval.models import onnx
-from audiolm.eval.results import Progress, Result, bootstrap_interval, no_progress, not_measured
+from audiolm.eval.results import Progress, Result, no_progress, not_measured
 from audiolm.eval.suites.base import clips_to_continue, samples_for
 from audiolm.tokenizers.base import SAMPLE_RATE
 

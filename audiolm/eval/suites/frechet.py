@@ -16,7 +16,8 @@ import numpy as np
 from audiolm import rng
 from audiolm.eval import generated
 from audiolm.eval.metrics.frechet import EMBEDDER, embed_logmel, frechet
-from audiolm.eval.results import DRAWS, Result
+from audiolm.eval.metrics.stats import RESAMPLES, interval
+from audiolm.eval.results import Result
 from audiolm.eval.suites import detector as told
 from audiolm.eval.suites.base import clips_to_continue, samples_for
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from audiolm.eval.suites.base import SuiteContext
 
 HALVES = "held-out clips, one half against the other"
-RESAMPLED = DRAWS // 10  # each wants eigenvalues
+RESAMPLED = RESAMPLES // 10  # each wants eigenvalues
 
 
 def frechet_results(held_out: Sequence[np.ndarray], sounds: Mapping[str, Sequence[np.ndarray]], seed: int = 0) -> list[Result]:
@@ -41,9 +42,8 @@ def frechet_results(held_out: Sequence[np.ndarray], sounds: Mapping[str, Sequenc
         draw = rng.generator(seed, f"fad {item}")
         drawn = [frechet(np.concatenate([parts[i] for i in draw.integers(len(parts), size=len(parts))]), other)
                  for _ in range(RESAMPLED)]
-        low, high = np.quantile(drawn, [0.025, 0.975])
         role = "ceiling" if item.startswith(("codec", HALVES)) else "ours"
-        rows.append(Result("FAD", item, f"FAD ({EMBEDDER})", frechet(np.concatenate(parts), other), float(low), float(high),
+        rows.append(Result("FAD", item, f"FAD ({EMBEDDER})", frechet(np.concatenate(parts), other), *interval(drawn),
                         len(wavs), role=role, seconds=time.perf_counter() - began))
     return rows
 

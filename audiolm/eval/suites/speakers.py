@@ -18,9 +18,10 @@ import numpy as np
 from audiolm import rng
 from audiolm.eval import test_sets
 from audiolm.eval.generated import LABELS, Progress, Sample
+from audiolm.eval.metrics.stats import bootstrap_interval
 from audiolm.eval.models import speaker as embedding
 from audiolm.eval.models.convnet import Settings, log_probs, trained
-from audiolm.eval.results import Result, bootstrap_interval, not_measured
+from audiolm.eval.results import Result, not_measured
 from audiolm.eval.suites.base import longest_clip_s, samples_for, save_players, sibling_folder
 from audiolm.tokenizers.base import SAMPLE_RATE
 

@@ -19,7 +19,8 @@ from audiolm import rng, store
 from audiolm.data.clips import Clip
 from audiolm.eval.ladder import continued, prompt_samples, saved, slug
 from audiolm.eval.metrics.audio_quality import mel_distance
-from audiolm.eval.results import Progress, Result, bootstrap_interval, no_progress
+from audiolm.eval.metrics.stats import bootstrap_interval
+from audiolm.eval.results import Progress, Result, no_progress
 from audiolm.eval.suites.base import ladder_clips, load_audiolm
 from audiolm.generate.audiolm import AudioLM, Sound
 from audiolm.tokenizers.base import ACOUSTIC_HOP

@@ -19,9 +19,10 @@ import numpy as np
 
 from audiolm import rng
 from audiolm.eval.generated import LABELS, Sample
+from audiolm.eval.metrics.stats import bootstrap_interval
 from audiolm.eval.models import asr as recognisers
 from audiolm.eval.models import text_model as models
-from audiolm.eval.results import Progress, Result, bootstrap_interval, no_progress, not_measured
+from audiolm.eval.results import Progress, Result, no_progress, not_measured
 from audiolm.eval.suites.base import clips_to_continue, samples_for
 from audiolm.tokenizers.base import SAMPLE_RATE
 

@@ -18,9 +18,10 @@ import torch
 
 from audiolm.config.semantic import KMeansConfig
 from audiolm.dag.run_index import steps_of
-from audiolm.eval.codec_quality import COARSE_BITS_PER_S, decode, encode
+from audiolm.eval.codec_quality import COARSE_BITS_PER_S, decode, encode, quality_notes
 from audiolm.eval.metrics import abx, audio_quality
 from audiolm.eval.metrics.audio_quality import Scorers
+from audiolm.eval.metrics.stats import text_table
 from audiolm.eval.results import Result, not_measured
 from audiolm.eval.steps import layers
 from audiolm.eval.suites.base import SuiteContext
@@ -150,7 +151,7 @@ def _abx(side: Side, levels: int, codes: Mapping[str, torch.Tensor], items: abx.
     def features(file: str) -> np.ndarray:
         return side.vectors(codes[file][:, :levels]).numpy()
 
-    return abx.abx(features, items, side.tokenizer.spec.rate_hz, seed=seed)
+    return abx.abx(features, items, side.tokenizer.spec.rate_hz, abx.Protocol(seed))
 
 
 COLUMNS = (("tokens", "tokens", 0), ("levels", "levels", 0), ("bits_per_s", "b/s", 0), ("within", "ABX within %", 2),
@@ -161,10 +162,7 @@ COLUMNS = (("tokens", "tokens", 0), ("levels", "levels", 0), ("bits_per_s", "b/s
 def format_table(table: Mapping[str, Any]) -> str:
     """The rows of `table1` as aligned text, with remarks below."""
     lines = [[title for _, title, _ in COLUMNS]] + [[_cell(row, *c) for c in COLUMNS] for row in table["rows"]]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = [f"{line[0]:<{widths[0]}}  " + "  ".join(f"{c:>{w}}" for c, w in zip(line[1:], widths[1:], strict=True))
-            for line in lines]
-    return "\n".join([*text, "", *_remarks(table)])
+    return text_table(lines, _remarks(table))
 
 
 def _cell(row: Mapping[str, Any], name: str, _: str, digits: int) -> str:
@@ -181,15 +179,7 @@ def _remarks(table: Mapping[str, Any]) -> list[str]:
     titles = {name: title for name, title, _ in COLUMNS}
     lines = [f"ABX on {table['items']} triphones, with 95 % intervals over speakers; sound on clips: {table['clips']}, "
              f"{table['seconds']:.1f} s."]
-    if table["visqol"]:
-        lines.append(f"ViSQOL: {table['visqol']}; scores of another mapper cannot be set beside these.")
-    lines += [f"No {titles.get(name, name)}: {why}." for name, why in table["absent"].items()]
-    for name in audio_quality.METRICS:
-        scored = [row["scored"][name] for row in table["rows"] if name in row["scored"]]
-        if scored and min(scored) < table["clips"]:
-            lines.append(f"{titles.get(name, name)} has a value on as few as {min(scored)} of {table['clips']} clips (too "
-                         "short, or no speech found).")
-    return [*lines, *table["remarks"]]
+    return [*lines, *quality_notes(table, titles), *table["remarks"]]
 
 
 def load_extractor(kind: str, tokenizer: str | None, device: str) -> tuple[Callable[[np.ndarray], np.ndarray], float]:
@@ -210,7 +200,7 @@ def abx_rows(sources: Iterable[Features], items: abx.Items, seed: int) -> list[d
     """`eval.metrics.abx.abx` of each source, with "name", "step" and "seconds"."""
     rows, began = [], time.monotonic()
     for name, step, features, rate_hz in sources:
-        figures = abx.abx(features, items, rate_hz, seed=seed)
+        figures = abx.abx(features, items, rate_hz, abx.Protocol(seed))
         rows.append({"name": name, "step": step, **figures, "seconds": round(time.monotonic() - began, 1)})
         began = time.monotonic()
     return rows

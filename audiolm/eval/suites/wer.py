@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 
 from audiolm.eval import test_sets
 from audiolm.eval.generated import LABELS, Progress, Sample, SampleSpec
+from audiolm.eval.metrics.stats import bootstrap_interval
 from audiolm.eval.models import asr as recognisers
-from audiolm.eval.results import Result, bootstrap_interval, not_measured
+from audiolm.eval.results import Result, not_measured
 from audiolm.eval.suites.base import longest_clip_s, samples_for, save_players
 
 if TYPE_CHECKING:

@@ -20,9 +20,9 @@ from audiolm import rng
 from audiolm.config.codec import CodecConfig
 from audiolm.data.crops import AudioCrops
 from audiolm.models.discriminators import Discriminators
+from audiolm.models.entropy import perplexity
 from audiolm.models.losses import multi_scale_mel, multi_scale_spectral, waveform_distance
 from audiolm.models.mel import log_mel
-from audiolm.models.rvq import perplexity
 from audiolm.models.soundstream import SoundStream
 from audiolm.tokenizers.base import ACOUSTIC_HOP, SAMPLE_RATE
 from audiolm.train.engine import all_sum

@@ -19,8 +19,8 @@ from audiolm import rng
 from audiolm.data.sources import roots
 from audiolm.models import kmeans
 from audiolm.models.conformer import LAYER_CONVENTION, SUBSAMPLE, EncoderSizes, MaskedModel, valid_frames
+from audiolm.models.entropy import entropy, perplexity
 from audiolm.models.mel import mfcc
-from audiolm.models.rvq import perplexity
 from audiolm.tokenizers.base import SAMPLE_RATE
 from audiolm.tokenizers.extractor import FAMILY, ConformerExtractor
 from audiolm.tokenizers.semantic import MASKED_FORMAT, load_extractor, load_semantic
@@ -57,7 +57,7 @@ def target_features(mel_BTF: torch.Tensor, lengths_B: torch.Tensor) -> torch.Ten
 
 def check_targets(counts_K: torch.Tensor, field: str = "semantic.model.targets_k") -> float:
     """The entropy (nats) of the targets in use; raises ValueError, naming `field`, where they are empty or all but constant."""
-    total, used, h = int(counts_K.sum()), int((counts_K > 0).sum()), kmeans.entropy(counts_K)
+    total, used, h = int(counts_K.sum()), int((counts_K > 0).sum()), float(entropy(counts_K.double()))
     if total == 0 or h < MIN_ENTROPY * math.log(len(counts_K)):
         what = "empty" if total == 0 else "all but constant"
         raise ValueError(f"masked targets are {what}: {total} frames, {used} of {len(counts_K)} in use, "

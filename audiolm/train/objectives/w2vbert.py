@@ -19,7 +19,7 @@ import torch
 from audiolm.config.semantic import MaskedModelConfig, W2vBertConfig
 from audiolm.data.sources import roots
 from audiolm.models.conformer import EncoderSizes
-from audiolm.models.rvq import perplexity
+from audiolm.models.entropy import perplexity
 from audiolm.models.w2vbert import W2vBertModel, diversity, draw_gumbel, draw_negatives
 from audiolm.train.engine import all_sum
 from audiolm.train.objectives.base import Context
