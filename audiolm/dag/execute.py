@@ -11,6 +11,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable
+from pkgutil import resolve_name
 
 from audiolm.dag.lease import Lease, LeaseLost, Waiter
 from audiolm.dag.plan import PlanRow
@@ -123,7 +124,8 @@ def run_step(step: Step, store: str, inputs: dict[str, Artifact], *, force: bool
     try:
         if observer:
             observer.began(out)
-        facts = step.fn(dict(step.config), inputs, out) or {}
+        fn = resolve_name(step.fn) if isinstance(step.fn, str) else step.fn
+        facts = fn(dict(step.config), inputs, out) or {}
         lease.check(now=True)
         out.flush()
         run_id = observer.ended(out, "done", facts, None) if observer else None

@@ -36,7 +36,7 @@ class Status(enum.StrEnum):
 @dataclass(frozen=True, eq=False)
 class Step:
     name: str
-    fn: Callable[[dict, dict[str, Artifact], StepContext], dict | None]
+    fn: Callable[[dict, dict[str, Artifact], StepContext], dict | None] | str  # a reference is imported when the step runs
     config: Mapping[str, Any] = field(default_factory=dict)
     inputs: tuple[Step, ...] = ()
     version: int = 1  # raise it when the meaning of fn changes
