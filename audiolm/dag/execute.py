@@ -27,7 +27,7 @@ def execute(rows: list[PlanRow], store: str, *, force: Iterable[str] = (), inlin
             observer: Observer | None = None, retries: int = 0, may_retry: Callable[[BaseException], bool] = lambda e: False,
             finished: Callable[[str, Artifact], None] = lambda name, artifact: None) -> dict[str, Artifact]:
     """Returns every step's artifact (skipped ones too). Raises StepFailed, from the first error."""
-    built = {r.step.name: r.view.artifact for r in rows if not r.run and r.view.artifact}
+    built = {r.step.name: r.state.artifact for r in rows if not r.run and r.state.artifact}
     for name, artifact in built.items():
         finished(name, artifact)
     todo, running, results, stopping = [r for r in rows if r.run], set(), queue.Queue(), threading.Event()
@@ -84,10 +84,10 @@ def execute(rows: list[PlanRow], store: str, *, force: Iterable[str] = (), inlin
 def _open_build(step: Step, store: str, inputs: dict[str, str], force: bool) -> tuple[str, int]:
     """The build to work on: the newest for these inputs, or a new one (exclusive: two drivers agree on it)."""
     while True:
-        view = inspect(step, store, inputs)
-        if view.build is not None and not (force and view.status is Status.DONE):
-            return join(step.root(store), f"{view.build:04d}"), view.build
-        n = view.newest + 1
+        state = inspect(step, store, inputs)
+        if state.build is not None and not (force and state.status is Status.DONE):
+            return join(step.root(store), f"{state.build:04d}"), state.build
+        n = state.newest_build + 1
         trunk = {"trunk": trunk_siblings(step, store, inputs, None, force)[0]} if step.trains else {}
         try:
             put_json(join(step.root(store), "recipe.json"), step.recipe)

@@ -131,9 +131,9 @@ def table(rows: list[PlanRow], run: bool) -> str:
     lines = []
     for r in rows:
         verb = ("run " if r.run else "skip") if run else ""
-        reason = r.reason + _goes_on(r) if run else r.view.note
-        path = r.view.artifact.path if r.view.artifact and not (run and r.run) else ""
-        lines.append(f"{verb:5}{r.step.name:{width}}  {r.view.status:8} {r.step.fingerprint}  {reason}  {path}".rstrip())
+        reason = r.reason + _goes_on(r) if run else r.state.note
+        path = r.state.artifact.path if r.state.artifact and not (run and r.run) else ""
+        lines.append(f"{verb:5}{r.step.name:{width}}  {r.state.status:8} {r.step.fingerprint}  {reason}  {path}".rstrip())
     n = sum(r.run for r in rows)
     return "\n".join([*lines, f"{n} of {len(rows)} steps to run" if run else f"{len(rows) - n} of {len(rows)} steps done"])
 
@@ -189,11 +189,11 @@ def quiet() -> None:
 def _check_corpus(cfg: Pipeline, rows: list[PlanRow]) -> None:
     """A manifest that would be skipped must still describe the files there are (decision 9)."""
     manifest = next((r for r in rows if r.step.name == "manifest" and not r.run), None)
-    if manifest is None or manifest.view.artifact is None or cfg.corpus.changed == "ignore":
+    if manifest is None or manifest.state.artifact is None or cfg.corpus.changed == "ignore":
         return
     from audiolm.data.manifest import changed_files
 
-    changes = {k: v for k, v in changed_files(manifest.view.artifact.path, cfg.corpus).items() if v}
+    changes = {k: v for k, v in changed_files(manifest.state.artifact.path, cfg.corpus).items() if v}
     if changes:
         text = "; ".join(f"{len(v)} {k}: {', '.join(v[:3])}{' ...' if len(v) > 3 else ''}" for k, v in changes.items())
         raise ValueError(f"corpus {cfg.corpus.name!r} changed since its manifest was built ({text}). To use the new files "

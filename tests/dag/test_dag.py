@@ -52,7 +52,7 @@ def go(store, steps, **options):
 
 
 def statuses(store, steps):
-    return [str(r.view.status) for r in plan(steps, store)]
+    return [str(r.state.status) for r in plan(steps, store)]
 
 
 def test_runs_then_skips(store):
@@ -73,7 +73,7 @@ def test_force_opens_a_new_build_and_its_descendants_follow(store):
     go(store, graph(), only=["double"], force=["double"])
     assert statuses(store, graph()) == ["done", "done", "stale"]
     assert go(store, graph()) == [False, False, True]
-    paths = [r.view.artifact.path for r in plan(graph(), store)]
+    paths = [r.state.artifact.path for r in plan(graph(), store)]
     assert [p.rsplit("/", 1)[1] for p in paths] == ["0001", "0002", "0002"]
     assert get_json(join(paths[1].replace("0002", "0001"), "data.json")) == 6  # the older build stays readable
 

@@ -89,7 +89,7 @@ def graph(corpus, steps_=2, used=None, **shape):
 def go(graph, store, force=()):
     rows = plan(graph, store, force=force)
     execute(rows, store, inline=True, force=force)
-    return plan(graph, store)[-1].view.artifact
+    return plan(graph, store)[-1].state.artifact
 
 
 UNUSED = r"step lm_coarse failed: GateFailed: .*the prefix is not used: .*\(the trained weights are kept\): --force lm_coarse"

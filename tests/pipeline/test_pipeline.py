@@ -172,7 +172,7 @@ def test_a_training_worker_that_was_killed_ends_with_the_losses_of_one_that_was_
     done = submit(head, checkout, "tests/worlds/dying_worker.py", str(store))
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
     execute(plan(graph(None), str(tmp_path / "calm")), str(tmp_path / "calm"), inline=True)
-    ours, theirs = (plan(graph(None), str(s))[0].view.artifact for s in (store, tmp_path / "calm"))
+    ours, theirs = (plan(graph(None), str(s))[0].state.artifact for s in (store, tmp_path / "calm"))
     assert (store / "died").exists() and len(list(Path(ours.path, "attempts").iterdir())) == 2
     assert ours.facts == theirs.facts
     losses = [[(r["step"], r["metrics"]["loss"]) for r in read_build(a.path) if "loss" in r["metrics"]] for a in (ours, theirs)]
