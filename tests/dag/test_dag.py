@@ -165,7 +165,7 @@ def test_who_claims_after_another_did_is_refused(store):
     assert waiter.free()
     first = lease.Lease(path)
     with pytest.raises(FileExistsError):
-        lease.Lease(path, waiter.judged)
+        lease.Lease(path, waiter.number)
     assert not waiter.free()
     first.close("done")
 
