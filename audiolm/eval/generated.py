@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from audiolm import rng, store
-from audiolm.dag.run_index import SYSTEM_STEPS
+from audiolm.dag.run_index import GENERATION_STEPS
 from audiolm.data.audio import wav_bytes
 from audiolm.data.clips import Clip
 from audiolm.data.tokens import run_starts
@@ -32,7 +32,6 @@ MODES = ("original", "resynthesis", "levels", "fine", "acoustic", "shuffled", "c
 LABELS = {"original": "original", "resynthesis": "codec resynthesis", "levels": "codec resynthesis, coarse levels",
          "fine": "fine from true coarse", "acoustic": "acoustic generation",
          "shuffled": "acoustic generation, shuffled tokens", "continuation": "continuation"}  # in tables
-MODELS = (*SYSTEM_STEPS, "lm_fine")
 
 Clips = Sequence[tuple[Clip, np.ndarray]]
 Progress = Callable[[int, int, str], None]  # (done, of, unit)
@@ -115,7 +114,7 @@ def missing_batches(paths: Mapping[str, str], clips: Clips, wanted: Sequence[Sam
 def make_sample_batch(paths: Mapping[str, str], wanted: Sequence[SampleSpec], wavs: Sequence[np.ndarray], folder: str, seed: int,
                device: str, draws: Mapping[str, SamplingParams] | None = None) -> None:
     """One task: generates sounds of one mode and puts them into the cache."""
-    steps = {name: paths[name] for name in MODELS if name in paths}
+    steps = {name: paths[name] for name in GENERATION_STEPS if name in paths}
     lm = load_system(tuple(steps.items()), device, tuple(draws.items()) if draws else None)
     name = _names(paths, dict(zip((w.clip for w in wanted), wavs, strict=True)), seed, draws)
     seeds = [rng.derive(seed, f"{w.mode} {w.clip}", w.number) for w in wanted]
@@ -163,7 +162,8 @@ def _names(paths: Mapping[str, str], wavs: Mapping[str, np.ndarray], seed: int,
     how = {stage: asdict(draw) for stage, draw in {**PAPER_PARAMS, **(draws or {})}.items()}
 
     def name(w: SampleSpec) -> str:
-        needed = {"resynthesis": ("codec",), "continuation": MODELS}.get(w.mode, tuple(m for m in MODELS if m != "lm_semantic"))
+        needed = {"resynthesis": ("codec",), "continuation": GENERATION_STEPS}.get(
+            w.mode, tuple(m for m in GENERATION_STEPS if m != "lm_semantic"))
         made_of = {m: store.absolute(paths[m]) for m in needed if m in paths}
         depends = [made_of, w.mode, heard[w.clip]]
         if w.mode != "resynthesis":

@@ -25,7 +25,6 @@ from audiolm.tokenizers.base import SAMPLE_RATE
 
 MODES = ("unconditional", "acoustic", "continuation", "resynthesis")
 FREE = ("unconditional", "continuation")  # may end before the seconds asked for
-MODELS = ("kmeans", "codec", "lm_semantic", "lm_coarse", "lm_fine")
 
 
 def make_samples(config: Mapping[str, Any], inputs: Mapping[str, Any], out: Any) -> dict[str, Any]:
@@ -59,7 +58,7 @@ def make_mode(mode: str, config: Mapping[str, Any], paths: Mapping[str, str], me
               device: str) -> tuple[list[dict], dict[str, float]]:
     """One task: the wavs of a mode, and the seconds spent in all ("") and by stage."""
     asked, corpus, seed = config["samples"], config["corpus"], config["seed"]
-    system = load({name: paths[name] for name in MODELS if name in paths}, device, mean_run=mean_run, draws=params_from_config(asked))
+    system = load(paths, device, mean_run=mean_run, draws=params_from_config(asked))
     clips = pick(read_clips(paths["manifest"], "test"), asked.n, asked.prompt_s + asked.seconds, seed)
     wavs = [_excerpt(clip, roots(corpus), asked.prompt_s + asked.seconds) for clip in clips]
     prompts = [whole_frames(wav[:round(asked.prompt_s * SAMPLE_RATE)]) for wav in wavs]

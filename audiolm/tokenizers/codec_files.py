@@ -29,6 +29,7 @@ from fsspec.implementations.local import LocalFileSystem
 from safetensors import SafetensorError
 
 from audiolm import store
+from audiolm.dag.run_index import OUTPUTS, index_path
 from audiolm.data import audio
 from audiolm.data.audio_check import audio_errors, check_audio, error_line
 from audiolm.data.sources import natural
@@ -36,7 +37,7 @@ from audiolm.tokenizers.acoustic import AcousticTokenizer, chunks, load_codec
 
 FORMAT = "audiolm codes 1"
 CODES = ".safetensors"
-DEFAULT_RUN = "./outputs/runs/quickstart.json"
+DEFAULT_RUN = index_path(OUTPUTS, "quickstart")
 REDRAW_S = 0.5  # how often a terminal's percentage changes
 PIECE_S = 60.0  # of an imported codec, which has no streaming of its own
 Tick = Callable[[float, float], None]  # (seconds done, seconds in all, where the header tells)

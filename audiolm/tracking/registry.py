@@ -14,7 +14,6 @@ from typing import Any
 
 from audiolm import store
 from audiolm.config.base import flatten
-from audiolm.dag.run_index import SYSTEM_STEPS
 from audiolm.store import get_json, hide_credentials, join, names
 from audiolm.tracking.outbox import TrackedRun, key
 
@@ -167,7 +166,6 @@ def _point(client: Any, name: str, run: TrackedRun, shown: ShownCheckpoints) -> 
         shown.best = best
 
 
-SYSTEM = (*SYSTEM_STEPS, "lm_fine")  # the steps that generating reads
 SYSTEM_TAG = "audiolm.system"
 
 

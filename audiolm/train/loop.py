@@ -69,7 +69,7 @@ def train(factory: Factory, config: Mapping[str, Any], train: TrainConfig, input
     threads = cluster.threads or max(1, (os.cpu_count() or 1) // world)
     job = TrainJob(factory, config, train, {k: a.path for k, a in inputs.items()}, out.path, out.attempt, out.metrics_path,
               seed, device, threads, cluster.audio_cache_mb, cluster.compile and device == "cuda")
-    take_over(out.path, out.attempt, out.kin, train.trunk_steps)
+    take_over(out.path, out.attempt, out.siblings, train.trunk_steps)
     out.progress(0, train.steps, "steps", "starting workers")
     with watch(job, out):
         if out.inline:

@@ -274,7 +274,7 @@ def test_a_pretrained_codec_is_its_bytes_and_not_its_place(folders, tmp_path):
     here = plan(f"codec.pretrained={folders['dac']}", *given)
     moved = shutil.copytree(folders["dac"], tmp_path / "moved")
     same = plan(f"codec.pretrained={moved}", *given, "codec.train.lr=0.5", "codec.dim=8")
-    assert here["codec"].fn is steps.import_codec and not here["codec"].inputs and not here["codec"].trains
+    assert here["codec"].fn is steps.FUNCTIONS["import_codec"] and not here["codec"].inputs and not here["codec"].trains
     assert here["codec"].fingerprint == same["codec"].fingerprint
     assert plan(f"codec.pretrained={moved}", *given)["acoustic_tokens"].fingerprint == here["acoustic_tokens"].fingerprint
     fewer = plan(f"codec.pretrained={moved}", "codec.n_q=3", given[1])
@@ -283,7 +283,7 @@ def test_a_pretrained_codec_is_its_bytes_and_not_its_place(folders, tmp_path):
     store.put(f"{moved}/model.safetensors", bytes(data))
     other = plan(f"codec.pretrained={moved}", *given)
     assert len({p["codec"].fingerprint for p in (here, fewer, other, plan(*given))}) == 4
-    assert plan(*given)["codec"].fn is steps.train_codec
+    assert plan(*given)["codec"].fn is steps.FUNCTIONS["train_codec"]
 
 
 def test_a_plan_with_a_pretrained_codec_needs_neither_torch_nor_transformers(folders, tmp_path):

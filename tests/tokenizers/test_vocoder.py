@@ -138,7 +138,7 @@ def test_a_run_that_failed_and_resumed_equals_an_uninterrupted_one(made, tmp_pat
 
         step = Step("semantic_vocoder", fn, {"train": vocoder.train}, trains=True)
         execute(plan([step], store_path), store_path, inline=True)
-        return plan([step], store_path)[0].view.artifact
+        return plan([step], store_path)[0].state.artifact
 
     whole = build(f"{tmp_path}/whole")
     step_of = VocoderObjective.train_step

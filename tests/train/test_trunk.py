@@ -98,7 +98,7 @@ def test_forced_and_stale_builds_take_nothing_old(tmp_path):
     def go(steps, **options):
         rows = plan(steps, store, **options)
         execute(rows, store, inline=True, force=options.get("force", ()))
-        return plan(steps, store)[1].view.artifact
+        return plan(steps, store)[1].state.artifact
 
     go(graph())
     assert "goes on" not in table(plan(graph(), store, force=["tiny"]), run=True)

@@ -37,8 +37,7 @@ def objective(ctx: Context = CTX, augment: AugmentConfig = QUIET, **w2vbert) -> 
     torch.manual_seed(0)
     w = W2vBertConfig(codes=CODES, code_dim=16, negatives=20, gumbel=(2.0, 0.5, 0.98), **w2vbert)
     train = TrainConfig(steps=170, batch=4, lr=3e-3, engine="torch", warmup_steps=5)
-    sizes = MaskedModelConfig(objective="w2vbert", dim=32, layers=2, heads=2, ff=48, dropout=0.0, mask_share=0.55,
-                              augment=augment, w2vbert=w, train=train)
+    sizes = MaskedModelConfig(dim=32, layers=2, heads=2, ff=48, dropout=0.0, mask_share=0.55, augment=augment, w2vbert=w, train=train)
     model = ow.w2vbert_model(sizes)
     model.encoder.statistics.mean.fill_(-6.0)
     model.encoder.statistics.std.fill_(3.0)

@@ -19,9 +19,11 @@ class RecordingOut:
 
     name = "step"
 
+    name = "step"
+
     def __init__(self, path):
         self.path, self.inline, self.forced, self.attempt = str(path), True, False, 1
-        self.logged, self.seen, self.kin = [], [], []
+        self.logged, self.seen, self.siblings = [], [], []
         self.metrics_path = f"{path}/metrics-0001.jsonl"
 
     def check(self):

@@ -46,8 +46,7 @@ def graph(died: str | None) -> list[Step]:
 
 if __name__ == "__main__":
     import ray
-
-    from audiolm.pipeline.cli import worker_died
+    from audiolm.pipeline.ray_cluster import worker_died
 
     ray.init()
     rows = plan(graph(sys.argv[1] + "/died"), sys.argv[1])

@@ -31,4 +31,4 @@ def training_step(fail_at=None, objective=None, **changes):
 
 def build(step, store):
     execute(plan([step], store), store, inline=True)
-    return plan([step], store)[0].view.artifact
+    return plan([step], store)[0].state.artifact

@@ -8,6 +8,7 @@ were not measured are.  sounds.json: [{"group", "title", "file" (below the suite
 from __future__ import annotations
 
 from audiolm import store
+from audiolm.dag.run_index import SYSTEM_STEPS
 from audiolm.eval.results import Result, not_measured
 from audiolm.eval.suites.base import SuiteContext
 
@@ -15,7 +16,7 @@ from audiolm.eval.suites.base import SuiteContext
 def ladder_suite(ask: SuiteContext) -> list[Result]:
     """The stage ladder's mel distances, and its sound."""
     metric = "mel distance, nats"
-    if missing := [s for s in ("kmeans", "codec", "semantic_tokens", "lm_semantic", "lm_coarse") if s not in ask.steps]:
+    if missing := [s for s in SYSTEM_STEPS if s not in ask.steps]:
         return [not_measured("ladder", "stage ladder", metric, f"the run has not finished {', '.join(missing)} yet")]
     (rungs,) = ask.parts(["ladder"])
     sounds = [{"group": r["rung"], "title": f["clip"], "file": f["file"], "prompt_s": None} for r in rungs for f in r["files"]]
