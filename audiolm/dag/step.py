@@ -101,10 +101,6 @@ class StepContext:
     def name(self) -> str:
         return self.step.name
 
-    @property
-    def name(self) -> str:
-        return self.step.name
-
     def check(self) -> None:
         """Raises LeaseLost when another worker owns the build now. Long loops call it once an iteration."""
         self.lease.check()

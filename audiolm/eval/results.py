@@ -1,6 +1,6 @@
-"""What a metric gives: rows for the paper's tables, each a figure with its interval and how it was come by.
+"""Results: rows of the paper's tables, each a value with its 95 % interval, its source and its role.
 
-Intervals are 95 %, by bootstrap over groups (speakers, or clips): what is drawn together is not independent.
+Intervals come from a bootstrap over groups (speakers, or clips), as values of one group are not independent.
 """
 
 from __future__ import annotations
@@ -10,14 +10,15 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 ROLES = ("ours", "ceiling", "floor", "baseline")
-Progress = Callable[[int, int, str], object]  # done, of how many, unit
+Progress = Callable[[int, int, str], object]  # (done, total, unit)
 
 
 @dataclass(frozen=True)
 class Result:
-    """A figure of `table` (I, II, III, IV as in the paper, else a name). `n` counts `of` (clips, pairs, crops); `value` None:
-    not measured, `note` says why and what to do. `role`: ours; ceiling (the original, the codec); floor (chance, shuffled
-    tokens); baseline (counting, duration)."""
+    """A row of `table`: I, II, III or IV as in the paper, else a name.
+
+    `n` counts `of` (clips, pairs, crops).  A `value` of None is not measured, and `note` names the reason and the fix.
+    `role`: ours; ceiling (the original, the codec); floor (chance, shuffled tokens); baseline (counting, duration)."""
 
     table: str
     item: str
@@ -28,8 +29,8 @@ class Result:
     n: int = 0
     of: str = "clips"
     role: str = "ours"
-    paper: float | None = None
-    seconds: float = 0.0  # that measuring took
+    paper: float | None = None  # the paper's value
+    seconds: float = 0.0  # of computing
     note: str = ""
 
     def __post_init__(self):
@@ -41,15 +42,15 @@ class Result:
 
 
 def no_progress(done: int, total: int, unit: str) -> None:
-    """Progress that nobody follows."""
+    """Ignores progress: the default where no caller follows it."""
 
 
 def not_measured(table: str, item: str, metric: str, why: str, paper: float | None = None) -> Result:
-    """A row that stays visible: an optional package or data that are not there."""
+    """A row without a value, so that a missing package or missing data stay visible; `why` names the fix."""
     return Result(table, item, metric, None, paper=paper, note=why)
 
 
 STAGE_TITLES = {"lm_semantic": "semantic stage", "lm_coarse": "coarse stage", "lm_fine": "fine stage", "codec": "codec",
-         "masked_model": "masked audio model"}
+                "masked_model": "masked audio model"}
 BASELINE_TITLES = {"unigram": "unigram", "bigram": "Kneser-Ney 2", "fivegram": "Kneser-Ney 5", "previous": "previous frame",
-             "below": "level below", "baseline": "the better"}
+                   "below": "level below", "baseline": "the better"}

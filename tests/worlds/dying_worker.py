@@ -46,6 +46,7 @@ def graph(died: str | None) -> list[Step]:
 
 if __name__ == "__main__":
     import ray
+
     from audiolm.pipeline.ray_cluster import worker_died
 
     ray.init()

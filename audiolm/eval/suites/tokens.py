@@ -1,4 +1,4 @@
-"""Table I of the paper (2209.03143, IV-A): phonetic discriminability and sound quality of acoustic and semantic tokens.
+"""Table I of the paper (2209.03143, III-B): phonetic discriminability and sound quality of acoustic and semantic tokens.
 
 ABX error in %, within and across speakers, with 95 % intervals.  It is measured on the sums of the vectors that the tokens
 stand for: the quantizer's at 50 Hz, the centroids at 25 Hz.  ViSQOL, PESQ, STOI and mel distance score the audio that is
