@@ -17,7 +17,8 @@ from audiolm.store import exists, get, get_json, join, names, put_json, remove
 from audiolm.train import checkpoint
 from audiolm.train import engine as engines
 from audiolm.train.commits import commits, newest
-from audiolm.train.loop import TrainJob, run_worker, train, watch
+from audiolm.train.loop import report_progress, run_worker, train
+from audiolm.train.worker import TrainJob
 from tests.worlds.tiny import tiny_lm
 from tests.worlds.training import SPOILED, build, settings, training_step
 
@@ -126,7 +127,7 @@ def test_an_alarm_of_the_validation_stands_in_the_progress_until_it_is_over(tmp_
         return False
 
     metrics = MetricsFile(job.metrics)
-    with watch(job, Out()):
+    with report_progress(job, Out()):
         metrics.add(2, {"val.loss": 1.0, "val.alarm/levels_without_gain": 3.0})
         metrics.add(3, {"loss": 1.0})
         assert seen("ALARM levels_without_gain 3", True)

@@ -14,7 +14,8 @@ from audiolm.metrics_log import read_build
 from audiolm.store import get, get_json, join
 from audiolm.train import guards
 from audiolm.train.commits import newest
-from audiolm.train.loop import TrainJob, run_worker
+from audiolm.train.loop import run_worker
+from audiolm.train.worker import TrainJob
 from tests.worlds.basics import free_port
 from tests.worlds.tiny import tiny_lm
 from tests.worlds.training import build, settings, training_step
@@ -31,10 +32,10 @@ def losses(artifact):
     return {r["step"]: r["metrics"]["loss"] for r in read_build(artifact.path) if "loss" in r["metrics"]}
 
 
-def test_which_rows_a_step_takes():
-    assert [guards.rows_of(s, []) for s in range(3)] == [0, 1, 2]
+def test_which_batch_a_step_takes():
+    assert [guards.batch_number(s, []) for s in range(3)] == [0, 1, 2]
     skipped = [{"step": 3, "rows": 3}, {"step": 3, "rows": 4}, {"step": 6, "rows": 8}]
-    assert [guards.rows_of(s, skipped) for s in range(8)] == [0, 1, 2, 5, 6, 7, 9, 10]
+    assert [guards.batch_number(s, skipped) for s in range(8)] == [0, 1, 2, 5, 6, 7, 9, 10]
 
 
 def test_what_a_spike_is():
@@ -44,7 +45,7 @@ def test_what_a_spike_is():
         spikes = guards.SpikeGuard(train, None, None)
         for step, value in enumerate(values):
             spikes.add(step, torch.tensor(value))
-        spikes.look()
+        spikes.check()
         return spikes
 
     assert list(seen(9.0, 3.0, 2.1, 2.0, 2.2, 2.3, 1.0).recent) == pytest.approx([2.0, 2.2, 2.3, 1.0])
@@ -55,7 +56,7 @@ def test_what_a_spike_is():
         seen(2.0, math.nan)  # before there is a window
     off = guards.SpikeGuard(TrainConfig(steps=9, batch=1, lr=1), None, None)
     off.add(0, torch.tensor(math.nan))
-    off.look()
+    off.check()
     assert off.record() == {} and off.facts() == {}
 
 
