@@ -25,7 +25,7 @@ from audiolm.data.parallel import cluster_device
 from audiolm.metrics_log import MetricsFile, read_from
 from audiolm.store import get_json, is_local, join, open_fs
 from audiolm.train import guards
-from audiolm.train.commits import take_over
+from audiolm.train.commits import copy_trunk
 from audiolm.train.objectives.base import Factory
 from audiolm.train.worker import TrainJob, Worker, export, set_up
 
@@ -47,7 +47,7 @@ def train(factory: Factory, config: Mapping[str, Any], train: TrainConfig, input
     threads = cluster.threads or max(1, (os.cpu_count() or 1) // world)
     job = TrainJob(factory, config, train, {k: a.path for k, a in inputs.items()}, out.path, out.attempt, out.metrics_path,
                    seed, device, threads, cluster.audio_cache_mb, cluster.compile and device == "cuda")
-    take_over(out.path, out.attempt, out.kin, train.trunk_steps)
+    copy_trunk(out.path, out.attempt, out.kin, train.trunk_steps)
     out.progress(0, train.steps, "steps", "starting workers")
     with report_progress(job, out):
         if out.inline:
