@@ -59,17 +59,13 @@ def learning_rate(train: TrainConfig, step: int) -> float:
     return train.lr * min(up, down)
 
 
-def _groups(module: nn.Module, train: TrainConfig) -> list[dict]:
-    """Parameter groups: weight decay for matrices, none for gains and biases."""
+def _adamw(module: nn.Module, train: TrainConfig) -> torch.optim.AdamW:
+    """AdamW with weight decay for matrices and none for gains and biases."""
     params = [p for p in module.parameters() if p.requires_grad]
     groups = [{"params": [p for p in params if p.ndim >= 2], "weight_decay": train.weight_decay},
               {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0}]
-    return [g for g in groups if g["params"]]
-
-
-def _adamw(module: nn.Module, train: TrainConfig) -> torch.optim.AdamW:
-    fused = next(module.parameters()).is_cuda
-    return torch.optim.AdamW(_groups(module, train), lr=train.lr, betas=train.betas, eps=1e-8, fused=fused)
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=train.lr, betas=train.betas, eps=1e-8,
+                             fused=next(module.parameters()).is_cuda)
 
 
 def _with_gradients(module: nn.Module) -> list[nn.Parameter]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from typing import Any
 
 import torch
 from torch import nn
 
 from audiolm.config.training import TrainConfig
-from audiolm.train.engine import all_sum, alone
-from audiolm.train.objectives.base import Context, Objective, autocast
+from audiolm.train.engine import TorchEngine, all_sum, alone
+from audiolm.train.objectives.base import Context, Objective
 
 FREE_SHARE = 0.92  # of the memory is what a trial may use: later rows can be longer, and memory is cut into pieces
 STATE_BYTES = 12  # a parameter: two moments and a gradient buffer that an engine keeps, besides the trial's own
@@ -68,7 +67,7 @@ def _out_of_memory(train: TrainConfig, objective: Objective, ctx: Context, rows:
     batches = [objective.load(0, rows[i:i + n]) for i in range(0, len(rows), n)]
     try:
         with alone():  # ranks fail at different places: none may wait for another meanwhile
-            objective.train_step({name: _Trial(m, train, ctx) for name, m in objective.modules.items()}, batches, 0)
+            objective.train_step({name: _trial(m, train, ctx) for name, m in objective.modules.items()}, batches, 0)
     except torch.OutOfMemoryError:
         return True
     finally:
@@ -77,21 +76,11 @@ def _out_of_memory(train: TrainConfig, objective: Objective, ctx: Context, rows:
     return False
 
 
-class _Trial:
+def _trial(module: nn.Module, train: TrainConfig, ctx: Context) -> TorchEngine:
     """An engine that computes gradients and changes no weight."""
-
-    def __init__(self, module: nn.Module, train: TrainConfig, ctx: Context):
-        self.module, self.train, self.ctx = module, train, ctx
-
-    def __call__(self, *args) -> Any:
-        with autocast(self.ctx.device, self.train.dtype):
-            return self.module(*args)
-
-    def backward(self, loss: torch.Tensor, last: bool = True) -> None:
-        loss.backward()
-
-    def step(self) -> torch.Tensor:
-        return torch.zeros((), device=self.ctx.device)
+    engine = TorchEngine(module, train, ctx, None, 0)
+    engine.step = lambda: torch.zeros((), device=ctx.device)
+    return engine
 
 
 def matmul_rate(device: torch.device, n: int = 8192, repeats: int = 16) -> float:

@@ -27,7 +27,7 @@ from audiolm.store import get_json, is_local, join, open_fs
 from audiolm.train import guards
 from audiolm.train.commits import copy_trunk
 from audiolm.train.objectives.base import Factory
-from audiolm.train.worker import TrainJob, Worker, export, set_up
+from audiolm.train.worker import TrainJob, Worker, export
 
 LEASE_CHECK_S = 10.0  # between looks at the lease, as often as its owner's heartbeat
 
@@ -156,7 +156,7 @@ def _run(job: TrainJob, rank: int, world: int, check: Callable[[], None], metric
          skipped: list[dict[str, int]] | None) -> None:
     """One attempt at the whole training; all ranks take part in every step, validation and save."""
     # Set up and resume: the same weights on every rank, from the seed or from the newest checkpoint.
-    worker = set_up(job, rank, world, metrics, skipped)
+    worker = Worker(job, rank, world, metrics, skipped)
 
     # Train. The saver's end waits for the last checkpoint.
     with worker.saver or contextlib.nullcontext():
@@ -174,7 +174,7 @@ def _train_steps(worker: Worker, check: Callable[[], None]) -> None:
     """Steps from the state's to the last one, or to the end of the patience."""
     job, cfg, state = worker.job, worker.job.train, worker.state
     start, checked = state.done, time.monotonic()
-    if guards.out_of_patience(cfg, start, state.best.step):
+    if guards.out_of_patience(cfg, start, state.best.best_step):
         return  # it was killed behind its last step, before its export
     with ThreadPoolExecutor(1, "loader") as loader:
         pending = loader.submit(worker.load, start) if start < cfg.steps else None
@@ -200,7 +200,7 @@ def _train_steps(worker: Worker, check: Callable[[], None]) -> None:
             if validate:
                 pending.result()  # the loader's cache is not shared with a running load
                 improved = worker.validate()
-                last = last or guards.out_of_patience(cfg, done, state.best.step)
+                last = last or guards.out_of_patience(cfg, done, state.best.best_step)
 
             # Checkpoint: all ranks gather the state, rank 0 writes it in a thread.
             if save or last or improved:

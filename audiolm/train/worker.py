@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
@@ -21,9 +21,9 @@ from audiolm.metrics_log import MetricsFile
 from audiolm.store import get_json, join, put, put_json
 from audiolm.train import checkpoint, guards
 from audiolm.train.commits import newest, path_of
-from audiolm.train.engine import DeepSpeedEngine, TorchEngine, learning_rate, load_weights, make_engine
+from audiolm.train.engine import learning_rate, load_weights, make_engine
 from audiolm.train.hardware import matmul_rate, micro_batch
-from audiolm.train.objectives.base import Context, Factory, Objective
+from audiolm.train.objectives.base import Context, Factory
 
 
 @dataclass(frozen=True)
@@ -44,15 +44,11 @@ class TrainJob:
     compile: bool
 
 
-@dataclass(frozen=True)
-class Best:
-    """The lowest validation loss so far, and the step after which it was measured."""
+class Best(NamedTuple):
+    """The lowest validation loss so far, and the step after which it was measured; keys of commits and final.json."""
 
-    step: int | None = None
-    loss: float = math.inf
-
-    def facts(self) -> dict[str, Any]:
-        return {"best_step": self.step, "best_loss": self.loss}
+    best_step: int | None = None
+    best_loss: float = math.inf
 
 
 @dataclass
@@ -72,27 +68,42 @@ class LoopState:
         self.clock, self.logged, self.units = time.monotonic(), self.done, 0.0
 
 
-def _restored(commit: dict | None) -> LoopState:
-    if not commit:
-        return LoopState()
-    best = Best(commit["best_step"], commit["best_loss"])
-    return LoopState(commit["step"], best, best, commit["validation"], commit.get("validated"))
-
-
-@dataclass
 class Worker:
-    """One rank of a training: what `set_up` made, and the sections of a step."""
+    """One rank of a training: its modules under engines, its state, and the sections of a step."""
 
-    job: TrainJob
-    ctx: Context
-    objective: Objective
-    engines: dict[str, TorchEngine | DeepSpeedEngine]
-    micro: int  # rows a forward pass
-    state: LoopState
-    spikes: guards.SpikeGuard
-    metrics: MetricsFile | None  # rank 0 alone
-    saver: checkpoint.Saver | None  # rank 0 alone
-    peak_flops: float | None  # a second, of all ranks' GPUs
+    def __init__(self, job: TrainJob, rank: int, world: int, metrics: MetricsFile | None,
+                 skipped: list[dict[str, int]] | None):
+        """Starts from the build's newest checkpoint where there is one. `metrics` is rank 0's alone."""
+        self.job, self.metrics, cfg, cuda = job, metrics, job.train, job.device == "cuda"
+        torch.set_num_threads(job.threads)
+        device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+        sharded = cfg.engine == "deepspeed" and cfg.zero == 3
+        self.ctx = ctx = Context(rank, world, device, job.seed, job.cache_mb, job.compile and not sharded)
+        torch.manual_seed(rng.derive(job.seed, "init"))  # the same weights on every rank
+        self.objective = objective = job.factory(job.config, job.inputs, ctx)
+        if sharded and len(objective.modules) > 1:
+            raise ValueError(f"train.zero 3 needs a step of one module, and this one has {', '.join(objective.modules)}: set "
+                             "train.zero to 2")
+        self.micro = micro_batch(cfg, objective, ctx)  # rows a forward pass, tried before engines take the memory
+        self.saver = self._saver() if rank == 0 else None
+
+        # Resume: every rank reads the checkpoint's weights and moments, and ZeRO keeps its part of them.
+        commit = newest(job.build)
+        best = Best(commit["best_step"], commit["best_loss"]) if commit else Best()
+        self.state = LoopState(commit["step"], best, best, commit["validation"], commit.get("validated")) if commit \
+            else LoopState()
+        self.engines = {name: make_engine(module, cfg, ctx, checkpoint.load(job.build, commit, name) if commit else None,
+                                          commit["updates"][name] if commit else 0)
+                        for name, module in objective.modules.items()}
+        self.spikes = guards.SpikeGuard(cfg, commit, skipped)
+        flops = getattr(objective, "flops_per_unit", None) if cuda else None
+        self.mfu_per_unit = flops / (matmul_rate(device) * world) if flops else None  # seconds of all GPUs at full rate
+        self.state.restart_clock()
+
+    def _saver(self) -> checkpoint.Saver:
+        cfg, exported = self.job.train, getattr(self.objective, "exported", None)
+        return checkpoint.Saver(self.job.build, self.job.attempt, cfg.keep, cfg.trunk_steps,
+                                exported and (exported, self.objective.export()[1]))
 
     def load(self, step: int) -> list:
         """This rank's rows of a step's global batch, in micro-batches; called in the loader's thread."""
@@ -116,7 +127,7 @@ class Worker:
 
     def log(self, result: Mapping[str, torch.Tensor]) -> None:
         """Checks the losses since the last log on all ranks, and writes a row of metrics on rank 0."""
-        state, cfg, flops = self.state, self.job.train, getattr(self.objective, "flops_per_unit", None)
+        state, cfg = self.state, self.job.train
         self.spikes.check()
         values = {k: float(v) for k, v in result.items()}
         guards.check_loss(values["loss"], "loss", state.done, cfg)
@@ -126,7 +137,7 @@ class Worker:
             self.metrics.add(state.done, {
                 **values, "lr": learning_rate(cfg, state.done - 1), "units_per_s": per_s,
                 "step_s": elapsed_s / (state.done - state.logged),
-                **({"mfu": per_s * flops / self.peak_flops} if self.peak_flops else {}),
+                **({"mfu": per_s * self.mfu_per_unit} if self.mfu_per_unit else {}),
                 **({"audio": 1.0} if self.objective.unit == "audio s" else {})})
         state.restart_clock()
 
@@ -136,7 +147,7 @@ class Worker:
         scores = self.objective.evaluate()
         state.validation = {"step": state.done, **scores}
         guards.check_loss(scores.get("loss", 0.0), "validation loss", state.done, cfg)
-        improved = scores.get("loss", math.inf) < state.best.loss
+        improved = scores.get("loss", math.inf) < state.best.best_loss
         if improved:
             state.best = Best(state.done, scores["loss"])
         if state.done % cfg.eval_every == 0:
@@ -158,52 +169,20 @@ class Worker:
         # Up to the decay, runs of any length are the same: such a checkpoint says what they would know by then.
         on_trunk = state.done <= self.job.train.trunk_steps
         self.saver.save(state.done, states, {
-            **state.best.facts(), "validation": state.validation, "validated": state.validated,
+            **state.best._asdict(), "validation": state.validation, "validated": state.validated,
             "updates": {name: engine.updates for name, engine in self.engines.items()},
-            **self.spikes.record(), **({"trunk": state.trunk_best.facts()} if on_trunk else {})})
-
-
-def set_up(job: TrainJob, rank: int, world: int, metrics: MetricsFile | None,
-            skipped: list[dict[str, int]] | None) -> Worker:
-    """Objective, engines and state, from the build's newest checkpoint where there is one. All ranks take part."""
-    torch.set_num_threads(job.threads)
-    cfg, cuda = job.train, job.device == "cuda"
-    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-    sharded = cfg.engine == "deepspeed" and cfg.zero == 3
-    ctx = Context(rank, world, device, job.seed, job.cache_mb, job.compile and not sharded)
-    torch.manual_seed(rng.derive(job.seed, "init"))  # the same weights on every rank
-    objective = job.factory(job.config, job.inputs, ctx)
-    if sharded and len(objective.modules) > 1:
-        raise ValueError(f"train.zero 3 needs a step of one module, and this one has {', '.join(objective.modules)}: set "
-                         "train.zero to 2")
-    micro = micro_batch(cfg, objective, ctx)  # tried before engines take the memory
-
-    saver = None
-    if rank == 0:
-        exported = getattr(objective, "exported", None)
-        saver = checkpoint.Saver(job.build, job.attempt, cfg.keep, cfg.trunk_steps,
-                                 exported and (exported, objective.export()[1]))
-    commit = newest(job.build)
-    engines = {name: make_engine(module, cfg, ctx, checkpoint.load(job.build, commit, name) if commit else None,
-                                 commit["updates"][name] if commit else 0)
-               for name, module in objective.modules.items()}
-    measure = cuda and getattr(objective, "flops_per_unit", None)
-    peak_flops = matmul_rate(device) * world if measure else None
-    state = _restored(commit)
-    state.restart_clock()
-    spikes = guards.SpikeGuard(cfg, commit, skipped)
-    return Worker(job, ctx, objective, engines, micro, state, spikes, metrics, saver, peak_flops)
+            **self.spikes.record(), **({"trunk": state.trunk_best._asdict()} if on_trunk else {})})
 
 
 def export(worker: Worker) -> None:
     """Writes what later steps load, the last weights or the best by validation loss, then final.json. Rank 0 alone."""
     job, objective, state = worker.job, worker.objective, worker.state
     step, validation, best = state.done, state.validation, state.best
-    if job.train.export == "best" and best.step not in (None, step):
-        commit = get_json(path_of(job.build, best.step))
+    if job.train.export == "best" and best.best_step not in (None, step):
+        commit = get_json(path_of(job.build, best.best_step))
         for name, module in objective.modules.items():
             load_weights(module, checkpoint.load(job.build, commit, name))
-        step, validation = best.step, commit["validation"]
+        step, validation = best.best_step, commit["validation"]
     tensors, config = objective.export()
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     put(join(job.build, "export", "model.safetensors"), safetensors.torch.save(tensors))
@@ -211,6 +190,6 @@ def export(worker: Worker) -> None:
     parameters = sum(p.numel() for m in objective.modules.values() for p in m.parameters())
     check_lease(job.build, job.attempt)
     put_json(join(job.build, "final.json"), {  # last: from now on the step is done
-        "steps": state.done, "exported_step": step, **best.facts(), "parameters": parameters, **worker.spikes.facts(),
-        **guards.stop_facts(job.train, state.done, best.step),
+        "steps": state.done, "exported_step": step, **best._asdict(), "parameters": parameters, **worker.spikes.facts(),
+        **guards.stop_facts(job.train, state.done, best.best_step),
         **{f"val.{k}": v for k, v in validation.items() if k != "step"}})

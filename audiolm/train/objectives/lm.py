@@ -2,7 +2,7 @@
 
 The loss is the mean in nats per target token over the whole global batch, token-weighted over micro-batches and ranks;
 acoustic stages also report it per level (EOS counts in the level's slot it is predicted in).  Three stages are three
-values of one Stage type.  A batch is a dict of tensors from lm.loss.prepare.  S slots of a frame, N predicted frames or tokens.
+values of one Stage type.  A batch is a dict of tensors from lm.loss.prepare.  S: slots of a frame, N: targets of a slot.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ class LMObjective:
 
     unit, exported = "tokens", "lm"
 
-    def __init__(self, stage: Stage, shape: StageConfig, train: TokenBatches, dev: TokenBatches, rows: list[Crop], ctx: Context):
+    def __init__(self, stage: Stage, shape: StageConfig, train: TokenBatches, dev: TokenBatches, rows: list[Crop],
+                 ctx: Context):
         self.stage, self.shape, self.data, self.dev, self.rows, self.ctx = stage, shape, train, dev, rows, ctx
         # A seed of its own for each stage; the generator that everybody shares is left as it was.
         with torch.random.fork_rng(devices=[]):

@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 
 from audiolm import rng
-from audiolm.data.sources import roots
 from audiolm.models import kmeans
 from audiolm.models.conformer import SUBSAMPLE, Encoder, MaskedModel, valid_frames
 from audiolm.models.mel import mfcc
@@ -31,10 +30,8 @@ from audiolm.train.objectives.masked_inputs import (
     COLLAPSED,
     MaskedBatch,
     MaskedInputs,
-    crop_samples,
     encoder_sizes,
     export_encoder,
-    fit_sample,
     frames_of,
     is_constant,
     masked_inputs,
@@ -197,8 +194,7 @@ def masked_objective(config: Mapping[str, Any], inputs: Mapping[str, str], ctx: 
     """Factory. config: model, train, iteration (None: the first), where, corpus, seed; inputs: {"manifest": path} and for
     an iteration beyond the first also masked_model[_N] and targets_N."""
     sizes, seed, iteration = config["model"], config["seed"], config["iteration"]
-    data, clips = masked_inputs(config, inputs, ctx)
-    sample = fit_sample(clips, roots(config["corpus"]), crop_samples(sizes), seed)
+    data, sample = masked_inputs(config, inputs, ctx)
     if iteration is None:
         model = MaskedModel(encoder_sizes(sizes), sizes.targets_k)
         with _one_thread():

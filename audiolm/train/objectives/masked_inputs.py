@@ -33,6 +33,8 @@ EVAL_S = 900.0  # dev audio of one validation: 58 MB, kept in memory
 MIN_VARIANCE = 1e-4  # variance of a mel band, at least: a band that is silent everywhere is not blown up
 COLLAPSED = 0.1  # of the targets' perplexity: predictions that use fewer targets than this have collapsed
 
+Sample = Iterable[tuple[torch.Tensor, torch.Tensor]]  # (mel_1TF, frames_1)
+
 
 @dataclass(frozen=True)
 class MaskedBatch:
@@ -108,8 +110,8 @@ class MaskedInputs:
         return clean_BTF, augment(wav_BT, batch.lengths_B, batch.draws), frames_B
 
 
-def masked_inputs(config: Mapping[str, Any], inputs: Mapping[str, str], ctx: Context) -> tuple[MaskedInputs, list[Clip]]:
-    """The inputs of a step (config: model, where, corpus, seed, and train, its training run) and its train clips.
+def masked_inputs(config: Mapping[str, Any], inputs: Mapping[str, str], ctx: Context) -> tuple[MaskedInputs, Sample]:
+    """The inputs of a step (config: model, where, corpus, seed, and train, its training run) and a sample to measure.
 
     Raises ValueError for a split without clips.
     """
@@ -119,15 +121,11 @@ def masked_inputs(config: Mapping[str, Any], inputs: Mapping[str, str], ctx: Con
         if not clips:
             raise ValueError(f"the masked model needs {split} clips and the manifest has none for semantic.where = "
                              f"{where.source}: widen semantic.where" + (" or raise corpus.dev" if split == "dev" else ""))
-    crop = crop_samples(sizes)
+    crop = whole_frames(sizes.crop_s) * SEMANTIC_HOP
     own = list(enumerate(eval_pieces(dev, crop)))[ctx.rank::ctx.world]
     held = {j: torch.from_numpy(read_clip(dev[i], folders, at, n)) for j, (i, at, n) in own}
     crops = AudioCrops(train, folders, crop, config["train"].batch, config["seed"], ctx.cache_mb)
-    return MaskedInputs(sizes, crops, held, config["seed"]), train
-
-
-def crop_samples(sizes: MaskedModelConfig) -> int:
-    return whole_frames(sizes.crop_s) * SEMANTIC_HOP
+    return MaskedInputs(sizes, crops, held, config["seed"]), fit_sample(train, folders, crop, config["seed"])
 
 
 def eval_pieces(clips: Sequence, crop: int) -> list[tuple[int, int, int]]:
@@ -138,8 +136,8 @@ def eval_pieces(clips: Sequence, crop: int) -> list[tuple[int, int, int]]:
     return [every[j * len(every) // keep] for j in range(keep)]
 
 
-def fit_sample(clips: Sequence, folders: dict[str, str], crop: int, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """(mel_1TF, frames_1) of random crops of at most FIT_S together, in a fixed order."""
+def fit_sample(clips: Sequence[Clip], folders: dict[str, str], crop: int, seed: int) -> Sample:
+    """Log-mels of random crops of at most FIT_S together, in a fixed order, read as they are asked for."""
     chosen, seconds = [], 0.0
     for i in rng.generator(seed, "fit-clips").permutation(len(clips)).tolist():
         if seconds >= FIT_S:
@@ -153,7 +151,7 @@ def fit_sample(clips: Sequence, folders: dict[str, str], crop: int, seed: int) -
 
 
 @torch.no_grad()
-def measure_inputs(encoder: Encoder, sample: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
+def measure_inputs(encoder: Encoder, sample: Sample) -> None:
     """Sets an encoder's input statistics: mean and standard deviation of each mel band over the sample's frames."""
     total, squares, count = 0.0, 0.0, 0
     for mel_BTF, _ in sample:

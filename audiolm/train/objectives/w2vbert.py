@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from audiolm.config.semantic import MaskedModelConfig, W2vBertConfig
-from audiolm.data.sources import roots
 from audiolm.models.rvq import perplexity
 from audiolm.models.w2vbert import W2vBertModel, diversity, draw_gumbel, draw_negatives
 from audiolm.train.engine import all_sum
@@ -25,10 +24,8 @@ from audiolm.train.objectives.masked_inputs import (
     COLLAPSED,
     MaskedBatch,
     MaskedInputs,
-    crop_samples,
     encoder_sizes,
     export_encoder,
-    fit_sample,
     is_constant,
     masked_inputs,
     measure_inputs,
@@ -156,7 +153,7 @@ class W2vBertObjective:
 
 def w2vbert_objective(config: Mapping[str, Any], inputs: Mapping[str, str], ctx: Context) -> W2vBertObjective:
     """Factory. config: model, train, where, corpus, seed; inputs: {"manifest": path}."""
-    data, clips = masked_inputs(config, inputs, ctx)
+    data, sample = masked_inputs(config, inputs, ctx)
     model = w2vbert_model(config["model"])
-    measure_inputs(model.encoder, fit_sample(clips, roots(config["corpus"]), crop_samples(config["model"]), config["seed"]))
+    measure_inputs(model.encoder, sample)
     return W2vBertObjective(model, data, ctx)
