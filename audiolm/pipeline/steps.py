@@ -116,4 +116,4 @@ def build_report(config: dict, inputs: dict, out) -> dict:
 
 def _train(factory, config: dict, train_config, inputs: dict, out) -> dict:
     from audiolm.train.loop import train
-    return train(factory, config, train_config, inputs, out, cluster=config["cluster"], seed=config["seed"])
+    return train(factory, config, train_config, inputs, out, cluster=config["cluster"])

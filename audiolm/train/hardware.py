@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import time
-
 import torch
 from torch import nn
+from torch.utils.benchmark import Timer
 
 from audiolm.config.training import TrainConfig
 from audiolm.train.engine import TorchEngine, all_sum, alone
@@ -86,11 +85,5 @@ def _trial(module: nn.Module, train: TrainConfig, ctx: Context) -> TorchEngine:
 def matmul_rate(device: torch.device, n: int = 8192, repeats: int = 16) -> float:
     """Floating-point operations a second of bfloat16 matrix products on a GPU, measured in a fraction of a second."""
     a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
-    for _ in range(3):  # warms up clocks and kernels
-        a @ b
-    torch.cuda.synchronize(device)
-    began = time.perf_counter()
-    for _ in range(repeats):
-        a @ b
-    torch.cuda.synchronize(device)
-    return repeats * 2 * n**3 / (time.perf_counter() - began)
+    timer = Timer("a @ b", globals={"a": a, "b": b})  # warms up, and waits for the GPU's queue
+    return 2 * n**3 / timer.timeit(repeats).mean

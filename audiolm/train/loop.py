@@ -33,10 +33,11 @@ LEASE_CHECK_S = 10.0  # between looks at the lease, as often as its owner's hear
 
 
 def train(factory: Factory, config: Mapping[str, Any], train: TrainConfig, inputs: Mapping[str, Any], out, *,
-          cluster: ClusterConfig, seed: int) -> dict:
+          cluster: ClusterConfig) -> dict:
     """Trains to the end, from this build's newest checkpoint where there is one; returns the facts of final.json.
 
-    final.json is written last: a build that has it is done.  The driver alone calls this.
+    `config` is the objective's and has the "seed".  final.json is written last: a build that has it is done.  The driver
+    alone calls this.
     """
     if final := get_json(join(out.path, "final.json")):
         return final
@@ -46,7 +47,8 @@ def train(factory: Factory, config: Mapping[str, Any], train: TrainConfig, input
         raise ValueError(f"{out.step.name}: batch {train.batch} is not divisible by cluster.train_workers {world}")
     threads = cluster.threads or max(1, (os.cpu_count() or 1) // world)
     job = TrainJob(factory, config, train, {k: a.path for k, a in inputs.items()}, out.path, out.attempt, out.metrics_path,
-                   seed, device, threads, cluster.audio_cache_mb, cluster.compile and device == "cuda")
+                   config["seed"], device, threads, cluster.audio_cache_mb, cluster.compile and device == "cuda")
+    # Before any worker starts: a longer run of the same trunk may have checkpoints that this one can begin from.
     copy_trunk(out.path, out.attempt, out.kin, train.trunk_steps)
     out.progress(0, train.steps, "steps", "starting workers")
     with report_progress(job, out):
@@ -61,12 +63,13 @@ def train(factory: Factory, config: Mapping[str, Any], train: TrainConfig, input
 
 
 def _fit(job: TrainJob, world: int, threads: int, out) -> None:
+    """Runs the workers under Ray Train; the driver waits. Raises the first failed worker's own error."""
     import ray.train
     from ray.train.torch import TorchTrainer
 
     gpu = job.device == "cuda"
     cpus = max(1, min(threads, int(ray.cluster_resources().get("CPU", 1)) // world))
-    storage = join(job.build, "ray")
+    storage = join(job.build, "ray")  # Ray's own records; checkpoints do not pass through Ray
     fs, path = open_fs(storage)
     remote = None
     if not is_local(storage):  # one S3 client for everything: fsspec's, with the environment's endpoint and keys
@@ -78,6 +81,7 @@ def _fit(job: TrainJob, world: int, threads: int, out) -> None:
         scaling_config=ray.train.ScalingConfig(num_workers=world, use_gpu=gpu, resources_per_worker={
             "CPU": cpus, **({"GPU": 1} if gpu else {})}),
         run_config=ray.train.RunConfig(name=f"attempt-{job.attempt:04d}", storage_path=path, storage_filesystem=remote,
+                                       # The step is retried as a whole, with a new lease, from its newest checkpoint.
                                        failure_config=ray.train.FailureConfig(max_failures=0)))
     try:
         trainer.fit()

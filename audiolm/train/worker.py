@@ -28,19 +28,19 @@ from audiolm.train.objectives.base import Context, Factory
 
 @dataclass(frozen=True)
 class TrainJob:
-    """A training as its workers get it: pickled whole."""
+    """A training as its workers get it, pickled whole."""
 
     factory: Factory
-    config: Mapping[str, Any]
+    config: Mapping[str, Any]  # of the objective
     train: TrainConfig
-    inputs: Mapping[str, str]
-    build: str
-    attempt: int
-    metrics: str
+    inputs: Mapping[str, str]  # paths of the builds that the step reads
+    build: str  # path of the step's own build
+    attempt: int  # number of the driver's lease
+    metrics: str  # path of this attempt's metrics file
     seed: int
-    device: str
-    threads: int
-    cache_mb: int
+    device: str  # "cuda" or "cpu"
+    threads: int  # of torch, a worker
+    cache_mb: int  # of decoded audio, a worker
     compile: bool
 
 
@@ -77,6 +77,7 @@ class Worker:
         self.job, self.metrics, cfg, cuda = job, metrics, job.train, job.device == "cuda"
         torch.set_num_threads(job.threads)
         device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+        # ZeRO 3 gathers a layer's weights in hooks around its forward pass, which torch.compile would cut into pieces.
         sharded = cfg.engine == "deepspeed" and cfg.zero == 3
         self.ctx = ctx = Context(rank, world, device, job.seed, job.cache_mb, job.compile and not sharded)
         torch.manual_seed(rng.derive(job.seed, "init"))  # the same weights on every rank
@@ -128,7 +129,7 @@ class Worker:
     def log(self, result: Mapping[str, torch.Tensor]) -> None:
         """Checks the losses since the last log on all ranks, and writes a row of metrics on rank 0."""
         state, cfg = self.state, self.job.train
-        self.spikes.check()
+        self.spikes.check()  # the same decision on every rank, from losses that are already reduced
         values = {k: float(v) for k, v in result.items()}
         guards.check_loss(values["loss"], "loss", state.done, cfg)
         elapsed_s = time.monotonic() - state.clock
@@ -166,7 +167,8 @@ class Worker:
         states = {name: engine.state() for name, engine in self.engines.items()}
         if not self.saver:
             return
-        # Up to the decay, runs of any length are the same: such a checkpoint says what they would know by then.
+        # Up to the decay, runs of any length are the same.  A checkpoint of that trunk records the best that each of them
+        # would know by then, so that a longer run can begin here.
         on_trunk = state.done <= self.job.train.trunk_steps
         self.saver.save(state.done, states, {
             **state.best._asdict(), "validation": state.validation, "validated": state.validated,
@@ -183,6 +185,7 @@ def export(worker: Worker) -> None:
         for name, module in objective.modules.items():
             load_weights(module, checkpoint.load(job.build, commit, name))
         step, validation = best.best_step, commit["validation"]
+    # safetensors wants tensors of their own memory, without gaps.
     tensors, config = objective.export()
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     put(join(job.build, "export", "model.safetensors"), safetensors.torch.save(tensors))

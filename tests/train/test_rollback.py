@@ -51,7 +51,7 @@ def test_what_a_spike_is():
     assert list(seen(9.0, 3.0, 2.1, 2.0, 2.2, 2.3, 1.0).recent) == pytest.approx([2.0, 2.2, 2.3, 1.0])
     with pytest.raises(guards.LossSpike) as found:
         seen(2.0, 2.1, 2.2, 2.1, 2.6, 9.0)
-    assert found.value.step == 4 and found.value.skipped == [{"step": 4, "rows": 4}]  # the first, whenever it is looked at
+    assert found.value.step == 4 and found.value.skipped == [{"step": 4, "rows": 4}]  # the first, whenever it is checked
     with pytest.raises(guards.LossSpike):
         seen(2.0, math.nan)  # before there is a window
     off = guards.SpikeGuard(TrainConfig(steps=9, batch=1, lr=1), None, None)
@@ -62,7 +62,7 @@ def test_what_a_spike_is():
 
 @pytest.fixture(scope="module")
 def spared(tmp_path_factory):
-    """A run whose corpus never held the noise."""
+    """A run on a corpus without the noise."""
     return build(training_step(objective={"without": (20, 30)}, **LONG), str(tmp_path_factory.mktemp("spared")))
 
 
@@ -78,8 +78,8 @@ def test_a_run_that_rolled_back_equals_one_without_those_rows(tmp_path, spared, 
         assert weights(rolled) == weights(spared) and all(ours[s] == theirs[s] for s in ours if s in theirs)
     record = newest(rolled.path)["spikes"]
     assert record["skipped"] == [{"step": 20, "rows": 20}, {"step": 29, "rows": 30}] and len(record["recent"]) == 6
-    told = {r["step"]: r["metrics"]["rollbacks"] for r in read_build(rolled.path) if "rollbacks" in r["metrics"]}
-    assert told == {21: 1, 30: 2}
+    logged = {r["step"]: r["metrics"]["rollbacks"] for r in read_build(rolled.path) if "rollbacks" in r["metrics"]}
+    assert logged == {21: 1, 30: 2}
 
 
 def test_without_the_rule_the_noise_is_trained_on(tmp_path, spared):
@@ -115,8 +115,8 @@ def test_two_workers_roll_back_and_stop_early_alike(tmp_path):
     assert alone.facts["rollbacks"] == 1 and alone.facts["stopped_at"] < 60
     path = str(tmp_path / "b")
     lease = Lease(path)
-    job = TrainJob(tiny_lm, objective, settings(**changes), {}, path, lease.attempt, f"{path}/metrics-0001.jsonl", 0, "cpu", 1, 16,
-              False)
+    job = TrainJob(tiny_lm, objective, settings(**changes), {}, path, lease.attempt, f"{path}/metrics-0001.jsonl", 0, "cpu",
+                   1, 16, False)
     workers = torch.multiprocessing.spawn(_rank, (2, free_port(), job), nprocs=2, join=False)
     assert any(workers.join(120) for _ in range(3))  # a call returns when one of them has ended
     lease.close("done")
