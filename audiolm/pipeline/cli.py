@@ -28,7 +28,7 @@ from audiolm.dag.run_index import OUTPUTS
 from audiolm.dag.step import Step
 from audiolm.pipeline.ray_cluster import in_ray_job, start_ray, worker_died
 from audiolm.store import check_store, is_local
-from audiolm.train.commits import start
+from audiolm.train.commits import starting_point
 
 
 def main(graph: Callable[[Pipeline], list[Step]], default: Path) -> None:
@@ -140,7 +140,7 @@ def table(rows: list[PlanRow], run: bool) -> str:
 
 def _goes_on(row: PlanRow) -> str:
     """From which step a training would go on, and whose checkpoint that is where it is another build's."""
-    found = start(row.builds[0], row.builds[1:], row.step.trains.trunk_steps) if row.builds else None
+    found = starting_point(row.builds[0], row.builds[1:], row.step.trains.trunk_steps) if row.builds else None
     if found is None:
         return ""
     whose = "" if found[0] == row.builds[0] else f" of {'/'.join(found[0].split('/')[-2:])}"

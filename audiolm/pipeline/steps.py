@@ -14,8 +14,7 @@ def train_objective(objective: str, config: dict, inputs: dict, out) -> dict:
     """Trains an objective, given as the reference of its factory, to the end of the step's TrainConfig."""
     from audiolm.train.loop import train
 
-    return train(resolve_name(objective), config, out.step.trains, inputs, out, cluster=config["cluster"],
-                 seed=config["seed"])
+    return train(resolve_name(objective), config, out.step.trains, inputs, out, cluster=config["cluster"])
 
 
 def train_lm(config: dict, inputs: dict, out) -> dict:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ import torch._functorch.config
 from torch import nn
 
 from audiolm.config.codec import CodecConfig, CodecLossWeights
-from audiolm.config.semantic import VocoderConfig, VocoderLossWeights
+from audiolm.config.semantic import VocoderConfig
 from audiolm.data.clips import Clip, read_clip, read_clips
 from audiolm.data.crops import AudioCrops
 from audiolm.data.sources import roots
@@ -115,11 +114,12 @@ class LossBalancer(nn.Module):
 class Generator(nn.Module):
     """A decoder in training, the average of its weights, and a balancer's norms; the forward pass is the decoder's."""
 
-    def __init__(self, net: nn.Module, balance: LossBalancer | None = None):
+    def __init__(self, net: nn.Module, balance: LossBalancer | None = None, balanced: bool = False):
+        """`balanced`: the balancer is in use; a codec's checkpoints hold its norms either way."""
         super().__init__()
         self.net = net
         self.ema = EMA(dict(net.named_parameters()))
-        self.balance = balance
+        self.balance, self.balanced = balance, balanced
 
     def forward(self, *args) -> Any:
         return self.net(*args)
@@ -130,25 +130,17 @@ class Generator(nn.Module):
         return fold(fresh).eval().requires_grad_(False)
 
 
-@dataclass(frozen=True)
-class GanSettings:
-    """Numbers of adversarial training."""
-
-    kind: str  # "dac" or "soundstream": whose adversarial losses
-    weights: CodecLossWeights | VocoderLossWeights  # of the generator's losses, by name
-    start_step: int  # first step of the discriminators
-    ema: float
-    dtype: str
-    balance: bool = False
-
-
 class Gan:
-    """One training step of generator and discriminators; `distances(fake_BT, real_BT)` are the losses of reconstruction."""
+    """Training steps of a generator and its discriminators.
 
-    def __init__(self, generator: Generator, discriminators: Discriminators, distances: Callable[..., Losses],
-                 settings: GanSettings, ctx: Context):
-        self.generator, self.discriminators, self.distances = generator, discriminators, distances
-        self.settings, self.ctx = settings, ctx
+    `kind` is "dac" or "soundstream", whose adversarial losses they play for; `distances(fake_BT, real_BT)` are the losses
+    of reconstruction.
+    """
+
+    def __init__(self, cfg: CodecConfig | VocoderConfig, kind: str, generator: Generator, discriminators: Discriminators,
+                 distances: Callable[..., Losses], ctx: Context):
+        self.cfg, self.kind, self.distances, self.ctx = cfg, kind, distances, ctx
+        self.generator, self.discriminators = generator, discriminators
         self.modules = {"generator": generator, "discriminator": discriminators}
 
     def compile(self, *parts: nn.Module) -> None:
@@ -168,7 +160,7 @@ class Gan:
         `forward(batch)` runs the generator: (real_BT, fake_BT, losses inside the generator).  Returns mean losses
         and gradient norms.  Call `finish_step` when nothing changes the generator's weights any more.
         """
-        weights, adversarial = self.settings.weights, step >= self.settings.start_step
+        weights, adversarial = self.cfg.weights, step >= self.cfg.disc.start_step
         rows, sums = sum(len(b["wav_BT"]) for b in batches), {}
         for i, batch in enumerate(batches):
             share, last = len(batch["wav_BT"]) / rows, i == len(batches) - 1
@@ -176,7 +168,7 @@ class Gan:
             # Phase 1: the generator's forward pass and its distances.
             real_BT, made_BT, inner = forward(batch)
             # Under the balancer the losses' own gradients end at the waveform.
-            fake_BT = made_BT.detach().requires_grad_() if self.settings.balance else made_BT
+            fake_BT = made_BT.detach().requires_grad_() if self.generator.balanced else made_BT
             terms = {**self.distances(fake_BT, real_BT), **inner}
 
             # Phase 2: the discriminators' gradients, then their verdict on the generator.
@@ -186,7 +178,7 @@ class Gan:
             # Phase 3: the generator's gradients.
             loss = sum(getattr(weights, name) * term for name, term in terms.items() if name != "discriminator")
             target = loss
-            if self.settings.balance:
+            if self.generator.balanced:
                 target = self.generator.balance.target(made_BT, fake_BT, terms, weights, share)
             engines["generator"].backward(target * share, last)
             for name, term in {"loss": loss, **terms}.items():
@@ -204,8 +196,8 @@ class Gan:
     def finish_step(self, step: int) -> Losses:
         """Moves the running averages, once a step; returns the gradient norms that were balanced. All ranks take part."""
         balance, net = self.generator.balance, self.generator.net
-        norms = balance.update(all_sum, self.ctx.world) if self.settings.balance else {}
-        self.generator.ema.update(dict(net.named_parameters()), self.settings.ema, step)
+        norms = balance.update(all_sum, self.ctx.world) if self.generator.balanced else {}
+        self.generator.ema.update(dict(net.named_parameters()), self.cfg.ema, step)
         return {f"gradient/{name}": norm for name, norm in norms.items()}
 
     def _discriminate(self, engine: Engine, real_BT: torch.Tensor, fake_BT: torch.Tensor, share: float,
@@ -214,7 +206,7 @@ class Gan:
 
         "adversarial" and "feature" reach fake_BT; "discriminator" is detached.
         """
-        module, kind = self.discriminators, self.settings.kind
+        module, kind = self.discriminators, self.kind
         module.requires_grad_(True)
         outputs = engine(torch.cat([real_BT, fake_BT.detach()]))
         real, fake = ([(logits.chunk(2)[k], [f.chunk(2)[k] for f in features]) for logits, features in outputs]
@@ -224,7 +216,7 @@ class Gan:
         module.requires_grad_(False)
         # Not through the engine: this graph is the generator's, and DeepSpeed lets an engine's outputs reach its own
         # backward alone.
-        with autocast(fake_BT.device, self.settings.dtype):
+        with autocast(fake_BT.device, self.cfg.train.dtype):
             fake = module(fake_BT)
         return {"adversarial": adversarial_loss(fake, kind), "feature": feature_loss(real, fake, kind),
                 "discriminator": loss.detach()}

@@ -39,7 +39,7 @@ def mortal(config, inputs, ctx):
 
 def graph(died: str | None) -> list[Step]:
     def fn(config, inputs, out):
-        return train(mortal, {"died": died}, SETTINGS, inputs, out, cluster=ClusterConfig(threads=1, device="cpu"), seed=0)
+        return train(mortal, {"died": died, "seed": 0}, SETTINGS, inputs, out, cluster=ClusterConfig(threads=1, device="cpu"))
 
     return [Step("tiny", fn, {"train": SETTINGS}, trains=SETTINGS)]
 

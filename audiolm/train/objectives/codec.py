@@ -26,16 +26,7 @@ from audiolm.models.mel import log_mel
 from audiolm.models.soundstream import SoundStream
 from audiolm.tokenizers.base import ACOUSTIC_HOP, SAMPLE_RATE
 from audiolm.train.engine import all_sum
-from audiolm.train.gan import (
-    Gan,
-    GanSettings,
-    Generator,
-    LossBalancer,
-    quality_means,
-    quality_sums,
-    rank_batches,
-    training_audio,
-)
+from audiolm.train.gan import Gan, Generator, LossBalancer, quality_means, quality_sums, rank_batches, training_audio
 from audiolm.train.objectives.base import Context, Engine, pinned
 
 INIT_FRAMES = 32  # frames a code for the k-means start, so that hardly any cluster is empty
@@ -46,11 +37,10 @@ class CodecObjective:
 
     def __init__(self, codec: CodecConfig, crops: AudioCrops, held_out_BT: torch.Tensor, ctx: Context):
         self.codec, self.crops, self.held_out_BT, self.ctx = codec, crops, held_out_BT, ctx
-        self.generator = Generator(_soundstream(codec), LossBalancer())
+        self.generator = Generator(_soundstream(codec), LossBalancer(), codec.balance)
         d = codec.disc
         discriminators = Discriminators(codec.losses, d.periods, d.windows, d.channels, d.stft_window)
-        settings = GanSettings(codec.losses, codec.weights, d.start_step, codec.ema, codec.train.dtype, codec.balance)
-        self.gan = Gan(self.generator, discriminators, self._distances, settings, ctx)
+        self.gan = Gan(codec, codec.losses, self.generator, discriminators, self._distances, ctx)
         self.modules = self.gan.modules
         if ctx.compile:
             self.gan.compile(self.generator.net.encoder, self.generator.net.decoder)

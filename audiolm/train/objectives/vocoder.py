@@ -24,7 +24,7 @@ from audiolm.tokenizers.base import SAMPLE_RATE, SEMANTIC_HOP
 from audiolm.tokenizers.residual import ResidualTokenizer, load_residual
 from audiolm.tokenizers.vocoder import KIND
 from audiolm.train.engine import all_sum
-from audiolm.train.gan import Gan, GanSettings, Generator, quality_means, quality_sums, rank_batches, training_audio
+from audiolm.train.gan import Gan, Generator, quality_means, quality_sums, rank_batches, training_audio
 from audiolm.train.objectives.base import Context, Engine, whole_frames
 
 
@@ -38,8 +38,7 @@ class VocoderObjective:
         self.generator = Generator(self._net())
         d = vocoder.disc
         discriminators = Discriminators("dac", d.periods, d.windows, d.channels)
-        settings = GanSettings("dac", vocoder.weights, d.start_step, vocoder.ema, vocoder.train.dtype)
-        self.gan = Gan(self.generator, discriminators, _distances, settings, ctx)
+        self.gan = Gan(vocoder, "dac", self.generator, discriminators, _distances, ctx)
         self.modules = self.gan.modules
         if ctx.compile:
             self.gan.compile(self.generator.net.decoder)
