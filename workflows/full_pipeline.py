@@ -18,10 +18,8 @@ from audiolm.config.external import abx_files_config, semantic_metrics_config  #
 from audiolm.config.pipeline import Pipeline  # noqa: E402
 from audiolm.config.semantic import KMeansConfig, SemanticConfig  # noqa: E402
 from audiolm.dag.step import Step  # noqa: E402
-from audiolm.lm.warm_start import text_model  # noqa: E402
 from audiolm.pipeline.cli import main  # noqa: E402
-from audiolm.tokenizers.hf_codec import imported  # noqa: E402
-from audiolm.tokenizers.hf_encoder import imported_encoder  # noqa: E402
+from audiolm.tokenizers.hf import imported_codec, imported_encoder, text_model  # noqa: E402
 
 
 def graph(cfg: Pipeline) -> list[Step]:
@@ -35,7 +33,7 @@ def graph(cfg: Pipeline) -> list[Step]:
 
     *before, kmeans = semantic(sem, common, manifest)
     if codec.pretrained:
-        codec_ = Step("codec", do.import_codec, {"codec": imported(codec.pretrained, codec.n_q, codec.vocab)})
+        codec_ = Step("codec", do.import_codec, {"codec": imported_codec(codec.pretrained, codec.n_q, codec.vocab)})
     else:
         codec_ = Step("codec", do.train_codec, {**common, "codec": codec}, (manifest,), trains=codec.train)
     ev = cfg.evaluate

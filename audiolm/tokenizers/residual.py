@@ -8,12 +8,11 @@ codes_TQ at 25 Hz, N frames, L levels, D dimensions.
 
 from __future__ import annotations
 
-import hashlib
 import time
 from functools import partial
 
 import torch
-from safetensors.torch import load, save
+from safetensors.torch import load
 
 from audiolm import rng, store
 from audiolm.config.semantic import ResidualConfig
@@ -22,7 +21,7 @@ from audiolm.data.parallel import cluster_device, parallel_map
 from audiolm.data.sources import roots
 from audiolm.models import kmeans
 from audiolm.tokenizers import kmeans_fit
-from audiolm.tokenizers.artifact import ArtifactError, read_export
+from audiolm.tokenizers.artifact import ArtifactError, read_export, write_export
 from audiolm.tokenizers.base import SAMPLE_RATE, SEMANTIC_HOP, TokenSpec
 from audiolm.tokenizers.semantic import SemanticTokenizer, load_semantic
 
@@ -144,11 +143,9 @@ def fit_levels(kmeans_path: str, settings: ResidualConfig, numbers: list[int], s
         for x_ND in rests:
             x_ND -= book_KD[kmeans.assign(x_ND, book_KD)]
         facts[f"explained/q{level - 1:02d}"] = 1.0 - _energy(rests) / total
-    data = save({"codebooks": torch.stack(books)})
-    store.put(store.join(out_path, "export", "model.safetensors"), data)
-    store.put_json(store.join(out_path, "export", "config.json"), {
+    write_export(out_path, {"codebooks": torch.stack(books)}, {
         "format": FORMAT, "levels": settings.levels, "k": len(book_KD), "kmeans": tokenizer.hash,
-        "weights_sha256": hashlib.sha256(data).hexdigest(), "source": {"frames": frames, "seed": seed}})
+        "source": {"frames": frames, "seed": seed}}, checksum=True)
     return facts
 
 

@@ -9,21 +9,18 @@ float32 at 16 kHz, lengths_B true samples, features_BTD and codes_T1 at 25 Hz.
 from __future__ import annotations
 
 import copy
-import hashlib
 import math
 
 import torch
-from safetensors.torch import save
 
-from audiolm import store
 from audiolm.models import kmeans
 from audiolm.models.conformer import LAYER_CONVENTION, Encoder, EncoderSizes
-from audiolm.tokenizers.artifact import ArtifactError, read_export
+from audiolm.tokenizers import hf_encoder
+from audiolm.tokenizers.artifact import MASKED_FORMAT, ArtifactError, read_export, write_export
 from audiolm.tokenizers.base import SAMPLE_RATE, SEMANTIC_HOP, TokenSpec
 from audiolm.tokenizers.extractor import FAMILY, ConformerExtractor, Extractor, Window, windowed
 
 FORMAT = "audiolm-semantic-2"
-MASKED_FORMAT = "audiolm-masked-1"  # of a masked model's export
 GOLDEN_S = 2.0
 SURE = 1e-3  # golden frames nearer to a tie than this may differ between processors
 
@@ -83,15 +80,11 @@ def save_semantic(build: str, extractor: Extractor, layer: int, mean_D: torch.Te
     tokens, sure = _golden(SemanticTokenizer(kept, layer, mean_D, std_D, centroids_KD, window, ""))
     weights = {f"encoder.{name}": value for name, value in kept.state().items()}
     weights |= {"zscore.mean": mean_D, "zscore.std": std_D, "centroids": centroids_KD}
-    data = save({name: value.detach().float().cpu().contiguous() for name, value in weights.items()})
-    config = {
+    write_export(build, {name: value.float() for name, value in weights.items()}, {
         "format": FORMAT, **kept.to_json(), "layer": layer, "sample_rate": SAMPLE_RATE, "hop": SEMANTIC_HOP,
-        "k": len(centroids_KD), "window_frames": window.frames, "overlap_frames": window.overlap,
-        "weights_sha256": hashlib.sha256(data).hexdigest(), "source": source,
+        "k": len(centroids_KD), "window_frames": window.frames, "overlap_frames": window.overlap, "source": source,
         "golden": {"clip": f"golden_clip, {GOLDEN_S} s", "tokens": tokens.tolist(), "sure": sure.int().tolist()},
-    }
-    store.put(store.join(build, "export", "model.safetensors"), data)
-    store.put_json(store.join(build, "export", "config.json"), config)
+    }, checksum=True)
 
 
 def load_semantic(kmeans_path: str, device: str = "cpu", dtype: str = "float32") -> SemanticTokenizer:
@@ -158,6 +151,4 @@ def extractor_from_export(config: dict, weights: dict[str, torch.Tensor]) -> Ext
         encoder = Encoder(EncoderSizes(**config["encoder"]))
         encoder.load_state_dict(weights)
         return ConformerExtractor(encoder)
-    from audiolm.tokenizers.hf_encoder import from_export as imported
-
-    return imported(copy.deepcopy(config), weights)
+    return hf_encoder.from_export(copy.deepcopy(config), weights)

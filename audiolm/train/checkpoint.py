@@ -15,6 +15,7 @@ import safetensors.torch
 
 from audiolm.dag.lease import LeaseLost, check_lease
 from audiolm.store import get, join, put, put_json, remove
+from audiolm.tokenizers.artifact import write_export
 from audiolm.train.commits import commits, folder_of, path_of
 
 Saved = dict  # name -> tensor
@@ -34,9 +35,7 @@ def save(build: str, attempt: int, step: int, states: Mapping[str, Saved], recor
         kept = {k: v for k, v in states[name].items() if k.startswith(("param/", "buffer/"))}
         states[name] = {k: v for k, v in states[name].items() if k not in kept}
         record = {**record, "export": name, "buffers": [k for k in kept if k.startswith("buffer/")]}
-        put(join(build, "checkpoints", folder, WEIGHTS),
-            safetensors.torch.save({k.partition("/")[2]: v for k, v in kept.items()}))
-        put_json(join(build, "checkpoints", folder, "export", "config.json"), config)
+        write_export(join(build, "checkpoints", folder), {k.partition("/")[2]: v for k, v in kept.items()}, config)
     for name, state in states.items():
         put(join(build, "checkpoints", folder, f"{name}.safetensors"), safetensors.torch.save(dict(state)))
     check_lease(build, attempt)

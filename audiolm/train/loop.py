@@ -18,7 +18,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-import safetensors.torch
 import torch
 import torch.distributed as dist
 
@@ -28,7 +27,8 @@ from audiolm.config.training import TrainConfig
 from audiolm.dag.lease import check_lease
 from audiolm.data.parallel import cluster_device
 from audiolm.metrics_log import MetricsFile, read_from
-from audiolm.store import get_json, is_local, join, open_fs, put, put_json
+from audiolm.store import get_json, is_local, join, open_fs, put_json
+from audiolm.tokenizers.artifact import write_export
 from audiolm.train import checkpoint, guards
 from audiolm.train.commits import newest, path_of, take_over
 from audiolm.train.engine import learning_rate, load_weights, make_engine
@@ -289,10 +289,7 @@ def _finish(job: TrainJob, objective, done: int, best: dict, validation: dict, f
         for name, module in objective.modules.items():
             load_weights(module, checkpoint.load(job.build, commit, name))
         step, validation = best["step"], commit["validation"]
-    tensors, config = objective.export()
-    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    put(join(job.build, "export", "model.safetensors"), safetensors.torch.save(tensors))
-    put_json(join(job.build, "export", "config.json"), config)
+    write_export(job.build, *objective.export())
     parameters = sum(p.numel() for m in objective.modules.values() for p in m.parameters())
     check_lease(job.build, job.attempt)
     put_json(join(job.build, "final.json"), {

@@ -18,7 +18,8 @@ from audiolm.pipeline import steps
 from audiolm.tokenizers.acoustic import load_codec
 from audiolm.tokenizers.artifact import ArtifactError
 from audiolm.tokenizers.base import padded_samples
-from audiolm.tokenizers.hf_codec import imported, load_pretrained_codec
+from audiolm.tokenizers.hf import imported_codec
+from audiolm.tokenizers.hf_codec import load_pretrained_codec
 from tests.worlds.basics import ROOT
 
 transformers = pytest.importorskip("transformers")
@@ -133,7 +134,7 @@ def test_a_model_of_another_rate_is_for_use_outside_the_pipeline(tmp_path, kind)
 
 
 def importing(folder: str, n_q: int = LEVELS, vocab: int = VOCAB) -> dict:
-    return {"codec": imported(folder, n_q, vocab)}
+    return {"codec": imported_codec(folder, n_q, vocab)}
 
 
 def test_an_import_is_whole_and_uses_the_levels_asked_for(folders, kind, tmp_path, recording_out):

@@ -20,8 +20,8 @@ from audiolm.data.clips import Clip, Part
 from audiolm.models import kmeans
 from audiolm.models.conformer import Encoder, EncoderSizes
 from audiolm.tokenizers import kmeans_fit
+from audiolm.tokenizers.artifact import MASKED_FORMAT
 from audiolm.tokenizers.extractor import ConformerExtractor
-from audiolm.tokenizers.semantic import MASKED_FORMAT
 
 RATE = 16_000
 SIZES = KMeansConfig(layer=2, k=9, max_frames=200, iterations=20, restarts=2)
@@ -93,7 +93,7 @@ def test_parts_finish_in_any_order(corpus, masked, recording_out, monkeypatch):
     def backwards(fn, items, **how):
         return forwards(fn, items[::-1], **{**how, "sizes": None})[::-1]
 
-    monkeypatch.setattr(kmeans_fit, "fan_out", backwards)
+    monkeypatch.setattr(kmeans_fit, "parallel_map", backwards)
     other = another(recording_out, "backwards")
     run(corpus, masked, other, max_local_frames=0)
     assert export(other) == export(recording_out)
@@ -112,7 +112,7 @@ def test_only_sums_and_centroids_leave_a_task(corpus, masked, recording_out, mon
         sizes.setdefault(fn.__name__, []).extend(map(numbers, results))
         return results
 
-    monkeypatch.setattr(kmeans_fit, "fan_out", watched)
+    monkeypatch.setattr(kmeans_fit, "parallel_map", watched)
     run(corpus, masked, recording_out, max_local_frames=0)
     assert max(sizes["on_part"]) <= 9 * 16 + 9 and max(sizes["start_parts"]) == 2 * 9 * 16
     assert len(sizes["join_part"]) == 4 and max(sizes["join_part"]) == max(sizes["sample_shard"]) == 0
@@ -133,7 +133,7 @@ def test_a_task_elsewhere_tells_through_a_file(corpus, masked, recording_out, mo
         return results
 
     monkeypatch.setattr(kmeans_fit, "SHOW_S", -1.0)
-    monkeypatch.setattr(kmeans_fit, "fan_out", elsewhere)
+    monkeypatch.setattr(kmeans_fit, "parallel_map", elsewhere)
     recording_out.inline = False
     run(corpus, masked, recording_out)
     done, total, unit = recording_out.seen[-1]

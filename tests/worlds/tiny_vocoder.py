@@ -46,7 +46,7 @@ def corpus(folder) -> SimpleNamespace:
 def read_by(monkeypatch: pytest.MonkeyPatch, clips: list[Clip]) -> None:
     """The manifest, without its step; four held-out pieces, as PESQ is slow."""
     pieces = gan.held_out_crops
-    monkeypatch.setattr(vocoder, "held_out", lambda *args: pieces(*args)[::4])
+    monkeypatch.setattr(vocoder, "held_out_crops", lambda *args: pieces(*args)[::4])
     for module in (residual, vocoder):
         monkeypatch.setattr(module, "read_clips", lambda path, split=None, where=None: [c for c in clips if c.split == split])
 

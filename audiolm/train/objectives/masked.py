@@ -21,9 +21,10 @@ from audiolm.models import kmeans
 from audiolm.models.conformer import LAYER_CONVENTION, SUBSAMPLE, EncoderSizes, MaskedModel, valid_frames
 from audiolm.models.mel import mfcc
 from audiolm.models.rvq import perplexity
+from audiolm.tokenizers.artifact import MASKED_FORMAT
 from audiolm.tokenizers.base import SAMPLE_RATE
 from audiolm.tokenizers.extractor import FAMILY, ConformerExtractor
-from audiolm.tokenizers.semantic import MASKED_FORMAT, load_extractor, load_semantic
+from audiolm.tokenizers.semantic import load_extractor, load_semantic
 from audiolm.train.engine import all_sum
 from audiolm.train.objectives.base import Context
 from audiolm.train.objectives.masked_inputs import (
