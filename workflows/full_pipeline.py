@@ -102,8 +102,7 @@ def semantic(sem: SemanticConfig, common: dict, manifest: Step) -> list[Step]:
     model = steps[0]
     for n, again in enumerate(sem.again, 2):
         of = sem.kmeans  # its other settings are the last k-means' own: they may change without a new iteration
-        wanted = KMeansConfig(layer=again.layer, k=again.k, restarts=1, window_s=of.window_s, overlap_s=of.overlap_s,
-                        max_local_frames=of.max_local_frames)
+        wanted = KMeansConfig(layer=again.layer, k=again.k, restarts=1, window_s=of.window_s, overlap_s=of.overlap_s)
         steps += clusters(f"_{n}", f"targets_{n}", wanted, model)
         how = {"model": sem.model, "train": again.train or sem.model.train, "iteration": again, "where": sem.where}
         model = Step(f"masked_model_{n}", do.train_masked, {**common, **how}, (manifest, model, steps[-1]), trains=how["train"])

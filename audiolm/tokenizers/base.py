@@ -7,8 +7,13 @@ frames are exactly twice the semantic ones.  The true length is kept, decoded au
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
 
 SAMPLE_RATE = 16_000
 SEMANTIC_HOP = 640  # 25 Hz
@@ -34,6 +39,17 @@ class TokenSpec:
 def padded_samples(n: int) -> int:
     """Samples after padding to whole semantic frames; at least one frame."""
     return max(1, -(-n // SEMANTIC_HOP)) * SEMANTIC_HOP
+
+
+def pad_rows(wavs: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(wav_BT, lengths_B) of some wav_T float32: zeros up to whole semantic frames of the longest."""
+    import torch
+
+    lengths_B = torch.tensor([len(w) for w in wavs])
+    wav_BT = torch.zeros(len(wavs), padded_samples(int(lengths_B.max())))
+    for row, wav in zip(wav_BT, wavs, strict=True):
+        row[:len(wav)] = torch.from_numpy(wav)
+    return wav_BT, lengths_B
 
 
 def clip_lengths(wav_BT, lengths_B) -> list[int]:

@@ -25,7 +25,7 @@ from audiolm.data import tokens
 from audiolm.data.clips import Clip, read_clip, token_clips
 from audiolm.data.parallel import cluster_device, parallel_map
 from audiolm.data.sources import roots
-from audiolm.tokenizers.base import ACOUSTIC_HOP, SAMPLE_RATE, SEMANTIC_HOP, TokenSpec, padded_samples
+from audiolm.tokenizers.base import ACOUSTIC_HOP, SAMPLE_RATE, SEMANTIC_HOP, TokenSpec, pad_rows, padded_samples
 
 TOKENIZER = {"semantic": "kmeans", "acoustic": "codec"}  # which -> the step whose artifact encodes
 READERS = 4  # decoding lets other threads run
@@ -97,10 +97,7 @@ def encode_clips(clips: list[Clip], tokenizer: Any, source_roots: dict[str, str]
 
 def encode_batch(wavs: Sequence[np.ndarray], tokenizer: Any, device: str) -> list[torch.Tensor]:
     """codes_TQ (on the CPU) of each wav_T, heard as one batch."""
-    lengths_B = torch.tensor([len(w) for w in wavs])
-    wav_BT = torch.zeros(len(wavs), padded_samples(int(lengths_B.max())))
-    for row, wav in zip(wav_BT, wavs, strict=True):
-        row[:len(wav)] = torch.from_numpy(wav)
+    wav_BT, lengths_B = pad_rows(wavs)
     with torch.inference_mode():
         return tokenizer.encode(wav_BT.to(device), lengths_B.to(device))
 

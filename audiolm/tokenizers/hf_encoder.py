@@ -130,14 +130,14 @@ def load_pretrained_encoder(uri: str) -> TransformersExtractor:
 
 
 def from_export(config: dict, weights: dict[str, torch.Tensor]) -> TransformersExtractor:
-    """The extractor of `to_json` and `state`; in float32 on the CPU. Raises ArtefactError where they do not fit."""
+    """The extractor of `to_json` and `state`; in float32 on the CPU. Raises ArtifactError where they do not fit."""
     if config.get("layer_convention") != CONVENTION:
-        raise ArtifactError(f"layer_convention is {config.get('layer_convention')!r}, this code reads {CONVENTION!r}: import the "
-                     "model again (--force masked_model)")
+        raise ArtifactError(f"layer_convention is {config.get('layer_convention')!r}, this code reads {CONVENTION!r}: "
+                            "import the model again (--force masked_model)")
     settings = config.get("transformers")
     if not isinstance(settings, dict) or settings.get("model_type") != config.get("family"):
-        raise ArtifactError(f"family is {config.get('family')!r}, the model that is described under `transformers` is another: import "
-                     "the model again (--force masked_model)")
+        raise ArtifactError(f"family is {config.get('family')!r}, `transformers` describes another model: import the model "
+                            "again (--force masked_model)")
     return _extractor("the export", settings, weights, config.get("preprocessor", {}))
 
 
@@ -163,8 +163,8 @@ def _from_files(uri: str, data: hf.ModelBytes) -> TransformersExtractor:
 
 def _extractor(where: str, settings: dict, weights: dict, given: dict) -> TransformersExtractor:
     family = settings.get("model_type")
-    preprocessor = _preprocessor(where, family, given)
     model = hf.build_model(where, family, CLASSES, settings, _inner(weights), _switch_off)
+    preprocessor = _preprocessor(where, family, given)
     described = json.loads(model.config.to_json_string(use_diff=False))
     _check_rate(where, family, model.config, preprocessor)
     return TransformersExtractor(model, {k: v for k, v in described.items() if k != "_name_or_path"}, preprocessor)
@@ -176,11 +176,11 @@ def _preprocessor(where: str, family: str, given: dict) -> dict:
     kind = "SeamlessM4TFeatureExtractor" if family == MEL_FAMILY else "Wav2Vec2FeatureExtractor"
     named, rate = given.get("feature_extractor_type", kind), given.get("sampling_rate", SAMPLE_RATE)
     if named != kind:
-        raise ArtifactError(f"{where}: preprocessor_config.json has feature_extractor_type {named!r}, {family} needs {kind}: save "
-                     "that beside the model with save_pretrained(folder)")
+        raise ArtifactError(f"{where}: preprocessor_config.json has feature_extractor_type {named!r}, {family} needs {kind}: "
+                            "save that beside the model with save_pretrained(folder)")
     if rate != SAMPLE_RATE:
-        raise ArtifactError(f"{where}: preprocessor_config.json has sampling_rate {rate}; the pipeline runs at {SAMPLE_RATE} Hz: give "
-                     "a model of that rate")
+        raise ArtifactError(f"{where}: preprocessor_config.json has sampling_rate {rate}; the pipeline runs at {SAMPLE_RATE} "
+                            "Hz: give a model of that rate")
     if family == MEL_FAMILY:
         return {"sampling_rate": rate, "num_mel_bins": given.get("num_mel_bins", 80), "stride": given.get("stride", 2)}
     return {"sampling_rate": rate, "do_normalize": given.get("do_normalize", True)}
@@ -211,8 +211,9 @@ def _check_rate(where: str, family: str, config, preprocessor: dict) -> None:
     if family == MEL_FAMILY:
         bands, stride = preprocessor["num_mel_bins"], preprocessor["stride"]
         if stride != 2 or bands * stride != config.feature_projection_input_dim:
-            raise ArtifactError(f"{where}: preprocessor_config.json has num_mel_bins {bands} and stride {stride}, the model takes "
-                         f"{config.feature_projection_input_dim} numbers each 20 ms: set stride to 2, num_mel_bins to half")
+            raise ArtifactError(f"{where}: preprocessor_config.json has num_mel_bins {bands} and stride {stride}, the model "
+                                f"takes {config.feature_projection_input_dim} numbers each 20 ms: set stride to 2, "
+                                "num_mel_bins to half")
         return
 
     def frames(samples: int) -> int:
@@ -222,4 +223,5 @@ def _check_rate(where: str, family: str, config, preprocessor: dict) -> None:
 
     if any(frames(n + 2 * EDGE) != n // HOP for n in (SEMANTIC_HOP, 100 * SEMANTIC_HOP)):
         raise ArtifactError(f"{where}: config.json has conv_kernel {list(config.conv_kernel)} and conv_stride "
-                     f"{list(config.conv_stride)}; the pipeline takes models with a frame each {HOP} samples that hear 400")
+                            f"{list(config.conv_stride)}; the pipeline takes models with a frame each {HOP} samples and a "
+                            "receptive field of 400")

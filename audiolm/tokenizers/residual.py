@@ -8,16 +8,12 @@ codes_TQ at 25 Hz, N frames, L levels, D dimensions.
 
 from __future__ import annotations
 
-import time
-from functools import partial
-
 import torch
-from safetensors.torch import load
 
-from audiolm import rng, store
+from audiolm import rng
 from audiolm.config.semantic import ResidualConfig
-from audiolm.data.clips import Clip, read_clips
-from audiolm.data.parallel import cluster_device, parallel_map
+from audiolm.data.clips import read_clips
+from audiolm.data.parallel import cluster_device
 from audiolm.data.sources import roots
 from audiolm.models import kmeans
 from audiolm.tokenizers import kmeans_fit
@@ -93,59 +89,42 @@ def load_residual(kmeans_path: str, residual_path: str | None = None, device: st
 def fit_residual(config: dict, inputs: dict, out) -> dict:
     """Step fn: config {"residual", "where", "corpus", "seed", "cluster"}, inputs: manifest, kmeans -> facts: frames, levels, k
     and explained/qNN, the share of the features' variance that the levels up to NN hold."""
-    settings, where, cluster, seed = config["residual"], config["where"], config["cluster"], config["seed"]
+    settings, where, cluster = config["residual"], config["where"], config["cluster"]
     path = inputs["kmeans"].path
-    shards: dict[int, list[Clip]] = {}
-    for clip in read_clips(inputs["manifest"].path, "train", where):
-        shards.setdefault(clip.shard, []).append(clip)
-    if not shards:
+    clips = read_clips(inputs["manifest"].path, "train", where)
+    if not clips:
         raise ValueError(f"residual k-means needs train clips and the manifest has none for where = {where.source}: widen it")
-    tokenizer, numbers, device = load_semantic(path), sorted(shards), cluster_device(cluster, out.inline)
-    frames = [sum(kmeans_fit.frames_in(c) for c in shards[n]) for n in numbers]
-    items = [(path, tokenizer.layer, tokenizer.window, shards[n], roots(config["corpus"]), n, quota, seed, out.path, device)
-             for n, quota in zip(numbers, kmeans_fit.quotas_of(frames, settings.max_frames), strict=True)]
-    parallel_map(kmeans_fit.sample_shard, items, out=out, cluster=cluster, unit="audio s", gpu=device == "cuda",
-            sizes=[f * SEMANTIC_HOP / SAMPLE_RATE for f in frames])
-    out.check()
-    note = store.join(out.path, "iterations.json")
-    store.remove(note)
-    shown = kmeans_fit.Iterations(out, partial(store.get_json, note))
-    say = shown.show if out.inline else partial(store.put_json, note)
-    facts = parallel_map(fit_levels, [(path, settings, numbers, seed, out.path, device, say)], out=shown, cluster=cluster,
-                    unit="fits", gpu=device == "cuda")[0]
-    store.remove(note)
-    return facts
+    tokenizer = load_semantic(path)
+    source = kmeans_fit.FeatureSource(path, tokenizer.layer, tokenizer.window, roots(config["corpus"]), config["seed"],
+                                      cluster_device(cluster, out.inline))
+    numbers = kmeans_fit.sample_features(source, clips, settings.max_frames, out, cluster)
+    return kmeans_fit.run_fit(fit_levels, (source, settings, numbers, out.path), source.device, out, cluster)
 
 
-def fit_levels(kmeans_path: str, settings: ResidualConfig, numbers: list[int], seed: int, out_path: str, device: str, say) -> dict:
-    """Codebooks of levels 2 .. settings.levels from the files of features; leaves the artefact, returns the facts. `say` hears
-    [iterations done, of, inertia per frame]."""
-    tokenizer = load_semantic(kmeans_path)
-    mean_D, std_D, book_KD = tokenizer.mean_D, tokenizer.std_D, tokenizer.centroids_KD.to(device)
-    rests = [load(store.get(kmeans_fit.features_file(out_path, n)))["features"] for n in numbers]
-    kmeans.check_finite(rests, numbers)
-    for i, x_ND in enumerate(rests):  # shard by shard: the features are held once
-        rests[i] = kmeans_fit.scaled(x_ND, mean_D, std_D).to(device)
-    total, frames, told = _energy(rests), sum(map(len, rests)), time.monotonic()
-    of = (settings.levels - 1) * settings.iterations
+def fit_levels(source: kmeans_fit.FeatureSource, settings: ResidualConfig, numbers: list[int], out_path: str,
+               report: kmeans_fit.Report) -> dict:
+    """Codebooks of levels 2 .. settings.levels from the files of features; leaves the export, returns the facts."""
+    tokenizer = load_semantic(source.model)
+    book_KD = tokenizer.centroids_KD.to(source.device)
+    rests = kmeans_fit.read_features(out_path, numbers)
+    for i, x_ND in enumerate(rests):  # shard by shard: the features are in memory once
+        rests[i] = kmeans_fit.scaled(x_ND, tokenizer.mean_D, tokenizer.std_D).to(source.device)
+    total, frames = _energy(rests), sum(map(len, rests))
+    tell = kmeans_fit.throttled(report, (settings.levels - 1) * settings.iterations, frames)
     books, facts = [], {"frames": frames, "levels": settings.levels, "k": len(book_KD)}
     for level in range(1, settings.levels + 1):
-        def tell(run: int, done: int, inertia: float, before: int = (level - 2) * settings.iterations) -> None:
-            nonlocal told
-            if time.monotonic() - told > kmeans_fit.SHOW_S:
-                told = time.monotonic()
-                say([before + done, of, inertia / frames])
-
-        if level > 1:
-            found = kmeans.fit(rests, len(book_KD), rng.derive(seed, "residual", level), settings.iterations, tell=tell)
-            book_KD = found.centroids.to(device)
+        if level > 1:  # level 1 has the tokenizer's own centroids, so its codes are the plain tokens
+            before = (level - 2) * settings.iterations
+            found = kmeans.fit(rests, len(book_KD), rng.derive(source.seed, "residual", level), settings.iterations,
+                               tell=lambda run, done, inertia, before=before: tell(before + done, inertia))
+            book_KD = found.centroids.to(source.device)
             books.append(book_KD.cpu())
-        for x_ND in rests:
+        for x_ND in rests:  # in place: the next level clusters what this one leaves
             x_ND -= book_KD[kmeans.assign(x_ND, book_KD)]
         facts[f"explained/q{level - 1:02d}"] = 1.0 - _energy(rests) / total
     write_export(out_path, {"codebooks": torch.stack(books)}, {
         "format": FORMAT, "levels": settings.levels, "k": len(book_KD), "kmeans": tokenizer.hash,
-        "source": {"frames": frames, "seed": seed}}, checksum=True)
+        "source": {"frames": frames, "seed": source.seed}}, checksum=True)
     return facts
 
 

@@ -27,7 +27,7 @@ from audiolm.render import plots
 from audiolm.tokenizers.artifact import ArtifactError
 from audiolm.tokenizers.base import SAMPLE_RATE, SEMANTIC_HOP
 from audiolm.tokenizers.extractor import Extractor, Window, window_of
-from audiolm.tokenizers.kmeans_fit import MIN_STD, encode_frames, model_of, sample_shard
+from audiolm.tokenizers.kmeans_fit import MIN_STD, FeatureSource, encode_frames, model_of, sample_shard
 from audiolm.tokenizers.semantic import extractor_from_export, load_extractor
 from audiolm.train import checkpoint
 from audiolm.train.commits import commits
@@ -90,8 +90,8 @@ def choose_layer(config: dict[str, Any], inputs: dict[str, Any], out: Any) -> di
     for clip in read_clips(manifest, "train", config["where"]):
         shards.setdefault(clip.shard, []).append(clip)
     quota = max(1, sweep.frames // len(shards))
-    sampled = [(model, row["layer"], place.window, shards[n], roots(config["corpus"]), n, quota, config["seed"],
-                _folder(out.path, row["layer"]), device) for row in best for n in sorted(shards)]
+    sampled = [(FeatureSource(model, row["layer"], place.window, roots(config["corpus"]), config["seed"], device),
+                shards[n], n, quota, _folder(out.path, row["layer"])) for row in best for n in sorted(shards)]
     spread(sample_shard, sampled, "samples")
     ks = list(sweep.k) if config["k"] == "auto" else [config["k"]]
     tasks = [(place, row["layer"], k, _folder(out.path, row["layer"]), sorted(shards), sweep.iterations)
