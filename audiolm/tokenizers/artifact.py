@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from audiolm import store
@@ -58,3 +58,19 @@ def write_export(build: str, weights: Mapping[str, torch.Tensor] | bytes, config
         config = {**config, "weights_sha256": hashlib.sha256(weights).hexdigest()}
     store.put(store.join(build, "export", WEIGHTS), weights)
     store.put_json(store.join(build, "export", CONFIG), config)
+
+
+def require_keys(build: str, config: Mapping[str, Any], kind: str, keys: Sequence[str], what: str) -> None:
+    """Raises ArtifactError for an export of another `kind` and for a config without some of `keys`."""
+    missing = [key for key in keys if key not in config]
+    if config.get("kind") != kind or missing:
+        raise ArtifactError(f"{build}/export/config.json is no {what}'s (kind {config.get('kind')!r}, without "
+                            f"{', '.join(missing) or 'nothing'}): give the path of a {what} build, or run its step again")
+
+
+def fill_module(build: str, module: torch.nn.Module, weights: Mapping[str, torch.Tensor], what: str) -> None:
+    """Loads the weights into the module. Raises ArtifactError where names or shapes differ."""
+    try:
+        module.load_state_dict(weights)
+    except RuntimeError as e:
+        raise ArtifactError(f"{build}/export: the weights do not fit the {what} that config.json describes: {e}") from e

@@ -1,8 +1,8 @@
-"""The contract between tokenizers, token stores, stages and samplers (DESIGN 1.7, 3).
+"""The contract between tokenizers, token stores, stages and samplers (2209.03143, III).
 
 Shapes: wav_BT float32 at spec.sample_rate, zero-padded; lengths_B true samples; codes_TQ int64 of one clip;
-codes_BTQ of a batch.  Lengths agree: audio is padded with zeros to a multiple of SEMANTIC_HOP, so that the acoustic
-frames are exactly twice the semantic ones.  The true length is kept, decoded audio cut to it.
+codes_BTQ of a batch.  Audio is padded with zeros to a multiple of SEMANTIC_HOP, so that acoustic frames are exactly
+twice the semantic ones.  The true length is kept, and decoded audio is cut to it.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ if TYPE_CHECKING:
     import torch
 
 SAMPLE_RATE = 16_000
-SEMANTIC_HOP = 640  # 25 Hz
-ACOUSTIC_HOP = 320  # 50 Hz
+SEMANTIC_HOP = 640  # 25 Hz: w2v-BERT's rate (2209.03143, IV-B)
+ACOUSTIC_HOP = 320  # 50 Hz: strides 2 x 4 x 5 x 8 (2209.03143, IV-B)
 
 
 @dataclass(frozen=True)
 class TokenSpec:
+    """The numbers of a tokenizer: rate in Hz, hop in samples, levels, codes a level."""
+
     name: str
     sample_rate: int
     hop: int
@@ -37,7 +39,7 @@ class TokenSpec:
 
 
 def padded_samples(n: int) -> int:
-    """Samples after padding to whole semantic frames; at least one frame."""
+    """Samples after padding to whole semantic frames; at least one frame, so that no clip is without tokens."""
     return max(1, -(-n // SEMANTIC_HOP)) * SEMANTIC_HOP
 
 
@@ -80,7 +82,7 @@ def check_codes(codes_BTQ, spec: TokenSpec) -> None:
 
 class Tokenizer(Protocol):
     spec: TokenSpec
-    hash: str  # of the artefact's bytes
+    hash: str  # of the export's bytes; token shards, codes files and language models name it
 
     def encode(self, wav_BT, lengths_B) -> list:
         """codes_TQ (int64, on the CPU) of each clip, T = padded_samples(length) / spec.hop; padding never leaks in."""

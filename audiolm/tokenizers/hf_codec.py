@@ -35,7 +35,10 @@ UNUSED = ("inited", "cluster_size", "embed_avg", "initialized")  # codebook buff
 
 
 class PretrainedCodec:
-    """Frozen, in float32. Clips are encoded one by one: these models know no lengths, padding would reach the codes."""
+    """A frozen Codec, in float32.
+
+    Clips are encoded one by one: these models take no lengths, and another clip's padding would change the codes.
+    """
 
     def __init__(self, model, kind: str, n_q: int, digest: str, device: str = "cpu"):
         self.model, self.kind, self.hash, self.device = model.to(device).eval().requires_grad_(False), kind, digest, device
@@ -53,7 +56,7 @@ class PretrainedCodec:
         with torch.inference_mode():
             for wav_T, n in zip(wav_BT, clip_lengths(wav_BT, lengths_B), strict=True):
                 frames = _frames(self.spec, n)
-                wav_11T = torch.zeros(1, 1, frames * hop, device=self.device)
+                wav_11T = torch.zeros(1, 1, frames * hop, device=self.device)  # the last frame is filled with zeros
                 wav_11T[0, 0, :n] = wav_T[:n].float()
                 check_finite(wav_11T)
                 codes_1QT = _encode(self.kind, self.model, wav_11T, self.spec.n_q)
@@ -61,8 +64,9 @@ class PretrainedCodec:
         return codes
 
     def decode(self, codes_BTQ):
-        """wav_BT float32 on the CPU, T = frames x hop, of any prefix of the levels. DAC leaves a few samples off the
-        end where a stride is odd (8 of its 16 kHz model's); zeros stand there.
+        """wav_BT float32 on the CPU, T = frames x hop, of any prefix of the levels.
+
+        DAC leaves samples off the end where a stride is odd (8 with its 16 kHz model); they are zeros here.
 
         Raises ValueError for codes of another shape or outside 0 .. vocab - 1.
         """
@@ -70,9 +74,9 @@ class PretrainedCodec:
         wav_BT = torch.zeros(len(codes_BTQ), codes_BTQ.shape[1] * self.spec.hop)
         if codes_BTQ.numel():
             with torch.inference_mode():
-                made_BT = _decode(self.kind, self.model, codes_BTQ.transpose(1, 2).to(self.device)).float().cpu()
-            made_BT = made_BT[:, :wav_BT.shape[1]]
-            wav_BT[:, :made_BT.shape[1]] = made_BT
+                decoded_BT = _decode(self.kind, self.model, codes_BTQ.transpose(1, 2).to(self.device)).float().cpu()
+            decoded_BT = decoded_BT[:, :wav_BT.shape[1]]
+            wav_BT[:, :decoded_BT.shape[1]] = decoded_BT
         return wav_BT
 
 
@@ -141,6 +145,7 @@ def _build(where: str, settings: dict, weights: dict):
 
 
 def _check_kind(kind: str, config, settings: dict) -> None:
+    """Raises ValueError for models whose sound is not in their codes alone."""
     if getattr(config, "audio_channels", 1) != 1:
         raise ValueError(f"audio_channels is {config.audio_channels}, only mono models can be used")
     if kind == "encodec" and (config.normalize or config.chunk_length_s is not None):
@@ -156,12 +161,13 @@ def _sizes(kind: str, config) -> tuple[int, int, int, int]:
         hop, levels = math.prod(config.downsampling_ratios), config.n_codebooks
     else:
         hop, levels = math.prod(config.upsampling_ratios), config.num_quantizers
-    if kind == "mimi":
+    if kind == "mimi":  # it halves its convolutions' frame rate once more before the codes
         hop *= int(config.encodec_frame_rate / config.frame_rate)
     return config.sampling_rate, hop, levels, config.codebook_size
 
 
 def _frames(spec: TokenSpec, samples: int) -> int:
+    """Frames of a clip: an even number at the pipeline's rate and hop, so that semantic frames fit; else as few as hold it."""
     if (spec.sample_rate, spec.hop) == (SAMPLE_RATE, ACOUSTIC_HOP):
         return padded_samples(samples) // spec.hop
     return max(1, -(-samples // spec.hop))
@@ -177,7 +183,8 @@ def _encode(kind: str, model, wav_11T, n_q: int):
 
 
 def _decode(kind: str, model, codes_BQT):
+    """wav_BT of one clip or several."""
     if kind == "encodec":
         return model.decode(codes_BQT[None], [None]).audio_values[:, 0]
-    made = model.decode(audio_codes=codes_BQT).audio_values
-    return made if kind == "dac" else made[:, 0]
+    wav = model.decode(audio_codes=codes_BQT).audio_values  # DAC's is (B, T), Mimi's (B, 1, T)
+    return wav if kind == "dac" else wav[:, 0]

@@ -36,7 +36,7 @@ OFF = {"mask_time_prob": 0.0, "mask_feature_prob": 0.0, "add_adapter": False, "u
 
 
 class TransformersExtractor:
-    """Frozen. `settings` is transformers' config, `preprocessor` what is done to the audio before (see `_preprocessor`)."""
+    """A frozen Extractor. `settings` is transformers' config, `preprocessor` its front end (see `_preprocessor`)."""
 
     convention = CONVENTION
 
@@ -47,31 +47,34 @@ class TransformersExtractor:
 
     def features(self, wav_BT, lengths_B, layers):
         """As the protocol says, at 25 Hz: the mean of each two frames of `raw`."""
-        found, frames_B = self.raw(wav_BT, lengths_B, layers)
-        return [x.view(len(x), -1, 2, self.dim).mean(2) for x in found], frames_B // 2
+        features, frames_B = self.raw(wav_BT, lengths_B, layers)
+        return [x.view(len(x), -1, 2, self.dim).mean(2) for x in features], frames_B // 2
 
     def raw(self, wav_BT: torch.Tensor, lengths_B: torch.Tensor,
             layers: Sequence[int]) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """features_BTD (float32; zeros past a row's frames) of each of `layers` and frames_B, both at 50 Hz. Raises
-        ValueError for a layer that is not there."""
+        """features_BTD (float32; zeros past a row's frames) of each of `layers` and frames_B, both at 50 Hz.
+
+        Raises ValueError for a layer that the model does not have.
+        """
         self._check(layers)
         wav_BT, frames_B = mask_padding(wav_BT.to(next(self.model.parameters()).device), lengths_B)
         lengths_B, frames = lengths_B.to(wav_BT.device), frames_B.tolist()
-        made = [wav_BT.new_zeros(len(wav_BT), 2 * max(frames), self.dim) for _ in layers]
+        features = [wav_BT.new_zeros(len(wav_BT), 2 * max(frames), self.dim) for _ in layers]
         with torch.no_grad():
             for rows in group_rows(self.model.config, frames):
                 part = [frames[row] for row in rows]
-                found = self._blocks(wav_BT[rows, :max(part) * SEMANTIC_HOP], lengths_B[rows], part, layers)
-                for x_BTD, found_BTD in zip(made, found, strict=True):
-                    x_BTD[rows, :2 * max(part)] = found_BTD.float()
+                outputs = self._blocks(wav_BT[rows, :max(part) * SEMANTIC_HOP], lengths_B[rows], part, layers)
+                for x_BTD, output_BTD in zip(features, outputs, strict=True):
+                    x_BTD[rows, :2 * max(part)] = output_BTD.float()
             inside_BT1 = (torch.arange(2 * max(frames), device=wav_BT.device) < 2 * frames_B[:, None])[..., None]
-            return [x_BTD.mul_(inside_BT1) for x_BTD in made], 2 * frames_B
+            return [x_BTD.mul_(inside_BT1) for x_BTD in features], 2 * frames_B
 
     def to(self, device, dtype=None):
         positions = getattr(self.model.encoder, "embed_positions", None)
         rates = getattr(positions, "inv_freq", None)
         self.model.to(device=device, dtype=dtype or torch.float32)
-        if rates is not None:  # rotary: bfloat16 knows no position above 256, and the cache neither device nor dtype
+        # Rotary positions: bfloat16 is exact only up to 256, and transformers' cache follows neither device nor dtype.
+        if rates is not None:
             positions.inv_freq, positions.cached_sequence_length = rates.to(device), None
         return self
 
@@ -95,17 +98,17 @@ class TransformersExtractor:
             raise ValueError(f"layer {wrong[0]}: the model ({self.family}) has {self.layers} blocks; give 1 to {self.layers}")
 
     def _blocks(self, wav_BT, lengths_B, frames: list[int], layers: Sequence[int]) -> list:
-        """The outputs of blocks, by hooks: what transformers gives as hidden_states, and nothing is computed above them."""
+        """The outputs of blocks: transformers' hidden_states, without computing the blocks above the highest of them."""
         frames_B = torch.tensor(frames, device=wav_BT.device)
         if self.family == MEL_FAMILY:
             inputs, mask = mel_inputs(wav_BT, frames_B, self.preprocessor["num_mel_bins"])
         else:
             inputs, mask = wave_inputs(wav_BT, lengths_B, frames_B, self.preprocessor["do_normalize"])
-        found = {}
+        outputs = {}
 
         def keep(n: int):
             def hook(module, args, output):
-                found[n] = output[0] if isinstance(output, tuple) else output
+                outputs[n] = output[0] if isinstance(output, tuple) else output
                 if n == max(layers):
                     raise _Enough
             return hook
@@ -117,11 +120,11 @@ class TransformersExtractor:
         finally:
             for hook in hooks:
                 hook.remove()
-        return [found[n] for n in layers]
+        return [outputs[n] for n in layers]
 
 
 class _Enough(Exception):
-    """The highest layer asked for is done."""
+    """Raised by a hook to leave the forward pass once the highest layer is computed."""
 
 
 def load_pretrained_encoder(uri: str) -> TransformersExtractor:
@@ -143,7 +146,10 @@ def from_export(config: dict, weights: dict[str, torch.Tensor]) -> TransformersE
 
 def import_encoder(config: dict, inputs: dict, out) -> dict:
     """Step fn: config {"encoder": hf.PretrainedModel} -> facts. Leaves export/ for `semantic.load_extractor`: the encoder
-    alone, in float32. Raises ArtifactError where the model cannot be used or its bytes are no longer those of the plan."""
+    alone, in float32.
+
+    Raises ArtifactError where the model cannot be used or its bytes are no longer those of the plan.
+    """
     want = config["encoder"]
     extractor = _from_files(want.uri, hf.read_model(hf.ENCODER, want.uri, want.digest))
     out.check()
@@ -171,8 +177,11 @@ def _extractor(where: str, settings: dict, weights: dict, given: dict) -> Transf
 
 
 def _preprocessor(where: str, family: str, given: dict) -> dict:
-    """What of preprocessor_config.json counts, with transformers' defaults where it is silent. do_normalize: zero mean and
-    unit variance over an utterance's true samples; w2v-BERT has its own, per mel band over all frames."""
+    """The fields of preprocessor_config.json that change features, with transformers' defaults for absent ones.
+
+    do_normalize: zero mean and unit variance over an utterance's true samples; w2v-BERT normalises each mel band over
+    all frames instead.
+    """
     kind = "SeamlessM4TFeatureExtractor" if family == MEL_FAMILY else "Wav2Vec2FeatureExtractor"
     named, rate = given.get("feature_extractor_type", kind), given.get("sampling_rate", SAMPLE_RATE)
     if named != kind:
@@ -187,9 +196,10 @@ def _preprocessor(where: str, family: str, given: dict) -> dict:
 
 
 def _inner(weights: dict) -> dict:
-    """The encoder's weights by the names of transformers' base model."""
+    """The encoder's weights by the names of transformers' base model, whatever head the file was saved with."""
     stripped, inside = {}, any(name.startswith(PREFIXES) for name in weights)
-    heads = (*HEADS, "feature_extractor.") if inside else HEADS  # an x-vector's head is called as the base's convolutions
+    # An x-vector model's head has the name of the base model's convolutions, which then have a prefix.
+    heads = (*HEADS, "feature_extractor.") if inside else HEADS
     for name, value in weights.items():
         if prefix := next((p for p in PREFIXES if name.startswith(p)), None):
             name = name.removeprefix(prefix)
@@ -208,6 +218,7 @@ def _switch_off(config) -> None:
 
 
 def _check_rate(where: str, family: str, config, preprocessor: dict) -> None:
+    """Raises ArtifactError for a model that makes no frame each 320 samples: two of them make a semantic frame."""
     if family == MEL_FAMILY:
         bands, stride = preprocessor["num_mel_bins"], preprocessor["stride"]
         if stride != 2 or bands * stride != config.feature_projection_input_dim:

@@ -39,7 +39,7 @@ Report = Callable[[list], None]  # [iterations done, of how many, inertia per fr
 
 @dataclass(frozen=True)
 class FeatureSource:
-    """Where features come from: a layer of the encoder in the build `model`, heard through `window`."""
+    """A layer of the encoder in the build `model`, applied to windows of the audio."""
 
     model: str
     layer: int

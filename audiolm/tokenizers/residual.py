@@ -1,9 +1,9 @@
-"""More levels of semantic tokens: k-means of what the levels before leave of the z-scored features (paper Table I).
+"""More levels of semantic tokens by residual k-means of the z-scored features (2209.03143, Table I).
 
-Level 1 is the tokenizer's own.  The step `residual` fits the others, level after level, on frames sampled as `kmeans`
-samples them, and leaves {build}/export: model.safetensors (`codebooks`, (levels - 1, K, D) float32) and config.json with
-the digest of the kmeans artefact, without which it is refused.  Legend: wav_BT float32 at 16 kHz, lengths_B true samples,
-codes_TQ at 25 Hz, N frames, L levels, D dimensions.
+Level 1 is the tokenizer's own; each further level clusters what the levels before it leave.  The step `residual` fits
+them on frames sampled as `kmeans` samples them.  {build}/export: model.safetensors (`codebooks`, (levels - 1, K, D)
+float32) and config.json with the digest of the kmeans export, without which it is refused.
+Legend: wav_BT float32 at 16 kHz, lengths_B true samples, codes_TQ at 25 Hz, N frames, L levels, D dimensions.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FORMAT = "audiolm-residual-1"
 
 
 class ResidualTokenizer:
-    """Frozen; a Tokenizer with 1 + len(codebooks) levels. `hash_of(1)` is the plain tokenizer's."""
+    """A frozen Tokenizer with 1 + len(codebooks) levels. `hash_of(1)` is the plain tokenizer's."""
 
     def __init__(self, tokenizer: SemanticTokenizer, codebooks_LKD: torch.Tensor | None = None, digest: str | None = None):
         first_1KD = tokenizer.centroids_KD[None]
@@ -36,12 +36,12 @@ class ResidualTokenizer:
         self.hash = self.hash_of(levels)
 
     def hash_of(self, levels: int) -> str:
-        """The identity of the first `levels` levels."""
+        """The hash of the first `levels` levels: tokens of level 1 alone stay those of the plain tokenizer."""
         return self.tokenizer.hash if levels == 1 else f"{self.tokenizer.hash}+{self.residual_hash}"
 
     @torch.no_grad()
     def codes(self, wav_BT: torch.Tensor, lengths_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """codes_BTQ and frames_B, where the tokenizer is; codes past a row's frames mean nothing."""
+        """codes_BTQ and frames_B, on the tokenizer's device; codes past a row's frames mean nothing."""
         x_BTD, frames_B = self.tokenizer.features(wav_BT, lengths_B)
         return quantize(x_BTD.flatten(0, 1), self.books_LKD).view(*x_BTD.shape[:2], -1), frames_B
 
@@ -57,7 +57,7 @@ class ResidualTokenizer:
 
 
 def quantize(x_ND: torch.Tensor, books_LKD: torch.Tensor) -> torch.Tensor:
-    """codes_NL (int64): the nearest centroid of what the levels before it leave."""
+    """codes_NL (int64): level by level, the nearest centroid to what the levels before it leave."""
     codes, rest_ND = [], x_ND
     for book_KD in books_LKD:
         code_N = kmeans.assign(rest_ND, book_KD)
@@ -67,8 +67,10 @@ def quantize(x_ND: torch.Tensor, books_LKD: torch.Tensor) -> torch.Tensor:
 
 
 def load_residual(kmeans_path: str, residual_path: str | None = None, device: str = "cpu") -> ResidualTokenizer:
-    """The tokenizer of a finished kmeans build, with the levels of a residual build of it where one is given. Raises
-    ArtefactError where they do not belong together."""
+    """The tokenizer of a finished kmeans build, with the levels of a residual build of it where one is given.
+
+    Raises ArtifactError where they do not belong together.
+    """
     tokenizer = load_semantic(kmeans_path, device)
     if residual_path is None:
         return ResidualTokenizer(tokenizer)
@@ -129,4 +131,5 @@ def fit_levels(source: kmeans_fit.FeatureSource, settings: ResidualConfig, numbe
 
 
 def _energy(shards: list[torch.Tensor]) -> float:
+    """The sum of squares, in float64; after the z-score it is the variance times frames."""
     return sum(float(x.double().square().sum()) for x in shards)
