@@ -13,9 +13,8 @@ from dataclasses import replace
 
 import torch
 
-from audiolm import store
 from audiolm.tokenizers import hf
-from audiolm.tokenizers.artifact import CONFIG, ArtifactError, read_export, write_export
+from audiolm.tokenizers.artifact import CONFIG, ArtifactError, write_export
 from audiolm.tokenizers.base import (
     ACOUSTIC_HOP,
     SAMPLE_RATE,
@@ -81,12 +80,10 @@ class PretrainedCodec:
 
 
 def load_pretrained_codec(path: str, device: str = "cpu") -> PretrainedCodec:
-    """The codec of an imported build of the step `codec`, or of a folder or URI in transformers' format.
+    """The codec of a folder or URI in transformers' format, with all its levels and its own rate.
 
-    A folder's codec has all its levels and its own rate. Raises ArtifactError for what cannot be read as such.
+    Raises ArtifactError for what cannot be read as such. A build of the step `codec` goes to `acoustic.load_codec`.
     """
-    if store.exists(store.join(path, "export", CONFIG)):
-        return from_export(path, *read_export(path), device)
     data = hf.read_model(replace(hf.CODEC, field="--codec"), path)
     settings = data.json[CONFIG]
     model = _build(path, settings, data.weights)

@@ -60,7 +60,8 @@ def corpus(tmp_path, monkeypatch) -> CorpusConfig:
 def run(corpus: CorpusConfig, masked: str, out, **change) -> dict:
     config = {"kmeans": SIZES.model_copy(update=change), "where": ClipFilter(), "corpus": corpus, "seed": 3,
               "cluster": ClusterConfig(device="cpu")}
-    return kmeans_fit.fit_kmeans(config, {"manifest": SimpleNamespace(path="-"), "masked_model": SimpleNamespace(path=masked)}, out)
+    inputs = {"manifest": SimpleNamespace(path="-"), "masked_model": SimpleNamespace(path=masked)}
+    return kmeans_fit.fit_kmeans(config, inputs, out)
 
 
 def export(out, name: str = EXPORT[0]) -> bytes:
