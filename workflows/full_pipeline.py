@@ -20,11 +20,9 @@ from audiolm.config.pipeline import Pipeline  # noqa: E402
 from audiolm.config.semantic import IterationConfig, KMeansConfig, SemanticConfig  # noqa: E402
 from audiolm.config.training import TrainConfig  # noqa: E402
 from audiolm.dag.step import Step  # noqa: E402
-from audiolm.lm.warm_start import text_model  # noqa: E402
 from audiolm.pipeline.cli import main  # noqa: E402
 from audiolm.pipeline.steps import FUNCTIONS  # noqa: E402
-from audiolm.tokenizers.hf_codec import imported  # noqa: E402
-from audiolm.tokenizers.hf_encoder import imported_encoder  # noqa: E402
+from audiolm.tokenizers.hf import imported_codec, imported_encoder, text_model  # noqa: E402
 
 # Sampled for the targets of an iteration of HuBERT: 22 hours, thousands of frames for each of their few clusters.
 TARGET_FRAMES = 2_000_000
@@ -88,7 +86,7 @@ def codec_steps(cfg: Pipeline, common: dict, manifest: Step) -> tuple[Step, Step
     config, ev = cfg.codec, cfg.evaluate
     if config.pretrained:
         codec = Step("codec", FUNCTIONS["import_codec"],
-                     {"codec": imported(config.pretrained, config.n_q, config.vocab)})
+                     {"codec": imported_codec(config.pretrained, config.n_q, config.vocab)})
     else:
         codec = Step("codec", FUNCTIONS["train_codec"], {**common, "codec": config}, (manifest,), trains=config.train)
     metrics = CodecMetricsConfig(where=config.where, clips=ev.clips, clip_s=ev.clip_s, visqol=ev.visqol,
@@ -123,7 +121,7 @@ def semantic_steps(sem: SemanticConfig, common: dict, manifest: Step) -> list[St
     steps = [model]
     for n, again in enumerate(sem.again, 2):
         # Of sem.kmeans only what decides how audio is heard: the rest may change without a new iteration.
-        same = sem.kmeans.model_dump(include={"window_s", "overlap_s", "max_local_frames"})
+        same = sem.kmeans.model_dump(include={"window_s", "overlap_s"})
         targets = KMeansConfig(layer=again.layer, k=again.k, max_frames=TARGET_FRAMES, restarts=1, **same)
         steps += clusters(f"_{n}", f"targets_{n}", targets, model)
         model = training(f"masked_model_{n}", again.train or sem.model.train, again, model, steps[-1])

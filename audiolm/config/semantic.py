@@ -158,9 +158,7 @@ class KMeansConfig(Config):
 
     layer: int | Literal["auto"] = Field(19, description="block whose output is clustered, from 1; auto: by ABX")
     k: int | Literal["auto"] = 1024
-    max_frames: int = Field(5_000_000, ge=1, description="frames sampled for the fit")
-    max_local_frames: Runtime[int] = Field(2_000_000, ge=0, description="up to this, one task fits them all (8 GB at width "
-                                           "1024); above, a task a part and iteration, with the same result")
+    max_frames: int = Field(5_000_000, ge=1, description="frames sampled for the fit, which one task holds (20 GB at width 1024)")
     method: Annotated[Literal["lloyd", "minibatch"], Later("lloyd")] = Field(
         "lloyd", description="minibatch: fewer passes over the frames, an inertia some per cent higher")
     window_s: float = Field(16.0, gt=0, description="audio that the model hears at once; longer clips go through in windows")

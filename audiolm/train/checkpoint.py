@@ -16,6 +16,7 @@ import safetensors.torch
 
 from audiolm.dag.lease import LeaseLost, check_lease
 from audiolm.store import get, join, put, put_json, remove
+from audiolm.tokenizers.artifact import write_export
 from audiolm.train.commits import commits, folder_of, path_of
 from audiolm.train.engine import Saved, is_weight
 
@@ -37,8 +38,7 @@ def save(build: str, attempt: int, step: int, states: Mapping[str, Saved], recor
         states[name] = {k: v for k, v in states[name].items() if k not in weights}
         # An export has bare names: the commit tells buffers from parameters.
         record = {**record, "export": name, "buffers": [k for k in weights if k.startswith("buffer/")]}
-        put(join(folder, WEIGHTS), safetensors.torch.save({k.partition("/")[2]: v for k, v in weights.items()}))
-        put_json(join(folder, "export", "config.json"), config)
+        write_export(folder, {k.partition("/")[2]: v for k, v in weights.items()}, config)
     for name, state in states.items():
         put(join(folder, f"{name}.safetensors"), safetensors.torch.save(dict(state)))
     # The lease is checked between the last file and the commit: a worker that lost its build leaves a folder without one.

@@ -11,14 +11,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import safetensors.torch
 import torch
 
 from audiolm import rng
 from audiolm.config.training import TrainConfig
 from audiolm.dag.lease import check_lease
 from audiolm.metrics_log import MetricsFile
-from audiolm.store import get_json, join, put, put_json
+from audiolm.store import get_json, join, put_json
+from audiolm.tokenizers.artifact import write_export
 from audiolm.train import checkpoint, guards
 from audiolm.train.commits import newest, path_of
 from audiolm.train.engine import learning_rate, load_weights, make_engine
@@ -185,11 +185,7 @@ def export(worker: Worker) -> None:
         for name, module in objective.modules.items():
             load_weights(module, checkpoint.load(job.build, commit, name))
         step, validation = best.best_step, commit["validation"]
-    # safetensors wants tensors of their own memory, without gaps.
-    tensors, config = objective.export()
-    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    put(join(job.build, "export", "model.safetensors"), safetensors.torch.save(tensors))
-    put_json(join(job.build, "export", "config.json"), config)
+    write_export(job.build, *objective.export())
     parameters = sum(p.numel() for m in objective.modules.values() for p in m.parameters())
     check_lease(job.build, job.attempt)
     put_json(join(job.build, "final.json"), {  # last: from now on the step is done

@@ -178,10 +178,10 @@ def test_kmeans_step_facts_and_independence_of_order(read, artefact, tmp_path, m
     assert facts["used_clusters"] + facts["dead_clusters"] == 12
     assert 0 < facts["entropy"] <= math.log(12) and 0 < facts["explained"] < 1
     assert store.names(str(tmp_path / "again" / "features")) == [f"{i:05d}.safetensors" for i in range(3)]
-    fan_out = parallel.parallel_map
+    forwards = parallel.parallel_map
 
     def backwards(fn, items, **how):  # workers may finish in any order
-        return fan_out(fn, items[::-1], **{**how, "sizes": how.get("sizes") and how["sizes"][::-1]})[::-1]
+        return forwards(fn, items[::-1], **{**how, "sizes": how.get("sizes") and how["sizes"][::-1]})[::-1]
 
     monkeypatch.setattr(fit_module, "parallel_map", backwards)
     run_kmeans(read, str(tmp_path / "masked"), tmp_path / "backwards")

@@ -173,7 +173,7 @@ def test_what_does_not_belong_together_is_refused(made, tmp_path):
         load_vocoder(inputs["kmeans"], plain)
     config = store.get_json(f"{build}/export/config.json")
     store.put_json(f"{build}/export/config.json", {**config, "dim": 8})
-    with pytest.raises(ArtifactError, match="do not fit the vocoder"):
+    with pytest.raises(ArtifactError, match="do not fit the semantic vocoder"):
         load_vocoder(build, more)
 
 

@@ -28,7 +28,7 @@ from audiolm.render import plots
 from audiolm.tokenizers.artifact import ArtifactError
 from audiolm.tokenizers.base import SAMPLE_RATE, SEMANTIC_HOP
 from audiolm.tokenizers.extractor import Extractor, Window, window_of
-from audiolm.tokenizers.kmeans_fit import MIN_STD, encode_frames, model_of, sample_shard
+from audiolm.tokenizers.kmeans_fit import MIN_STD, FeatureSource, encode_frames, model_of, sample_shard
 from audiolm.tokenizers.semantic import extractor_from_export, load_extractor
 from audiolm.train import checkpoint
 from audiolm.train.commits import commits
@@ -87,8 +87,8 @@ def choose_layer(config: dict[str, Any], inputs: dict[str, Any], out: Any) -> di
     shards = _train_shards(inputs["manifest"].path, config["where"])
     quota = max(1, sweep.frames // len(shards))  # frames a shard
     source_roots = roots(config["corpus"])
-    spread(sample_shard, [(model, layer, task.window, shards[n], source_roots, n, quota, config["seed"],
-                           _folder(out.path, layer), device) for layer in best for n in sorted(shards)], "samples")
+    spread(sample_shard, [(FeatureSource(model, layer, task.window, source_roots, config["seed"], device), shards[n], n, quota,
+                           _folder(out.path, layer)) for layer in best for n in sorted(shards)], "samples")
     ks = list(sweep.k) if config["k"] == "auto" else [config["k"]]
     rows += spread(score_centroids, [(task, layer, k, _folder(out.path, layer), sorted(shards), sweep.iterations)
                                      for layer in best for k in ks], "candidates")
