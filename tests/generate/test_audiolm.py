@@ -14,9 +14,9 @@ from audiolm.config import lm as lm_config
 from audiolm.config import run
 from audiolm.dag.step import Artifact
 from audiolm.data.clips import Clip, Part
-from audiolm.generate.audiolm import whole_frames
 from audiolm.generate.load import load
 from audiolm.generate.params import PAPER_PARAMS, SamplingParams
+from audiolm.generate.prompts import whole_frames
 from audiolm.lm.stages import dedupe
 from tests.worlds.tiny_system import COARSE, RUN, VOCAB, Q, build, voice
 
@@ -109,7 +109,7 @@ def test_chunks_as_a_batch_equal_chunks_one_by_one(lm, frames, prompt):
 
 def test_stage_1_ends_a_sound_or_goes_on_until_it_is_long_enough(lm):
     seeds, asked = list(range(24)), 6_400
-    lm = replace(lm, draws={**PAPER_PARAMS, "semantic": SamplingParams(50.0)})  # all ids alike: EOS comes now and then
+    lm = replace(lm, sampling={**PAPER_PARAMS, "semantic": SamplingParams(50.0)})  # all ids alike: EOS comes now and then
     sounds = lm.unconditional(0.4, seeds)
     ended = [s for s in sounds if s.ended]
     assert 0 < len(ended) < len(sounds)
@@ -199,8 +199,8 @@ def test_samples_step(paths, tmp_path, recording_out, monkeypatch):
     inputs = {name: Artifact(path, "b", {}, {}) for name, path in paths.items()}
     inputs |= {"manifest": Artifact("m", "b", {}, {}), "semantic_tokens": Artifact("s", "b", {"mean_run": RUN}, {})}
     corpus = corpus_config.CorpusConfig(name="c", sources=[{"kind": "folder", "name": "o", "root": str(tmp_path)}])
-    settings = {"samples": lm_config.SamplesConfig(n=3, prompt_s=0.5, seconds=0.8), "corpus": corpus, "lm": lm_config.LMConfig(),
-                "seed": 0, "cluster": run.ClusterConfig(device="cpu")}
+    settings = {"samples": lm_config.SamplesConfig(n=3, prompt_s=0.5, seconds=0.8), "corpus": corpus,
+                "lm": lm_config.LMConfig(), "seed": 0, "cluster": run.ClusterConfig(device="cpu")}
     facts = samples.make_samples(settings, inputs, recording_out)
     entries = store.get_json(store.join(recording_out.path, "samples.json"))
     assert facts["wavs"] == len(entries) == 12

@@ -57,7 +57,7 @@ def evaluate_part(part: str, config: dict[str, Any], paths: dict[str, str], fold
     lm, evaluate, source_roots = config["lm"], config["evaluate"], roots(config["corpus"])
     where = lm.fine.where if "lm_fine" in paths else lm.coarse.where
     samples = config["samples"]
-    system = load(paths, device, draws=params_from_config(samples))
+    system = load(paths, device, sampling=params_from_config(samples))
     clips = held_out(paths["manifest"], source_roots, evaluate.clips, seconds_within(system, evaluate.clip_s), where)
     return ladder(system, clips, samples.prompt_s, config["seed"], folder)
 

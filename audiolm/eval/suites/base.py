@@ -103,7 +103,7 @@ def sibling_folder(ask: SuiteContext, name: str) -> str:
 def load_audiolm(ask: SuiteContext) -> AudioLM:
     from audiolm.generate.load import load
 
-    return load(ask.steps, ask.device, draws=params_from_config(ask.config.samples))
+    return load(ask.steps, ask.device, sampling=params_from_config(ask.config.samples))
 
 
 def ladder_clips(ask: SuiteContext) -> list:

@@ -57,7 +57,7 @@ def sweep(lm: AudioLM, clips: Sequence[tuple[Clip, np.ndarray]], prompt_s: float
     jobs = [(mode, temperature) for mode in modes for temperature in temperatures]
     for n, (mode, temperature) in enumerate(jobs, 1):
         began = time.monotonic()
-        own = replace(lm, draws={name: replace(draw, temperature=temperature) for name, draw in lm.draws.items()})
+        own = replace(lm, sampling={name: replace(params, temperature=temperature) for name, params in lm.sampling.items()})
         if mode == "continuation":
             made = continued(own, wavs, prompts, seeds)
         else:

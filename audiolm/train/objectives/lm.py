@@ -17,7 +17,7 @@ from audiolm import rng
 from audiolm.config import lm as lm_config
 from audiolm.config.lm import LMConfig
 from audiolm.data.tokens import TokenStore
-from audiolm.lm.batches import Crop, TokenBatches
+from audiolm.lm.batches import EvalCrop, TokenBatches
 from audiolm.lm.loss import batch_sums, inputs_of, level_sums, prepare
 from audiolm.lm.model import build_lm, export_lm
 from audiolm.lm.stages import Stage, build_stages
@@ -66,8 +66,8 @@ class LMObjective:
 
     unit, exported = "tokens", "lm"
 
-    def __init__(self, stage: Stage, shape: lm_config.StageConfig, train: TokenBatches, dev: TokenBatches, rows: list[Crop], seed: int,
-                 ctx: Context):
+    def __init__(self, stage: Stage, shape: lm_config.StageConfig, train: TokenBatches, dev: TokenBatches,
+                 rows: list[EvalCrop], seed: int, ctx: Context):
         self.stage, self.shape, self.data, self.dev, self.rows, self.ctx = stage, shape, train, dev, rows, ctx
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(rng.derive(seed, f"init lm_{stage.name}"))
