@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -55,30 +56,29 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def by_stage(option: str, texts: list[str] | None, kind: Callable, default: dict[str, Any]) -> dict[str, Any]:
-    """`semantic=0.6 fine=0.5`, or one value for all stages. Raises ValueError."""
-    if not texts:
-        return default
+def by_stage(option: str, texts: list[str], kind: Callable) -> dict[str, Any]:
+    """Values by stage of `semantic=0.6 fine=0.5`, or of one number for all stages. Raises ValueError."""
     try:
         if len(texts) == 1 and "=" not in texts[0]:
             return dict.fromkeys(STAGES, kind(texts[0]))
         given = {stage: kind(value) for stage, value in (text.split("=") for text in texts)}
         if given.keys() <= set(STAGES):
-            return {**default, **given}
+            return given
     except ValueError:
         pass
     raise ValueError(f"{option} {' '.join(texts)}: give one number, or semantic=, coarse= and fine= with one each")
 
 
 def sampling_params(args: argparse.Namespace) -> tuple:
-    """(stage, SamplingParams) of each stage."""
-    from audiolm.generate.params import PAPER_PARAMS, SamplingParams
+    """(stage, SamplingParams) of each stage: the paper's, with what the options change."""
+    from audiolm.generate.params import PAPER_PARAMS
 
-    off = dict.fromkeys(STAGES)
-    t = by_stage("--temperature", args.temperature, float, {s: PAPER_PARAMS[s].temperature for s in STAGES})
-    k, p = by_stage("--top-k", args.top_k, int, off), by_stage("--top-p", args.top_p, float, off)
-    window = by_stage("--window", args.window, int, off)
-    return tuple((s, SamplingParams(t[s], k[s], p[s], window[s])) for s in STAGES)
+    params = dict(PAPER_PARAMS)
+    for name, kind in (("temperature", float), ("top_k", int), ("top_p", float), ("window", int)):
+        if texts := getattr(args, name):
+            for stage, value in by_stage(f"--{name.replace('_', '-')}", texts, kind).items():
+                params[stage] = replace(params[stage], **{name: value})
+    return tuple(params.items())
 
 
 def check(args: argparse.Namespace) -> None:

@@ -17,7 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from audiolm.generate.audiolm import AudioLM
     from audiolm.generate.params import SamplingParams
 
+# a sound in pieces, samples of the prompt it begins with, facts for its record (complete once all pieces were taken)
+Generated = tuple[Iterable[np.ndarray], int, dict[str, Any]]
 IO_THREADS = 16  # small files read together: an object store answers many requests as fast as one
 PICTURE_S = 60.0  # of a sound, in its spectrogram; a longer one is unreadable and, with --long, would not fit memory
 
@@ -148,15 +150,6 @@ def pending_samples(job: GenerationJob, samples: Sequence[SampleJob], folder: st
 # -- a task: one batch of samples ------------------------------------------------------------------------------------
 
 
-@dataclass
-class Generated:
-    """A sound in pieces; `facts` is complete once all pieces were taken."""
-
-    pieces: Iterable[np.ndarray]
-    prompt: int  # samples of the prompt that it begins with
-    facts: dict[str, Any] = field(default_factory=dict)
-
-
 def run_task(job: GenerationJob, samples: Sequence[SampleJob], folder: str, device: str) -> list[str]:
     """Makes a batch of samples into `folder`; returns an error line for each prompt that failed."""
     lm = load_system(job.models, device, job.sampling)
@@ -183,7 +176,7 @@ def _make(lm: AudioLM, job: GenerationJob, samples: Sequence[SampleJob], prompts
         return []
     try:
         for sample, sound in zip(samples, _generate(lm, job, samples, prompts), strict=True):
-            _publish(folder, job, sample, sound)
+            _publish(folder, job, sample, *sound)
         return []
     except ValueError as e:
         if len(samples) == 1:
@@ -205,7 +198,7 @@ def _generate(lm: AudioLM, job: GenerationJob, samples: Sequence[SampleJob], pro
         if job.mode in ("continuation", "unconditional"):  # ids a second as stage 2 reads them, and in the prompt
             facts["semantic_per_s"] = sound.semantic_per_s
             facts["prompt_semantic_per_s"] = round(sound.z_prompt * SAMPLE_RATE / sound.prompt, 3) if sound.prompt else None
-        generated.append(Generated([sound.wav_T], sound.prompt, facts))
+        generated.append(([sound.wav_T], sound.prompt, facts))
     return generated
 
 
@@ -213,18 +206,17 @@ def _stream(lm: AudioLM, job: GenerationJob, prompt_T: np.ndarray | None, seed: 
     """A sound that is generated while it is written, in constant memory."""
     from audiolm.generate.long_form import stream
 
-    sound = Generated((), 0 if prompt_T is None else len(prompt_T))
+    prompt, facts = 0 if prompt_T is None else len(prompt_T), {}
 
     def pieces() -> Iterable[np.ndarray]:
-        began, new = time.perf_counter(), -sound.prompt
+        began, new = time.perf_counter(), -prompt
         for wav_T in stream(lm, prompt_T, job.seconds, seed, not job.whole):
             new += len(wav_T)
             yield wav_T
         ended = new < round(job.seconds * SAMPLE_RATE)
-        sound.facts |= _facts(lm, prompt_T, ended, new / SAMPLE_RATE, time.perf_counter() - began)
+        facts.update(_facts(lm, prompt_T, ended, new / SAMPLE_RATE, time.perf_counter() - began))
 
-    sound.pieces = pieces()
-    return sound
+    return pieces(), prompt, facts
 
 
 def _facts(lm: AudioLM, prompt_T: np.ndarray | None, ended: bool, seconds: float, wall_s: float,
@@ -236,20 +228,21 @@ def _facts(lm: AudioLM, prompt_T: np.ndarray | None, ended: bool, seconds: float
             "prompt_s": None if prompt_T is None else len(prompt_T) / SAMPLE_RATE, "ended": ended, "device": lm.device}
 
 
-def _publish(folder: str, job: GenerationJob, sample: SampleJob, sound: Generated) -> None:
+def _publish(folder: str, job: GenerationJob, sample: SampleJob, pieces: Iterable[np.ndarray], prompt: int,
+             facts: dict[str, Any]) -> None:
     """Writes a sample's spectrogram, JSON and, last and whole, its wav."""
     path, picture, room = store.join(folder, f"{sample.file}.wav"), [], round(PICTURE_S * SAMPLE_RATE)
     with codec_files.appearing(path) as temporary:
         with soundfile.SoundFile(temporary, "w", SAMPLE_RATE, 1, "PCM_16", format="WAV") as f:
-            for wav_T in sound.pieces:
+            for wav_T in pieces:
                 f.write(np.clip(wav_T, -1.0, 1.0))
                 if room:
                     picture.append(wav_T[:room])
                     room -= len(picture[-1])
-        png = spectrogram(np.concatenate(picture), f"sample {sample.number}", sound.prompt / SAMPLE_RATE)
+        png = spectrogram(np.concatenate(picture), f"sample {sample.number}", prompt / SAMPLE_RATE)
         store.put(store.join(folder, "page", f"{sample.file}.png"), png)
         store.remove(path)  # a wav of other settings must not lie beside this JSON
         store.put_json(store.join(folder, f"{sample.file}.json"), {
             "settings": sample_settings(job, sample), "run": job.run, "index": job.index, "name": sample.name,
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "audiolm": audiolm.__version__,
-            **sound.facts})
+            **facts})

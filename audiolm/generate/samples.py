@@ -21,13 +21,12 @@ from audiolm.data.sources import roots
 from audiolm.generate.audiolm import Sound
 from audiolm.generate.load import load
 from audiolm.generate.params import params_from_config
-from audiolm.generate.prompts import whole_frames
+from audiolm.generate.prompts import SILENT_PEAK, whole_frames
 from audiolm.tokenizers.base import SAMPLE_RATE
 
 MODES = ("unconditional", "acoustic", "continuation", "resynthesis")
 OPEN_ENDED = ("unconditional", "continuation")  # stage 1 may end them before the seconds asked for
 MODELS = ("kmeans", "codec", "lm_semantic", "lm_coarse", "lm_fine")
-SILENT_PEAK = 1e-4  # of full scale
 
 
 def make_samples(config: Mapping[str, Any], inputs: Mapping[str, Any], out: Any) -> dict[str, Any]:
