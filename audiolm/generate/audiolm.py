@@ -258,8 +258,8 @@ class AudioLM:
                  codes: Sequence[np.ndarray] | None, may_end: bool) -> list[Sound]:
         """All stages: sounds of at most `samples` samples, prompts (z_T and all levels of codes_TQ) included.
 
-        Stage 1 draws as many ids as are expected to last long enough, stage 2's EOS decides how long they last, and where
-        that is too short stage 1 goes on.
+        Stage 1 draws as many ids as are expected to last long enough. Stage 2's EOS decides how long they last. Where that is
+        too short stage 1 goes on.
         """
         # lengths: frames asked for, and the expected frames of an id
         stage, q = self.stage("semantic"), self.stage("coarse").levels[1]

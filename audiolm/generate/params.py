@@ -1,7 +1,7 @@
 """Sampling parameters, and the draw of one id from a row of scores (2209.03143 III-D).
 
-Temperature, top-k, top-p and repetition-aware sampling.  A draw inverts the cumulative distribution at a uniform number
-that depends on (seed, target position) alone, so a sample does not depend on its neighbours.
+Temperature, top-k, top-p and repetition-aware sampling.  A draw inverts the cumulative distribution at a uniform number.
+The number depends on (seed, target position) alone, so a sample does not depend on its neighbours.
 Shapes: scores_BW float32 over a slot's own ids, -inf where an id may not be drawn; noise_B2 float64 in [0, 1), the second
 number for a draw that is repeated; ids_BW; recent_BR the row's last ids.
 """

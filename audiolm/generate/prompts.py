@@ -1,7 +1,7 @@
 """Prompts: an audio file, its bytes or an array of any rate and channels as wav_T, float32 mono at 16 kHz.
 
-A prompt is cut as waveform to whole semantic frames (640 samples, 40 ms), so that no token of it depends on the audio
-behind the cut.  A prompt that is too short, silent or not finite is refused, and the message names the fix.
+A prompt is cut as waveform to whole semantic frames (640 samples, 40 ms).  So none of its tokens depends on the audio behind
+the cut.  A prompt that is too short, silent or not finite is refused, and the message names the fix.
 """
 
 from __future__ import annotations

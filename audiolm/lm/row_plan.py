@@ -42,8 +42,8 @@ class Window:
 
 
 class PackingPlan:
-    """Plan from costs (ids of each clip, shard after shard), firsts (shard s holds the clips firsts[s] to firsts[s + 1]),
-    `stride` (ids that a row takes off the ring) and shard_bytes (mean size of a shard in memory)."""
+    """Rows of every step from costs, the ids of each clip, shard after shard; shard s holds the clips firsts[s] to
+    firsts[s + 1]. `stride`: ids of the ring from row to row; shard_bytes: mean size of a shard in memory."""
 
     def __init__(self, costs: np.ndarray, firsts: np.ndarray, stride: int, batch: int, seed: int, shard_bytes: float = 1):
         self.costs, self.firsts, self.batch, self.seed = costs, firsts, batch, seed

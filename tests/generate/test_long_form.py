@@ -61,7 +61,7 @@ lm = load(build({str(tmp_path)!r}, dedupe=False), mean_run=RUN)
 for seconds in (10.0, 60.0):
     print(sum(map(len, stream(lm, None, seconds, 0, **PLAIN))), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    (ten, before), (sixty, after) = (map(int, said[i:i + 2]) for i in (0, 2))
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    (ten, before), (sixty, after) = (map(int, printed[i:i + 2]) for i in (0, 2))
     assert (ten, sixty) == (160_000, 960_000)
     assert after < before + 8_192  # kB
