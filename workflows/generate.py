@@ -1,4 +1,4 @@
-"""Audio from a trained run: continuations of prompts, sounds from nothing, prompts said in new voices.
+"""Audio from a trained run: continuations of prompts, sounds without a prompt, prompts in new voices.
 
     python workflows/generate.py --prompt clip.wav --out generated
     python workflows/generate.py --run speech --store /data/audiolm --prompt calls/ --seconds 7 --samples 4 --out out --ray
@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,10 +31,10 @@ def parser() -> argparse.ArgumentParser:
     add_run_options(p)
     p.add_argument("--prompt", nargs="+", default=[], metavar="PATH", help="audio files of any rate, or folders of them; "
                    "local or any fsspec URI")
-    p.add_argument("--prompt-s", type=float, metavar="S", help="of each prompt its first S seconds, 0 for all; default: 3 to "
-                   "go on with, else all")
-    p.add_argument("--mode", choices=MODES, default=MODES[0], help="go on with the prompts (default); sounds of no prompt; "
-                   "what the prompts say in new voices; the prompts through the codec alone")
+    p.add_argument("--prompt-s", type=float, metavar="S", help="of each prompt its first S seconds, 0 for all (default 3 for "
+                   "continuation, else all)")
+    p.add_argument("--mode", choices=MODES, default=MODES[0], help="continue the prompts (default); sounds without a "
+                   "prompt; the prompts' words in new voices; the prompts through the codec alone")
     p.add_argument("--seconds", type=float, metavar="S", help="to generate beyond a prompt (default 7)")
     p.add_argument("--samples", type=int, metavar="N", help="of each prompt (default 4)")
     p.add_argument("--out", required=True, metavar="FOLDER", help="where to write; any fsspec URI")
@@ -55,70 +56,70 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def by_stage(option: str, texts: list[str] | None, kind: Callable, default: dict[str, Any]) -> dict[str, Any]:
-    """`semantic=0.6 fine=0.5`, or one value for all stages. Raises ValueError."""
-    if not texts:
-        return default
+def by_stage(option: str, texts: list[str], kind: Callable) -> dict[str, Any]:
+    """Values by stage of `semantic=0.6 fine=0.5`, or of one number for all stages. Raises ValueError."""
     try:
         if len(texts) == 1 and "=" not in texts[0]:
             return dict.fromkeys(STAGES, kind(texts[0]))
         given = {stage: kind(value) for stage, value in (text.split("=") for text in texts)}
         if given.keys() <= set(STAGES):
-            return {**default, **given}
+            return given
     except ValueError:
         pass
     raise ValueError(f"{option} {' '.join(texts)}: give one number, or semantic=, coarse= and fine= with one each")
 
 
-def draws(args: argparse.Namespace) -> tuple:
-    """(stage, Draw) of each stage."""
-    from audiolm.config.lm import SamplesConfig
-    from audiolm.generate.params import SamplingParams
+def sampling_params(args: argparse.Namespace) -> tuple:
+    """(stage, SamplingParams) of each stage: the paper's, with what the options change."""
+    from audiolm.generate.params import PAPER_PARAMS
 
-    paper, off = SamplesConfig(), dict.fromkeys(STAGES)
-    t = by_stage("--temperature", args.temperature, float, {s: getattr(paper, f"temperature_{s}") for s in STAGES})
-    k, p = by_stage("--top-k", args.top_k, int, off), by_stage("--top-p", args.top_p, float, off)
-    window = by_stage("--window", args.window, int, off)
-    return tuple((s, SamplingParams(t[s], k[s], p[s], window[s])) for s in STAGES)
+    params = dict(PAPER_PARAMS)
+    for name, kind in (("temperature", float), ("top_k", int), ("top_p", float), ("window", int)):
+        if texts := getattr(args, name):
+            for stage, value in by_stage(f"--{name.replace('_', '-')}", texts, kind).items():
+                params[stage] = replace(params[stage], **{name: value})
+    return tuple(params.items())
 
 
 def check(args: argparse.Namespace) -> None:
     """Fills in what depends on the mode. Raises ValueError for options that do not go together."""
-    grows, takes = args.mode in ("continuation", "unconditional"), args.mode != "unconditional"
-    if takes != bool(args.prompt):
-        raise ValueError(f"--mode {args.mode} needs --prompt PATH" if takes else "--mode unconditional takes no --prompt")
-    if not grows and (args.seconds is not None or args.whole):
-        raise ValueError(f"--mode {args.mode} lasts as long as its prompt: leave --seconds and --whole out")
-    if args.mode == "resynthesis" and args.samples not in (None, 1):
-        raise ValueError(f"--samples {args.samples}: the codec gives one resynthesis of a prompt")
-    if args.long and not grows:
-        raise ValueError("--long goes with --mode continuation or unconditional")
-    args.seconds = 7.0 if grows and args.seconds is None else args.seconds
-    args.samples = args.samples if args.samples is not None else 1 if args.mode == "resynthesis" else 4
-    if takes and args.prompt_s is None:
-        args.prompt_s = 3.0 if grows else 0.0
-    if grows and not 0 < args.seconds < float("inf"):
-        raise ValueError(f"--seconds {args.seconds}: above 0")
-    if args.samples < 1 or args.batch < 1:
-        raise ValueError(f"--samples {args.samples} and --batch {args.batch}: at least one")
-    if takes and args.prompt_s != 0 and not args.prompt_s >= 0.5:
-        raise ValueError(f"--prompt-s {args.prompt_s}: at least 0.5, or 0 for the whole file")
+    from audiolm.generate.prompts import MIN_PROMPT_S, PROMPT_S
+
+    mode, prompted, open_ended = args.mode, args.mode != "unconditional", args.mode in ("continuation", "unconditional")
+    if args.samples is None:
+        args.samples = 1 if mode == "resynthesis" else 4
+    if prompted and args.prompt_s is None:
+        args.prompt_s = PROMPT_S if open_ended else 0.0
+    for wrong, text in (
+            (prompted and not args.prompt, f"--mode {mode} needs --prompt PATH"),
+            (not prompted and args.prompt, "--mode unconditional takes no --prompt"),
+            (not open_ended and (args.seconds is not None or args.whole),
+             f"--mode {mode} lasts as long as its prompt: leave --seconds and --whole out"),
+            (mode == "resynthesis" and args.samples != 1,
+             f"--samples {args.samples}: the codec gives one resynthesis of a prompt"),
+            (args.long and not open_ended, "--long goes with --mode continuation or unconditional"),
+            (args.seconds is not None and not 0 < args.seconds < float("inf"), f"--seconds {args.seconds}: above 0"),
+            (args.samples < 1 or args.batch < 1, f"--samples {args.samples} and --batch {args.batch}: at least one"),
+            (prompted and args.prompt_s != 0 and not args.prompt_s >= MIN_PROMPT_S,
+             f"--prompt-s {args.prompt_s}: at least {MIN_PROMPT_S:g}, or 0 for the whole file")):
+        if wrong:
+            raise ValueError(text)
+    if open_ended and args.seconds is None:
+        args.seconds = 7.0  # 2209.03143 IV: 3 s of prompt and 7 s more
 
 
 def generate(args: argparse.Namespace) -> int:
-    """Returns how many prompts failed."""
+    """Makes what is missing in --out, and its page; returns how many prompts failed."""
     from audiolm import store
-    from audiolm.config.run import ClusterConfig
-    from audiolm.data.parallel import Workers, cluster_device, parallel_map, pick_device
+    from audiolm.data.parallel import pick_device
     from audiolm.generate import jobs
-    from audiolm.generate.jobs import run_task
     from audiolm.generate.load import system_steps
-    from audiolm.pipeline.cli import quiet
     from audiolm.pipeline.progress import ProgressBoard
-    from audiolm.pipeline.ray_cluster import in_ray_job, start_ray, wants_ray
+    from audiolm.pipeline.ray_cluster import in_ray_job, wants_ray
     from audiolm.render import sounds_page
     from audiolm.tracking.lookup import find_run
 
+    # options and the run, before anything is loaded
     check(args)
     on_ray = wants_ray(args.ray)
     if in_ray_job() and store.is_local(args.out) and not os.path.isabs(args.out.removeprefix("file://")):
@@ -127,40 +128,54 @@ def generate(args: argparse.Namespace) -> int:
     if not on_ray:
         pick_device(args.device)
     index, out = find_run(args.run, args.store, args.tracking), store.absolute(args.out)
-    asked = jobs.GenerationJob(index.rsplit("/", 1)[-1].removesuffix(".json"), index, tuple(system_steps(index).items()), args.mode,
-                         draws(args), args.seed, args.seconds, args.prompt_s, args.whole, args.long)
+    run, models = index.rsplit("/", 1)[-1].removesuffix(".json"), tuple(system_steps(index).items())
+    job = jobs.GenerationJob(run, index, models, args.mode, sampling_params(args), args.seed, args.seconds, args.prompt_s,
+                             args.whole, args.long)
+    # samples that are asked for, and those that are missing
+    samples, errors = [jobs.SampleJob(args.mode, n) for n in range(1, args.samples + 1)], []
     if args.prompt:
-        samples, wrong = jobs.check_prompts(jobs.name_prompts(args.prompt), args.samples)
-    else:
-        samples, wrong = [jobs.SampleJob(args.mode, n) for n in range(1, args.samples + 1)], []
-    todo = jobs.pending_samples(asked, samples, out, args.force)
-    size = 1 if args.long else args.batch
-    batches = [todo[i:i + size] for i in range(0, len(todo), size)]
-    board, began = ProgressBoard(), time.monotonic()
-    board.say(f"run {asked.run} ({index}): {len(todo)} of {len(samples)} samples to make, to {args.out}")
-    for line in wrong:
-        print(f"error: {line}", file=sys.stderr)
-    if todo:
-        quiet()
-        cluster = ClusterConfig(device=args.device)
-        if on_ray:
-            start_ray(cluster, out, board.say)
-        device = cluster_device(cluster, inline=not on_ray)
-        board.start("generate")
-        shown = Workers(not on_ray, "generate", partial(board.update, "generate"))
-        failed = parallel_map(run_task, [(asked, batch, out, device) for batch in batches], out=shown, cluster=cluster, unit="prompts",
+        samples, errors = jobs.check_prompts(jobs.name_prompts(args.prompt), args.samples)
+    pending, board = jobs.pending_samples(job, samples, out, args.force), ProgressBoard()
+    board.say(f"run {job.run} ({index}): {len(pending)} of {len(samples)} samples to make, to {args.out}")
+    print_errors(errors)
+    if pending:
+        failed = run_batches(args, job, pending, out, on_ray, board)
+        print_errors(failed)
+        errors += failed
+    # the page shows all that is in the folder, the summary what this command asked for
+    records = jobs.sample_records(out)
+    if own := [records[s.file] for s in samples if s.file in records]:
+        store.put(store.join(out, "index.html"), sounds_page.build(records).encode())
+        print(f"{sounds_page.summary(own)}\npage: {store.join(args.out, 'index.html')}")
+    return len(errors)
+
+
+def run_batches(args: argparse.Namespace, job: Any, pending: list, out: str, on_ray: bool, board: Any) -> list[str]:
+    """Makes the samples in batches, inline or as Ray tasks; returns an error line for each prompt that failed."""
+    from audiolm.config.run import ClusterConfig
+    from audiolm.data.parallel import Workers, cluster_device, parallel_map
+    from audiolm.generate.jobs import run_task
+    from audiolm.pipeline.cli import quiet
+    from audiolm.pipeline.ray_cluster import start_ray
+
+    began, cluster, size = time.monotonic(), ClusterConfig(device=args.device), 1 if args.long else args.batch
+    batches = [pending[i:i + size] for i in range(0, len(pending), size)]
+    quiet()
+    if on_ray:
+        start_ray(cluster, out, board.say)
+    device = cluster_device(cluster, inline=not on_ray)
+    board.start("generate")
+    workers = Workers(not on_ray, "generate", partial(board.update, "generate"))
+    lines = parallel_map(run_task, [(job, batch, out, device) for batch in batches], out=workers, cluster=cluster, unit="prompts",
                          sizes=[len(batch) / args.samples for batch in batches], gpu=device == "cuda")
-        failed = list(dict.fromkeys(line for lines in failed for line in lines))
-        board.end("generate", "DONE", time.monotonic() - began, f"{len(failed)} prompts failed" if failed else "")
-        for line in failed:
-            print(f"error: {line}", file=sys.stderr)
-        wrong += failed
-    made = jobs.sample_records(out)
-    ours = [made[s.file] for s in samples if s.file in made]
-    if ours:
-        store.put(store.join(out, "index.html"), sounds_page.build(made).encode())
-        print(f"{sounds_page.summary(ours)}\npage: {store.join(args.out, 'index.html')}")
-    return len(wrong)
+    failed = list(dict.fromkeys(line for batch in lines for line in batch))  # a prompt may fail in several batches
+    board.end("generate", "DONE", time.monotonic() - began, f"{len(failed)} prompts failed" if failed else "")
+    return failed
+
+
+def print_errors(lines: list[str]) -> None:
+    for line in lines:
+        print(f"error: {line}", file=sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -20,7 +20,7 @@ from audiolm.data.audio import SAMPLE_RATE_HZ, decode, resample
 from audiolm.data.clips import Clip, read_clip, read_clips
 from audiolm.data.sources import AUDIO
 from audiolm.eval.metrics.abx import Items, read_items
-from audiolm.generate.audiolm import whole_frames
+from audiolm.generate.prompts import whole_frames
 from audiolm.tokenizers import codec_files
 from audiolm.tokenizers.base import SAMPLE_RATE
 

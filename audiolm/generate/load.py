@@ -1,4 +1,4 @@
-"""A run's trained system: from a run's name, index or MLflow id to an AudioLM that generates.
+"""A run's trained system: from the folders of its steps, or its run index, to an AudioLM that generates.
 
 A run's index (dag/run_index.py) names the folder of each step's finished build.
 """
@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from audiolm.generate.audiolm import AudioLM
     from audiolm.generate.params import SamplingParams
 
+
 def system_steps(index_path: str) -> dict[str, str]:
-    """The folders that a system is loaded from. Raises ValueError that names the steps which are not done yet."""
+    """Folders by step that a system is loaded from. Raises ValueError that names the steps which are not finished."""
     steps = steps_of(index_path)
     missing = [name for name in SYSTEM_STEPS if name not in steps]
     if not missing and "lm_fine" not in steps and _needs_fine(steps):
@@ -29,28 +30,29 @@ def system_steps(index_path: str) -> dict[str, str]:
 
 
 def _needs_fine(steps: Mapping[str, str]) -> bool:
-    """Whether the codec has more levels than the coarse stage."""
+    """True where the codec has more levels than the coarse stage predicts."""
     from audiolm.tokenizers.acoustic import load_codec
 
-    about = store.get_json(store.join(steps["lm_coarse"], "export", "config.json"))
-    return about is not None and about["stage"]["levels"][1] < load_codec(steps["codec"]).spec.n_q
+    export = store.get_json(store.join(steps["lm_coarse"], "export", "config.json"))
+    return export is not None and export["stage"]["levels"][1] < load_codec(steps["codec"]).spec.n_q
 
 
 @lru_cache(maxsize=1)
-def load_system(steps: tuple[tuple[str, str], ...], device: str, draws: tuple[tuple[str, SamplingParams], ...] | None) -> AudioLM:
-    """The AudioLM of some steps' folders, loaded once a process."""
-    return load(dict(steps), device, draws=dict(draws) if draws else None)
+def load_system(steps: tuple[tuple[str, str], ...], device: str,
+                sampling: tuple[tuple[str, SamplingParams], ...] | None) -> AudioLM:
+    """`load`, once a process: a worker keeps the models from task to task. Tuples, as the cache's key must be hashable."""
+    return load(dict(steps), device, sampling=dict(sampling) if sampling else None)
 
 
 def load(paths: Mapping[str, str], device: str = "cpu", mean_run: float | None = None,
-         draws: Mapping[str, SamplingParams] | None = None) -> AudioLM:
+         sampling: Mapping[str, SamplingParams] | None = None) -> AudioLM:
     """The system from the steps' output folders: kmeans, codec, lm_semantic, lm_coarse and (where Q' < Q) lm_fine.
 
     `mean_run` defaults to the fact of that name of the `semantic_tokens` folder. The stages run in bfloat16 on a GPU.
     Raises ValueError for a missing step and for stages that were trained on another tokenizer's tokens.
     """
     from audiolm.generate.audiolm import AudioLM
-    from audiolm.generate.params import PAPER_PARAMS
+    from audiolm.generate.params import PAPER_PARAMS, STAGES
     from audiolm.lm.model import load_lm
     from audiolm.tokenizers.acoustic import load_codec
     from audiolm.tokenizers.semantic import load_semantic
@@ -58,29 +60,33 @@ def load(paths: Mapping[str, str], device: str = "cpu", mean_run: float | None =
     for name in ("kmeans", "codec", "lm_semantic", "lm_coarse"):
         if name not in paths:
             raise ValueError(f"step {name} is missing, there are {sorted(paths)}: run the pipeline up to it")
-    _of_one_run(paths)
+    _check_one_run(paths)
     if mean_run is None:
-        if "semantic_tokens" not in paths:
-            raise ValueError("pass mean_run, or the semantic_tokens step's folder in paths")
-        done = store.get_json(store.join(paths["semantic_tokens"], "done.json"))
-        if done is None:
-            raise ValueError(f"{paths['semantic_tokens']} holds no finished semantic_tokens step: run it")
-        mean_run = done["facts"]["mean_run"]
-    models = {name: load_lm(paths[f"lm_{name}"], device)
-              for name in ("semantic", "coarse", "fine") if f"lm_{name}" in paths}
+        mean_run = _mean_run(paths)
+    models = {name: load_lm(paths[f"lm_{name}"], device) for name in STAGES if f"lm_{name}" in paths}
     if device != "cpu":
         models = {name: (model.bfloat16(), stage) for name, (model, stage) in models.items()}
     return AudioLM(load_semantic(paths["kmeans"], device), load_codec(paths["codec"], device), models, float(mean_run),
-                   dict(draws or PAPER_PARAMS), device=device)
+                   dict(sampling or PAPER_PARAMS), device=device)
 
 
-def _of_one_run(paths: Mapping[str, str]) -> None:
+def _mean_run(paths: Mapping[str, str]) -> float:
+    """Semantic frames per deduplicated token, as the finished semantic_tokens step counted them."""
+    if "semantic_tokens" not in paths:
+        raise ValueError("pass mean_run, or the semantic_tokens step's folder in paths")
+    done = store.get_json(store.join(paths["semantic_tokens"], "done.json"))
+    if done is None:
+        raise ValueError(f"{paths['semantic_tokens']} holds no finished semantic_tokens step: run it")
+    return done["facts"]["mean_run"]
+
+
+def _check_one_run(paths: Mapping[str, str]) -> None:
     """Raises ValueError where a finished step's record names other inputs than these."""
+    # a step's folder is STEP/FINGERPRINT/BUILD; records name their inputs as FINGERPRINT.BUILD
     ids = {name: ".".join(path.rstrip("/").split("/")[-2:]) for name, path in paths.items()}
     for name in paths.keys() & {"semantic_tokens", "lm_semantic", "lm_coarse", "lm_fine"}:
-        path = paths[name]
-        made_of = (store.get_json(store.join(path, "done.json")) or {}).get("inputs", {})
-        for other in ids.keys() & made_of.keys():
-            if made_of[other] != ids[other]:
-                raise ValueError(f"{name} ({path}) was made of {other} {made_of[other]}, not of {ids[other]}: take all steps "
-                                 "of one run, or run the pipeline again")
+        inputs = (store.get_json(store.join(paths[name], "done.json")) or {}).get("inputs", {})
+        for other in ids.keys() & inputs.keys():
+            if inputs[other] != ids[other]:
+                raise ValueError(f"{name} ({paths[name]}) was made of {other} {inputs[other]}, not of {ids[other]}: take all "
+                                 "steps of one run, or run the pipeline again")

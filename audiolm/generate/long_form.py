@@ -1,7 +1,7 @@
 """Sound of any length in constant memory: slide and prompt (AudioLM baseline of SoundStorm, 2305.09636).
 
-Windows of 10 s, each prompted with the last 3 s of the one before, in all three stages.  That cuts semantic tokens in time,
-so it wants models trained with `lm.dedupe: false`: a deduplicated token does not tell how long it lasts.
+Windows of 10 s; each is prompted with the last 3 s of the one before, in all three stages.  The cut goes through the
+semantic tokens in time, so the stages must be trained with `lm.dedupe: false`: a deduplicated token has no duration.
 Shapes: wav_T float32 mono at 16 kHz, z_T at 25 Hz, codes_TQ at 50 Hz.
 """
 
@@ -11,18 +11,20 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from audiolm.generate.audiolm import AudioLM, whole_frames
-from audiolm.lm.stages import FRAMES, SEMANTIC_HZ
+from audiolm.data.tokens import RATIO
+from audiolm.generate.audiolm import AudioLM
+from audiolm.generate.prompts import whole_frames
+from audiolm.lm.stages import SEMANTIC_HZ
 from audiolm.rng import derive
 from audiolm.tokenizers.base import SAMPLE_RATE, SEMANTIC_HOP, padded_samples
 
-WINDOW_S, OVERLAP = 10.0, 0.3  # the overlap as a share of the window
-HOLD = 8  # semantic frames (0.32 s) that wait for the next window: a codec that is not causal hears what follows
+WINDOW_S, OVERLAP = 10.0, 0.3  # the overlap is a share of the window, 3 s as the paper's prompts
+HOLD = 8  # semantic frames (0.32 s) that wait for the next window: a codec that is not causal needs what follows
 
 
 def stream(lm: AudioLM, prompt_T: np.ndarray | None, seconds: float, seed: int, may_end: bool = True,
            window_s: float = WINDOW_S, overlap_s: float | None = None) -> Iterator[np.ndarray]:
-    """Pieces of a prompt and at most `seconds` beyond it, as they are made; windows are at most as long as the trained crops.
+    """Pieces of a prompt and at most `seconds` beyond it; windows are at most as long as the trained crops.
 
     Raises ValueError for deduplicated stages, a prompt that fills the window, and an overlap that leaves nothing new.
     """
@@ -47,20 +49,23 @@ def stream(lm: AudioLM, prompt_T: np.ndarray | None, seconds: float, seed: int, 
 
 def _windows(lm: AudioLM, prompt_T: np.ndarray | None, samples: int, seed: int, may_end: bool, window: int,
              overlap: int) -> Iterator[np.ndarray]:
+    """The pieces: z_T and codes_TQ hold one window, whose end is semantic frame `done` of the sound."""
     q, total = lm.stage("coarse").levels[1], padded_samples(samples) // SEMANTIC_HOP
     z_T, codes_TQ = np.zeros(0, np.int64), np.zeros((0, lm.codec.spec.n_q), np.int64)
     if prompt_T is not None:
         z_T, codes_TQ = lm.tokenize([prompt_T])[0], lm.encode([prompt_T])[0]
-    done, told, ended, number = len(z_T), 0, False, 0  # semantic frames, and samples given out
+    done, yielded, ended, number = len(z_T), 0, False, 0  # semantic frames; samples
     while done < total and not ended:
+        # the three stages continue what the window holds; each window has a seed of its own
         held, seeds = len(z_T), [derive(seed, "window", number)]
         (z_T,), (ended,) = lm.semantic([z_T], [min(window - held, total - done)], seeds, may_end)
-        coarse = lm.coarse([z_T], [FRAMES * len(z_T)], seeds, [codes_TQ[:, :q]])
+        coarse = lm.coarse([z_T], [RATIO * len(z_T)], seeds, [codes_TQ[:, :q]])
         codes_TQ = lm.fine(coarse, seeds, [codes_TQ[:, q:]])[0]
         done, number = done + len(z_T) - held, number + 1
+        # the whole window is decoded, so that the codec has its context; only what is new and final is yielded
         wav_T = lm.decode(codes_TQ, SEMANTIC_HOP * len(z_T))
         last = ended or done >= total
         start, end = SEMANTIC_HOP * (done - len(z_T)), min(samples, SEMANTIC_HOP * (done if last else done - HOLD))
-        yield wav_T[told - start:max(told, end) - start]
-        told = max(told, end)
-        z_T, codes_TQ = z_T[-overlap:], codes_TQ[-FRAMES * overlap:]
+        yield wav_T[yielded - start:max(yielded, end) - start]
+        yielded = max(yielded, end)
+        z_T, codes_TQ = z_T[-overlap:], codes_TQ[-RATIO * overlap:]

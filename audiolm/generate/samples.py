@@ -1,8 +1,8 @@
-"""Step `samples`: what the trained system sounds like (paper III-D), n wavs of each mode, checked and playable.
+"""Step `samples`: n wavs of each mode from the trained system (2209.03143 III-D), checked and playable.
 
-Unconditional, acoustic generation from a clip's true semantic tokens, continuation of prompts from speakers of the test
-split, and codec resynthesis of the same clips.  Leaves wav/NAME.wav (16 kHz, 16-bit PCM) and samples.json in the build,
-and the wavs with a spectrogram PNG each under ui/.  Shapes: wav_T float32 mono at 16 kHz.
+Modes: unconditional, acoustic generation from a clip's true semantic tokens, continuation of prompts from speakers of the
+test split, and codec resynthesis of the same clips.  Leaves wav/NAME.wav (16 kHz, 16-bit PCM) and samples.json in the
+build, and each wav with a spectrogram PNG under ui/.  Shapes: wav_T float32 mono at 16 kHz.
 """
 
 from __future__ import annotations
@@ -18,36 +18,39 @@ from audiolm.data.audio import wav_bytes
 from audiolm.data.clips import Clip, read_clip, read_clips
 from audiolm.data.parallel import cluster_device, parallel_map
 from audiolm.data.sources import roots
-from audiolm.generate.audiolm import Sound, whole_frames
+from audiolm.generate.audiolm import Sound
 from audiolm.generate.load import load
 from audiolm.generate.params import params_from_config
+from audiolm.generate.prompts import SILENT_PEAK, whole_frames
 from audiolm.tokenizers.base import SAMPLE_RATE
 
 MODES = ("unconditional", "acoustic", "continuation", "resynthesis")
-FREE = ("unconditional", "continuation")  # may end before the seconds asked for
+OPEN_ENDED = ("unconditional", "continuation")  # stage 1 may end them before the seconds asked for
 
 
 def make_samples(config: Mapping[str, Any], inputs: Mapping[str, Any], out: Any) -> dict[str, Any]:
     """Step function. config: samples, corpus, seed, cluster; inputs: manifest, kmeans, codec, semantic_tokens and the
-    stages (no lm_fine where Q' = Q). One task a mode. Returns counts, seconds of audio, real-time factors (below 1: faster
-    than the sound lasts), the median of the seconds that stage 1 ended too early and, by mode, semantic tokens a second (of
-    resynthesis: of the real clips). Raises ValueError for a wav that is not finite.
+    stages (no lm_fine where Q' = Q). One task a mode.
+
+    Returns counts, seconds of audio, real-time factors (below 1: faster than the sound lasts), the median of the seconds
+    that stage 1 ended too early and semantic tokens a second by mode (of resynthesis: of the real clips).
+    Raises ValueError for a wav that is not finite.
     """
     device = cluster_device(config["cluster"], out.inline)
     paths = {name: artifact.path for name, artifact in inputs.items()}
     settings = {k: config[k] for k in ("samples", "corpus", "seed")}
     mean_run = inputs["semantic_tokens"].facts["mean_run"]
     results = parallel_map(make_mode, [(mode, settings, paths, mean_run, out.path, device) for mode in MODES], out=out,
-                      cluster=config["cluster"], unit="modes", gpu=device == "cuda")
+                           cluster=config["cluster"], unit="modes", gpu=device == "cuda")
     entries = [entry for mode_entries, _ in results for entry in mode_entries]
     out.check()
     store.put_json(store.join(out.path, "samples.json"), entries)
     facts: dict[str, Any] = {"wavs": len(entries), "audio_s": round(sum(e["seconds"] for e in entries), 3),
-                             "silent": sum(e["peak"] < 1e-4 for e in entries)}
+                             "silent": sum(e["peak"] < SILENT_PEAK for e in entries)}
     for mode, (mode_entries, spent_s) in zip(MODES, results, strict=True):
         seconds = sum(e["seconds"] for e in mode_entries)
         facts |= {f"rtf/{mode}{part and '.' + part}": round(spent / seconds, 4) for part, spent in spent_s.items()}
-        if mode in FREE:
+        if mode in OPEN_ENDED:
             facts[f"short_s/{mode}"] = float(np.median([e["short_s"] for e in mode_entries]))
         if rates := [e["semantic_per_s"] for e in mode_entries if e["semantic_per_s"]]:
             facts[f"semantic_per_s/{mode}"] = round(float(np.mean(rates)), 3)
@@ -56,31 +59,29 @@ def make_samples(config: Mapping[str, Any], inputs: Mapping[str, Any], out: Any)
 
 def make_mode(mode: str, config: Mapping[str, Any], paths: Mapping[str, str], mean_run: float, folder: str,
               device: str) -> tuple[list[dict], dict[str, float]]:
-    """One task: the wavs of a mode, and the seconds spent in all ("") and by stage."""
-    asked, corpus, seed = config["samples"], config["corpus"], config["seed"]
-    system = load(paths, device, mean_run=mean_run, draws=params_from_config(asked))
-    clips = pick(read_clips(paths["manifest"], "test"), asked.n, asked.prompt_s + asked.seconds, seed)
-    wavs = [_excerpt(clip, roots(corpus), asked.prompt_s + asked.seconds) for clip in clips]
-    prompts = [whole_frames(wav[:round(asked.prompt_s * SAMPLE_RATE)]) for wav in wavs]
-    seeds = [rng.derive(seed, f"sample {mode}", i) for i in range(asked.n)]
+    """One task: (a mode's entries of samples.json, wall-clock seconds in all ("") and by stage)."""
+    samples, seed = config["samples"], config["seed"]
+    lm = load(paths, device, mean_run, params_from_config(samples))
+    clip_s = samples.prompt_s + samples.seconds
+    clips = pick_clips(read_clips(paths["manifest"], "test"), samples.n, clip_s, seed)
+    wavs = [whole_frames(read_clip(clip, roots(config["corpus"]), 0, min(clip.samples, round(clip_s * SAMPLE_RATE))))
+            for clip in clips]
+    prompts = [whole_frames(wav[:round(samples.prompt_s * SAMPLE_RATE)]) for wav in wavs]
+    seeds = [rng.derive(seed, f"sample {mode}", i) for i in range(samples.n)]
     began = time.perf_counter()
-    if mode == "unconditional":
-        sounds = system.unconditional(asked.seconds, seeds)
-    elif mode == "acoustic":
-        sounds = system.acoustic(system.tokenize(wavs), seeds)
-    elif mode == "continuation":
-        sounds = system.continuation(prompts, asked.seconds, seeds)
+    if mode == "acoustic":  # as long as stage 2 makes it, not as long as the clip
+        sounds = lm.acoustic(lm.tokenize(wavs), seeds)
     else:
-        sounds = system.resynthesis(wavs)
-    spent_s = {"": time.perf_counter() - began, **system.spent_s}
-    sources = [None] * asked.n if mode == "unconditional" else clips
-    asked_s = asked.seconds if mode in FREE else None
+        sounds = lm.generate(mode, prompts if mode == "continuation" else wavs, samples.seconds, seeds)
+    spent_s = {"": time.perf_counter() - began, **lm.spent_s}
+    sources = [None] * samples.n if mode == "unconditional" else clips
+    asked_s = samples.seconds if mode in OPEN_ENDED else None
     return [_publish(folder, mode, i, sound, asked_s, source)
             for i, (sound, source) in enumerate(zip(sounds, sources, strict=True))], spent_s
 
 
-def pick(clips: Sequence[Clip], n: int, seconds: float, seed: int) -> list[Clip]:
-    """n clips of as many speakers as there are; in each round clips that last `seconds` come first, else the longest.
+def pick_clips(clips: Sequence[Clip], n: int, seconds: float, seed: int) -> list[Clip]:
+    """n clips of as many speakers as there are; of a speaker, clips that last `seconds` come first, else the longest.
 
     Raises ValueError where there are none.
     """
@@ -96,28 +97,17 @@ def pick(clips: Sequence[Clip], n: int, seconds: float, seed: int) -> list[Clip]
     return [rounds[i % len(rounds)] for i in range(n)]
 
 
-def _excerpt(clip: Clip, source_roots: dict[str, str], seconds: float) -> np.ndarray:
-    """The clip's start: `seconds`, or all of it in whole semantic frames where it is shorter."""
-    wav = read_clip(clip, source_roots, 0, min(clip.samples, round(seconds * SAMPLE_RATE)))
-    return whole_frames(wav)
-
-
 def _publish(path: str, mode: str, i: int, sound: Sound, asked_s: float | None, clip: Clip | None) -> dict:
-    """Checks one sound, writes its wav and spectrogram; returns its line of samples.json. `asked_s`: beyond a prompt."""
+    """Writes one sound's wav and spectrogram; returns its entry of samples.json. `asked_s`: beyond a prompt."""
     from audiolm.render.plots import spectrogram
 
-    wav_T, new_s = sound.wav_T, (len(sound.wav_T) - sound.prompt) / SAMPLE_RATE
-    if not np.isfinite(wav_T).all():
-        raise ValueError(f"{mode} sample {i} has {int((~np.isfinite(wav_T)).sum())} samples that are not finite: look at the "
-                         "codec step")
-    prompt_s = sound.prompt / SAMPLE_RATE if sound.prompt else None
+    wav_T, prompt_s = sound.wav_T, sound.prompt / SAMPLE_RATE if sound.prompt else None
     name, title = f"{mode}-{i + 1}", f"{mode} {i + 1}" + (f", {clip.id}" if clip else "")
     data = wav_bytes(wav_T)
     store.put(store.join(path, "wav", f"{name}.wav"), data)
     store.put(store.join(path, "ui", f"{name}.wav"), data)
     store.put(store.join(path, "ui", f"{name}.png"), spectrogram(wav_T, title, prompt_s))
     return {"file": f"wav/{name}.wav", "mode": mode, "title": title, "seconds": round(len(wav_T) / SAMPLE_RATE, 4),
-            "prompt_s": prompt_s, "short_s": None if asked_s is None else round(asked_s - new_s, 4), "ended": sound.ended,
-            "semantic_per_s": round((len(sound.z) - sound.z_prompt) / new_s, 3) if new_s else None,
-            "clip": clip.id if clip else None,
+            "prompt_s": prompt_s, "short_s": None if asked_s is None else round(asked_s - sound.new_s, 4), "ended": sound.ended,
+            "semantic_per_s": sound.semantic_per_s, "clip": clip.id if clip else None,
             "text": clip.text if clip else None, "peak": round(float(np.abs(wav_T).max()), 5)}

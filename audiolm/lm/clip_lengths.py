@@ -1,13 +1,14 @@
-"""The lengths of a split's clips in semantic frames, as arrays: what a plan of 60,000 hours is made from.
+"""Lengths of a split's clips in semantic frames, as arrays that also hold a corpus of 60,000 hours.
 
-Of the manifest a few columns are read, a batch of rows at a time.  On the way every shard's clips and lengths are
-compared with those of the token stores, so that tokens of another manifest are refused before anything is trained.
+A few columns of the manifest are read, a batch of rows at a time.  Each shard's clips and lengths are compared with the
+token stores by digest, so tokens of another manifest are refused before anything is trained.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby, pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -17,15 +18,16 @@ import pyarrow.parquet as pq
 from audiolm import store
 from audiolm.config.corpus import ClipFilter
 from audiolm.data.audio import SAMPLE_RATE_HZ, samples_at
-from audiolm.data.tokens import TokenError, TokenStore, digest_clips, new_digest
+from audiolm.data.tokens import TokenError, TokenStore, digest_clips, new_digest, run_starts
 
 COLUMNS = ["id", "origin", "source", "split", "sample_rate", "frames", "shard"]
+BATCH_ROWS = 65_536  # of the manifest in memory at once, a few MB
 
 
 @dataclass(frozen=True)
 class ClipLengths:
-    """Clip c has frames[c] semantic frames and is row rows[c] of its shard; shard shards[s] holds clips firsts[s] to
-    firsts[s + 1], those that `where` takes."""
+    """Arrays by clip, numbered over the clips that `where` takes: clip c has frames[c] semantic frames and is row rows[c]
+    of its shard; shard shards[s] holds the clips firsts[s] to firsts[s + 1]."""
 
     frames: np.ndarray
     rows: np.ndarray
@@ -36,14 +38,21 @@ class ClipLengths:
         return int(self.shards[np.searchsorted(self.firsts, clip, side="right") - 1])
 
 
-def read_lengths(manifest_path: str, split: str, where: ClipFilter | None, hop: int, stores: Sequence[TokenStore]) -> ClipLengths:
-    """Raises TokenError where a store holds other clips than the manifest, or clips of another length."""
+def read_lengths(manifest_path: str, split: str, where: ClipFilter | None, hop: int,
+                 stores: Sequence[TokenStore]) -> ClipLengths:
+    """Lengths of a split's clips in frames of `hop` samples at 16 kHz.
+
+    Raises TokenError where a store holds other clips than the manifest, or clips of another length.
+    """
     speeds = stores[0].speeds if split == "train" else ()
-    frames, rows, shards, numbers = [np.zeros(0, np.int32)], [np.zeros(0, np.int32)], [], []
-    for k, ids, samples, taken in _shards(manifest_path, split, where):
-        ids = [*ids, *(f"{i}@{speed}" for speed in speeds for i in ids)]  # a shard's copies stand behind its clips
-        samples = np.concatenate([samples, *(samples_at(samples, round(speed * SAMPLE_RATE_HZ)) for speed in speeds)])
-        taken = np.tile(taken, 1 + len(speeds))
+    frames, rows, shards, counts = [np.zeros(0, np.int32)], [np.zeros(0, np.int32)], [], []
+    for k, runs in groupby(_manifest_runs(manifest_path, split, where), key=lambda run: run[0]):
+        _, ids, samples, taken = zip(*runs, strict=True)
+        ids, samples, taken = sum(ids, []), np.concatenate(samples), np.concatenate(taken)
+        # a token store holds a shard's clips and behind them their copies at other speeds
+        ids = [*ids, *(f"{i}@{speed}" for speed in speeds for i in ids)]
+        at_speeds = [samples_at(samples, round(speed * SAMPLE_RATE_HZ)) for speed in speeds]
+        samples, taken = np.concatenate([samples, *at_speeds]), np.tile(taken, 1 + len(speeds))
         lengths = np.maximum(1, -(-samples // hop))
         digest = new_digest()
         digest_clips(digest, ids, lengths * hop)
@@ -54,18 +63,17 @@ def read_lengths(manifest_path: str, split: str, where: ClipFilter | None, hop: 
             frames.append(lengths[taken].astype(np.int32))
             rows.append(np.flatnonzero(taken).astype(np.int32))
             shards.append(k)
-            numbers.append(len(rows[-1]))
+            counts.append(len(rows[-1]))
     return ClipLengths(np.concatenate(frames), np.concatenate(rows), np.array(shards, np.int64),
-                   np.concatenate([[0], np.cumsum(numbers, dtype=np.int64)]))
+                       np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]))
 
 
-def _shards(manifest_path: str, split: str, where: ClipFilter | None) -> Iterator[tuple[int, list[str], np.ndarray, np.ndarray]]:
-    """(number, ids, samples at 16 kHz, whether `where` takes it) of the clips of each shard, in the manifest's order."""
+def _manifest_runs(manifest_path: str, split: str,
+                   where: ClipFilter | None) -> Iterator[tuple[int, list[str], np.ndarray, np.ndarray]]:
+    """(shard, ids, samples at 16 kHz, True where `where` takes the clip) of runs of one shard, in the manifest's order."""
     fs, p = store.open_fs(store.join(manifest_path, "clips.parquet"))
-    held: list[tuple[list[str], np.ndarray, np.ndarray]] = []
-    number = -1
     with fs.open(p, "rb") as f:
-        for batch in pq.ParquetFile(f).iter_batches(65_536, columns=COLUMNS):
+        for batch in pq.ParquetFile(f).iter_batches(BATCH_ROWS, columns=COLUMNS):
             batch = batch.filter(pc.equal(batch["split"], split))
             shard, ids = batch["shard"].to_numpy(), batch["id"]
             samples = samples_at(batch["frames"].to_numpy(), batch["sample_rate"].to_numpy())
@@ -73,24 +81,13 @@ def _shards(manifest_path: str, split: str, where: ClipFilter | None) -> Iterato
             if where is not None and where.source is not None:
                 named = [pc.is_in(batch[n], value_set=pa.array(where.source, pa.string())) for n in ("origin", "source")]
                 taken = pc.or_(*named).to_numpy(zero_copy_only=False)
-            cuts = [0, *(np.flatnonzero(np.diff(shard)) + 1).tolist(), len(shard)]
-            for a, b in zip(cuts, cuts[1:], strict=False):
-                if a < b and shard[a] != number and held:
-                    yield number, *_joined(held)
-                    held = []
-                if a < b:
-                    number = int(shard[a])
-                    held.append((ids[a:b].to_pylist(), samples[a:b], taken[a:b]))
-    if held:
-        yield number, *_joined(held)
-
-
-def _joined(parts: list[tuple[list[str], np.ndarray, np.ndarray]]) -> tuple[list[str], np.ndarray, np.ndarray]:
-    ids, samples, taken = zip(*parts, strict=True)
-    return [i for part in ids for i in part], np.concatenate(samples), np.concatenate(taken)
+            starts = np.flatnonzero(run_starts(shard)).tolist()
+            for a, b in pairwise([*starts, len(shard)]):
+                yield int(shard[a]), ids[a:b].to_pylist(), samples[a:b], taken[a:b]
 
 
 def _difference(tokens: TokenStore, k: int, ids: list[str], samples: np.ndarray) -> str:
+    """Text that names the first clip in which shard k of a store and the manifest differ."""
     if k >= tokens.shards:
         return f"the manifest has a shard {k}, {tokens.path} holds {tokens.shards}"
     found = tokens.read(k, ["id", "n_frames"])

@@ -1,8 +1,9 @@
 """Negative log-likelihood of a stage's targets in nats, by level: one rule for training, validation and evaluation.
 
-A target's probability is among the ids its slot may take.  `prepare` says on the CPU where the targets are, so that the
-device is never asked, at a size that the batch's shape decides, so that nothing is compiled twice.
-Shapes: ids_BT, target_BT (the id carries loss), doc_BT as lm.batches; index_SN, label_SN, nats_SN as models.heads.
+A target's probability is over the ids that its slot may take.  `prepare` finds the targets on the CPU, so no step waits
+for the device; the tensors' sizes depend on the batch's shape alone, so nothing is compiled twice.
+Shapes: ids_BT, target_BT (the id carries loss), doc_BT as lm.batches; index_SN, label_SN, nats_SN as models.heads: S slots,
+N places of targets.
 """
 
 from __future__ import annotations
@@ -21,26 +22,29 @@ Inputs = dict[str, torch.Tensor]
 
 
 def prepare(stage: Stage, batch: Mapping[str, torch.Tensor], flash: bool = False) -> Inputs:
-    """The tensors a model takes (see `inputs_of`) of a batch on the CPU, and count_2, its targets and its tokens without the
-    padding. `flash`: documents are laid out for flash attention, also where every row is one.
+    """The tensors that a model takes (`inputs_of`) of a batch on the CPU, and count_2: its targets, its ids without padding.
 
+    `flash`: documents are laid out for flash attention, also where every row is one document.
     Raises ValueError for a target that no slot may take.
     """
+    # the id at t + 1 is predicted from the place t: at_N numbers these places among B x T
     ids_BT, target_BT, doc_BT = batch["ids_BT"], batch["target_BT"], batch["doc_BT"]
     at_N = target_BT[:, 1:].flatten().nonzero()[:, 0]
-    at_N += at_N // (ids_BT.shape[1] - 1)  # the place before each target, among B x T
+    at_N += at_N // (ids_BT.shape[1] - 1)
     ids_N = ids_BT.flatten()[at_N + 1]
     slot_V, label_V = _tables(stage)
     slot_N, label_N = slot_V[ids_N], label_V[ids_N]
     if (slot_N < 0).any():
         raise ValueError(f"{stage.name}: id {int(ids_N[slot_N < 0][0])} is marked as a target and belongs in no slot")
+    # group the targets by slot, each group padded to one fixed size
     each = [(slot_N == s).nonzero()[:, 0] for s in range(stage.slots)]
     size = max(math.ceil(stage.target_share * ids_BT.numel()), *map(len, each))
-    # places without a target look at different tokens: gradients of zero, all added to one, would wait for each other
+    # padded places read different ids: gradients of zero added to one place would wait for each other on a GPU
     index_SN = (torch.arange(size) % ids_BT.numel()).repeat(stage.slots, 1)
     label_SN = torch.full((stage.slots, size), NO_TARGET)
     for s, own in enumerate(each):
         index_SN[s, :len(own)], label_SN[s, :len(own)] = at_N[own], label_N[own]
+    # rows of one document need no mask: causal attention is enough, padding comes last
     docs = documents(doc_BT, flash) if flash or (target_BT & (doc_BT > 0)).any() else ALONE
     rows_B = torch.where(target_BT, torch.arange(1, ids_BT.shape[1] + 1), 0).amax(1)  # a row ends with its last target
     count_2 = torch.tensor([len(ids_N), int(rows_B.sum())])
@@ -55,7 +59,7 @@ def inputs_of(tensors: Inputs) -> tuple:
 
 
 def level_sums(stage: Stage, nats_SN: torch.Tensor, label_SN: torch.Tensor) -> torch.Tensor:
-    """float64 (2, levels + 1): nats and number of the targets, summed at level + 1 (0: semantic)."""
+    """float64 (2, levels + 1): nats and number of targets, summed at level + 1 (0: semantic); add them up, then divide."""
     sums = torch.zeros(2, stage.levels[1] + 1, dtype=torch.float64, device=nats_SN.device)
     first = 0 if stage.name == "semantic" else stage.levels[0] + 1
     sums[0, first:] = nats_SN.double().sum(1)
@@ -71,7 +75,7 @@ def batch_sums(model: torch.nn.Module, stage: Stage, batch: Mapping[str, torch.T
 
 
 def _tables(stage: Stage) -> tuple[torch.Tensor, torch.Tensor]:
-    """(slot_V, label_V): where every id stands as a target, -1 where it never does."""
+    """(slot_V, label_V): each id's slot and its row in that slot's head; -1 where it is never a target."""
     slot_V, label_V = np.full((2, stage.vocab_size), -1)
     for slot, ids in enumerate(stage.slot_ids()):
         slot_V[ids], label_V[ids] = slot, np.arange(len(ids))

@@ -1,4 +1,4 @@
-"""A trained stage as safetensors + JSON (DESIGN 1.6), loadable with torch and numpy alone; no pickle.
+"""Build, export and load of a stage: safetensors and JSON, loadable with torch and numpy alone; no pickle.
 
 `{path}/export/model.safetensors` holds the float32 weights by parameter name, `{path}/export/config.json` the layout
 and the shape: {"kind": "lm", "format": FORMAT, "stage": Stage, "model": Transformer's arguments}.

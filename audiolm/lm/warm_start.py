@@ -1,9 +1,8 @@
-"""Stage 1 may start from a text language model of the same shape (as TWIST, 2305.13009): its blocks and closing norm alone,
-embeddings and head are new.
+"""Warm start of stage 1 from a text language model of the same shape (TWIST, 2305.13009).
 
-A model is a folder or URI with config.json and one model.safetensors in transformers' format, of model_type llama: what
-our block is with gated: true, activation: silu, norm: rms and rotary positions.  Keys and values that several heads share
-are given to each.
+It takes the model's blocks and closing norm; embeddings and head stay new.  A model is a folder or URI with config.json and
+one model.safetensors in transformers' format, of model_type llama: our block with gated: true, activation: silu, norm: rms
+and rotary positions.  Keys and values that several heads share are copied to each.
 """
 
 from __future__ import annotations
@@ -17,15 +16,16 @@ from audiolm.models.positions import ROTARY_BASE
 from audiolm.models.transformer import EPS, Transformer
 from audiolm.tokenizers import hf
 
-FIELD = hf.TEXT_MODEL.field
+URI_FIELD = hf.TEXT_MODEL.field
 
 
 def start_from(model: Transformer, shape: lm.StageConfig, want: hf.PretrainedModel) -> None:
-    """Gives the model the text model's body. Raises ValueError naming what differs where it does not fit."""
+    """Copies the text model's body into `model`. Raises ValueError that names what differs where it does not fit."""
     data = hf.read_model(hf.TEXT_MODEL, want.uri, want.digest)
     about = data.json["config.json"]
     if wrong := _differences(about, shape):
-        raise ValueError(f"{FIELD}: {want.uri} is no model of this stage's shape: {'; '.join(wrong)}")
+        raise ValueError(f"{URI_FIELD}: {want.uri} is no model of this stage's shape: {'; '.join(wrong)}")
+    # transformers' names to ours; q, k and v are one matrix here, gate and up another
     theirs = {name.removeprefix("model."): t.float() for name, t in data.weights.items()}
     shared = shape.heads // about.get("num_key_value_heads", shape.heads)
     try:
@@ -41,14 +41,15 @@ def start_from(model: Transformer, shape: lm.StageConfig, want: hf.PretrainedMod
                      own + "norm2.weight": theirs[layer + "post_attention_layernorm.weight"]}
         missing = model.load_state_dict(body, strict=False).missing_keys
     except (KeyError, RuntimeError) as e:
-        raise ValueError(f"{FIELD}: model.safetensors at {want.uri} does not fit its config.json: {e}; save the model again "
-                         "with save_pretrained(folder)") from e
+        raise ValueError(f"{URI_FIELD}: model.safetensors at {want.uri} does not fit its config.json: {e}; save the model "
+                         "again with save_pretrained(folder)") from e
     assert set(missing) == {"embed.weight", "head.weight"}, missing
 
 
 def _differences(about: dict[str, Any], shape: lm.StageConfig) -> list[str]:
-    """What keeps the bodies from being the same function, as texts that say what to set."""
+    """Settings in which the two bodies differ as functions, each with the value to set."""
     rope = about.get("rope_parameters") or about.get("rope_scaling") or {}
+    # `ours`: fields that a config may set to fit the model; `fixed`: properties that our code has once and for all
     ours = {"dim": about.get("hidden_size"), "layers": about.get("num_hidden_layers"),
             "heads": about.get("num_attention_heads"), "ff": about.get("intermediate_size"), "gated": True,
             "activation": "silu", "norm": "rms", "positions": "rotary"}

@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from audiolm import store  # noqa: E402
 from audiolm.config.load import load_config  # noqa: E402
+from audiolm.data.tokens import RATIO  # noqa: E402
 from audiolm.generate import audiolm  # noqa: E402
 from audiolm.generate.load import load  # noqa: E402
 from audiolm.generate.sampler import Sampler  # noqa: E402
@@ -63,7 +64,7 @@ def stage_rate(system: audiolm.AudioLM, batch: int, ids: int, repeats: int) -> N
     room = min(PROMPT, stage.max_len - ids)
     # the coarse stage: a prefix of semantic ids, then codes up to the length asked for
     frames = (room - 2) // (1 + stage.frame_ids)
-    z, codes = np.arange(frames) % stage.k, np.zeros((stages.FRAMES * frames, stage.levels[1]), np.int64)
+    z, codes = np.arange(frames) % stage.k, np.zeros((RATIO * frames, stage.levels[1]), np.int64)
     prompt, forced, sampler = stage.prompt(z), stage.targets(codes), Sampler(model, stage)
 
     def draw(n: int) -> None:

@@ -85,7 +85,7 @@ def test_training_hears_the_copies_and_validation_does_not(world, copied, name):
     train, dev = (TokenBatches(manifest, copied[0]["semantic"], copied[0]["acoustic"], stage, split, None, 2, 0)
                   for split in ("train", "dev"))
     assert [c.id for c in dev.clips] == [c.id for c in read_clips(manifest, "dev")]
-    heard = {train.clips[clip].id for step in range(60) for i in range(2) for clip, *_ in train.pieces(step, i)}
+    heard = {train.clips[clip].id for step in range(60) for i in range(2) for clip, *_ in train.spans(step, i)}
     assert heard == {c.id for c in token_clips(manifest, SPEEDS, "train")}
     for i, clip in enumerate(train.clips):
         ids, _ = train.packed(i, 0)

@@ -60,7 +60,7 @@ class Planted(nn.Module):
         for t in range(sep, len(ids) - 1):
             slot, frame = (t - sep) % s.slots, (t - sep) // s.slots
             row[t, :] -= 20.0
-            legal = torch.from_numpy(np.flatnonzero(s.slot_masks()[slot]))
+            legal = torch.from_numpy(s.slot_ids()[slot][:s.vocab])
             row[t, legal] += 20.0
             if s.name == "coarse" and not slot:
                 row[t, s.eos] += 20.0

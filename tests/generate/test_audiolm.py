@@ -14,9 +14,9 @@ from audiolm.config import lm as lm_config
 from audiolm.config import run
 from audiolm.dag.step import Artifact
 from audiolm.data.clips import Clip, Part
-from audiolm.generate.audiolm import whole_frames
 from audiolm.generate.load import load
 from audiolm.generate.params import PAPER_PARAMS, SamplingParams
+from audiolm.generate.prompts import whole_frames
 from audiolm.lm.stages import dedupe
 from tests.worlds.tiny_system import COARSE, RUN, VOCAB, Q, build, voice
 
@@ -54,7 +54,7 @@ def test_continuation_keeps_the_prompt_and_has_the_length(lm):
         np.testing.assert_allclose(sound.wav_T[:len(cut)], lm.resynthesis([cut])[0].wav_T, atol=1e-5)
 
 
-def test_no_token_of_a_prompt_hears_what_follows_the_cut(lm):
+def test_no_token_of_a_prompt_depends_on_what_follows_the_cut(lm):
     base, other = voice(0.5), voice(0.5)
     other[7680:] = 0.9  # after 12 whole frames
     one, two = (lm.continuation([w], 0.5, [3])[0] for w in (base, other))
@@ -99,7 +99,7 @@ def test_chunks_as_a_batch_equal_chunks_one_by_one(lm, frames, prompt):
     assert whole.shape == (frames, Q)
     np.testing.assert_array_equal(whole[:, :COARSE], coarse)
     np.testing.assert_array_equal(whole[:prompt, COARSE:], known)
-    for a in range(0, max(frames - 19, 1), 20):  # the grid starts at 0; chunks do not hear each other
+    for a in range(0, max(frames - 19, 1), 20):  # the grid starts at 0; chunks are independent
         masked = coarse.copy()
         masked[:a], masked[a + 20:] = 0, 0
         np.testing.assert_array_equal(lm.fine([masked], [5], [known])[0][a:a + 20, COARSE:], whole[a:a + 20, COARSE:])
@@ -109,7 +109,7 @@ def test_chunks_as_a_batch_equal_chunks_one_by_one(lm, frames, prompt):
 
 def test_stage_1_ends_a_sound_or_goes_on_until_it_is_long_enough(lm):
     seeds, asked = list(range(24)), 6_400
-    lm = replace(lm, draws={**PAPER_PARAMS, "semantic": SamplingParams(50.0)})  # all ids alike: EOS comes now and then
+    lm = replace(lm, sampling={**PAPER_PARAMS, "semantic": SamplingParams(50.0)})  # all ids alike: EOS comes now and then
     sounds = lm.unconditional(0.4, seeds)
     ended = [s for s in sounds if s.ended]
     assert 0 < len(ended) < len(sounds)
@@ -132,11 +132,11 @@ def test_a_prompts_own_speed_sets_the_number_of_ids(lm, monkeypatch):
 
 
 def test_samples_of_one_prompt_share_its_tokens_and_its_cache(lm, monkeypatch):
-    heard = []
+    encoded = []
     encode = lm.tokenizer.encode
-    monkeypatch.setattr(lm.tokenizer, "encode", lambda *a: heard.append(1) or encode(*a))
+    monkeypatch.setattr(lm.tokenizer, "encode", lambda *a: encoded.append(1) or encode(*a))
     together = lm.continuation([voice(0.5)] * 3, 0.5, [1, 2, 3])
-    assert len(heard) == 1
+    assert len(encoded) == 1
     for seed, sound in zip((1, 2, 3), together, strict=True):
         np.testing.assert_array_equal(sound.wav_T, lm.continuation([voice(0.5)], 0.5, [seed])[0].wav_T)
 
@@ -199,8 +199,8 @@ def test_samples_step(paths, tmp_path, recording_out, monkeypatch):
     inputs = {name: Artifact(path, "b", {}, {}) for name, path in paths.items()}
     inputs |= {"manifest": Artifact("m", "b", {}, {}), "semantic_tokens": Artifact("s", "b", {"mean_run": RUN}, {})}
     corpus = corpus_config.CorpusConfig(name="c", sources=[{"kind": "folder", "name": "o", "root": str(tmp_path)}])
-    settings = {"samples": lm_config.SamplesConfig(n=3, prompt_s=0.5, seconds=0.8), "corpus": corpus, "lm": lm_config.LMConfig(),
-                "seed": 0, "cluster": run.ClusterConfig(device="cpu")}
+    settings = {"samples": lm_config.SamplesConfig(n=3, prompt_s=0.5, seconds=0.8), "corpus": corpus,
+                "lm": lm_config.LMConfig(), "seed": 0, "cluster": run.ClusterConfig(device="cpu")}
     facts = samples.make_samples(settings, inputs, recording_out)
     entries = store.get_json(store.join(recording_out.path, "samples.json"))
     assert facts["wavs"] == len(entries) == 12

@@ -54,15 +54,14 @@ def test_refusals(lm, tmp_path):
 def test_60_seconds_take_the_memory_of_10(tmp_path):
     code = f"""
 import resource
-from tests.test_generation import RUN, build
-from tests.test_long_form import PLAIN
-from audiolm.lm.system import load
-from audiolm.lm.long_form import stream
+from tests.worlds.tiny_system import PLAIN, RUN, build
+from audiolm.generate.load import load
+from audiolm.generate.long_form import stream
 lm = load(build({str(tmp_path)!r}, dedupe=False), mean_run=RUN)
 for seconds in (10.0, 60.0):
     print(sum(map(len, stream(lm, None, seconds, 0, **PLAIN))), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    (ten, before), (sixty, after) = (map(int, said[i:i + 2]) for i in (0, 2))
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    (ten, before), (sixty, after) = (map(int, printed[i:i + 2]) for i in (0, 2))
     assert (ten, sixty) == (160_000, 960_000)
     assert after < before + 8_192  # kB

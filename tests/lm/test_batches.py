@@ -26,8 +26,8 @@ FRAMES = {"train": [70, 30, 9, 25, 50, 41, 26, 12], "dev": [33, 80, 20, 25]}
 
 def stages(dedupe=True):
     shape = {"dim": 16, "layers": 1, "heads": 2, "ff": 32, "train": TRAIN}
-    config = LMConfig(dedupe=dedupe, coarse_levels=2, semantic=StageConfig(crop_s=2.0, **shape), coarse=StageConfig(crop_s=1.0, **shape),
-                fine=StageConfig(crop_s=0.4, **shape))
+    config = LMConfig(dedupe=dedupe, coarse_levels=2, semantic=StageConfig(crop_s=2.0, **shape),
+                      coarse=StageConfig(crop_s=1.0, **shape), fine=StageConfig(crop_s=0.4, **shape))
     return build_stages(config, token_corpus.N_Q, token_corpus.VOCAB, token_corpus.K)
 
 
@@ -65,9 +65,9 @@ def test_documents_are_the_stages_packing_of_their_clips(corpus, name, dedupe):
         assert batch["ids_BT"].shape == (4, d.stage.max_len) == batch["target_BT"].shape == batch["doc_BT"].shape
         for i in range(4):
             parts, _ = documents(d, batch, i)
-            pieces = d.pieces(step, i)
-            assert len(parts) == len(pieces)
-            for (ids, target), (clip, start, stop) in zip(parts, pieces, strict=True):
+            spans = d.spans(step, i)
+            assert len(parts) == len(spans)
+            for (ids, target), (clip, start, stop) in zip(parts, spans, strict=True):
                 z, codes = corpus.z[names[clip]], corpus.codes[names[clip]]
                 at_end = stop == len(z)
                 expected = d.stage.pack(z[start:stop] if d.semantic else None,
@@ -104,7 +104,7 @@ def test_rows_are_full_and_an_epoch_sees_every_frame_about_once(speech, name, de
         for step in range(epoch * rows, (epoch + 1) * rows):
             _, rest = documents(d, d.batch(step, [0]))
             full.append(1 - rest / d.stage.max_len)
-            for clip, start, stop in d.pieces(step, 0):
+            for clip, start, stop in d.spans(step, 0):
                 seen[clip][start:stop] += 1
         times = np.concatenate(seen)
         if epoch == 0:
@@ -118,7 +118,7 @@ def test_rows_are_full_and_an_epoch_sees_every_frame_about_once(speech, name, de
 def test_fine_rows_hold_one_to_three_seconds(speech):
     d = paper_stage(speech, "lm_fine")
     assert (d.stage.min_crop_frames, d.stage.crop_frames) == (25, 75)
-    rows = [d.pieces(step, 0) for step in range(400)]
+    rows = [d.spans(step, 0) for step in range(400)]
     inner = [stop - start for row in rows for clip, start, stop in row if 0 < start and stop < d.frames[clip]]
     assert min(inner) >= 9 and max(inner) == 75 and np.mean([25 <= n <= 75 for n in inner]) > 0.9
     assert {1, 2} <= {len(row) for row in rows}
@@ -169,7 +169,7 @@ def test_a_corpus_shorter_than_a_row_fills_it_by_repeating(tmp_path, lengths):
         for step in range(4):
             batch = d.batch(step, range(3))
             for i in range(3):  # less than the shortest piece is left
-                assert documents(d, batch, i)[1] < 8 * (d.stage.frame_ids + 1) + d.stage.special
+                assert documents(d, batch, i)[1] < 8 * (d.stage.frame_ids + 1) + d.stage.n_special
 
 
 def test_an_object_store_gives_the_same(corpus, store):
@@ -215,7 +215,7 @@ def test_splits_and_where_are_kept_apart(corpus):
     only, every = data(corpus, where=ClipFilter(source=("b",))), data(corpus)
     assert only.frames.tolist() == FRAMES["train"][1::2] and every.frames.tolist() == FRAMES["train"]
     for i, n in enumerate(only.frames):
-        assert np.array_equal(only.cut(i, 0, n)[1], every.cut(2 * i + 1, 0, n)[1])
+        assert np.array_equal(only.read(i, 0, n)[1], every.read(2 * i + 1, 0, n)[1])
     only.batch(0, range(4))
     with pytest.raises(ValueError, match="no train clips"):
         data(corpus, where=ClipFilter(source=("none",)))
@@ -250,8 +250,8 @@ def test_copies_at_other_speeds_stand_behind_a_shards_clips(tmp_path):
     order = ["train-0", "train-1", "train-2", "train-0@0.9", "train-1@0.9", "train-2@0.9", "train-3", "train-3@0.9"]
     assert len(train.frames) == 8 and dev.frames.tolist() == [25]
     for i, name in enumerate(order):
-        assert np.array_equal(train.cut(i, 0, train.frames[i])[0], copies.get(name, c.z.get(name)))
-    assert {clip for step in range(30) for i in range(2) for clip, *_ in train.pieces(step, i)} == set(range(8))
+        assert np.array_equal(train.read(i, 0, train.frames[i])[0], copies.get(name, c.z.get(name)))
+    assert {clip for step in range(30) for i in range(2) for clip, *_ in train.spans(step, i)} == set(range(8))
 
 
 def test_a_clip_that_is_not_in_the_store_is_named(corpus, tmp_path):

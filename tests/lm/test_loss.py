@@ -65,7 +65,8 @@ def test_a_packed_row_costs_what_its_documents_cost(name, positions):
         assert tensors["count_2"].tolist() == [sum(t.sum() for _, t in parts), sum(len(ids) for ids, _ in parts)]
     torch.testing.assert_close(sums[0], sums[1], atol=1e-4, rtol=1e-6)
     torch.testing.assert_close(grads[0], grads[1], atol=1e-4, rtol=1e-4)
-    counts = [sum(int((stage.level_of(ids[t]) == level).sum()) for ids, t in parts) for level in range(-1, stage.levels[1])]
+    levels_V = stage.level_table()
+    counts = [sum(int((levels_V[ids[t]] == level).sum()) for ids, t in parts) for level in range(-1, stage.levels[1])]
     assert sums[0][1].tolist() == counts
 
 

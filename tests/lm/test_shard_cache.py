@@ -48,7 +48,7 @@ def test_one_shard_is_held_where_none_fits():
         assert cache[k] == k and len(cache) == 1 and cache.bytes == SIZES[k]
 
 
-def test_readers_work_side_by_side_and_an_error_is_told_once():
+def test_readers_work_side_by_side_and_an_error_is_raised_once():
     both = threading.Barrier(2, timeout=20)
     cache = ShardCache(lambda k: both.wait(), SIZES, 100)
     cache.expect([0, 1], [])

@@ -11,6 +11,7 @@ from audiolm.config import lm as lm_config
 from audiolm.config import training
 from audiolm.lm.model import build_lm, export_lm, load_lm
 from audiolm.lm.stages import NO_LEVEL, build_stages, dedupe
+from tests.worlds.token_corpus import legal_ids
 
 K, VOCAB, Q, COARSE = 11, 7, 5, 2
 TRAIN = training.TrainConfig(steps=1, batch=1, lr=1e-3)
@@ -87,9 +88,9 @@ def test_what_is_packed_may_be_drawn_and_nothing_else(name, dedup):
     ids, target = packed(stage)
     first = int(np.flatnonzero(target)[0])
     for n, at in enumerate(range(first, len(ids))):
-        mask_V = stage.allowed(n, int(ids[at - 1]))
+        mask_V = legal_ids(stage, n, int(ids[at - 1]))
         assert mask_V[ids[at]]
-        legal = set(stage.level_of(np.flatnonzero(mask_V & (np.arange(len(mask_V)) < stage.bos))).tolist())
+        legal = set(stage.level_table()[np.flatnonzero(mask_V & (np.arange(len(mask_V)) < stage.bos))].tolist())
         assert legal == {-1 if name == "lm_semantic" else stage.levels[0] + n % stage.slots}
         assert not mask_V[[stage.bos, stage.sep]].any()
 
@@ -97,18 +98,18 @@ def test_what_is_packed_may_be_drawn_and_nothing_else(name, dedup):
 def test_eos_and_repeats():
     s = stages()
     semantic, coarse, fine = s["lm_semantic"], s["lm_coarse"], s["lm_fine"]
-    assert [bool(semantic.allowed(n)[semantic.eos]) for n in range(3)] == [False, True, True]
-    assert [bool(coarse.allowed(n)[coarse.eos]) for n in range(5)] == [False, False, True, False, True]
-    assert not any(fine.allowed(n)[fine.eos] for n in range(7))
-    assert not semantic.allowed(1, 4)[4] and semantic.allowed(1, 4).sum() == K
-    assert stages(dedupe=False)["lm_semantic"].allowed(1, 4)[4]
+    assert [bool(legal_ids(semantic, n)[semantic.eos]) for n in range(3)] == [False, True, True]
+    assert [bool(legal_ids(coarse, n)[coarse.eos]) for n in range(5)] == [False, False, True, False, True]
+    assert not any(legal_ids(fine, n)[fine.eos] for n in range(7))
+    assert not legal_ids(semantic, 1, 4)[4] and legal_ids(semantic, 1, 4).sum() == K
+    assert legal_ids(stages(dedupe=False)["lm_semantic"], 1, 4)[4]
 
 
 def test_levels_of_targets():
     stage = stages()["lm_coarse"]
     ids, target = packed(stage)
-    assert stage.level_of(ids[target]).tolist() == [0, 1] * 24 + [0]  # EOS stands in a level-1 slot
-    assert (stage.level_of(ids[1:np.flatnonzero(target)[0] - 1]) == -1).all()
+    assert stage.level_table()[ids[target]].tolist() == [0, 1] * 24 + [0]  # EOS stands in a level-1 slot
+    assert (stage.level_table()[ids[1:np.flatnonzero(target)[0] - 1]] == -1).all()
 
 
 def test_no_fine_stage_where_all_levels_are_coarse():

@@ -19,7 +19,7 @@ import pytest
 from audiolm import store
 from audiolm.data.audio import wav_bytes
 from audiolm.generate.load import load
-from audiolm.generate.prompts import from_bytes
+from audiolm.generate.prompts import prompt_from_bytes
 from audiolm.tracking.lookup import index_of
 from audiolm.tracking.registry import save
 from audiolm.tracking.tracker import Tracker
@@ -125,7 +125,7 @@ def test_a_request_is_answered_with_sound_and_a_bad_one_with_the_reason(server):
 
 def test_the_answer_is_what_the_system_generates(model, steps):
     lm, prompt = load(steps), wav_bytes(voice(0.6))
-    wav_T, text = from_bytes(prompt), base64_of(prompt)
+    wav_T, text = prompt_from_bytes(prompt), base64_of(prompt)
     wanted = {"continuation": lm.continuation([wav_T], 0.4, [5]), "unconditional": lm.unconditional(0.4, [5]),
               "acoustic": lm.acoustic(lm.tokenize([wav_T]), [5], [len(wav_T)]), "resynthesis": lm.resynthesis([wav_T])}
     rows = [{"audio": None if mode == "unconditional" else text, "mode": mode, "seconds": 0.4, "seed": 5} for mode in wanted]
@@ -143,9 +143,9 @@ def test_any_rate_and_format_is_heard(model):
         wav_TC = np.stack([np.interp(t, np.arange(len(wav_T)) / 16_000, wav_T)] * 2, 1)
         sink = io.BytesIO()
         soundfile.write(sink, wav_TC, rate, format=kind)
-        heard = from_bytes(sink.getvalue())
+        heard = prompt_from_bytes(sink.getvalue())
         assert abs(len(heard) - 12_800) <= (0 if kind != "MP3" else 2000) and len(heard) % 640 == 0, kind
-        assert len(from_bytes(sink.getvalue(), 0.6)) == 9600
+        assert len(prompt_from_bytes(sink.getvalue(), 0.6)) == 9600
         assert np.abs(heard).max() > 0.1
     lines = base64.encodebytes(wav_bytes(wav_T)).decode()  # as the base64 command wraps it
     assert ask(model, {"audio": lines, "seconds": 0.1})[0]["prompt_s"] == 0.8

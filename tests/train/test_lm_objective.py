@@ -78,7 +78,7 @@ def test_levels_add_up_to_the_loss(corpus):
     o = objective(corpus)
     result = o.train_step({"lm": Gradients(o.modules["lm"])}, [o.load(0, range(8))], 0)
     ids_BT, target_BT = (o.data.batch(0, range(8))[k] for k in ("ids_BT", "target_BT"))
-    levels = o.stage.level_of(ids_BT[target_BT].numpy())
+    levels = o.stage.level_table()[ids_BT[target_BT].numpy()]
     counts = [int((levels == q).sum()) for q in range(2)]
     last_B = torch.where(target_BT, torch.arange(target_BT.shape[1]), 0).amax(1)
     assert float(result["units"]) == (last_B + 1).sum() > sum(counts)  # the prefix is work too, padding is none

@@ -1,4 +1,4 @@
-"""The cascade with small real models: exact lengths, prompts unchanged, chunks, seeds, and the `samples` step."""
+"""A whole tiny system with random weights: semantic tokenizer, codec and the three stages, as their steps export them."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ import numpy as np
 from audiolm import store
 from audiolm.data import tokens
 from audiolm.data.clips import Clip, Part, clips_parquet
+from audiolm.lm.stages import Stage
 
 K, VOCAB, N_Q = 12, 16, 3
 STAY = 0.75  # chance that the law holds
@@ -65,3 +66,13 @@ def _law(n: int, draw: np.random.Generator, runs: bool) -> tuple[np.ndarray, np.
         codes[t, 1] = codes[t - 1, 1] if kept[t, 1] else codes[t, 1]
     codes[:, 2] = np.where(kept[:, 2], (codes[:, 0] + 1) % VOCAB, codes[:, 2])
     return z, codes
+
+
+def legal_ids(stage: Stage, n_target: int, previous_id: int | None = None) -> np.ndarray:
+    """mask_V of the ids that `stage` allows as target `n_target`, after the id `previous_id`."""
+    mask_V = np.zeros(stage.vocab_size, bool)
+    mask_V[stage.slot_ids()[n_target % stage.slots]] = True
+    mask_V[stage.eos] = stage.eos_legal(n_target)
+    if stage.no_repeat and previous_id is not None:
+        mask_V[previous_id] = False
+    return mask_V

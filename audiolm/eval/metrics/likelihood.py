@@ -17,7 +17,7 @@ from audiolm import rng
 from audiolm.config.corpus import ClipFilter
 from audiolm.data.tokens import RATIO, TokenStore, level_name, run_starts
 from audiolm.eval.metrics import ngram
-from audiolm.lm.batches import Crop, TokenBatches
+from audiolm.lm.batches import EvalCrop, TokenBatches
 from audiolm.lm.loss import batch_sums
 from audiolm.lm.model import load_lm
 from audiolm.lm.stages import Stage
@@ -177,7 +177,7 @@ def loss_sums(model: torch.nn.Module, stage: Stage, data: TokenBatches, rows: Se
     return sums.cpu().numpy()
 
 
-def conditioning(model: torch.nn.Module, stage: Stage, data: TokenBatches, crops: Sequence[Crop], seed: int,
+def conditioning(model: torch.nn.Module, stage: Stage, data: TokenBatches, crops: Sequence[EvalCrop], seed: int,
                  device: str | torch.device = "cpu") -> dict[str, float]:
     """Loss with each row's own prefix ("true") and with another clip's ("shuffled"); the targets are the same. "se" is the
     standard error over rows of shuffled - true, a ratio of sums (rows of more targets weigh more).

@@ -57,7 +57,7 @@ def evaluate_part(part: str, config: dict[str, Any], paths: dict[str, str], fold
         where = getattr(config["lm"], part.removeprefix("lm_")).where
         return likelihood.measure_stage(part, paths, where, config["evaluate"].rows, config["seed"], device)
     evaluate, samples = config["evaluate"], config["samples"]
-    system = load(paths, device, draws=params_from_config(samples))
+    system = load(paths, device, sampling=params_from_config(samples))
     clips = held_out(paths["manifest"], roots(config["corpus"]), evaluate.clips, seconds_within(system, evaluate.clip_s),
                      ladder_filter(config["lm"], paths))
     return ladder(system, clips, samples.prompt_s, config["seed"], folder)

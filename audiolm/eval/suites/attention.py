@@ -15,13 +15,13 @@ import torch
 
 from audiolm import store
 from audiolm.data.clips import Clip
-from audiolm.data.tokens import run_starts
+from audiolm.data.tokens import RATIO, run_starts
 from audiolm.eval.ladder import slug
 from audiolm.eval.metrics.stats import bootstrap_interval
 from audiolm.eval.results import Progress, Result, no_progress
 from audiolm.eval.suites.base import SuiteContext, ladder_clips, load_audiolm, save_sounds
 from audiolm.generate.audiolm import AudioLM
-from audiolm.lm.stages import FRAMES, SEMANTIC_HZ, Stage
+from audiolm.lm.stages import SEMANTIC_HZ, Stage
 from audiolm.models.attention_maps import attention_maps
 from audiolm.models.transformer import Transformer
 from audiolm.render import plots
@@ -82,7 +82,7 @@ def spans_of(stage: Stage, z_T: np.ndarray) -> np.ndarray:
 def near_prefix(stage: Stage, z_T: np.ndarray, targets: int) -> np.ndarray:
     """near_NS: true where a token's span lies within NEAR_S of the middle of the predicted frame."""
     spans_S2 = spans_of(stage, z_T)
-    middle_N1 = (np.arange(targets)[:, None] // stage.slots + 0.5) / (FRAMES * SEMANTIC_HZ)
+    middle_N1 = (np.arange(targets)[:, None] // stage.slots + 0.5) / (RATIO * SEMANTIC_HZ)
     return (spans_S2[:, 0] < middle_N1 + NEAR_S) & (spans_S2[:, 1] > middle_N1 - NEAR_S)
 
 

@@ -175,7 +175,7 @@ def save_rungs(context: SuiteContext, rungs: Sequence[Mapping[str, Any]]) -> Non
 def load_audiolm(context: SuiteContext) -> AudioLM:
     from audiolm.generate.load import load
 
-    return load(context.steps, context.device, draws=params_from_config(context.config.samples))
+    return load(context.steps, context.device, sampling=params_from_config(context.config.samples))
 
 
 def ladder_clips(context: SuiteContext) -> list[tuple[Clip, np.ndarray]]:

@@ -59,7 +59,7 @@ def sweep(lm: AudioLM, clips: Sequence[tuple[Clip, np.ndarray]], prompt_s: float
     jobs = [(mode, temperature) for mode in modes for temperature in temperatures]
     for n, (mode, temperature) in enumerate(jobs, 1):
         began = time.monotonic()
-        at = replace(lm, draws={name: replace(draw, temperature=temperature) for name, draw in lm.draws.items()})
+        at = replace(lm, sampling={name: replace(params, temperature=temperature) for name, params in lm.sampling.items()})
         if mode == "continuation":
             sounds = continued(at, wavs, prompts, seeds)
         else:

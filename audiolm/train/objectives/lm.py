@@ -16,7 +16,7 @@ from torch import nn
 from audiolm import rng
 from audiolm.config.lm import LMConfig, StageConfig
 from audiolm.data.tokens import TokenStore
-from audiolm.lm.batches import Crop, TokenBatches
+from audiolm.lm.batches import EvalCrop, TokenBatches
 from audiolm.lm.loss import batch_sums, inputs_of, level_sums, prepare
 from audiolm.lm.model import build_lm, export_lm
 from audiolm.lm.stages import Stage, build_stages
@@ -65,7 +65,7 @@ class LMObjective:
 
     unit, exported = "tokens", "lm"
 
-    def __init__(self, stage: Stage, shape: StageConfig, train: TokenBatches, dev: TokenBatches, rows: list[Crop],
+    def __init__(self, stage: Stage, shape: StageConfig, train: TokenBatches, dev: TokenBatches, rows: list[EvalCrop],
                  ctx: Context):
         self.stage, self.shape, self.data, self.dev, self.rows, self.ctx = stage, shape, train, dev, rows, ctx
         # A seed of its own for each stage; the generator that everybody shares is left as it was.
