@@ -36,8 +36,8 @@ class EncoderSizes:
         return asdict(self)
 
 
-class Statistics(nn.Module):
-    """Numbers that are measured, not learned: float32 buffers that stay float32 when the module is cast."""
+class Float32Buffers(nn.Module):
+    """Measured, not learned numbers: float32 buffers that stay float32 when the module is cast."""
 
     def __init__(self, shapes: dict[str, tuple[int, ...]]):
         super().__init__()
@@ -140,7 +140,7 @@ class Encoder(nn.Module):
             raise ValueError(f"heads ({s.heads}) must divide dim ({s.dim}) into even parts for rotary positions")
         if s.conv_kernel % 2 == 0:
             raise ValueError(f"conv_kernel ({s.conv_kernel}) must be odd, so that a frame stays in place")
-        self.statistics = Statistics({"mean": (s.n_mels,), "std": (s.n_mels,)})
+        self.statistics = Float32Buffers({"mean": (s.n_mels,), "std": (s.n_mels,)})
         self.statistics.std.fill_(1.0)
         self.subsample = Subsample(s)
         self.mask_embedding = nn.Parameter(0.1 * torch.randn(s.dim))
@@ -190,7 +190,7 @@ class MaskedModel(nn.Module):
         super().__init__()
         self.encoder = Encoder(sizes)
         self.head = nn.Linear(sizes.dim, targets_k)
-        self.targets = Statistics({"codebook": (targets_k, target_dim)})
+        self.targets = Float32Buffers({"codebook": (targets_k, target_dim)})
 
     def forward(self, mel_BTF: torch.Tensor, lengths_B: torch.Tensor,
                 mask_BT: torch.Tensor | None = None) -> torch.Tensor:

@@ -9,6 +9,8 @@ that a chunk with that much history in front of it gives what the whole gives.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -93,19 +95,37 @@ def decoder(channels: int, dim: int, strides: tuple[int, ...], norm: bool) -> St
     return Stack(*layers, nn.ELU(), last)
 
 
+@dataclass(frozen=True)
+class SoundStreamSizes:
+    """Architecture of a codec: strides, channels, latent dim, n_q levels of `vocab` codes.
+
+    code_decay, dead_share: as ResidualVQ has them; quantizer: ema or factorised; code_dim: for factorised alone.
+    """
+
+    strides: Sequence[int]
+    enc_channels: int
+    dec_channels: int
+    dim: int
+    n_q: int
+    vocab: int
+    code_decay: float = 0.99
+    dead_share: float = 0.1
+    quantizer: str = "ema"
+    code_dim: int = 8
+
+
 class SoundStream(nn.Module):
     """`norm=False` builds the same model without weight norm, for the folded weights that are exported."""
 
-    def __init__(self, strides: tuple[int, ...], enc_channels: int, dec_channels: int, dim: int, n_q: int, vocab: int,
-                 code_decay: float = 0.99, dead_share: float = 0.1, quantizer: str = "ema", code_dim: int = 8,
-                 norm: bool = True):
+    def __init__(self, sizes: SoundStreamSizes, norm: bool = True):
         super().__init__()
+        s, strides = sizes, tuple(sizes.strides)
         self.hop = math.prod(strides)
-        self.encoder = encoder(enc_channels, dim, tuple(strides), norm)
-        self.decoder = decoder(dec_channels, dim, tuple(strides), norm)
+        self.encoder = encoder(s.enc_channels, s.dim, strides, norm)
+        self.decoder = decoder(s.dec_channels, s.dim, strides, norm)
         self.quantizer: ResidualVQ | FactorisedVQ = (
-            FactorisedVQ(dim, n_q, vocab, code_dim, code_decay, norm) if quantizer == "factorised"
-            else ResidualVQ(dim, n_q, vocab, code_decay, dead_share))
+            FactorisedVQ(s.dim, s.n_q, s.vocab, s.code_dim, s.code_decay, norm) if s.quantizer == "factorised"
+            else ResidualVQ(s.dim, s.n_q, s.vocab, s.code_decay, s.dead_share))
         reach = sum(DILATIONS) * (KERNEL - 1)
         hops = [math.prod(strides[:i]) for i in range(len(strides))]
         down = sum((reach + stride) * hop for stride, hop in zip(strides, hops, strict=True))
@@ -143,7 +163,7 @@ class SoundStream(nn.Module):
 
 
 def fold(model: SoundStream) -> SoundStream:
-    """Replaces weight norm by the plain weights, in place; the state then fits `SoundStream(..., norm=False)`."""
+    """Replaces weight norm by the plain weights, in place; the state then fits `SoundStream(sizes, norm=False)`."""
     for module in list(model.modules()):
         if parametrize.is_parametrized(module, "weight"):
             parametrize.remove_parametrizations(module, "weight")

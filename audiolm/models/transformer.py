@@ -9,6 +9,7 @@ On a CPU single tokens run in rows of 8 and keys in runs of 64, so that a row's 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -24,21 +25,52 @@ ROWS = 8  # rows of a CPU matrix product while sampling; a product's rounding de
 EPS = 1e-5
 
 
-def _norm(kind: str, dim: int) -> nn.Module:
-    return nn.RMSNorm(dim, eps=EPS) if kind == "rms" else nn.LayerNorm(dim, eps=EPS, bias=False)
+def _norm(s: TransformerSizes) -> nn.Module:
+    return nn.RMSNorm(s.dim, eps=EPS) if s.norm == "rms" else nn.LayerNorm(s.dim, eps=EPS, bias=False)
+
+
+@dataclass(frozen=True)
+class TransformerSizes:
+    """Architecture of a Transformer: dim and ff in channels, `gated`: ff each of value and gate.
+
+    slots: the ids of each slot of a frame (None: one slot of `vocab` ids); positions: rotary or t5; `longest` distance
+    in tokens, for t5; norm: layer or rms; activation: gelu or silu.
+    Raises ValueError where dim does not split into even heads, or t5 has no longest distance.
+    """
+
+    vocab: int
+    dim: int
+    layers: int
+    heads: int
+    ff: int
+    dropout: float
+    slots: Sequence[int] | None = None
+    positions: str = "rotary"
+    longest: int = 0
+    gated: bool = False
+    norm: str = "layer"
+    activation: str = "gelu"
+
+    def __post_init__(self):
+        if self.dim % self.heads or (self.dim // self.heads) % 2:
+            raise ValueError(f"dim ({self.dim}) must be an even multiple of heads ({self.heads}), for rotary positions")
+        if self.positions == "t5" and self.longest < 1:
+            raise ValueError(f"positions t5 need the longest distance, got longest {self.longest}: pass the stage's max_len")
 
 
 class Block(nn.Module):
-    def __init__(self, dim: int, heads: int, ff: int, dropout: float, gated: bool, norm: str, activation: str):
+    """Pre-norm attention, then a pre-norm feed-forward layer, both added to the residual stream."""
+
+    def __init__(self, s: TransformerSizes):
         super().__init__()
-        self.heads, self.gated, self.silu, self.dropout = heads, gated, activation == "silu", dropout
+        self.heads, self.gated, self.silu, self.dropout = s.heads, s.gated, s.activation == "silu", s.dropout
         self.compiled = None  # (project, feed), see Transformer.compile_sampling
-        self.norm1 = _norm(norm, dim)
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.out = nn.Linear(dim, dim, bias=False)
-        self.norm2 = _norm(norm, dim)
-        self.up = nn.Linear(dim, 2 * ff if gated else ff, bias=False)
-        self.down = nn.Linear(ff, dim, bias=False)
+        self.norm1 = _norm(s)
+        self.qkv = nn.Linear(s.dim, 3 * s.dim, bias=False)
+        self.out = nn.Linear(s.dim, s.dim, bias=False)
+        self.norm2 = _norm(s)
+        self.up = nn.Linear(s.dim, 2 * s.ff if s.gated else s.ff, bias=False)
+        self.down = nn.Linear(s.ff, s.dim, bias=False)
 
     def feed(self, h: torch.Tensor) -> torch.Tensor:
         x = self.up(self.norm2(h))
@@ -83,30 +115,22 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """`vocab` ids in; dim, ff in channels (`gated`: each of the two); `longest` distance in tokens, for t5.
+    """Embedding, blocks, final norm and one output head a slot."""
 
-    Raises ValueError where dim does not split into even heads, or t5 is not told the longest distance.
-    """
-
-    def __init__(self, vocab: int, dim: int, layers: int, heads: int, ff: int, dropout: float, *,
-                 slots: Sequence[int] | None = None, positions: str = "rotary", longest: int = 0, gated: bool = False,
-                 norm: str = "layer", activation: str = "gelu"):
+    def __init__(self, sizes: TransformerSizes):
         super().__init__()
-        if dim % heads or (dim // heads) % 2:
-            raise ValueError(f"dim ({dim}) must be an even multiple of heads ({heads}), for rotary positions")
-        if positions == "t5" and longest < 1:
-            raise ValueError(f"positions t5 need the longest distance, got longest {longest}: pass the stage's max_len")
-        self.vocab, self.dim, self.heads, self.dropout = vocab, dim, heads, dropout
+        s = self.sizes = sizes
+        self.vocab, self.dim, self.heads, self.dropout = s.vocab, s.dim, s.heads, s.dropout
         self.checkpointing, self._compiled = False, None  # of the training pass alone
-        self.embed = nn.Embedding(vocab, dim)
-        self.bias = RelativePositionBias(heads, longest) if positions == "t5" else None
-        self.blocks = nn.ModuleList(Block(dim, heads, ff, dropout, gated, norm, activation) for _ in range(layers))
-        self.norm = _norm(norm, dim)
-        self.head = LevelHeads(dim, slots or (vocab,))
+        self.embed = nn.Embedding(s.vocab, s.dim)
+        self.bias = RelativePositionBias(s.heads, s.longest) if s.positions == "t5" else None
+        self.blocks = nn.ModuleList(Block(s) for _ in range(s.layers))
+        self.norm = _norm(s)
+        self.head = LevelHeads(s.dim, s.slots or (s.vocab,))
         for name, p in self.named_parameters():
             if p.ndim == 2:
                 # residual branches shrink with depth, so that the sum over 2 x layers of them keeps its scale
-                deep = (2 * layers) ** -0.5 if name.endswith(("out.weight", "down.weight")) else 1.0
+                deep = (2 * s.layers) ** -0.5 if name.endswith(("out.weight", "down.weight")) else 1.0
                 small = name in ("embed.weight", "head.weight", "bias.table")
                 nn.init.normal_(p, std=0.02 if small else deep * p.shape[1] ** -0.5)
 

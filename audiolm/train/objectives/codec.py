@@ -26,7 +26,7 @@ from audiolm.models.discriminators import Discriminators
 from audiolm.models.entropy import perplexity
 from audiolm.models.losses import WINDOWS, multi_scale_mel, multi_scale_spectral, waveform_distance
 from audiolm.models.mel import log_mel
-from audiolm.models.soundstream import SoundStream, fold
+from audiolm.models.soundstream import SoundStream, SoundStreamSizes, fold
 from audiolm.tokenizers.base import ACOUSTIC_HOP, SAMPLE_RATE, SEMANTIC_HOP
 from audiolm.train.engine import all_sum
 from audiolm.train.gan import (
@@ -209,8 +209,8 @@ class CodecObjective:
 
 
 def _soundstream(c: codec_config.CodecConfig) -> SoundStream:
-    return SoundStream(c.strides, c.enc_channels, c.dec_channels, c.dim, c.n_q, c.vocab, c.code_decay, c.dead_share,
-                       c.quantizer, c.code_dim)
+    return SoundStream(SoundStreamSizes(c.strides, c.enc_channels, c.dec_channels, c.dim, c.n_q, c.vocab, c.code_decay,
+                                        c.dead_share, c.quantizer, c.code_dim))
 
 
 def codec_objective(config: Mapping[str, Any], inputs: Mapping[str, Any], ctx: Context) -> CodecObjective:
