@@ -1,6 +1,4 @@
-"""What a metric gives: rows for the paper's tables, each a figure with its interval and how it was come by.
-
-Intervals are 95 %, by bootstrap over groups (speakers, or clips): what is drawn together is not independent.
+"""Results of metrics: rows for the paper's tables, each a value with its 95 % interval and its provenance.
 """
 
 from __future__ import annotations
@@ -15,9 +13,11 @@ Progress = Callable[[int, int, str], object]  # done, of how many, unit
 
 @dataclass(frozen=True)
 class Result:
-    """A figure of `table` (I, II, III, IV as in the paper, else a name). `n` counts `of` (clips, pairs, crops); `value` None:
-    not measured, `note` says why and what to do. `role`: ours; ceiling (the original, the codec); floor (chance, shuffled
-    tokens); baseline (counting, duration)."""
+    """A value of `table` (I, II, III, IV as in the paper, else a name). `n` counts `of` (clips, pairs, crops).
+
+    value None: not measured; `note` gives the reason and the fix. role: ours; ceiling (the original, the codec); floor
+    (chance, shuffled tokens); baseline (counting, duration).
+    """
 
     table: str
     item: str
@@ -29,7 +29,7 @@ class Result:
     of: str = "clips"
     role: str = "ours"
     paper: float | None = None
-    seconds: float = 0.0  # that measuring took
+    seconds: float = 0.0  # time that measuring took
     note: str = ""
 
     def __post_init__(self):
@@ -41,11 +41,11 @@ class Result:
 
 
 def no_progress(done: int, total: int, unit: str) -> None:
-    """Progress that nobody follows."""
+    """Ignores progress."""
 
 
 def not_measured(table: str, item: str, metric: str, why: str, paper: float | None = None) -> Result:
-    """A row that stays visible: an optional package or data that are not there."""
+    """A row without a value, which shows that an optional package or data are missing."""
     return Result(table, item, metric, None, paper=paper, note=why)
 
 

@@ -1,9 +1,9 @@
 """The decoder-only Transformer of all three stages (paper III-C, IV-B): pre-norm, rotary or T5 positions, no biases.
 
-Shapes: ids_BT int64; docs of models.attention: documents of a row never see each other and their positions start at 0;
-h_BTD; scores over the ids of a slot (models.heads), one slot of `vocab` ids unless `slots` says otherwise.
-`advance` with a cache gives the result of `hidden` up to rounding; rows of a batch may have different lengths.
-On a CPU single tokens run in rows of 8 and keys in runs of 64, so that a row's bits do not depend on its batch.
+Shapes: ids_BT int64; docs of models.attention: documents of a row never attend to each other and their positions start at
+0; h_BTD; scores over the ids of a slot (models.heads).
+`advance` with a cache equals `hidden` up to rounding; rows of a batch may have different lengths.
+On a CPU single tokens run in rows of 8 and keys in runs of 64, so a row's bits do not depend on its batch.
 """
 
 from __future__ import annotations
@@ -73,26 +73,27 @@ class Block(nn.Module):
         self.down = nn.Linear(s.ff, s.dim, bias=False)
 
     def feed(self, h: torch.Tensor) -> torch.Tensor:
+        """Feed-forward layer, without the residual."""
         x = self.up(self.norm2(h))
         gate, x = x.chunk(2, -1) if self.gated else (x, None)
         a = F.silu(gate) if self.silu else F.gelu(gate, approximate="tanh")
         return self.down(a if x is None else a * x)
 
     def project(self, h_BTD: torch.Tensor, rope: Rope | None, rows: int | None = None) -> tuple[torch.Tensor, ...]:
-        """q, k, v (B, T, H, E), of the first rows alone where the rest is padding; rope (B or 1, T, 1, 1, E)."""
+        """q, k, v (B, T, H, E) of the first `rows`, the others being padding; rope (B or 1, T, 1, 1, E)."""
         B, T, D = h_BTD.shape
         qkv = self.qkv(self.norm1(h_BTD)).view(B, T, 3, self.heads, D // self.heads)[:rows]
         qk = apply_rope(qkv[:, :, :2], *rope) if rope else qkv[:, :, :2]
         return qk[:, :, 0], qk[:, :, 1], qkv[:, :, 2]
 
     def forward(self, h_BTD: torch.Tensor, rope: Rope | None, mask: torch.Tensor | None, bounds_N: torch.Tensor | None):
-        """mask and bounds as `attend` takes them."""
+        """The training pass; mask and bounds as `attend` takes them."""
         a = self.out(attend(*self.project(h_BTD, rope), mask, bounds_N))
         h = h_BTD + F.dropout(a, self.dropout, self.training)
         return h + F.dropout(self.feed(h), self.dropout, self.training)
 
     def step(self, h_RtD: torch.Tensor, k_BHLE: torch.Tensor, v_BHLE: torch.Tensor, at: Places) -> torch.Tensor:
-        """One layer over t new tokens of B rows (R >= B rows of h, the rest is padding); keeps their keys, values."""
+        """One layer over t new tokens of B rows (R >= B rows of h, the rest is padding); writes their keys and values."""
         R, t, D = h_RtD.shape
         B, _, _, E = k_BHLE.shape
         project, feed = self.compiled if self.compiled and t == 1 else (self.project, self.feed)
@@ -103,7 +104,9 @@ class Block(nn.Module):
             a = F.scaled_dot_product_attention(q, k, v, attn_mask=at.bias, is_causal=at.bias is None)
         else:
             k, v = k_BHLE[:, :, :at.keys], v_BHLE[:, :, :at.keys]
-            if t == 1:  # fused kernels: on a CPU sums are split by threads and batch, on a GPU one with a mask is slow
+            # A single token is written out: the fused kernels split sums by threads and batch on a CPU, which moves
+            # bits, and are slow with a mask on a GPU.
+            if t == 1:
                 scores = torch.matmul(q * E ** -0.5, k.transpose(2, 3)).float()
                 scores = scores.masked_fill_(~at.seen, -torch.inf) if at.bias is None else scores + at.bias
                 a = scores.softmax(-1).to(v.dtype) @ v
@@ -136,8 +139,10 @@ class Transformer(nn.Module):
 
     def forward(self, ids_BT: torch.Tensor, docs: Documents = ALONE, index_SN: torch.Tensor | None = None,
                 label_SN: torch.Tensor | None = None) -> torch.Tensor:
-        """nats_SN of the targets that models.heads describes, N counted over B x T; without them the scores (B, T, ids) of
-        all slots side by side. Entry t predicts ids_BT[:, t + 1] from the ids up to t of the same document."""
+        """nats_SN of the targets (models.heads), N over B x T; without targets the scores (B, T, ids), slots side by side.
+
+        Entry t predicts ids_BT[:, t + 1] from the ids up to t of the same document.
+        """
         if label_SN is None:
             return F.linear(self.hidden(ids_BT, docs), self.head.weight)
         return (self._compiled if self._compiled and self.training else self._nats)(ids_BT, docs, index_SN, label_SN)
@@ -147,7 +152,7 @@ class Transformer(nn.Module):
 
     def compile_training(self, backend: str = "inductor") -> None:
         """Compiles the training pass, for shapes that stay the same; evaluation, whose shapes vary, stays as it is."""
-        torch._dynamo.config.recompile_limit = 64  # one graph for each number of rows that is tried
+        torch._dynamo.config.recompile_limit = 64  # one graph for each number of rows that the loop tries
         self._compiled = torch.compile(self._nats, backend=backend, dynamic=False)
 
     def compile_sampling(self, backend: str = "inductor") -> None:
@@ -156,13 +161,15 @@ class Transformer(nn.Module):
             block.compiled = tuple(torch.compile(f, backend=backend, dynamic=False) for f in (block.project, block.feed))
 
     def flops_per_token(self, length: int) -> float:
-        """Of training on rows of `length` tokens: 6 N + 6 layers x dim x length (causal attention), N the weights of matrix
-        products; of the heads that of one slot. What activation checkpointing does again is not counted."""
+        """Training FLOPs a token on rows of `length` tokens: 6 N + 6 layers x dim x length, for causal attention.
+
+        N counts the weights of matrix products, of the heads one slot's; recomputation by checkpointing does not count.
+        """
         weights = sum(p.numel() for p in self.blocks.parameters() if p.ndim == 2) + max(self.head.sizes) * self.dim
         return 6.0 * weights + 6.0 * len(self.blocks) * self.dim * length
 
     def hidden(self, ids_BT: torch.Tensor, docs: Documents = ALONE) -> torch.Tensor:
-        """h_BTD, what the heads score. Raises ValueError for T5 positions on documents that were laid out for flash."""
+        """h_BTD, the input of the heads. Raises ValueError for T5 positions on documents that were laid out for flash."""
         T, rope, mask = ids_BT.shape[1], None, None
         if docs.doc_BT is not None:
             mask = mask_of(docs.doc_BT)
@@ -174,7 +181,8 @@ class Transformer(nn.Module):
         else:
             bias = self.bias(T)[None]
             mask = (bias if mask is None else bias.masked_fill(~mask, -torch.inf)).to(_dtype(self.embed.weight))
-            mask = F.pad(mask, (0, -T % 8))[..., :T]  # rows begin at multiples of 8, else a GPU's kernel copies it each layer
+            # rows begin at multiples of 8, else a GPU's kernel copies the mask in each layer
+            mask = F.pad(mask, (0, -T % 8))[..., :T]
         h_BTD = F.dropout(self.embed(ids_BT), self.dropout, self.training)
         for block in self.blocks:
             if self.checkpointing and torch.is_grad_enabled():
@@ -185,7 +193,7 @@ class Transformer(nn.Module):
 
     def _rope_table(self, positions: torch.Tensor) -> Rope:
         cos, sin = rope_table(positions, self.dim // self.heads)
-        dtype = self.embed.weight.dtype  # computed exactly, rounded once
+        dtype = self.embed.weight.dtype  # angles in float32, rounded once
         return cos.to(dtype), sin.to(dtype)
 
     def cache(self, batch: int, length: int, device: torch.device | str | None = None,
@@ -214,13 +222,13 @@ class Transformer(nn.Module):
         return self.norm(h)[:len(ids_Bt)]
 
     def scores(self, h_BD: torch.Tensor, slots: Sequence[int] | torch.Tensor) -> torch.Tensor:
-        """scores_BW float32 of one token a row, in slot slots[b] (models.heads), with the same care for a CPU's rounding."""
+        """scores_BW float32 of one token a row, in slot slots[b] (models.heads); on a CPU in rows of 8, as `advance`."""
         if h_BD.device.type == "cpu":
             h_BD = F.pad(h_BD, (0, 0, 0, -len(h_BD) % ROWS))
         return self.head.scores(h_BD, slots)
 
 
 def _dtype(weight: torch.Tensor) -> torch.dtype:
-    """What products are computed in."""
+    """The type that products are computed in: autocast's where it is on."""
     device = weight.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
