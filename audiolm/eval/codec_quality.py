@@ -1,9 +1,8 @@
-"""Figures of a codec on held-out speech, by number of levels, beside shipped codecs: quality against bit rate.
+"""Codec quality on held-out speech, by number of levels and beside shipped codecs: quality against bit rate.
 
-PESQ (wide band, 1 to 4.64), ViSQOL (speech mode at 16 kHz, 1 to 5; the table names its version and mapper), STOI (to
-1), SI-SDR (dB), mel distance (mean L1 of log-mels, nats) and bit rate; the yardstick of the mel distance is a clip's
-own mean spectrum, which any useful codec must beat.  Codes in use and perplexity per level.  wav_T: mono float32 at
-16 kHz.  A metric whose library is missing is None everywhere and the table says why once, in "absent".
+Metrics are those of `eval.metrics.audio_quality`; the reference point of the mel distance is a clip's own mean spectrum.
+Codes in use and perplexity come per level.  wav_T: mono float32 at 16 kHz.
+A metric whose library is missing is None everywhere, and the table gives the reason once, in "absent".
 """
 
 from __future__ import annotations
@@ -18,9 +17,7 @@ import torch
 from audiolm.eval.metrics.audio_quality import (
     METRICS,
     Scorers,
-    _mean,
-    _seconds,
-    _tensor,
+    mean_or_none,
     mean_spectrum_distance,
     measure,
     mel_distance,
@@ -43,12 +40,13 @@ def default_levels(codec: Codec) -> list[int]:
 
 def codec_figures(codec: Codec, wavs: list[np.ndarray], levels: Sequence[int] | None = None,
                   have: Scorers | None = None) -> dict[str, Any]:
-    """Returns "levels" (a row per number of levels: n_q, bits_per_s, mel, gain in mel over one level fewer, and where
-    n_q is in `levels` pesq, visqol, stoi, si_sdr_db, with "scored" and "failed" as in `measure`),
-    "levels_that_do_not_help" (gain <= 0), "codebooks" (a row per level: level, used, perplexity), "mean_spectrum_mel",
-    "absent", "visqol" (version and mapper), "clips" and "seconds".
+    """Figures of the codec, a row per number of levels, as JSON.
 
-    levels None: `default_levels`. Raises ValueError without wavs and for levels that the codec has not.
+    "levels": rows of n_q, bits_per_s, mel, gain in mel over one level fewer, "scored" and "failed" as in `measure`; the
+    slow metrics only where n_q is in `levels` (None: `default_levels`).
+    "levels_that_do_not_help" (gain <= 0), "codebooks" (rows of level, used, perplexity), "mean_spectrum_mel",
+    "absent", "visqol" (version and mapper), "clips" and "seconds".
+    Raises ValueError without wavs and for levels that the codec lacks.
     """
     if not wavs:
         raise ValueError("codec_figures got no clips: give held-out audio")
@@ -61,12 +59,12 @@ def codec_figures(codec: Codec, wavs: list[np.ndarray], levels: Sequence[int] | 
     for q in range(1, n_q + 1):
         by_name = have.by_name if q in levels else {"mel": mel_distance}
         row = measure(wavs, (decode(codec, c[:, :q], len(w)) for c, w in zip(codes, wavs, strict=True)), by_name)
-        mels = [r["mel"] for r in (*rows[-1:], row)]
+        mels = [r["mel"] for r in (*rows[-1:], row)]  # of one level fewer, where there is one, and of q levels
         gain = None if len(mels) < 2 or None in mels else mels[0] - mels[1]
         rows.append({"n_q": q, "bits_per_s": _bits_per_s(codec, q), **row, "gain": gain})
     return {"levels": rows, "levels_that_do_not_help": [r["n_q"] for r in rows if r["gain"] is not None and r["gain"] <= 0],
             "codebooks": codebook_use(torch.cat(codes), codec.spec.vocab),
-            "mean_spectrum_mel": _mean([mean_spectrum_distance(w) for w in wavs]),
+            "mean_spectrum_mel": mean_or_none([mean_spectrum_distance(w) for w in wavs]),
             "absent": dict(have.absent), "visqol": have.visqol, "clips": len(wavs), "seconds": _seconds(wavs)}
 
 
@@ -74,9 +72,9 @@ def compare(codec: Codec | None, wavs: list[np.ndarray], baselines: Sequence[Bas
             levels: Sequence[int] | None = None, with_visqol: bool = True) -> dict[str, Any]:
     """One table of the original against itself, the baselines and the codec at some numbers of levels (None: no codec).
 
-    "rows": codec, n_q (None but for ours), kbps, pesq, visqol, stoi, si_sdr (dB), mel, scored; "levels": the same of
-    ours at every number of levels, with gain; "usage": level, used (codes), share, perplexity; the rest as in
-    `codec_figures`, "absent" with the baselines'. Raises ValueError without wavs.
+    "rows": codec, n_q (ours alone), kbps, pesq, visqol, stoi, si_sdr (dB), mel, scored; "levels": the same of ours at
+    every number of levels, with gain; "usage": level, used (codes), share, perplexity.  The rest is as in
+    `codec_figures`, "absent" with the baselines'.  Raises ValueError without wavs.
     """
     if not wavs:
         raise ValueError("compare got no clips: give audio of at least a second")
@@ -87,20 +85,20 @@ def compare(codec: Codec | None, wavs: list[np.ndarray], baselines: Sequence[Bas
         if baseline.round_trip is None:
             absent[baseline.codec] = baseline.absent
             continue
-        mades, bits = zip(*map(baseline.round_trip, wavs), strict=True)
+        decoded, bits = zip(*map(baseline.round_trip, wavs), strict=True)
         rows.append({"codec": baseline.codec, "n_q": None, "kbps": sum(bits) / _seconds(wavs) / 1000,
-                     **_reported(measure(wavs, mades, have.by_name))})
+                     **_reported(measure(wavs, decoded, have.by_name))})
     table = {"absent": absent, "visqol": have.visqol, "clips": len(wavs), "seconds": _seconds(wavs)}
     if codec is None:
         return {"rows": rows, **table}
     levels = default_levels(codec) if levels is None else levels
-    found = codec_figures(codec, wavs, levels, have)
-    ours = [{"n_q": r["n_q"], "kbps": r["bits_per_s"] / 1000, **_reported(r), "gain": r["gain"]} for r in found["levels"]]
+    figures = codec_figures(codec, wavs, levels, have)
+    ours = [{"n_q": r["n_q"], "kbps": r["bits_per_s"] / 1000, **_reported(r), "gain": r["gain"]} for r in figures["levels"]]
     rows += [{"codec": "this codec", **{k: v for k, v in r.items() if k != "gain"}} for r in ours if r["n_q"] in levels]
     usage = [{"level": r["level"], "used": round(r["used"] * codec.spec.vocab), "share": r["used"],
-              "perplexity": r["perplexity"]} for r in found["codebooks"]]
-    return {"rows": rows, "levels": ours, "usage": usage, "mean_spectrum_mel": found["mean_spectrum_mel"],
-            "levels_that_do_not_help": found["levels_that_do_not_help"], **table}
+              "perplexity": r["perplexity"]} for r in figures["codebooks"]]
+    return {"rows": rows, "levels": ours, "usage": usage, "mean_spectrum_mel": figures["mean_spectrum_mel"],
+            "levels_that_do_not_help": figures["levels_that_do_not_help"], **table}
 
 
 def _reported(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -123,7 +121,7 @@ HEADS = (("codec", "codec", 0), ("n_q", "levels", 0), ("kbps", "kb/s", 2), ("pes
 
 
 def notes(table: Mapping[str, Any]) -> list[str]:
-    """What a reader of the figures has to know: clips, ViSQOL's mapper, what is absent, levels that do not help."""
+    """Remarks below the table: clips, ViSQOL's mapper, absent metrics, levels that do not help."""
     labels = {name: head for name, head, _ in HEADS}
     lines = [f"{table['clips']} clips, {table['seconds']:.1f} s; identity is the original against itself; rates count "
              "the packets' bits."]
@@ -149,7 +147,7 @@ def quality_notes(table: Mapping[str, Any], labels: Mapping[str, str]) -> list[s
 
 def reconstructions(codec: Codec, wav_T: np.ndarray, levels: Sequence[int],
                     baselines: Sequence[Baseline] = ()) -> list[tuple[str, np.ndarray]]:
-    """(label, wav_T) of the original, of each number of levels and of the baselines at hand, to be heard side by side."""
+    """(label, wav_T) of the original, of each number of levels and of the baselines at hand, to compare by ear."""
     codes_TQ, = encode(codec, [wav_T])
     ours = [(f"{q} level{'s' * (q > 1)}, {_bits_per_s(codec, q) / 1000:.3g} kb/s",
              decode(codec, codes_TQ[:, :q], len(wav_T))) for q in levels]
@@ -157,10 +155,15 @@ def reconstructions(codec: Codec, wav_T: np.ndarray, levels: Sequence[int],
     return [("original", wav_T), *ours, *theirs]
 
 
+def _seconds(wavs: Sequence[np.ndarray]) -> float:
+    return sum(map(len, wavs)) / SAMPLE_RATE
+
+
 def encode(codec: Codec, wavs: Sequence[np.ndarray]) -> list[torch.Tensor]:
     if codec.spec.sample_rate != SAMPLE_RATE:
         raise ValueError(f"{codec.spec.name} is a codec of {codec.spec.sample_rate} Hz; these figures are for {SAMPLE_RATE} Hz")
-    return [codec.encode(_tensor(w)[None], torch.tensor([len(w)]))[0] for w in wavs]
+    return [codec.encode(torch.from_numpy(np.ascontiguousarray(w, np.float32))[None], torch.tensor([len(w)]))[0]
+            for w in wavs]
 
 
 def decode(codec: Codec, codes_TQ: torch.Tensor, samples: int) -> np.ndarray:

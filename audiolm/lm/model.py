@@ -1,7 +1,7 @@
 """Build, export and load of a stage: safetensors and JSON, loadable with torch and numpy alone; no pickle.
 
 `{path}/export/model.safetensors` holds the float32 weights by parameter name, `{path}/export/config.json` the layout
-and the shape: {"kind": "lm", "format": FORMAT, "stage": Stage, "model": Transformer's arguments}.
+and the shape: {"kind": "lm", "format": FORMAT, "stage": Stage, "model": TransformerSizes}.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from safetensors.torch import load_file
 from audiolm import store
 from audiolm.config import lm
 from audiolm.lm.stages import Stage, stage_from_json
-from audiolm.models.transformer import Transformer
+from audiolm.models.transformer import Transformer, TransformerSizes
 
 FORMAT = 2  # 1 had one head over all ids
 
 
 def build_lm(stage: Stage, shape: lm.StageConfig) -> Transformer:
     """The untrained model of a stage; draws its weights from torch's current generator."""
-    model = Transformer(**_arguments(stage, shape))
+    model = Transformer(TransformerSizes(**_arguments(stage, shape)))
     model.checkpointing = shape.checkpointing
     return model
 
@@ -52,7 +52,7 @@ def load_lm(path: str, device: str | torch.device = "cpu") -> tuple[Transformer,
     if about.get("format", 1) != FORMAT:
         raise ValueError(f"{path} holds a language model of format {about.get('format', 1)}, this code reads {FORMAT}: train "
                          "the stage again with this code, or use the code that made it")
-    model = Transformer(**about["model"])
+    model = Transformer(TransformerSizes(**about["model"]))
     with tempfile.TemporaryDirectory() as folder:
         weights = load_file(store.local_copy(store.join(path, "export", "model.safetensors"), folder))
         model.load_state_dict(weights)

@@ -1,7 +1,7 @@
-"""What a Transformer attends to, layer by layer, computed again beside the path that trains.
+"""Attention maps of a Transformer, layer by layer, computed again beside the training path.
 
-Shapes: ids_T int64 of one document; share_TT float32, of query i over the keys j <= i, the mean of the heads; its rows sum
-to 1; h_TD what a layer leaves (normed, the last one's is what `Transformer.hidden` gives).
+Shapes: ids_T int64 of one document; share_TT float32, the attention of query i to keys j <= i averaged over heads, whose
+rows sum to 1; h_TD, a layer's output (normed, the last one equals `Transformer.hidden`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from audiolm.models.transformer import Transformer
 
 @torch.no_grad()
 def attention_maps(model: Transformer, ids_T: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """(share_TT, h_TD) of each layer of a model in eval mode. One head is looked at after the other, for memory."""
+    """(share_TT, h_TD) of each layer of a model in eval mode. Heads are computed one at a time, to bound memory."""
     T, rope = len(ids_T), None
     bias_HTT = torch.full((T, T), -torch.inf, device=ids_T.device).triu(1).expand(model.heads, -1, -1)
     if model.bias is None:
@@ -24,11 +24,11 @@ def attention_maps(model: Transformer, ids_T: torch.Tensor) -> Iterator[tuple[to
         bias_HTT = model.bias(T)
     h_BTD = model.embed(ids_T[None])
     for block in model.blocks:
-        mean_TT, heard = torch.zeros(T, T, device=ids_T.device), []
+        mean_TT, values = torch.zeros(T, T, device=ids_T.device), []
         for q_TE, k_TE, v_TE, bias_TT in zip(*(x[0].unbind(1) for x in block.project(h_BTD, rope)), bias_HTT, strict=True):
             share_TT = ((q_TE @ k_TE.T).float() * q_TE.shape[1] ** -0.5 + bias_TT).softmax(-1)
             mean_TT += share_TT / model.heads
-            heard.append(share_TT.to(v_TE.dtype) @ v_TE)
-        h_BTD = h_BTD + block.out(torch.cat(heard, 1)[None])
+            values.append(share_TT.to(v_TE.dtype) @ v_TE)
+        h_BTD = h_BTD + block.out(torch.cat(values, 1)[None])
         h_BTD = h_BTD + block.feed(h_BTD)
         yield mean_TT, h_BTD[0]

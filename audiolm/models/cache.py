@@ -1,4 +1,5 @@
-"""What sampling keeps of the tokens so far: keys and values of every layer, in rows of different lengths."""
+"""Key-value cache of sampling: keys and values of every layer, in rows of different lengths.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +9,15 @@ import torch
 
 from audiolm.models.positions import Rope
 
-KEYS = 64  # keys come in whole runs of these, masked ones add exact zeros: few shapes, and bits that no other row changes
-GPU_KEYS = 256  # a CUDA graph each: reading 128 keys too many costs less than many graphs
+# Keys are read in whole runs.  Masked keys add exact zeros, so there are few shapes, and a row's bits do not depend on
+# how long the other rows are.
+KEYS = 64
+GPU_KEYS = 256  # a CUDA graph for each number of keys: reading 128 too many costs less than many graphs
 
 
 @dataclass
 class KVCache:
-    """Keys and values of every layer; row b holds `lengths_B[b]` tokens at the places 0, 1, ..."""
+    """Keys and values of every layer; row b holds `lengths_B[b]` tokens from position 0"""
 
     k: list[torch.Tensor]  # per layer (batch, heads, length, width of a head)
     v: list[torch.Tensor]
@@ -23,7 +26,7 @@ class KVCache:
     longest: int = 0  # the longest row, known without asking the device
 
     def clear(self) -> None:
-        """Forgets all rows; the memory stays, and what lies in it is masked and overwritten."""
+        """Empties all rows; the memory stays, its contents are masked and overwritten."""
         self.lengths_B.zero_()
         self.longest = 0
 
@@ -33,37 +36,36 @@ class KVCache:
         return KVCache([t[part] for t in self.k], [t[part] for t in self.v], self.lengths_B[part], self.rope)
 
     def truncate(self, lengths_B: torch.Tensor, longest: int) -> None:
-        """Declares the true lengths of the first rows after a right-padded prompt; what lies beyond is masked and
-        overwritten."""
+        """Sets the true lengths of the first rows after a right-padded prompt; keys beyond are masked and overwritten."""
         self.lengths_B[:len(lengths_B)] = lengths_B
         self.longest = longest
 
     def spread(self, of: list[int]) -> None:
-        """Row b becomes what row of[b] is, for the first rows: samples of a prompt share what was computed for it."""
+        """Copies row of[b] to row b, for the first rows: samples of a prompt share its keys and values."""
         n = self.longest
         for t in (*self.k, *self.v):
             t[:len(of), :, :n] = t[of, :, :n]
         self.lengths_B[:len(of)] = self.lengths_B[of]
 
     def keys(self, t: int) -> int:
-        """How many keys t new tokens are compared with: whole runs, and few different numbers."""
+        """Number of keys that t new tokens are compared with, in whole runs."""
         run = KEYS if self.lengths_B.device.type == "cpu" else GPU_KEYS
         return min(self.k[0].shape[2], -(-(self.longest + t) // run) * run)
 
 
 @dataclass
 class Places:
-    """Where a step's new tokens go and what they see; the same for every layer."""
+    """Cache rows of a step's new tokens, and the keys they attend to; the same for every layer."""
 
     rows: torch.Tensor  # of the cache seen as (batch x heads x length, width), for each (row, head, new token)
     rope: Rope | None  # (B, t, 1, 1, width)
     keys: int
-    seen: torch.Tensor | None  # (B, 1, t, keys) True where a new token sees a key; None: causal among themselves
-    bias: torch.Tensor | None  # (B or 1, H, t, keys), added to the scores; -inf where a key is not seen
+    seen: torch.Tensor | None  # (B, 1, t, keys) True where a new token attends to a key; None: causal among themselves
+    bias: torch.Tensor | None  # (B or 1, H, t, keys), added to the scores; -inf where a key is masked
 
 
 def places(cache: KVCache, t: int, distance_bias=None) -> Places:
-    """Of t new tokens of every row. Raises ValueError where the cache is full."""
+    """Places of t new tokens of every row. Raises ValueError where the cache is full."""
     B, H, length, _ = cache.k[0].shape
     if cache.longest + t > length:
         raise ValueError(f"cache of {length} tokens is full: {cache.longest} held, {t} more; ask for a longer one")
@@ -72,7 +74,7 @@ def places(cache: KVCache, t: int, distance_bias=None) -> Places:
     rows = length * torch.arange(B * H, device=device).view(B, H, 1) + at_Bt[:, None]
     keys = cache.keys(t)
     rope = cache.rope and tuple(x[at_Bt][:, :, None, None] for x in cache.rope)
-    if cache.longest == 0 and t > 1:  # an empty cache's new tokens see each other only
+    if cache.longest == 0 and t > 1:  # a prompt: its tokens attend to each other only
         return Places(rows.view(-1), rope, keys, None, distance_bias and distance_bias(t)[None])
     distance = at_Bt[..., None] - torch.arange(keys, device=device)
     seen, bias = (distance >= 0)[:, None], None

@@ -1,10 +1,10 @@
-"""The masked audio model: a Conformer (2005.08100) on log-mels, trained to name the cluster of frames it cannot see.
+"""The masked audio model: a Conformer encoder (2005.08100) on log-mels that predicts the cluster of masked frames.
 
-Legend: B rows, F log-mel bands (100 Hz), T frames at 25 Hz, D width, K target clusters.  mel_BTF holds 4 mel frames
-for each frame, lengths_B counts frames (25 Hz); everything past a row's length is masked in attention and convolutions,
-so that a row gives the same features alone and in a padded batch (1e-5).  Input statistics are global buffers, set once
-before training; no normalisation looks across time.  Objective: HuBERT (2106.07447).  Layer convention: "layer n" is
-the output of block n counted from 1, after that block's closing LayerNorm.
+Legend: B rows, F log-mel bands (100 Hz), T frames at 25 Hz, D width, K target clusters.  mel_BTF holds 4 mel frames for
+each frame; lengths_B counts frames.  Attention and convolutions mask what lies past a row's length, so a row gives the
+same features alone and in a padded batch (to 1e-5).  Input statistics are global buffers, set once before training; no
+normalisation looks across time.  Objective: HuBERT (2106.07447).
+Layers: "layer n" is the output of block n, counted from 1, after that block's closing LayerNorm.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ LAYER_CONVENTION = "block output after its closing LayerNorm, counted from 1"
 
 @dataclass(frozen=True)
 class EncoderSizes:
+    """Architecture of an encoder."""
+
     dim: int
     layers: int
     heads: int
@@ -36,8 +38,8 @@ class EncoderSizes:
         return asdict(self)
 
 
-class Statistics(nn.Module):
-    """Numbers that are measured, not learned: float32 buffers that stay float32 when the module is cast."""
+class Float32Buffers(nn.Module):
+    """Measured, not learned numbers: float32 buffers that stay float32 when the module is cast."""
 
     def __init__(self, shapes: dict[str, tuple[int, ...]]):
         super().__init__()
@@ -47,7 +49,7 @@ class Statistics(nn.Module):
     def _apply(self, fn, recurse=True):
         before = dict(self._buffers)
         super()._apply(fn, recurse)
-        for name, value in before.items():  # take the device of the cast, not its rounding
+        for name, value in before.items():  # follow the cast to its device, but keep the unrounded values
             self._buffers[name] = value.to(self._buffers[name].device)
         return self
 
@@ -58,6 +60,8 @@ def valid_frames(lengths_B: torch.Tensor, frames: int) -> torch.Tensor:
 
 
 class FeedForward(nn.Module):
+    """Pre-norm layer of width `ff` with SiLU."""
+
     def __init__(self, s: EncoderSizes):
         super().__init__()
         self.norm, self.drop = nn.LayerNorm(s.dim), nn.Dropout(s.dropout)
@@ -68,6 +72,8 @@ class FeedForward(nn.Module):
 
 
 class Attention(nn.Module):
+    """Pre-norm self-attention in both directions with rotary positions."""
+
     def __init__(self, s: EncoderSizes):
         super().__init__()
         self.heads = s.heads
@@ -83,7 +89,7 @@ class Attention(nn.Module):
 
 
 class Convolution(nn.Module):
-    """Pointwise, GLU, depthwise, norm, pointwise; a LayerNorm over channels stands where the paper has BatchNorm."""
+    """Pointwise, GLU, depthwise, norm, pointwise; LayerNorm over channels replaces the paper's BatchNorm."""
 
     def __init__(self, s: EncoderSizes):
         super().__init__()
@@ -93,6 +99,7 @@ class Convolution(nn.Module):
         self.inner = nn.LayerNorm(s.dim)
 
     def forward(self, x_BTD, valid_BT):
+        # zeros past a row's end, as the convolution pads its edges
         y_BTD = F.glu(self.up(self.norm(x_BTD)), dim=-1) * valid_BT[..., None]
         y_BTD = self.depth(y_BTD.transpose(1, 2)).transpose(1, 2)
         return self.drop(self.down(F.silu(self.inner(y_BTD))))
@@ -124,14 +131,14 @@ class Subsample(nn.Module):
 
     def forward(self, mel_BTF, lengths_B):
         x_BFT = mel_BTF.transpose(1, 2)
-        for conv, rate in ((self.one, 4), (self.two, 2)):  # `rate` frames of the input to one of the output
+        for conv, rate in ((self.one, 4), (self.two, 2)):  # `rate`: frames at the layer's input for each frame at 25 Hz
             keep_BT = valid_frames(lengths_B * rate, x_BFT.shape[-1])
             x_BFT = F.silu(conv(x_BFT * keep_BT[:, None]))
         return self.drop(self.out(self.norm(x_BFT.transpose(1, 2))))
 
 
 class Encoder(nn.Module):
-    """Log-mels to one vector per 40 ms. `statistics` holds the input's mean and std per band."""
+    """Encoder of log-mels: one vector per 40 ms. `statistics` holds the input's mean and std per band."""
 
     def __init__(self, sizes: EncoderSizes):
         super().__init__()
@@ -140,7 +147,7 @@ class Encoder(nn.Module):
             raise ValueError(f"heads ({s.heads}) must divide dim ({s.dim}) into even parts for rotary positions")
         if s.conv_kernel % 2 == 0:
             raise ValueError(f"conv_kernel ({s.conv_kernel}) must be odd, so that a frame stays in place")
-        self.statistics = Statistics({"mean": (s.n_mels,), "std": (s.n_mels,)})
+        self.statistics = Float32Buffers({"mean": (s.n_mels,), "std": (s.n_mels,)})
         self.statistics.std.fill_(1.0)
         self.subsample = Subsample(s)
         self.mask_embedding = nn.Parameter(0.1 * torch.randn(s.dim))
@@ -152,7 +159,7 @@ class Encoder(nn.Module):
         return self.outputs(mel_BTF, lengths_B, mask_BT, [len(self.blocks) if layer is None else layer])[0]
 
     def subsampled(self, mel_BTF: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
-        """x_BTD at 25 Hz that the blocks read, unmasked. Raises ValueError for a broken mel frame."""
+        """x_BTD at 25 Hz, the blocks' input before masking. Raises ValueError where the mels are no whole frames."""
         if mel_BTF.shape[1] % SUBSAMPLE:
             raise ValueError(f"the encoder takes a multiple of {SUBSAMPLE} mel frames, got {mel_BTF.shape[1]}; "
                              "pad the audio to whole frames (tokenizers.base.padded_samples)")
@@ -169,7 +176,7 @@ class Encoder(nn.Module):
 
     def blocks_of(self, x_BTD: torch.Tensor, lengths_B: torch.Tensor, mask_BT: torch.Tensor | None,
                   layers: Sequence[int]) -> list[torch.Tensor]:
-        """`outputs` from what `subsampled` gave."""
+        """`outputs` of the result of `subsampled`."""
         if mask_BT is not None:
             x_BTD = torch.where(mask_BT[..., None], self.mask_embedding.to(x_BTD.dtype), x_BTD)
         valid_BT = valid_frames(lengths_B, x_BTD.shape[1])
@@ -183,18 +190,20 @@ class Encoder(nn.Module):
 
 
 class MaskedModel(nn.Module):
-    """The encoder with a classifier of target clusters; `targets.codebook` (K, 39) is what made those clusters, of no
-    width (target_dim 0) where they come from elsewhere."""
+    """Encoder with a classifier of target clusters.
+
+    `targets.codebook` (K, 39) holds the clusters' centroids, of width 0 (target_dim) where targets come from elsewhere.
+    """
 
     def __init__(self, sizes: EncoderSizes, targets_k: int, target_dim: int = 39):
         super().__init__()
         self.encoder = Encoder(sizes)
         self.head = nn.Linear(sizes.dim, targets_k)
-        self.targets = Statistics({"codebook": (targets_k, target_dim)})
+        self.targets = Float32Buffers({"codebook": (targets_k, target_dim)})
 
     def forward(self, mel_BTF: torch.Tensor, lengths_B: torch.Tensor,
                 mask_BT: torch.Tensor | None = None) -> torch.Tensor:
-        """logits_BTK for every frame; frames past a row's length hold no meaning."""
+        """logits_BTK for every frame; frames past a row's length are meaningless."""
         return self.head(self.encoder(mel_BTF, lengths_B, mask_BT))
 
     def features(self, mel_BTF: torch.Tensor, lengths_B: torch.Tensor, layer: int) -> torch.Tensor:

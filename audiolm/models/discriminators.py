@@ -1,8 +1,9 @@
-"""The codec's adversaries, in two sets: "dac" (multi-period and multi-resolution complex STFT, after DAC's recipe) and
-"soundstream" (the waveform at three scales and one complex STFT: PAPER 1.4; 2107.03312 III-D).
+"""Discriminators of the codec's adversarial training, in two sets.
 
-`Discriminators.forward(wav_BT)` returns one (logits, features) pair for each discriminator; the features are the
-activations of its layers, for feature matching.  `channels` scales every width, so that small ones are cheap on a CPU.
+"dac": multi-period and multi-resolution complex STFT, after DAC's recipe (2306.06546).  "soundstream": the waveform at
+three scales and one complex STFT (2107.03312, III-D), as AudioLM's codec has them.
+`Discriminators.forward(wav_BT)` returns one (logits, features) pair for each discriminator; features are the activations
+of its layers, for feature matching.  `channels` scales every width, so that small ones are cheap on a CPU.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def _conv1d(c_in: int, c_out: int, kernel: int, stride: int = 1, groups: int = 1
 
 
 class Layers(nn.ModuleList):
-    """Convolutions with leaky ReLU between: the last one's output, and the activations before it."""
+    """Convolutions with leaky ReLU between them; returns the last one's output and the activations before it."""
 
     def forward(self, x: torch.Tensor, slope: float = 0.1) -> DiscriminatorOutput:
         *inner, last = self
@@ -42,30 +43,31 @@ def _spectrum(wav_BT: torch.Tensor, window: torch.Tensor) -> torch.Tensor:
     n = len(window)
     with torch.autocast(wav_BT.device.type, enabled=False):  # half precision has no FFT
         spec_BFT = torch.stft(wav_BT.float(), n, n // 4, n, window=window.float(), normalized=True, return_complex=True)
-    # contiguous: a convolution of a permuted two-channel input corrupts memory on some CPUs (torch 2.13)
+    # contiguous, because a convolution of a permuted two-channel input corrupts memory on some CPUs (torch 2.13)
     return torch.view_as_real(spec_BFT).permute(0, 3, 2, 1).contiguous()
 
 
 class Period(nn.Module):
-    """Looks at every period-th sample: each of the `period` interleaved signals on its own, by one set of kernels."""
+    """Discriminator of every period-th sample: one set of kernels reads each of the `period` interleaved signals."""
 
     def __init__(self, period: int, channels: int):
         super().__init__()
         self.period = period
         widths = [1, channels, 4 * channels, 16 * channels, 32 * channels]
+        # widths and strides of HiFi-GAN's multi-period discriminator (2010.05646)
         layers = [_conv1d(a, b, 5, 3) for a, b in zip(widths, widths[1:], strict=False)]
         self.layers = Layers([*layers, _conv1d(widths[-1], widths[-1], 5), _conv1d(widths[-1], 1, 3)])
 
     def forward(self, wav_BT: torch.Tensor) -> DiscriminatorOutput:
         x_BT = F.pad(wav_BT[:, None], (0, -wav_BT.shape[-1] % self.period), mode="reflect")[:, 0]
-        # rows of one example stay together, so that halves of the batch stay halves
+        # an example's signals stay neighbours, so that the batch's real and fake halves stay halves
         logits, features = self.layers(x_BT.view(len(x_BT), -1, self.period).transpose(1, 2).flatten(0, 1)[:, None])
         b = len(wav_BT)
         return logits.view(b, self.period, -1), [f.view(b, self.period, *f.shape[1:]) for f in features]
 
 
 class Spectral(nn.Module):
-    """Looks at the real and imaginary parts of an STFT (hop: a quarter window), time by frequency."""
+    """Discriminator of an STFT's real and imaginary parts (hop: a quarter window), time by frequency."""
 
     def __init__(self, window: int, channels: int):
         super().__init__()
@@ -80,7 +82,7 @@ class Spectral(nn.Module):
 
 
 class WaveScale(nn.Module):
-    """The waveform, down-sampled by `scale`: a plain, four grouped and two plain convolutions (PAPER 1.4)."""
+    """Discriminator of the waveform, down-sampled by `scale`: a plain, four grouped and two plain convolutions."""
 
     def __init__(self, scale: int, channels: int):
         super().__init__()
@@ -98,7 +100,7 @@ class WaveScale(nn.Module):
 
 
 class _SpectralUnit(nn.Module):
-    """Residual: a 3 x 3 convolution, then one that strides (time, frequency)."""
+    """Residual unit: a 3 x 3 convolution, then one that strides (time, frequency)."""
 
     def __init__(self, c_in: int, c_out: int, stride: Size):
         super().__init__()
@@ -107,12 +109,12 @@ class _SpectralUnit(nn.Module):
         self.skip = weight_norm(nn.Conv2d(c_in, c_out, 1, stride))
 
     def forward(self, x_BCTF: torch.Tensor) -> torch.Tensor:
-        ahead = self.move.stride[0]  # an odd number of frames is rounded up, as by the skip
+        ahead = self.move.stride[0]  # pads the end so that an odd number of frames is rounded up, as the skip does
         return self.skip(x_BCTF) + self.move(F.pad(F.leaky_relu(self.stay(x_BCTF), 0.3), (1, 1, 1, ahead)))
 
 
 class ComplexSTFT(nn.Module):
-    """One complex STFT down to a sequence of logits: 7 x 7, six residual units, 1 x F (PAPER 1.4)."""
+    """Discriminator of one complex STFT: 7 x 7, six residual units, 1 x F, down to a sequence of logits."""
 
     def __init__(self, window: int, channels: int):
         super().__init__()
@@ -126,7 +128,7 @@ class ComplexSTFT(nn.Module):
         self.layers = Layers([*layers, weight_norm(nn.Conv2d(width, 1, (1, bins)))])
 
     def forward(self, wav_BT: torch.Tensor) -> DiscriminatorOutput:
-        x_BCTF = _spectrum(wav_BT, self.window)[..., :-1].contiguous()  # without the last bin F halves six times
+        x_BCTF = _spectrum(wav_BT, self.window)[..., :-1].contiguous()  # without the last bin, F halves six times evenly
         return self.layers(x_BCTF.to(self.layers[-1].bias.dtype), 0.3)
 
 

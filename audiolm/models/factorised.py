@@ -1,10 +1,10 @@
-"""Residual quantization in few dimensions: a level looks its code up in `code_dim` dimensions by cosine (DAC, 2306.06546).
+"""Residual quantization in few dimensions: each level looks its code up in `code_dim` dimensions by cosine (2306.06546).
 
-The other quantizer behind the face of `rvq.ResidualVQ` (same shapes, same methods).  A level projects what the levels
-before it left to code_dim numbers, takes the code of the nearest direction and projects it back.  Codes and projections
-are parameters that learn by gradient and no code is replaced; `update` only keeps the moving shares.  What `initialise`
-sets is the latents' mean and scale, which are taken off first: latents that share an offset share a direction, and so one
-code.  The search is fp32.  All levels learn on all examples: dropout masks the sum that goes to the decoder.
+It has the shapes and methods of `rvq.ResidualVQ`.  A level projects the residual to code_dim numbers, takes the code of
+the nearest direction and projects it back.  Codes and projections are parameters that learn by gradient and no code is
+replaced; `update` only keeps the moving shares.  `initialise` sets the latents' mean and scale, which are removed first:
+latents that share an offset share a direction, and so one code.  The search is fp32.
+All levels learn on all examples: dropout masks the sum that goes to the decoder.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from audiolm.models.rvq import Reduce, check_levels, nearest
 
 
 class FactorisedVQ(nn.Module):
+    """`norm`: weight norm on the projections, as DAC; exported weights are folded."""
+
     def __init__(self, dim: int, n_q: int, vocab: int, code_dim: int = 8, decay: float = 0.99, norm: bool = True):
         super().__init__()
         self.dim, self.n_q, self.vocab, self.decay = dim, n_q, vocab, decay
@@ -32,8 +34,10 @@ class FactorisedVQ(nn.Module):
         self.register_buffer("initialised", torch.zeros((), dtype=torch.int64))
 
     def forward(self, x_BDT: torch.Tensor, n_q_B: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-        """As ResidualVQ.forward; `commitment` pulls the projected frames to their codes, `codebook` the codes to them
-        (each the sum over levels of a mean squared distance in code_dim dimensions)."""
+        """As ResidualVQ.forward; `commitment` pulls the projected frames to their codes, `codebook` the codes to them.
+
+        Both are sums over levels of a mean squared distance in code_dim dimensions.
+        """
         with torch.autocast(x_BDT.device.type, enabled=False):
             residual_BTD = (x_BDT.transpose(1, 2).float() - self.mean_D) / self.scale
             quantized_BTD, codes = torch.zeros_like(residual_BTD), []
@@ -44,10 +48,11 @@ class FactorisedVQ(nn.Module):
                 picked_BTK = F.embedding(code_BT, codes_NK)
                 commitment = commitment + F.mse_loss(z_BTK, picked_BTK.detach())
                 codebook = codebook + F.mse_loss(picked_BTK, z_BTK.detach())
-                made_BTD = self.up[level](z_BTK + (picked_BTK - z_BTK).detach())
-                residual_BTD = residual_BTD - made_BTD
+                # forward: the code; backward: straight through to z
+                level_BTD = self.up[level](z_BTK + (picked_BTK - z_BTK).detach())
+                residual_BTD = residual_BTD - level_BTD
                 quantized_BTD = quantized_BTD + (
-                    made_BTD if n_q_B is None else made_BTD * (level < n_q_B)[:, None, None])
+                    level_BTD if n_q_B is None else level_BTD * (level < n_q_B)[:, None, None])
                 codes.append(code_BT)
             quantized_BTD = quantized_BTD * self.scale + self.mean_D
         return {"quantized_BDT": quantized_BTD.transpose(1, 2).to(x_BDT.dtype), "codes_BTQ": torch.stack(codes, -1),
@@ -66,8 +71,8 @@ class FactorisedVQ(nn.Module):
         """The fp32 latents, BDT, of any prefix of the levels."""
         levels = check_levels(codes_BTQ, self.n_q)
         with torch.autocast(codes_BTQ.device.type, enabled=False):
-            made_BTD = sum(self.up[q](F.embedding(codes_BTQ[..., q], self.codes_QNK[q])) for q in range(levels))
-            return (made_BTD * self.scale + self.mean_D).transpose(1, 2)
+            latent_BTD = sum(self.up[q](F.embedding(codes_BTQ[..., q], self.codes_QNK[q])) for q in range(levels))
+            return (latent_BTD * self.scale + self.mean_D).transpose(1, 2)
 
     @torch.no_grad()
     def initialise(self, frames_MD: torch.Tensor, *, seed: int, reduce: Reduce, rank: int = 0) -> None:

@@ -1,8 +1,9 @@
 """Output heads, one for each slot of a frame: a slot's scores are over its own ids alone (paper III-C).
 
-One matrix whose rows are the slots' ids, slot after slot.  Scores never dominate memory: they are made a piece of targets
-at a time, and again in the backward pass.  Shapes: h_ND; index_SN, where among h each slot's targets are predicted; label_SN,
-the row within the slot's own rows, NO_TARGET in places that hold none; W is the widest slot.
+One matrix holds the rows of all slots' ids, slot after slot.  Scores never dominate memory: they are computed a piece of
+targets at a time, and again in the backward pass.
+Shapes: h_ND; index_SN, the rows of h that predict each slot's targets; label_SN, the target's row within its slot,
+NO_TARGET where a place is empty; W is the widest slot.
 """
 
 from __future__ import annotations
@@ -19,13 +20,15 @@ PIECE = 8192  # targets scored at once: 32 MB at 1,024 ids in float32
 
 
 class LevelHeads(nn.Module):
+    """Linear heads of `sizes` ids each."""
+
     def __init__(self, dim: int, sizes: Sequence[int]):
         super().__init__()
         self.sizes = tuple(sizes)
         self.weight = nn.Parameter(torch.empty(sum(sizes), dim))
 
     def forward(self, h_ND: torch.Tensor, index_SN: torch.Tensor, label_SN: torch.Tensor, piece: int = PIECE) -> torch.Tensor:
-        """nats_SN float32 of the targets, 0 where there is none."""
+        """nats_SN float32 of the targets, 0 for empty places."""
         return torch.stack([torch.cat([self._nats(h_ND, weight, *part) for part in
                                        zip(index_N.split(piece), label_N.split(piece), strict=True)])
                             for weight, index_N, label_N in zip(self.by_slot(), index_SN, label_SN, strict=True)])
@@ -37,21 +40,24 @@ class LevelHeads(nn.Module):
     def _nats(self, *args: torch.Tensor) -> torch.Tensor:
         if not torch.is_grad_enabled():
             return _nats(*args)
+        # nothing is random here, so no random state needs to be kept for the second pass
         return checkpoint(_nats, *args, use_reentrant=False, preserve_rng_state=False)
 
     def scores(self, h_BD: torch.Tensor, slots: Sequence[int] | torch.Tensor) -> torch.Tensor:
-        """scores_BW float32 of row b in slot slots[b], -inf beyond the slot's ids. One product a slot, over all rows: its
-        shape and so its rounding are the same whoever else is in the batch. Slots that only the device knows (a tensor, as
-        in a CUDA graph) cost the products of all slots."""
+        """scores_BW float32 of row b in slot slots[b], -inf beyond the slot's ids.
+
+        One product a slot, over all rows: its shape, and so its rounding, does not depend on the other rows' slots.
+        Slots that only the device knows (a tensor, as in a CUDA graph) cost the products of all slots.
+        """
         known = not isinstance(slots, torch.Tensor)
-        wide = {s: F.pad(F.linear(h_BD, self.by_slot()[s]).float(), (0, max(self.sizes) - self.sizes[s]), value=-torch.inf)
+        by_slot = {s: F.pad(F.linear(h_BD, self.by_slot()[s]).float(), (0, max(self.sizes) - self.sizes[s]), value=-torch.inf)
                 for s in (sorted(set(slots)) if known else range(len(self.sizes)))}
-        if len(wide) == 1:
-            return next(iter(wide.values()))[:len(slots)]
+        if len(by_slot) == 1:
+            return next(iter(by_slot.values()))[:len(slots)]
         if known:
-            return torch.stack([wide[s][b] for b, s in enumerate(slots)])
+            return torch.stack([by_slot[s][b] for b, s in enumerate(slots)])
         rows_B = torch.arange(len(slots), device=slots.device)
-        return torch.stack(list(wide.values()))[slots, rows_B]
+        return torch.stack(list(by_slot.values()))[slots, rows_B]
 
 
 def _nats(h_ND: torch.Tensor, weight: torch.Tensor, index_N: torch.Tensor, label_N: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -29,6 +30,8 @@ Part = list[torch.Tensor]
 
 @dataclass(frozen=True)
 class KMeans:
+    """A finished fit."""
+
     centroids: torch.Tensor  # (K, D) float32
     inertia: float  # sum of squared distances to the nearest centroid
     counts: torch.Tensor  # (K,) int64, points of each cluster
@@ -37,7 +40,7 @@ class KMeans:
 
 @contextmanager
 def _exact_matmul(device: torch.device) -> Iterator[None]:
-    """float32 products in float32: no TF32 and no autocast, whatever the training run chose."""
+    """Products of float32 in float32: no TF32 and no autocast, whatever the training run chose."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     try:
@@ -51,12 +54,13 @@ def assign(x_ND: torch.Tensor, centroids_KD: torch.Tensor) -> torch.Tensor:
     """labels_N (int64): the nearest centroid, Euclidean, in float32; the lowest index wins a tie."""
     with _exact_matmul(x_ND.device):
         c = centroids_KD.float()
+        # |x - c|^2 / 2 without |x|^2 / 2, which is the same for all centroids: one matrix product
         offset_K = 0.5 * c.square().sum(-1)
         return torch.cat([(offset_K - x.float() @ c.T).argmin(-1) for x in x_ND.split(CHUNK)])
 
 
 def margins(x_ND: torch.Tensor, centroids_KD: torch.Tensor) -> torch.Tensor:
-    """margin_N in 0..1: how much farther the second nearest centroid is, as a share of its distance; 0 is a tie."""
+    """margin_N in 0..1: the second nearest centroid's distance less the nearest's, over the former; 0 is a tie."""
     d = torch.cdist(x_ND.double(), centroids_KD.double()).topk(2, dim=-1, largest=False).values
     return ((d[:, 1] - d[:, 0]) / d[:, 1].clamp_min(1e-12)).float()
 
@@ -75,7 +79,10 @@ def parts(shards: Sequence[torch.Tensor]) -> list[Part]:
 
 
 def partial_sums(part: Part, centroids_KD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float, bytes]:
-    """One part's share of an iteration, on the CPU: sums_KD (float64), counts_K (int64), inertia, a digest of the labels."""
+    """One part's share of an iteration, on the CPU: sums_KD (float64), counts_K (int64), inertia, a digest of the labels.
+
+    float64, because a cluster's sum of millions of float32 points would lose the last of them.
+    """
     c = centroids_KD.to(part[0].device)
     sums = torch.zeros(c.shape, dtype=torch.float64, device=c.device)
     counts = torch.zeros(len(c), dtype=torch.int64, device=c.device)
@@ -86,10 +93,11 @@ def partial_sums(part: Part, centroids_KD: torch.Tensor) -> tuple[torch.Tensor, 
             label = assign(x, c)
             order, count = label.argsort(stable=True), torch.bincount(label, minlength=len(c))
             used = count.nonzero().flatten()  # a small shard touches few rows of the sums
-            # no atomics: a fixed order of addition
+            # Points sorted by label, then summed by segment: a fixed order of addition, where a GPU's scatter has none.
             sums[used] += torch.segment_reduce(x[order].double(), "sum", lengths=count[used])
             counts += count
             distances.append((x - c[label]).square().sum(-1))
+            # The driver stops when no label changes: 16 bytes a part tell it, instead of all labels.
             digest.update(label.cpu().numpy().tobytes())
         inertias.append(float(torch.cat(distances).double().sum()))
     return sums.cpu(), counts.cpu(), sum(inertias), digest.digest()
@@ -105,22 +113,25 @@ def farthest(part: Part, centroids_KD: torch.Tensor, most: int) -> tuple[torch.T
 
 
 def take(shards: Iterable[torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
-    """The points at sorted `rows` of all shards together; one shard is looked at after the other."""
-    found, at = [], 0
+    """The points at sorted `rows` of all shards together, read one shard at a time."""
+    points, at = [], 0
     for x in shards:
         low, high = torch.searchsorted(rows, torch.tensor([at, at + len(x)])).tolist()
-        found.append(x[(rows[low:high] - at).to(x.device)])
+        points.append(x[(rows[low:high] - at).to(x.device)])
         at += len(x)
-    return torch.cat(found)
+    return torch.cat(points)
 
 
 def plus_plus(x_ND: torch.Tensor, k: int, generator: torch.Generator) -> torch.Tensor | None:
-    """k rows drawn by squared distance to those drawn before: (k, D), or None where fewer than k rows differ."""
+    """(k, D) rows, each drawn with probability proportional to its squared distance to the rows drawn before it.
+
+    None where fewer than k rows differ.
+    """
     picks = [int(torch.randint(len(x_ND), (1,), generator=generator))]
     nearest = torch.full((len(x_ND),), math.inf, device=x_ND.device)
     while len(picks) < k:
         nearest = torch.minimum(nearest, (x_ND - x_ND[picks[-1]]).square().sum(-1))
-        total = nearest.double().cumsum(0)
+        total = nearest.double().cumsum(0)  # float64: the inverse of the distribution function needs small steps
         if total[-1] <= 0:
             return None
         at = torch.rand(1, generator=generator, dtype=torch.float64).to(total.device) * total[-1]
@@ -134,7 +145,7 @@ def starts(shards: Sequence[torch.Tensor], k: int, seed: int, restarts: int) -> 
 
     Raises ValueError where fewer than k points of the sample differ.
     """
-    generator, n, found = torch.Generator().manual_seed(seed), sum(map(len, shards)), []
+    generator, n, centroids = torch.Generator().manual_seed(seed), sum(map(len, shards)), []
     for _ in range(restarts):
         some = min(n, INIT_ROWS_PER_K * k)
         points = take(shards, torch.randperm(n, generator=generator)[:some].sort().values if some < n else torch.arange(n))
@@ -142,8 +153,8 @@ def starts(shards: Sequence[torch.Tensor], k: int, seed: int, restarts: int) -> 
         if start is None:
             raise ValueError(f"k-means with k = {k} needs that many distinct points, got {len(points.unique(dim=0))} among "
                              f"{some}; lower k, or fit on more or less uniform data")
-        found.append(start.cpu())
-    return found
+        centroids.append(start.cpu())
+    return centroids
 
 
 def _reseeded(groups: list[Part], means: torch.Tensor, centroids: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
@@ -151,21 +162,22 @@ def _reseeded(groups: list[Part], means: torch.Tensor, centroids: torch.Tensor, 
     empty = (counts == 0).nonzero().flatten()
     if not len(empty):
         return means
-    found = [farthest(part, centroids, len(empty)) for part in groups]
-    far, order = torch.cat([f[0] for f in found]).sort(descending=True, stable=True)
+    far_points = [farthest(part, centroids, len(empty)) for part in groups]
+    far, order = torch.cat([f[0] for f in far_points]).sort(descending=True, stable=True)
     order = order[:len(empty)][far[:len(empty)] > 0]
     means = means.clone()
-    means[empty[:len(order)]] = torch.cat([f[1] for f in found])[order].to(means.dtype)
+    means[empty[:len(order)]] = torch.cat([f[1] for f in far_points])[order].to(means.dtype)
     return means
 
 
-def _lloyd(groups: list[Part], centroids: torch.Tensor, iterations: int, tell: Callable[[int, float], None]) -> KMeans:
+def _lloyd(groups: list[Part], centroids: torch.Tensor, iterations: int, report: Callable[[int, float], None]) -> KMeans:
+    """Iterations until no label changes. The last pass only measures: counts and inertia are those of its centroids."""
     before = None
     for done in range(iterations + 1):
         shares = [partial_sums(part, centroids) for part in groups]
         sums, counts, inertia = (sum(share[i] for share in shares) for i in range(3))
         digests = [share[3] for share in shares]
-        tell(done, inertia)
+        report(done, inertia)
         if done == iterations or digests == before:
             break  # settled (an empty cluster that could not be seeded stays), or out of iterations
         before = digests
@@ -183,33 +195,37 @@ def minibatches(part: Part, centroids_KD: torch.Tensor, seen_K: torch.Tensor, se
     for rows in order.split(BATCH_ROWS_PER_K * len(c)):
         sums, counts, share, _ = partial_sums([x_ND[rows.to(x_ND.device)]], c.float())
         seen += counts
-        c += (sums - counts[:, None] * c) / seen.clamp_min(1e-9)[:, None]  # the mean of all points it has seen
+        c += (sums - counts[:, None] * c) / seen.clamp_min(1e-9)[:, None]  # the mean of all points seen
         total, inertia = total + counts, inertia + share
     return c, seen, total, inertia
 
 
 def _minibatch(groups: list[Part], centroids: torch.Tensor, iterations: int, seed: int, run: int,
-               tell: Callable[[int, float], None]) -> KMeans:
-    """Passes of minibatches (Sculley 2010), part after part in drawn order, until one brings little."""
+               report: Callable[[int, float], None]) -> KMeans:
+    """Passes of minibatches (Sculley 2010), part after part in drawn order, until a pass brings little.
+
+    The result is measured by a pass over all points, as Lloyd's is.
+    """
     c, seen, before = centroids.double(), torch.zeros(len(centroids), dtype=torch.float64), math.inf
     for done in range(1, iterations + 1):
         counts, inertia = torch.zeros(len(c), dtype=torch.int64), 0.0
         for part in rng.generator(seed, "minibatch-parts", run, done).permutation(len(groups)).tolist():
-            c, seen, share, sum_ = minibatches(groups[part], c, seen, seed, (run, done, part))
-            counts, inertia = counts + share, inertia + sum_
-        tell(done, inertia)
+            # one part after the other: each batch starts from the centroids of the one before
+            c, seen, share, part_inertia = minibatches(groups[part], c, seen, seed, (run, done, part))
+            counts, inertia = counts + share, inertia + part_inertia
+        report(done, inertia)
         empty = counts == 0
         c = _reseeded(groups, c, c.float(), counts)
         if inertia > (1 - SETTLED) * before and not empty.any():
             break
-        before, seen = inertia, (seen / 2).masked_fill(empty, 0)  # early points had been given to poor centroids
+        # Early points were assigned to poor centroids, so they count half; a reseeded cluster starts anew.
+        before, seen = inertia, (seen / 2).masked_fill(empty, 0)
     return replace(_lloyd(groups, c.float(), 0, lambda *_: None), iterations=done)
 
 
 def fit(shards: Sequence[torch.Tensor], k: int, seed: int, iterations: int = 100, restarts: int = 1,
-        init_KD: torch.Tensor | None = None, method: str = "lloyd",
-        tell: Callable[[int, int, float], None] = lambda *_: None) -> KMeans:
-    """The best of `restarts` runs by inertia, by `method` lloyd or minibatch; with init_KD one run, from those centroids.
+        method: str = "lloyd", tell: Callable[[int, int, float], None] = lambda *_: None) -> KMeans:
+    """The best of `restarts` runs by inertia, by `method` lloyd or minibatch.
 
     `tell(run, iteration, inertia)` is called each iteration; `iterations` are passes over the points in both methods.
     Raises ValueError where a value is not finite or fewer than k points differ.
@@ -218,16 +234,11 @@ def fit(shards: Sequence[torch.Tensor], k: int, seed: int, iterations: int = 100
     if not shards:
         raise ValueError(f"k-means with k = {k} got no points")
     check_finite(shards, range(len(shards)))
-    begin = [init_KD.float().cpu()] if init_KD is not None else starts(shards, k, seed, restarts)
-    groups, best = parts(shards), None
-    for run, start in enumerate(begin):
-        def tell_run(done: int, inertia: float, run: int = run) -> None:
-            tell(run, done, inertia)
-
-        found = (_minibatch(groups, start, iterations, seed, run, tell_run) if method == "minibatch"
-                 else _lloyd(groups, start, iterations, tell_run))
-        best = found if best is None or found.inertia < best.inertia else best
-    return best
+    groups = parts(shards)
+    runs = [_minibatch(groups, start, iterations, seed, run, partial(tell, run)) if method == "minibatch"
+            else _lloyd(groups, start, iterations, partial(tell, run))
+            for run, start in enumerate(starts(shards, k, seed, restarts))]
+    return min(runs, key=lambda run: run.inertia)  # the first of equals
 
 
 def check_finite(shards: Sequence[torch.Tensor], numbers: Sequence[int]) -> None:

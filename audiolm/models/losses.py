@@ -1,8 +1,8 @@
-"""The codec's losses, each a pure function of signals or judgements: "dac" (DAC's scales and reductions) and "soundstream"
-(PAPER 1.5; 2107.03312 III-E).
+"""The codec's losses, pure functions of signals or of discriminators' outputs, in two sets.
 
-wav_BT at 16 kHz; judgements are what `Discriminators` returns: a (logits, features) pair for each discriminator.
-"dac": least squares, summed over discriminators, features summed over layers too; "soundstream": hinge, averaged over all.
+"dac": DAC's scales and reductions (2306.06546); least squares, summed over discriminators, features over layers too.
+"soundstream": 2107.03312, III-E; hinge, averaged over discriminators and layers.
+wav_BT at 16 kHz; `real` and `fake` are what `Discriminators` returns: a (logits, features) pair for each discriminator.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from audiolm.models.mel import filterbank
 
 WINDOWS = (32, 64, 128, 256, 512, 1024, 2048)
 N_MELS = (5, 10, 20, 40, 80, 160, 320)
-FLOOR = 10 ** (-70 / 20)  # rms; quieter than speech recordings' noise, where a bare log would take over the gradient
+# rms, -70 dBFS: below the noise of speech recordings.  Without it the logarithms of near-silence dominate the gradient.
+FLOOR = 10 ** (-70 / 20)
 
 
 def _floor(size: int) -> float:
@@ -32,8 +33,10 @@ def _mel(wav_BT: torch.Tensor, size: int, n_mels: int, sample_rate: int) -> torc
 
 
 def multi_scale_mel(fake_BT: torch.Tensor, real_BT: torch.Tensor, sample_rate: int = 16_000) -> torch.Tensor:
-    """Sum over window lengths of the L1 distance of log10 (mel magnitude + that of noise at -70 dBFS), in fp32; hop: a
-    quarter window."""
+    """L1 distance of log10 (mel magnitude + noise at -70 dBFS), summed over window lengths, in fp32.
+
+    Hop: a quarter window.
+    """
     with torch.autocast(fake_BT.device.type, enabled=False):
         both_BT = torch.cat([fake_BT.float(), real_BT.float()])
         total = both_BT.new_zeros(())
@@ -44,8 +47,10 @@ def multi_scale_mel(fake_BT: torch.Tensor, real_BT: torch.Tensor, sample_rate: i
 
 
 def multi_scale_spectral(fake_BT: torch.Tensor, real_BT: torch.Tensor, sample_rate: int = 16_000) -> torch.Tensor:
-    """The paper's reconstruction: 64 mels, windows s = 2^6 .. 2^11, hop s / 4; the mean of |mel| distances plus
-    sqrt(s / 2) times the root mean square, over mels, of log distances; the mean over frames, summed over scales."""
+    """SoundStream's reconstruction loss: 64 mels, windows s = 2^6 .. 2^11, hop s / 4, summed over windows.
+
+    A window adds the mean |mel| distance and sqrt(s / 2) times the root mean square, over mels, of log distances.
+    """
     with torch.autocast(fake_BT.device.type, enabled=False):
         both_BT = torch.cat([fake_BT.float(), real_BT.float()])
         total = both_BT.new_zeros(())
@@ -58,13 +63,15 @@ def multi_scale_spectral(fake_BT: torch.Tensor, real_BT: torch.Tensor, sample_ra
 
 
 def waveform_distance(fake_BT: torch.Tensor, real_BT: torch.Tensor) -> torch.Tensor:
-    """Power of the difference, row by row relative to the real one's (at least -40 dBFS). Squares, because the loud low
-    harmonics can be matched and what cannot, the weak noise above them, is then left to the spectral losses."""
+    """Power of the difference, row by row relative to the real one's (at least -40 dBFS).
+
+    Squares weigh the loud low harmonics, which can be matched, and leave the weak noise above them to the spectral losses.
+    """
     return ((fake_BT - real_BT).square().mean(1) / real_BT.square().mean(1).clamp_min(1e-4)).mean()
 
 
 def discriminator_loss(real: list[DiscriminatorOutput], fake: list[DiscriminatorOutput], kind: str = "dac") -> torch.Tensor:
-    """What the discriminators minimise: real towards 1, fake towards 0, or beyond +-1 by hinge."""
+    """Discriminators' loss: real towards 1 and fake towards 0, or beyond +-1 by hinge."""
     total = 0.0
     for (r, _), (f, _) in zip(real, fake, strict=True):
         r, f = r.float(), f.float()
@@ -76,7 +83,7 @@ def discriminator_loss(real: list[DiscriminatorOutput], fake: list[Discriminator
 
 
 def adversarial_loss(fake: list[DiscriminatorOutput], kind: str = "dac") -> torch.Tensor:
-    """What the generator minimises so that the fakes pass for real."""
+    """Generator's loss: fakes are to be scored as real."""
     if kind == "soundstream":
         return sum(F.relu(1 - f.float()).mean() for f, _ in fake) / len(fake)
     return sum((1 - f.float()).square().mean() for f, _ in fake)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -94,6 +95,12 @@ def log_mel(wav_BT: torch.Tensor, n_mels: int = 80, sample_rate: int = 16_000,
     bank = (filterbank(sample_rate, WINDOW, n_mels, device=spec_BFT.device) if ratio_B is None
             else warped_filterbank(ratio_B, sample_rate, WINDOW, n_mels))
     return (spec_BFT.transpose(1, 2) @ bank).clamp_min(FLOOR).log()
+
+
+def clip_mel(wav_T: np.ndarray, n_mels: int = 80) -> torch.Tensor:
+    """mel_TF of one clip; its last 10 ms frame is padded with zeros."""
+    wav_1T = torch.from_numpy(np.ascontiguousarray(wav_T, np.float32))[None]
+    return log_mel(F.pad(wav_1T, (0, -wav_1T.shape[1] % HOP)), n_mels)[0]
 
 
 def mfcc(mel_BTF: torch.Tensor, n: int = 13) -> torch.Tensor:

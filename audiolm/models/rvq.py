@@ -1,10 +1,10 @@
-"""Residual vector quantization with codebooks that are moving averages (PAPER 1.3; SoundStream III-C).
+"""Residual vector quantization with codebooks that are moving averages (paper III-B; SoundStream, 2107.03312, III-C).
 
 Shapes: x_BDT latents, codes_BTQ int64, codebook_QND; M frames, Q levels, N codes, D dimensions.
 The state is fp32 whatever the model's dtype: the codebooks and `share_QN`, the moving average of each code's share of a
 step's frames.  (The paper's count is share x frames and its sum is count x code, so neither is stored.)
 The search is fp32.  Quantizer dropout masks what goes to the decoder; every level learns on every example.
-`update` and `initialise` are in step across workers: sums go through `reduce`, frames through a slot per worker.
+In `update` and `initialise` all ranks take part: sums go through `reduce`, frames through a slot for each rank.
 """
 
 from __future__ import annotations
@@ -22,16 +22,18 @@ Reduce = Callable[[torch.Tensor], torch.Tensor]  # sums over workers
 
 
 def nearest(x_MD: torch.Tensor, codes_ND: torch.Tensor) -> torch.Tensor:
-    """Index of the nearest code of each frame, (M,) int64, in fp32; the lower index wins a tie. Bounded memory."""
+    """(M,) int64: the nearest code of each frame, in fp32; the lower index wins a tie."""
     half_N = codes_ND.square().sum(1) / 2
-    rows = max(1, 2**24 // len(codes_ND))
+    rows = max(1, 2**24 // len(codes_ND))  # at once: 64 MB of distances
     return torch.cat([(half_N - x @ codes_ND.T).argmin(1) for x in x_MD.split(rows)])
 
 
 def kmeans(x_MD: torch.Tensor, k: int, seed: int, level: int,
            iterations: int = 10) -> tuple[torch.Tensor, torch.Tensor]:
-    """Lloyd's algorithm from k different random frames: (centroids_ND, share_N of the frames). An empty cluster is
-    put on a random frame."""
+    """(centroids_ND, share_N of the frames) by Lloyd's algorithm from k different random frames.
+
+    An empty cluster moves to a random frame.
+    """
     draw = rng.generator(seed, "codebook-kmeans", level)
     centroids_ND = x_MD[torch.from_numpy(draw.choice(len(x_MD), k, replace=False)).to(x_MD.device)].clone()
     for _ in range(iterations):
@@ -52,6 +54,8 @@ def check_levels(codes_BTQ: torch.Tensor, n_q: int) -> int:
 
 
 class ResidualVQ(nn.Module):
+    """`decay` of the moving averages; a code below dead_share x the mean share is replaced."""
+
     def __init__(self, dim: int, n_q: int, vocab: int, decay: float = 0.99, dead_share: float = 0.1):
         super().__init__()
         self.dim, self.n_q, self.vocab, self.decay, self.dead_share = dim, n_q, vocab, decay, dead_share
@@ -68,9 +72,9 @@ class ResidualVQ(nn.Module):
     def forward(self, x_BDT: torch.Tensor, n_q_B: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         """Quantizes with all levels; the first n_q_B levels of each example go to the decoder (all where None).
 
-        quantized_BDT carries the gradient straight through; codes_BTQ; commitment: a scalar, the sum over the levels of
-        the mean squared distance between a level's input and its code, whose gradient reaches x alone; codebook: 0,
-        as these codes move by `update`.
+        quantized_BDT: its gradient passes straight through to x; codes_BTQ; commitment: a scalar, the sum over levels
+        of the mean squared distance between a level's input and its code, with a gradient for x alone; codebook: 0,
+        because these codes move by `update`.
         """
         with torch.autocast(x_BDT.device.type, enabled=False):
             x_BTD = x_BDT.transpose(1, 2).float()
@@ -101,7 +105,8 @@ class ResidualVQ(nn.Module):
     def initialise(self, frames_MD: torch.Tensor, *, seed: int, reduce: Reduce, rank: int = 0) -> None:
         """k-means, level by level on the residuals, over the same frames on every worker (at least 32 N are advised).
 
-        Worker 0 computes and the reduction spreads, so that all end with the same bits. Raises ValueError.
+        Rank 0 computes and the reduction spreads it, so that all ranks end with the same bits.
+        Raises ValueError for fewer frames than codes.
         """
         if len(frames_MD) < self.vocab:
             raise ValueError(f"codec.vocab is {self.vocab} but only {len(frames_MD)} frames are there to initialise "
@@ -120,9 +125,9 @@ class ResidualVQ(nn.Module):
                rank: int = 0, world: int = 1) -> torch.Tensor:
         """Moves the codebooks by one training step; returns how many codes of each level were replaced, (Q,) int64.
 
-        All workers take part with the same number of frames: x_MD the latents and codes_MQ the codes of this worker's
-        rows, in row order. A code is dead below dead_share x the mean share; a random frame of the global batch
-        (that level's input) takes its place with the mean share, so it has time to find its frames.
+        Called once a step; all ranks take part with the same number of frames: x_MD the latents and codes_MQ the codes
+        of this rank's rows, in row order. A code is dead below dead_share x the mean share. A random frame of the global
+        batch (that level's input) replaces it, with the mean share, so that it has time to gather frames.
         """
         inputs, residual_MD = [], x_MD.float()
         stats_QNE = residual_MD.new_zeros(self.n_q, self.vocab, self.dim + 1)  # sum of frames, then their number
@@ -134,16 +139,17 @@ class ResidualVQ(nn.Module):
         stats_QNE = reduce(stats_QNE) / (len(x_MD) * world)
         sum_QND, hit_QN = stats_QNE[..., :-1], stats_QNE[..., -1]
         self.share_QN.lerp_(hit_QN, 1 - self.decay)
-        # the same as sums / counts of the paper, written as a step towards the frames: a code without any stays put
+        # Equal to the paper's sums / counts, written as a step towards the frames: a code without frames stays put.
         pull_QN = (1 - self.decay) / self.share_QN.clamp_min(1e-12)
         self.codebook_QND.add_(pull_QN[..., None] * (sum_QND - hit_QN[..., None] * self.codebook_QND))
 
         dead_QN = self.share_QN < self.dead_share / self.vocab
-        if dead_QN.any():  # the same on every worker, as all hold the same sums
+        if dead_QN.any():  # the same on all ranks, which hold the same sums
             self._replace(dead_QN, inputs, seed, step, reduce, rank, world)
         return dead_QN.sum(1)
 
     def _replace(self, dead_QN, inputs, seed, step, reduce, rank, world) -> None:
+        # All ranks draw the same frames of the global batch; each adds those it holds, and the sum completes them.
         frames, mine = len(inputs[0]), []
         for level, dead_N in enumerate(dead_QN):
             n = int(dead_N.sum())

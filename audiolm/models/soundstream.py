@@ -1,14 +1,16 @@
-"""SoundStream: causal convolutional encoder and decoder around a residual quantizer (PAPER 1.2; 2107.03312 III).
+"""SoundStream: causal convolutional encoder and decoder around a residual quantizer (2107.03312, III; paper III-B).
 
 Shapes: wav_BT float32, T a multiple of `hop` (the strides' product); x_BDT latents and codes_BTQ int64, T / hop frames.
-Every convolution pads on the left only: frame i sees the samples before (i + 1) hop, and sample t is made from the
-frames up to t // hop.  `encoder_context` and `decoder_context` are the frames of history that an output can see, so
-that a chunk with that much history in front of it gives what the whole gives.
+Every convolution pads on the left only: frame i depends on the samples before (i + 1) hop, and sample t on the frames up
+to t // hop.  `encoder_context` and `decoder_context` are the frames of history that an output depends on: a chunk with
+that much history before it gives the same as the whole.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +25,7 @@ KERNEL = 7
 
 
 def _prepared(layer: nn.Module, norm: bool, gain: float) -> nn.Module:
-    """Zero bias and weights that keep the variance; weight norm (as DAC) per output channel where `norm`."""
+    """The layer with zero bias and weights that keep the variance; `norm`: weight norm per output channel, as DAC."""
     out = 1 if isinstance(layer, nn.ConvTranspose1d) else 0
     # each output of a transposed convolution (kernel = 2 strides) sums two taps of every input channel
     fan_in = layer.in_channels * (2 if out else layer.kernel_size[0])
@@ -33,6 +35,8 @@ def _prepared(layer: nn.Module, norm: bool, gain: float) -> nn.Module:
 
 
 class CausalConv(nn.Module):
+    """Convolution padded on the left; `gain` scales the initial weights."""
+
     def __init__(self, c_in: int, c_out: int, kernel: int, norm: bool, stride: int = 1, dilation: int = 1,
                  gain: float = 1.2):
         super().__init__()
@@ -44,7 +48,7 @@ class CausalConv(nn.Module):
 
 
 class CausalUp(nn.Module):
-    """Transposed convolution of two strides' length; the last stride, which would see no next frame, is cut."""
+    """Transposed convolution of two strides' length; the last stride, which lacks a next frame, is cut."""
 
     def __init__(self, c_in: int, c_out: int, stride: int, norm: bool):
         super().__init__()
@@ -56,6 +60,8 @@ class CausalUp(nn.Module):
 
 
 class ResidualUnit(nn.Module):
+    """Residual: a dilated convolution, then a pointwise one that starts small, so that the sum keeps its scale."""
+
     def __init__(self, channels: int, dilation: int, norm: bool):
         super().__init__()
         self.body = nn.Sequential(nn.ELU(), CausalConv(channels, channels, KERNEL, norm, dilation=dilation),
@@ -66,7 +72,7 @@ class ResidualUnit(nn.Module):
 
 
 class Stack(nn.Sequential):
-    """Layers in a row; of our own, as torch.compile takes only such a module as one graph."""
+    """Layers in a row; a class of its own, because torch.compile takes only such a module as one graph."""
 
     def forward(self, x_BCT: torch.Tensor) -> torch.Tensor:
         for layer in self:
@@ -75,6 +81,7 @@ class Stack(nn.Sequential):
 
 
 def encoder(channels: int, dim: int, strides: tuple[int, ...], norm: bool) -> Stack:
+    """Waveform to latents: a block a stride, each of three residual units and a strided convolution; widths double."""
     layers: list[nn.Module] = [CausalConv(1, channels, KERNEL, norm)]
     for i, stride in enumerate(strides):
         c = channels * 2**i
@@ -84,6 +91,7 @@ def encoder(channels: int, dim: int, strides: tuple[int, ...], norm: bool) -> St
 
 
 def decoder(channels: int, dim: int, strides: tuple[int, ...], norm: bool) -> Stack:
+    """Latents to waveform, the encoder mirrored."""
     layers: list[nn.Module] = [CausalConv(dim, channels * 2 ** len(strides), KERNEL, norm)]
     for i in reversed(range(len(strides))):
         c = channels * 2**i
@@ -93,19 +101,39 @@ def decoder(channels: int, dim: int, strides: tuple[int, ...], norm: bool) -> St
     return Stack(*layers, nn.ELU(), last)
 
 
+@dataclass(frozen=True)
+class SoundStreamSizes:
+    """Architecture of a codec: strides, channels, latent dim, n_q levels of `vocab` codes.
+
+    code_decay, dead_share: as ResidualVQ has them; quantizer: ema or factorised; code_dim: for factorised alone.
+    """
+
+    strides: Sequence[int]
+    enc_channels: int
+    dec_channels: int
+    dim: int
+    n_q: int
+    vocab: int
+    code_decay: float = 0.99
+    dead_share: float = 0.1
+    quantizer: str = "ema"
+    code_dim: int = 8
+
+
 class SoundStream(nn.Module):
     """`norm=False` builds the same model without weight norm, for the folded weights that are exported."""
 
-    def __init__(self, strides: tuple[int, ...], enc_channels: int, dec_channels: int, dim: int, n_q: int, vocab: int,
-                 code_decay: float = 0.99, dead_share: float = 0.1, quantizer: str = "ema", code_dim: int = 8,
-                 norm: bool = True):
+    def __init__(self, sizes: SoundStreamSizes, norm: bool = True):
         super().__init__()
+        s, strides = sizes, tuple(sizes.strides)
         self.hop = math.prod(strides)
-        self.encoder = encoder(enc_channels, dim, tuple(strides), norm)
-        self.decoder = decoder(dec_channels, dim, tuple(strides), norm)
+        self.encoder = encoder(s.enc_channels, s.dim, strides, norm)
+        self.decoder = decoder(s.dec_channels, s.dim, strides, norm)
         self.quantizer: ResidualVQ | FactorisedVQ = (
-            FactorisedVQ(dim, n_q, vocab, code_dim, code_decay, norm) if quantizer == "factorised"
-            else ResidualVQ(dim, n_q, vocab, code_decay, dead_share))
+            FactorisedVQ(s.dim, s.n_q, s.vocab, s.code_dim, s.code_decay, norm) if s.quantizer == "factorised"
+            else ResidualVQ(s.dim, s.n_q, s.vocab, s.code_decay, s.dead_share))
+        # Samples of history: a residual unit reaches back (kernel - 1) x dilation, a strided layer one stride more, all at
+        # the rate of their block.  The first and last layers add their own kernels.
         reach = sum(DILATIONS) * (KERNEL - 1)
         hops = [math.prod(strides[:i]) for i in range(len(strides))]
         down = sum((reach + stride) * hop for stride, hop in zip(strides, hops, strict=True))
@@ -114,8 +142,8 @@ class SoundStream(nn.Module):
 
     def forward(self, wav_BT: torch.Tensor, n_q_B: torch.Tensor | None = None,
                 quantize: bool = True) -> dict[str, torch.Tensor]:
-        """The training pass: wav_BT (as long as the input), codes_BTQ, the quantizer's commitment and codebook
-        losses and x_BDT, the detached latents; without `quantize` wav_BT alone, from the latents as they are."""
+        """The training pass: wav_BT (as long as the input), codes_BTQ, the quantizer's commitment and codebook losses,
+        and x_BDT, the detached latents. Without `quantize` wav_BT alone, from unquantized latents."""
         x_BDT = self.latents(wav_BT)
         if not quantize:
             return {"wav_BT": self.synthesize(x_BDT)}
@@ -131,6 +159,7 @@ class SoundStream(nn.Module):
         return self.encoder(wav_BT[:, None])
 
     def synthesize(self, x_BDT: torch.Tensor) -> torch.Tensor:
+        """wav_BT of latents."""
         return self.decoder(x_BDT)[:, 0]
 
     def encode(self, wav_BT: torch.Tensor) -> torch.Tensor:
@@ -143,7 +172,7 @@ class SoundStream(nn.Module):
 
 
 def fold(model: SoundStream) -> SoundStream:
-    """Replaces weight norm by the plain weights, in place; the state then fits `SoundStream(..., norm=False)`."""
+    """Replaces weight norm by the plain weights, in place; the state then fits `SoundStream(sizes, norm=False)`."""
     for module in list(model.modules()):
         if parametrize.is_parametrized(module, "weight"):
             parametrize.remove_parametrizations(module, "weight")

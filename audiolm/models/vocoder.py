@@ -1,8 +1,8 @@
-"""Sound from semantic tokens: blocks that look both ways at 25 Hz, then SoundStream's decoder (paper Table I, III-B).
+"""Semantic vocoder: blocks that read both ways at 25 Hz, then SoundStream's decoder (for Table I, paper III-B).
 
-Shapes: codes_BTQ int64 at 25 Hz, wav_BT of exactly T x 640 samples; x_BTD and x_BDT in between.  A level is a table of
-embeddings and the levels' embeddings add up, so that any prefix of the levels decodes; one frame at 25 Hz becomes two at
-50 Hz, which is what SoundStream's decoder starts from.
+Shapes: codes_BTQ int64 at 25 Hz, wav_BT of exactly T x 640 samples; x_BTD and x_BDT in between.  Each level has a table of
+embeddings, and the levels' embeddings add up, so that any prefix of the levels decodes.  One frame at 25 Hz becomes two
+at 50 Hz, the rate of SoundStream's decoder.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ STRIDES = (2, 4, 5, 8)
 
 
 class Block(nn.Module):
-    """ConvNeXt (2201.03545) over time: a convolution within each channel, then a layer of four widths within each frame."""
+    """ConvNeXt block (2201.03545) over time: a convolution within each channel, then a wide layer within each frame."""
 
     def __init__(self, dim: int):
         super().__init__()
         self.mix = nn.Conv1d(dim, dim, KERNEL, padding=KERNEL // 2, groups=dim)
         self.norm = nn.LayerNorm(dim)
         self.wide, self.back = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
-        self.gain_D = nn.Parameter(torch.full((dim,), 0.1))  # starts near doing nothing
+        self.gain_D = nn.Parameter(torch.full((dim,), 0.1))  # small, so that a block starts near the identity
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
         y_BTD = self.norm(self.mix(x_BTD.transpose(1, 2)).transpose(1, 2))
@@ -51,8 +51,11 @@ class SemanticVocoder(nn.Module):
 
     def forward(self, codes_BTQ: torch.Tensor, levels_B: torch.Tensor | None = None, starts_B: torch.Tensor | None = None,
                 frames: int | None = None) -> torch.Tensor:
-        """wav_BT of the frames, or of `frames` of them from starts_B on (context is taken from all). levels_B: how many of an
-        example's levels count (None: all that are given). Raises ValueError for more levels than the model has."""
+        """wav_BT of all frames, or of `frames` of them from starts_B on, whose context are all frames.
+
+        levels_B: number of each example's levels that are used (None: all). Raises ValueError for more levels than the
+        model has.
+        """
         levels = check_levels(codes_BTQ, self.levels)
         x_BTD = 0.0
         for level in range(levels):

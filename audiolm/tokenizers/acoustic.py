@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import torch
 
-from audiolm.models.soundstream import SoundStream
+from audiolm.models.soundstream import SoundStream, SoundStreamSizes
 from audiolm.tokenizers import hf_codec
 from audiolm.tokenizers.artifact import ArtifactError, fill_module, read_export, require_keys
 from audiolm.tokenizers.base import (
@@ -154,6 +154,7 @@ def load_codec(path: str, device: str = "cpu") -> AcousticTokenizer | hf_codec.P
     if config["sample_rate"] != SAMPLE_RATE or math.prod(config["strides"]) != ACOUSTIC_HOP:
         raise ArtifactError(f"{path}/export/config.json: {config['sample_rate']} Hz and strides {config['strides']}; "
                             f"this pipeline takes {SAMPLE_RATE} Hz and a hop of {ACOUSTIC_HOP}")
-    model = SoundStream(**{key: config[key] for key in sizes}, norm=False)  # an export has its weight norm folded in
+    # An export has its weight norm folded in.
+    model = SoundStream(SoundStreamSizes(**{key: config[key] for key in sizes}), norm=False)
     fill_module(path, model, weights, "codec")
     return AcousticTokenizer(model, digest, device)

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from audiolm.config.codec import CodecConfig  # noqa: E402
 from audiolm.config.load import load_config  # noqa: E402
-from audiolm.models.soundstream import SoundStream, fold
+from audiolm.models.soundstream import SoundStream, SoundStreamSizes, fold
 from audiolm.train.engine import make_engine  # noqa: E402
 from audiolm.train.objectives.base import Context  # noqa: E402
 from audiolm.train.objectives.codec import CodecObjective  # noqa: E402
@@ -39,7 +39,8 @@ def half(device: str):
 @torch.inference_mode()
 def coding(channels: int, rows: int, seconds: float, repeats: int, device: str) -> None:
     sizes = CodecConfig(enc_channels=channels, dec_channels=channels)
-    model = fold(SoundStream(sizes.strides, channels, channels, sizes.dim, sizes.n_q, sizes.vocab)).eval().to(device)
+    shape = SoundStreamSizes(sizes.strides, channels, channels, sizes.dim, sizes.n_q, sizes.vocab)
+    model = fold(SoundStream(shape)).eval().to(device)
     if device == "cuda":
         model.encoder.compile()
         model.decoder.compile()

@@ -30,7 +30,7 @@ from audiolm.generate.sampler import Sampler  # noqa: E402
 from audiolm.lm import stages  # noqa: E402
 from audiolm.lm.model import build_lm  # noqa: E402
 from audiolm.models.conformer import Encoder, EncoderSizes
-from audiolm.models.soundstream import SoundStream, fold
+from audiolm.models.soundstream import SoundStream, SoundStreamSizes, fold
 from audiolm.tokenizers.acoustic import AcousticTokenizer  # noqa: E402
 from audiolm.tokenizers.extractor import ConformerExtractor, Window
 from audiolm.tokenizers.semantic import SemanticTokenizer  # noqa: E402
@@ -47,7 +47,7 @@ def random_system(device: str) -> audiolm.AudioLM:
     lm = cfg.lm.model_copy(update={"dedupe": False})
     with torch.device(device):
         encoder = Encoder(EncoderSizes(m.dim, m.layers, m.heads, m.ff))
-        codec = fold(SoundStream(c.strides, c.enc_channels, c.dec_channels, c.dim, c.n_q, c.vocab))
+        codec = fold(SoundStream(SoundStreamSizes(c.strides, c.enc_channels, c.dec_channels, c.dim, c.n_q, c.vocab)))
         models = {}
         for stage in stages.build_stages(lm, c.n_q, c.vocab, cfg.semantic.kmeans.k).values():
             model = build_lm(stage, getattr(lm, stage.name)).eval().requires_grad_(False)

@@ -10,7 +10,6 @@ from audiolm.data import clips, tokens
 from audiolm.data.clips import Clip, Part, read_clips, token_clips
 from audiolm.eval.metrics import likelihood
 from audiolm.eval.metrics import token_statistics as ts
-from audiolm.eval.metrics.likelihood import token_statistics
 from audiolm.lm.batches import TokenBatches
 from audiolm.lm.stages import build_stages
 from audiolm.tokenizers.base import padded_samples
@@ -70,7 +69,7 @@ def test_the_clips_own_tokens_and_figures_do_not_change(world, encoded, copied):
                 assert all(np.array_equal(a[level][i], b[level][i]) for i in range(len(a["id"])))
         told = {k: v for k, v in facts[which].items() if k not in ("audio_s", "seconds", "x_realtime", "copies")}
         assert told == {k: encoded[which][k] for k in told} and facts[which]["copies"] == 8
-    assert token_statistics(paths["semantic"]) == token_statistics(str(world.root / "semantic_tokens"))
+    assert ts.sampled_statistics(paths["semantic"]) == ts.sampled_statistics(str(world.root / "semantic_tokens"))
     group_of = {c.id: "all" for c in world.clips}
     a, b = (ts.tally(tokens.TokenStore(p), group_of, ["all"])["all"]
             for p in (paths["semantic"], str(world.root / "semantic_tokens")))

@@ -24,11 +24,11 @@ def plain_angle(a, b):
     return 0.0 if tuple(a) == tuple(b) else math.acos(max(-1.0, min(1.0, dot))) / math.pi
 
 
-def plain_dtw(x, y, between):
+def plain_dtw(x, y):
     cost = {}
     for i, j in itertools.product(range(len(x)), range(len(y))):
         before = [cost[p] for p in ((i - 1, j), (i, j - 1), (i - 1, j - 1)) if p in cost]
-        cost[i, j] = np.float32(between(x[i], y[j])) + (min(before) if before else np.float32(0))
+        cost[i, j] = np.float32(plain_angle(x[i], y[j])) + (min(before) if before else np.float32(0))
     i, j, steps = len(x) - 1, len(y) - 1, 1
     while i or j:
         up, left, corner = (cost.get(p, math.inf) for p in ((i - 1, j), (i, j - 1), (i - 1, j - 1)))
@@ -42,7 +42,7 @@ def plain_dtw(x, y, between):
     return cost[len(x) - 1, len(y) - 1] / np.float32(steps)
 
 
-def plain_abx(features, rows, rate_hz, mode, seed=0, most=10, most_x=5, between=plain_angle):
+def plain_abx(features, rows, rate_hz, mode, seed=0, most=10, most_x=5):
     """rows: (file, onset, offset, phone, before, after, speaker)."""
     groups = defaultdict(list)
     for file, on, off, phone, before, after, speaker in rows:
@@ -70,9 +70,9 @@ def plain_abx(features, rows, rate_hz, mode, seed=0, most=10, most_x=5, between=
                     if mode == "within" and i == j:
                         continue
                     first, second = (x, a) if mode == "across" or i < j else (a, x)
-                    ax = plain_dtw(first, second, between)
+                    ax = plain_dtw(first, second)
                     for b in groups[c, s, q]:
-                        bx = plain_dtw(x, b, between)
+                        bx = plain_dtw(x, b)
                         errors.append(1.0 if ax > bx else 0.5 if ax == bx else 0.0)
                 table[p, q][s].append(np.mean(errors))
     return 100 * np.mean([np.mean([np.mean(by_context) for by_context in pair.values()]) for pair in table.values()])
@@ -120,14 +120,6 @@ def test_long_items_share_batches_with_others(tmp_path):
     found = abx.abx(features, items, 100.0)
     for mode in abx.MODES:
         assert found[mode] == pytest.approx(plain_abx(features, rows, 100.0, mode), abs=1e-6)
-
-
-@pytest.mark.parametrize("draw", (gaussian, tokens))
-def test_euclidean(tmp_path, draw):
-    features, rows, items = corpus(tmp_path, 3, draw, n=60)
-    found = abx.abx(features, items, 25.0, abx.Protocol(distance="euclidean"))
-    for mode in abx.MODES:
-        assert found[mode] == pytest.approx(plain_abx(features, rows, 25.0, mode, between=math.dist), abs=1e-6)
 
 
 def test_null_frames_without_a_codebook(tmp_path, monkeypatch):
@@ -203,7 +195,6 @@ def test_what_does_not_fit_is_refused(tmp_path):
         (lambda: items.of(["s0", "s9"]), r"\['s9'\] have no items"),
         (lambda: abx.abx(features, items.of(["s0"]), 25.0), "no across triplet"),
         (lambda: abx.Protocol(modes=("between",)), "between"),
-        (lambda: abx.Protocol(distance="cosine"), "cosine"),
         (lambda: abx.Protocol(max_size_group=1), "max_size_group 1"),
     )
     for call, text in cases:

@@ -16,7 +16,7 @@ from audiolm.eval.suites import attention, temperatures
 from audiolm.generate.load import load
 from audiolm.lm.stages import build_stages
 from audiolm.models.attention_maps import attention_maps
-from audiolm.models.transformer import Transformer
+from audiolm.models.transformer import Transformer, TransformerSizes
 from audiolm.render import plots
 from tests.worlds.tiny_system import COARSE, RUN, build, voice
 
@@ -27,7 +27,7 @@ K = 40
                                    {"gated": True, "norm": "rms", "activation": "silu"}])
 def test_what_is_listened_to_gives_what_the_model_gives(shape):
     torch.manual_seed(0)
-    model = Transformer(20, 16, 3, 4, 32, 0.1, **shape).eval()
+    model = Transformer(TransformerSizes(20, 16, 3, 4, 32, 0.1, **shape)).eval()
     ids_T = torch.randint(20, (30,))
     found = list(attention_maps(model, ids_T))
     assert len(found) == 3 and all(torch.allclose(share_TT.sum(1), torch.ones(30)) for share_TT, _ in found)
@@ -40,7 +40,8 @@ def aligned(dedupe: bool):
     """A coarse stage of one layer and one level that looks at the token whose number its last code has."""
     shape = StageConfig(crop_s=10.0, train=TrainConfig(steps=1, batch=1, lr=1e-3))
     stage = build_stages(LMConfig(dedupe=dedupe, coarse_levels=1, semantic=shape, coarse=shape, fine=shape), 1, K, K)["lm_coarse"]
-    model = Transformer(stage.vocab_size, 2 * K, 1, 1, 8, 0.0, slots=[K + 1], positions="t5", longest=stage.max_len).eval()
+    model = Transformer(TransformerSizes(stage.vocab_size, 2 * K, 1, 1, 8, 0.0, slots=[K + 1], positions="t5",
+                                         longest=stage.max_len)).eval()
     with torch.no_grad():
         model.bias.table.zero_()
         model.embed.weight.zero_()

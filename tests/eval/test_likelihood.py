@@ -10,6 +10,7 @@ from torch import nn
 from audiolm.config.lm import LMConfig, StageConfig
 from audiolm.config.training import TrainConfig
 from audiolm.eval.metrics import likelihood
+from audiolm.eval.metrics.token_statistics import sampled_statistics
 from audiolm.lm.batches import TokenBatches
 from audiolm.lm.stages import build_stages
 from tests.worlds import token_corpus
@@ -189,7 +190,7 @@ def test_conditioning_takes_clips_of_other_lengths_and_refuses_what_it_cannot_do
 
 
 def test_token_statistics_by_hand(corpus):
-    found = likelihood.token_statistics(corpus.paths["semantic_tokens"])
+    found = sampled_statistics(corpus.paths["semantic_tokens"])
     everything = np.concatenate([corpus.z[c.id] for c in corpus.clips])
     runs = sum(1 + int((z[1:] != z[:-1]).sum()) for z in corpus.z.values())
     p = np.bincount(everything, minlength=K) / len(everything)

@@ -9,7 +9,7 @@ import torch
 from audiolm.generate.params import SamplingParams, sample_ids
 from audiolm.generate.sampler import Sampler
 from audiolm.lm.stages import Stage
-from audiolm.models.transformer import Transformer
+from audiolm.models.transformer import Transformer, TransformerSizes
 from tests.worlds.token_corpus import legal_ids
 
 K, VOCAB = 12, 10
@@ -22,8 +22,8 @@ STAGES = {
 
 def build(stage: Stage, dropout: float) -> Transformer:
     positions = "t5" if stage.name == "coarse" else "rotary"
-    return Transformer(stage.vocab_size, 32, 2, 4, 64, dropout, slots=[len(ids) for ids in stage.slot_ids()],
-                       positions=positions, longest=stage.max_len).eval()
+    return Transformer(TransformerSizes(stage.vocab_size, 32, 2, 4, 64, dropout, positions=positions, longest=stage.max_len,
+                                        slots=[len(ids) for ids in stage.slot_ids()])).eval()
 
 
 @pytest.fixture(scope="module")

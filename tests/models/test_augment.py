@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from audiolm import rng
-from audiolm.models.augment import Augmentation, augment, draw_augmentation, in_a_room, with_noise
+from audiolm.models.augment import Augmentation, augment, draw_augmentation, reverberated, with_noise
 from audiolm.models.mel import filterbank, log_mel, warped_filterbank
 
 RATE = 16_000
@@ -50,7 +50,7 @@ def test_noise_has_the_asked_power(colour):
 def test_a_room_smears_forward_only_and_stays_as_loud():
     click = torch.zeros(RATE)
     click[8000] = 1.0
-    wet = in_a_room(click, 0.3, 0.5, RATE, torch.Generator().manual_seed(0))
+    wet = reverberated(click, 0.3, 0.5, RATE, torch.Generator().manual_seed(0))
     assert wet[:8000].abs().max() < 1e-5 and int(wet.abs().argmax()) == 8000 and wet[8200:].abs().max() > 0.001
     assert float(wet.square().sum()) == pytest.approx(1.0, rel=1e-4)
     tail = wet[8001:8001 + int(0.3 * RATE)].square()
@@ -72,7 +72,8 @@ def test_rows_do_not_see_each_other_nor_padding_and_frames_stay():
 
 
 def test_draws_have_their_chances_and_ranges():
-    draws = [draw_augmentation((0.5, 0.25, 0.25), 300.0, (5.0, 25.0), (0.1, 0.5), rng.generator(1, "augment", 0, i)) for i in range(2000)]
+    draws = [draw_augmentation((0.5, 0.25, 0.25), 300.0, (5.0, 25.0), (0.1, 0.5), rng.generator(1, "augment", 0, i))
+             for i in range(2000)]
     assert 0.45 < np.mean([d.cents != 0 for d in draws]) < 0.55
     assert 0.2 < np.mean([d.snr_db is not None for d in draws]) < 0.3
     assert 0.2 < np.mean([d.reverb_s is not None for d in draws]) < 0.3

@@ -9,7 +9,7 @@ import torch
 from audiolm import rng
 from audiolm.models.factorised import FactorisedVQ
 from audiolm.models.rvq import ResidualVQ
-from audiolm.models.soundstream import SoundStream, fold
+from audiolm.models.soundstream import SoundStream, SoundStreamSizes, fold
 
 
 def noise(*shape: int, index: int = 0) -> torch.Tensor:
@@ -78,11 +78,11 @@ def test_search_is_fp32_under_autocast_and_shares_follow_use():
 def test_a_codec_of_factorised_codes_folds_to_the_same_codec():
     torch.manual_seed(0)
     sizes = ((2, 4, 5, 8), 2, 2, 8, 3, 16)
-    model = SoundStream(*sizes, quantizer="factorised", code_dim=4).eval()
+    model = SoundStream(SoundStreamSizes(*sizes, quantizer="factorised", code_dim=4)).eval()
     wav_BT = 0.1 * noise(1, 3200)
     codes_BTQ = model.encode(wav_BT)
     sound_BT = model.decode(codes_BTQ)
-    plain = SoundStream(*sizes, quantizer="factorised", code_dim=4, norm=False).eval()
+    plain = SoundStream(SoundStreamSizes(*sizes, quantizer="factorised", code_dim=4), norm=False).eval()
     plain.load_state_dict(fold(model).state_dict())
     assert torch.equal(plain.encode(wav_BT), codes_BTQ) and torch.allclose(plain.decode(codes_BTQ), sound_BT, atol=1e-5)
     with pytest.raises(ValueError, match="4 levels; this codec decodes 1 to 3"):

@@ -26,7 +26,7 @@ def plain_lloyd(x: np.ndarray, c: np.ndarray, iterations: int) -> np.ndarray:
 def test_lloyd_equals_a_plain_implementation_and_sklearn():
     x = blobs(spread=1.5)
     init = x[::60][:6].clone()
-    found = kmeans.fit([x], 6, 0, iterations=300, init_KD=init)
+    found = kmeans.best(*kmeans.in_memory([x]), [init], 300)
     plain = plain_lloyd(x.double().numpy(), init.double().numpy(), 100)
     assert np.allclose(found.centroids.numpy(), plain, atol=1e-5)
     sklearn = pytest.importorskip("sklearn.cluster")
@@ -55,7 +55,7 @@ def test_plus_plus_finds_separated_clusters_and_restarts_never_hurt():
 def test_empty_cluster_is_seeded_anew():
     x = blobs(k=3)
     init = torch.cat([x[:1], x[60:61], torch.full((1, x.shape[1]), 1e4)])  # the third gets no point
-    found = kmeans.fit([x[:100], x[100:]], 3, 0, init_KD=init)
+    found = kmeans.best(*kmeans.in_memory([x[:100], x[100:]]), [init], 100)
     assert sorted(found.counts.tolist()) == [60, 60, 60]
 
 
@@ -118,7 +118,7 @@ def test_several_empty_clusters_over_parts_are_seeded_by_distance(monkeypatch, m
     monkeypatch.setattr(kmeans, "PART", 70)
     shards = list(blobs(k=6).split(35))
     init = torch.cat([shards[0][:1], torch.full((5, 5), 1e4) + torch.arange(5)[:, None]])  # five without a point
-    one, two = (kmeans.fit(s, 6, 0, init_KD=init, method=method) for s in (shards, [x.clone() for x in shards]))
+    one, two = (kmeans.best(*kmeans.in_memory(s), [init], 100, method) for s in (shards, [x.clone() for x in shards]))
     assert (one.counts > 0).all() and torch.equal(one.centroids, two.centroids)
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from audiolm.models.attention import Documents, documents, positions_of
 from audiolm.models.positions import BUCKETS, RelativePositionBias, distance_buckets
-from audiolm.models.transformer import Transformer
+from audiolm.models.transformer import Transformer, TransformerSizes
 
 VOCAB = 50
 KINDS = {"rotary": {}, "t5": {"positions": "t5", "longest": 100}, "gated": {"gated": True},
@@ -19,7 +19,7 @@ KINDS = {"rotary": {}, "t5": {"positions": "t5", "longest": 100}, "gated": {"gat
 def model(request) -> Transformer:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = Transformer(VOCAB, 32, 3, 4, 64, 0.1, **KINDS[request.param]).eval().requires_grad_(False)
+        model = Transformer(TransformerSizes(VOCAB, 32, 3, 4, 64, 0.1, **KINDS[request.param])).eval().requires_grad_(False)
         for p in model.parameters():  # as sure of itself as a trained one, so that differences would show
             if p.ndim == 2:
                 p.mul_(3.0)
@@ -124,10 +124,10 @@ def test_one_document_a_row_equals_plain(model):
 def test_starts_near_the_uniform_loss_at_any_depth_and_learns():
     torch.manual_seed(0)
     for layers in (1, 12):
-        logits = Transformer(VOCAB, 32, layers, 4, 64, 0.0)(ids(4, 60))
+        logits = Transformer(TransformerSizes(VOCAB, 32, layers, 4, 64, 0.0))(ids(4, 60))
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids(4, 60)[:, 1:].flatten()).detach()
         assert abs(float(loss) - torch.log(torch.tensor(float(VOCAB)))) < 0.2
-    model, row = Transformer(VOCAB, 32, 2, 4, 64, 0.1), ids(2, 30)
+    model, row = Transformer(TransformerSizes(VOCAB, 32, 2, 4, 64, 0.1)), ids(2, 30)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(60):
         loss = F.cross_entropy(model(row)[:, :-1].flatten(0, 1), row[:, 1:].flatten())
@@ -139,7 +139,7 @@ def test_starts_near_the_uniform_loss_at_any_depth_and_learns():
 
 def test_bfloat16_keeps_positions_apart():
     torch.manual_seed(0)
-    model = Transformer(VOCAB, 32, 2, 4, 64, 0.0).eval().requires_grad_(False)
+    model = Transformer(TransformerSizes(VOCAB, 32, 2, 4, 64, 0.0)).eval().requires_grad_(False)
     ids_BT = ids(1, 600)
     exact = model(ids_BT)
     rounded = model.bfloat16()(ids_BT).float()
@@ -148,13 +148,13 @@ def test_bfloat16_keeps_positions_apart():
 
 def test_clear_errors(model):
     with pytest.raises(ValueError, match="heads"):
-        Transformer(VOCAB, 30, 1, 4, 64, 0.0)
+        Transformer(TransformerSizes(VOCAB, 30, 1, 4, 64, 0.0))
     cache = model.cache(1, 64)
     model.advance(ids(1, 64), cache)
     with pytest.raises(ValueError, match="full"):
         model.advance(ids(1, 1), cache)
     with pytest.raises(ValueError, match="longest"):
-        Transformer(VOCAB, 32, 1, 4, 64, 0.0, positions="t5")
+        Transformer(TransformerSizes(VOCAB, 32, 1, 4, 64, 0.0, positions="t5"))
 
 
 def test_buckets_reach_the_longest_distance_and_near_ones_are_exact():
@@ -181,7 +181,7 @@ def test_the_bias_is_the_tables_value_at_each_distance_and_learns():
 
 def test_t5_counts_at_every_distance_a_stage_has():
     torch.manual_seed(0)
-    model = Transformer(VOCAB, 32, 1, 4, 64, 0.0, positions="t5", longest=300).requires_grad_(False)
+    model = Transformer(TransformerSizes(VOCAB, 32, 1, 4, 64, 0.0, positions="t5", longest=300)).requires_grad_(False)
     before = model(ids(1, 300))[0, -1]
     model.bias.table[-1] += 3.0  # of the most distant tokens alone
     assert (model(ids(1, 300))[0, -1] - before).abs().max() > 1e-5
@@ -204,7 +204,7 @@ def training_pass(model: Transformer, seed: int = 0) -> tuple[torch.Tensor, list
 @pytest.mark.parametrize("kind", ["rotary", "t5"])
 def test_checkpointing_and_compilation_change_nothing(kind):
     torch.manual_seed(0)
-    model = Transformer(VOCAB, 32, 1, 4, 64, 0.1, gated=True, **KINDS[kind]).train()
+    model = Transformer(TransformerSizes(VOCAB, 32, 1, 4, 64, 0.1, gated=True, **KINDS[kind])).train()
     plain = training_pass(model)
     model.checkpointing = True
     again = training_pass(model)
@@ -227,7 +227,7 @@ def test_the_flash_path_has_shapes_and_gradients():
     docs = documents(doc_BT, flash=True)
     assert docs.bounds_N.tolist() == [0, 5, 12, 16, 26] + [32] * 28 and docs.bounds_N.dtype == torch.int32
     assert len(documents(torch.arange(64)[None], flash=True).bounds_N) == 65
-    model = Transformer(VOCAB, 64, 2, 4, 64, 0.0).to("meta").bfloat16()
+    model = Transformer(TransformerSizes(VOCAB, 64, 2, 4, 64, 0.0)).to("meta").bfloat16()
     wanted = torch.zeros(1, 8, dtype=torch.int64, device="meta")
     docs = Documents(docs.positions_BT.to("meta"), None, docs.bounds_N.to("meta"))
     model(doc_BT.to("meta"), docs, wanted, wanted).sum().backward()
@@ -237,7 +237,7 @@ def test_the_flash_path_has_shapes_and_gradients():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="flash attention needs a GPU")
 def test_flash_equals_dense_attention():
     torch.manual_seed(0)
-    model = Transformer(VOCAB, 128, 2, 2, 256, 0.0).cuda().requires_grad_(False)
+    model = Transformer(TransformerSizes(VOCAB, 128, 2, 2, 256, 0.0)).cuda().requires_grad_(False)
     doc_BT = torch.tensor([[0] * 300 + [1] * 100 + [2] * 112, [0] * 512])
     ids_BT = ids(2, 512).cuda()
     with torch.autocast("cuda", torch.bfloat16):
@@ -248,5 +248,5 @@ def test_flash_equals_dense_attention():
 
 def test_flops_of_the_papers_model():
     with torch.device("meta"):
-        model = Transformer(1027, 1024, 12, 16, 4096, 0.1, slots=[1025])
+        model = Transformer(TransformerSizes(1027, 1024, 12, 16, 4096, 0.1, slots=[1025]))
     assert model.flops_per_token(768) == pytest.approx(6 * (12 * 12 * 1024**2 + 1025 * 1024) + 6 * 12 * 1024 * 768)

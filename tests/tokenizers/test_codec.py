@@ -11,7 +11,7 @@ import torch
 from audiolm import rng
 from audiolm.models import losses
 from audiolm.models.discriminators import Discriminators
-from audiolm.models.soundstream import SoundStream, fold
+from audiolm.models.soundstream import SoundStream, SoundStreamSizes, fold
 from audiolm.tokenizers.acoustic import AcousticTokenizer
 from audiolm.tokenizers.base import padded_samples
 from tests.worlds.tiny_codec import voice
@@ -26,7 +26,7 @@ def noise(*shape: int, index: int = 0) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def model() -> SoundStream:
     torch.manual_seed(0)
-    model = SoundStream(STRIDES, 4, 4, 16, 4, 32).eval().requires_grad_(False)
+    model = SoundStream(SoundStreamSizes(STRIDES, 4, 4, 16, 4, 32)).eval().requires_grad_(False)
     x_BDT = model.latents(noise(8, 32_000) / 10)
     model.quantizer.initialise(x_BDT.transpose(1, 2).flatten(0, 1), seed=0, reduce=lambda x: x)
     return model
@@ -38,7 +38,7 @@ def codec(model) -> AcousticTokenizer:
 
 
 def test_the_paper_s_width_has_8_to_10_million_parameters():
-    model = SoundStream(STRIDES, 32, 32, 128, 1, 2)
+    model = SoundStream(SoundStreamSizes(STRIDES, 32, 32, 128, 1, 2))
     assert 8e6 < sum(p.numel() for p in model.parameters()) < 10e6
 
 
@@ -124,7 +124,7 @@ def test_bad_audio_is_refused(codec):
 
 def test_every_parameter_learns_and_folding_changes_nothing():
     torch.manual_seed(0)
-    model, judge = SoundStream(STRIDES, 4, 4, 16, 4, 32), Discriminators("dac", (2, 3), (256,), 2)
+    model, judge = SoundStream(SoundStreamSizes(STRIDES, 4, 4, 16, 4, 32)), Discriminators("dac", (2, 3), (256,), 2)
     wav_BT = voice(3200, 2).repeat(2, 1)
     model.quantizer.codebook_QND.copy_(noise(4, 32, 16, index=6))  # silent codes would starve the decoder
     out = model(wav_BT, torch.tensor([4, 1]))
@@ -139,5 +139,5 @@ def test_every_parameter_learns_and_folding_changes_nothing():
         before = model.synthesize(model.latents(wav_BT))
         folded = fold(model)
         assert torch.allclose(folded.synthesize(folded.latents(wav_BT)), before, atol=1e-6)
-        plain = SoundStream(STRIDES, 4, 4, 16, 4, 32, norm=False)
+        plain = SoundStream(SoundStreamSizes(STRIDES, 4, 4, 16, 4, 32), norm=False)
         plain.load_state_dict(folded.state_dict())

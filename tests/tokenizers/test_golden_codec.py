@@ -15,7 +15,7 @@ import torch
 from audiolm import rng
 from audiolm.models import losses
 from audiolm.models.discriminators import Discriminators
-from audiolm.models.soundstream import SoundStream, fold
+from audiolm.models.soundstream import SoundStream, SoundStreamSizes, fold
 from tests.worlds.basics import ROOT
 from tests.worlds.tiny_codec import voice
 
@@ -38,7 +38,7 @@ def filled(module: torch.nn.Module) -> torch.nn.Module:
 def numbers() -> dict[str, torch.Tensor]:
     wav_BT, found = voice(6400, 1)[None], {}
     for kind in ("ema", "factorised"):
-        model = filled(fold(SoundStream((2, 4, 5, 8), 2, 4, 8, 3, 16, quantizer=kind, code_dim=4)))
+        model = filled(fold(SoundStream(SoundStreamSizes((2, 4, 5, 8), 2, 4, 8, 3, 16, quantizer=kind, code_dim=4))))
         codes_BTQ = model.encode(wav_BT)
         found |= {f"{kind}/x_BDT": model.latents(wav_BT), f"{kind}/codes_BTQ": codes_BTQ,
                   f"{kind}/wav_BT": model.decode(codes_BTQ), f"{kind}/one_level_BT": model.decode(codes_BTQ[..., :1])}

@@ -18,7 +18,7 @@ from audiolm.config.tokens import TokensConfig
 from audiolm.config.training import TrainConfig
 from audiolm.data.clips import Clip, Part, clips_parquet
 from audiolm.models.conformer import Encoder, EncoderSizes
-from audiolm.models.soundstream import SoundStream
+from audiolm.models.soundstream import SoundStream, SoundStreamSizes
 from audiolm.tokenizers import encode
 from audiolm.tokenizers.extractor import ConformerExtractor, Window
 from audiolm.tokenizers.semantic import save_semantic
@@ -52,7 +52,7 @@ def world(tmp_path_factory):
     frames = torch.randn(4000, 8)
     save_semantic(str(root / "kmeans"), ConformerExtractor(encoder), 1, frames.mean(0), frames.std(0), torch.randn(K, 8),
                   Window(400, 50), {})
-    codec = SoundStream(SIZES["strides"], 2, 2, 8, N_Q, VOCAB, norm=False)
+    codec = SoundStream(SoundStreamSizes(SIZES["strides"], 2, 2, 8, N_Q, VOCAB), norm=False)
     codec.quantizer.load_state_dict({k: torch.randn_like(v) * 0.3 if v.is_floating_point() else v
                                      for k, v in codec.quantizer.state_dict().items()})
     weights = {k: v.contiguous() for k, v in codec.state_dict().items()}

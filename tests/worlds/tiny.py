@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from audiolm import rng
-from audiolm.models.transformer import Transformer
+from audiolm.models.transformer import Transformer, TransformerSizes
 from audiolm.train.engine import all_sum
 
 VOCAB, LENGTH = 17, 24
@@ -20,7 +20,7 @@ class TinyLM:
         self.ctx = ctx
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(rng.derive(ctx.seed, "tiny"))
-            self.modules = {"model": Transformer(VOCAB, 32, 2, 2, 64, config.get("dropout", 0.1))}
+            self.modules = {"model": Transformer(TransformerSizes(VOCAB, 32, 2, 2, 64, config.get("dropout", 0.1)))}
         self.fail_at, self.spoil = config.get("fail_at"), config.get("spoil", {})  # {what: after which step}
         self.noisy, self.without = config.get("noisy", ()), config.get("without", ())  # batches of noise, batches left out
 

@@ -12,7 +12,7 @@ import torch
 from audiolm import rng, store
 from audiolm.config import codec as codec_config
 from audiolm.config.training import TrainConfig
-from audiolm.models.soundstream import SoundStream
+from audiolm.models.soundstream import SoundStream, SoundStreamSizes
 from audiolm.tokenizers.acoustic import AcousticTokenizer
 from audiolm.train.engine import learning_rate, make_engine
 from audiolm.train.objectives.base import Context
@@ -91,7 +91,7 @@ def noise(*shape: int, index: int = 0) -> np.ndarray:
 def built_codec(folder: str, seed: int = 0) -> str:
     """A codec build of the smallest width; its codebooks lie where its latents do, so that every code can appear."""
     torch.manual_seed(seed)
-    model = SoundStream((2, 4, 5, 8), 2, 2, 8, 3, 16, norm=False).eval().requires_grad_(False)
+    model = SoundStream(SoundStreamSizes((2, 4, 5, 8), 2, 2, 8, 3, 16), norm=False).eval().requires_grad_(False)
     x_BDT = model.latents(torch.from_numpy(noise(4, 32_000)))
     model.quantizer.initialise(x_BDT.transpose(1, 2).flatten(0, 1), seed=seed, reduce=lambda x: x)
     store.put(f"{folder}/export/model.safetensors", safetensors.torch.save(model.state_dict()))

@@ -12,7 +12,7 @@ from audiolm.config import training
 from audiolm.lm.model import build_lm, export_lm
 from audiolm.lm.stages import build_stages
 from audiolm.models.conformer import Encoder, EncoderSizes
-from audiolm.models.soundstream import SoundStream
+from audiolm.models.soundstream import SoundStream, SoundStreamSizes
 from audiolm.tokenizers.extractor import ConformerExtractor, Window
 from audiolm.tokenizers.semantic import save_semantic
 
@@ -29,7 +29,7 @@ def build(folder: str, coarse: int = COARSE, dedupe: bool = True) -> dict[str, s
     sizes = EncoderSizes(dim=16, layers=1, heads=2, ff=32)
     save_semantic(paths["kmeans"], ConformerExtractor(Encoder(sizes)), 1, torch.zeros(16), torch.ones(16), torch.randn(K, 16),
                   Window(400, 50), {})
-    codec = SoundStream((2, 4, 5, 8), 2, 2, 8, Q, VOCAB, norm=False)
+    codec = SoundStream(SoundStreamSizes((2, 4, 5, 8), 2, 2, 8, Q, VOCAB), norm=False)
     torch.nn.init.normal_(codec.quantizer.codebook_QND, std=0.3)
     export(paths["codec"], codec.state_dict(), {
         "kind": "soundstream", "sample_rate": 16_000, "strides": [2, 4, 5, 8], "enc_channels": 2, "dec_channels": 2,

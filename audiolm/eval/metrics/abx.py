@@ -20,9 +20,9 @@ import numpy as np
 import torch
 
 from audiolm import rng, store
-from audiolm.eval.metrics.dtw import DISTANCES, ItemFrames
+from audiolm.eval.metrics.dtw import ItemFrames
 from audiolm.eval.metrics.stats import interval, resampled
-from audiolm.models.mel import HOP, log_mel, mfcc
+from audiolm.models.mel import HOP, clip_mel, mfcc
 from audiolm.tokenizers.base import SAMPLE_RATE
 from audiolm.tokenizers.semantic import SemanticTokenizer
 
@@ -43,20 +43,17 @@ class Protocol:
 
     A group of more than max_size_group items is represented by that many, drawn once.  Each (context, A's phone, A's
     speaker) meets at most max_x_across speakers X.  The draws depend on the seed and those names alone, so features of
-    one rate meet the same triplets.  Raises ValueError for an unknown mode or distance and for sizes without a pair.
+    one rate meet the same triplets.  Raises ValueError for an unknown mode and for sizes without a pair.
     """
 
     seed: int = 0
     max_size_group: int = 10
     max_x_across: int = 5
-    distance: str = "angular"
     modes: tuple[str, ...] = MODES
 
     def __post_init__(self):
         if unknown := sorted(set(self.modes) - set(MODES)):
             raise ValueError(f"mode {unknown}: choose from {list(MODES)}")
-        if self.distance not in DISTANCES:
-            raise ValueError(f"distance {self.distance!r}: choose from {list(DISTANCES)}")
         if self.max_size_group < 2 or self.max_x_across < 1:
             raise ValueError(f"max_size_group {self.max_size_group} must be at least 2, max_x_across {self.max_x_across} 1")
 
@@ -131,7 +128,7 @@ def scores(features: Features, items: Items, rate_hz: float, protocol: Protocol 
     """
     frames, kept = _segments(features, items, rate_hz)
     groups = _groups(items, kept, protocol)
-    data = ItemFrames([[frames[i] for i in members] for members in groups.values()], protocol.distance)
+    data = ItemFrames([[frames[i] for i in members] for members in groups.values()])
     result = {}
     for mode in protocol.modes:
         within = mode == "within"
@@ -333,11 +330,10 @@ def extractor(kind: str, tokenizer: SemanticTokenizer | None = None) -> tuple[Ca
 
     @torch.inference_mode()
     def spectral(wav_T: np.ndarray) -> np.ndarray:
-        wav_1T = torch.nn.functional.pad(torch.from_numpy(wav_T), (0, -len(wav_T) % HOP))[None]
-        mel_1TF = log_mel(wav_1T, sample_rate=SAMPLE_RATE)
+        mel_TF = clip_mel(wav_T)
         if kind == "mel":
-            return mel_1TF[0].numpy()
-        std_D, mean_D = torch.std_mean(x_TD := mfcc(mel_1TF)[0], 0, correction=0)
+            return mel_TF.numpy()
+        std_D, mean_D = torch.std_mean(x_TD := mfcc(mel_TF[None])[0], 0, correction=0)
         return ((x_TD - mean_D) / std_D.clamp_min(1e-5)).numpy()
 
     @torch.inference_mode()

@@ -1,10 +1,13 @@
-"""Figures of one reconstructed clip, for training and evaluation alike.
+"""Quality metrics of one reconstructed clip, for training and evaluation alike.
 
+PESQ (wide band, 1 to 4.64), ViSQOL (speech mode, 1 to 5), STOI (to 1), SI-SDR (dB) and the mel distance (mean L1 of
+log-mels, nats).  A metric gives a number, or a text that says why there is none (too short, no speech found).
 wav_T (the original) and made_T: mono float at 16 kHz, of one length.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,9 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
-from audiolm.models.mel import HOP, log_mel
+from audiolm.models.mel import clip_mel
 from audiolm.tokenizers.base import SAMPLE_RATE
 
 PESQ_MIN_S = 0.25  # shorter clips have none
@@ -27,7 +29,7 @@ def si_sdr_db(wav_T: np.ndarray, made_T: np.ndarray) -> float:
     energy = wav @ wav
     if energy == 0:
         return -math.inf
-    target = (made @ wav / energy) * wav
+    target = (made @ wav / energy) * wav  # the projection of `made` on the original: scale does not count
     signal, noise = target @ target, ((made - target) ** 2).sum()
     if signal == 0:
         return -math.inf
@@ -35,7 +37,7 @@ def si_sdr_db(wav_T: np.ndarray, made_T: np.ndarray) -> float:
 
 
 def pesq_wb(wav_T: np.ndarray, made_T: np.ndarray) -> float | str:
-    """Wide-band PESQ (ITU-T P.862.2), or why there is none (too short, no speech found)."""
+    """Wide-band PESQ (ITU-T P.862.2)."""
     import pesq
 
     if len(wav_T) < PESQ_MIN_S * SAMPLE_RATE:
@@ -55,7 +57,7 @@ Score = Callable[[np.ndarray, np.ndarray], float | str]  # (wav_T, made_T) -> va
 
 @dataclass(frozen=True)
 class Scorers:
-    """The metrics at hand, those that are not with the reason, and which ViSQOL it is."""
+    """Installed metrics, the reason for each absent one, and ViSQOL's version and mapper."""
 
     by_name: Mapping[str, Score]
     absent: Mapping[str, str]
@@ -63,34 +65,33 @@ class Scorers:
 
 
 def scorers(with_visqol: bool = True) -> Scorers:
-    """Every metric whose library is installed; ViSQOL, which is slow, only if wanted. Its lattice mapper, its reference's
-    default, needs ai-edge-litert; without that it is the exponential one, whose scores lie 1 to 2 higher and cannot be
-    compared with the lattice's."""
+    """Every metric whose library is installed; ViSQOL, which is slow, only where asked for.
+
+    ViSQOL's lattice mapper, its reference's default, needs ai-edge-litert.  Without it the exponential mapper is used,
+    whose scores are 1 to 2 higher and cannot be compared with the lattice's.
+    """
     by_name: dict[str, Score] = {"si_sdr_db": si_sdr_db, "mel": mel_distance}
     absent, visqol = {}, None
+    for name, package, score in (("pesq", "pesq", pesq_wb), ("stoi", "pystoi", stoi)):
+        if importlib.util.find_spec(package):
+            by_name[name] = score
+        else:
+            absent[name] = f"{package} {INSTALL}"
     try:
-        import pesq  # noqa: F401
-        by_name["pesq"] = pesq_wb
-    except ImportError:
-        absent["pesq"] = f"pesq {INSTALL}"
-    try:
-        import pystoi  # noqa: F401
-        by_name["stoi"] = stoi
-    except ImportError:
-        absent["stoi"] = f"pystoi {INSTALL}"
-    if with_visqol:
-        try:
+        if with_visqol:
             by_name["visqol"], visqol = _visqol()
-        except ImportError:
-            absent["visqol"] = f"visqol-python {INSTALL}"
-    else:
-        absent["visqol"] = "switched off (evaluate.visqol)"
+        else:
+            absent["visqol"] = "switched off (evaluate.visqol)"
+    except ImportError:
+        absent["visqol"] = f"visqol-python {INSTALL}"
     return Scorers(by_name, absent, visqol)
 
 
 def measure(wavs: Sequence[np.ndarray], mades: Iterable[np.ndarray], by_name: Mapping[str, Score]) -> dict[str, Any]:
-    """Mean of each metric over the clips (None where no clip has a value), "scored" = {metric: clips with a value},
-    "failed" = {metric: {clip number: reason}}."""
+    """Mean of each metric over the clips (None where no clip has a value), with the clips that have one.
+
+    "scored": {metric: clips with a value}; "failed": {metric: {clip number: reason}}.
+    """
     values: dict[str, list[float]] = {name: [] for name in by_name}
     failed: dict[str, dict[str, str]] = {}
     for i, (wav, made) in enumerate(zip(wavs, mades, strict=True)):
@@ -100,45 +101,33 @@ def measure(wavs: Sequence[np.ndarray], mades: Iterable[np.ndarray], by_name: Ma
                 failed.setdefault(name, {})[str(i)] = value if isinstance(value, str) else "not finite"
             else:
                 values[name].append(value)
-    means = {name: _mean(values.get(name, [])) for name in METRICS}
+    means = {name: mean_or_none(values.get(name, [])) for name in METRICS}
     return {**means, "scored": {name: len(v) for name, v in values.items()}, "failed": failed}
 
 
-def _seconds(wavs: Sequence[np.ndarray]) -> float:
-    return sum(map(len, wavs)) / SAMPLE_RATE
-
-
-def _mean(values: list[float]) -> float | None:
-    return float(np.mean(values)) if values else None
-
-
-def _tensor(wav_T: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(wav_T, np.float32))
-
-
-def _mel(wav_T: np.ndarray) -> torch.Tensor:
-    return log_mel(torch.nn.functional.pad(_tensor(wav_T), (0, -len(wav_T) % HOP))[None])[0]
+def mean_or_none(values: Sequence[float]) -> float | None:
+    return float(np.mean(values)) if len(values) else None
 
 
 def mel_distance(wav_T: np.ndarray, made_T: np.ndarray) -> float:
     """Mean L1 distance of the log-mels of two signals of one length, in nats."""
-    return float((_mel(wav_T) - _mel(made_T)).abs().mean())
+    return float((clip_mel(wav_T) - clip_mel(made_T)).abs().mean())
 
 
 def mean_spectrum_distance(wav_T: np.ndarray) -> float:
-    """The mel distance of predicting, at every frame, the clip's mean log-mel."""
-    mel_TF = _mel(wav_T)
+    """Mel distance of the clip's mean log-mel, predicted at every frame: a floor that any useful codec must beat."""
+    mel_TF = clip_mel(wav_T)
     return float((mel_TF - mel_TF.mean(0)).abs().mean())
 
 
 def stoi(wav_T: np.ndarray, made_T: np.ndarray) -> float | str:
-    """Short-time objective intelligibility, or why there is none."""
+    """Short-time objective intelligibility."""
     import pystoi
 
     if len(wav_T) < STOI_MIN_S * SAMPLE_RATE:
         return f"shorter than {STOI_MIN_S} s"
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # it warns and gives 1e-5 where it finds too little speech
+        warnings.simplefilter("ignore", RuntimeWarning)  # it warns and returns 1e-5 where it finds too little speech
         value = float(pystoi.stoi(wav_T, made_T, SAMPLE_RATE))
     return value if wav_T.any() and value != 1e-5 else "too little speech"
 

@@ -1,8 +1,8 @@
-"""Fréchet audio distance (1812.08466) between sets of sounds: how far their embeddings' Gaussians lie apart.
+"""Fréchet distance (1812.08466) between sets of sounds, by plain embeddings: how far their Gaussians lie apart.
 
-No embedding network comes inside a package, so the embedder at hand is plain: of each second its log-mels' means and
-standard deviations over time (64 bands), which hear loudness, colour and liveliness, not harmony.  So our figures compare
-with each other alone.  It is fixed, thus comparable between checkpoints and runs.  wav_T float32 mono at 16 kHz.
+No embedding network comes inside a package.  An embedding is the means and standard deviations over time of a second's
+log-mels (64 bands), which reflect loudness, timbre and dynamics, not harmony.  The embedder is fixed, so values compare
+between checkpoints and runs, but not with published FAD.  wav_T float32 mono at 16 kHz.
 """
 
 from __future__ import annotations
@@ -13,19 +13,16 @@ from audiolm.tokenizers.base import SAMPLE_RATE
 
 EMBEDDER = "log-mel statistics"
 BANDS, FRAMES = 64, 100  # of a second
-SHRINK = 0.05  # of a covariance towards its diagonal: a few minutes of sound do not fill a full one
+SHRINK = 0.05  # of a covariance towards its diagonal: a few minutes of sound do not determine a full one
 
 
 def embed_logmel(wav_T: np.ndarray) -> np.ndarray:
-    """x_SD: a row for each whole second, half a second apart. Raises ValueError below one second."""
-    import torch
-
-    from audiolm.models.mel import HOP, log_mel
+    """x_SD: an embedding for each whole second, half a second apart. Raises ValueError below one second."""
+    from audiolm.models.mel import HOP, clip_mel
 
     if len(wav_T) < SAMPLE_RATE:
         raise ValueError(f"{len(wav_T) / SAMPLE_RATE:.2f} s cannot be embedded: give sounds of at least 1 s")
-    whole_T = torch.from_numpy(np.ascontiguousarray(wav_T[:len(wav_T) // HOP * HOP]))
-    mel_TF = log_mel(whole_T[None], n_mels=BANDS)[0].numpy()
+    mel_TF = clip_mel(wav_T[:len(wav_T) // HOP * HOP], BANDS).numpy()
     rows = [mel_TF[a:a + FRAMES] for a in range(0, len(mel_TF) - FRAMES + 1, FRAMES // 2)]
     return np.stack([np.concatenate([r.mean(0), r.std(0)]) for r in rows]).astype(np.float64)
 
@@ -35,9 +32,10 @@ def frechet(x_ND: np.ndarray, y_MD: np.ndarray) -> float:
     if min(len(x_ND), len(y_MD)) < 2:
         raise ValueError(f"{min(len(x_ND), len(y_MD))} rows have no covariance: give at least two seconds of sound")
     (m, a), (n, b) = ((x.mean(0), _covariance(x)) for x in (x_ND, y_MD))
+    # tr (A B)^(1/2) = tr (A^(1/2) B A^(1/2))^(1/2), which is symmetric: eigenvalues are real and stable
     w, v = np.linalg.eigh(a)
     half = (v * np.sqrt(np.maximum(w, 0))) @ v.T
-    cross = np.sqrt(np.maximum(np.linalg.eigvalsh(half @ b @ half), 0)).sum()  # tr (A B)^(1/2)
+    cross = np.sqrt(np.maximum(np.linalg.eigvalsh(half @ b @ half), 0)).sum()
     return float(((m - n) ** 2).sum() + np.trace(a) + np.trace(b) - 2 * cross)
 
 

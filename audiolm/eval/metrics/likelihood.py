@@ -1,8 +1,8 @@
-"""How well a stage predicts held-out tokens: its loss beside count baselines, and whether its prefix is used.
+"""Likelihood of held-out tokens under a trained stage: its loss beside count baselines, and the use of its prefix.
 
-All figures are nats per target token on the same rows; eval/metrics/likelihood.py says what is counted.  `conditioning` swaps the
-prefix for another clip's: a stage that does not get worse ignores it.  Levels count from 0 here and from 1 in figures, as
-in the paper.
+All figures are nats per target token on the same rows; eval/metrics/ngram.py fits the baselines.  `conditioning` swaps
+the prefix for another clip's: a stage that does not get worse ignores its prefix.  Levels count from 0 here and from 1 in
+figures, as in the paper.
 """
 
 from __future__ import annotations
@@ -15,15 +15,14 @@ import torch
 
 from audiolm import rng
 from audiolm.config.corpus import ClipFilter
-from audiolm.data.tokens import RATIO, TokenStore, level_name, run_starts
+from audiolm.data.tokens import RATIO
 from audiolm.eval.metrics import ngram
 from audiolm.lm.batches import EvalCrop, TokenBatches
 from audiolm.lm.loss import batch_sums
 from audiolm.lm.model import load_lm
 from audiolm.lm.stages import Stage
-from audiolm.models.entropy import entropy_bits
 
-COUNTED = 4_000_000  # targets of a level that are counted, about; in about 1 GB (4 M frames are 22 hours)
+COUNTED = 4_000_000  # targets of a level that the baselines count, about: 22 hours, in about 1 GB
 
 Packed = tuple[np.ndarray, np.ndarray]  # (ids_T, target_T)
 View = tuple[int, np.ndarray, np.ndarray]  # (order, x_N, depth_N)
@@ -31,7 +30,11 @@ View = tuple[int, np.ndarray, np.ndarray]  # (order, x_N, depth_N)
 
 def lowest(data: TokenBatches, held_out: Sequence[Packed],
            only: Sequence[str] | None = None) -> tuple[dict[str, np.ndarray], int]:
-    """(`sums` of the train clips' tokens, how many were counted); the lower ones where there are copies to count as well."""
+    """(`sums` of the train clips' tokens, number of tokens counted).
+
+    With copies at other speeds the baselines are fitted with and without them, and the lower sums count: the stage has
+    to be below the better baseline.
+    """
     rows = list(train_rows(data))
     found, counted = sums(data.stage, rows, held_out, only), int(sum(target.sum() for _, target in rows))
     if any(c.speed != 1 for c in data.clips):
@@ -41,8 +44,10 @@ def lowest(data: TokenBatches, held_out: Sequence[Packed],
 
 
 def train_rows(data: TokenBatches, most: int = COUNTED, copies: bool = False) -> Iterator[Packed]:
-    """Crops that part the clips of evenly spaced shards, as many as have `most` targets a level (one shard at least). A
-    clip's copies follow it."""
+    """Packed crops of the clips of evenly spaced shards, with about `most` targets a level (one shard at least).
+
+    A clip's copies follow it.
+    """
     by_shard: dict[int, list[int]] = {}
     for i, clip in enumerate(data.clips):
         if copies or clip.speed == 1:
@@ -60,36 +65,43 @@ def train_rows(data: TokenBatches, most: int = COUNTED, copies: bool = False) ->
 
 def sums(stage: Stage, train: Sequence[Packed], held_out: Sequence[Packed],
          only: Sequence[str] | None = None) -> dict[str, np.ndarray]:
-    """{baseline: (2, levels + 1)}: nats and number of the held-out targets at level + 1, as lm.loss.by_level. `only`: of
-    these baselines (None: all)."""
+    """{baseline: (2, levels + 1)}: nats and number of the held-out targets at level + 1, as lm.loss.by_level.
+
+    `only`: these baselines (None: all).
+    """
     found: dict[str, np.ndarray] = {}
-    cut = len(train) // 10  # whole clips with their copies before it and behind, but for one
+    # A tenth of the train rows weighs the mixture of laws fitted on the rest.  Clips stay whole with their copies, but one.
+    cut = len(train) // 10
     for level in range(*stage.levels) if stage.needs_acoustic else (-1,):
-        asked, counted, tenth, rest = (views(stage, rows, level) for rows in (held_out, train, train[:cut], train[cut:]))
+        held, counted, tenth, rest = (views(stage, rows, level) for rows in (held_out, train, train[:cut], train[cut:]))
         support = (stage.vocab if level >= 0 else stage.k) + (stage.level_table()[stage.eos] == level and stage.name != "fine")
-        for name, (order, *places) in asked.items():
+        for name, (order, *places) in held.items():
             if only is not None and name not in only:
                 continue
             if level < 0 or order == 1:
                 nats_N = ngram.fit(*counted[name][1:], order, stage.vocab_size, support).nats(*places, stage.no_repeat)
             else:
                 w_M = ngram.mix(_chances(rest[name], tenth[name], stage, support))
-                nats_N = -np.log(w_M @ _chances(counted[name], asked[name], stage, support))
+                nats_N = -np.log(w_M @ _chances(counted[name], held[name], stage, support))
             total = found.setdefault(name, np.zeros((2, stage.levels[1] + 1)))
             total[:, level + 1] = nats_N.sum(), len(nats_N)
     return found
 
 
-def _chances(counted: View, asked: View, stage: Stage, support: int) -> np.ndarray:
-    """p_MN of what is asked by relative frequencies, Kneser-Ney and the unigram."""
+def _chances(counted: View, scored: View, stage: Stage, support: int) -> np.ndarray:
+    """p_MN of the scored ids by relative frequencies, Kneser-Ney and the unigram."""
     laws = [ngram.fit(*counted[1:], order, stage.vocab_size, support, discounted)
             for order, discounted in ((2, False), (2, True), (1, True))]
-    _, x_N, depth_N = asked
+    _, x_N, depth_N = scored
     return np.stack([law.p(x_N, depth_N, x_N)[depth_N > 0] for law in laws])
 
 
 def views(stage: Stage, rows: Sequence[Packed], level: int) -> dict[str, View]:
-    """What each baseline of a level sees of packed rows."""
+    """{baseline: (order, ids, depths)}: the sequence that each baseline of a level reads from packed rows.
+
+    Level -1 is the semantic stage's only one.  An acoustic level is compared with the previous frame's code and with
+    the code of the level below.
+    """
     if level < 0:
         own = ngram.sequence([np.append(stage.bos, ids[target]) for ids, target in rows])
         return {"unigram": (1, *own), "bigram": (2, *own), "fivegram": (5, *own)}
@@ -111,13 +123,14 @@ def views(stage: Stage, rows: Sequence[Packed], level: int) -> dict[str, View]:
 
 
 BATCH = 8  # rows a forward pass
-STATISTICS_SHARDS = 50
 
 
 def measure_stage(name: str, paths: Mapping[str, str], where: ClipFilter, n: int, seed: int,
                   device: str | torch.device = "cpu", only: Sequence[str] | None = None) -> dict[str, Any]:
-    """Figures of the trained stage paths[name], and its conditioning where it has a prefix and two held-out rows (else
-    None), on n held-out rows; paths also has manifest and the token stores that the stage reads. `only`: these baselines."""
+    """Figures of the trained stage paths[name] on n held-out rows, and its conditioning (None without a prefix or two rows).
+
+    paths also has manifest and the token stores that the stage reads. `only`: these baselines.
+    """
     model, stage = load_lm(paths[name], device)
     train, dev = (TokenBatches(paths["manifest"], paths.get("semantic_tokens"), paths.get("acoustic_tokens"), stage, split,
                                where, 1, seed) for split in ("train", "dev"))
@@ -129,8 +142,10 @@ def measure_stage(name: str, paths: Mapping[str, str], where: ClipFilter, n: int
 
 def stage_figures(model: torch.nn.Module, stage: Stage, train: TokenBatches, dev: TokenBatches, n: int,
                   device: str | torch.device = "cpu", only: Sequence[str] | None = None) -> dict[str, Any]:
-    """`beside` of n held-out rows, their tokens and how many train tokens the baselines have counted; acoustic stages also
-    per level (level counts from 1), their `baseline` being the mean of each level's better one."""
+    """`beside` of n held-out rows, with their tokens and the train tokens that the baselines counted.
+
+    Acoustic stages also have figures per level (from 1); their `baseline` is the mean of each level's better one.
+    """
     rows = [dev.packed(*c) for c in dev.fixed(n)]
     found, counted = lowest(train, rows, only)
     sums = {"loss": loss_sums(model, stage, dev, rows, device), **found}
@@ -144,8 +159,10 @@ def stage_figures(model: torch.nn.Module, stage: Stage, train: TokenBatches, dev
 
 
 def beside(values: Mapping[str, float | None]) -> dict[str, Any]:
-    """loss and baselines (None where one does not apply), the lowest of these by name (`better`) and value (`baseline`), and
-    the loss's difference to it in per cent, negative where the loss lies under it."""
+    """Loss and baselines (None where one does not apply), the best baseline by name (`better`) and value (`baseline`).
+
+    difference_percent is the loss's difference to it, negative where the loss is lower.
+    """
     known = {name: v for name, v in values.items() if name != "loss" and v is not None}
     better = min(known, key=known.__getitem__)
     return {**values, "better": better, "baseline": known[better], "difference_percent": percent(values["loss"], known[better])}
@@ -161,7 +178,7 @@ def percent(value: float, base: float) -> float:
 
 
 def above_baseline(stages: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The stages, and levels of stages (None: all of it), whose loss is not under their better baseline."""
+    """Stages, and levels of stages (None: the whole stage), whose loss is not below their better baseline."""
     rows = [{"stage": name, "level": row.get("level"), "better": row["better"], "percent": row["difference_percent"]}
             for name, figures in stages.items() for row in (figures, *figures.get("levels", ()))]
     return [row for row in rows if not row["percent"] < 0]
@@ -179,10 +196,11 @@ def loss_sums(model: torch.nn.Module, stage: Stage, data: TokenBatches, rows: Se
 
 def conditioning(model: torch.nn.Module, stage: Stage, data: TokenBatches, crops: Sequence[EvalCrop], seed: int,
                  device: str | torch.device = "cpu") -> dict[str, float]:
-    """Loss with each row's own prefix ("true") and with another clip's ("shuffled"); the targets are the same. "se" is the
-    standard error over rows of shuffled - true, a ratio of sums (rows of more targets weigh more).
+    """Loss with each row's own prefix ("true") and with another clip's ("shuffled"), on the same targets.
 
-    Stage 2's prefix is semantic, stage 3's the coarse levels; stage 1 has none and is refused. Needs two rows.
+    "se": the standard error over rows of shuffled - true, a ratio of sums, in which rows of more targets weigh more.
+    Stage 2's prefix is semantic, stage 3's the coarse levels. Raises ValueError for stage 1, which has none, and for
+    fewer than two rows.
     """
     if stage.name == "semantic":
         raise ValueError("the semantic stage has no prefix to shuffle: use the coarse or fine stage")
@@ -193,35 +211,18 @@ def conditioning(model: torch.nn.Module, stage: Stage, data: TokenBatches, crops
     true, shuffled = [], []
     for i, (z_T, codes_TQ, at_end) in enumerate(parts):
         rest = [j for j in range(len(crops)) if j != i]
-        others = [j for j in rest if crops[j][0] != crops[i][0]] or rest
+        others = [j for j in rest if crops[j][0] != crops[i][0]] or rest  # of other clips, where there are any
         other_z, other_codes, _ = parts[others[int(rng.generator(seed, "conditioning", i).integers(len(others)))]]
         true.append(stage.pack(z_T, codes_TQ, at_end))
-        if stage.name == "coarse":  # a shorter clip's prefix is repeated up to the length that belongs to the crop
+        if stage.name == "coarse":  # a shorter prefix is repeated to the crop's length
             shuffled.append(stage.pack(np.resize(other_z, len(z_T)), codes_TQ, at_end))
         else:
             prefix = np.resize(other_codes[:, :stage.n_coarse], (len(codes_TQ), stage.n_coarse))
             shuffled.append(stage.pack(z_T, np.concatenate([prefix, codes_TQ[:, stage.n_coarse:]], 1), at_end))
     (true_R, number_R), (shuffled_R, _) = (np.stack([loss_sums(model, stage, data, [row], device).sum(1) for row in rows], 1)
-                                           for rows in (true, shuffled))  # row by row: the spread over rows is wanted
+                                           for rows in (true, shuffled))  # row by row, for the spread over rows
+    # Linearised standard error of a ratio of sums (Cochran 1977, 6.4), with n / (n - 1) for few rows.
     number, gain_R = number_R.sum(), shuffled_R - true_R
     spread_R = gain_R - gain_R.sum() / number * number_R
     se = np.sqrt((spread_R ** 2).sum() * len(crops) / (len(crops) - 1)) / number
     return {"true": float(true_R.sum() / number), "shuffled": float(shuffled_R.sum() / number), "se": float(se)}
-
-
-def token_statistics(path: str) -> dict[str, float]:
-    """entropy_bits, perplexity, used codes and mean run (frames) of a store's level 1, over the clips of some of its shards."""
-    tokens = TokenStore(path)
-    counts, frames, runs = np.zeros(tokens.spec["vocab"], np.int64), 0, 0
-    for k in np.unique(np.linspace(0, tokens.shards - 1, min(tokens.shards, STATISTICS_SHARDS)).astype(int)):
-        data = tokens.levels(int(k), [0])
-        column = data[level_name(0)]
-        offsets = column.offsets[:tokens.originals(data["id"]) + 1]
-        values = column.values[:offsets[-1]]
-        counts += np.bincount(values, minlength=len(counts))
-        starts = run_starts(values)
-        starts[offsets[:-1][np.diff(offsets) > 0]] = True  # a clip begins a run
-        frames, runs = frames + len(values), runs + int(starts.sum())
-    bits = entropy_bits(counts)
-    return {"entropy_bits": bits, "perplexity": 2.0 ** bits, "mean_run": frames / runs,
-            "used": int((counts > 0).sum())}

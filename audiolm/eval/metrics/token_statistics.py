@@ -1,8 +1,8 @@
-"""What the tokens of a store are like: how often each is used, how long its runs are, what it goes with.
+"""Statistics of a store's tokens: how often each is used, how long its runs are, which phones it goes with.
 
-Counts are over frames as encoded; a run is a stretch of equal tokens within one clip (what deduplication makes one token).
-Entropies in bits; rates a second of audio, padded to whole frames.  Phone figures are HuBERT's (2106.07447, IV-D).
-Legend: K tokens, R runs, L run lengths, P phones.
+Counts are over frames as encoded; a run is a stretch of equal tokens within one clip, which deduplication makes one
+token.  Entropies in bits; rates per second of audio, padded to whole frames.  Phone figures are HuBERT's (2106.07447,
+IV-D).  Legend: K tokens, R runs, L run lengths, P phones.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from audiolm.models.entropy import entropy_bits
 
 RUN_LENGTHS = 25  # bins of the histogram; the last counts longer runs too
 ENDS = 10  # most and least used tokens that are listed
-LONG = 2  # frames of a run that can be heard as a sound of its own
+LONG = 2  # frames of a run that is audible as a sound of its own
+SAMPLED_SHARDS = 50  # of `sampled_statistics`
 
 
 @dataclass
 class Use:
-    """Frames and runs of each token, and runs by length from 1; Uses add up."""
+    """Frames and runs of each token, and runs by length from 1. Uses can be added."""
 
     frames_K: np.ndarray
     runs_K: np.ndarray
@@ -46,7 +47,7 @@ class Occurrence:
 
 
 def runs(column: Ragged) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """(token_R, clip row_R, first frame within the clip_R, length_R) of a shard's column; clips are not joined."""
+    """(token_R, clip row_R, first frame within the clip_R, length_R) of a shard's column; a run ends with its clip."""
     begins = run_starts(column.values)
     begins[column.offsets[:-1]] = True  # no clip of a store is empty
     first_R = np.flatnonzero(begins)
@@ -56,7 +57,7 @@ def runs(column: Ragged) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray
 
 
 def tally(tokens: TokenStore, group_of: Mapping[str, str], groups: Sequence[str]) -> dict[str, Use]:
-    """{group: Use} of the clips that `group_of` names, a shard at a time."""
+    """{group: Use} of the clips that `group_of` names, read a shard at a time."""
     vocab = tokens.spec["vocab"]
     found = {g: Use.none(vocab) for g in groups}
     for k in range(tokens.shards):
@@ -73,8 +74,11 @@ def tally(tokens: TokenStore, group_of: Mapping[str, str], groups: Sequence[str]
 
 
 def statistics(use: Use, rate_hz: float) -> dict[str, Any] | None:
-    """Figures as JSON, None without frames. dedup_ratio: tokens left after deduplication; bits_per_s: rate times the
-    entropy of single tokens, what a memoryless code needs (ZeroSpeech's bit rate), before and after deduplication."""
+    """Figures as JSON, None without frames.
+
+    dedup_ratio: share of tokens left after deduplication; bits_per_s: rate times the entropy of single tokens, which a
+    memoryless code needs (ZeroSpeech's bit rate), before and after deduplication.
+    """
     frames, n_runs = int(use.frames_K.sum()), int(use.runs_K.sum())
     if not frames:
         return None
@@ -94,16 +98,33 @@ def statistics(use: Use, rate_hz: float) -> dict[str, Any] | None:
             "least_used": listed(used[ENDS:][::-1][:ENDS])}
 
 
+def sampled_statistics(path: str) -> dict[str, float]:
+    """entropy_bits, perplexity, used codes and mean run (frames) of a store's level 1, over some of its shards."""
+    tokens = TokenStore(path)
+    frames_K, n_runs = np.zeros(tokens.spec["vocab"], np.int64), 0
+    for k in np.unique(np.linspace(0, tokens.shards - 1, min(tokens.shards, SAMPLED_SHARDS)).astype(int)):
+        data = tokens.levels(int(k), [0])
+        token_R, row_R, _, length_R = runs(data[level_name(0)])
+        own_R = row_R < tokens.originals(data["id"])  # copies at other speeds come last and do not count
+        frames_K += np.bincount(token_R[own_R], length_R[own_R], len(frames_K)).astype(np.int64)
+        n_runs += int(own_R.sum())
+    bits = entropy_bits(frames_K)
+    return {"entropy_bits": bits, "perplexity": 2.0 ** bits, "mean_run": int(frames_K.sum()) / n_runs,
+            "used": int((frames_K > 0).sum())}
+
+
 def drift_bits(a_K: np.ndarray, b_K: np.ndarray) -> float:
-    """Jensen-Shannon divergence of two uses: 0 where they are alike, 1 where they share no token."""
+    """Jensen-Shannon divergence of two histograms: 0 where they are equal, 1 where they share no token."""
     p, q = a_K / a_K.sum(), b_K / b_K.sum()
     return max(0.0, entropy_bits((p + q) / 2) - (entropy_bits(p) + entropy_bits(q)) / 2)
 
 
 def occurrences(tokens: TokenStore, wanted: Sequence[int], speaker_of: Mapping[str, str], n: int,
                 seed: int) -> dict[int, list[Occurrence]]:
-    """At most n runs of each wanted token in the clips that `speaker_of` names: those of LONG frames first, then of as many
-    clips, then speakers, as there are; drawn from (seed, shard)."""
+    """At most n runs of each wanted token in the clips that `speaker_of` names, drawn from (seed, shard).
+
+    Runs of LONG frames come first, then one of each clip before a second of any, then one of each speaker.
+    """
     found: dict[int, list[tuple]] = {k: [] for k in wanted}
     for shard in range(tokens.shards):
         data = tokens.levels(shard, [0])
@@ -112,6 +133,7 @@ def occurrences(tokens: TokenStore, wanted: Sequence[int], speaker_of: Mapping[s
         draw_R = rng.generator(seed, "token examples", shard).random(len(token_R))
         here = np.isin(token_R, wanted) & np.array([i in speaker_of for i in ids], bool)[row_R]
         short_R = (length_R < LONG).astype(np.int64)
+        # by token, then clip; within a clip long runs first, in drawn order
         order = np.lexsort((draw_R, short_R, row_R, token_R))
         order = order[here[order]]
         nth: Counter = Counter()
@@ -122,12 +144,12 @@ def occurrences(tokens: TokenStore, wanted: Sequence[int], speaker_of: Mapping[s
             if at < n:
                 found[token].append((int(short_R[r]), at, float(draw_R[r]), speaker_of[ids[row]],
                                      Occurrence(str(ids[row]), int(start_R[r]), int(length_R[r]))))
-        found = {k: _spread(v, n) for k, v in found.items()}
+        found = {k: _spread(v, n) for k, v in found.items()}  # once a shard, so that few candidates are held
     return {k: [v[-1] for v in _spread(v, n)[:n]] for k, v in found.items()}
 
 
 def _spread(candidates: list[tuple], n: int) -> list[tuple]:
-    """In order of choice, the best n of each speaker."""
+    """At most n candidates of each speaker, the best first."""
     seen: dict[str, int] = defaultdict(int)
     ranked = []
     for short, at, draw, speaker, where in sorted(candidates, key=lambda c: c[:3]):
@@ -138,8 +160,11 @@ def _spread(candidates: list[tuple], n: int) -> list[tuple]:
 
 
 def phone_figures(frames_PK: np.ndarray) -> dict[str, float]:
-    """phone_purity: a frame's phone is its token's likeliest; cluster_purity: its token is its phone's likeliest;
-    pnmi: the share of the phones' entropy that the tokens take away (I(phone; token) / H(phone)), 0 with one phone."""
+    """Shares of frames in 0 to 1, and PNMI.
+
+    phone_purity: frames whose phone is their token's likeliest; cluster_purity: frames whose token is their phone's
+    likeliest; pnmi: the share of the phones' entropy that the tokens explain, I(phone; token) / H(phone), 0 with one phone.
+    """
     total = frames_PK.sum()
     h_phone = entropy_bits(frames_PK.sum(1))
     mutual = h_phone + entropy_bits(frames_PK.sum(0)) - entropy_bits(frames_PK.ravel())

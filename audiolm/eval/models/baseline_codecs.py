@@ -1,9 +1,9 @@
-"""Shipped codecs to set ours beside, on the same clips: Opus and Lyra v2.
+"""Shipped codecs to compare with, on the same clips: Opus and Lyra v2.
 
-A `Baseline` takes wav_T (mono float32 at 16 kHz) and gives (made_T, bits): the decoded audio, as long as wav_T and
-aligned with it, and the size of its packets without any container.  Opus is `opusenc` where that is on the PATH, else
-libsndfile's encoder; both spend about what they are asked for (VBR), so rates are measured.  Lyra v2 (a shipped
-SoundStream) needs the package ai-edge-litert and its three models.  What is not at hand says why in `absent`.
+A `Baseline` maps wav_T (mono float32 at 16 kHz) to (made_T, bits): the decoded audio, as long as wav_T and aligned with
+it, and the size of its packets without any container.  Opus is `opusenc` where that is on the PATH, else libsndfile's
+encoder; both use variable bit rates, so rates are measured.  Lyra v2 (a shipped SoundStream) needs the package
+ai-edge-litert and its three models.  A codec that is missing gives the reason in `absent`.
 """
 
 from __future__ import annotations
@@ -23,16 +23,18 @@ from audiolm import store
 from audiolm.tokenizers.base import SAMPLE_RATE
 
 OPUS_KBPS, LYRA_KBPS = (6.0, 12.0, 16.0), (3.2, 6.0, 9.2)
-LYRA_HOP, LYRA_BITS = 320, 4  # samples a frame; bits of one quantizer, which are added up to 64, 120 and 184 a frame
+LYRA_HOP, LYRA_BITS = 320, 4  # samples a frame; bits of one quantizer level, in all 64, 120 or 184 a frame
 LYRA_MODELS = ("soundstream_encoder.tflite", "quantizer.tflite", "lyragan.tflite")
 
 
 @dataclass(frozen=True)
 class Baseline:
+    """A shipped codec at one bit rate."""
+
     codec: str
     kbps: float  # asked for
     round_trip: Callable[[np.ndarray], tuple[np.ndarray, int]] | None
-    absent: str = ""  # why there is no round_trip
+    absent: str = ""  # the reason where there is no round_trip
 
 
 def baselines(lyra: str | None = None) -> list[Baseline]:
@@ -55,7 +57,7 @@ def opus(kbps: tuple[float, ...] = OPUS_KBPS) -> list[Baseline]:
 
 
 def opus_by_tools(wav_T: np.ndarray, kbps: float) -> tuple[np.ndarray, int]:
-    """Raises CalledProcessError where the tools fail."""
+    """Round trip through opus-tools. Raises CalledProcessError where they fail."""
     import soundfile
 
     with tempfile.TemporaryDirectory() as folder:
@@ -68,7 +70,7 @@ def opus_by_tools(wav_T: np.ndarray, kbps: float) -> tuple[np.ndarray, int]:
 
 
 def opus_by_libsndfile(wav_T: np.ndarray, kbps: float) -> tuple[np.ndarray, int]:
-    """libsndfile spreads 256 to 6 kb/s a channel over its compression levels 0 to 1; it drops the pre-skip itself."""
+    """Round trip through libsndfile, which maps compression levels 0 to 1 to 256 to 6 kb/s and drops the pre-skip."""
     import soundfile
 
     sink = io.BytesIO()
@@ -119,18 +121,18 @@ def lyra_v2(folder: str | None, kbps: tuple[float, ...] = LYRA_KBPS) -> list[Bas
 
     def round_trip(wav_T: np.ndarray, rate_kbps: float) -> tuple[np.ndarray, int]:
         bits = round(1000 * rate_kbps * LYRA_HOP / SAMPLE_RATE)  # of a frame
-        # both carry their past from frame to frame, and resetting their variables leaves some of the clip before
+        # A new pair for each clip: both carry state from frame to frame, and a reset leaves some of the last clip's.
         encode, decode = (Interpreter(model_content=model, num_threads=1) for model in (encoder, decoder))
         encode.allocate_tensors()
         decode.allocate_tensors()
         frames_TN = np.pad(wav_T.astype(np.float32), (0, -len(wav_T) % LYRA_HOP)).reshape(-1, 1, LYRA_HOP)
-        made = []
+        decoded = []
         for frame in frames_TN:
-            found = quantize(input_frames=_invoke(encode, frame), num_quantizers=np.int32(bits // LYRA_BITS))
-            codes = next(v for v in found.values() if v.dtype == np.int32)  # beside them stand the features they mean
+            outputs = quantize(input_frames=_invoke(encode, frame), num_quantizers=np.int32(bits // LYRA_BITS))
+            codes = next(v for v in outputs.values() if v.dtype == np.int32)  # the other output are the quantized features
             features, = dequantize(encoding_indices=codes).values()
-            made.append(_invoke(decode, features)[0])
-        return _fit(np.concatenate(made), len(wav_T)), bits * len(frames_TN)
+            decoded.append(_invoke(decode, features)[0])
+        return _fit(np.concatenate(decoded), len(wav_T)), bits * len(frames_TN)
 
     return [Baseline("Lyra v2", k, functools.partial(round_trip, rate_kbps=k)) for k in kbps]
 

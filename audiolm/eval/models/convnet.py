@@ -1,9 +1,10 @@
-"""The convolutional classifier of log-mels that tells speakers, and generated sound, apart (paper IV-C, IV-D).
+"""Convolutional classifier of log-mels, for speakers and for generated sound (paper IV-C, IV-D).
 
-Blocks of a convolution along time and one along frequency, each with ReLU and batch norm, then pooling by 2 on both; the
-paper's six blocks have up to 512 channels, these fewer and a stride in the first, so that a CPU core trains one in a minute.
-Logits are means over time: crops teach, sounds of any length are judged whole.  `trained` keeps what it trains in a
-folder, safetensors + JSON, named by a hash of its sounds and settings.  Shapes: wav_T; mel_BTF; logits_BC.
+Blocks of a convolution along time and one along frequency, each with ReLU and batch norm, then pooling by 2 on both.  The
+paper's six blocks have up to 512 channels; these have fewer and a stride in the first, so that a CPU core trains one in a
+minute.  Logits are means over time: training uses crops, scoring whole sounds of any length.
+`trained` keeps its networks in a folder (safetensors + JSON), named by a hash of sounds and settings.
+Shapes: wav_T; mel_BTF; logits_BC.
 """
 
 from __future__ import annotations
@@ -21,18 +22,18 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from audiolm import rng, store
-from audiolm.models.mel import HOP, log_mel
+from audiolm.models.mel import HOP, clip_mel
 from audiolm.tokenizers.base import SAMPLE_RATE
 
 FORMAT = 1
-GAIN = 0.7  # nats that a crop may be louder or softer (6 dB): loudness is no cue
-MASK_T, MASK_F = 0.2, 0.2  # of a crop, at most, hidden from the network (SpecAugment)
+GAIN = 0.7  # nats that a crop is made louder or softer at most (6 dB), so that loudness is no cue
+MASK_T, MASK_F = 0.2, 0.2  # largest masked share of a crop (SpecAugment, 1904.08779)
 EVERY = 20  # steps between reports
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Of a network and its training."""
+    """Settings of a network and its training."""
 
     crop_s: float = 1.0
     channels: tuple[int, ...] = (16, 32, 64, 64, 128)
@@ -56,34 +57,32 @@ class ConvNet(nn.Module):
                        nn.Conv2d(width, width, (1, 3), (1, stride), (0, 1)), nn.ReLU(), nn.BatchNorm2d(width),
                        nn.MaxPool2d(2, ceil_mode=True)]
             last = width
-        self.blocks = nn.Sequential(*blocks).to(memory_format=torch.channels_last)  # three times as fast on a CPU
+        # this layout is three times as fast on a CPU as the default
+        self.blocks = nn.Sequential(*blocks).to(memory_format=torch.channels_last)
         self.dropout, self.head = nn.Dropout(settings.dropout), nn.Linear(last, classes)
         self.register_buffer("mean_F", torch.zeros(settings.mels))
         self.register_buffer("std_F", torch.ones(settings.mels))
 
     def forward(self, mel_BTF: torch.Tensor) -> torch.Tensor:
-        return self.judge((mel_BTF - self.mean_F) / self.std_F)
+        return self.logits((mel_BTF - self.mean_F) / self.std_F)
 
-    def judge(self, x_BTF: torch.Tensor) -> torch.Tensor:
+    def logits(self, x_BTF: torch.Tensor) -> torch.Tensor:
+        """logits_BC of normalised mels."""
         return self.head(self.dropout(self.blocks(x_BTF[:, None].contiguous(memory_format=torch.channels_last)).mean((2, 3))))
-
-
-def mel_of(wav_T: np.ndarray, mels: int) -> torch.Tensor:
-    """mel_TF; the last 10 ms frame is filled up with zeros."""
-    wav = torch.from_numpy(np.ascontiguousarray(wav_T, np.float32))
-    return log_mel(F.pad(wav, (0, -len(wav) % HOP))[None], mels)[0]
 
 
 @torch.inference_mode()
 def log_probs(net: ConvNet, wav_T: np.ndarray) -> np.ndarray:
-    """(C,) of a whole sound."""
-    return net(mel_of(wav_T, len(net.mean_F))[None].to(net.mean_F.device)).log_softmax(1)[0].cpu().numpy()
+    """(C,) log-probabilities of a whole sound."""
+    return net(clip_mel(wav_T, len(net.mean_F))[None].to(net.mean_F.device)).log_softmax(1)[0].cpu().numpy()
 
 
 def trained(folder: str, wavs: Sequence[np.ndarray], labels: Sequence[int], names: Sequence[str], settings: Settings,
             device: str = "cpu", progress: Callable[[int, int, str], None] | None = None) -> tuple[ConvNet, str]:
-    """(the network that tells names[labels[i]] of wavs[i], the folder it lies in), from `folder` where it was trained before.
-    Raises ValueError where a name has no sound."""
+    """(network, its folder): a classifier of wavs[i] as names[labels[i]], loaded from `folder` where it was trained before.
+
+    Raises ValueError where a name has no sound.
+    """
     if silent := sorted(set(range(len(names))) - set(labels)):
         raise ValueError(f"{names[silent[0]]!r} has no sound to learn from: give some, or leave the name out")
     about = json.dumps([FORMAT, asdict(settings), list(map(int, labels)), list(names)])
@@ -98,10 +97,11 @@ def trained(folder: str, wavs: Sequence[np.ndarray], labels: Sequence[int], name
 
 def fit(wavs: Sequence[np.ndarray], labels: Sequence[int], classes: int, settings: Settings, device: str = "cpu",
         progress: Callable[[int, int, str], None] | None = None) -> ConvNet:
-    """Each row of a batch: a class, one of its sounds, a crop of it, all drawn from (seed, step)."""
-    mels = [mel_of(wav, settings.mels) for wav in wavs]
+    """A trained network. Each row of a batch is a class, one of its sounds and a crop of it, drawn from (seed, step)."""
+    mels = [clip_mel(wav, settings.mels) for wav in wavs]
     of_class = [[i for i, label in enumerate(labels) if label == c] for c in range(classes)]
     frames = round(settings.crop_s * SAMPLE_RATE / HOP)
+    # A generator of its own, so that training here leaves the caller's random state alone.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(rng.derive(settings.seed, "conv net"))
         net = ConvNet(classes, settings)
@@ -116,7 +116,7 @@ def fit(wavs: Sequence[np.ndarray], labels: Sequence[int], classes: int, setting
             label_B = g.integers(classes, size=settings.batch)
             x_BTF = torch.stack([_crop(mels[g.choice(of_class[c])], frames, g) for c in label_B])
             x_BTF = _masked((x_BTF - mean_F) / net.std_F.cpu(), g)
-            loss = F.cross_entropy(net.judge(x_BTF.to(device)), torch.from_numpy(label_B).to(device))
+            loss = F.cross_entropy(net.logits(x_BTF.to(device)), torch.from_numpy(label_B).to(device))
             adam.zero_grad()
             loss.backward()
             adam.step()
@@ -127,7 +127,7 @@ def fit(wavs: Sequence[np.ndarray], labels: Sequence[int], classes: int, setting
 
 
 def _crop(mel_TF: torch.Tensor, frames: int, g: np.random.Generator) -> torch.Tensor:
-    """Of another loudness; a sound that is shorter is repeated."""
+    """A random crop at another loudness; a shorter sound is repeated."""
     if len(mel_TF) < frames:
         mel_TF = mel_TF.repeat(-(-frames // len(mel_TF)), 1)
     start = g.integers(len(mel_TF) - frames + 1)

@@ -1,4 +1,5 @@
-"""ONNX networks that come inside packages: the weights alone are used, since the packages' own code wants librosa."""
+"""ONNX networks that come inside packages. Only their weights are used, because the packages' own code needs librosa.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +9,13 @@ from typing import Any
 
 
 def missing_dependency(package: str, install: str) -> str | None:
-    """Why there is no such network here, with the fix; None where there is one."""
+    """The packages that are not installed, with the fix; None where the network is at hand."""
     absent = [name.replace("_", "-") for name in (package, "onnxruntime") if importlib.util.find_spec(name) is None]
     return f"{', '.join(absent)} not installed: {install}" if absent else None
 
 
 def session(package: str, file: str) -> Any:
-    """An onnxruntime session of the package's file, on one thread: another number could sum in another order."""
+    """An onnxruntime session of the package's file, on one thread, because more could sum in another order."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()

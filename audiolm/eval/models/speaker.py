@@ -1,8 +1,9 @@
-"""Speaker embeddings by Resemblyzer's network (GE2E, 1710.10467): same speaker about 0.9 by cosine, others about 0.5.
+"""Speaker embeddings by Resemblyzer's network (GE2E, 1710.10467): cosines of about 0.9 for one speaker, 0.5 for two.
 
-Only the weights inside the package are used (`pip install --no-deps resemblyzer`; its own code wants a compiler and librosa):
-mel powers as librosa makes them (Slaney's scale and norm), windows of 1.6 s, means of unit vectors.  Quiet sound is raised to
--30 dBFS as there; silences stay, as its voice detector is a package of its own.  wav_T: float32 mono at 16 kHz.
+Only the weights inside the package are used (`pip install --no-deps resemblyzer`), because its code needs a compiler and
+librosa.  Inputs are mel powers as librosa computes them (Slaney's scale and norm), in windows of 1.6 s; an embedding is
+the mean of their unit vectors.  Quiet sound is raised to -30 dBFS as there.  Silences stay, since its voice detector is a
+package of its own.  wav_T: float32 mono at 16 kHz.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ LOUDNESS = 10 ** (-30 / 20)  # of full scale, root mean square
 
 
 def missing_dependency() -> str | None:
-    """Why there are no embeddings here, with the fix; None where there are."""
+    """The missing package, with the fix; None where embeddings can be computed."""
     return None if importlib.util.find_spec("resemblyzer") else f"resemblyzer not installed: {INSTALL}"
 
 
@@ -35,10 +36,10 @@ def embedder(device: str = "cpu") -> Callable[[np.ndarray], np.ndarray]:
     if why := missing_dependency():
         raise ImportError(why)
     package = importlib.util.find_spec("resemblyzer").submodule_search_locations[0]
-    held = torch.load(posixpath.join(package, "pretrained.pt"), map_location="cpu", weights_only=True)["model_state"]
+    state = torch.load(posixpath.join(package, "pretrained.pt"), map_location="cpu", weights_only=True)["model_state"]
     lstm, linear = torch.nn.LSTM(MELS, DIM, LAYERS, batch_first=True), torch.nn.Linear(DIM, DIM)
     for name, module in (("lstm.", lstm), ("linear.", linear)):
-        module.load_state_dict({k.removeprefix(name): v for k, v in held.items() if k.startswith(name)})
+        module.load_state_dict({k.removeprefix(name): v for k, v in state.items() if k.startswith(name)})
         module.to(device).eval()
 
     @torch.inference_mode()
@@ -54,7 +55,7 @@ def embedder(device: str = "cpu") -> Callable[[np.ndarray], np.ndarray]:
 
 
 def mel_power(wav_T: torch.Tensor) -> torch.Tensor:
-    """(T, 40) mel powers, T = samples // 160 + 1, of a sound that is not quieter than LOUDNESS."""
+    """(T, 40) mel powers, T = samples // 160 + 1, of a sound raised to LOUDNESS where it is quieter."""
     wav_T = wav_T * (LOUDNESS / wav_T.square().mean().sqrt().clamp_min(1e-6)).clamp_min(1.0)
     spec_FT = torch.stft(wav_T, N_FFT, HOP, N_FFT, torch.hann_window(N_FFT, device=wav_T.device), center=True,
                          pad_mode="constant", return_complex=True).abs().square()

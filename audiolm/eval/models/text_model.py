@@ -1,4 +1,5 @@
-"""How likely a causal text model of transformers, by path, finds a text."""
+"""Likelihood of a text under a causal text model of transformers, given by path.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +14,18 @@ Score = Callable[[str], tuple[float, int]]  # text -> (nats, tokens)
 
 
 def missing_dependency(text_model: str | None) -> str | None:
-    """Why there is nothing to score with, with the fix; None where there is."""
+    """The missing model or package, with the fix; None where texts can be scored."""
     if text_model is None:
         return "no text model: name the folder of a transformers causal model, tables.text_model=FOLDER"
     return None if importlib.util.find_spec("transformers") else f"transformers not installed: {PRETRAINED}"
 
 
 def scorer(text_model: str, device: str = "cpu") -> Score:
-    """Every token of a text is scored after the model's start token (its end token where it has none; without either all
-    but the first). Raises ValueError where `text_model` holds no causal model with its tokenizer."""
+    """Function of a text that gives (nats, tokens): every token is scored after the model's start token.
+
+    Models without a start token begin with their end token; without either the first token is not scored.
+    Raises ValueError where `text_model` holds no causal model with its tokenizer.
+    """
     import torch
     import transformers
 

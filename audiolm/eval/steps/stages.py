@@ -17,7 +17,7 @@ from audiolm.config.lm import LMConfig
 from audiolm.data.parallel import cluster_device, parallel_map
 from audiolm.data.sources import roots
 from audiolm.eval.ladder import held_out, ladder, seconds_within
-from audiolm.eval.metrics import likelihood
+from audiolm.eval.metrics import likelihood, token_statistics
 from audiolm.generate.load import load
 from audiolm.generate.params import params_from_config
 
@@ -52,7 +52,7 @@ def run_evaluate(config: dict[str, Any], inputs: dict[str, Any], out: Any) -> di
 def evaluate_part(part: str, config: dict[str, Any], paths: dict[str, str], folder: str, device: str) -> Any:
     """One task: a part's table, as plain JSON values."""
     if part == "tokens":
-        return likelihood.token_statistics(paths["semantic_tokens"])
+        return token_statistics.sampled_statistics(paths["semantic_tokens"])
     if part in STAGES:
         where = getattr(config["lm"], part.removeprefix("lm_")).where
         return likelihood.measure_stage(part, paths, where, config["evaluate"].rows, config["seed"], device)

@@ -23,7 +23,7 @@ from audiolm.models.discriminators import Discriminators
 from audiolm.models.entropy import perplexity
 from audiolm.models.losses import multi_scale_mel, multi_scale_spectral, waveform_distance
 from audiolm.models.mel import log_mel
-from audiolm.models.soundstream import SoundStream
+from audiolm.models.soundstream import SoundStream, SoundStreamSizes
 from audiolm.tokenizers.base import ACOUSTIC_HOP, SAMPLE_RATE
 from audiolm.train.engine import all_sum
 from audiolm.train.gan import Gan, Generator, LossBalancer, quality_means, quality_sums, rank_batches, training_audio
@@ -165,8 +165,8 @@ class CodecObjective:
 
 
 def _soundstream(c: CodecConfig) -> SoundStream:
-    return SoundStream(c.strides, c.enc_channels, c.dec_channels, c.dim, c.n_q, c.vocab, c.code_decay, c.dead_share,
-                       c.quantizer, c.code_dim)
+    return SoundStream(SoundStreamSizes(c.strides, c.enc_channels, c.dec_channels, c.dim, c.n_q, c.vocab, c.code_decay,
+                                        c.dead_share, c.quantizer, c.code_dim))
 
 
 def codec_objective(config: Mapping[str, Any], inputs: Mapping[str, Any], ctx: Context) -> CodecObjective:
