@@ -80,8 +80,8 @@ def _end(client: Any, asked: request.Request, run_id: str, status: str, state: s
 def _publish(client: Any, asked: request.Request, run_id: str, report: SuiteReport, at_ms: int) -> None:
     version = client.get_model_version(asked.name, asked.version)
     step = int(asked.tags["step"]) if asked.tags.get("step", "").isdecimal() else 0
-    figures = {_key(r): float(r.value) for r in report.rows if r.value is not None}
-    for part in mlflow_client.metrics(figures, at_ms, step, version.tags.get(MODEL)):
+    results = {_key(r): r.value for r in report.rows if r.value is not None}
+    for part in mlflow_client.metric_batches((k, v, at_ms, step, version.tags.get(MODEL)) for k, v in results.items()):
         client.log_batch(run_id, part)
     for file in ("report.html", "rows.json"):
         client.log_text(run_id, store.get(store.join(report.folder, file)).decode(), file)

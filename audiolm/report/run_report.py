@@ -143,8 +143,11 @@ def _losses(stages: Mapping[str, Mapping], columns: Sequence[str], against: Sequ
         for s in (stage, *(stage.get("levels") or ())):
             marks = []
             for base in map(s.get, against):
-                over = None if s.get("loss") is None or base is None else 100 * (s["loss"] / base - 1)
-                marks.append(verdict(None if over is None else over < 0, f"{-(over or 0):.1f} % under", f"{over or 0:.1f} % over"))
+                if s.get("loss") is None or base is None:
+                    marks.append("–")
+                    continue
+                over = 100 * (s["loss"] / base - 1)
+                marks.append(verdict(over < 0, f"{-over:.1f} % under", f"{over:.1f} % over"))
             rows.append([_stage_title(name, s.get("level")), *(number(s.get(k)) for k in ("loss", *columns)), *marks,
                          number(s.get("tokens"))])
     head = ["", "loss", *(BASELINE_TITLES[n] for n in columns), *(f"against {BASELINE_TITLES[n]}" for n in against), "tokens"]

@@ -30,7 +30,8 @@ SUMMARY = {"entropy_bits": "entropy, bits", "perplexity": "perplexity", "mean_ru
 
 
 def semantic_section(paths: Mapping[str, str], tokens: Mapping[str, Any], add: Add) -> Section:
-    """`paths`: builds by step; `tokens`: evaluate.json's statistics; `add` keeps a picture. Raises nothing for missing files."""
+    """`paths`: builds by step; `tokens`: evaluate.json's statistics; `add` keeps a picture. Raises nothing for missing
+    files."""
     folder = paths.get("semantic_figures")
     found = store.get_json(store.join(folder, "ui", "semantic.json")) if folder else None
     trainings = [{"title": title_of(name), "pictures": pictures} for name in paths if name.startswith("masked_model")

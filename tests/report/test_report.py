@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from audiolm.metrics_log import MetricsFile
 from audiolm.eval.results import Result
+from audiolm.metrics_log import MetricsFile
 from audiolm.render import plots
 from audiolm.report.results_page import build as build_page
 from audiolm.report.results_page import sections_of
