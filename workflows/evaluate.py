@@ -123,7 +123,7 @@ def watch(args: argparse.Namespace) -> None:
     from audiolm.eval.suites.run import check_names
     from audiolm.eval_service import webhook
     from audiolm.eval_service.launcher import open_launcher
-    from audiolm.eval_service.watcher import watch as watched
+    from audiolm.eval_service.watcher import Watcher
     from audiolm.pipeline.cli import quiet
     from audiolm.store import hide_credentials
     from audiolm.tracking.lookup import connect, default_tracking
@@ -148,7 +148,7 @@ def watch(args: argparse.Namespace) -> None:
         webhook.serve(args.webhook_host, args.webhook, os.environ.get(args.secret_env, ""), wake)
         say(f"webhook at http://{args.webhook_host}:{args.webhook}")
     say(f"watching {tracking} for evaluate=requested; jobs {'here' if args.inline else 'on Ray'}")
-    watched(client, launcher, extra, every_s=args.every, parallel=args.parallel, wake=wake, say=say, check=check_names)
+    Watcher(client, launcher, extra, args.parallel, say, check_names).watch(args.every, wake)
 
 
 def main(argv: list[str] | None = None) -> int:
