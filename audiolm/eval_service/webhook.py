@@ -1,7 +1,8 @@
 """MLflow's webhook as a bell: a signed delivery wakes the watcher, which then polls the requests itself.
 
-Refused: a body above 64 KiB or without a length (413, 411), a signature that is not HMAC-SHA256 of "id.timestamp.body" under
-the shared secret (401, compared in constant time), a timestamp five minutes off (401), a delivery that came before (409).
+It refuses a body above 64 KiB (413) or without a length (411), and a delivery that came before (409).  It answers 401
+to a timestamp five minutes off, and to a signature other than HMAC-SHA256 of "id.timestamp.body" under the shared
+secret, compared in constant time.
 """
 
 from __future__ import annotations

@@ -21,8 +21,8 @@ MARKED_POINTS = 30  # fewer points are marked one by one
 BESIDE = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}  # a legend outside the axes covers no curve
 
 
-def _figure(width: float, height: float):
-    """(figure, axes) in inches at 110 dots per inch: 6.4 fit the page's column."""
+def _figure(height: float, title: str, x: str, y: str, width: float = 6.4):
+    """(figure, axes), named. Inches at 110 dots per inch: 6.4 fit the page's column."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
@@ -30,6 +30,7 @@ def _figure(width: float, height: float):
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(GREY)
     axes.tick_params(colors=INK, labelsize=8)
+    _name(axes, title, x, y)
     return figure, axes
 
 
@@ -74,19 +75,18 @@ def spectrogram(wav: np.ndarray, title: str, prompt_s: float | None = None, samp
     power_TF = np.abs(np.fft.rfft(frames_TN, axis=1)) ** 2
     db_TF = 10 * np.log10(np.maximum(power_TF, 1e-12))
     top = float(db_TF.max())
-    figure, axes = _figure(6.4, 2.1)
+    figure, axes = _figure(2.1, title, "seconds", "kHz")
     axes.imshow(db_TF.T, origin="lower", aspect="auto", cmap="magma", vmin=top - 80, vmax=top, interpolation="nearest",
                 extent=(0, len(wav) / sample_rate, 0, sample_rate / 2000))
     if prompt_s:
         axes.axvline(prompt_s, color="white", linestyle="--", linewidth=1)
-    _name(axes, title, "seconds", "kHz")
     return _png(figure)
 
 
 def curves(steps: Sequence[float], values: Mapping[str, Sequence[float | None]], title: str, y: str = "loss",
            baselines: Mapping[str, float] | None = None) -> bytes:
     """Curves over training steps (None where one has no value) and dashed baselines."""
-    figure, axes = _figure(6.4, 2.8)
+    figure, axes = _figure(2.8, title, "step", y)
     log = False
     for i, (name, ys) in enumerate(values.items()):
         points = [(s, v) for s, v in zip(steps, ys, strict=True) if v is not None and np.isfinite(v)]
@@ -103,7 +103,6 @@ def curves(steps: Sequence[float], values: Mapping[str, Sequence[float | None]],
     _grid(axes)
     if values:
         _legend(axes, **BESIDE)
-    _name(axes, title, "step", y)
     return _png(figure)
 
 
@@ -111,7 +110,7 @@ def codebook_use(levels: Sequence[int], perplexity: Sequence[float], used: Seque
                  title: str = "Codebook use") -> bytes:
     """Bars for each quantizer level: codes used at all, and perplexity, the number of equally frequent codes that it is
     worth."""
-    figure, axes = _figure(6.4, 2.6)
+    figure, axes = _figure(2.6, title, "quantizer level", "codes")
     at = np.arange(len(levels))
     axes.bar(at - 0.2, used, 0.38, color="#bcd0e8", label="codes used")
     axes.bar(at + 0.2, perplexity, 0.38, color=BLUE, label="perplexity")
@@ -119,26 +118,24 @@ def codebook_use(levels: Sequence[int], perplexity: Sequence[float], used: Seque
         _level(axes, vocab, f"all {vocab}")
     axes.set_xticks(at, [str(level) for level in levels])
     _legend(axes, **BESIDE)
-    _name(axes, title, "quantizer level", "codes")
     return _png(figure)
 
 
 def rate_quality(series: Mapping[str, Sequence[tuple[float, float]]], title: str, y: str) -> bytes:
     """Quality over bit rate: a line through each codec's (kb/s, score), in order of rate."""
-    figure, axes = _figure(6.4, 2.8)
+    figure, axes = _figure(2.8, title, "kb/s", y)
     for i, (name, points) in enumerate(series.items()):
         xs, ys = zip(*sorted(points), strict=True)
         axes.plot(xs, ys, label=name, color=COLOURS[i % len(COLOURS)], linewidth=1.4, marker="o", markersize=4)
     axes.set_xlim(left=0)
     _grid(axes)
     _legend(axes, **BESIDE)
-    _name(axes, title, "kb/s", y)
     return _png(figure)
 
 
 def bars(labels: Sequence[str], values: Sequence[float], title: str, x: str) -> bytes:
     """Horizontal bars from top to bottom, each with its value."""
-    figure, axes = _figure(6.4, 0.9 + 0.34 * max(1, len(labels)))
+    figure, axes = _figure(0.9 + 0.34 * max(1, len(labels)), title, x, "")
     at = np.arange(len(labels))
     axes.barh(at, values, 0.62, color=BLUE)
     axes.set_yticks(at, [str(label) for label in labels])
@@ -147,20 +144,19 @@ def bars(labels: Sequence[str], values: Sequence[float], title: str, x: str) -> 
         axes.annotate(f" {v:.3g}", (v, i), va="center", fontsize=8, color=INK)
     if len(values) and max(values) > 0:
         axes.set_xlim(0, 1.12 * max(values))
-    _name(axes, title, x, "")
     return _png(figure)
 
 
 def layers(rows: Sequence[Mapping]) -> bytes:
     """ABX error by layer, within and across speaker: features as lines with their intervals, centroids as marks, the rows
     without a layer (a floor) as level lines."""
-    figure, axes = _figure(6.4, 3.0)
+    figure, axes = _figure(3.0, "ABX on held-out speakers", "layer", "error, %")
     for mode, colour in (("within", BLUE), ("across", ORANGE)):
         features = sorted((r for r in rows if r["layer"] is not None and r["k"] is None), key=lambda r: r["layer"])
         below = [r[mode] - r[f"interval_{mode}"][0] for r in features]
         above = [r[f"interval_{mode}"][1] - r[mode] for r in features]
-        axes.errorbar([r["layer"] for r in features], [r[mode] for r in features], [below, above], color=colour, linewidth=1.4, marker="o",
-                      markersize=3, capsize=2, label=f"features, {mode}")
+        axes.errorbar([r["layer"] for r in features], [r[mode] for r in features], [below, above], color=colour,
+                      linewidth=1.4, marker="o", markersize=3, capsize=2, label=f"features, {mode}")
         for i, k in enumerate(sorted({r["k"] for r in rows if r["k"]})):
             some = [r for r in rows if r["k"] == k]
             axes.scatter([r["layer"] for r in some], [r[mode] for r in some], marker="sD^v*P"[i % 6], s=26, facecolors="none",
@@ -170,37 +166,34 @@ def layers(rows: Sequence[Mapping]) -> bytes:
     axes.xaxis.get_major_locator().set_params(integer=True)
     _grid(axes)
     _legend(axes, **BESIDE)
-    _name(axes, "ABX on held-out speakers", "layer", "error, %")
     return _png(figure)
 
 
 def shares(share_RC: np.ndarray, rows: Sequence[str], title: str, x: str) -> bytes:
     """A picture of shares from 0 (white) to 1, with its rows' names."""
-    figure, axes = _figure(8.0, 1.2 + 0.125 * len(rows))
+    figure, axes = _figure(1.2 + 0.125 * len(rows), title, x, "", width=8.0)
     image = axes.imshow(share_RC, aspect="auto", cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
     axes.set_yticks(np.arange(len(rows)), list(rows))
     axes.tick_params(axis="y", labelsize=6, length=0)
     figure.colorbar(image, ax=axes, shrink=0.5, pad=0.01).ax.tick_params(labelsize=7)
-    _name(axes, title, x, "")
     return _png(figure)
 
 
 def ranked(series: Mapping[str, np.ndarray], title: str) -> bytes:
     """Each series' shares in falling order; the dashed line is even use of all."""
-    figure, axes = _figure(6.4, 2.6)
+    figure, axes = _figure(2.6, title, "rank", "share of frames")
     for i, (name, share) in enumerate(series.items()):
         falling = np.sort(share[share > 0])[::-1]
         axes.plot(np.arange(1, len(falling) + 1), falling, label=name.replace("_", " "), color=COLOURS[i], linewidth=1.4)
         _level(axes, 1 / len(share), "even use")
     axes.set_yscale("log")
     _legend(axes, loc="lower left")  # shares fall: this corner is empty
-    _name(axes, title, "rank", "share of frames")
     return _png(figure)
 
 
 def lengths(series: Mapping[str, np.ndarray], title: str, x: str) -> bytes:
     """Shares by length from 1, series side by side; the last bar holds longer ones too."""
-    figure, axes = _figure(6.4, 2.6)
+    figure, axes = _figure(2.6, title, x, "share of runs")
     for i, (name, share) in enumerate(series.items()):
         at = np.arange(1, len(share) + 1) + 0.4 * (i - (len(series) - 1) / 2)
         axes.bar(at, share, 0.38, label=name.replace("_", " "), color=COLOURS[i])
@@ -208,7 +201,6 @@ def lengths(series: Mapping[str, np.ndarray], title: str, x: str) -> bytes:
         axes.set_xticks([*ticks, len(share)], [*map(str, ticks), f"{len(share)}+"])
     axes.set_yscale("log")
     _legend(axes)
-    _name(axes, title, x, "share of runs")
     return _png(figure)
 
 

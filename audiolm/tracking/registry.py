@@ -36,10 +36,10 @@ Log = Callable[[TrackedRun, list[tuple]], None]  # sends metrics (key, value, ti
 
 @dataclass
 class ShownCheckpoints:
-    """What the server has: by a commit's file (model, version, whether both say pruned), and where `best` points."""
+    """The server's checkpoints as last seen, so that a pass without news sends nothing."""
 
-    commits: dict[str, tuple[Any, str | None, bool]] = field(default_factory=dict)
-    best: str | None = None
+    commits: dict[str, tuple[Any, str | None, bool]] = field(default_factory=dict)  # by file: model, version, both pruned
+    best: str | None = None  # the version with this alias
 
 
 # ---- registered models and their versions

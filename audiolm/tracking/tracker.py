@@ -159,7 +159,7 @@ class Tracker:
             return self._ended >= target and self._good
 
     def url(self) -> str:
-        """How to open the UI, for people."""
+        """The UI's address, or the command that opens it."""
         if self._off:
             return "no tracking (tracking: none)"
         if self.uri.startswith("http"):

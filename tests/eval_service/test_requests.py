@@ -184,7 +184,7 @@ def test_the_round_trip(world, encoded, tmp_path, monkeypatch):
              server.url, "--every", "300", "--webhook", str(port)], stdout=said, stderr=said, env=env)
         found = until(client, "2", "done", "failed", seconds=240)
         assert found["evaluate"] == "done", found
-        assert tags(client, "1")["evaluate.reason"].startswith("it was pruned")
+        assert until(client, "1", "failed")["evaluate.reason"].startswith("it was pruned")
         v = client.get_model_version(NAME, "2")
         assert "[report with sound and plots](#/experiments/" in v.description and "| losses: semantic stage |" in v.description
         assert v.description.startswith("Checkpoint of `lm_semantic` at step 2") and "set the tag" not in v.description
