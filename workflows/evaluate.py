@@ -308,8 +308,9 @@ def add_watch_options(p: argparse.ArgumentParser) -> None:
 def watch(args: argparse.Namespace) -> None:
     """Answers requests until it is stopped."""
     from audiolm.eval.suites.run import check_names
-    from audiolm.eval_service import watcher, webhook
+    from audiolm.eval_service import webhook
     from audiolm.eval_service.launcher import open_launcher
+    from audiolm.eval_service.watcher import Watcher
     from audiolm.pipeline.cli import quiet
     from audiolm.store import hide_credentials
     from audiolm.tracking.lookup import connect, default_tracking
@@ -331,8 +332,8 @@ def watch(args: argparse.Namespace) -> None:
         webhook.serve(args.webhook_host, args.webhook, os.environ.get(args.secret_env, ""), wake)
         say(f"webhook at http://{args.webhook_host}:{args.webhook}")
     say(f"watching {tracking} for evaluate=requested; jobs {'here' if args.inline else 'on Ray'}")
-    watcher.watch(client, launcher, ["--tracking", tracking, "--device", args.device], every_s=args.every,
-                  parallel=args.parallel, wake=wake, say=say, check=check_names)
+    extra = ["--tracking", tracking, "--device", args.device]
+    Watcher(client, launcher, extra, args.parallel, say, check_names).watch(args.every, wake)
 
 
 # Subcommand: its function, its options, its line in the help.

@@ -1,7 +1,7 @@
-"""How an evaluation's job is started and found again: as a Ray job, or as a process of this machine.
+"""Launchers of evaluation jobs: Ray's job server, or processes of this machine. Both start a job id at most once.
 
-`submit` returns False where the id was used before, whoever did it; `status` is (alive, what is known). Both raise where
-nobody can be asked.
+`submit(job, args)` returns False where the id was used before, by whatever watcher; `status(job)` is (alive, the reason
+where it is not).  Both raise where the job server does not answer.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from audiolm.dag import lease
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = "workflows/evaluate.py"
-UPLOADED = ("audiolm", "workflows")
+UPLOADED = ("audiolm", "workflows")  # of the checkout; data and outputs beside them would exceed Ray's limit
+START_S, POLL_S = 60.0, 0.1  # a process imports torch before it claims its id
 
 
 class RayJobs:
@@ -31,10 +32,10 @@ class RayJobs:
         self._client = JobSubmissionClient(address)
 
     def submit(self, job: str, args: list[str]) -> bool:
-        beside = [f"/{p.name}" for p in ROOT.iterdir() if p.name not in UPLOADED]
+        excluded = [f"/{p.name}" for p in ROOT.iterdir() if p.name not in UPLOADED]
         try:
             self._client.submit_job(entrypoint=shlex.join(["python", SCRIPT, *args]), submission_id=job,
-                                    runtime_env={"working_dir": str(ROOT), "excludes": [*beside, "/workflows/quickstart"]})
+                                    runtime_env={"working_dir": str(ROOT), "excludes": [*excluded, "/workflows/quickstart"]})
             return True
         except RuntimeError:
             if self._known(job):
@@ -53,7 +54,7 @@ class RayJobs:
 
 
 class Processes:
-    """Processes that outlive their watcher; each claims its id by a file in `folder` before it does anything."""
+    """Processes that outlive their watcher; each claims its id by a file in `folder` before it does anything else."""
 
     def __init__(self, folder: str):
         self.folder, self._children = os.path.abspath(folder), []
@@ -67,28 +68,28 @@ class Processes:
             child = subprocess.Popen([sys.executable, str(ROOT / SCRIPT), *args, "--claim", claim], stdin=subprocess.DEVNULL,
                                      stdout=log, stderr=log, start_new_session=True)
         self._children.append(child)
-        for _ in range(600):
+        for _ in range(round(START_S / POLL_S)):
             if store.exists(claim):
                 return store.get_json(claim)["pid"] == child.pid
             if child.poll() is not None:
                 break
-            time.sleep(0.1)
+            time.sleep(POLL_S)
         raise RuntimeError(f"the process of {job} did not begin: see {self.folder}/{job}.log")
 
     def status(self, job: str) -> tuple[bool, str]:
         self._children = [c for c in self._children if c.poll() is None]  # reaps those that ended
-        claim = store.get_json(self._claim(job))
-        if claim is None:
+        owner, me = store.get_json(self._claim(job)), lease.owner()
+        if owner is None:
             return False, f"{self.folder} holds nothing of it"
-        rebooted = claim["host"] == lease.owner()["host"] and claim["boot"] != lease.owner()["boot"]
-        return not (rebooted or lease.is_dead(claim)), f"its process is gone; see {self.folder}/{job}.log"
+        rebooted = owner["host"] == me["host"] and owner["boot"] != me["boot"]
+        return not (rebooted or lease.is_dead(owner)), f"its process is gone; see {self.folder}/{job}.log"
 
     def _claim(self, job: str) -> str:
         return f"{self.folder}/{job}.json"
 
 
 def claim(path: str) -> bool:
-    """By a process that was started for a job: False where another one has it."""
+    """Claims a job for this process; False where another process has it."""
     try:
         store.put_json(path, lease.owner(), exclusive=True)
         return True
@@ -97,7 +98,7 @@ def claim(path: str) -> bool:
 
 
 def open_launcher(inline: bool, address: str | None, folder: str) -> Any:
-    """Raises ValueError where there is no job server."""
+    """Processes with logs in `folder`, or Ray's job server at `address`. Raises ValueError where there is none."""
     if inline:
         return Processes(folder)
     try:

@@ -1,7 +1,8 @@
-"""MLflow's webhook as a bell: a signed delivery wakes the watcher, and that is all it does; what is asked for is polled.
+"""MLflow's webhook as a bell: a signed delivery wakes the watcher, which then polls the requests itself.
 
-Refused: a body above 64 KiB or without a length (413, 411), a signature that is not HMAC-SHA256 of "id.timestamp.body" under
-the shared secret (401, compared in constant time), a timestamp five minutes off (401), a delivery that came before (409).
+It refuses a body above 64 KiB (413) or without a length (411), and a delivery that came before (409).  It answers 401
+to a timestamp five minutes off, and to a signature other than HMAC-SHA256 of "id.timestamp.body" under the shared
+secret, compared in constant time.
 """
 
 from __future__ import annotations
@@ -15,20 +16,20 @@ from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 BODY_BYTES = 64 << 10
-OLD_S = 300.0
+OLD_S = 300.0  # of a timestamp: a replayed delivery is old, and two clocks may differ by minutes
 TIMEOUT_S = 5.0  # for a client that sends slowly
 
 
-class Judge:
-    """Judges deliveries; remembers the ids of those it took for as long as their timestamps count."""
+class DeliveryCheck:
+    """Checks deliveries; remembers the ids of accepted ones for as long as their timestamps are accepted."""
 
     def __init__(self, secret: str, clock: Callable[[], float] = time.time):
         if len(secret) < 16:
             raise ValueError("the webhook's secret is shorter than 16 characters: make one with `openssl rand -hex 32`")
         self._secret, self._clock, self._seen, self._lock = secret.encode(), clock, {}, threading.Lock()
 
-    def judge(self, headers: Mapping[str, str], body: bytes) -> int:
-        """The HTTP status of the answer; 200 wakes."""
+    def status(self, headers: Mapping[str, str], body: bytes) -> int:
+        """The HTTP status of the answer; 200 wakes the watcher."""
         delivery, stamp = headers.get("X-MLflow-Delivery-Id") or "", headers.get("X-MLflow-Timestamp") or ""
         given = (headers.get("X-MLflow-Signature") or "").encode()
         signed = hmac.new(self._secret, f"{delivery}.{stamp}.".encode() + body, hashlib.sha256).digest()
@@ -38,6 +39,7 @@ class Judge:
         if not stamp.isdecimal() or len(stamp) > 12 or abs(now - int(stamp)) > OLD_S:
             return 401
         with self._lock:
+            # a clock may be ahead by OLD_S and its delivery valid for OLD_S more: remember twice that
             self._seen = {k: t for k, t in self._seen.items() if now - t <= 2 * OLD_S}
             if delivery in self._seen:
                 return 409
@@ -46,8 +48,8 @@ class Judge:
 
 
 def serve(host: str, port: int, secret: str, wake: threading.Event) -> ThreadingHTTPServer:
-    """Listens in a thread; `.shutdown()` ends it."""
-    judge = Judge(secret)
+    """Listens in a thread; `.shutdown()` ends it. Raises ValueError for a short secret."""
+    check = DeliveryCheck(secret)
 
     class Handler(BaseHTTPRequestHandler):
         timeout = TIMEOUT_S
@@ -59,7 +61,7 @@ def serve(host: str, port: int, secret: str, wake: threading.Event) -> Threading
             if len(length) > 9 or int(length) > BODY_BYTES:
                 return self._answer(413)
             body = self.rfile.read(int(length))
-            status = judge.judge(self.headers, body) if len(body) == int(length) else 400
+            status = check.status(self.headers, body) if len(body) == int(length) else 400
             if status == 200:
                 wake.set()
             self._answer(status)
@@ -71,7 +73,7 @@ def serve(host: str, port: int, secret: str, wake: threading.Event) -> Threading
             self.end_headers()
 
         def log_message(self, *args):
-            pass
+            pass  # the default writes every request to stderr
 
     server = ThreadingHTTPServer((host, port), Handler)
     server.daemon_threads = True

@@ -17,6 +17,9 @@ from audiolm.store import exists, join
 from audiolm.tracking.tracker import Tracker
 
 PROGRESS_S = 5.0  # how often a data step's progress becomes a metric
+HEADLINES = {"codec.pesq": ("codec_figures", "pesq"), "abx.within": ("semantic_figures", "abx_within"),
+             "abx.across": ("semantic_figures", "abx_across"),
+             "wer.acoustic": ("tables", "II/acoustic generation/WER %")}  # the run's own metrics: (step, its fact)
 MLFLOW_STATUS = {"done": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
 
 
@@ -72,6 +75,12 @@ class RunObserver:
         run_id = artifact.record.get("run_id")
         if not next(r for r in self.rows if r.step.name == name).run:
             self.tracker.link_step(name, run_id)
+        figures = {metric: artifact.facts.get(fact) for metric, (step, fact) in HEADLINES.items() if step == name}
+        figures[f"{name}.loss"] = artifact.facts.get("val.loss")  # of every training step
+        self.tracker.headline({metric: value for metric, value in figures.items() if value is not None})
+        if name == "manifest":
+            sources = [getattr(s, "root", None) or s.uri for s in self.cfg.corpus.sources]
+            self.tracker.uses_dataset(self.cfg.corpus.name, artifact.facts.get("listing", ""), sources)
         self._index[name] = {"path": artifact.path, "build": artifact.build, "run_id": run_id}
         if name == "samples":
             self._sampled_from = artifact.record["inputs"]

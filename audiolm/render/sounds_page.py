@@ -58,8 +58,9 @@ def build(samples: Mapping[str, Mapping[str, Any]]) -> str:
 def _row(name: str, samples: Sequence[Mapping[str, Any]]) -> list[Any]:
     settings = samples[0]["settings"]
     draws = ", ".join(f"{stage} {_draw(settings['draws'][stage])}" for stage in ("semantic", "coarse", "fine"))
-    return [name, samples[0]["run"], settings["mode"], draws, len(samples), f"{median(m['seconds'] for m in samples):.2f}",
-            number(settings["seconds"], 2), sum(m["ended"] for m in samples), _rates(samples) or "–", _real_time_factor(samples)]
+    seconds = median(m["seconds"] for m in samples)
+    return [name, samples[0]["run"], settings["mode"], draws, len(samples), f"{seconds:.2f}", number(settings["seconds"], 2),
+            sum(m["ended"] for m in samples), _rates(samples) or "–", _real_time_factor(samples)]
 
 
 def _draw(draw: Mapping[str, Any]) -> str:

@@ -83,9 +83,10 @@ def _codec_curves(rows: Sequence[Mapping[str, Any]], mean_spectrum: float | None
     levels = sorted({k for r in rows for k in r["metrics"] if k.startswith("val.mel/q")})
     # 1, 2 and 4 levels and all of them: more lines are not told apart
     mel = {f"{i + 1} level{'s' * (i > 0)}": k for i, k in enumerate(levels) if i in (0, 1, 3, len(levels) - 1)}
+    mel["not quantized"] = "val.mel/unquantized"
+    baselines = {} if mean_spectrum is None else {"mean spectrum": mean_spectrum}
     return [Curve("loss-codec-training", "codec, training", "loss", {"training": "loss"}),
-            Curve("loss-codec-validation", "codec, held-out crops", "mel distance", mel | {"not quantized": "val.mel/unquantized"},
-                  {} if mean_spectrum is None else {"mean spectrum": mean_spectrum}),
+            Curve("loss-codec-validation", "codec, held-out crops", "mel distance", mel, baselines),
             Curve("codec-pesq", "codec, held-out crops", "PESQ", {"1 level": "val.pesq/q00", "all": "val.pesq"})]
 
 
@@ -93,8 +94,9 @@ def masked_model_curves(name: str, build: str, add: Add) -> list[Any]:
     """Accuracies and perplexities of one masked model, by all their parts; its loss is in `curves_section`."""
     rows = training_rows(build, lambda m: "accuracy" in m or "perplexity" in m)
     metrics = sorted({m for r in rows for m in r["metrics"]})
-    return [picture for y in ("accuracy", "perplexity")
-            for picture in Curve(f"{y}-{name}", title_of(name), y, {_label(m, y): m for m in metrics if y in m}).draw(rows, add)]
+    curves = [Curve(f"{y}-{name}", title_of(name), y, {_label(m, y): m for m in metrics if y in m})
+              for y in ("accuracy", "perplexity")]
+    return [picture for curve in curves for picture in curve.draw(rows, add)]
 
 
 def _label(metric: str, y: str) -> str:

@@ -89,7 +89,8 @@ def _bars(title: str, rows: Sequence[Result]) -> list[Any]:
     for metric in dict.fromkeys(r.metric for r in rows):
         some = [r for r in rows if r.metric == metric and r.value is not None]
         if 1 < len(some) <= MOST_BARS and all(r.value >= 0 for r in some):
-            pictures.append(picture(plots.bars([r.item for r in some], [r.value for r in some], "", metric), f"{title}: {metric}"))
+            png = plots.bars([r.item for r in some], [r.value for r in some], "", metric)
+            pictures.append(picture(png, f"{title}: {metric}"))
     return pictures
 
 

@@ -143,8 +143,11 @@ def _losses(stages: Mapping[str, Mapping], columns: Sequence[str], against: Sequ
         for s in (stage, *(stage.get("levels") or ())):
             marks = []
             for base in map(s.get, against):
-                over = None if s.get("loss") is None or base is None else 100 * (s["loss"] / base - 1)
-                marks.append(verdict(None if over is None else over < 0, f"{-(over or 0):.1f} % under", f"{over or 0:.1f} % over"))
+                if s.get("loss") is None or base is None:
+                    marks.append("–")
+                    continue
+                over = 100 * (s["loss"] / base - 1)
+                marks.append(verdict(over < 0, f"{-over:.1f} % under", f"{over:.1f} % over"))
             rows.append([_stage_title(name, s.get("level")), *(number(s.get(k)) for k in ("loss", *columns)), *marks,
                          number(s.get("tokens"))])
     head = ["", "loss", *(BASELINE_TITLES[n] for n in columns), *(f"against {BASELINE_TITLES[n]}" for n in against), "tokens"]
@@ -173,8 +176,14 @@ def _codec(codec: Mapping[str, Any], folder: str, plot: _Plots) -> Section:
     best = levels[-1].get("mel") if levels else None
     useless = codec.get("levels_that_do_not_help")
     use = plots.codebook_use(*([u.get(k, 0) for u in usage] for k in ("level", "perplexity", "used"))) if usage else None
+    series: dict[str, list] = {}  # of each codec its (kb/s, PESQ)
+    for r in rows:
+        if r["kbps"] is not None and r["pesq"] is not None:
+            series.setdefault(r["codec"], []).append((r["kbps"], r["pesq"]))
+    rates = plots.rate_quality(series, "Quality over bit rate", "PESQ, wide band") if series else None
     return Section("codec", "Codec", "codec.html", {
-        "codecs": _quality(rows, HEADS), "notes": notes(codec) if rows else [], "rate_picture": _rate_picture(rows, plot),
+        "codecs": _quality(rows, HEADS), "notes": notes(codec) if rows else [],
+        "rate_picture": plot.add("codec-rate", rates, "PESQ of each codec over its bit rate") if rates else "",
         "mean_spectrum": mean_spectrum, "beats_mean": None if None in (best, mean_spectrum) else
         verdict(best < mean_spectrum, "better", "worse"),
         "levels": _quality(levels, (*HEADS[1:], ("gain", "mel gained by the level", 4))),
@@ -183,17 +192,6 @@ def _codec(codec: Mapping[str, Any], folder: str, plot: _Plots) -> Section:
         "usage_picture": plot.add("codebook-use", use, "Codes used and perplexity of each level") if use else "",
         "players": [(clip["clip"], [sound_card(f["label"], folder, f["file"], alt=f"{clip['clip']}, {f['label']}")
                                     for f in clip["files"]]) for clip in codec.get("players") or ()]})
-
-
-def _rate_picture(rows: Sequence[Mapping[str, Any]], plot: _Plots) -> Any:
-    series: dict[str, list] = {}
-    for r in rows:
-        if r["kbps"] is not None and r["pesq"] is not None:
-            series.setdefault(r["codec"], []).append((r["kbps"], r["pesq"]))
-    if not series:
-        return ""
-    png = plots.rate_quality(series, "Quality over bit rate", "PESQ, wide band")
-    return plot.add("codec-rate", png, "PESQ of each codec over its bit rate")
 
 
 def _quality(rows: Iterable[Mapping[str, Any]], heads: Sequence[tuple[str, str, int]]) -> dict[str, Any]:

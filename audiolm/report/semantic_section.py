@@ -30,7 +30,8 @@ SUMMARY = {"entropy_bits": "entropy, bits", "perplexity": "perplexity", "mean_ru
 
 
 def semantic_section(paths: Mapping[str, str], tokens: Mapping[str, Any], add: Add) -> Section:
-    """`paths`: builds by step; `tokens`: evaluate.json's statistics; `add` keeps a picture. Raises nothing for missing files."""
+    """`paths`: builds by step; `tokens`: evaluate.json's statistics; `add` keeps a picture. Raises nothing for missing
+    files."""
     folder = paths.get("semantic_figures")
     found = store.get_json(store.join(folder, "ui", "semantic.json")) if folder else None
     trainings = [{"title": title_of(name), "pictures": pictures} for name in paths if name.startswith("masked_model")
@@ -52,7 +53,7 @@ def _figures(found: Mapping[str, Any], folder: str) -> dict[str, Any]:
         "use_picture": stored_picture(folder, found["pictures"]["use"], "Share of each token, from the most used"),
         "runs_picture": stored_picture(folder, found["pictures"]["runs"], "Runs by their length"),
         "ends": [(name, _most_and_least_used(s)) for name, s in groups.items()],
-        "abx": _abx(found["abx"] or {}), "speakers": _speakers(found), "examples": _examples(found, folder),
+        "abx": _abx(found["abx"] or {}), "groups": GROUPS, "examples": _examples(found, folder),
         "phones": phones and table(["", ""], [[label, number(phones[key])] for key, label in PURITIES], [1]),
         "phones_picture": phones and stored_picture(folder, phones["picture"], "Share of phones within each token")}
 
@@ -89,12 +90,6 @@ def _abx(groups: Mapping[str, Any]) -> dict[str, Any]:
                 cells += [_interval(row, mode), _difference(row, mode)]
             rows.append(cells)
     return table(["", *(cell for label in GROUPS.values() for cell in (label, "minus MFCC"))], rows, range(1, 5))
-
-
-def _speakers(found: Mapping[str, Any]) -> list[str]:
-    groups = found["abx"] or {}
-    return [f"{label}: {', '.join(groups[g]['speakers'])}" if g in groups else f"No {label}: {found['absent'].get(g, 'none')}."
-            for g, label in GROUPS.items()]
 
 
 def _examples(found: Mapping[str, Any], folder: str) -> dict[str, Any]:

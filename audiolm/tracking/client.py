@@ -1,15 +1,19 @@
-"""How this project comes to MLflow: quietly, and with an answer or an error within seconds rather than minutes."""
+"""MlflowClients of this project: quiet, and with an answer or an error within seconds rather than minutes."""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+# MLflow's own defaults retry for minutes; a thread that delivers notes tries again by itself.
 QUIET = (("MLFLOW_LOGGING_LEVEL", "WARNING"), ("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true"),
          ("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false"), ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1"),
          ("MLFLOW_HTTP_REQUEST_TIMEOUT", "20"))
+NOT_FOUND = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # a malformed id is the latter
+REFUSED = (*NOT_FOUND, "RESOURCE_ALREADY_EXISTS", "ENDPOINT_NOT_FOUND")
+BATCH, METRICS = 100, 1000  # params or tags, and metrics, of one log_batch call: MLflow's limits
 
 
 def quiet_import(uri: str) -> None:
@@ -35,18 +39,19 @@ def connect(uri: str) -> Any:
     return MlflowClient(uri)
 
 
-def metrics(values: Mapping[str, float], at_ms: int, step: int, model_id: str | None, most: int = 1000) -> list[list]:
-    """MLflow's metrics of a run and a model, in parts that one call takes."""
+def metric_batches(rows: Iterable[tuple]) -> Iterator[list]:
+    """MLflow's metrics of (key, value, time in ms, step[, model id]), in parts that one log_batch call takes."""
     from mlflow.entities import Metric
 
-    items = [Metric(k, v, at_ms, step, model_id=model_id) for k, v in values.items()]
-    return [items[i:i + most] for i in range(0, len(items), most)]
+    metrics = [Metric(key, float(value), at_ms, step, model_id=model[0] if model else None)
+               for key, value, at_ms, step, *model in rows]
+    for i in range(0, len(metrics), METRICS):
+        yield metrics[i:i + METRICS]
 
 
 def refused(e: Exception) -> bool:
-    """True for an answer that stays the same when it is asked again; False for a server that does not answer."""
+    """True for an answer that stays the same when asked again; False for a server that does not answer."""
     from mlflow.exceptions import MlflowException
 
-    return not isinstance(e, (MlflowException, OSError)) or getattr(e, "error_code", "") in (
-        "INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "ENDPOINT_NOT_FOUND",
-        "PERMISSION_DENIED", "UNAUTHENTICATED")
+    codes = (*REFUSED, "PERMISSION_DENIED", "UNAUTHENTICATED")
+    return not isinstance(e, (MlflowException, OSError)) or getattr(e, "error_code", "") in codes

@@ -1,4 +1,7 @@
-"""Finds a run's index, `{store}/runs/{run.name}.json`, by the id that MLflow shows for it, and a registered model's version."""
+"""Look-ups in MLflow: a run's index, `{store}/runs/{run.name}.json`, by the run's id, and a registered model's version.
+
+Every failure is a ValueError with the fix.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ import json
 import os
 import re
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +35,26 @@ def connect(tracking: str | None = None) -> tuple[Any, str]:
     ValueError with the fix where there is no such MLflow."""
     uri = tracking or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite"
     database = f"{DEFAULT_STORE}/mlflow.db" if uri == "sqlite" else uri.removeprefix("sqlite:///")
-    if uri.startswith("sqlite") and not os.path.exists(database):  # it would be made, and be empty
+    if uri.startswith("sqlite") and not os.path.exists(database):  # MLflow would create an empty one
         raise ValueError(f"there is no MLflow database {database}: name the run's own with --tracking or MLFLOW_TRACKING_URI, "
                          "sqlite:////STORE/mlflow.db or http://HOST:5000")
     if uri == "none":
         raise ValueError("tracking: none has no runs; give the run's index, STORE/runs/NAME.json")
     uri, _ = outbox.resolve(uri, DEFAULT_STORE)
     return mlflow_client.connect(uri), uri
+
+
+@contextmanager
+def _readable_errors(server: str, missing: str) -> Iterator[None]:
+    """Turns MLflow's errors into ValueErrors: `missing` where there is no such thing, else that `server` is down."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as e:
+        if e.error_code in mlflow_client.NOT_FOUND:
+            raise ValueError(missing) from e
+        raise ValueError(f"{server} does not answer ({outbox.first_line(e)}): start it, or name another with --tracking") from e
 
 
 def index_of(run_id: str, tracking: str | None = None) -> str:
@@ -46,21 +64,15 @@ def index_of(run_id: str, tracking: str | None = None) -> str:
     project.
     """
     client, uri = connect(tracking)
-    from mlflow.exceptions import MlflowException
-
-    where = f"MLflow at {store.hide_credentials(uri)}"
-    try:
+    server = f"MLflow at {store.hide_credentials(uri)}"
+    with _readable_errors(server, f"no run {run_id!r} in {server}: copy its id from the run's page, or name another MLflow "
+                                  "with --tracking"):
         run = client.get_run(run_id)
         if parent := run.data.tags.get("mlflow.parentRunId"):
             run = client.get_run(parent)
-    except MlflowException as e:
-        if e.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            raise ValueError(f"no run {run_id!r} in {where}: copy its id from the run's page, or name another MLflow with "
-                             "--tracking") from e
-        raise ValueError(f"{where} does not answer ({outbox.first_line(e)}): start it, or name another with --tracking") from e
     folder, name = run.data.tags.get("store"), run.data.params.get("run.name")
     if not folder or not name:
-        raise ValueError(f"run {run_id} in {where} is not a run of this pipeline (no tag `store`, no parameter `run.name`)")
+        raise ValueError(f"run {run_id} in {server} is not a run of this pipeline (no tag `store`, no parameter `run.name`)")
     if store.is_local(folder) and not os.path.isabs(folder.removeprefix("file://")):
         raise ValueError(f"run {run_id} has the store {folder!r}, relative to the folder it was started in: give its index, "
                          f"{index_path(folder, name)}, from there")
@@ -69,23 +81,17 @@ def index_of(run_id: str, tracking: str | None = None) -> str:
 
 def version_of(client: Any, uri: str) -> Any:
     """The ModelVersion that models:/NAME/VERSION or models:/NAME@ALIAS names. Raises ValueError where there is none."""
-    from mlflow.exceptions import MlflowException
-
     parts = re.fullmatch(r"models:/([^/@]+)(?:/(\d+)|@([^/@]+))", uri)
     if not parts:
         raise ValueError(f"{uri!r}: give models:/NAME/VERSION or models:/NAME@ALIAS (aliases: best, latest)")
     name, version, alias = parts.groups()
-    try:
+    with _readable_errors("MLflow", f"MLflow has no {uri}: copy name and version from the Models page, or name another MLflow "
+                                    "with --tracking"):
         return client.get_model_version(name, version) if version else client.get_model_version_by_alias(name, alias)
-    except MlflowException as e:
-        if e.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            raise ValueError(f"MLflow has no {uri}: copy name and version from the Models page, or name another MLflow with "
-                             "--tracking") from e
-        raise ValueError(f"MLflow does not answer ({outbox.first_line(e)}): start it, or name another with --tracking") from e
 
 
 def system_of(version: Any, tracking: str) -> dict:
-    """{"index", "steps"} of a version that is a whole system."""
+    """{"index", "steps"} of a whole system's version, from its model's artifacts."""
     import mlflow
 
     with tempfile.TemporaryDirectory() as aside:

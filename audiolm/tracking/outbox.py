@@ -1,7 +1,8 @@
-"""What a tracker has still to tell, as notes in the store: `{store}/.tracking/{run name}/{key}.json` (DESIGN 1.10).
+"""The outbox of a tracker: what MLflow has not got yet, as notes in the store, `{store}/.tracking/{run name}/{key}.json`.
 
-A note is one `Run`: written when it begins, again when something changed, removed when all of it was delivered.  So
-what a killed driver or an outage left is there for the next one.  Credentials are masked before anything is kept.
+A note is one `TrackedRun`: written when the run begins, again when something changed, removed when all of it was
+delivered.  The next driver finds the notes that a killed driver or an outage left.  Credentials are masked before
+anything is kept.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import re
 import time
 import uuid
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,11 @@ STATUSES = ("FINISHED", "FAILED", "KILLED")
 
 @dataclass(eq=False)
 class TrackedRun:
-    """One run of the tracker and what has still to be told of it; the server's `run_id` is None until it gave one."""
+    """A run and what is not delivered of it; `run_id` is None until the server gave one."""
 
     key: str
     name: str
-    parent: str | None  # key of the parent's Run
+    parent: str | None  # key of the parent's TrackedRun
     started_ms: int
     owner: dict
     parent_id: str | None = None
@@ -37,10 +38,12 @@ class TrackedRun:
     asked: bool = False  # a create may have been sent: look for its run before sending another
     params: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
-    facts: dict[str, float] = field(default_factory=dict)
+    facts: dict[str, float] = field(default_factory=dict)  # metrics of the time when it ended
+    headline: dict[str, list] = field(default_factory=dict)  # metrics [value, time in ms] of the parent
+    dataset: dict[str, str] | None = None  # that it trains on
     metrics_path: str | None = None
-    build: str | None = None  # whose checkpoints are shown
-    offset: int = 0
+    build: str | None = None  # the build whose checkpoints are shown
+    offset: int = 0  # bytes of the metrics file that are delivered
     ui_folder: str | None = None
     system: dict | None = None  # that it ended with, to be registered
     status: str | None = None
@@ -48,17 +51,32 @@ class TrackedRun:
 
 
 def new(name: str, parent: TrackedRun | None, params: Mapping[str, str], tags: Mapping[str, str]) -> TrackedRun:
+    """A run that begins now, owned by this process; names and values are cut to MLflow's limits."""
     return TrackedRun(uuid.uuid4().hex, name, parent and parent.key, now_ms(), lease.owner(), parent and parent.run_id,
-               params={key(k): hide_credentials(v)[:PARAM_CHARS] for k, v in params.items()},
-               tags={key(k): hide_credentials(v)[:TAG_CHARS] for k, v in tags.items()})
+                      params={key(k): hide_credentials(v)[:PARAM_CHARS] for k, v in params.items()},
+                      tags={key(k): hide_credentials(v)[:TAG_CHARS] for k, v in tags.items()})
 
 
 def end(run: TrackedRun, status: str, facts: Mapping[str, Any], ui_folder: str | None) -> None:
-    """Notes how a run ended. Raises ValueError for a status that is none."""
+    """Notes how a run ended. Raises ValueError for an unknown status."""
     if status not in STATUSES:
         raise ValueError(f"status {status!r} is not one of {', '.join(STATUSES)}")
     run.facts, run.ui_folder = numbers("fact", facts), ui_folder
     run.ended_ms, run.status = now_ms(), status
+
+
+def snapshot(run: TrackedRun) -> TrackedRun:
+    """A copy that stays as it is while callers change the run."""
+    return replace(run, params=dict(run.params), tags=dict(run.tags), facts=dict(run.facts), headline=dict(run.headline))
+
+
+def forget(run: TrackedRun, sent: TrackedRun) -> None:
+    """Drops what was delivered of a run, except what changed since the snapshot `sent`."""
+    for name in ("params", "tags", "facts", "headline"):
+        delivered = getattr(sent, name).items()
+        setattr(run, name, {k: v for k, v in getattr(run, name).items() if (k, v) not in delivered})
+    run.ui_folder = None if run.ui_folder == sent.ui_folder else run.ui_folder
+    run.dataset = None if run.dataset == sent.dataset else run.dataset
 
 
 def save(folder: str, run: TrackedRun, text: str) -> None:
@@ -67,7 +85,8 @@ def save(folder: str, run: TrackedRun, text: str) -> None:
 
 def note_text(head: Mapping[str, str], run: TrackedRun) -> str:
     """A run's note; `head` says which server and experiment it is meant for."""
-    return json.dumps({**head, "run": {**asdict(run), "offset": 0}}, sort_keys=True)  # the offset stands elsewhere
+    # without the offset, which is kept beside the metrics file: a row must not rewrite the note
+    return json.dumps({**head, "run": {**asdict(run), "offset": 0}}, sort_keys=True)
 
 
 def drop(folder: str, run: TrackedRun) -> None:
@@ -112,7 +131,7 @@ def alive(owner: Mapping[str, Any]) -> bool:
 
 
 def shipped_path(metrics_path: str) -> str:
-    """Where the delivered offset of a metrics file stands."""
+    """The file that keeps the delivered offset of a metrics file."""
     return f"{metrics_path.removesuffix('.jsonl')}.shipped.json"
 
 

@@ -1,4 +1,7 @@
-"""The registered model of a training, `{run name}-{step}`, and its versions, one a checkpoint: made, found, pruned."""
+"""Registered models: a training, `{run name}-{step}`, with a version for each checkpoint, and a run's whole system.
+
+Everything here may be interrupted and called again: what the server has already is found and not made twice.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import json
 import math
 import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,35 +20,50 @@ from audiolm.config.base import flatten
 from audiolm.store import get_json, hide_credentials, join, names
 from audiolm.tracking.outbox import TrackedRun, key
 
-MODEL = "audiolm.model"
+MODEL = "audiolm.model"  # tag of a version: the id of its LoggedModel, which a server's answer lacks
+SYSTEM_TAG = "audiolm.system"
+MODEL_PARAM_CHARS = 5000  # of a LoggedModel, below those of a run
+TEMPERATURES = (("semantic", 0.6), ("coarse", 0.8), ("fine", 0.6))  # paper III-D
 ASK = ("To evaluate it within its run's system, set the tag `evaluate` to `requested` (and `evaluate.suites` to some of "
        "the suites, where not all are wanted) while `python workflows/evaluate.py watch` runs.")
 PRUNED = ("**Pruned:** its weights were removed from the store when later checkpoints came (`train.keep`), so it can be "
           "neither loaded nor evaluated.")
 
+Log = Callable[[TrackedRun, list[tuple]], None]  # sends metrics (key, value, time in ms, step, model id)
+
+
+@dataclass
+class ShownCheckpoints:
+    """The server's checkpoints as last seen, so that a pass without news sends nothing."""
+
+    commits: dict[str, tuple[Any, str | None, bool]] = field(default_factory=dict)  # by file: model, version, both pruned
+    best: str | None = None  # the version with this alias
+
+
+# ---- registered models and their versions
 
 def name_of(run_name: str, step: str | None = None) -> str:
-    """Of a run's whole system, or of one of its steps."""
-    return re.sub("[/:']", "_", f"{run_name}-{step}" if step else run_name)  # what MLflow does not take
+    """The registered model of a run's whole system, or of one of its steps."""
+    return re.sub("[/:']", "_", f"{run_name}-{step}" if step else run_name)  # MLflow takes none of these
 
 
 def search(client: Any, text: str) -> list:
     """All versions that a filter finds."""
-    found, token = [], None
+    return list(_pages(lambda token: client.search_model_versions(text, page_token=token)))
+
+
+def _pages(call: Callable[[str | None], Any]) -> Iterator[Any]:
+    token = None
     while True:
-        page = client.search_model_versions(text, page_token=token)
-        found += page
+        page = call(token)
+        yield from page
         token = page.token
         if not token:
-            return found
+            return
 
 
-def by_model(client: Any, name: str) -> dict[str, str]:
-    """The versions of a registered model by the id of the LoggedModel that each is of (a tag: a server's answer has no id)."""
-    return {v.tags[MODEL]: str(v.version) for v in search(client, f"name = '{name}'") if MODEL in v.tags}
-
-
-def create(client: Any, name: str, run_id: str, model: Any, tags: dict[str, str]) -> str:
+def create_version(client: Any, name: str, run_id: str, model: Any, tags: dict[str, str],
+                   description: str | None = None) -> str:
     """Registers a LoggedModel; returns its version."""
     from mlflow.exceptions import MlflowException
 
@@ -55,91 +73,71 @@ def create(client: Any, name: str, run_id: str, model: Any, tags: dict[str, str]
         if e.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
     # not models:/ID, which an SQLite client looks up in the MLflow of this process's global state
-    made = client.create_model_version(name, model.artifact_location, run_id, {**tags, MODEL: model.model_id},
-                                       description=about(tags), model_id=model.model_id, await_creation_for=None)
-    return str(made.version)
+    version = client.create_model_version(name, model.artifact_location, run_id, tags, description=description,
+                                          model_id=model.model_id, await_creation_for=None)
+    return str(version.version)
 
 
-def about(tags: dict[str, str]) -> str:
-    """A version's description, Markdown."""
-    loss = f", validation loss {float(tags['loss']):.3f}" if "loss" in tags else ""
-    head = f"Checkpoint of `{tags['audiolm.step']}` at step {tags['step']}{loss}; in the store: `{tags['uri']}`."
-    return f"{head}\n\n{ASK if tags.get('audiolm.export') == 'yes' else ''}".strip()
+def _ready_models(client: Any, experiment_id: str, text: str) -> list[Any]:
+    """The finished LoggedModels that a filter finds; a driver that was killed between two calls left the others."""
+    found = list(_pages(lambda token: client.search_logged_models([experiment_id], text, page_token=token)))
+    for model in found:
+        if str(model.status) != "READY":
+            client.delete_logged_model(model.model_id)
+    return [model for model in found if str(model.status) == "READY"]
 
 
-def prune(client: Any, name: str, version: str) -> None:
-    """Says on a version that its weights are gone; what an evaluation wrote there stays."""
-    found = client.get_model_version(name, version)
-    if not (found.description or "").startswith(PRUNED):
-        client.update_model_version(name, version, f"{PRUNED}\n\n{(found.description or '').replace(ASK, '').strip()}")
-    client.set_model_version_tag(name, version, "pruned", "true")
-
-
-@dataclass
-class ShownCheckpoints:
-    """What the server has: by a commit's file (model, version, whether both say pruned), and where `best` points."""
-
-    commits: dict[str, tuple[Any, str | None, bool]] = field(default_factory=dict)
-    best: str | None = None
-
+# ---- checkpoints of a training
 
 def deliver_checkpoints(client: Any, experiment_id: str, run: TrackedRun, owner: tuple[str, str], shown: ShownCheckpoints,
-            log: Callable[[TrackedRun, list[tuple]], None]) -> None:
-    """Tells an MlflowClient of commits that it does not know yet and of those that were pruned; `owner`: the pipeline run's
-    name and index; `log` sends metrics (key, value, time in ms, step, model id). `shown` is this function's memory; raises
-    when the server does not answer."""
+                        log: Log) -> None:
+    """Registers a build's new commits and marks the pruned ones. `owner`: the pipeline run's name and index; `shown` is
+    this function's memory. Raises when the server does not answer."""
     if run.build is None:
         return
-    there = names(join(run.build, "commits"))
-    if set(there) == shown.commits.keys() and run.status is None:
-        return  # checkpoints are pruned when another was committed
+    files = names(join(run.build, "commits"))
+    if set(files) == shown.commits.keys() and run.status is None:
+        return  # checkpoints are pruned only when another is committed
     name = name_of(owner[0], run.name)
     try:
-        known = {} if shown.commits else _known(client, experiment_id, run)
-        registered = by_model(client, name) if known else {}
-        for file in there:
-            model, version, pruned = shown.commits.get(file, (known.get(file), None, False))
+        models, versions = ({}, {}) if shown.commits else _server_state(client, experiment_id, run, name)
+        for file in files:
+            model, version, pruned = shown.commits.get(file, (models.get(file), None, False))
             commit = None if pruned else get_json(join(run.build, "commits", file))
             if commit is None:
                 continue
-            model = model or _make(client, experiment_id, run, commit, log)
-            version = version or registered.get(model.model_id)
+            model = model or _log_model(client, experiment_id, run, commit, log)
+            version = version or versions.get(model.model_id)
             if commit.get("pruned"):
-                client.set_logged_model_tags(model.model_id, {"pruned": "true"})
-                if version:  # one that was gone before anybody heard of it has none
-                    prune(client, name, version)
+                _mark_pruned(client, name, model, version)
             elif version is None:
-                version = create(client, name, run.run_id, model, _tags(run, owner[1], commit))
+                tags = _version_tags(run, owner[1], commit)
+                version = create_version(client, name, run.run_id, model, {**tags, MODEL: model.model_id}, _description(tags))
             shown.commits[file] = model, version, bool(commit.get("pruned"))
-        _point(client, name, run, shown)
+        _point_best(client, name, run, shown)
     except Exception:
         shown.commits.clear()  # it may have arrived: ask again
         shown.best = None
         raise
 
 
-def _known(client: Any, experiment_id: str, run: TrackedRun) -> dict[str, Any]:
-    """The server's models of this build by their commits' files."""
-    found, token = {}, None
-    while True:
-        page = client.search_logged_models([experiment_id], f"tags.`audiolm.build` = '{hide_credentials(run.build)}'", page_token=token)
-        for model in page:
-            if str(model.status) == "READY":
-                found[f"{int(model.params['step']):08d}.json"] = model
-            else:  # made, and nothing more
-                client.delete_logged_model(model.model_id)
-        token = page.token
-        if not token:
-            return found
+def _server_state(client: Any, experiment_id: str, run: TrackedRun, name: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """The server's models of this build by their commits' files, and the versions by their models' ids."""
+    models = _ready_models(client, experiment_id, f"tags.`audiolm.build` = '{hide_credentials(run.build)}'")
+    versions = search(client, f"name = '{name}'") if models else []
+    return ({f"{int(m.params['step']):08d}.json": m for m in models},
+            {v.tags[MODEL]: str(v.version) for v in versions if MODEL in v.tags})
 
 
-def _make(client: Any, experiment_id: str, run: TrackedRun, commit: dict, log: Callable[[TrackedRun, list[tuple]], None]) -> Any:
+def _log_model(client: Any, experiment_id: str, run: TrackedRun, commit: dict, log: Log) -> Any:
+    """A LoggedModel of a checkpoint, with its config as parameters and its validation as metrics."""
     step, validation = commit["step"], commit["validation"]
     uri = join(run.build, "checkpoints", commit["folder"])
     tags = {"uri": uri, "audiolm.build": run.build, **({"export": join(uri, "export")} if "export" in commit else {})}
     config = (get_json(join(run.build.rsplit("/", 1)[0], "recipe.json")) or {}).get("config", {})
-    params = {key(k): hide_credentials(v)[:5000] for k, v in flatten(config).items()}
-    model = client.create_logged_model(experiment_id, f"{run.name}-{step}", run.run_id, {k: hide_credentials(v) for k, v in tags.items()},
+    params = {key(k): hide_credentials(v)[:MODEL_PARAM_CHARS] for k, v in flatten(config).items()}
+    model = client.create_logged_model(experiment_id, f"{run.name}-{step}", run.run_id,
+                                       {k: hide_credentials(v) for k, v in tags.items()},
                                        {**params, "step": str(step)}, "checkpoint")
     if validation.get("step") == step and commit.get("validated"):
         at_ms = round(commit["validated"] * 1000)  # the time stamp of the metrics file's row: so a curve has it once
@@ -148,8 +146,8 @@ def _make(client: Any, experiment_id: str, run: TrackedRun, commit: dict, log: C
     return client.finalize_logged_model(model.model_id, "READY")
 
 
-def _tags(run: TrackedRun, index: str, commit: dict) -> dict[str, str]:
-    """A version's tags, all that evaluating it needs."""
+def _version_tags(run: TrackedRun, index: str, commit: dict) -> dict[str, str]:
+    """All that evaluating a version needs."""
     uri, validation = join(run.build, "checkpoints", commit["folder"]), commit["validation"]
     loss = validation.get("loss") if validation.get("step") == commit["step"] else None
     tags = {"uri": uri, "step": commit["step"], "fingerprint": run.build.split("/")[-2], "loss": loss, "audiolm.step": run.name,
@@ -157,43 +155,48 @@ def _tags(run: TrackedRun, index: str, commit: dict) -> dict[str, str]:
     return {k: hide_credentials(v) for k, v in tags.items() if v is not None}
 
 
-def _point(client: Any, name: str, run: TrackedRun, shown: ShownCheckpoints) -> None:
-    there = {file: version for file, (_, version, pruned) in shown.commits.items() if not pruned}
-    newest = get_json(join(run.build, "commits", max(there))) if there else None
-    best = newest and there.get(f"{newest.get('best_step') or 0:08d}.json")
+def _description(tags: dict[str, str]) -> str:
+    """A version's description, Markdown."""
+    loss = f", validation loss {float(tags['loss']):.3f}" if "loss" in tags else ""
+    head = f"Checkpoint of `{tags['audiolm.step']}` at step {tags['step']}{loss}; in the store: `{tags['uri']}`."
+    return f"{head}\n\n{ASK if tags.get('audiolm.export') == 'yes' else ''}".strip()
+
+
+def _mark_pruned(client: Any, name: str, model: Any, version: str | None) -> None:
+    """Marks model and version as pruned; the results that an evaluation wrote there stay."""
+    client.set_logged_model_tags(model.model_id, {"pruned": "true"})
+    if version is None:
+        return  # pruned before it was registered
+    text = client.get_model_version(name, version).description or ""
+    if not text.startswith(PRUNED):
+        client.update_model_version(name, version, f"{PRUNED}\n\n{text.replace(ASK, '').strip()}")
+    client.set_model_version_tag(name, version, "pruned", "true")
+
+
+def _point_best(client: Any, name: str, run: TrackedRun, shown: ShownCheckpoints) -> None:
+    """Moves the alias `best` to the version with the lowest validation loss, as the newest commit names it."""
+    versions = {file: version for file, (_, version, pruned) in shown.commits.items() if not pruned}
+    newest = get_json(join(run.build, "commits", max(versions))) if versions else None
+    best = newest and versions.get(f"{newest.get('best_step') or 0:08d}.json")
     if best and shown.best != best:
         client.set_registered_model_alias(name, "best", best)
         shown.best = best
 
 
-SYSTEM_TAG = "audiolm.system"
-
+# ---- whole systems
 
 def deliver_system(client: Any, experiment_id: str, run: TrackedRun) -> None:
     """Registers `run.system`, unless it is there. Raises when the server does not answer."""
-    from mlflow.exceptions import MlflowException
-
     name = name_of(run.name)
     digest = hashlib.sha256(json.dumps([name, run.system["steps"]], sort_keys=True).encode()).hexdigest()[:16]
     if client.search_model_versions(f"name = '{name}' and tags.`{SYSTEM_TAG}` = '{digest}'"):
         return
-    model = _logged(client, experiment_id, run, digest)
-    try:
-        client.create_registered_model(name)
-    except MlflowException as e:
-        if e.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
-    # not models:/ID, which an SQLite client looks up in the MLflow of this process's global state
-    client.create_model_version(name, model.artifact_location, run.run_id, {SYSTEM_TAG: digest}, model_id=model.model_id,
-                                await_creation_for=None)
+    models = _ready_models(client, experiment_id, f"tags.`{SYSTEM_TAG}` = '{digest}'")
+    model = models[0] if models else _log_system(client, experiment_id, run, digest)
+    create_version(client, name, run.run_id, model, {SYSTEM_TAG: digest})
 
 
-def _logged(client: Any, experiment_id: str, run: TrackedRun, digest: str) -> Any:
-    """The server's LoggedModel of this system, made where there is none."""
-    for model in client.search_logged_models([experiment_id], f"tags.`{SYSTEM_TAG}` = '{digest}'"):
-        if str(model.status) == "READY":
-            return model
-        client.delete_logged_model(model.model_id)  # made, and nothing more
+def _log_system(client: Any, experiment_id: str, run: TrackedRun, digest: str) -> Any:
     model = client.create_logged_model(experiment_id, "system", run.run_id, {SYSTEM_TAG: digest}, model_type="audiolm")
     with tempfile.TemporaryDirectory() as aside:
         save(f"{aside}/model", run.system)
@@ -207,13 +210,12 @@ def save(path: str, system: Mapping[str, Any]) -> None:
     from mlflow.models import ModelSignature
     from mlflow.types.schema import ColSpec, ParamSchema, ParamSpec, Schema
 
-    asked = {"audio": "string", "seconds": "double", "seed": "long", "samples": "long", "mode": "string"}
-    told = {"audio": "string", "seconds": "double", "prompt_s": "double", "ended": "boolean", "sample": "long", "seed": "long"}
+    request = {"audio": "string", "seconds": "double", "seed": "long", "samples": "long", "mode": "string"}
+    reply = {"audio": "string", "seconds": "double", "prompt_s": "double", "ended": "boolean", "sample": "long", "seed": "long"}
     signature = ModelSignature(
-        Schema([ColSpec(kind, name, required=False) for name, kind in asked.items()]),
-        Schema([ColSpec(kind, name) for name, kind in told.items()]),
-        ParamSchema([ParamSpec(f"temperature_{stage}", "double", value)  # paper III-D
-                     for stage, value in (("semantic", 0.6), ("coarse", 0.8), ("fine", 0.6))]))
+        Schema([ColSpec(kind, name, required=False) for name, kind in request.items()]),
+        Schema([ColSpec(kind, name) for name, kind in reply.items()]),
+        ParamSchema([ParamSpec(f"temperature_{stage}", "double", value) for stage, value in TEMPERATURES]))
     with tempfile.TemporaryDirectory() as aside:
         store.put_json(f"{aside}/system.json", system)
         # audiolm is no requirement: it is not published, and whatever took its name on an index would be installed

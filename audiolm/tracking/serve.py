@@ -1,7 +1,7 @@
-"""What `mlflow models serve` runs: MLflow keeps a copy of this script as the model ("models from code", so no pickle).
+"""The script behind `mlflow models serve`: MLflow keeps a copy of it as the model ("models from code", so no pickle).
 
-It is run, never imported, and so loads MLflow at once.  The work is generate/predict.py's, of the audiolm that is installed
-where it is served: `--env-manager local`.
+It is run, never imported, and so loads MLflow at once.  The work is done by generate/predict.py of the audiolm that is
+installed where it is served: `--env-manager local`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What an evaluation is of: a run, a checkpoint of one stage within its run's system, or a registered system.
+"""Targets of an evaluation: a run, a checkpoint of one stage within its run's system, or a registered system.
 
-A run is named by its name, index or MLflow id, the others by models:/NAME/VERSION or models:/NAME@ALIAS.  The run's index says
-where the other steps lie and with which config (seed, held-out clips, corpus) it is evaluated.
+A run is named by its name, index or MLflow id, the others by models:/NAME/VERSION or models:/NAME@ALIAS.  The run's index
+names the folders of the other steps and the config (seed, held-out clips, corpus) of the evaluation.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from audiolm.tracking.lookup import connect, default_tracking, find_run, system_
 
 @dataclass(frozen=True)
 class Target:
-    title: str
-    slug: str  # for folders
-    steps: Mapping[str, str]
+    """A system to evaluate."""
+
+    title: str  # on the report
+    slug: str  # in folders' names
+    steps: Mapping[str, str]  # folder of each step
     config: Pipeline
 
 
@@ -39,26 +41,33 @@ def resolve(text: str, folder: str, tracking: str | None = None) -> Target:
         system = system_of(version, uri)
         return Target(title, slug, {**_models(system["index"]), **system["steps"]}, config_of(system["index"]))
     tags = version.tags
+    return Target(f"{title} ({tags['audiolm.step']} at step {tags['step']})", slug, _with_checkpoint(text, tags),
+                  config_of(tags["audiolm.index"]))
+
+
+def _with_checkpoint(text: str, tags: Mapping[str, str]) -> dict[str, str]:
+    """The run's steps with a checkpoint in place of its stage. Raises ValueError where they do not belong together."""
     step, index, uri = tags["audiolm.step"], tags["audiolm.index"], tags["uri"]
     if not store.exists(store.join(uri, "export")):
         raise ValueError(f"{text}: its weights are not at {uri} (any more, or not for this machine): give another version, or "
                          "run where the store is seen")
     steps = _models(index)
-    made_of = (store.get_json(store.join(tags["audiolm.build"], "build.json")) or {}).get("inputs", {})
-    for name, build in made_of.items():
+    inputs = (store.get_json(store.join(tags["audiolm.build"], "build.json")) or {}).get("inputs", {})
+    for name, build in inputs.items():
+        # a run's index names its newest builds: tokens of another tokenizer would mean nothing to the checkpoint
         if name in steps and ".".join(steps[name].rstrip("/").split("/")[-2:]) != build:
             raise ValueError(f"{text}: it was trained on {name} {build}, and {index} now names {steps[name]}: evaluate a "
                              "version that was made since, or a system's version (models:/RUN/N)")
-    return Target(f"{title} ({step} at step {tags['step']})", slug, {**steps, step: uri}, config_of(index))
+    return {**steps, step: uri}
 
 
 def _models(index: str) -> dict[str, str]:
-    """A run's steps but for those that were made with its own checkpoints."""
+    """A run's steps without those whose outputs come from its own checkpoints."""
     return {name: path for name, path in steps_of(index).items() if name not in ("samples", "evaluate", "report")}
 
 
 def refusal(tags: Mapping[str, str]) -> str | None:
-    """Why a version with these tags cannot be evaluated, None where it can."""
+    """The reason why a version with these tags cannot be evaluated; None where it can."""
     if "audiolm.system" in tags:
         return None
     if not {"uri", "audiolm.step", "audiolm.index"} <= tags.keys():
@@ -73,7 +82,7 @@ def refusal(tags: Mapping[str, str]) -> str | None:
 
 
 def config_of(index: str) -> Pipeline:
-    """The config that a run was made with. Raises ValueError where its index has none."""
+    """The config of a run. Raises ValueError where its index has none."""
     found: Any = store.get_json(index) or {}
     if "config" not in found:
         raise ValueError(f"{index} holds no config: start the run's own command once more, it "

@@ -68,7 +68,7 @@ def test_an_evaluation_is_one_ray_job(world, encoded, ready, cluster):
     client.set_model_version_tag(NAME, "3", "evaluate.job", f"eval-{NAME}-3-1")
     look(client, launcher)
     assert "Ray's job server does not know it" in tags(client, "3")["evaluate.reason"]
-    assert request.read(client, NAME, "3").number == 2
+    assert request.read_request(client, NAME, "3").number == 2
 
 
 def test_no_job_server_is_an_error_that_names_the_ways_out():

@@ -59,7 +59,7 @@ def test_a_repeat_while_its_job_runs_is_refused_by_id(registry, tmp_path):
     assert claim(f"{tmp_path}/work/{job_id(NAME, v, 1)}.json")  # this process is its job
     assert look(client, work) == [f"models:/{NAME}/{v}: eval-{NAME}-{v}-1 is at work already"]
     assert tags(client, v)["evaluate"] == "submitted"  # as after a watcher that died before it set the tag
-    request.running(client, request.read(client, NAME, v))
+    request.mark_running(client, request.read_request(client, NAME, v))
     client.set_model_version_tag(NAME, v, "evaluate", "requested")
     assert "at work already" in look(client, work)[0] and tags(client, v)["evaluate"] == "running"
     assert look(client, work) == [] and tags(client, v)["evaluate"] == "running"
@@ -98,9 +98,10 @@ def test_an_end_that_was_interrupted_is_completed_and_states_typed_by_hand_do_no
     assert look(client, work) == []
     assert tags(client, half)["evaluate"] == "done" and tags(client, late)["evaluate"] == "failed"
     assert [tags(client, v)["evaluate"] for v in typed] == ["running", "done", "yes please", "REQUESTED"]
-    again = request.read(client, NAME, half)
-    request.end(client, request.Request(NAME, half, {"evaluate.ended": "1 done"}, ""), "failed", "late")  # of request 2, over
-    assert request.read(client, NAME, half) == again
+    again = request.read_request(client, NAME, half)
+    second = request.Request(NAME, half, {"evaluate.ended": "1 done"})  # it is over
+    request.end_request(client, second, "failed", "late")
+    assert request.read_request(client, NAME, half) == again
 
 
 def test_what_cannot_be_evaluated_is_refused_before_a_job(registry, tmp_path):
@@ -137,7 +138,7 @@ def test_ids_are_safe_and_of_one_name_each():
 KILLED = """
     import os
     from audiolm.eval_service.launcher import Processes
-    from audiolm.eval_service.watcher import sweep
+    from audiolm.eval_service.watcher import Watcher
     from audiolm.eval.suites.run import check_names
     from mlflow import MlflowClient
 
@@ -146,7 +147,7 @@ KILLED = """
             super().submit(job, args)
             os.kill(os.getpid(), 9)
 
-    sweep(MlflowClient({uri!r}), Dies({work!r}), ["--tracking", {uri!r}], parallel=1, say=print, check=check_names)
+    Watcher(MlflowClient({uri!r}), Dies({work!r}), ["--tracking", {uri!r}], 1, print, check_names).sweep()
 """
 
 
@@ -183,7 +184,7 @@ def test_the_round_trip(world, encoded, tmp_path, monkeypatch):
              server.url, "--every", "300", "--webhook", str(port)], stdout=said, stderr=said, env=env)
         found = until(client, "2", "done", "failed", seconds=240)
         assert found["evaluate"] == "done", found
-        assert tags(client, "1")["evaluate.reason"].startswith("it was pruned")
+        assert until(client, "1", "failed")["evaluate.reason"].startswith("it was pruned")
         v = client.get_model_version(NAME, "2")
         assert "[report with sound and plots](#/experiments/" in v.description and "| losses: semantic stage |" in v.description
         assert v.description.startswith("Checkpoint of `lm_semantic` at step 2") and "set the tag" not in v.description

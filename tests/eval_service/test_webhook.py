@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from audiolm.eval_service.webhook import BODY_BYTES, Judge, serve
+from audiolm.eval_service.webhook import BODY_BYTES, DeliveryCheck, serve
 
 SECRET = "sixteen letters or more"
 
@@ -65,12 +65,12 @@ def test_what_is_not_from_mlflow_is_refused(bell):
 
 def test_an_old_delivery_is_forgotten_only_when_its_timestamp_no_longer_counts():
     now = [1000.0]
-    judge = Judge(SECRET, lambda: now[0])
+    check = DeliveryCheck(SECRET, lambda: now[0])
     first = signed(b"", "a", "1300", SECRET)  # a clock that is five minutes ahead
-    assert judge.judge(first, b"") == 200
+    assert check.status(first, b"") == 200
     now[0] = 1599.0
-    assert judge.judge(first, b"") == 409
+    assert check.status(first, b"") == 409
     now[0] = 1601.0
-    assert judge.judge(first, b"") == 401
+    assert check.status(first, b"") == 401
     with pytest.raises(ValueError, match="shorter than 16 characters"):
-        Judge("")
+        DeliveryCheck("")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -187,29 +186,98 @@ def test_rows_that_were_not_measured_share_a_line_for_each_reason():
     assert len(both.data["table"]["rows"]) == 2, "what one system measured keeps its row"
 
 
-def size(png: bytes) -> tuple[int, int]:
-    assert png.startswith(b"\x89PNG")
-    return int.from_bytes(png[16:20], "big"), int.from_bytes(png[20:24], "big")
+@pytest.fixture
+def figures(monkeypatch):
+    """Every plot returns its figure, after it was drawn as PNG."""
+    png = plots._png
+
+    def keep(figure):
+        assert png(figure).startswith(b"\x89PNG")
+        return figure
+
+    monkeypatch.setattr(plots, "_png", keep)
+
+
+def labels(axes) -> list[str]:
+    return [text.get_text() for text in axes.get_legend().get_texts()]
 
 
 @pytest.mark.parametrize("samples", [1, 100, 16_000, 320_000])
-def test_spectrograms_of_any_length(samples):
-    wide, high = size(plots.spectrogram(np.zeros(samples, np.float32), "$silence_$"))
-    assert wide > high > 100
+def test_spectrograms_of_any_length(figures, samples):
+    figure = plots.spectrogram(np.zeros(samples, np.float32), "$silence_$", prompt_s=0.5)
+    (axes,) = figure.axes
+    wide, high = figure.canvas.get_width_height()
+    assert wide > high > 100 and axes.get_title("left") == "$silence_$"
+    (image,) = axes.images
+    assert list(image.get_extent()) == [0, samples / 16_000, 0, 8] and image.get_array().shape[0] == 257
+    assert [line.get_xdata()[0] for line in axes.lines] == [0.5], "the prompt's end"
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("seconds", "kHz")
 
 
-def test_a_spectrogram_shows_the_sound_at_its_pitch():
-    from matplotlib.image import imread
-
+def test_a_spectrogram_shows_the_sound_at_its_pitch(figures):
     t = np.arange(32_000) / 16_000
-    low, high = (imread(io.BytesIO(plots.spectrogram(np.sin(2 * np.pi * hz * t), ""))).sum(axis=2)[:, 300:600]
-                 for hz in (1000.0, 7000.0))
-    inside = slice(20, 170)  # rows of the picture's axes
-    assert low[inside].mean(axis=1).argmax() > high[inside].mean(axis=1).argmax()
+    for hz in (1000.0, 7000.0):
+        (image,) = plots.spectrogram(np.sin(2 * np.pi * hz * t), "").axes[0].images
+        power_FT = image.get_array()
+        loudest = power_FT.mean(axis=1).argmax() * image.get_extent()[3] * 1000 / (len(power_FT) - 1)
+        assert loudest == pytest.approx(hz, abs=40) and image.norm.vmax - image.norm.vmin == pytest.approx(80)
 
 
-def test_curves_with_gaps_and_without_values():
-    size(plots.curves([1, 2, 3], {"a": [3.0, None, 1.0], "b": [None, None, None]}, "t", baselines={"unigram": 2.0}))
-    size(plots.curves([], {}, "t"))
-    size(plots.bars([], [], "t", "x"))
-    assert re.match(rb"\x89PNG", plots.codebook_use([1], [2.0], [3], vocab=256))
+def test_curves_with_gaps_and_without_values(figures):
+    values = {"a": [3.0, None, 1.0], "b": [None, None, None]}
+    (axes,) = plots.curves([1, 2, 3], values, "t", baselines={"unigram": 2.0}).axes
+    curve, baseline = axes.lines
+    assert list(curve.get_xdata()) == [1, 3] and list(curve.get_ydata()) == [3.0, 1.0] and curve.get_marker() == "o"
+    assert list(baseline.get_ydata()) == [2.0, 2.0] and labels(axes) == ["a", "unigram, 2.000"]
+    assert axes.get_yscale() == "linear" and (axes.get_xlabel(), axes.get_ylabel()) == ("step", "loss")
+    (axes,) = plots.curves(range(100), {"a": np.geomspace(1000, 1, 100)}, "t").axes
+    assert axes.get_yscale() == "log" and axes.lines[0].get_marker() == "None"
+    (axes,) = plots.curves([], {}, "t").axes
+    assert not axes.lines and axes.get_legend() is None
+
+
+def test_bars_stand_from_top_to_bottom_with_their_values(figures):
+    (axes,) = plots.bars(["x", "y"], [2.0, 4.0], "t", "nats").axes
+    assert [bar.get_width() for bar in axes.patches] == [2.0, 4.0] and axes.get_xlim() == (0, pytest.approx(4.48))
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["x", "y"] and axes.get_ylim()[0] > axes.get_ylim()[1]
+    assert [text.get_text() for text in axes.texts] == [" 2", " 4"] and axes.get_xlabel() == "nats"
+    (axes,) = plots.bars([], [], "t", "x").axes
+    assert not axes.patches
+
+
+def test_codebook_use_and_quality_over_rate(figures):
+    (axes,) = plots.codebook_use([1, 2], [2.0, 4.0], [3, 5], vocab=256).axes
+    assert [bar.get_height() for bar in axes.patches] == [3, 5, 2.0, 4.0] and labels(axes) == ["codes used", "perplexity"]
+    assert list(axes.lines[0].get_ydata()) == [256, 256] and [text.get_text() for text in axes.texts] == ["all 256"]
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["1", "2"]
+    (axes,) = plots.rate_quality({"ours": [(6.0, 3.0), (1.5, 2.0)], "opus": [(6.0, 2.5)]}, "t", "PESQ").axes
+    assert [list(line.get_xdata()) for line in axes.lines] == [[1.5, 6.0], [6.0]] and axes.get_xlim()[0] == 0
+    assert list(axes.lines[0].get_ydata()) == [2.0, 3.0] and labels(axes) == ["ours", "opus"] and axes.get_ylabel() == "PESQ"
+
+
+def test_pictures_of_the_tokens(figures):
+    row = {"within": 7.0, "across": 9.0, "interval_within": [6.0, 8.0], "interval_across": [8.0, 10.0]}
+    rows = [{"layer": None, "k": None, **row}, *({"layer": n, "k": None, **row} for n in (3, 1)), {"layer": 3, "k": 64, **row}]
+    (axes,) = plots.layers(rows).axes
+    assert sorted(labels(axes)) == sorted(f"{what}, {mode}" for mode in ("within", "across")
+                                          for what in ("features", "centroids K = 64", "MFCC"))
+    assert [list(c.lines[0].get_xdata()) for c in axes.containers] == [[1, 3], [1, 3]]
+    (axes,) = plots.ranked({"held_out": np.array([0.1, 0.0, 0.9])}, "t").axes
+    assert list(axes.lines[0].get_ydata()) == [0.9, 0.1] and axes.lines[1].get_ydata()[0] == pytest.approx(1 / 3)
+    assert axes.get_yscale() == "log" and labels(axes) == ["held out"]
+    (axes,) = plots.lengths({"a": np.array([0.7, 0.3]), "b": np.array([0.5, 0.5])}, "t", "frames").axes
+    assert [bar.get_height() for bar in axes.patches] == [0.7, 0.3, 0.5, 0.5] and axes.get_xlabel() == "frames"
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["1", "2+"]
+    axes, colours = plots.shares(np.eye(2), ["a", "b"], "t", "token").axes
+    assert (axes.images[0].get_clim(), colours.get_ylim()) == ((0, 1), (0, 1))
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["a", "b"]
+
+
+def test_attention_has_a_picture_for_each_layer_and_the_time_of_each_token(figures):
+    share_LFS = np.random.default_rng(0).dirichlet(np.ones(3), (5, 50))
+    figure = plots.attention(share_LFS, np.array([[0.0, 0.4], [0.4, 0.6], [0.6, 1.0]]), "t")
+    assert [axes.get_title("left") for axes in figure.axes] == [f"layer {n}" for n in range(1, 6)]
+    for axes, share_FS in zip(figure.axes, share_LFS, strict=True):
+        assert list(axes.images[0].get_extent()) == [0, 1.0, 0, 3]
+        np.testing.assert_allclose(axes.images[0].get_array().T, share_FS / share_FS.max(1, keepdims=True))
+        assert list(axes.lines[0].get_xdata()) == [0.0, 0.4, 0.6, 1.0] and list(axes.lines[0].get_ydata()) == [0, 1, 2, 3]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import textwrap
-import time
+import threading
 from pathlib import Path
 
 import pytest
@@ -95,7 +97,7 @@ def test_a_commit_is_a_model_with_its_validation_and_one_that_was_pruned_says_so
     (build / "checkpoints" / "00000009-0001").mkdir(parents=True)  # written, never committed
     t.ship(run, metrics_file(build / "metrics-0001.jsonl", [1]), str(build))
     assert t.flush(30)
-    t._models.clear()  # as another driver would begin
+    t._delivery.shown.clear()  # as another driver would begin
     commit(build, 1, pruned=True)
     commit(build, 0, pruned=True)  # gone before anybody heard of it
     commit(build, 3)
@@ -141,8 +143,8 @@ def test_metrics_arrive_while_a_step_runs_and_none_twice(ready, tmp_path):
 def test_a_killed_drivers_runs_end_as_killed_and_the_new_run_names_them(ready, tmp_path):
     code = f"""
         import os
-        from audiolm.metrics import MetricsFile
-        from audiolm.tracking import Tracker
+        from audiolm.metrics_log import MetricsFile
+        from audiolm.tracking.tracker import Tracker
         t = Tracker("sqlite", {str(tmp_path)!r}, "tests", "demo")
         t.start({{"a": "1"}}, {{}})
         run = t.begin_step("codec", "x", {{}}, {{}})
@@ -153,8 +155,8 @@ def test_a_killed_drivers_runs_end_as_killed_and_the_new_run_names_them(ready, t
         f.add(2, {{"loss": 2.0}})
         os.kill(os.getpid(), 9)
     """
-    root = ROOT
-    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=root, timeout=90)
+    killed = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, timeout=90)
+    assert killed.returncode == -9
     t = Tracker("sqlite", str(tmp_path), "tests", "demo")
     dead = runs(t)["demo"].info.run_id
     assert runs(t)["demo"].info.status == "RUNNING"
@@ -208,6 +210,80 @@ def test_credentials_are_masked():
     assert hide_credentials("s3://bucket/a@b/c") == "s3://bucket/a@b/c"
 
 
+class SilentServer:
+    """Takes connections and answers none of them until it is closed."""
+
+    def __init__(self):
+        self.waiting, self.asked, self.answered = [], threading.Event(), False
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self):
+        with contextlib.suppress(OSError):  # it is closed
+            while True:
+                self.waiting.append(self._socket.accept()[0])
+                self.asked.set()
+
+    def close(self):
+        self.answered = True
+        self._socket.close()
+        for connection in self.waiting:
+            connection.close()
+
+
+def test_no_call_waits_for_a_server_that_does_not_answer(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "600")  # longer than this test may take: only the calls' own limits help
+    monkeypatch.setattr("audiolm.tracking.tracker.FIRST_RUN_S", 0.5)
+    server, said = SilentServer(), []
+    try:
+        t = Tracker(server.url, str(tmp_path), "tests", "demo", say=said.append)
+        t.start({"a": "1"}, {})
+        assert server.asked.wait(60)  # the thread is within a request from here on
+        run = t.begin_step("codec", "x", {}, {})
+        t.ship(run, metrics_file(tmp_path / "metrics-0001.jsonl", [1, 2]))
+        t.headline({"codec.loss": 0.5})
+        t.uses_dataset("corpus", "abc", ["/data"])
+        t.link_step("manifest", "feedbeef")
+        t.serves("i.json", {"codec": "/c"})
+        assert not t.flush(0.5)
+        assert t.end_step(run, "FINISHED", {"mel": 1.5}, None) is None
+        assert len(server.waiting) == 1 and not server.answered and run.run_id is None
+        monkeypatch.setattr(t._thread, "join", lambda timeout_s: None)  # of its own limit, which is seconds
+        t.finish("FINISHED", timeout_s=0.0)
+        assert len(server.waiting) == 1 and not server.answered and "delivers the rest" in said[-1]
+    finally:
+        server.close()
+
+
+def test_the_parent_run_shows_results_source_and_corpus(ready, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "workflows" / "full_pipeline.py"), "run.name=demo"])
+    t = Tracker("sqlite", str(tmp_path), "tests", "demo")
+    t.start({}, {})
+    corpus = ("speech", "0123456789abcdef", ["s3://user:secret@host/a", "/data/b"])
+    t.headline({"lm_semantic.loss": 2.5, "codec.pesq": 3.25})
+    t.uses_dataset(*corpus)
+    assert t.flush(30)
+    c, parent = client(t), runs(t)["demo"]
+    assert parent.info.status == "RUNNING" and parent.data.metrics == {"lm_semantic.loss": 2.5, "codec.pesq": 3.25}
+    t.headline({"abx.within": 7.5})
+    sent = client(t).get_metric_history(parent.info.run_id, "codec.pesq")[0].timestamp
+    t._parent.headline["codec.pesq"] = [3.25, sent]  # as if it had been killed before it noted what was delivered
+    t.uses_dataset(*corpus)
+    t.finish("FINISHED")
+    assert pending(tmp_path) == []
+    parent = c.get_run(parent.info.run_id)
+    assert parent.data.metrics == {"lm_semantic.loss": 2.5, "codec.pesq": 3.25, "abx.within": 7.5}
+    history = [c.get_metric_history(parent.info.run_id, k) for k in parent.data.metrics]
+    assert [len(points) for points in history] == [1, 1, 1] and all(p.timestamp > 1.6e12 for (p,) in history)
+    assert parent.data.tags["mlflow.source.name"] == "workflows/full_pipeline.py"
+    assert parent.data.tags["mlflow.source.type"] == "LOCAL"
+    (found,) = parent.inputs.dataset_inputs
+    assert (found.dataset.name, found.dataset.digest) == corpus[:2] and [x.value for x in found.tags] == ["training"]
+    assert json.loads(found.dataset.source) == {"uri": "s3://***@host/a, /data/b"}
+
+
 def test_an_outage_only_delays(ready, tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
@@ -217,17 +293,17 @@ def test_an_outage_only_delays(ready, tmp_path, monkeypatch):
         # down from the beginning: the run goes on, and says so once
         t = Tracker(url, folder, "tests", "demo", say=said.append)
         t.start({"a": "1"}, {"store": "x"})
-        began = time.monotonic()
         run = t.begin_step("codec", "x", {}, {})
         ui = tmp_path / "ui"
         ui.mkdir()
         (ui / "a.txt").write_text("hello")
         t.serves("i.json", {"codec": "/c"})
+        t.headline({"codec.loss": 0.5})
+        t.uses_dataset("corpus", "abc", ["/data"])
         t.ship(run, metrics_file(tmp_path / "metrics-0001.jsonl", [1, 2]))
         assert not t.flush(10)
         assert t.end_step(run, "FINISHED", {"mel": 1.5}, str(ui)) is None
         t.finish("FINISHED", timeout_s=10)
-        assert time.monotonic() - began < 20
         assert len([s for s in said if "does not answer" in s]) == 1 and "delivers the rest" in said[-1]
         assert not any("secret" in s for s in said) and store.names(f"{folder}/.tracking/demo")
         assert not any("secret" in p.read_text() for p in (tmp_path / "store").rglob("*.json"))
@@ -242,6 +318,9 @@ def test_an_outage_only_delays(ready, tmp_path, monkeypatch):
         assert [h.step for h in client(t).get_metric_history(old.info.run_id, "loss")] == [1, 2]
         assert [a.path for a in client(t).list_artifacts(old.info.run_id)] == ["a.txt"]
         assert [v.run_id for v in client(t).search_model_versions("name = 'demo'")] == [old.data.tags["mlflow.parentRunId"]]
+        parent = client(t).get_run(old.data.tags["mlflow.parentRunId"])
+        assert [p.value for p in client(t).get_metric_history(parent.info.run_id, "codec.loss")] == [0.5]
+        assert [d.dataset.name for d in parent.inputs.dataset_inputs] == ["corpus"]
         assert "secret" not in t.url() and "/#/experiments/" in t.url()
 
         # hanging in the middle: what happens meanwhile arrives when it is back, and nothing twice

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from audiolm.eval.suites.run import check_names
-from audiolm.eval_service.watcher import sweep
+from audiolm.eval_service.watcher import Watcher
 
 NAME = "tiny-lm_semantic"
 
@@ -13,7 +13,7 @@ NAME = "tiny-lm_semantic"
 def look(client, launcher, parallel=9) -> list[str]:
     said = []
     uri = client.tracking_uri
-    sweep(client, launcher, ["--tracking", uri], parallel=parallel, say=said.append, check=check_names)
+    Watcher(client, launcher, ["--tracking", uri], parallel, said.append, check_names).sweep()
     return said
 
 
