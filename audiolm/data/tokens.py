@@ -12,8 +12,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +23,7 @@ import pyarrow.parquet as pq
 from fsspec.parquet import open_parquet_file
 
 from audiolm import store
+from audiolm.data.parallel import thread_map
 
 RATIO = 2  # acoustic frames per semantic frame, the contract of tokenizers.base
 ROW_GROUP = 200  # clips; small enough that a reader of one clip does not decode an hour
@@ -80,7 +80,7 @@ def shard_bytes(ids: Sequence[str], codes: Sequence[np.ndarray], meta: dict[str,
     for q in range(spec["n_q"]):
         values = np.concatenate([c[:, q] for c in codes] or [np.empty(0)]).astype(np.uint16)
         columns[level_name(q)] = pa.ListArray.from_arrays(offsets, pa.array(values))
-    digest = _digest(ids, frames.astype(np.int64) * spec["hop"])
+    digest = clips_digest(ids, frames.astype(np.int64) * spec["hop"])
     own = {"shard": shard, "clips": len(frames), "frames": int(frames.sum()), "digest": digest}
     table = pa.table(columns).replace_schema_metadata({_KEY: json.dumps({**meta, **own}, sort_keys=True).encode()})
     sink = io.BytesIO()
@@ -88,20 +88,13 @@ def shard_bytes(ids: Sequence[str], codes: Sequence[np.ndarray], meta: dict[str,
     return sink.getvalue()
 
 
-def _digest(ids: Sequence[str], samples: np.ndarray) -> str:
-    """Of clips and their padded samples: equal in two stores exactly where every clip's frames agree."""
-    digest = new_digest()
-    digest_clips(digest, ids, samples)
-    return digest.hexdigest()
+def clips_digest(ids: Sequence[str], samples: np.ndarray) -> str:
+    """A hash of a shard's clips and their padded lengths in samples, whatever the frame rate.
 
-
-def new_digest() -> hashlib.blake2b:
-    return hashlib.blake2b(digest_size=8)
-
-
-def digest_clips(digest: hashlib.blake2b, ids: Sequence[str], samples: np.ndarray) -> None:
-    """Adds clips to a shard's digest."""
-    digest.update("".join([f"{i}\t{n}\n" for i, n in zip(ids, samples.tolist(), strict=True)]).encode())
+    It is equal in a semantic and an acoustic store exactly where every clip's frames agree, so that pairs of stores
+    are checked by their footers alone."""
+    rows = "".join([f"{i}\t{n}\n" for i, n in zip(ids, samples.tolist(), strict=True)])
+    return hashlib.blake2b(rows.encode(), digest_size=8).hexdigest()
 
 
 def read_meta(path: str) -> dict[str, Any]:
@@ -143,13 +136,6 @@ def read_shard(path: str, columns: Sequence[str]) -> dict[str, Any]:
     return out
 
 
-def side_by_side(fn: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
-    """fn of each item, in order, by 16 threads: of an object store one waits for small things; few are held at once."""
-    with ThreadPoolExecutor(16) as pool:
-        for i in range(0, len(items), 512):
-            yield from pool.map(fn, items[i:i + 512])
-
-
 class TokenStore:
     """A finished store: `spec` (TokenSpec as JSON), `hash` of its tokenizer, `shards` (their number), `meta`, `files`.
 
@@ -163,7 +149,7 @@ class TokenStore:
             raise TokenError(f"no token shards in {path}; run its token step first")
         self.meta: dict[str, Any] = {}
         self.files: list[dict[str, Any]] = []  # what each shard has of its own
-        for name, meta in zip(found, side_by_side(lambda n: read_meta(store.join(path, n)), found), strict=True):
+        for name, meta in zip(found, thread_map(lambda n: read_meta(store.join(path, n)), found), strict=True):
             self.meta = self.meta or {k: v for k, v in meta.items() if k not in _OWN}
             for field, value in self.meta.items():
                 if meta.get(field) != value:

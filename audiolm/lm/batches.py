@@ -21,7 +21,8 @@ import torch
 from audiolm import rng
 from audiolm.config.corpus import ClipFilter
 from audiolm.data.clips import Clip, token_clips
-from audiolm.data.tokens import RATIO, TokenStore, check_pair, run_starts, side_by_side
+from audiolm.data.parallel import thread_map
+from audiolm.data.tokens import RATIO, TokenStore, check_pair, run_starts
 from audiolm.lm.clip_lengths import read_lengths
 from audiolm.lm.row_plan import PackingPlan
 from audiolm.lm.shard_cache import ShardCache
@@ -81,7 +82,7 @@ class TokenBatches:
         if stage.needs_semantic and not stage.dedupe:
             costs += self.frames
         elif stage.needs_semantic:
-            dedup = side_by_side(lambda k: self.semantic.read(k, ["n_dedup"])["n_dedup"], lengths.shards.tolist())
+            dedup = thread_map(lambda k: self.semantic.read(k, ["n_dedup"])["n_dedup"], lengths.shards.tolist())
             for s, n_dedup in enumerate(dedup):
                 of_shard = slice(lengths.firsts[s], lengths.firsts[s + 1])
                 costs[of_shard] += n_dedup[lengths.rows[of_shard]]

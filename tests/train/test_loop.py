@@ -18,8 +18,7 @@ from audiolm.train import checkpoint
 from audiolm.train import engine as engines
 from audiolm.train.commits import commits, newest
 from audiolm.train.loop import TrainJob, run_worker, train, watch
-from tests.worlds.tiny import tiny_lm
-from tests.worlds.training import SPOILED, build, settings, training_step
+from tests.worlds.training import SPOILED, build, settings, tiny_lm, training_step
 
 
 @pytest.mark.parametrize(("engine", "zero"), [("torch", 0), ("deepspeed", 1), ("deepspeed", 3)])

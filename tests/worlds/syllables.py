@@ -1,4 +1,4 @@
-"""The masked model: frame counts, padding, gradients, masks, targets, learning, two ranks' arithmetic."""
+"""Syllables that run through five pitches in turn, so that masked ones can be inferred: crops for the masked model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The cascade with small real models: exact lengths, prompts unchanged, chunks, seeds, and the `samples` step."""
+"""A whole system with random weights, as the folders of its steps: for generation, prompts and evaluation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Voices on disk, a tokenizer with random weights on them, its residual levels and a vocoder, all of the smallest width."""
+"""Voices on disk, a random tokenizer fitted on them, its residual levels and a vocoder, all of the smallest width."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ def built_tokenizer(folder: str, wavs: list, seed: int = 0) -> str:
 
 
 def run_residual(corpus: SimpleNamespace, kmeans_path: str, out, **settings) -> dict:
-    config = {"residual": cv.ResidualConfig(**{"levels": 4, "iterations": 15, **settings}), "where": ClipFilter(), "corpus": corpus.config,
-              "seed": 3, "cluster": ClusterConfig(device="cpu")}
+    config = {"residual": cv.ResidualConfig(**{"levels": 4, "iterations": 15, **settings}), "where": ClipFilter(),
+              "corpus": corpus.config, "seed": 3, "cluster": ClusterConfig(device="cpu")}
     inputs = {name: SimpleNamespace(path=path) for name, path in (("manifest", "-"), ("kmeans", kmeans_path))}
     return residual.fit_residual(config, inputs, out)
 
