@@ -73,8 +73,8 @@ def _fit(wav_T: np.ndarray, n: int) -> np.ndarray:
 def stream(path: str, to_hz: int = SAMPLE_RATE_HZ) -> Iterator[np.ndarray]:
     """A whole file as blocks wav_T float32 mono at `to_hz`; joined they equal `decode` and `resample`.
 
-    Raises FileNotFoundError, soundfile.LibsndfileError.  Raises ValueError for NaN or infinite samples (with their
-    time), for a file without frames, and for a lossless file with fewer frames than its header counts."""
+    Raises FileNotFoundError, soundfile.LibsndfileError.  Raises ValueError for NaN or infinite samples, with their
+    time, and for an empty file.  Raises it too for a lossless file that ends before its header's count."""
     import soxr
 
     frames = produced = 0

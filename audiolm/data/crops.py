@@ -1,8 +1,8 @@
 """Random crops of audio for the masked model, the codec and the vocoder, in an order planned from the seed.
 
-Row i of step s is a crop of one clip, decided by (lengths, seed, s, i) alone, so neither workers nor a resume change
-it.  A corpus that fits into the cache is decoded once, clip by clip.  From a larger one several threads read the crops
-alone, or whole clips where they must be resampled.
+Row i of step s is a crop of one clip, decided by (lengths, seed, s, i) alone: workers and resumes do not change it.  A
+corpus that fits into the cache is decoded once, clip by clip.  From a larger one several threads read the crops alone,
+or whole clips where they must be resampled.
 Shapes: wav_BT float32 at 16 kHz, zero-padded to the crop; lengths_B samples before the padding.
 """
 
@@ -35,8 +35,6 @@ class CropSampler:
         self.lengths = np.asarray(lengths, np.int64)
         if self.lengths.size == 0:
             raise ValueError("no clips to order: the split is empty after `where`; widen `where` or add audio")
-        if len(shards) != len(self.lengths):
-            raise ValueError(f"got {len(self.lengths)} lengths but {len(shards)} shard numbers, expected one per clip")
         if self.lengths.min() < 1:
             at = int(self.lengths.argmin())
             raise ValueError(f"clip {at} has length {self.lengths[at]}, expected at least 1")

@@ -1,7 +1,7 @@
 """The manifest: every usable clip of a corpus with its speaker, split, source and place in the shards.
 
-`build_manifest` is the step.  It writes clips.parquet (data/clips.py), rejected.parquet (unusable audio and the reason)
-and listing.parquet (every file with size, stamp and a hash of its first and last 64 KB).  The same corpus, config and
+`build_manifest` is the step.  It writes clips.parquet (data/clips.py), and rejected.parquet: unusable audio with the
+reason.  listing.parquet holds every file with size, stamp and a hash of its first and last 64 KB.  The same corpus, config and
 seed give the same bytes, whatever the number of workers.  `changed_files` compares a listing with the corpus of today.
 """
 
