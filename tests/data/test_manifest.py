@@ -295,11 +295,11 @@ def test_same_bytes_whatever_the_grouping_and_after_a_resume(build, tmp_path, mo
     monkeypatch.setattr(manifest_module, "_groups", lambda found: ((i, i + 1) for i in range(len(found))))
     build(libri(root))
     assert first == {n: Path(build.out.path, f"{n}.parquet").read_bytes() for n in names}
-    looked = []
-    monkeypatch.setattr(manifest_module.scan, "measure", lambda *a: looked.append(a))
+    measured = []
+    monkeypatch.setattr(manifest_module.scan, "measure", lambda *a: measured.append(a))
     corpus = CorpusConfig(name="c", sources=[libri(root)])
     build_manifest({"corpus": corpus, "seed": 0, "cluster": ClusterConfig()}, {}, build.out)
-    assert looked == [] and first["clips"] == Path(build.out.path, "clips.parquet").read_bytes()
+    assert measured == [] and first["clips"] == Path(build.out.path, "clips.parquet").read_bytes()
 
 
 def test_user_manifest_rows_become_clips(build, tmp_path):
