@@ -1,8 +1,8 @@
-"""Reads audio files of any rate and channel count as float32 mono; a clip of the manifest as 16 kHz samples.
+"""Audio files as float32 mono samples, at their own rate or resampled to 16 kHz.
 
-wav, flac, ogg, opus and mp3 by libsndfile, local or any fsspec place.  A clip's parts are decoded whole at their own
-rate, joined, and resampled once (soxr) to exactly ceil(frames * 16000 / rate) samples, so that a crop never depends
-on where it is cut.  `stream` gives a long file the same by blocks.  Shapes: wav_T; several channels become their mean.
+libsndfile reads wav, flac, ogg, opus and mp3 from local disks and from any fsspec place.  soxr resamples a whole clip
+at once to exactly ceil(frames * to / from) samples, so a crop never depends on where it is cut.  `stream` yields the
+same samples block by block in constant memory.  Shapes: wav_T mono, wav_TC all channels; channels are averaged.
 """
 
 from __future__ import annotations
@@ -21,41 +21,36 @@ from audiolm import store
 if TYPE_CHECKING:
     import soundfile
 
-SAMPLE_RATE_HZ = 16_000  # paper III-B
-LOSSLESS = ("WAV", "WAVEX", "RF64", "FLAC")  # libsndfile's names
+SAMPLE_RATE_HZ = 16_000  # AudioLM (2209.03143), section III-B
+LOSSLESS = ("WAV", "WAVEX", "RF64", "FLAC")  # libsndfile's names; these seek to the exact frame
+UNKNOWN_FRAMES = 1 << 60  # libsndfile reports 2**63 - 1 frames for a length that it does not know
+# Decoded and dropped before a piece of lossy audio: MP3 frames reuse up to 511 bytes of earlier ones (ISO 11172-3,
+# main_data_begin), and Opus decoders need 80 ms to converge (RFC 7845, section 4.6).
 PREROLL_S = 1.0
-_BLOCK = 1 << 18  # frames decoded at once where only figures are wanted
+_BLOCK = 1 << 18  # frames decoded at once: 1 MB of float32 a channel
 
 
 def samples_at(frames: int, from_hz: int, to_hz: int = SAMPLE_RATE_HZ) -> int:
-    """ceil(frames * to / from), the length of resampled audio."""
+    """ceil(frames * to / from), the length of resampled audio; takes arrays too."""
     return -(-frames * to_hz // from_hz)
 
 
-def probe(path: str) -> tuple[int, int, int]:
-    """(sample_rate in Hz, frames, channels); from the header for wav and flac, counted by decoding for the others,
-    whose headers only estimate. Raises FileNotFoundError, soundfile.LibsndfileError."""
-    with open_sound(path) as f:
-        if f.format in LOSSLESS and 0 < f.frames < 1 << 60:
-            return f.samplerate, f.frames, f.channels
-        return f.samplerate, sum(len(b) for b in blocks(f)), f.channels
-
-
 def decode(path: str, start: int = 0, frames: int | None = None) -> tuple[np.ndarray, int]:
-    """(wav_T float32 mono at the file's own rate, rate in Hz), from frame `start`, `frames` of them or all.
+    """(wav_T float32 mono at the file's own rate, rate in Hz): `frames` frames, or all, from frame `start`.
 
     Raises FileNotFoundError, soundfile.LibsndfileError."""
     with open_sound(path) as f:
-        return _read(f, start, frames), f.samplerate
+        return read_frames(f, start, frames), f.samplerate
 
 
-def _read(f: soundfile.SoundFile, start: int, frames: int | None) -> np.ndarray:
-    if start:  # a lossy decoder is right again only some frames after a jump (MP3 borrows bits from earlier ones)
+def read_frames(f: soundfile.SoundFile, start: int, frames: int | None) -> np.ndarray:
+    """wav_T float32 mono of an open file: `frames` frames, or all that remain, from frame `start`."""
+    if start:
         early = 0 if f.format in LOSSLESS else min(start, int(PREROLL_S * f.samplerate))
         f.seek(start - early)
         if early:
             f.read(early, dtype="float32")
-    if frames is None:  # a header's length is not to be trusted, so read until nothing comes
+    if frames is None:  # read to the end of the data: the header's length may be a guess
         return np.concatenate([*blocks(f), np.zeros(0, np.float32)])
     return mono(f.read(frames, dtype="float32", always_2d=True))
 
@@ -67,21 +62,25 @@ def resample(wav_T: np.ndarray, from_hz: int, to_hz: int) -> np.ndarray:
     import soxr
 
     out_T = soxr.resample(wav_T, from_hz, to_hz, quality="HQ")
-    n = samples_at(len(wav_T), from_hz, to_hz)
-    return np.pad(out_T[:n], (0, max(0, n - len(out_T)))).astype(np.float32, copy=False)
+    return _fit(out_T, samples_at(len(wav_T), from_hz, to_hz)).astype(np.float32, copy=False)
+
+
+def _fit(wav_T: np.ndarray, n: int) -> np.ndarray:
+    """wav_T cut or zero-padded to n samples: soxr may end a sample early or late."""
+    return np.pad(wav_T[:n], (0, max(0, n - len(wav_T))))
 
 
 def stream(path: str, to_hz: int = SAMPLE_RATE_HZ) -> Iterator[np.ndarray]:
-    """A whole file as blocks wav_T float32 mono at `to_hz`, in constant memory; joined they are what `decode` and
-    `resample` give.
+    """A whole file as blocks wav_T float32 mono at `to_hz`; joined they equal `decode` and `resample`.
 
-    Raises FileNotFoundError, soundfile.LibsndfileError; ValueError for no frames at all, for fewer than a lossless file's
-    header counts, and for NaN or infinite samples, with their time."""
+    Raises FileNotFoundError, soundfile.LibsndfileError.  Raises ValueError for NaN or infinite samples, with their
+    time, and for an empty file.  Raises it too for a lossless file that ends before its header's count."""
     import soxr
 
-    frames = made = 0
+    frames = produced = 0
     with open_sound(path) as f:
-        rate, counted = f.samplerate, f.frames if f.format in LOSSLESS and f.frames < 1 << 60 else 0
+        # Only lossless headers are trusted to count frames; MP3 and Ogg estimate.
+        rate, promised = f.samplerate, f.frames if f.format in LOSSLESS and f.frames < UNKNOWN_FRAMES else 0
         resampler = soxr.ResampleStream(rate, to_hz, 1, quality="HQ") if rate != to_hz else None
         for wav_T in blocks(f):
             if not np.isfinite(wav_T).all():
@@ -89,19 +88,19 @@ def stream(path: str, to_hz: int = SAMPLE_RATE_HZ) -> Iterator[np.ndarray]:
                 raise ValueError(f"{path}: the sample at {at_s:.3f} s is NaN or infinite; clean the file")
             frames += len(wav_T)
             out_T = resampler.resample_chunk(wav_T) if resampler else wav_T
-            made += len(out_T)
+            produced += len(out_T)
             yield out_T
-    if frames < counted:
-        raise ValueError(f"{path} is truncated: {frames} of {counted} frames decode; get the file again")
+    if frames < promised:
+        raise ValueError(f"{path} is truncated: {frames} of {promised} frames decode; get the file again")
     if not frames:
-        raise ValueError(f"{path} is empty: its header counts no samples; get the file again, or rewrite it if there are some")
-    if resampler:
-        rest_T, n = resampler.resample_chunk(np.zeros(0, np.float32), last=True), samples_at(frames, rate, to_hz) - made
-        yield np.pad(rest_T[:n], (0, max(0, n - len(rest_T))))
+        raise ValueError(f"{path} is empty: its header counts no samples; get the file again, or rewrite its header")
+    if resampler:  # the resampler's delay line still holds the last samples
+        rest_T = resampler.resample_chunk(np.zeros(0, np.float32), last=True)
+        yield _fit(rest_T, samples_at(frames, rate, to_hz) - produced)
 
 
 def start_of(path: str, samples: int | None = None, to_hz: int = SAMPLE_RATE_HZ) -> np.ndarray:
-    """A file's first `samples` at `to_hz`, or all; no more of it is decoded. Raises as `stream` does."""
+    """wav_T of a file's first `samples` samples at `to_hz`, or all; decodes no further. Raises as `stream` does."""
     parts, have = [], 0
     for wav_T in stream(path, to_hz):
         parts.append(wav_T)
@@ -112,11 +111,12 @@ def start_of(path: str, samples: int | None = None, to_hz: int = SAMPLE_RATE_HZ)
 
 
 def mono(wav_TC: np.ndarray) -> np.ndarray:
+    """wav_T, the mean of the channels."""
     return wav_TC[:, 0] if wav_TC.shape[1] == 1 else wav_TC.mean(axis=1, dtype=np.float32)
 
 
 def blocks(f: soundfile.SoundFile) -> Iterator[np.ndarray]:
-    """The rest of an open file as mono blocks, until nothing more comes."""
+    """The rest of an open file as mono blocks, until no more frames decode."""
     while len(wav_TC := f.read(_BLOCK, dtype="float32", always_2d=True)):
         yield mono(wav_TC)
 
@@ -131,30 +131,29 @@ def open_sound(path: str) -> Iterator[soundfile.SoundFile]:
         if not os.path.isfile(p):
             raise FileNotFoundError(f"no audio file {path}")
         with soundfile.SoundFile(p) as f:
-            yield _onward(f)
+            yield _without_seeks(f)
         return
     with fs.open(p, "rb", block_size=4 << 20, cache_type="readahead") as raw:
-        watched = _Watched(raw)
+        remote = _RemoteFile(raw)
         try:
-            with soundfile.SoundFile(watched) as f:
-                yield _onward(f)
-        except Exception:
-            if watched.error:
-                raise watched.error from None
-            raise
-        if watched.error:
-            raise watched.error
+            with soundfile.SoundFile(remote) as f:
+                yield _without_seeks(f)
+        finally:
+            if remote.error:
+                raise remote.error from None
 
 
-def _onward(f: soundfile.SoundFile) -> soundfile.SoundFile:
-    """Makes reads simply go on. soundfile seeks to where it is after every read of a file that can seek, which leaves
-    a gap in MP3 and a scar in Opus, and believes the header's length, which MP3 only estimates."""
+def _without_seeks(f: soundfile.SoundFile) -> soundfile.SoundFile:
+    """The same file, read straight on.
+
+    After each read of a seekable file soundfile seeks to the current position.  That leaves a gap in MP3 and a click
+    in Opus, and it trusts the header's length, which MP3 only estimates."""
     f.seekable = lambda: False
     return f
 
 
-class _Watched:
-    """A file that remembers what it raised: libsndfile's callbacks cannot, and would call it the end of the file."""
+class _RemoteFile:
+    """A file that keeps the error of its last read: libsndfile's callbacks cannot raise and would report the end."""
 
     def __init__(self, raw):
         self.raw, self.error = raw, None
@@ -173,8 +172,8 @@ class _Watched:
         return self.raw.tell()
 
 
-def wav_bytes(wav_T: np.ndarray, sample_rate: int = 16_000) -> bytes:
-    """A 16-bit PCM wav file; what lies beyond full scale is clipped, never wrapped."""
+def wav_bytes(wav_T: np.ndarray, sample_rate: int = SAMPLE_RATE_HZ) -> bytes:
+    """A 16-bit PCM wav file; samples beyond full scale are clipped, not wrapped."""
     import soundfile
 
     sink = io.BytesIO()

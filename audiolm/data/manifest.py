@@ -1,9 +1,8 @@
 """The manifest: every usable clip of a corpus with its speaker, split, source and place in the shards.
 
-`build_manifest` is the step.  It leaves, whole: clips.parquet (a row a clip, its parts nested), rejected.parquet
-(what cannot be used and why) and listing.parquet (every file with size, stamp and a hash of its first and last
-64 KB).  The same corpus, config and seed give the same bytes, whatever the number of workers.
-start, frames, offset are frames at the clip's own rate; `samples` are at 16 kHz.
+`build_manifest` is the step.  It writes clips.parquet (data/clips.py), and rejected.parquet: unusable audio with the
+reason.  listing.parquet holds every file with size, stamp and a hash of its first and last 64 KB.  The same corpus, config and
+seed give the same bytes, whatever the number of workers.  `changed_files` compares a listing with the corpus of today.
 """
 
 from __future__ import annotations
@@ -12,30 +11,35 @@ import hashlib
 import io
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import groupby
+from operator import attrgetter
 
 from audiolm import rng, store
 from audiolm.config.base import ConfigError
 from audiolm.config.corpus import CorpusConfig
 from audiolm.data import scan, sources
 from audiolm.data.audio import SAMPLE_RATE_HZ
-from audiolm.data.clips import Clip, Part, _parquet, clips_parquet
-from audiolm.data.parallel import parallel_map
-from audiolm.data.sources import SPLITS
+from audiolm.data.audio_check import content_hash, edges
+from audiolm.data.clips import Clip, Part, clips_parquet, parquet_bytes
+from audiolm.data.parallel import parallel_map, thread_map
+from audiolm.data.sources import SPLITS, Found
 from audiolm.data.splits import Unit, assign
+
+GROUP_BYTES = 512 << 20  # of audio files that one scan task decodes, a single larger file apart
+LISTED = 10  # rejected files named in the error
 
 
 def build_manifest(config: dict, inputs: dict, out) -> dict:
-    """The manifest step; config {"corpus", "seed", "cluster"}, no inputs. Returns facts: clips, files, hours by source
-    and split, speakers by split, rejected by reason, shards by split, listing (digest), remarks, summary.
+    """The manifest step; config {"corpus", "seed", "cluster"}, no inputs.
 
-    Raises ConfigError: a source that cannot be read, too many rejected files, nothing to train on."""
+    Returns facts: clips, files, hours by source and split, speakers by split, rejected by reason, shards by split,
+    listing (digest), remarks, summary.  Raises ConfigError for a source that cannot be read, for too many rejected
+    files and for a corpus with nothing to train on."""
     corpus, seed = config["corpus"], config["seed"]
     if corpus.sample_rate != SAMPLE_RATE_HZ:
-        raise ConfigError(f"corpus.sample_rate is {corpus.sample_rate}; the models hear {SAMPLE_RATE_HZ} Hz, and audio "
-                          f"of any rate is resampled to that: set it to {SAMPLE_RATE_HZ} or leave it out")
+        raise ConfigError(f"corpus.sample_rate is {corpus.sample_rate}; the models take {SAMPLE_RATE_HZ} Hz, and "
+                          f"audio of any rate is resampled to that: set it to {SAMPLE_RATE_HZ} or leave it out")
     found, entries = [], []
     for source in corpus.sources:
         f, e = sources.survey(source)
@@ -44,15 +48,16 @@ def build_manifest(config: dict, inputs: dict, out) -> dict:
     units, rejected, hashes = _scan(found, corpus, config["cluster"], out)
     facts = {"files": len({(f.origin, f.uri) for f in found}),
              "rejected": {"total": len(rejected), **Counter(r["reason"] for r in rejected)}}
-    store.put(store.join(out.path, "rejected.parquet"), _parquet(
+    # Written before the checks, so that a corpus that is refused leaves the whole list of reasons.
+    store.put(store.join(out.path, "rejected.parquet"), parquet_bytes(
         rejected, [("origin", "string"), ("uri", "string"), ("start", "int64"), ("frames", "int64"),
                    ("reason", "string"), ("detail", "string")]))
     _check_rejected(rejected, len(found), corpus)
     splits, remarks = assign(units, corpus, seed)
     clips = cut_shards(join_units(units, splits, corpus.join_s), corpus.shard_s, seed)
     listing = _listing(entries, hashes)
-    out.check()
-    store.put(store.join(out.path, "listing.parquet"), _parquet(
+    out.check()  # a worker that lost its lease writes nothing
+    store.put(store.join(out.path, "listing.parquet"), parquet_bytes(
         listing, [(n, "int64" if n == "size" else "string") for n in ("origin", "uri", "size", "stamp", "hash")]))
     store.put(store.join(out.path, "clips.parquet"), clips_parquet(clips))
     return {**facts, **_facts(clips), "listing": _digest(listing), "remarks": remarks,
@@ -60,18 +65,18 @@ def build_manifest(config: dict, inputs: dict, out) -> dict:
 
 
 def changed_files(manifest_path: str, corpus: CorpusConfig) -> dict[str, list[str]]:
-    """{added, removed, modified}: "source/uri" of files that differ from what the manifest saw.
+    """{added, removed, modified}: "source/uri" of files that differ from the manifest's listing.
 
-    A file is modified where its size or the hash of its first and last 64 KB differs; one with another date only (a
-    git clone, an uploaded job folder) is not. Raises ConfigError where a source cannot be listed."""
+    A file is modified where its size or the hash of its first and last 64 KB differs.  Another date alone (a git
+    clone, an uploaded job folder) does not count.  Raises ConfigError for a source that cannot be listed."""
     import pyarrow.parquet as pq
 
     table = pq.read_table(io.BytesIO(store.get(store.join(manifest_path, "listing.parquet"))))
     old = {(r["origin"], r["uri"]): r for r in table.to_pylist()}
     new = {(s.name, e.uri): e for s in corpus.sources for e in sources.listing(s)}
+    # Only files of the old size with another date are hashed: the rest is decided by the listing.
     doubtful = [k for k, e in new.items() if k in old and e.size == old[k]["size"] >= 0 and e.stamp != old[k]["stamp"]]
-    with ThreadPoolExecutor(16) as pool:
-        hashes = dict(zip(doubtful, pool.map(lambda k: _hash(new[k]), doubtful), strict=True))
+    hashes = dict(zip(doubtful, thread_map(lambda k: _hash(new[k]), doubtful), strict=True))
     modified = [k for k, e in new.items() if k in old and
                 (e.size != old[k]["size"] or (k in hashes and hashes[k] != old[k]["hash"]))]
     return {"added": _names(new.keys() - old.keys()), "removed": _names(old.keys() - new.keys()),
@@ -79,33 +84,37 @@ def changed_files(manifest_path: str, corpus: CorpusConfig) -> dict[str, list[st
 
 
 def join_units(units: list[Unit], splits: list[str], join_s: float) -> list[Clip]:
-    """Clips of one or more units: utterances that follow each other in one speaker's chapter, of one split and rate,
-    are joined while the clip stays within `join_s`. Nothing is joined over an utterance that was rejected."""
-    clips: list[list[tuple[Unit, str]]] = []
+    """Clips of one or more units: consecutive utterances of one speaker's chapter are joined up to `join_s` seconds.
+
+    All units of a clip have one split and one rate.  Nothing is joined across an utterance that was rejected."""
+    clips: list[tuple[str, list[Unit]]] = []
     seconds = 0.0
-    for u, split in zip(units, splits, strict=True):
-        if clips and seconds + u.seconds <= join_s and _follows(*clips[-1][-1], u, split):
-            clips[-1].append((u, split))
+    for i, (u, split) in enumerate(zip(units, splits, strict=True)):
+        # The open clip's last unit is always the unit before this one.
+        if i and seconds + u.seconds <= join_s and split == splits[i - 1] and _follows(units[i - 1], u):
+            clips[-1][1].append(u)
             seconds += u.seconds
         else:
-            clips.append([(u, split)])
+            clips.append((split, [u]))
             seconds = u.seconds
     taken: Counter = Counter()
-    return [_clip([u for u, _ in members], members[0][1], taken) for members in clips]
+    return [_clip(members, split, taken) for split, members in clips]
 
 
 def cut_shards(clips: list[Clip], shard_s: float, seed: int) -> list[Clip]:
-    """The clips with their shard and row, in that order: shards of one split each, at most `shard_s` seconds (or one
-    clip), alike in length and, by a shuffle drawn from the seed, in content."""
+    """The clips in order of their new (shard, row): shards of one split each, at most `shard_s` seconds or one clip.
+
+    Shards of a split are about equally long.  A shuffle drawn from the seed makes them alike in content."""
     done: list[Clip] = []
     shard = 0
     for split in SPLITS:
         members = sorted((c for c in clips if c.split == split), key=lambda c: c.id)
         members = [members[i] for i in rng.generator(seed, f"shards {split}").permutation(len(members))]
         total = sum(c.seconds for c in members)
-        even = total / max(1, -(-total // shard_s))
+        even = total / max(1, -(-total // shard_s))  # the length at which the fewest shards are equally long
         row, seconds = 0, 0.0
         for c in members:
+            # A new shard starts where the clip would not fit, or would end farther past `even` than it starts before.
             if row and (seconds + c.seconds > shard_s or seconds + c.seconds / 2 > even):
                 shard, row, seconds = shard + 1, 0, 0.0
             done.append(replace(c, shard=shard, row=row))
@@ -114,31 +123,31 @@ def cut_shards(clips: list[Clip], shard_s: float, seed: int) -> list[Clip]:
     return done
 
 
-def _scan(found: list, corpus: CorpusConfig, cluster, out) -> tuple[list[Unit], list[dict], dict]:
+def _scan(found: list[Found], corpus: CorpusConfig, cluster, out) -> tuple[list[Unit], list[dict], dict]:
     """(units, rejected rows, {(origin, uri): hash}), in the order of `found`."""
     groups = list(_groups(found))
-    paths = parallel_map(scan.scan_group, [(found[a:b], corpus, store.join(out.path, "scan")) for a, b in groups], out=out,
-                    cluster=cluster, unit="files", sizes=[float(b - a) for a, b in groups])
+    items = [(found[a:b], corpus, store.join(out.path, "scan")) for a, b in groups]
+    paths = parallel_map(scan.scan_group, items, out=out, cluster=cluster, unit="files",
+                         sizes=[float(b - a) for a, b in groups])
     units, rejected, hashes = [], [], {}
-    with ThreadPoolExecutor(16) as pool:
-        results = pool.map(store.get_json, paths)
-        for (first, _), result in zip(groups, results, strict=True):
-            for row, digest in result["files"]:
-                hashes[found[first + row].origin, found[first + row].uri] = digest
-            units += [Unit(first + row, found[first + row], *rest) for row, *rest in result["units"]]
-            for row, start, frames, reason, detail in result["rejected"]:
-                f = found[first + row]
-                rejected.append({"origin": f.origin, "uri": f.uri, "start": start, "frames": frames,
-                                 "reason": reason, "detail": detail})
+    for (first, _), result in zip(groups, thread_map(store.get_json, paths), strict=True):
+        for row, digest in result["files"]:
+            hashes[found[first + row].origin, found[first + row].uri] = digest
+        units += [Unit(first + row, found[first + row], *rest) for row, *rest in result["units"]]
+        for row, start, frames, reason, detail in result["rejected"]:
+            f = found[first + row]
+            rejected.append({"origin": f.origin, "uri": f.uri, "start": start, "frames": frames,
+                             "reason": reason, "detail": detail})
     return units, rejected, hashes
 
 
-def _groups(found: list) -> Iterator[tuple[int, int]]:
-    """Ranges of rows for one task each: some dozens of files or 512 MB; rows of one file stay together."""
+def _groups(found: list[Found]) -> Iterator[tuple[int, int]]:
+    """Ranges of rows for one task each. Rows of one file stay together, so that no file is decoded twice."""
+    # About 64 tasks for a small corpus; the limits keep a task between a start-up's cost and a few minutes' work.
     most, first, size = min(256, max(8, len(found) // 64)), 0, 0
     for i, f in enumerate(found):
         same = i > 0 and f.path == found[i - 1].path
-        if i > first and not same and (i - first >= most or size + f.size > 512 << 20):
+        if i > first and not same and (i - first >= most or size + f.size > GROUP_BYTES):
             yield first, i
             first, size = i, 0
         size += 0 if same else max(0, f.size)
@@ -147,23 +156,21 @@ def _groups(found: list) -> Iterator[tuple[int, int]]:
 
 
 def _check_rejected(rejected: list[dict], files: int, corpus: CorpusConfig) -> None:
-    """Pieces of a long file that are silent do not count: the file as such is usable."""
-    bad = [r for r in rejected if r["frames"] == 0]
+    """Raises ConfigError for more rejected files than corpus.max_rejected allows, or no usable file."""
+    bad = [r for r in rejected if r["frames"] == 0]  # not the silent pieces of a long file that is usable
     if len(bad) <= corpus.max_rejected * files and len(bad) < files:
         return
-    head = "".join(f"\n  {r['origin']}/{r['uri']}: {r['reason']} ({r['detail']})" for r in bad[:10])
-    more = f"\n  and {len(bad) - 10} more in rejected.parquet" if len(bad) > 10 else ""
+    head = "".join(f"\n  {r['origin']}/{r['uri']}: {r['reason']} ({r['detail']})" for r in bad[:LISTED])
+    more = f"\n  and {len(bad) - LISTED} more in rejected.parquet" if len(bad) > LISTED else ""
     fix = f"remove or mend them, or raise corpus.max_rejected ({corpus.max_rejected})"
     what = "no usable file:" if len(bad) == files else f"{len(bad) / files:.1%} of the files cannot be used:"
     raise ConfigError(f"corpus {corpus.name!r}: {what} {len(bad)} of {files} were rejected "
                       f"({_counts(Counter(r['reason'] for r in bad))}); {fix}{head}{more}")
 
 
-def _follows(a: Unit, a_split: str, b: Unit, b_split: str) -> bool:
-    f, g = a.found, b.found
-    if f.chapter is None or (a_split, a.sample_rate) != (b_split, b.sample_rate):
-        return False
-    if (f.origin, f.source, f.speaker, f.chapter) != (g.origin, g.source, g.speaker, g.chapter):
+def _follows(a: Unit, b: Unit) -> bool:
+    """True where b is the next piece or utterance after a in one speaker's chapter, at one rate."""
+    if a.found.chapter is None or a.chapter != b.chapter or a.sample_rate != b.sample_rate:
         return False
     if a.row == b.row:
         return b.piece == a.piece + 1
@@ -171,9 +178,10 @@ def _follows(a: Unit, a_split: str, b: Unit, b_split: str) -> bool:
 
 
 def _clip(units: list[Unit], split: str, taken: Counter) -> Clip:
+    """A clip of the units end to end, with its first part's id and the number of the others."""
     parts, offset = [], 0
     for u in units:
-        text = u.found.text if u.pieces == 1 else None  # nobody knows which words a piece holds
+        text = u.found.text if u.pieces == 1 else None  # a piece's share of the words is unknown
         parts.append(Part(_part_id(u, taken), u.found.uri, u.start, u.frames, offset, text))
         offset += u.frames
     u = units[0]
@@ -183,30 +191,28 @@ def _clip(units: list[Unit], split: str, taken: Counter) -> Clip:
 
 
 def _part_id(u: Unit, taken: Counter) -> str:
-    """LibriSpeech's utterance id where the name is one, else the uri; @start where it is a stretch of the file."""
+    """LibriSpeech's utterance id where the name is one, else the uri; @start for a stretch of a file, ~N for a repeat."""
     stem = u.found.uri.rsplit("/", 1)[-1].rsplit(".", 1)[0]
     name = stem if u.found.speaker and stem.startswith(f"{u.found.speaker}-") else u.found.uri
     name += f"@{u.start}" if u.pieces > 1 or u.found.start is not None else ""
     taken[u.found.origin, name] += 1
-    again = taken[u.found.origin, name]
-    return f"{name}~{again}" if again > 1 else name
+    count = taken[u.found.origin, name]
+    return f"{name}~{count}" if count > 1 else name
 
 
 def _listing(entries: list, hashes: dict) -> list[dict]:
-    """Files that no task looked at (transcripts, the user's Parquet) are hashed here."""
-    other = [(origin, e) for origin, e in entries if (origin, e.uri) not in hashes]
-    with ThreadPoolExecutor(16) as pool:
-        hashes = {**hashes, **{(o, e.uri): h for (o, e), h in
-                               zip(other, pool.map(lambda item: _hash(item[1]), other), strict=True)}}
+    """The rows of listing.parquet. Files that no task scanned (transcripts, the user's Parquet) are hashed here."""
+    others = {(origin, e.uri): e for origin, e in entries if (origin, e.uri) not in hashes}
+    hashes = hashes | dict(zip(others, thread_map(_hash, list(others.values())), strict=True))
     return [{"origin": o, "uri": e.uri, "size": e.size, "stamp": e.stamp, "hash": hashes[o, e.uri]} for o, e in entries]
 
 
 def _hash(e: sources.Entry) -> str:
-    return scan.content_hash(*scan.edges(e.path, e.size), e.size) if e.size >= 0 else ""
+    return content_hash(*edges(e.path, e.size), e.size) if e.size >= 0 else ""
 
 
 def _digest(listing: list[dict]) -> str:
-    """Of names and contents; dates are left out, so that a copy of a corpus has the digest of the original."""
+    """A hash of names and contents without dates, so that a copy of a corpus has the digest of the original."""
     rows = sorted(f"{r['origin']}|{r['uri']}|{r['size']}|{r['hash']}" for r in listing)
     return hashlib.sha256("\n".join(rows).encode()).hexdigest()[:16]
 
@@ -221,8 +227,9 @@ def _counts(counts: dict) -> str:
 
 def _facts(clips: list[Clip]) -> dict:
     hours: dict = {}
-    for key, members in groupby(sorted(clips, key=lambda c: (c.source, c.split)), key=lambda c: (c.source, c.split)):
-        hours.setdefault(key[0], {})[key[1]] = round(sum(c.seconds for c in members) / 3600, 4)
+    where = attrgetter("source", "split")
+    for (source, split), members in groupby(sorted(clips, key=where), key=where):
+        hours.setdefault(source, {})[split] = round(sum(c.seconds for c in members) / 3600, 4)
     by_split = {s: [c for c in clips if c.split == s] for s in SPLITS}
     return {"clips": len(clips), "parts": sum(len(c.parts) for c in clips), "hours": hours,
             "clips_by_split": {s: len(m) for s, m in by_split.items()},
@@ -231,7 +238,7 @@ def _facts(clips: list[Clip]) -> dict:
 
 
 def _summary(clips: list[Clip], facts: dict, remarks: list[str]) -> str:
-    """What the driver prints: one line, then a line a remark."""
+    """The text that the driver prints: one line, then a line a remark."""
     hours = sum(c.seconds for c in clips) / 3600
     reasons = {k: v for k, v in facts["rejected"].items() if k != "total"}
     bad = f"rejected {facts['rejected']['total']}" + (f" ({_counts(reasons)}; see rejected.parquet)" if reasons else "")

@@ -1,23 +1,30 @@
-"""Fans a step's work out over Ray tasks, one plain function call an item (DESIGN 1.9).
+"""Fans a step's work out over Ray tasks, one plain function call an item, and small reads over threads.
 
-Tasks get paths and small values, decode where they compute and write whole files; only small results come back.
-Bounded in flight; results keep the items' order.  Ray moves a task off a node that died; an error of the function
+Tasks get paths and small values, decode where they compute and write whole files; only small results return.  A bounded
+number is in flight, and results keep the items' order.  Ray moves a task off a node that died; an error of the function
 itself ends the step.  Inline, the same calls run one after the other in this process.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from audiolm.config.run import ClusterConfig
 
+RETRIES = 3  # of a task whose node or process died
+POLL_S = 2.0  # progress is reported at least this often, and with it the step's lease is checked
+THREADS = 16  # waiting for an object store costs no CPU
+AHEAD = 512  # items given to the threads at once, which bounds the results held
+
 
 @dataclass(frozen=True)
 class Workers:
-    """The three things `parallel_map` needs of a step's context, for commands that run outside a step."""
+    """The part of a step's context that `parallel_map` needs, for commands that run outside a step."""
 
     inline: bool  # run in this process, one item after the other, instead of as Ray tasks
     name: str  # names the Ray tasks
@@ -25,29 +32,28 @@ class Workers:
 
 
 def parallel_map(fn: Callable, items: Sequence[tuple], *, out, cluster: ClusterConfig, unit: str,
-            sizes: Sequence[float] | None = None, gpu: bool = False) -> list[Any]:
-    """[fn(*item) for item in items]; `sizes` (in `unit`) weigh the progress, else items are counted."""
+                 sizes: Sequence[float] | None = None, gpu: bool = False) -> list[Any]:
+    """[fn(*item) for item in items]. `out` is a StepContext or Workers; progress counts items, or `sizes` in `unit`."""
     sizes = list(sizes) if sizes is not None else [1.0] * len(items)
     total, done, results = sum(sizes), 0.0, [None] * len(items)
     out.progress(0, total, unit)
     if out.inline:
-        with _threads(1):
-            for i, item in enumerate(items):
-                results[i] = fn(*item)
-                done += sizes[i]
-                out.progress(done, total, unit)
+        for i, item in enumerate(items):
+            results[i] = _call(fn, item)
+            done += sizes[i]
+            out.progress(done, total, unit)
         return results
     import ray
 
     limit = cluster.workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
-    task = ray.remote(num_cpus=1, num_gpus=1 if gpu else 0, max_retries=3)(_call)
+    task = ray.remote(num_cpus=1, num_gpus=1 if gpu else 0, max_retries=RETRIES)(_call)
     todo, running = list(range(len(items)))[::-1], {}
     try:
         while todo or running:
             while todo and len(running) < limit:
                 i = todo.pop()
                 running[task.options(name=f"{out.name} {i}").remote(fn, items[i])] = i
-            ready, _ = ray.wait(list(running), num_returns=1, timeout=2.0)
+            ready, _ = ray.wait(list(running), num_returns=1, timeout=POLL_S)
             for ref in ready:
                 i = running.pop(ref)
                 try:
@@ -56,14 +62,23 @@ def parallel_map(fn: Callable, items: Sequence[tuple], *, out, cluster: ClusterC
                     raise e.cause from None  # the function's own error, without Ray's wrapping
                 done += sizes[i]
             out.progress(done, total, unit)
-    finally:
+    finally:  # after an error or a lost lease no task may go on writing
         for ref in running:
             ray.cancel(ref, force=True)
     return results
 
 
+def thread_map(fn: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+    """fn of each item, in order, by 16 threads of this process: for many small reads from an object store."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        for i in range(0, len(items), AHEAD):
+            yield from pool.map(fn, items[i:i + AHEAD])
+
+
 def cluster_device(cluster: ClusterConfig, inline: bool, gpus: int = 1) -> str:
-    """cuda or cpu: as the config says, else what the cluster (inline: this process) has; the driver may have no GPU."""
+    """cuda or cpu for a step's tasks: the config's device, else by what the cluster has (inline: this process).
+
+    The driver itself may run on a node without a GPU."""
     if cluster.device != "auto":
         return cluster.device
     if inline:
@@ -83,24 +98,19 @@ def pick_device(asked: str) -> str:
 
 
 def _call(fn: Callable, item: tuple) -> Any:
-    with _threads(1):
+    with _one_thread():
         return fn(*item)
 
 
-class _threads:
-    """One torch thread a task: as many tasks as CPUs run at once, and the bits never depend on the machine."""
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """One torch thread a task: as many tasks as CPUs run at once, and sums have one order on every machine."""
+    import torch
 
-    def __init__(self, n: int):
-        self.n = n
-
-    def __enter__(self):
-        import torch
-
-        os.environ.setdefault("OMP_NUM_THREADS", str(self.n))
-        self.before = torch.get_num_threads()
-        torch.set_num_threads(self.n)
-
-    def __exit__(self, *exc):
-        import torch
-
-        torch.set_num_threads(self.before)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,9 +1,8 @@
-"""Looks into audio files: what of them can be used (stretches in frames at the file's own rate) and why not the rest.
+"""Decodes audio files once, in parallel tasks, and cuts them into usable stretches.
 
-Everything is decoded once, in parallel tasks: only so are lengths of lossy files true and silent, truncated and
-non-finite ones found; FLAC decodes several hundred times faster than it plays.  What is longer than `max_s` is cut at
-the quietest tenth of a second near equal parts.  `scan_group` is the task: it writes one JSON file, named by what it
-looked at, so that a resumed step looks at no file twice.
+Only decoding gives the true length of lossy files and finds silent, truncated and non-finite audio.  Audio longer than
+`max_s` is cut at the quietest tenth of a second near equal parts.  `scan_group` is the task: it writes one JSON file
+named by a hash of its input, so a resumed step decodes no file twice.  All positions are frames at the file's own rate.
 """
 
 from __future__ import annotations
@@ -13,27 +12,24 @@ import json
 from dataclasses import astuple, dataclass
 
 import numpy as np
-from fsspec.implementations.local import LocalFileSystem
 
 from audiolm import store
 from audiolm.config.corpus import CorpusConfig
-from audiolm.data.audio import mono, open_sound
+from audiolm.data import audio_check
+from audiolm.data.audio import UNKNOWN_FRAMES, mono, open_sound
+from audiolm.data.audio_check import Unusable
 from audiolm.data.sources import Found
 
-RATES_HZ = (2_000, 400_000)  # outside lies no audio but a broken header
-EDGE = 65_536  # bytes of a file's head and tail that stand for its content
-QUIET_S = 2.0  # how far a cut may move to a quiet place
+QUIET_S = 2.0  # how far a cut may move from its even place to a quiet one
+ROOM_TO_CUT = 0.95  # pieces are planned this much shorter than max_s, so that every cut can move
+ROUNDING_S = 0.1  # how far a table's rounded start and duration may pass the file's end
 REASONS = ("missing", "empty", "unreadable", "sample rate", "truncated", "non-finite", "silent", "too short",
            "out of range")
 
 
-class Unusable(Exception):
-    """(reason, detail): why a file or stretch cannot be used; reason is one of REASONS."""
-
-
 @dataclass(frozen=True)
 class Measured:
-    """A decoded file: frames as decoded, peak of every `block` frames (NaN or inf where a sample is)."""
+    """A decoded file: frames as decoded, and the peak of every `block` frames (NaN or inf where a sample is)."""
 
     rate: int
     frames: int
@@ -42,7 +38,7 @@ class Measured:
 
 
 def scan_group(found: list[Found], corpus: CorpusConfig, folder: str) -> str:
-    """Looks at the files of some rows; writes and returns `{folder}/{key}.json`:
+    """Scans the files of some rows; writes and returns `{folder}/{key}.json`:
     {files: [[row, content hash]], units: [[row, rate, start, frames, piece, pieces]],
     rejected: [[row, start, frames, reason, detail]]}, rows counted within `found`."""
     limits = [corpus.min_s, corpus.max_s, corpus.silence_db]
@@ -50,70 +46,50 @@ def scan_group(found: list[Found], corpus: CorpusConfig, folder: str) -> str:
     path = store.join(folder, hashlib.sha256(recipe.encode()).hexdigest()[:16] + ".json")
     if store.exists(path):
         return path
-    files, units, rejected, seen = [], [], [], {}
+    files, units, rejected, scanned = [], [], [], {}
     for row, f in enumerate(found):
-        if f.path not in seen:  # rows of a user's Parquet may share a file
-            seen = {f.path: _look(f)}
-            files.append([row, seen[f.path][0]])
+        if f.path not in scanned:  # rows of a user's Parquet may share a file; they follow each other
+            scanned = {f.path: _scan_file(f)}
+            files.append([row, scanned[f.path][0]])
         try:
-            looked = seen[f.path][1]
-            if isinstance(looked, Unusable):
-                raise looked
-            start, frames = _stretch(f, looked)
-            cuts = _cut(looked, start, frames, corpus)
+            measured = scanned[f.path][1]
+            if isinstance(measured, Unusable):
+                raise measured
+            start, frames = _stretch(f, measured)
+            pieces = _cut(measured, start, frames, corpus)
         except Unusable as e:
             rejected.append([row, 0, 0, *e.args])
             continue
-        for piece, (a, b) in enumerate(cuts):
+        for piece, (a, b) in enumerate(pieces):
             try:
-                _check(looked, a, b, corpus)
-                units.append([row, looked.rate, a, b - a, piece, len(cuts)])
-            except Unusable as e:
-                rejected.append([row, a, b - a, *e.args] if len(cuts) > 1 else [row, 0, 0, *e.args])
+                _check_piece(measured, a, b, corpus)
+                units.append([row, measured.rate, a, b - a, piece, len(pieces)])
+            except Unusable as e:  # one silent piece costs only itself; a whole file is rejected as (0, 0)
+                rejected.append([row, a, b - a, *e.args] if len(pieces) > 1 else [row, 0, 0, *e.args])
     store.put_json(path, {"files": files, "units": units, "rejected": rejected})
     return path
 
 
-def edges(path: str, size: int) -> tuple[bytes, bytes]:
-    """The first and the last 64 KB of a file."""
-    fs, p = store.open_fs(path)
-    if isinstance(fs, LocalFileSystem):
-        with open(p, "rb") as f:
-            head = f.read(EDGE)
-            f.seek(max(0, size - EDGE))
-            return head, f.read(EDGE)
-    head = fs.cat_file(p, start=0, end=min(size, EDGE)) if size else b""
-    return head, head if size <= EDGE else fs.cat_file(p, start=size - EDGE, end=size)
-
-
-def content_hash(head: bytes, tail: bytes, size: int) -> str:
-    return hashlib.blake2b(head + b"|" + tail + b"|" + str(size).encode(), digest_size=12).hexdigest()
-
-
-def _look(f: Found) -> tuple[str, Measured | Unusable]:
-    """(content hash, what was measured or why not). A network's failure is raised, for the task to be tried again."""
+def _scan_file(f: Found) -> tuple[str, Measured | Unusable]:
+    """(content hash, the measured file or its fault). A network's failure is raised, so that Ray retries the task."""
     digest = ""
     try:
         if f.size < 0:
             raise Unusable("missing", "no such file")
-        try:
-            head, tail = edges(f.path, f.size)
-        except FileNotFoundError:
-            raise Unusable("missing", "gone since it was listed") from None
-        except PermissionError as e:
-            raise Unusable("unreadable", f"denied: {e}") from None
-        digest = content_hash(head, tail, f.size)
+        head, tail = audio_check.edges(f.path, f.size)
+        digest = audio_check.content_hash(head, tail, f.size)
         if f.size == 0:
             raise Unusable("empty", "no bytes")
-        check_container(head, tail, f.size)
-        counted = counts_frames(head)
-        looked = measure(f.path, trust_header=counted)
-        if not counted and mp3_samples(store.get(f.path)) > 1.02 * looked.frames + 10 * 1152:
-            raise Unusable("unreadable", "a variable-rate MP3 without the Xing header that tells its length would be "
-                           "cut short; rewrite it with: ffmpeg -i IN.mp3 -c copy OUT.mp3")
-        return digest, looked
+        audio_check.check_container(head, tail, f.size)
+        measured = measure(f.path, trust_header=audio_check.counts_frames(head))
+        audio_check.check_mp3_length(f.path, head, measured.frames)
+        return digest, measured
     except Unusable as e:
         return digest, e
+    except FileNotFoundError:
+        return digest, Unusable("missing", "gone since it was listed")
+    except PermissionError as e:
+        return digest, Unusable("unreadable", f"denied: {e}")
 
 
 def measure(path: str, trust_header: bool = True) -> Measured:
@@ -123,10 +99,10 @@ def measure(path: str, trust_header: bool = True) -> Measured:
     frames, promised, peaks = 0, 0, [np.zeros(0, np.float32)]
     try:
         with open_sound(path) as f:
-            rate, promised = f.samplerate, f.frames if trust_header and f.frames < 1 << 60 else 0
-            _check_rate(rate)
-            block = rate // 10
-            while len(wav_TC := f.read(600 * block, dtype="float32", always_2d=True)):
+            rate, promised = f.samplerate, f.frames if trust_header and f.frames < UNKNOWN_FRAMES else 0
+            audio_check.check_rate(rate)
+            block = rate // 10  # 0.1 s: short enough for a pause between words
+            while len(wav_TC := f.read(600 * block, dtype="float32", always_2d=True)):  # a minute at a time
                 wav_T = np.abs(mono(wav_TC))
                 frames += len(wav_T)
                 peaks.append(np.maximum.reduceat(wav_T, np.arange(0, len(wav_T), block)))
@@ -141,62 +117,11 @@ def measure(path: str, trust_header: bool = True) -> Measured:
     return Measured(rate, frames, block, np.concatenate(peaks))
 
 
-def _check_rate(rate: int) -> None:
-    if not RATES_HZ[0] <= rate <= RATES_HZ[1]:
-        raise Unusable("sample rate", f"{rate} Hz, expected {RATES_HZ[0]} to {RATES_HZ[1]}")
-
-
-def check_container(head: bytes, tail: bytes, size: int) -> None:
-    """What libsndfile forgives: a WAV shorter than its header says or with rate 0, an Ogg stream without its end."""
-    if head[:4] == b"RIFF" and head[8:12] == b"WAVE":
-        at = 12
-        while at + 8 <= len(head):
-            name, n = head[at:at + 4], int.from_bytes(head[at + 4:at + 8], "little")
-            if name == b"fmt ":
-                _check_rate(int.from_bytes(head[at + 12:at + 16], "little"))
-            if name == b"data":  # programs that write to a pipe leave 0 or about 2**31 or 2**32 there
-                if 0 < n < 0x7FFFF000 and at + 8 + n > size:
-                    raise Unusable("truncated", f"{size - at - 8} of {n} bytes of samples")
-                break
-            at += 8 + n + n % 2
-    if head[:4] == b"OggS" and (at := tail.rfind(b"OggS")) >= 0:
-        page = tail[at:]
-        whole = len(page) >= 27 and len(page) >= 27 + page[26] + sum(page[27:27 + page[26]])
-        if not (whole and page[5] & 4):
-            raise Unusable("truncated", "the Ogg stream has no end page")
-
-
-def counts_frames(head: bytes) -> bool:
-    """Whether the header counts the frames; an MP3 does so only in a Xing or Info tag, else its length is a guess."""
-    is_mp3 = head[:3] == b"ID3" or (len(head) > 1 and head[0] == 0xFF and head[1] & 0xE0 == 0xE0)
-    return not is_mp3 or b"Xing" in head or b"Info" in head
-
-
-def mp3_samples(data: bytes) -> int:
-    """Frames that an MP3's bytes hold, by walking its headers (ISO 11172-3 2.4.2.3; versions 2 and 2.5 halve)."""
-    at, total = 0, 0
-    if data[:3] == b"ID3":
-        at = 10 + sum(b << shift for b, shift in zip(data[6:10], (21, 14, 7, 0), strict=True))
-    while 0 <= at <= len(data) - 4:
-        h = int.from_bytes(data[at:at + 4], "big")
-        version, layer, kbps, hz, pad = h >> 19 & 3, h >> 17 & 3, h >> 12 & 15, h >> 10 & 3, h >> 9 & 1
-        if h >> 21 != 0x7FF or version == 1 or layer != 1 or kbps in (0, 15) or hz == 3:
-            at = data.find(b"\xff", at + 1)  # a tag or garbage between frames
-            continue
-        kbps = ((32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320) if version == 3 else
-                (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160))[kbps - 1]
-        rate = (44_100, 48_000, 32_000)[hz] >> {3: 0, 2: 1, 0: 2}[version]
-        samples = 1152 if version == 3 else 576
-        at += samples * kbps * 125 // rate + pad
-        total += samples
-    return total
-
-
 def _stretch(f: Found, m: Measured) -> tuple[int, int]:
-    """(start, frames) that a row names, within its file."""
+    """(start, frames) within the file that a row names: all of it unless the row has a start or a duration."""
     start = round((f.start or 0.0) * m.rate)
     end = m.frames if f.duration is None else start + round(f.duration * m.rate)
-    if start >= m.frames or end > m.frames + m.rate // 10:  # durations in tables are rounded: allow 0.1 s
+    if start >= m.frames or end > m.frames + int(ROUNDING_S * m.rate):
         raise Unusable("out of range", f"{f.start or 0} s + {f.duration} s of {m.frames / m.rate:.2f} s")
     return start, min(end, m.frames) - start
 
@@ -206,23 +131,26 @@ def _cut(m: Measured, start: int, frames: int, corpus: CorpusConfig) -> list[tup
     longest = int(corpus.max_s * m.rate)
     if frames <= longest:
         return [(start, start + frames)]
-    n = -(-frames // int(0.95 * longest))  # room to move every cut to a quiet place
+    n = -(-frames // int(ROOM_TO_CUT * longest))
     even = frames / n
+    # Two neighbouring cuts may move towards or away from each other: each gets half of what max_s and min_s leave.
     room = int(max(0, min(QUIET_S * m.rate, (longest - even) / 2, (even - corpus.min_s * m.rate) / 2)))
     cuts = [start]
     for i in range(1, n):
         at = start + round(i * even)
         a, b = -(-(at - room) // m.block), (at + room) // m.block  # whole blocks inside the room
+        # The middle of the quietest block, or the even place where the room holds no whole block.
         cuts.append((a + int(np.argmin(m.peaks[a:b]))) * m.block + m.block // 2 if a < b else at)
     return list(zip(cuts, [*cuts[1:], start + frames], strict=True))
 
 
-def _check(m: Measured, a: int, b: int, corpus: CorpusConfig) -> None:
+def _check_piece(m: Measured, a: int, b: int, corpus: CorpusConfig) -> None:
+    """Raises Unusable for a stretch [a, b) that is too short, has NaN or infinite samples, or is silent."""
     if b - a < corpus.min_s * m.rate:
         raise Unusable("too short", f"{(b - a) / m.rate:.3f} s, corpus.min_s is {corpus.min_s}")
     peaks = m.peaks[a // m.block:-(-b // m.block)]
     if not np.isfinite(peaks).all():
         raise Unusable("non-finite", "NaN or infinite samples")
-    db = 20 * np.log10(max(float(peaks.max()), 1e-12))
+    db = 20 * np.log10(max(float(peaks.max()), 1e-12))  # dB below full scale; the floor keeps log10 finite
     if db < corpus.silence_db:
         raise Unusable("silent", f"peak {db:.0f} dBFS, corpus.silence_db is {corpus.silence_db}")

@@ -1,16 +1,18 @@
-"""Lists the audio files of a corpus source (folder, LibriSpeech layout, the user's own Parquet); opens no audio.
+"""Lists the audio files of a corpus source: a folder, LibriSpeech's layout or the user's Parquet; opens no audio.
 
-`list_files(source)` gives one `Found` a file (a row of the user's Parquet: one a row), in natural order of its uri;
-uris are relative to the source's root, so that a corpus can move.  `listing(source)` names every file that the
-manifest depends on, transcripts and the Parquet included.  Any fsspec place; names starting with a dot are left out.
+`survey(source)` returns one `Found` a file, or a row of the user's Parquet, in natural order of uris.  Uris are
+relative to the source's root, so that a corpus can move.  `listing(source)` names every file that the manifest depends
+on, transcripts and the Parquet included.  Any fsspec place serves; names that start with a dot are skipped.
 Raises ConfigError with one line that names the source, the place and the fix.
 """
 
 from __future__ import annotations
 
+import glob
 import posixpath
 import re
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from fsspec.utils import glob_translate
@@ -18,10 +20,13 @@ from fsspec.utils import glob_translate
 from audiolm import store
 from audiolm.config.base import ConfigError
 from audiolm.config.corpus import CorpusConfig, FolderSource, LibriSpeechSource, ManifestSource, Source
+from audiolm.data.parallel import thread_map
 
 AUDIO = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3")
 SPLITS = ("train", "dev", "test")
-PARQUET = "(parquet)"
+PARQUET = "(parquet)"  # the user's Parquet in a listing, wherever it lies
+COLUMNS = ("uri", "start", "duration", "speaker", "source", "split", "text")  # of the user's Parquet; others are ignored
+SECONDS = ("start", "duration")
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,7 @@ class Found:
 
 
 def roots(corpus: CorpusConfig) -> dict[str, str]:
-    """Where the relative uris of each source start: {source name: folder URI}."""
+    """The folder that each source's relative uris start from: {source name: folder URI}."""
     return {s.name: _root(s) for s in corpus.sources}
 
 
@@ -62,17 +67,12 @@ def locate(root: str, uri: str) -> str:
     return uri if "://" in uri or uri.startswith("/") else store.join(root, uri)
 
 
-def list_files(source: Source) -> list[Found]:
-    """Every audio file of a source with what its place says about it. Raises ConfigError."""
-    return survey(source)[0]
-
-
 def survey(source: Source) -> tuple[list[Found], list[Entry]]:
-    """`list_files` and `listing` of the same moment."""
+    """(every audio file with what its path or row says of it, `listing(source)`), read together. Raises ConfigError."""
     if isinstance(source, ManifestSource):
-        columns = _parquet(source)
-        entries = _manifest_entries(source, columns)
-        found = _manifest_rows(source, columns, {e.uri: e for e in entries})
+        columns = _read_table(source)
+        entries = _table_entries(source, columns)
+        found = _table_rows(source, columns, {e.uri: e for e in entries})
     else:
         entries = _files(source)
         found = _librispeech(source, entries) if isinstance(source, LibriSpeechSource) else [
@@ -83,7 +83,7 @@ def survey(source: Source) -> tuple[list[Found], list[Entry]]:
 def listing(source: Source) -> list[Entry]:
     """Every file whose change would change the manifest, once each, sorted by uri. Raises ConfigError."""
     if isinstance(source, ManifestSource):
-        return _manifest_entries(source, _parquet(source))
+        return _table_entries(source, _read_table(source))
     return _files(source)
 
 
@@ -101,63 +101,50 @@ def _root(source: Source) -> str:
 def _base_and_glob(source: FolderSource | LibriSpeechSource) -> tuple[str, str | None]:
     """The folder to walk and the pattern below it; a root may itself be a glob or one file."""
     root = source.root.rstrip("/")
-    glob = source.glob if isinstance(source, FolderSource) else None
-    if not isinstance(source, FolderSource):
-        return root, glob
+    if isinstance(source, LibriSpeechSource):
+        return root, None
     parts = root.split("/")
     magic = next((i for i, p in enumerate(parts) if re.search(r"[*?\[]", p)), None)
-    if magic is None:
-        return (posixpath.dirname(root), _literal(posixpath.basename(root))) if _is_audio(root) else (root, glob)
-    if store.is_local(root) and store.exists(root):  # a folder whose name has brackets
-        return root, glob
+    if magic is None and _is_audio(root):
+        return posixpath.dirname(root), glob.escape(posixpath.basename(root))
+    if magic is None or (store.is_local(root) and store.exists(root)):  # a folder's name may have brackets
+        return root, source.glob
     return "/".join(parts[:magic]), "/".join(parts[magic:])
-
-
-def _literal(name: str) -> str:
-    return re.sub(r"([*?\[])", r"[\1]", name)
 
 
 def _is_audio(uri: str) -> bool:
     return uri.lower().endswith(AUDIO)
 
 
-def _walk(source: FolderSource | LibriSpeechSource) -> list[Entry]:
-    """All files below the root that the pattern takes."""
-    base, glob = _base_and_glob(source)
-    with _explained(source, "root", source.root):
+def _files(source: FolderSource | LibriSpeechSource) -> list[Entry]:
+    """The audio files below a source's root and, in LibriSpeech's layout, its transcripts; sorted by uri."""
+    base, pattern = _base_and_glob(source)
+    with _source_errors(source, "root", source.root):
         fs, p = store.open_fs(base)
         p = p.rstrip("/")
         infos = fs.find(p, detail=True)
-        if not infos and not fs.exists(p):
+        if not infos and not fs.exists(p):  # object stores list a missing folder as an empty one
             raise FileNotFoundError(base)
-    takes = re.compile(glob_translate(glob)).match if glob else lambda _: True
+    matches = re.compile(glob_translate(pattern)).match if pattern else lambda _: True
+    ends = AUDIO + ((".trans.txt",) if isinstance(source, LibriSpeechSource) else ())
     entries = []
     for key, info in infos.items():
         uri = key[len(p):].lstrip("/")
-        if uri and not any(part.startswith(".") for part in uri.split("/")) and takes(uri):
+        hidden = any(part.startswith(".") for part in uri.split("/"))  # such as macOS's ._copies
+        if uri.lower().endswith(ends) and not hidden and matches(uri):
             entries.append(_entry(uri, store.join(base, uri), info))
-    return entries
-
-
-def _entry(uri: str, path: str, info: dict) -> Entry:
-    stamp = next((info[k] for k in ("ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified")
-                  if info.get(k) is not None), "")
-    return Entry(uri, path, int(info.get("size") or 0), str(stamp).strip('"'))
-
-
-def _files(source: FolderSource | LibriSpeechSource) -> list[Entry]:
-    """The audio files of a source and, in LibriSpeech's layout, its transcripts; sorted by uri."""
-    side = (".trans.txt",) if isinstance(source, LibriSpeechSource) else ()
-    entries = [e for e in _walk(source) if _is_audio(e.uri) or (side and e.uri.endswith(side))]
     if not any(_is_audio(e.uri) for e in entries):
-        raise _no_audio(source)
+        such = f" that match glob {source.glob!r}" if isinstance(source, FolderSource) else ""
+        raise ConfigError(f"corpus source {source.name!r}: no audio files under root {source.root!r}{such}; "
+                          f"expected files ending in {', '.join(AUDIO)}")
     return sorted(entries, key=lambda e: e.uri)
 
 
-def _no_audio(source: Source) -> ConfigError:
-    glob = f" that match glob {source.glob!r}" if isinstance(source, FolderSource) else ""
-    return ConfigError(f"corpus source {source.name!r}: no audio files under root {source.root!r}{glob}; "
-                       f"expected files ending in {', '.join(AUDIO)}")
+def _entry(uri: str, path: str, info: dict) -> Entry:
+    # Every filesystem names the tag or date of a change in its own way: S3, Google's, local disks, others.
+    stamp = next((info[k] for k in ("ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified")
+                  if info.get(k) is not None), "")
+    return Entry(uri, path, int(info.get("size") or 0), str(stamp).strip('"'))
 
 
 def _folder_found(source: FolderSource, e: Entry) -> Found:
@@ -170,23 +157,25 @@ def _folder_found(source: FolderSource, e: Entry) -> Found:
 
 
 def _librispeech(source: LibriSpeechSource, entries: list[Entry]) -> list[Found]:
+    """Audio with speaker, chapter, split and text from the layout; the subset's name or `splits` gives the split."""
     audio = [e for e in entries if _is_audio(e.uri)]
     transcripts = [e for e in entries if not _is_audio(e.uri)]
-    with _explained(source, "root", source.root), ThreadPoolExecutor(16) as pool:
-        contents = list(pool.map(lambda e: store.get(e.path), transcripts))
-    texts: dict[tuple[str, str], str] = {}
+    with _source_errors(source, "root", source.root):
+        contents = list(thread_map(lambda e: store.get(e.path), transcripts))
+    texts: dict[tuple[str, str], str] = {}  # (folder, file without its ending): words
     for e, text in zip(transcripts, contents, strict=True):
         for line in text.decode("utf-8", "replace").splitlines():
             stem, _, words = line.strip().partition(" ")
             texts[posixpath.dirname(e.uri), stem] = words.strip()
     subsets = {e.uri.split("/")[-4] for e in audio if e.uri.count("/") >= 3}
-    if unknown := set(source.splits or {}) - subsets:
+    splits = source.splits or {}
+    if unknown := set(splits) - subsets:
         raise ConfigError(f"corpus source {source.name!r}: splits names {sorted(unknown)}, but the folders under "
                           f"{source.root!r} are {sorted(subsets)}; correct corpus.sources.splits")
     found = []
     for e in audio:
         *_, subset, speaker, chapter, name = [None, None, None, *e.uri.split("/")]
-        split = (source.splits or {}).get(subset) or next((s for s in SPLITS if (subset or "").startswith(s)), None)
+        split = splits.get(subset) or next((s for s in SPLITS if (subset or "").startswith(s)), None)
         text = texts.get((posixpath.dirname(e.uri), posixpath.splitext(name)[0]))
         if speaker is None:  # two levels at most: the folder names the speaker
             speaker, chapter = chapter, None
@@ -195,97 +184,95 @@ def _librispeech(source: LibriSpeechSource, entries: list[Entry]) -> list[Found]
     return found
 
 
-def _parquet(source: ManifestSource) -> dict[str, list]:
-    """The user's columns that we know, checked: {column: values}."""
+def _read_table(source: ManifestSource) -> dict[str, list]:
+    """The known columns of the user's Parquet, checked: {column: values}, None where a column is absent."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     where = f"corpus source {source.name!r}: Parquet {source.uri!r}"
-    with _explained(source, "uri", source.uri):
+    with _source_errors(source, "uri", source.uri):
         fs, p = store.open_fs(source.uri)
         with fs.open(p, "rb") as f:
             try:
                 table = pq.read_table(f)
             except pa.ArrowInvalid as e:
                 raise ConfigError(f"{where} cannot be read ({e}); write it with pandas or pyarrow") from e
-    known = ("uri", "start", "duration", "speaker", "source", "split", "text")
     if "uri" not in table.column_names:
-        raise ConfigError(f"{where} has no column 'uri', only {table.column_names}; known columns are {list(known)}")
+        raise ConfigError(f"{where} has no column 'uri', only {table.column_names}; known columns are {list(COLUMNS)}")
     if table.num_rows == 0:
         raise ConfigError(f"{where} has no rows; write one row an audio file")
-    columns = {}
-    for name in known:
-        if name not in table.column_names:
-            columns[name] = [None] * table.num_rows
-            continue
-        numeric = name in ("start", "duration")
+    columns = {name: [None] * table.num_rows for name in COLUMNS}
+    for name in (c for c in COLUMNS if c in table.column_names):
         try:
-            columns[name] = table[name].cast(pa.float64() if numeric else pa.string()).to_pylist()
+            columns[name] = table[name].cast(pa.float64() if name in SECONDS else pa.string()).to_pylist()
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as e:
-            need = "numbers (seconds)" if numeric else "text"
+            need = "numbers (seconds)" if name in SECONDS else "text"
             raise ConfigError(f"{where}: column {name!r} is {table[name].type}, expected {need}") from e
-    for row, (uri, split, start, duration) in enumerate(
-            zip(columns["uri"], columns["split"], columns["start"], columns["duration"], strict=True)):
-        if not uri:
-            raise ConfigError(f"{where}: row {row} has no uri; fill it or drop the row")
-        if split is not None and split not in SPLITS:
-            raise ConfigError(f"{where}: column 'split' holds {split!r} in row {row}, expected one of {SPLITS} or null")
-        for name, value in (("start", start), ("duration", duration)):
-            if value is not None and not (0 <= value < float("inf")):
-                raise ConfigError(f"{where}: column {name!r} holds {value} in row {row}, expected seconds from 0")
+    if not all(columns["uri"]):
+        row = next(i for i, uri in enumerate(columns["uri"]) if not uri)
+        raise ConfigError(f"{where}: row {row} has no uri; fill it or drop the row")
+    checks = {"split": (lambda v: v in SPLITS, f"one of {SPLITS} or null"),
+              **dict.fromkeys(SECONDS, (lambda v: 0 <= v < float("inf"), "seconds from 0"))}
+    for name, (is_valid, expected) in checks.items():
+        for row, value in enumerate(columns[name]):
+            if value is not None and not is_valid(value):
+                raise ConfigError(f"{where}: column {name!r} holds {value!r} in row {row}, expected {expected}")
     return columns
 
 
-def _manifest_entries(source: ManifestSource, columns: dict[str, list]) -> list[Entry]:
+def _table_entries(source: ManifestSource, columns: dict[str, list]) -> list[Entry]:
     """The Parquet itself and the files it names, missing ones too; sorted by uri."""
-    def info(uri: str, path: str) -> Entry:
-        fs, p = store.open_fs(path)
+    def entry(place: tuple[str, str]) -> Entry:
+        fs, p = store.open_fs(place[1])
         try:
-            return _entry(uri, path, fs.info(p))
+            return _entry(*place, fs.info(p))
         except FileNotFoundError:
-            return Entry(uri, path, -1, "missing")
+            return Entry(*place, -1, "missing")
 
     root, uris = _root(source), sorted(set(columns["uri"]))
-    # where the Parquet lies is Runtime, what it holds is not: hence a name in place of its uri
+    # The Parquet is listed under a fixed name: its content is part of the corpus, its place is not.
     places = [(PARQUET, source.uri), *((uri, locate(root, uri)) for uri in uris)]
-    with _explained(source, "uri", source.uri), ThreadPoolExecutor(16) as pool:
-        entries = list(pool.map(info, *zip(*places, strict=True)))
+    with _source_errors(source, "uri", source.uri):
+        entries = list(thread_map(entry, places))
     if all(e.size < 0 for e in entries[1:]):
         raise ConfigError(f"corpus source {source.name!r}: none of the {len(uris)} files of {source.uri!r} exists "
                           f"under {root!r}; set corpus.sources.root to what its uris are relative to")
     return sorted(entries, key=lambda e: e.uri)
 
 
-def _manifest_rows(source: ManifestSource, columns: dict[str, list], entries: dict[str, Entry]) -> list[Found]:
-    rows = zip(*(columns[c] for c in ("uri", "start", "duration", "speaker", "source", "split", "text")), strict=True)
-    return [Found(source.name, uri, entries[uri].path, entries[uri].size, entries[uri].stamp, label or source.name,
-                  speaker, None, split, text, start, duration)
-            for uri, start, duration, speaker, label, split, text in rows]
+def _table_rows(source: ManifestSource, columns: dict[str, list], entries: dict[str, Entry]) -> list[Found]:
+    found = []
+    for values in zip(*columns.values(), strict=True):
+        row = dict(zip(columns, values, strict=True))
+        e = entries[row["uri"]]
+        found.append(Found(**{**row, "origin": source.name, "path": e.path, "size": e.size, "stamp": e.stamp,
+                              "source": row["source"] or source.name}))
+    return found
 
 
-class _explained:
-    """Turns what a filesystem raises into one ConfigError that names the source, the place and the fix."""
+@contextmanager
+def _source_errors(source: Source, field: str, place: str) -> Iterator[None]:
+    """Turns what a filesystem raises into one ConfigError that names the source, the place and the fix.
 
-    def __init__(self, source: Source, field: str, place: str):
-        self.where = f"corpus source {source.name!r}: {field} {place!r}"
-        self.field = field
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, e, _trace):
-        if e is None or isinstance(e, ConfigError):
-            return
-        name = kind.__name__
+    botocore's and aiohttp's errors are matched by name: neither needs to be installed for a local corpus."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as e:
+        name = type(e).__name__
         if isinstance(e, FileNotFoundError):
-            raise ConfigError(f"{self.where} does not exist; correct corpus.sources.{self.field} or mount it") from e
-        if name in ("NoCredentialsError", "PartialCredentialsError"):
-            raise ConfigError(f"{self.where} needs credentials and none were found; set AWS_ACCESS_KEY_ID and "
-                              "AWS_SECRET_ACCESS_KEY (and AWS_ENDPOINT_URL for a server of your own)") from e
-        if isinstance(e, PermissionError):
-            raise ConfigError(f"{self.where} is denied to these credentials ({e}); give them list and read rights, "
-                              "or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY to others") from e
-        if isinstance(e, (ImportError, ValueError)):
-            raise ConfigError(f"{self.where} cannot be opened: {e}") from e
-        if name in ("EndpointConnectionError", "ConnectTimeoutError", "ClientConnectorError"):
-            raise ConfigError(f"{self.where} cannot be reached ({e}); check AWS_ENDPOINT_URL and the network") from e
+            fault = f"does not exist; correct corpus.sources.{field} or mount it"
+        elif name in ("NoCredentialsError", "PartialCredentialsError"):
+            fault = ("needs credentials and none were found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (and "
+                     "AWS_ENDPOINT_URL for a server of your own)")
+        elif isinstance(e, PermissionError):
+            fault = (f"is denied to these credentials ({e}); give them list and read rights, or set AWS_ACCESS_KEY_ID "
+                     "and AWS_SECRET_ACCESS_KEY to others")
+        elif isinstance(e, (ImportError, ValueError)):
+            fault = f"cannot be opened: {e}"
+        elif name in ("EndpointConnectionError", "ConnectTimeoutError", "ClientConnectorError"):
+            fault = f"cannot be reached ({e}); check AWS_ENDPOINT_URL and the network"
+        else:
+            raise
+        raise ConfigError(f"corpus source {source.name!r}: {field} {place!r} {fault}") from e

@@ -1,10 +1,10 @@
-"""Who is held out: gives every usable stretch of audio its split, before anything is joined.
+"""Splits: train, dev or test for every usable stretch of audio, by speaker, before anything is joined.
 
-Speakers named by corpus.hold_out come first, then what the corpus itself says.  The rest is split by speaker within
-each source, by hours, drawn from (seed, "split", source); an unnamed speaker is its file.  A speaker whose other audio
-has a split keeps that.  Where no dev clip comes of this, dev speakers (and test speakers, where there is neither) of the
-largest train source are held out.  A corpus of one speaker is split by chapter, file or piece; a source of one speaker
-within a larger corpus is train, so that dev and test speakers stay unseen.
+First come the speakers named by corpus.hold_out, then the splits that the corpus itself gives.  A speaker whose other
+audio has a split keeps that.  The rest is split by speaker within each source, by hours, drawn from (seed, "split",
+source).  If no dev clip results, dev speakers of the largest train source are held out, and test speakers where there
+is neither.  A corpus of one speaker is split by chapter, file or piece.  A source of one speaker within a larger corpus
+is train, so that dev and test speakers stay unseen.
 """
 
 from __future__ import annotations
@@ -35,12 +35,18 @@ class Unit:
 
     @property
     def speaker(self) -> str:
+        """The speaker's name; an unnamed speaker is its file."""
         return self.found.speaker or self.found.uri
 
     @property
     def group(self) -> tuple[str, str]:
-        """The source within which shares of hours hold."""
+        """The source whose hours are shared out."""
         return self.found.origin, self.found.source
+
+    @property
+    def chapter(self) -> tuple[str | None, ...]:
+        """The chapter whose utterances may be joined, with all that makes it unique."""
+        return (*self.group, self.found.speaker, self.found.chapter)
 
 
 def assign(units: list[Unit], corpus: CorpusConfig, seed: int) -> tuple[list[str], list[str]]:
@@ -50,6 +56,7 @@ def assign(units: list[Unit], corpus: CorpusConfig, seed: int) -> tuple[list[str
         raise ConfigError(f"corpus.hold_out names {unknown}, who have no audio in this corpus; its speakers are "
                           f"{', '.join(sorted({u.speaker for u in units})[:10])} ...")
     splits: list[str | None] = [named.get(u.speaker, u.found.split) for u in units]
+    # A speaker with any split keeps it everywhere, so that no held-out voice is trained on.
     known: dict[tuple[str, str], str] = {}
     for u, split in zip(units, splits, strict=True):
         if split and u.found.speaker:
@@ -65,16 +72,14 @@ def assign(units: list[Unit], corpus: CorpusConfig, seed: int) -> tuple[list[str
                     free.append(i)
         if not free:
             continue
-        key, what = _even_split([units[i] for i in free], alone)
+        what, n, _ = _split_by_hours(units, splits, free, shares, seed, alone)
         if alone:
             remarks.append(f"one speaker only: split by {what}, so held-out clips are of a speaker that was trained on")
-        elif len({key(units[i]) for i in free}) == 1:
+        elif n == 1:
             remarks.append(f"source {group[1]}: one speaker only, all of it is train")
-        held = hold_out(_hours(units, free, key), shares, seed, "/".join(group))
-        for i in free:
-            splits[i] = held.get(key(units[i]), "train")
-            if what == "speaker" and units[i].found.speaker:
-                known.setdefault((units[i].found.origin, units[i].speaker), splits[i])
+        # Later sources of the same corpus source keep to the split that was drawn here.
+        for u, split in ((units[i], splits[i]) for i in free if not alone and units[i].found.speaker):
+            known.setdefault((u.found.origin, u.speaker), split)
     if "dev" not in splits and corpus.dev > 0:
         missing = {k: v for k, v in shares.items() if k == "dev" or not {"dev", "test"} & set(splits)}
         remarks.append(_hold_out_of_train(units, splits, missing, seed))
@@ -90,7 +95,7 @@ def assign(units: list[Unit], corpus: CorpusConfig, seed: int) -> tuple[list[str
 def hold_out(seconds: dict, shares: dict[str, float], seed: int, name: str) -> dict:
     """{key: "dev" or "test"} of the keys held out so that their seconds come near the shares; the others are train.
 
-    A share above 0 gets at least one key as long as one is left to train on."""
+    A share above 0 gets at least one key as long as one is left to train on.  The draw is a function of (seed, name)."""
     keys = sorted(seconds)
     order = [keys[i] for i in rng.generator(seed, f"split {name}").permutation(len(keys))]
     total, held = sum(seconds.values()), {}
@@ -98,29 +103,33 @@ def hold_out(seconds: dict, shares: dict[str, float], seed: int, name: str) -> d
         left, got, chosen = [k for k in order if k not in held], 0.0, []
         if share == 0 or len(left) < 2:
             continue
-        for k in left:  # taken where it brings the sum nearer to the share
+        for k in left:
+            # Taken where it brings the sum nearer to the share; one key at least is left for training.
             if len(chosen) + 1 < len(left) and seconds[k] < 2 * (share * total - got):
                 chosen.append(k)
                 got += seconds[k]
-        chosen = chosen or [min(left, key=lambda k: seconds[k])]
+        chosen = chosen or [min(left, key=lambda k: seconds[k])]  # every key is too large: the smallest
         held.update(dict.fromkeys(chosen, split))
     return held
 
 
-def _even_split(units: list[Unit], alone: bool):
-    """(key function, what it names): speakers, or in a corpus of one speaker the coarsest level with three groups."""
+def _split_by_hours(units: list[Unit], splits: list[str | None], chosen: list[int], shares: dict[str, float], seed: int,
+                    alone: bool) -> tuple[str, int, dict]:
+    """Splits the chosen units of one source in place; returns (what was kept whole, how many of them, those held out).
+
+    Speakers are kept whole; in a corpus of one speaker, the largest of chapters, files or pieces that come to three."""
     levels = [(lambda u: u.found.chapter or "", "chapter"), (lambda u: u.found.uri, "file"),
               (lambda u: (u.found.uri, u.start), "piece")]
-    if not alone:
-        return (lambda u: u.speaker), "speaker"
-    return next((lv for lv in levels if len({lv[0](u) for u in units}) >= 3), levels[-1])
-
-
-def _hours(units: list[Unit], chosen: list[int], key) -> dict:
+    key, what = (lambda u: u.speaker), "speaker"
+    if alone:
+        key, what = next((lv for lv in levels if len({lv[0](units[i]) for i in chosen}) >= 3), levels[-1])
     seconds: dict = {}
     for i in chosen:
         seconds[key(units[i])] = seconds.get(key(units[i]), 0.0) + units[i].seconds
-    return seconds
+    held = hold_out(seconds, shares, seed, "/".join(units[chosen[0]].group))
+    for i in chosen:
+        splits[i] = held.get(key(units[i]), "train")
+    return what, len(seconds), held
 
 
 def _hold_out_of_train(units: list[Unit], splits: list[str | None], shares: dict[str, float], seed: int) -> str:
@@ -131,12 +140,10 @@ def _hold_out_of_train(units: list[Unit], splits: list[str | None], shares: dict
             train.setdefault(units[i].group, []).append(i)
     if not train:
         return "no dev clip, and no train clip to hold out"
+    # A source of several speakers is preferred: one of a single speaker would lose it from training.
     many = {g: ids for g, ids in train.items() if len({units[i].speaker for i in ids}) > 1}
     group, chosen = max((many or train).items(), key=lambda item: (sum(units[i].seconds for i in item[1]), item[0]))
-    key, what = _even_split([units[i] for i in chosen], alone=not many)
-    held = hold_out(_hours(units, chosen, key), shares, seed, "/".join(group))
-    for i in chosen:
-        splits[i] = held.get(key(units[i]), "train")
+    what, _, held = _split_by_hours(units, splits, chosen, shares, seed, alone=not many)
     if not held:
         return "no dev clip: there is only one piece of audio to train on"
     counts = ", ".join(f"{list(held.values()).count(s)} as {s}" for s in shares)

@@ -1,10 +1,11 @@
-"""The Parquet token store (DESIGN 1.7): tokens as encoded, never deduplicated, one whole file per manifest shard.
+"""The Parquet token store: tokens as encoded, never deduplicated, one whole file per manifest shard.
 
 `shard-00000.parquet` holds the manifest's shard 0 in its order: id, n_frames, n_dedup (semantic only: frames after
 collapsing runs) and one list<uint16> column per quantizer level (q00, q01, ...), so a reader takes the levels it needs.
-Copies of train clips at other speeds (ids `{id}@{speed}`) follow a shard's clips; the language models alone hear them.
-Every file's metadata names the TokenSpec, the tokenizer's hash, device, dtype, library versions and the manifest's
-build; files that disagree are refused.  A spec here is the plain JSON of tokenizers.base.TokenSpec.
+Copies of train clips at other speeds (ids `{id}@{speed}`) follow a shard's clips; only language models train on them.
+Every footer names the TokenSpec, the tokenizer's hash, device, dtype, library versions and the manifest's build; files
+that disagree are refused.  A spec here is the plain JSON of tokenizers.base.TokenSpec.
+Shapes: z_T semantic tokens, codes_TQ tokens of Q levels, T frames.
 """
 
 from __future__ import annotations
@@ -12,8 +13,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,12 +24,13 @@ import pyarrow.parquet as pq
 from fsspec.parquet import open_parquet_file
 
 from audiolm import store
+from audiolm.data.parallel import thread_map
 
 RATIO = 2  # acoustic frames per semantic frame, the contract of tokenizers.base
 ROW_GROUP = 200  # clips; small enough that a reader of one clip does not decode an hour
-FOOTER = 65_536  # bytes at a file's end that hold what is where, unless it has very many columns
-_KEY = b"audiolm.tokens"
-_OWN = ("shard", "clips", "frames", "digest")  # what may differ from file to file
+FOOTER = 65_536  # bytes read first, at a file's end; they hold the footer unless it has very many columns
+_KEY = b"audiolm.tokens"  # of the footer's metadata
+_OWN = ("shard", "clips", "frames", "digest")  # fields that differ from file to file; all others must agree
 
 
 class TokenError(ValueError):
@@ -38,7 +39,7 @@ class TokenError(ValueError):
 
 @dataclass(frozen=True)
 class Ragged:
-    """Clip i is values[offsets[i]:offsets[i + 1]]."""
+    """Lists of different lengths in one array: clip i is values[offsets[i]:offsets[i + 1]]."""
 
     values: np.ndarray
     offsets: np.ndarray
@@ -62,25 +63,24 @@ def run_starts(z_T: np.ndarray) -> np.ndarray:
 
 def shard_bytes(ids: Sequence[str], codes: Sequence[np.ndarray], meta: dict[str, Any], shard: int,
                 dedup: bool) -> bytes:
-    """A shard file: codes[i] is codes_TQ of clip ids[i]; `meta` (which, spec, hash, manifest, shards,
-    device, dtype, versions) is common to all shards of a store.
+    """A shard file: codes[i] is codes_TQ of clip ids[i].
 
-    Raises TokenError where codes do not fit the spec.
-    """
+    `meta` (which, spec, hash, manifest, shards, device, dtype, versions) is common to all shards of a store.  The same
+    tokens give the same bytes.  Raises TokenError for codes that do not fit the spec."""
     spec = meta["spec"]
     for clip, c in zip(ids, codes, strict=True):
         if c.ndim != 2 or c.shape[1] != spec["n_q"] or c.size == 0 or c.min() < 0 or c.max() >= spec["vocab"]:
             raise TokenError(f"clip {clip}: codes of shape {c.shape} and range {c.min(initial=0)}..{c.max(initial=0)} "
                              f"do not fit tokenizer {spec['name']!r} (n_q {spec['n_q']}, vocab {spec['vocab']})")
     frames = np.array([len(c) for c in codes], np.int32)
-    offsets = pa.array(np.concatenate([[0], np.cumsum(frames)]).astype(np.int32))
+    offsets = pa.array(np.concatenate([[0], np.cumsum(frames)]).astype(np.int32))  # shared by all levels
     columns = {"id": pa.array(list(ids), pa.string()), "n_frames": pa.array(frames)}
     if dedup:
         columns["n_dedup"] = pa.array(np.array([int(run_starts(c[:, 0]).sum()) for c in codes], np.int32))
     for q in range(spec["n_q"]):
         values = np.concatenate([c[:, q] for c in codes] or [np.empty(0)]).astype(np.uint16)
         columns[level_name(q)] = pa.ListArray.from_arrays(offsets, pa.array(values))
-    digest = _digest(ids, frames.astype(np.int64) * spec["hop"])
+    digest = clips_digest(ids, frames.astype(np.int64) * spec["hop"])
     own = {"shard": shard, "clips": len(frames), "frames": int(frames.sum()), "digest": digest}
     table = pa.table(columns).replace_schema_metadata({_KEY: json.dumps({**meta, **own}, sort_keys=True).encode()})
     sink = io.BytesIO()
@@ -88,24 +88,17 @@ def shard_bytes(ids: Sequence[str], codes: Sequence[np.ndarray], meta: dict[str,
     return sink.getvalue()
 
 
-def _digest(ids: Sequence[str], samples: np.ndarray) -> str:
-    """Of clips and their padded samples: equal in two stores exactly where every clip's frames agree."""
-    digest = new_digest()
-    digest_clips(digest, ids, samples)
-    return digest.hexdigest()
+def clips_digest(ids: Sequence[str], samples: np.ndarray) -> str:
+    """A hash of a shard's clips and their padded lengths in samples, whatever the frame rate.
 
-
-def new_digest() -> hashlib.blake2b:
-    return hashlib.blake2b(digest_size=8)
-
-
-def digest_clips(digest: hashlib.blake2b, ids: Sequence[str], samples: np.ndarray) -> None:
-    """Adds clips to a shard's digest."""
-    digest.update("".join([f"{i}\t{n}\n" for i, n in zip(ids, samples.tolist(), strict=True)]).encode())
+    It is equal in a semantic and an acoustic store exactly where every clip's frames agree.  Pairs of stores are so
+    checked by their footers alone."""
+    rows = "".join([f"{i}\t{n}\n" for i, n in zip(ids, samples.tolist(), strict=True)])
+    return hashlib.blake2b(rows.encode(), digest_size=8).hexdigest()
 
 
 def read_meta(path: str) -> dict[str, Any]:
-    """The metadata of a shard file, from its footer. Raises FileNotFoundError, TokenError for another kind of file."""
+    """The metadata in a shard file's footer. Raises FileNotFoundError, and TokenError for another kind of file."""
     fs, p = store.open_fs(path)
     with fs.open(p, "rb") as f:
         try:
@@ -113,12 +106,13 @@ def read_meta(path: str) -> dict[str, Any]:
         except pa.ArrowInvalid as e:
             raise TokenError(f"{path} is not a Parquet file ({e}); remove it and run the token step again") from e
     if found is None:
-        raise TokenError(f"{path} is not a token shard: its metadata has no {_KEY.decode()}")
+        raise TokenError(f"{path} is not a token shard: its metadata has no {_KEY.decode()}; "
+                         "remove it and run the token step again")
     return json.loads(found)
 
 
 def open_columns(path: str, columns: Sequence[str]) -> Any:
-    """A shard file to read these columns from; of an object store only their bytes are fetched, side by side."""
+    """An open shard file to read these columns from; from an object store only their bytes are fetched, in parallel."""
     fs, p = store.open_fs(path)
     if store.is_local(path):
         return fs.open(p, "rb")
@@ -143,18 +137,10 @@ def read_shard(path: str, columns: Sequence[str]) -> dict[str, Any]:
     return out
 
 
-def side_by_side(fn: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
-    """fn of each item, in order, by 16 threads: of an object store one waits for small things; few are held at once."""
-    with ThreadPoolExecutor(16) as pool:
-        for i in range(0, len(items), 512):
-            yield from pool.map(fn, items[i:i + 512])
-
-
 class TokenStore:
     """A finished store: `spec` (TokenSpec as JSON), `hash` of its tokenizer, `shards` (their number), `meta`, `files`.
 
-    Reads every footer once; raises TokenError for missing shards and for shards that were not made alike.
-    """
+    Reads every footer once.  Raises TokenError for missing shards and for shards of different tokenizers or manifests."""
 
     def __init__(self, path: str):
         self.path = path
@@ -162,8 +148,9 @@ class TokenStore:
         if not found:
             raise TokenError(f"no token shards in {path}; run its token step first")
         self.meta: dict[str, Any] = {}
-        self.files: list[dict[str, Any]] = []  # what each shard has of its own
-        for name, meta in zip(found, side_by_side(lambda n: read_meta(store.join(path, n)), found), strict=True):
+        self.files: list[dict[str, Any]] = []  # each shard's own fields
+        # The first footer sets the common fields; every other footer must agree with it.
+        for name, meta in zip(found, thread_map(lambda n: read_meta(store.join(path, n)), found), strict=True):
             self.meta = self.meta or {k: v for k, v in meta.items() if k not in _OWN}
             for field, value in self.meta.items():
                 if meta.get(field) != value:
@@ -181,6 +168,7 @@ class TokenStore:
             raise TokenError(f"{path} holds {len(found)} shard files, its manifest has {self.shards}; use a new build")
 
     def read(self, k: int, columns: Sequence[str]) -> dict[str, Any]:
+        """Columns of shard k as `read_shard` returns them."""
         return read_shard(store.join(self.path, shard_name(k)), columns)
 
     def levels(self, k: int, levels: Sequence[int]) -> dict[str, Any]:
@@ -188,8 +176,9 @@ class TokenStore:
         return self.read(k, ["id", *map(level_name, levels)])
 
     def codes(self, k: int, levels: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """(first frame of each clip, and the end; codes_TQ uint16 of the given levels) of shard k, read a row group at a
-        time, so that little more than the result is in memory."""
+        """(first frame of each clip, and the end; codes_TQ uint16 of the given levels) of shard k.
+
+        Reads a row group at a time, so little more than the result is in memory."""
         names = list(map(level_name, levels))
         codes_TQ, lengths, at = np.empty((self.files[k]["frames"], len(names)), np.uint16), [], 0
         with open_columns(store.join(self.path, shard_name(k)), names) as f:
@@ -197,14 +186,15 @@ class TokenStore:
             for group in range(file.num_row_groups):
                 table = file.read_row_group(group, columns=names)
                 lengths.append(pc.list_value_length(table[names[0]]).to_numpy())
-                end = at + int(lengths[-1].sum())
+                end = at + int(lengths[-1].sum())  # every level has the same frames
                 for q, name in enumerate(names):
                     codes_TQ[at:end, q] = pc.list_flatten(table[name]).to_numpy()
                 at = end
         return np.concatenate([[0], *lengths]).cumsum(), codes_TQ
 
     def originals(self, ids: Sequence[str]) -> int:
-        """How many rows of a shard are clips; the others, behind them, are copies."""
+        """The number of a shard's rows that are clips; the rows behind them are copies at other speeds."""
+        # Only train shards have copies: there row n is the first clip's copy at the first speed.
         n = len(ids) // (1 + len(self.speeds))
         return n if self.speeds and n and ids[n] == f"{ids[0]}@{self.speeds[0]}" else len(ids)
 
@@ -220,6 +210,7 @@ def check_pair(semantic: TokenStore, acoustic: TokenStore) -> None:
     if semantic.spec["hop"] != RATIO * acoustic.spec["hop"]:
         raise TokenError(f"frame rates do not fit: hop {semantic.spec['hop']} of {semantic.spec['name']!r} must be "
                          f"{RATIO} x hop {acoustic.spec['hop']} of {acoustic.spec['name']!r}")
+    # Digests stand in the footers, so that no token is read unless two files differ.
     for k, (a, b) in enumerate(zip(semantic.files, acoustic.files, strict=True)):
         if a["digest"] != b["digest"]:
             raise TokenError(f"{shard_name(k)} of {pair} differ: {_difference(semantic, acoustic, k)}; "
@@ -227,6 +218,7 @@ def check_pair(semantic: TokenStore, acoustic: TokenStore) -> None:
 
 
 def _difference(semantic: TokenStore, acoustic: TokenStore, k: int) -> str:
+    """The first row of shard k in which two stores differ, in words."""
     a, b = (s.read(k, ["id", "n_frames"]) for s in (semantic, acoustic))
     for row, (i, j) in enumerate(zip(a["id"], b["id"], strict=False)):
         if i != j:

@@ -21,7 +21,8 @@ import torch
 from audiolm import rng
 from audiolm.config.corpus import ClipFilter
 from audiolm.data.clips import Clip, token_clips
-from audiolm.data.tokens import RATIO, TokenStore, check_pair, run_starts, side_by_side
+from audiolm.data.parallel import thread_map
+from audiolm.data.tokens import RATIO, TokenStore, check_pair, run_starts
 from audiolm.lm.clip_lengths import read_lengths
 from audiolm.lm.row_plan import PackingPlan
 from audiolm.lm.shard_cache import ShardCache
@@ -83,7 +84,7 @@ class TokenBatches:
         stage, lengths = self.stage, self.lengths
         costs = stage.frame_ids * self.frames + stage.n_special
         if stage.needs_semantic and stage.dedupe:
-            per_shard = side_by_side(lambda k: self.semantic.read(k, ["n_dedup"])["n_dedup"], lengths.shards.tolist())
+            per_shard = thread_map(lambda k: self.semantic.read(k, ["n_dedup"])["n_dedup"], lengths.shards.tolist())
             costs += np.concatenate([n_dedup[lengths.rows[lengths.firsts[s]:lengths.firsts[s + 1]]]
                                      for s, n_dedup in enumerate(per_shard)])
         elif stage.needs_semantic:

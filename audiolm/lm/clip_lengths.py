@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from audiolm import store
 from audiolm.config.corpus import ClipFilter
 from audiolm.data.audio import SAMPLE_RATE_HZ, samples_at
-from audiolm.data.tokens import TokenError, TokenStore, digest_clips, new_digest, run_starts
+from audiolm.data.tokens import TokenError, TokenStore, clips_digest, run_starts
 
 COLUMNS = ["id", "origin", "source", "split", "sample_rate", "frames", "shard"]
 BATCH_ROWS = 65_536  # of the manifest in memory at once, a few MB
@@ -54,10 +54,9 @@ def read_lengths(manifest_path: str, split: str, where: ClipFilter | None, hop: 
         at_speeds = [samples_at(samples, round(speed * SAMPLE_RATE_HZ)) for speed in speeds]
         samples, taken = np.concatenate([samples, *at_speeds]), np.tile(taken, 1 + len(speeds))
         lengths = np.maximum(1, -(-samples // hop))
-        digest = new_digest()
-        digest_clips(digest, ids, lengths * hop)
+        digest = clips_digest(ids, lengths * hop)
         for tokens in stores:
-            if k >= tokens.shards or tokens.files[k]["digest"] != digest.hexdigest():
+            if k >= tokens.shards or tokens.files[k]["digest"] != digest:
                 raise TokenError(f"{_difference(tokens, k, ids, lengths * hop)}; run the token steps again on this manifest")
         if taken.any():
             frames.append(lengths[taken].astype(np.int32))

@@ -22,7 +22,8 @@ def tone(frames: int, rate: int, hz: float = 300.0, channels: int = 1) -> np.nda
 def clip_of(folder, names: list[str]) -> Clip:
     parts, offset = [], 0
     for name in names:
-        rate, frames, _ = audio.probe(str(folder / name))
+        wav_T, rate = audio.decode(str(folder / name))
+        frames = len(wav_T)
         parts.append(Part(name, name, 0, frames, offset, None))
         offset += frames
     return Clip("c", "s", "s", "x", "train", rate, offset, tuple(parts))
@@ -34,7 +35,6 @@ def clip_of(folder, names: list[str]) -> Clip:
 def test_every_format_and_rate_has_its_exact_length(tmp_path, kind, rate):
     frames = rate + 137
     sf.write(tmp_path / f"a.{kind}", tone(frames, rate), rate, **FORMATS[kind])
-    assert audio.probe(str(tmp_path / f"a.{kind}")) == (rate, frames, 1)
     wav_T, got = audio.decode(str(tmp_path / f"a.{kind}"))
     assert (got, len(wav_T), wav_T.dtype) == (rate, frames, np.float32)
     clip = clip_of(tmp_path, [f"a.{kind}"])

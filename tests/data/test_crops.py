@@ -8,6 +8,7 @@ import soundfile as sf
 import torch
 
 from audiolm.config.corpus import CorpusConfig
+from audiolm.config.run import ClusterConfig
 from audiolm.data import clips as clips_data
 from audiolm.data.clips import read_clips
 from audiolm.data.crops import AudioCrops
@@ -26,10 +27,8 @@ def corpus(tmp_path_factory):
     for i, (name, rate, form) in enumerate((("a.flac", 16_000, {}), ("b.flac", 22_050, {}), ("c.wav", 16_000, {}),
                                             ("d.opus", 16_000, {"format": "OGG", "subtype": "OPUS"}), ("e.flac", 16_000, {}))):
         sf.write(folder / name, 0.1 * draw.standard_normal(rate * (2 + i % 3)), rate, **form)
-    from audiolm.config.run import ClusterConfig
-
-    config = {"corpus": CorpusConfig(name="x", sources=[{"kind": "folder", "name": "x", "root": str(folder), "split": "train"}]),
-              "seed": 0, "cluster": ClusterConfig(device="cpu")}
+    source = {"kind": "folder", "name": "x", "root": str(folder), "split": "train"}
+    config = {"corpus": CorpusConfig(name="x", sources=[source]), "seed": 0, "cluster": ClusterConfig(device="cpu")}
     out = RecordingOut(folder / "manifest")
     build_manifest(config, {}, out)
     return read_clips(out.path), roots(config["corpus"])

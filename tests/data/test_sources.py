@@ -23,6 +23,10 @@ def touch(path, data=b"x"):
     path.write_bytes(data)
 
 
+def list_files(source) -> list[sources.Found]:
+    return sources.survey(source)[0]
+
+
 def folder(root, **more):
     return FolderSource(kind="folder", name="f", root=str(root), **more)
 
@@ -34,7 +38,7 @@ def libri(root, splits=None):
 def test_folder_takes_audio_of_any_case_in_natural_order(tmp_path):
     for name in ("utt10.wav", "utt2.WAV", "sub/a.Flac", "sub/b.opus", "c.mp3", "d.ogg", "notes.txt", "._utt2.wav"):
         touch(tmp_path / name)
-    found = sources.list_files(folder(tmp_path))
+    found = list_files(folder(tmp_path))
     assert [f.uri for f in found] == ["c.mp3", "d.ogg", "sub/a.Flac", "sub/b.opus", "utt2.WAV", "utt10.wav"]
     assert all(f.speaker is None and f.split is None and f.size == 1 and f.stamp for f in found)
     assert all(os.path.exists(f.path) for f in found)
@@ -43,19 +47,19 @@ def test_folder_takes_audio_of_any_case_in_natural_order(tmp_path):
 def test_folder_glob_speaker_and_split(tmp_path):
     for name in ("x/ann/c1/1.wav", "x/bob/c1/1.wav", "y/bob/c2/1.wav", "top.wav"):
         touch(tmp_path / name)
-    found = sources.list_files(folder(tmp_path, speaker="grandparent", split="train"))
+    found = list_files(folder(tmp_path, speaker="grandparent", split="train"))
     assert {(f.uri, f.speaker, f.chapter) for f in found} == {
         ("x/ann/c1/1.wav", "ann", "x/ann/c1"), ("x/bob/c1/1.wav", "bob", "x/bob/c1"),
         ("y/bob/c2/1.wav", "bob", "y/bob/c2"), ("top.wav", None, None)}
     assert {f.split for f in found} == {"train"}
-    assert len(sources.list_files(folder(tmp_path, glob="x/**/*.wav"))) == 2
+    assert len(list_files(folder(tmp_path, glob="x/**/*.wav"))) == 2
 
 
 def test_a_root_may_be_a_glob_or_a_file(tmp_path):
     for name in ("a/1.wav", "b/1.wav", "b/2.flac"):
         touch(tmp_path / name)
-    assert [f.uri for f in sources.list_files(folder(f"{tmp_path}/*/1.wav"))] == ["a/1.wav", "b/1.wav"]
-    (one,) = sources.list_files(folder(tmp_path / "b" / "2.flac"))
+    assert [f.uri for f in list_files(folder(f"{tmp_path}/*/1.wav"))] == ["a/1.wav", "b/1.wav"]
+    (one,) = list_files(folder(tmp_path / "b" / "2.flac"))
     assert (one.uri, one.path) == ("2.flac", str(tmp_path / "b" / "2.flac"))
 
 
@@ -65,21 +69,21 @@ def test_librispeech_layout_with_transcripts(tmp_path):
     touch(tmp_path / "train-clean/19/198/19-198.trans.txt", b"19-198-0000 HELLO THERE\n19-198-0001 AGAIN\n")
     touch(tmp_path / "dev-clean/20/1/20-1-0000.mp3")
     touch(tmp_path / "small/21/book/one.flac")
-    found = {f.uri.rsplit("/", 1)[1]: f for f in sources.list_files(libri(tmp_path))}
+    found = {f.uri.rsplit("/", 1)[1]: f for f in list_files(libri(tmp_path))}
     first = found["19-198-0000.flac"]
     assert (first.speaker, first.chapter) == ("19", "train-clean/19/198")
     assert (first.split, first.text) == ("train", "HELLO THERE")
     assert (found["20-1-0000.mp3"].split, found["one.flac"].split) == ("dev", None)
-    mapped = sources.list_files(libri(tmp_path, {"small": "test", "dev-clean": "train"}))
+    mapped = list_files(libri(tmp_path, {"small": "test", "dev-clean": "train"}))
     assert {f.speaker: f.split for f in mapped} == {"19": "train", "20": "train", "21": "test"}
     assert "train-clean/19/198/19-198.trans.txt" in [e.uri for e in sources.listing(libri(tmp_path))]
     with pytest.raises(ConfigError, match=r"source 'l': splits names \['nope'\].*dev-clean"):
-        sources.list_files(libri(tmp_path, {"nope": "dev"}))
+        list_files(libri(tmp_path, {"nope": "dev"}))
 
 
 def test_librispeech_root_may_hold_speakers_directly(tmp_path):
     touch(tmp_path / "100/sea_fairies/01_baum.flac")
-    (found,) = sources.list_files(libri(tmp_path))
+    (found,) = list_files(libri(tmp_path))
     assert (found.speaker, found.chapter, found.split) == ("100", "100/sea_fairies", None)
 
 
@@ -93,14 +97,14 @@ def test_user_parquet(tmp_path):
     source = write_rows(tmp_path / "m.parquet", {
         "uri": ["a.wav", str(tmp_path / "a.wav"), "gone.wav"], "start": [0, 1, 2], "duration": [1.0, None, 1.0],
         "speaker": [7, 7, 8], "split": ["train", "dev", None], "source": ["x", None, "x"]})
-    by_uri = {f.uri: f for f in sources.list_files(source)}
+    by_uri = {f.uri: f for f in list_files(source)}
     assert (by_uri["a.wav"].speaker, by_uri["a.wav"].source, by_uri["a.wav"].duration) == ("7", "x", 1.0)
     absolute = by_uri[str(tmp_path / "a.wav")]
     assert (absolute.path, absolute.source, absolute.start, absolute.split) == (absolute.uri, "mine", 1.0, "dev")
     assert by_uri["gone.wav"].size == -1
     elsewhere = ManifestSource(kind="manifest", name="mine", uri=source.uri, root=str(tmp_path / "b"))
     touch(tmp_path / "b" / "gone.wav")
-    assert {f.uri: f.size for f in sources.list_files(elsewhere)}["gone.wav"] == 1
+    assert {f.uri: f.size for f in list_files(elsewhere)}["gone.wav"] == 1
 
 
 @pytest.mark.parametrize(("columns", "message"), [
@@ -115,22 +119,22 @@ def test_user_parquet(tmp_path):
 def test_user_parquet_errors_name_the_column(tmp_path, columns, message):
     touch(tmp_path / "a.wav")
     with pytest.raises(ConfigError, match=message):
-        sources.list_files(write_rows(tmp_path / "m.parquet", columns))
+        list_files(write_rows(tmp_path / "m.parquet", columns))
 
 
 def test_missing_and_empty_places(tmp_path):
     with pytest.raises(ConfigError, match=r"source 'f': root '.*nowhere' does not exist"):
-        sources.list_files(folder(tmp_path / "nowhere"))
+        list_files(folder(tmp_path / "nowhere"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match=r"source 'l': no audio files under root '.*empty'.*\.flac"):
-        sources.list_files(libri(tmp_path / "empty"))
+        list_files(libri(tmp_path / "empty"))
     with pytest.raises(ConfigError, match=r"source 'f'.*nope"):
-        sources.list_files(folder("nope://x/y"))
+        list_files(folder("nope://x/y"))
     with pytest.raises(ConfigError, match=r"source 'mine': uri '.*m.parquet' does not exist"):
-        sources.list_files(ManifestSource(kind="manifest", name="mine", uri=str(tmp_path / "m.parquet")))
+        list_files(ManifestSource(kind="manifest", name="mine", uri=str(tmp_path / "m.parquet")))
     touch(tmp_path / "m.parquet", b"not parquet")
     with pytest.raises(ConfigError, match="cannot be read"):
-        sources.list_files(ManifestSource(kind="manifest", name="mine", uri=str(tmp_path / "m.parquet")))
+        list_files(ManifestSource(kind="manifest", name="mine", uri=str(tmp_path / "m.parquet")))
 
 
 def test_s3_source_and_its_errors(s3_server, recording_out, tmp_path, monkeypatch):
@@ -157,11 +161,11 @@ def test_s3_source_and_its_errors(s3_server, recording_out, tmp_path, monkeypatc
 
     for missing in ("s3://corpus/nothing", "s3://nobucket/x"):
         with pytest.raises(ConfigError, match=rf"root '{missing}' does not exist"):
-            sources.list_files(libri(missing))
+            list_files(libri(missing))
     with monkeypatch.context() as m:
         m.setattr(S3FileSystem, "find", denied)
         with pytest.raises(ConfigError, match=r"source 'l': root 's3://corpus/speech' is denied.*AWS_ACCESS_KEY_ID"):
-            sources.list_files(source)
+            list_files(source)
     with monkeypatch.context() as m:
         for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
             m.delenv(name, raising=False)
@@ -170,7 +174,7 @@ def test_s3_source_and_its_errors(s3_server, recording_out, tmp_path, monkeypatc
         m.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
         S3FileSystem.clear_instance_cache()
         with pytest.raises(ConfigError, match=r"'s3://corpus/speech' needs credentials.*AWS_ACCESS_KEY_ID"):
-            sources.list_files(source)
+            list_files(source)
     S3FileSystem.clear_instance_cache()
 
 

@@ -1,4 +1,4 @@
-"""Copies of train clips at other speeds: in both token stores, aligned, heard by the language models' training alone."""
+"""Copies of train clips at other speeds: in both token stores, aligned, and used by the language models' training alone."""
 
 from __future__ import annotations
 
@@ -39,8 +39,9 @@ def test_a_copy_has_its_length_to_the_sample_and_another_pitch(tmp_path, rate, s
         assert len(wav_T) == clip.samples == -(-plain * 16_000 // round(16_000 * speed))
         np.testing.assert_array_equal(clips.read_clip(clip, {"s": str(tmp_path)}, 1, len(wav_T) - 1), wav_T[1:])
         if frames > rate:
-            heard = np.abs(np.fft.rfft(wav_T * np.hanning(len(wav_T)))).argmax() * 16_000 / len(wav_T)
-            assert heard == pytest.approx(440 * speed, abs=1.5) and clip.seconds == pytest.approx(len(wav_T) / 16_000, abs=1e-3)
+            peak_hz = np.abs(np.fft.rfft(wav_T * np.hanning(len(wav_T)))).argmax() * 16_000 / len(wav_T)
+            assert peak_hz == pytest.approx(440 * speed, abs=1.5)
+            assert clip.seconds == pytest.approx(len(wav_T) / 16_000, abs=1e-3)
 
 
 def test_rows_of_a_store_are_the_clips_then_their_copies(world, copied):
@@ -67,8 +68,8 @@ def test_the_clips_own_tokens_and_figures_do_not_change(world, encoded, copied):
             a, b = (s.levels(k, range(s.spec["n_q"])) for s in (plain, tokens.TokenStore(path)))
             for level in (n for n in a if n != "id"):
                 assert all(np.array_equal(a[level][i], b[level][i]) for i in range(len(a["id"])))
-        told = {k: v for k, v in facts[which].items() if k not in ("audio_s", "seconds", "x_realtime", "copies")}
-        assert told == {k: encoded[which][k] for k in told} and facts[which]["copies"] == 8
+        counted = {k: v for k, v in facts[which].items() if k not in ("audio_s", "seconds", "x_realtime", "copies")}
+        assert counted == {k: encoded[which][k] for k in counted} and facts[which]["copies"] == 8
     assert ts.sampled_statistics(paths["semantic"]) == ts.sampled_statistics(str(world.root / "semantic_tokens"))
     group_of = {c.id: "all" for c in world.clips}
     a, b = (ts.tally(tokens.TokenStore(p), group_of, ["all"])["all"]
@@ -79,13 +80,13 @@ def test_the_clips_own_tokens_and_figures_do_not_change(world, encoded, copied):
 
 
 @pytest.mark.parametrize("name", ["lm_semantic", "lm_coarse", "lm_fine"])
-def test_training_hears_the_copies_and_validation_does_not(world, copied, name):
+def test_training_uses_the_copies_and_validation_does_not(world, copied, name):
     stage, manifest = build_stages(STAGES, N_Q, VOCAB, K)[name], str(world.root / "manifest")
     train, dev = (TokenBatches(manifest, copied[0]["semantic"], copied[0]["acoustic"], stage, split, None, 2, 0)
                   for split in ("train", "dev"))
     assert [c.id for c in dev.clips] == [c.id for c in read_clips(manifest, "dev")]
-    heard = {train.clips[clip].id for step in range(60) for i in range(2) for clip, *_ in train.spans(step, i)}
-    assert heard == {c.id for c in token_clips(manifest, SPEEDS, "train")}
+    used = {train.clips[clip].id for step in range(60) for i in range(2) for clip, *_ in train.spans(step, i)}
+    assert used == {c.id for c in token_clips(manifest, SPEEDS, "train")}
     for i, clip in enumerate(train.clips):
         ids, _ = train.packed(i, 0)
         assert len(ids) and train.frames[i] == padded_samples(clip.samples) // 640

@@ -12,7 +12,7 @@ import pytest
 
 from audiolm import rng
 from audiolm.eval.metrics import abx, dtw
-from tests.worlds.abx_items import HEADER
+from tests.worlds.basics import HEADER
 from workflows import evaluate as command
 
 

@@ -32,13 +32,12 @@ from audiolm.report.run_report import build_report
 from audiolm.tokenizers.extractor import ConformerExtractor, Window
 from audiolm.tokenizers.semantic import save_semantic
 from tests.worlds import token_corpus
-from tests.worlds.basics import RecordingOut
+from tests.worlds.basics import HEADER, RecordingOut
 from tests.worlds.pages import read
 
 RATE, STEP, SOUND = 16_000, 0.24, 0.2  # a phone every STEP seconds, heard for SOUND
 HZ = {"a": 500.0, "b": 2500.0}
 TOKEN = {"a": 3, "b": 5}  # in the store; 0 elsewhere
-HEADER = "#file onset offset #phone prev-phone next-phone speaker\n"
 TRAIN, HELD = ("s0", "s1"), ("s2", "s3")
 
 

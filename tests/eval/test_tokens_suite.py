@@ -17,8 +17,7 @@ from audiolm.models.vocoder import SemanticVocoder
 from audiolm.tokenizers.residual import load_residual
 from audiolm.tokenizers.vocoder import KIND
 from tests.worlds import tiny_vocoder as tiny
-from tests.worlds.abx_items import HEADER
-from tests.worlds.basics import RecordingOut
+from tests.worlds.basics import HEADER, RecordingOut
 from workflows import evaluate as command
 
 

@@ -97,7 +97,7 @@ def checkout(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkout") / "audiolm"
     folder.mkdir()
     for name in ("audiolm", "workflows", "pyproject.toml", *(f"tests/{n}" for n in (
-            "e2e.yaml", "__init__.py", "worlds/__init__.py", "worlds/tiny.py", "worlds/dying_worker.py"))):
+            "e2e.yaml", "__init__.py", "worlds/__init__.py", "worlds/training.py", "worlds/dying_worker.py"))):
         source, target = ROOT / name, folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         if source.is_dir():

@@ -14,7 +14,7 @@ from audiolm.config.training import TrainConfig
 from audiolm.train import engine as engines
 from audiolm.train.engine import learning_rate, make_engine
 from audiolm.train.objectives.base import Context
-from tests.worlds.tiny import tiny_lm
+from tests.worlds.training import tiny_lm
 
 ENGINES = [("torch", 0), *(("deepspeed", zero) for zero in range(4))]
 NAMES = ["torch", "zero0", "zero1", "zero2", "zero3"]

@@ -8,8 +8,7 @@ import torch
 from audiolm.train.engine import make_engine
 from audiolm.train.hardware import largest, micro_batch
 from audiolm.train.objectives.base import Context
-from tests.worlds.tiny import TinyLM
-from tests.worlds.training import settings
+from tests.worlds.training import TinyLM, settings
 
 CPU = Context(0, 1, torch.device("cpu"), seed=1)
 

@@ -19,8 +19,7 @@ from audiolm.train import engine as engines
 from audiolm.train.commits import commits, newest
 from audiolm.train.loop import report_progress, run_worker, train
 from audiolm.train.worker import TrainJob
-from tests.worlds.tiny import tiny_lm
-from tests.worlds.training import SPOILED, build, settings, training_step
+from tests.worlds.training import SPOILED, build, settings, tiny_lm, training_step
 
 
 @pytest.mark.parametrize(("engine", "zero"), [("torch", 0), ("deepspeed", 1), ("deepspeed", 3)])

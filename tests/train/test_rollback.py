@@ -17,8 +17,7 @@ from audiolm.train.commits import newest
 from audiolm.train.loop import run_worker
 from audiolm.train.worker import TrainJob
 from tests.worlds.basics import free_port
-from tests.worlds.tiny import tiny_lm
-from tests.worlds.training import build, settings, training_step
+from tests.worlds.training import build, settings, tiny_lm, training_step
 
 LONG = {"steps": 40, "lr": 1e-2, "save_every": 7, "log_every": 4}
 RULE = {"rollback": {"deviations": 10, "window": 6}}

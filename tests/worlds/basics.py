@@ -1,4 +1,4 @@
-"""Shared fixtures: stores on a local disk and on a real S3 server, and where the optional speech data lie."""
+"""Parts that many tests need: the checkout, a free port, the context of a step without its driver."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import socket
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+HEADER = "#file onset offset #phone prev-phone next-phone speaker\n"  # the first line of an ABX item file
 
 
 def free_port() -> int:
@@ -15,7 +16,7 @@ def free_port() -> int:
 
 
 class RecordingOut:
-    """What a step function sees, without a driver: for tests that call one."""
+    """A step's context without a driver, for tests that call a step function: it records metrics and progress."""
 
     name = "step"
 

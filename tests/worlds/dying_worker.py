@@ -1,4 +1,4 @@
-"""A Ray job that trains TinyLM; its worker is killed by SIGKILL, once, in the middle.
+"""A Ray job that trains TinyLM; its worker is killed by SIGKILL once, in the middle.
 
     python tests/worlds/dying_worker.py STORE
 """
@@ -18,7 +18,7 @@ from audiolm.dag.execute import execute  # noqa: E402
 from audiolm.dag.plan import plan  # noqa: E402
 from audiolm.dag.step import Step  # noqa: E402
 from audiolm.train.loop import train  # noqa: E402
-from tests.worlds.tiny import TinyLM  # noqa: E402
+from tests.worlds.training import TinyLM  # noqa: E402
 
 SETTINGS = TrainConfig(steps=12, batch=8, lr=3e-3, warmup_steps=2, decay_steps=4, eval_every=5, save_every=3, log_every=1)
 

@@ -1,4 +1,8 @@
-"""From audio to tokens to `evaluate.json`, with real tokenizers and stages that have not been trained."""
+"""From audio to tokens, with real tokenizers and stages that have not been trained.
+
+Fixtures: `world` (audio, manifest, two tokenizers as the folders of their steps) and `encoded` (facts of both token
+steps, whose stores lie in the world).  tests/conftest.py makes them known to every room.
+"""
 
 from __future__ import annotations
 

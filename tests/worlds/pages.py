@@ -1,4 +1,4 @@
-"""The report: one self-contained, escaped page from complete, partial and absent inputs; pictures that can be read."""
+"""Checks of an HTML page: every tag is closed in order; texts and addresses are gathered."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Asking in the UI: every state of a request, with real processes and a real MLflow, killed where it hurts."""
+"""Requests in the model registry, as the UI makes them: one sweep of the watcher, and waits for an answer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shared fixtures: stores on a local disk and on a real S3 server, and where the optional speech data lie."""
+"""Real servers for tests: S3 (SeaweedFS), MLflow, and the settings of a closed Ray cluster."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Table III with planted voices: two pitches are told apart, shuffled names give chance, nets are kept and found again."""
+"""Planted voices: sounds whose pitch is the speaker and whose filter is the text, for tests of speaker metrics.
+
+Seeds decide every sample."""
 
 from __future__ import annotations
 

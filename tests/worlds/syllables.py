@@ -1,4 +1,4 @@
-"""Synthetic syllables, and crops of them, for tests of masked models."""
+"""Syllables that run through five pitches in turn, so that masked ones can be inferred: crops for the masked model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""A tiny real codec in training: synthetic voices, an objective, engines, for tests of training and of workers."""
+"""A tiny real codec on synthetic voices.
+
+`training`, `run` and `saved_state` train it step by step; `built_codec` leaves an untrained build as the step's folder.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import safetensors.torch
 import torch
 
 from audiolm import rng, store
-from audiolm.config import codec as codec_config
+from audiolm.config.codec import CodecConfig, CodecDiscriminatorsConfig
 from audiolm.config.training import TrainConfig
 from audiolm.models.soundstream import SoundStream, SoundStreamSizes
 from audiolm.tokenizers.acoustic import AcousticTokenizer
@@ -43,18 +46,17 @@ class Voices:
         return torch.stack(wavs), torch.full((len(rows),), self.crop)
 
 
-def tiny_codec(start_step: int = 1000, steps: int = 40, engine: str = "torch", zero: int = 0,
-               **changes) -> codec_config.CodecConfig:
+def tiny_codec(start_step: int = 1000, steps: int = 40, engine: str = "torch", zero: int = 0, **changes) -> CodecConfig:
     """DAC's losses with their weights, unless the changes say otherwise."""
     changes = {"losses": "dac", "weights": {"reconstruction": 15, "feature": 2}, **changes}
-    return codec_config.CodecConfig(
+    return CodecConfig(
         enc_channels=4, dec_channels=4, dim=16, n_q=3, vocab=16, code_decay=0.9, crop_s=0.2, code_dim=4,
-        disc=codec_config.CodecDiscriminatorsConfig(periods=(2,), windows=(256,), channels=2, start_step=start_step),
-        train=TrainConfig(steps=steps, batch=4, lr=3e-3, betas=(0.8, 0.99), weight_decay=0.01, clip=10.0, engine=engine,
-                          zero=zero), **changes)
+        disc=CodecDiscriminatorsConfig(periods=(2,), windows=(256,), channels=2, start_step=start_step),
+        train=TrainConfig(steps=steps, batch=4, lr=3e-3, betas=(0.8, 0.99), weight_decay=0.01, clip=10.0,
+                          engine=engine, zero=zero), **changes)
 
 
-def training(codec: codec_config.CodecConfig, saved: dict | None = None, updates: dict | None = None, rank: int = 0,
+def training(codec: CodecConfig, saved: dict | None = None, updates: dict | None = None, rank: int = 0,
              world: int = 1, compile: bool = False) -> tuple[CodecObjective, dict]:
     """An objective and its engines, from the start or from what `saved_state` gave."""
     torch.manual_seed(0)

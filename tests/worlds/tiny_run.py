@@ -1,4 +1,7 @@
-"""A tiny run as a driver leaves it: tokenizers and stages that were not trained, an index, checkpoints of lm_semantic."""
+"""A tiny run as a driver leaves it: untrained tokenizers and stages, an index, checkpoints of lm_semantic.
+
+`finish` writes it beside the `world` of encoded_corpus.py; `tell` logs it to MLflow.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A whole tiny system with random weights: semantic tokenizer, codec and the three stages, as their steps export them."""
+"""A whole system with random weights, as the folders of its steps: for generation, prompts and evaluation."""
 
 from __future__ import annotations
 

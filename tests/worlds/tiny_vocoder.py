@@ -1,4 +1,4 @@
-"""Voices on disk, a tokenizer with random weights on them, its residual levels and a vocoder, all of the smallest width."""
+"""Voices on disk, a random tokenizer fitted on them, its residual levels and a vocoder, all of the smallest width."""
 
 from __future__ import annotations
 

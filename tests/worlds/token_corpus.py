@@ -1,4 +1,4 @@
-"""A tiny tokenized corpus with a known law: a manifest and both token stores, without audio."""
+"""A tokenized corpus with a known law: a manifest and both token stores, without audio or tokenizers."""
 
 from __future__ import annotations
 

@@ -1,19 +1,83 @@
-"""A training step on the tiny language model, run through plan and execution."""
+"""A small real training: the project's Transformer on a fixed Markov chain, as an objective and as a step of the loop.
+
+`TinyLM` serves the engines and the loop; its config plants failures.  `training_step` wraps it in a step, `build` runs one.
+"""
 
 from __future__ import annotations
 
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from audiolm import rng
 from audiolm.config.run import ClusterConfig
 from audiolm.config.training import TrainConfig
 from audiolm.dag.execute import execute
 from audiolm.dag.plan import plan
 from audiolm.dag.step import Step
+from audiolm.models.transformer import Transformer, TransformerSizes
+from audiolm.train.engine import all_sum
 from audiolm.train.loop import train
-from tests.worlds.tiny import tiny_lm
+
+VOCAB, LENGTH = 17, 24
+
+
+class TinyLM:
+    unit = "tokens"
+
+    def __init__(self, config, inputs, ctx):
+        self.ctx = ctx
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(rng.derive(ctx.seed, "tiny"))
+            self.modules = {"model": Transformer(TransformerSizes(VOCAB, 32, 2, 2, 64, config.get("dropout", 0.1)))}
+        self.fail_at, self.spoil = config.get("fail_at"), config.get("spoil", {})  # {what: after which step}
+        self.noisy, self.without = config.get("noisy", ()), config.get("without", ())  # batches of noise, batches left out
+
+    def _ids(self, purpose, step, row):
+        draw = rng.generator(self.ctx.seed, purpose, step, row)
+        jumps = np.where(draw.random(LENGTH) < (0.0 if purpose == "row" and step in self.noisy else 0.8), 3,
+                         draw.integers(VOCAB, size=LENGTH))
+        return np.cumsum(jumps) % VOCAB
+
+    def load(self, step, rows):
+        step = [b for b in range(step + len(self.without) + 1) if b not in self.without][step]
+        return torch.from_numpy(np.stack([self._ids("row", step, r) for r in rows]))
+
+    def train_step(self, engines, batches, step):
+        if self.fail_at == step:
+            raise ValueError(f"planted at step {step}")
+        engine = engines["model"]
+        n = all_sum(torch.tensor(float(sum(b[:, 1:].numel() for b in batches))))
+        total = torch.zeros(())
+        for i, ids_BT in enumerate(batches):
+            loss = F.cross_entropy(engine(ids_BT)[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten(), reduction="sum")
+            engine.backward(loss * self.ctx.world / n, i == len(batches) - 1)
+            total += loss.detach()
+        norm = engine.step()
+        if self.spoil.get("weights") == step:
+            with torch.no_grad():
+                next(engine.module.parameters())[0] = float("nan")
+        return {"loss": all_sum(total) / n, "units": n, "grad_norm": norm}
+
+    @torch.no_grad()
+    def evaluate(self):
+        model = self.modules["model"].eval()
+        ids_BT = torch.from_numpy(np.stack([self._ids("val", 0, r) for r in range(8)]))
+        loss = F.cross_entropy(model(ids_BT)[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten())
+        model.train()
+        return {"loss": float("nan") if "validation" in self.spoil else float(loss)}
+
+    def export(self):
+        return self.modules["model"].state_dict(), {"vocab": VOCAB}
+
+
+def tiny_lm(config, inputs, ctx):
+    return TinyLM(config, inputs, ctx)
 
 
 def settings(**changes):
     return TrainConfig(**{"steps": 12, "batch": 8, "lr": 3e-3, "warmup_steps": 2, "decay_steps": 4, "eval_every": 5,
-                    "save_every": 3, "keep": 2, "log_every": 2, "engine": "torch", **changes})
+                          "save_every": 3, "keep": 2, "log_every": 2, "engine": "torch", **changes})
 
 
 SPOILED = {"noisy": tuple(range(12, 99))}  # noise from step 12 on undoes what was learned
