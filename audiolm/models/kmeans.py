@@ -68,6 +68,7 @@ def margins(x_ND: torch.Tensor, centroids_KD: torch.Tensor) -> torch.Tensor:
 
 def parts(lengths: Sequence[int]) -> list[list[int]]:
     """Indices of the shards of each part: neighbours, up to PART rows together."""
+    # Depends on the lengths alone, so that the order of summation is the same wherever the parts run.
     groups: list[list[int]] = []
     rows = 0
     for i, n in enumerate(lengths):
@@ -108,7 +109,7 @@ def partial_sums(part: Part, centroids_KD: torch.Tensor) -> tuple[torch.Tensor, 
             sums[used] += torch.segment_reduce(x[order].double(), "sum", lengths=count[used])
             counts += count
             distances.append((x - c[label]).square().sum(-1))
-            # The driver stops when no label changes: 16 bytes a part tell it, instead of all labels.
+            # The driver stops when no label changes: 16 bytes a part show it, instead of all labels.
             digest.update(label.cpu().numpy().tobytes())
         inertias.append(float(torch.cat(distances).double().sum()))
     return sums.cpu(), counts.cpu(), sum(inertias), digest.digest()
@@ -118,6 +119,7 @@ def farthest(part: Part, centroids_KD: torch.Tensor, most: int) -> tuple[torch.T
     """The `most` points (fewer in a small part) farthest from their centroids, on the CPU: squared distances, rows."""
     c = centroids_KD.to(part[0].device)
     flat = torch.cat([(x - c[assign(x, c)]).square().sum(-1) for x_ND in part for x in x_ND.split(CHUNK)])
+    # a stable sort, so that ties go to the earlier point on every device; rows are read in order, then put back
     far, at = (v[:most].cpu() for v in flat.sort(descending=True, stable=True))
     rows, back = at.sort()
     return far, take(part, rows)[back.argsort()].cpu()
@@ -159,6 +161,7 @@ def starts(rows_of: Callable[[torch.Tensor], torch.Tensor], n: int, k: int, seed
     """
     generator, centroids = torch.Generator().manual_seed(seed), []
     for _ in range(restarts):
+        # k-means++ passes over its points k times, so it gets a sample
         some = min(n, INIT_ROWS_PER_K * k)
         points = rows_of(torch.randperm(n, generator=generator)[:some].sort().values if some < n else torch.arange(n))
         start = plus_plus(points, k, generator) if some >= k else None
@@ -176,6 +179,7 @@ def _reseeded(each: Each, means: torch.Tensor, centroids: torch.Tensor, counts: 
         return means
     far_points = each(farthest, centroids, len(empty))
     far, order = torch.cat([f[0] for f in far_points]).sort(descending=True, stable=True)
+    # a distance of 0 means that all points sit on centroids: such a cluster stays empty
     order = order[:len(empty)][far[:len(empty)] > 0]
     means = means.clone()
     means[empty[:len(order)]] = torch.cat([f[1] for f in far_points])[order].to(means.dtype)
@@ -186,7 +190,7 @@ def _lloyd(each: Each, centroids: torch.Tensor, iterations: int, report: Callabl
     """Iterations until no label changes. The last pass only measures: counts and inertia are those of its centroids."""
     before = None
     for done in range(iterations + 1):
-        shares = each(partial_sums, centroids)
+        shares = each(partial_sums, centroids)  # a task a part; the driver adds in the order of the parts
         sums, counts, inertia = (sum(share[i] for share in shares) for i in range(3))
         digests = [share[3] for share in shares]
         report(done, inertia)
@@ -236,18 +240,19 @@ def _minibatch(each: Each, number: int, centroids: torch.Tensor, iterations: int
 
 
 def best(each: Each, number: int, starts_KD: Sequence[torch.Tensor], iterations: int, method: str = "lloyd", seed: int = 0,
-         tell: Callable[[int, int, float], None] = lambda *_: None) -> KMeans:
+         on_iteration: Callable[[int, int, float], None] = lambda *_: None) -> KMeans:
     """The run of the lowest inertia: one from each start, over `number` parts, by `method` lloyd or minibatch.
 
-    `tell(run, iteration, inertia)` is called once an iteration; `iterations` are passes over the points in both methods.
+    `on_iteration(run, iteration, inertia)` is called once an iteration; `iterations` are passes over the points in both
+    methods.
     """
-    runs = [_minibatch(each, number, start, iterations, seed, i, partial(tell, i)) if method == "minibatch"
-            else _lloyd(each, start, iterations, partial(tell, i)) for i, start in enumerate(starts_KD)]
+    runs = [_minibatch(each, number, start, iterations, seed, i, partial(on_iteration, i)) if method == "minibatch"
+            else _lloyd(each, start, iterations, partial(on_iteration, i)) for i, start in enumerate(starts_KD)]
     return min(runs, key=lambda run: run.inertia)  # the first of equals
 
 
 def fit(shards: Sequence[torch.Tensor], k: int, seed: int, iterations: int = 100, restarts: int = 1,
-        method: str = "lloyd", tell: Callable[[int, int, float], None] = lambda *_: None) -> KMeans:
+        method: str = "lloyd", on_iteration: Callable[[int, int, float], None] = lambda *_: None) -> KMeans:
     """The best of `restarts` runs by inertia, on points held in this process.
 
     Raises ValueError where a value is not finite or fewer than k points differ.
@@ -257,7 +262,7 @@ def fit(shards: Sequence[torch.Tensor], k: int, seed: int, iterations: int = 100
         raise ValueError(f"k-means with k = {k} got no points")
     check_finite(shards, range(len(shards)))
     begin = starts(lambda rows: take(shards, rows), sum(map(len, shards)), k, seed, restarts)
-    return best(*in_memory(shards), begin, iterations, method, seed, tell)
+    return best(*in_memory(shards), begin, iterations, method, seed, on_iteration)
 
 
 def check_finite(shards: Sequence[torch.Tensor], numbers: Sequence[int]) -> None:

@@ -147,7 +147,7 @@ def fit_files(model: str, settings: KMeansConfig, numbers: list[int], seed: int,
             say([run * settings.iterations + done, settings.restarts * settings.iterations, inertia / frames])
 
     found = kmeans.fit(shards, settings.k, rng.derive(seed, "kmeans"), settings.iterations, settings.restarts,
-                       method=settings.method, tell=tell)
+                       method=settings.method, on_iteration=tell)
     return export(model, settings, found, mean_D, std_D, frames, seed, out_path)
 
 

@@ -138,7 +138,8 @@ def fit_levels(kmeans_path: str, settings: ResidualConfig, numbers: list[int], s
                 say([before + done, of, inertia / frames])
 
         if level > 1:
-            found = kmeans.fit(rests, len(book_KD), rng.derive(seed, "residual", level), settings.iterations, tell=tell)
+            found = kmeans.fit(rests, len(book_KD), rng.derive(seed, "residual", level), settings.iterations,
+                               on_iteration=tell)
             book_KD = found.centroids.to(device)
             books.append(book_KD.cpu())
         for x_ND in rests:

@@ -7,7 +7,6 @@ the same tokens alone.  wav_T: mono float32 at 16 kHz; codes_TQ as in tokenizers
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from audiolm.eval.codec_quality import COARSE_BITS_PER_S, decode, encode, quality_notes
+from audiolm.eval.codec_quality import COARSE_BITS_PER_S, bits_per_s, decode, encode, quality_notes
 from audiolm.eval.metrics import abx
 from audiolm.eval.metrics.audio_quality import Scorers, measure
 from audiolm.eval.metrics.stats import text_table
@@ -45,7 +44,7 @@ class Side:
 
 def acoustic_side(codec: Codec) -> Side:
     """The codec at 2 kb/s, the coarse levels, and at all. An imported codec's vectors are not at hand."""
-    coarse = round(COARSE_BITS_PER_S / _bits_per_s(codec, 1))
+    coarse = round(COARSE_BITS_PER_S / bits_per_s(codec, 1))
     levels = sorted({min(max(coarse, 1), codec.spec.n_q), codec.spec.n_q})
     ours = isinstance(codec, AcousticTokenizer)
 
@@ -79,7 +78,7 @@ def table1(sides: Sequence[Side], items: abx.Items, read: Callable[[str], np.nda
         if side.codec is None:
             remarks.append(f"No sound of {side.name} tokens: no decoder was given (--vocoder).")
         for levels in side.levels:
-            row = {"tokens": side.name, "levels": levels, "bits_per_s": _bits_per_s(side.tokenizer, levels)}
+            row = {"tokens": side.name, "levels": levels, "bits_per_s": bits_per_s(side.tokenizer, levels)}
             if side.vectors is not None:
                 say(f"{side.name}, levels 1 to {levels}: ABX")
                 row |= _abx(side, levels, codes, items, seed)
@@ -93,10 +92,6 @@ def table1(sides: Sequence[Side], items: abx.Items, read: Callable[[str], np.nda
                          "scored": {}, **row})
     return {"rows": rows, "items": len(items.file), "clips": len(wavs), "seconds": sum(map(len, wavs)) / SAMPLE_RATE,
             "visqol": have.visqol, "absent": dict(have.absent), "remarks": remarks}
-
-
-def _bits_per_s(tokenizer: Tokenizer, levels: int) -> float:
-    return levels * tokenizer.spec.rate_hz * math.log2(tokenizer.spec.vocab)
 
 
 def _codes_of(side: Side, items: abx.Items, read: Callable[[str], np.ndarray], say: Say) -> dict[str, torch.Tensor]:
