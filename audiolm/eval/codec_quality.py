@@ -26,7 +26,7 @@ from audiolm.eval.metrics.audio_quality import (
 from audiolm.eval.metrics.stats import text_table
 from audiolm.eval.models.baseline_codecs import Baseline
 from audiolm.models.entropy import perplexity
-from audiolm.tokenizers.base import SAMPLE_RATE, Codec
+from audiolm.tokenizers.base import SAMPLE_RATE, Codec, Tokenizer
 
 COARSE_BITS_PER_S = 2000  # of the paper's coarse levels: 4 x 10 bits x 50 Hz (III-B)
 
@@ -34,7 +34,7 @@ COARSE_BITS_PER_S = 2000  # of the paper's coarse levels: 4 x 10 bits x 50 Hz (I
 def default_levels(codec: Codec) -> list[int]:
     """1, the coarse levels (2 kb/s), half of the levels, all."""
     n_q = codec.spec.n_q
-    coarse = round(COARSE_BITS_PER_S / _bits_per_s(codec, 1))
+    coarse = round(COARSE_BITS_PER_S / bits_per_s(codec, 1))
     return sorted({1, min(max(coarse, 1), n_q), max(n_q // 2, 1), n_q})
 
 
@@ -54,14 +54,16 @@ def codec_figures(codec: Codec, wavs: list[np.ndarray], levels: Sequence[int] | 
     levels = default_levels(codec) if levels is None else levels
     if unknown := [q for q in levels if not 1 <= q <= n_q]:
         raise ValueError(f"levels {unknown} do not exist: this codec has 1 to {n_q}")
+    # Clips are encoded once: a prefix of the levels is what a smaller codec would give.
     codes = encode(codec, wavs)
     rows: list[dict[str, Any]] = []
     for q in range(1, n_q + 1):
+        # the mel distance at every number of levels, the slow metrics at the chosen ones
         by_name = have.by_name if q in levels else {"mel": mel_distance}
         row = measure(wavs, (decode(codec, c[:, :q], len(w)) for c, w in zip(codes, wavs, strict=True)), by_name)
         mels = [r["mel"] for r in (*rows[-1:], row)]  # of one level fewer, where there is one, and of q levels
         gain = None if len(mels) < 2 or None in mels else mels[0] - mels[1]
-        rows.append({"n_q": q, "bits_per_s": _bits_per_s(codec, q), **row, "gain": gain})
+        rows.append({"n_q": q, "bits_per_s": bits_per_s(codec, q), **row, "gain": gain})
     return {"levels": rows, "levels_that_do_not_help": [r["n_q"] for r in rows if r["gain"] is not None and r["gain"] <= 0],
             "codebooks": codebook_use(torch.cat(codes), codec.spec.vocab),
             "mean_spectrum_mel": mean_or_none([mean_spectrum_distance(w) for w in wavs]),
@@ -79,6 +81,7 @@ def compare(codec: Codec | None, wavs: list[np.ndarray], baselines: Sequence[Bas
     if not wavs:
         raise ValueError("compare got no clips: give audio of at least a second")
     have = scorers(with_visqol)
+    # The original against itself gives the top of each scale.
     rows = [{"codec": "identity", "n_q": None, "kbps": None, **_reported(measure(wavs, wavs, have.by_name))}]
     absent = dict(have.absent)
     for baseline in baselines:
@@ -149,7 +152,7 @@ def reconstructions(codec: Codec, wav_T: np.ndarray, levels: Sequence[int],
                     baselines: Sequence[Baseline] = ()) -> list[tuple[str, np.ndarray]]:
     """(label, wav_T) of the original, of each number of levels and of the baselines at hand, to compare by ear."""
     codes_TQ, = encode(codec, [wav_T])
-    ours = [(f"{q} level{'s' * (q > 1)}, {_bits_per_s(codec, q) / 1000:.3g} kb/s",
+    ours = [(f"{q} level{'s' * (q > 1)}, {bits_per_s(codec, q) / 1000:.3g} kb/s",
              decode(codec, codes_TQ[:, :q], len(wav_T))) for q in levels]
     theirs = [(f"{b.codec}, {b.kbps:g} kb/s", b.round_trip(wav_T)[0]) for b in baselines if b.round_trip]
     return [("original", wav_T), *ours, *theirs]
@@ -170,8 +173,8 @@ def decode(codec: Codec, codes_TQ: torch.Tensor, samples: int) -> np.ndarray:
     return codec.decode(codes_TQ[None])[0, :samples].numpy()
 
 
-def _bits_per_s(codec: Codec, n_q: int) -> float:
-    return n_q * codec.spec.rate_hz * math.log2(codec.spec.vocab)
+def bits_per_s(tokenizer: Tokenizer, levels: int) -> float:
+    return levels * tokenizer.spec.rate_hz * math.log2(tokenizer.spec.vocab)
 
 
 def codebook_use(codes_TQ: torch.Tensor, vocab: int) -> list[dict[str, float]]:

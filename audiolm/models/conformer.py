@@ -115,6 +115,7 @@ class Block(nn.Module):
         self.norm = nn.LayerNorm(s.dim)
 
     def forward(self, x_BTD, valid_BT, rope):
+        # 0.5: the two feed-forward layers are halves of one (Macaron, 1906.02762)
         x_BTD = x_BTD + 0.5 * self.first(x_BTD)
         x_BTD = x_BTD + self.attention(x_BTD, valid_BT, rope)
         x_BTD = x_BTD + self.convolution(x_BTD, valid_BT)
@@ -182,7 +183,7 @@ class Encoder(nn.Module):
         valid_BT = valid_frames(lengths_B, x_BTD.shape[1])
         frames = torch.arange(x_BTD.shape[1], device=x_BTD.device)
         rope, features = rope_table(frames, self.sizes.dim // self.sizes.heads), {}
-        for n, block in enumerate(self.blocks[:max(layers)], 1):
+        for n, block in enumerate(self.blocks[:max(layers)], 1):  # blocks above the highest layer are not run
             x_BTD = block(x_BTD, valid_BT, rope)
             if n in layers:
                 features[n] = x_BTD

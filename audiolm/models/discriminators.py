@@ -120,6 +120,7 @@ class ComplexSTFT(nn.Module):
         super().__init__()
         self.register_buffer("window", torch.hann_window(window), persistent=False)
         layers: list[nn.Module] = [_conv(2, channels, (7, 7))]
+        # frequency halves in every unit, time in every other one; width doubles in every other one
         width, bins = channels, window // 2
         for i in range(6):
             stride, wider = ((1, 2), (2, 2))[i % 2], 2 * width if i % 2 == 0 else width

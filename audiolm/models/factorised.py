@@ -38,7 +38,7 @@ class FactorisedVQ(nn.Module):
 
         Both are sums over levels of a mean squared distance in code_dim dimensions.
         """
-        with torch.autocast(x_BDT.device.type, enabled=False):
+        with torch.autocast(x_BDT.device.type, enabled=False):  # a rounded latent could choose another code
             residual_BTD = (x_BDT.transpose(1, 2).float() - self.mean_D) / self.scale
             quantized_BTD, codes = torch.zeros_like(residual_BTD), []
             commitment = codebook = residual_BTD.new_zeros(())

@@ -52,10 +52,11 @@ class LevelHeads(nn.Module):
         known = not isinstance(slots, torch.Tensor)
         by_slot = {s: F.pad(F.linear(h_BD, self.by_slot()[s]).float(), (0, max(self.sizes) - self.sizes[s]), value=-torch.inf)
                 for s in (sorted(set(slots)) if known else range(len(self.sizes)))}
-        if len(by_slot) == 1:
+        if len(by_slot) == 1:  # all rows in one slot, the usual case of a batch in step
             return next(iter(by_slot.values()))[:len(slots)]
         if known:
             return torch.stack([by_slot[s][b] for b, s in enumerate(slots)])
+        # a gather on the device, which needs no answer from it
         rows_B = torch.arange(len(slots), device=slots.device)
         return torch.stack(list(by_slot.values()))[slots, rows_B]
 

@@ -97,7 +97,7 @@ def partial_sums(part: Part, centroids_KD: torch.Tensor) -> tuple[torch.Tensor, 
             sums[used] += torch.segment_reduce(x[order].double(), "sum", lengths=count[used])
             counts += count
             distances.append((x - c[label]).square().sum(-1))
-            # The driver stops when no label changes: 16 bytes a part tell it, instead of all labels.
+            # The driver stops when no label changes: 16 bytes a part show it, instead of all labels.
             digest.update(label.cpu().numpy().tobytes())
         inertias.append(float(torch.cat(distances).double().sum()))
     return sums.cpu(), counts.cpu(), sum(inertias), digest.digest()
@@ -107,6 +107,7 @@ def farthest(part: Part, centroids_KD: torch.Tensor, most: int) -> tuple[torch.T
     """The `most` points (fewer in a small part) farthest from their centroids, on the CPU: squared distances, rows."""
     c = centroids_KD.to(part[0].device)
     flat = torch.cat([(x - c[assign(x, c)]).square().sum(-1) for x_ND in part for x in x_ND.split(CHUNK)])
+    # a stable sort, so that ties go to the earlier point on every device; rows are read in order, then put back
     far, at = (v[:most].cpu() for v in flat.sort(descending=True, stable=True))
     rows, back = at.sort()
     return far, take(part, rows)[back.argsort()].cpu()
@@ -147,6 +148,7 @@ def starts(shards: Sequence[torch.Tensor], k: int, seed: int, restarts: int) -> 
     """
     generator, n, centroids = torch.Generator().manual_seed(seed), sum(map(len, shards)), []
     for _ in range(restarts):
+        # k-means++ passes over its points k times, so it gets a sample
         some = min(n, INIT_ROWS_PER_K * k)
         points = take(shards, torch.randperm(n, generator=generator)[:some].sort().values if some < n else torch.arange(n))
         start = plus_plus(points, k, generator) if some >= k else None
@@ -164,6 +166,7 @@ def _reseeded(groups: list[Part], means: torch.Tensor, centroids: torch.Tensor, 
         return means
     far_points = [farthest(part, centroids, len(empty)) for part in groups]
     far, order = torch.cat([f[0] for f in far_points]).sort(descending=True, stable=True)
+    # a distance of 0 means that all points sit on centroids: such a cluster stays empty
     order = order[:len(empty)][far[:len(empty)] > 0]
     means = means.clone()
     means[empty[:len(order)]] = torch.cat([f[1] for f in far_points])[order].to(means.dtype)
@@ -224,10 +227,10 @@ def _minibatch(groups: list[Part], centroids: torch.Tensor, iterations: int, see
 
 
 def fit(shards: Sequence[torch.Tensor], k: int, seed: int, iterations: int = 100, restarts: int = 1,
-        method: str = "lloyd", tell: Callable[[int, int, float], None] = lambda *_: None) -> KMeans:
+        method: str = "lloyd", on_iteration: Callable[[int, int, float], None] = lambda *_: None) -> KMeans:
     """The best of `restarts` runs by inertia, by `method` lloyd or minibatch.
 
-    `tell(run, iteration, inertia)` is called each iteration; `iterations` are passes over the points in both methods.
+    `on_iteration(run, iteration, inertia)` is called each iteration; `iterations` are passes over the points in both methods.
     Raises ValueError where a value is not finite or fewer than k points differ.
     """
     shards = [x.float() for x in shards if len(x)]
@@ -235,8 +238,8 @@ def fit(shards: Sequence[torch.Tensor], k: int, seed: int, iterations: int = 100
         raise ValueError(f"k-means with k = {k} got no points")
     check_finite(shards, range(len(shards)))
     groups = parts(shards)
-    runs = [_minibatch(groups, start, iterations, seed, run, partial(tell, run)) if method == "minibatch"
-            else _lloyd(groups, start, iterations, partial(tell, run))
+    runs = [_minibatch(groups, start, iterations, seed, run, partial(on_iteration, run)) if method == "minibatch"
+            else _lloyd(groups, start, iterations, partial(on_iteration, run))
             for run, start in enumerate(starts(shards, k, seed, restarts))]
     return min(runs, key=lambda run: run.inertia)  # the first of equals
 

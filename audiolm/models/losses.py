@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from audiolm.models.discriminators import DiscriminatorOutput
 from audiolm.models.mel import filterbank
 
+# DAC's seven scales; `multi_scale_spectral` has SoundStream's six
 WINDOWS = (32, 64, 128, 256, 512, 1024, 2048)
 N_MELS = (5, 10, 20, 40, 80, 160, 320)
 # rms, -70 dBFS: below the noise of speech recordings.  Without it the logarithms of near-silence dominate the gradient.
@@ -57,6 +58,7 @@ def multi_scale_spectral(fake_BT: torch.Tensor, real_BT: torch.Tensor, sample_ra
         for size in (64, 128, 256, 512, 1024, 2048):
             fake, real = _mel(both_BT, size, 64, sample_rate).chunk(2)
             floor = _floor(size)
+            # 1e-12 keeps the root's gradient finite where both are equal
             log = ((fake + floor).log() - (real + floor).log()).square().mean(-1).add(1e-12).sqrt().mean()
             total = total + F.l1_loss(fake, real) + math.sqrt(size / 2) * log
     return total

@@ -87,6 +87,7 @@ class ResidualVQ(nn.Module):
                 kept = picked_BTD if n_q_B is None else picked_BTD * (level < n_q_B)[:, None, None]
                 quantized_BTD = quantized_BTD + kept
                 codes.append(code_BT)
+            # straight-through estimator (1308.3432): the decoder's gradient passes to the encoder unchanged
             through_BTD = x_BTD + (quantized_BTD - x_BTD).detach()
         return {"quantized_BDT": through_BTD.transpose(1, 2).to(x_BDT.dtype), "codes_BTQ": torch.stack(codes, -1),
                 "commitment": commitment, "codebook": torch.zeros_like(commitment)}
@@ -129,6 +130,7 @@ class ResidualVQ(nn.Module):
         of this rank's rows, in row order. A code is dead below dead_share x the mean share. A random frame of the global
         batch (that level's input) replaces it, with the mean share, so that it has time to gather frames.
         """
+        # Each level's input and sums, by the codes that the training pass chose.
         inputs, residual_MD = [], x_MD.float()
         stats_QNE = residual_MD.new_zeros(self.n_q, self.vocab, self.dim + 1)  # sum of frames, then their number
         for level in range(self.n_q):
@@ -136,6 +138,7 @@ class ResidualVQ(nn.Module):
             ones_M1 = torch.ones_like(residual_MD[:, :1])
             stats_QNE[level].index_add_(0, codes_MQ[:, level], torch.cat([residual_MD, ones_M1], 1))
             residual_MD = residual_MD - self.codebook_QND[level][codes_MQ[:, level]]
+        # One reduction for all levels; shares of the global batch, so that its size does not matter.
         stats_QNE = reduce(stats_QNE) / (len(x_MD) * world)
         sum_QND, hit_QN = stats_QNE[..., :-1], stats_QNE[..., -1]
         self.share_QN.lerp_(hit_QN, 1 - self.decay)
@@ -155,6 +158,7 @@ class ResidualVQ(nn.Module):
             n = int(dead_N.sum())
             draw = rng.generator(seed, "dead-code", step, level)
             index = torch.from_numpy(draw.choice(frames * world, n, replace=n > frames * world)).to(dead_N.device)
+            # a rank holds `frames` frames in a row of the global batch
             own = index.div(frames, rounding_mode="floor") == rank
             mine.append(inputs[level][index % frames] * own[:, None])
         self.codebook_QND[dead_QN] = reduce(torch.cat(mine))

@@ -75,6 +75,7 @@ class Block(nn.Module):
     def feed(self, h: torch.Tensor) -> torch.Tensor:
         """Feed-forward layer, without the residual."""
         x = self.up(self.norm2(h))
+        # gated (SwiGLU and GEGLU, 2002.05202): half of the channels multiply the other half
         gate, x = x.chunk(2, -1) if self.gated else (x, None)
         a = F.silu(gate) if self.silu else F.gelu(gate, approximate="tanh")
         return self.down(a if x is None else a * x)
@@ -98,9 +99,10 @@ class Block(nn.Module):
         B, _, _, E = k_BHLE.shape
         project, feed = self.compiled if self.compiled and t == 1 else (self.project, self.feed)
         q, k, v = (x.transpose(1, 2) for x in project(h_RtD, at.rope, B))
+        # Every (row, head, new token) has its own cache row: one copy writes a whole batch of uneven rows.
         k_BHLE.view(-1, E).index_copy_(0, at.rows, k.reshape(-1, E))
         v_BHLE.view(-1, E).index_copy_(0, at.rows, v.reshape(-1, E))
-        if at.seen is None:
+        if at.seen is None:  # a prompt in an empty cache: its tokens attend to each other alone
             a = F.scaled_dot_product_attention(q, k, v, attn_mask=at.bias, is_causal=at.bias is None)
         else:
             k, v = k_BHLE[:, :, :at.keys], v_BHLE[:, :, :at.keys]
@@ -134,6 +136,7 @@ class Transformer(nn.Module):
             if p.ndim == 2:
                 # residual branches shrink with depth, so that the sum over 2 x layers of them keeps its scale
                 deep = (2 * s.layers) ** -0.5 if name.endswith(("out.weight", "down.weight")) else 1.0
+                # 0.02 as GPT-2 for embeddings and heads; other weights keep the variance of their input
                 small = name in ("embed.weight", "head.weight", "bias.table")
                 nn.init.normal_(p, std=0.02 if small else deep * p.shape[1] ** -0.5)
 
@@ -170,6 +173,7 @@ class Transformer(nn.Module):
 
     def hidden(self, ids_BT: torch.Tensor, docs: Documents = ALONE) -> torch.Tensor:
         """h_BTD, the input of the heads. Raises ValueError for T5 positions on documents that were laid out for flash."""
+        # Positions are rotary angles or a bias that joins the document mask; flash takes documents by their bounds.
         T, rope, mask = ids_BT.shape[1], None, None
         if docs.doc_BT is not None:
             mask = mask_of(docs.doc_BT)
@@ -185,7 +189,7 @@ class Transformer(nn.Module):
             mask = F.pad(mask, (0, -T % 8))[..., :T]
         h_BTD = F.dropout(self.embed(ids_BT), self.dropout, self.training)
         for block in self.blocks:
-            if self.checkpointing and torch.is_grad_enabled():
+            if self.checkpointing and torch.is_grad_enabled():  # keeps a block's input alone, runs it again backwards
                 h_BTD = checkpoint(block, h_BTD, rope, mask, docs.bounds_N, use_reentrant=False)
             else:
                 h_BTD = block(h_BTD, rope, mask, docs.bounds_N)
@@ -200,6 +204,7 @@ class Transformer(nn.Module):
               dtype: torch.dtype | None = None) -> KVCache:
         """An empty cache for `batch` rows of at most `length` tokens; device and dtype default to the weights'."""
         device, dtype = device or self.embed.weight.device, dtype or self.embed.weight.dtype
+        # whole runs of KEYS, which `KVCache.keys` reads
         shape = (batch, self.heads, -(-length // KEYS) * KEYS, self.dim // self.heads)
         k, v = ([torch.zeros(shape, device=device, dtype=dtype) for _ in self.blocks] for _ in range(2))
         rope = None if self.bias else self._rope_table(torch.arange(shape[2], device=device))
@@ -213,7 +218,7 @@ class Transformer(nn.Module):
         t = ids_Bt.shape[1]
         at = places(cache, t, self.bias)
         h = self.embed(ids_Bt)
-        if t == 1 and h.device.type == "cpu":
+        if t == 1 and h.device.type == "cpu":  # a matrix product's bits depend on its number of rows
             h = F.pad(h, (0, 0, 0, 0, 0, -len(h) % ROWS))
         for block, k, v in zip(self.blocks, cache.k, cache.v, strict=True):
             h = block.step(h, k, v, at)

@@ -43,7 +43,7 @@ class SemanticVocoder(nn.Module):
         self.levels, self.vocab = levels, vocab
         self.tables = nn.ModuleList(nn.Embedding(vocab, dim) for _ in range(levels))
         for table in self.tables:
-            nn.init.normal_(table.weight, std=1 / math.sqrt(levels))
+            nn.init.normal_(table.weight, std=1 / math.sqrt(levels))  # the sum over levels has variance 1
         self.blocks = nn.ModuleList(Block(dim) for _ in range(layers))
         self.norm = nn.LayerNorm(dim)
         self.up = CausalUp(dim, dim, 2, norm)
@@ -57,6 +57,7 @@ class SemanticVocoder(nn.Module):
         model has.
         """
         levels = check_levels(codes_BTQ, self.levels)
+        # Levels that an example does not use add nothing: one model decodes every number of levels.
         x_BTD = 0.0
         for level in range(levels):
             part_BTD = self.tables[level](codes_BTQ[..., level])
@@ -64,7 +65,7 @@ class SemanticVocoder(nn.Module):
         for block in self.blocks:
             x_BTD = block(x_BTD)
         x_BTD = self.norm(x_BTD)
-        if frames is not None:
+        if frames is not None:  # the blocks read the whole clip, the costly decoder makes a crop
             at_BT = starts_B[:, None] + torch.arange(frames, device=x_BTD.device)
             x_BTD = x_BTD.gather(1, at_BT[..., None].expand(-1, -1, x_BTD.shape[-1]))
         return self.decoder(self.up(x_BTD.transpose(1, 2)))[:, 0]

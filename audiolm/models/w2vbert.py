@@ -114,11 +114,12 @@ class W2vBertModel(nn.Module):
         valid_BM = mask_BT.gather(1, at_BM)
         target_BMD, context_BMD, top_BMD = (_taken(y_BTD, at_BM) for y_BTD in (target_BTD, context_BTD, top_BTD))
         vectors_BMC, codes_BM, probabilities_BMV = self.quantize(target_BMD, noise_BMV, tau)
+        # Losses of all places, padded ones too; `valid_BM` masks them in the sums.
         logits_BMN = contrastive_logits(self.context(context_BMD), vectors_BMC, codes_BM, negatives_BMK, temperature)
         predicted_BMV = self.predict(top_BMD).float()
         contrastive_BM = logits_BMN.logsumexp(-1) - logits_BMN[..., 0]
         masked_BM = F.cross_entropy(predicted_BMV.transpose(1, 2), codes_BM, reduction="none")
-        with torch.no_grad():
+        with torch.no_grad():  # accuracies and code counts, for the log
             best_BM, guess_BM = logits_BMN[..., 1:].amax(-1), predicted_BMV.argmax(-1)
             right_BM = (logits_BMN[..., 0] > best_BM) & best_BM.isfinite()
             counts = {"contrastive_right": (right_BM & valid_BM).sum().float(),

@@ -207,7 +207,7 @@ def fit_centroids(source: FeatureSource, settings: KMeansConfig, numbers: list[i
     tell = throttled(report, settings.restarts * settings.iterations, frames)
     found = kmeans.fit(shards, settings.k, rng.derive(source.seed, "kmeans"), settings.iterations, settings.restarts,
                        method=settings.method,
-                       tell=lambda run, done, inertia: tell(run * settings.iterations + done, inertia))
+                       on_iteration=lambda run, done, inertia: tell(run * settings.iterations + done, inertia))
     save_semantic(out_path, load_extractor(source.model), source.layer, mean_D, std_D, found.centroids, source.window,
                   {"frames": frames, "seed": source.seed})
     used = int((found.counts > 0).sum())

@@ -118,7 +118,7 @@ def fit_levels(source: kmeans_fit.FeatureSource, settings: ResidualConfig, numbe
         if level > 1:  # level 1 has the tokenizer's own centroids, so its codes are the plain tokens
             before = (level - 2) * settings.iterations
             found = kmeans.fit(rests, len(book_KD), rng.derive(source.seed, "residual", level), settings.iterations,
-                               tell=lambda run, done, inertia, before=before: tell(before + done, inertia))
+                               on_iteration=lambda run, done, inertia, before=before: tell(before + done, inertia))
             book_KD = found.centroids.to(source.device)
             books.append(book_KD.cpu())
         for x_ND in rests:  # in place: the next level clusters what this one leaves

@@ -108,18 +108,18 @@ def test_equals_the_plain_oracle(tmp_path, monkeypatch, draw, most, most_x):
     monkeypatch.setattr(dtw, "CELLS", 3000)
     monkeypatch.setattr(dtw, "WAVE", 64)
     features, rows, items = corpus(tmp_path, 1, draw)
-    found = abx.abx(features, items, 25.0, abx.Protocol(3, most, most_x))
+    result = abx.abx(features, items, 25.0, abx.Protocol(3, most, most_x))
     for mode in abx.MODES:
-        assert found[mode] == pytest.approx(plain_abx(features, rows, 25.0, mode, 3, most, most_x), abs=1e-6)
-        assert 20 < found[mode] < 80 and found[f"interval_{mode}"][0] <= found[mode] <= found[f"interval_{mode}"][1]
+        assert result[mode] == pytest.approx(plain_abx(features, rows, 25.0, mode, 3, most, most_x), abs=1e-6)
+        assert 20 < result[mode] < 80 and result[f"interval_{mode}"][0] <= result[mode] <= result[f"interval_{mode}"][1]
 
 
 def test_long_items_share_batches_with_others(tmp_path):
-    """At 100 Hz pairs of unlike lengths are found together: the padding of the shorter must not be seen."""
+    """At 100 Hz pairs of unlike lengths are processed together: the padding of the shorter must not be seen."""
     features, rows, items = corpus(tmp_path, 2, gaussian, speakers=2, n=28, rate_hz=100.0)
-    found = abx.abx(features, items, 100.0)
+    result = abx.abx(features, items, 100.0)
     for mode in abx.MODES:
-        assert found[mode] == pytest.approx(plain_abx(features, rows, 100.0, mode), abs=1e-6)
+        assert result[mode] == pytest.approx(plain_abx(features, rows, 100.0, mode), abs=1e-6)
 
 
 def test_null_frames_without_a_codebook(tmp_path, monkeypatch):
@@ -140,11 +140,11 @@ def test_agrees_with_fastabx(tmp_path, monkeypatch):
     features, _, items = corpus(tmp_path, 1, gaussian)
     for name, x_TD in features.items():
         torch.save(torch.from_numpy(x_TD), tmp_path / f"{name}.pt")
-    found = abx.abx(features, items, 25.0, abx.Protocol(0, 1000, 1000))
+    result = abx.abx(features, items, 25.0, abx.Protocol(0, 1000, 1000))
     for mode in abx.MODES:
         theirs = fastabx.zerospeech_abx(tmp_path / "some.item", tmp_path, max_size_group=None, max_x_across=None, speaker=mode,
                                         frequency=25)
-        assert found[mode] == pytest.approx(100 * theirs, abs=1e-3)
+        assert result[mode] == pytest.approx(100 * theirs, abs=1e-3)
 
 
 def test_phones_that_sound_apart_score_0_equal_ones_50(tmp_path):
@@ -155,8 +155,8 @@ def test_phones_that_sound_apart_score_0_equal_ones_50(tmp_path):
     path.write_text(HEADER + "".join(" ".join(map(str, r)) + "\n" for r in rows))
     for file, on, _, phone, *_ in rows:
         apart[file][round(on * 25):round(on * 25) + 4, "abc".index(phone)] = 1.0
-    found = abx.abx(apart, abx.read_items(str(path)), 25.0)
-    assert found["within"] == found["across"] == 0.0 and found["interval_across"] == [0.0, 0.0]
+    result = abx.abx(apart, abx.read_items(str(path)), 25.0)
+    assert result["within"] == result["across"] == 0.0 and result["interval_across"] == [0.0, 0.0]
     same = abx.abx({f: np.ones((200, 3), np.float32) for f in apart}, items, 25.0)
     assert same["within"] == same["across"] == 50.0
 
@@ -180,9 +180,9 @@ def test_items_shorter_than_a_frame_are_dropped_and_counted(tmp_path):
     features, rows, items = corpus(tmp_path, 1, gaussian)
     slow = {f: x_TD[::4] for f, x_TD in features.items()}
     short = sum(math.floor(6.25 * r[2] - 0.5) <= math.ceil(6.25 * r[1] - 0.5) for r in rows)
-    found = abx.abx(slow, items, 6.25)
-    assert short and found["dropped"] == short and found["items"] == len(rows) - short
-    assert found["across"] == pytest.approx(plain_abx(slow, rows, 6.25, "across"), abs=1e-6)
+    result = abx.abx(slow, items, 6.25)
+    assert short and result["dropped"] == short and result["items"] == len(rows) - short
+    assert result["across"] == pytest.approx(plain_abx(slow, rows, 6.25, "across"), abs=1e-6)
 
 
 def test_what_does_not_fit_is_refused(tmp_path):
@@ -219,11 +219,11 @@ def test_features_of_a_tokenizer():
     from audiolm.tokenizers.semantic import SemanticTokenizer, golden_clip
 
     torch.manual_seed(0)
-    heard = ConformerExtractor(Encoder(EncoderSizes(dim=8, layers=1, heads=2, ff=16, conv_kernel=3, dropout=0.0)))
-    raw = SemanticTokenizer(heard, 1, torch.zeros(8), torch.ones(8), torch.randn(5, 8), Window(400, 50), "")
+    encoder = ConformerExtractor(Encoder(EncoderSizes(dim=8, layers=1, heads=2, ff=16, conv_kernel=3, dropout=0.0)))
+    raw = SemanticTokenizer(encoder, 1, torch.zeros(8), torch.ones(8), torch.randn(5, 8), Window(400, 50), "")
     wav_T = golden_clip()[0].numpy()
     std_D, mean_D = torch.std_mean(torch.from_numpy(abx.extractor("semantic", raw)[0](wav_T)), 0)
-    tokenizer = SemanticTokenizer(heard, 1, mean_D, std_D, raw.centroids_KD, raw.window, "")
+    tokenizer = SemanticTokenizer(encoder, 1, mean_D, std_D, raw.centroids_KD, raw.window, "")
     (features, rate), (centroids, same_rate) = (abx.extractor(kind, tokenizer) for kind in ("semantic", "centroids"))
     x_TD, c_TD = features(wav_T), centroids(wav_T)
     assert rate == same_rate == 25.0 and x_TD.shape == c_TD.shape == (50, 8)
@@ -239,7 +239,7 @@ def test_features_of_a_tokenizer():
 
 
 def test_command_line(tmp_path, capsys):
-    """Tones for phones: the features of sound files tell them apart; a file that is missing is named."""
+    """Tones for phones: the features of sound files distinguish them; a missing file is named."""
     from audiolm.data.audio import wav_bytes
 
     g, rows = np.random.default_rng(0), []

@@ -37,7 +37,7 @@ def data(corpus, value, split):
 
 
 class Planted(nn.Module):
-    """Knows how the tokens were made; `uses_prefix=False` leaves the prefix out and knows the rest."""
+    """Predicts by the law that made the tokens; `uses_prefix=False` ignores the prefix."""
 
     def __init__(self, value, uses_prefix=True):
         super().__init__()
@@ -77,7 +77,7 @@ class Planted(nn.Module):
 
 
 class Blind(nn.Module):
-    """Knows nothing: every legal id is as likely."""
+    """Predicts every legal id with equal probability."""
 
     def __init__(self, value):
         super().__init__()
@@ -95,35 +95,35 @@ def nats(value, logits_BTV, index_SN, label_SN):
 
 def test_the_bigram_beats_the_unigram_on_a_markov_chain_and_the_true_law_wins(corpus):
     s = stage("lm_semantic")
-    found = likelihood.stage_figures(Planted(s), s, data(corpus, s, "train"), data(corpus, s, "dev"), 100)
-    assert found["unigram"] == pytest.approx(np.log(K), abs=0.1)
-    assert found["loss"] < found["bigram"] < 0.75 * found["unigram"]
-    assert abs(found["fivegram"] - found["bigram"]) < 0.1  # there is no more to know
-    assert ENTROPY - 0.1 < found["loss"] < ENTROPY + 0.3  # a crop's first token and its EOS cost more
-    assert found["better"] in ("bigram", "fivegram") and found["baseline"] == found[found["better"]]
-    assert found["difference_percent"] == pytest.approx(100 * (found["loss"] / found["baseline"] - 1)) and found["loss"] > 0
-    assert (found["counted"], found["tokens"]) == (30 * 101, 12 * 51)  # each clip's tokens once, with its EOS
+    result = likelihood.stage_figures(Planted(s), s, data(corpus, s, "train"), data(corpus, s, "dev"), 100)
+    assert result["unigram"] == pytest.approx(np.log(K), abs=0.1)
+    assert result["loss"] < result["bigram"] < 0.75 * result["unigram"]
+    assert abs(result["fivegram"] - result["bigram"]) < 0.1  # longer contexts hold no more
+    assert ENTROPY - 0.1 < result["loss"] < ENTROPY + 0.3  # a crop's first token and its EOS cost more
+    assert result["better"] in ("bigram", "fivegram") and result["baseline"] == result[result["better"]]
+    assert result["difference_percent"] == pytest.approx(100 * (result["loss"] / result["baseline"] - 1)) and result["loss"] > 0
+    assert (result["counted"], result["tokens"]) == (30 * 101, 12 * 51)  # each clip's tokens once, with its EOS
     worse = likelihood.stage_figures(Blind(s), s, data(corpus, s, "train"), data(corpus, s, "dev"), 100)
     assert worse["loss"] == pytest.approx(np.log(K + 1), rel=1e-5)
-    assert worse["loss"] > found["unigram"] and worse["bigram"] == found["bigram"] and worse["difference_percent"] > 0
-    assert likelihood.above_baseline({"lm_semantic": found, "lm_b": worse}) == [
+    assert worse["loss"] > result["unigram"] and worse["bigram"] == result["bigram"] and worse["difference_percent"] > 0
+    assert likelihood.above_baseline({"lm_semantic": result, "lm_b": worse}) == [
         {"stage": "lm_b", "level": None, "better": worse["better"], "percent": worse["difference_percent"]}]
 
 
 def test_acoustic_baselines_look_one_frame_back_and_one_level_down(corpus):
     s = stage("lm_coarse")
-    found = likelihood.stage_figures(Planted(s), s, data(corpus, s, "train"), data(corpus, s, "dev"), 100)
-    one, two = found["levels"]
+    result = likelihood.stage_figures(Planted(s), s, data(corpus, s, "train"), data(corpus, s, "dev"), 100)
+    one, two = result["levels"]
     assert (one["level"], two["level"]) == (1, 2)
     assert two["previous"] < 0.7 * two["unigram"] and two["better"] == "previous"  # level 2 repeats itself
     assert one["previous"] < one["unigram"]  # two acoustic frames share a semantic one
-    assert one["loss"] < one["previous"]  # the semantic prefix tells more
-    assert one["below"] is None and found["below"] is None and two["below"] == pytest.approx(two["unigram"], abs=0.1)
+    assert one["loss"] < one["previous"]  # the semantic prefix holds more
+    assert one["below"] is None and result["below"] is None and two["below"] == pytest.approx(two["unigram"], abs=0.1)
     eos = 12 * 2  # dev crops, each with one EOS
-    assert found["tokens"] == 12 * 100 * 2 + eos
+    assert result["tokens"] == 12 * 100 * 2 + eos
     n = [12 * 100 + eos, 12 * 100]
-    assert found["baseline"] == pytest.approx((one["previous"] * n[0] + two["previous"] * n[1]) / sum(n))
-    over = likelihood.above_baseline({"lm_coarse": found})  # Planted knows nothing of level 2
+    assert result["baseline"] == pytest.approx((one["previous"] * n[0] + two["previous"] * n[1]) / sum(n))
+    over = likelihood.above_baseline({"lm_coarse": result})  # Planted has no law for level 2
     assert [(r["stage"], r["level"]) for r in over if r["level"]] == [("lm_coarse", 2)]
 
 
@@ -135,8 +135,8 @@ def test_the_level_below_a_fine_level_is_the_last_coarse_one():
         codes[:, :, 2] = (codes[:, :, 1] * 3 + 1) % VOCAB
         return [s.pack(None, c, True) for c in codes]
 
-    found = {name: sums[0, 3] / sums[1, 3] for name, sums in likelihood.sums(s, rows(40), rows(5)).items()}
-    assert found["below"] < 0.1 and found["previous"] > 2.5 and found["unigram"] == pytest.approx(np.log(VOCAB), abs=0.05)
+    result = {name: sums[0, 3] / sums[1, 3] for name, sums in likelihood.sums(s, rows(40), rows(5)).items()}
+    assert result["below"] < 0.1 and result["previous"] > 2.5 and result["unigram"] == pytest.approx(np.log(VOCAB), abs=0.05)
 
 
 @pytest.mark.parametrize("name, dedupe", [("lm_semantic", True), ("lm_semantic", False), ("lm_coarse", True),
@@ -147,8 +147,8 @@ def test_baselines_count_what_the_stage_counts_and_know_what_it_may_say(corpus, 
     rows = [dev.packed(*c) for c in dev.fixed(100)]
     counted = likelihood.loss_sums(Planted(s), s, dev, rows)[1]
     legal = {"lm_semantic": [K + 1], "lm_coarse": [0, VOCAB + 1, VOCAB], "lm_fine": [0, 0, 0, VOCAB]}[name]  # level 1 has EOS
-    for found, (nats, number) in likelihood.sums(s, [], rows).items():
-        absent = found == "below" and name == "lm_coarse"
+    for result, (nats, number) in likelihood.sums(s, [], rows).items():
+        absent = result == "below" and name == "lm_coarse"
         assert (number == np.where(absent & (np.arange(len(number)) < 2), 0, counted)).all()
         if not dedupe or name != "lm_semantic":  # nothing was counted: all that is legal is as likely
             assert nats == pytest.approx(number * np.log(np.maximum(legal, 1)))
@@ -181,8 +181,8 @@ def test_conditioning_takes_clips_of_other_lengths_and_refuses_what_it_cannot_do
     corpus = token_corpus.make(tmp_path, {"train": [30], "dev": [25, 7, 60, 1]})
     for name in ("lm_coarse", "lm_fine"):
         d = data(corpus, stage(name), "dev")
-        found = likelihood.conditioning(Planted(d.stage), d.stage, d, d.fixed(100), seed=1)
-        assert np.isfinite(list(found.values())).all()
+        result = likelihood.conditioning(Planted(d.stage), d.stage, d, d.fixed(100), seed=1)
+        assert np.isfinite(list(result.values())).all()
         with pytest.raises(ValueError, match="two held-out rows"):
             likelihood.conditioning(Planted(d.stage), d.stage, d, d.fixed(1), seed=1)
     with pytest.raises(ValueError, match="no prefix"):
@@ -190,11 +190,11 @@ def test_conditioning_takes_clips_of_other_lengths_and_refuses_what_it_cannot_do
 
 
 def test_token_statistics_by_hand(corpus):
-    found = sampled_statistics(corpus.paths["semantic_tokens"])
+    result = sampled_statistics(corpus.paths["semantic_tokens"])
     everything = np.concatenate([corpus.z[c.id] for c in corpus.clips])
     runs = sum(1 + int((z[1:] != z[:-1]).sum()) for z in corpus.z.values())
     p = np.bincount(everything, minlength=K) / len(everything)
-    assert found["mean_run"] == pytest.approx(len(everything) / runs)
-    assert found["entropy_bits"] == pytest.approx(-(p * np.log2(p)).sum())
-    assert found["perplexity"] == pytest.approx(2 ** found["entropy_bits"])
-    assert found["used"] == K
+    assert result["mean_run"] == pytest.approx(len(everything) / runs)
+    assert result["entropy_bits"] == pytest.approx(-(p * np.log2(p)).sum())
+    assert result["perplexity"] == pytest.approx(2 ** result["entropy_bits"])
+    assert result["used"] == K

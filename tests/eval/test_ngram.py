@@ -1,4 +1,4 @@
-"""Kneser-Ney models against a plain-Python reading of the definition; proper laws; known laws are found."""
+"""Kneser-Ney models against a plain-Python reading of the definition; proper laws; known laws are recovered."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ IDS, BOS = 7, 6  # ids 0 to 5 may follow
 
 def rows(n=60, seed=0, law=0.6):
     """BOS and up to 14 ids; an id is often the sum of the two before."""
-    draw, found = np.random.default_rng(seed), []
+    draw, sequences = np.random.default_rng(seed), []
     for _ in range(n):
         row = [BOS]
         for _ in range(draw.integers(0, 15)):
             row.append(sum(row[-2:]) % BOS if draw.random() < law else int(draw.integers(BOS)))
-        found.append(np.array(row))
-    return found
+        sequences.append(np.array(row))
+    return sequences
 
 
 class Slow:
@@ -63,10 +63,10 @@ class Slow:
 @pytest.mark.parametrize("n, law", [(60, 0.6), (400, 0.9), (3, 0.5)])
 @pytest.mark.parametrize("order", [1, 2, 3, 5])
 def test_every_chance_is_the_definitions(order, n, law):
-    train, asked = rows(n, law=law), rows(12, seed=1)
+    train, held_out = rows(n, law=law), rows(12, seed=1)
     fast, slow = ngram.fit(*ngram.sequence(train), order, IDS, BOS), Slow(train, order)
-    expected = [slow.p(r[:i].tolist(), int(r[i])) for r in asked for i in range(1, len(r))]
-    np.testing.assert_allclose(fast.nats(*ngram.sequence(asked)), -np.log(expected), rtol=1e-9)
+    expected = [slow.p(r[:i].tolist(), int(r[i])) for r in held_out for i in range(1, len(r))]
+    np.testing.assert_allclose(fast.nats(*ngram.sequence(held_out)), -np.log(expected), rtol=1e-9)
 
 
 @pytest.mark.parametrize("order", [1, 2, 5])
@@ -81,16 +81,16 @@ def test_chances_sum_to_one_after_seen_and_unseen_contexts(order, no_repeat):
 
 
 def test_knowing_that_nothing_repeats_is_the_stronger_baseline():
-    train, asked = ([r[np.r_[True, r[1:] != r[:-1]]] for r in rows(40, seed=s)] for s in (0, 1))
+    train, held_out = ([r[np.r_[True, r[1:] != r[:-1]]] for r in rows(40, seed=s)] for s in (0, 1))
     for order in (1, 2, 5):
-        model, places = ngram.fit(*ngram.sequence(train), order, IDS, BOS), ngram.sequence(asked)
+        model, places = ngram.fit(*ngram.sequence(train), order, IDS, BOS), ngram.sequence(held_out)
         knowing, plain = model.nats(*places, no_repeat=True), model.nats(*places)
         assert (knowing <= plain).all() and knowing.mean() < plain.mean() - 0.02
 
 
 def test_a_second_order_law_needs_three_ids():
-    train, asked = rows(2000, law=0.9), rows(200, seed=1, law=0.9)
-    one, two, three, five = (ngram.fit(*ngram.sequence(train), n, IDS, BOS).nats(*ngram.sequence(asked)).mean()
+    train, held_out = rows(2000, law=0.9), rows(200, seed=1, law=0.9)
+    one, two, three, five = (ngram.fit(*ngram.sequence(train), n, IDS, BOS).nats(*ngram.sequence(held_out)).mean()
                              for n in (1, 2, 3, 5))
     p = 0.9 + 0.1 / BOS
     entropy = -p * np.log(p) - 5 * 0.1 / BOS * np.log(0.1 / BOS)
@@ -99,10 +99,10 @@ def test_a_second_order_law_needs_three_ids():
 
 
 def test_pairs_and_nothing_at_all():
-    x_N = np.array([0, 1] * 30 + [2, 3] * 10)  # 1 is asked given 0, 3 given 2
+    x_N = np.array([0, 1] * 30 + [2, 3] * 10)  # 1 follows 0, and 3 follows 2
     model = ngram.fit(x_N, np.arange(len(x_N)) % 2, 2, 4, 4)
-    asked = model.nats(np.array([0, 1, 2, 3, 0, 3]), np.array([0, 1] * 3))
-    assert len(asked) == 3 and asked[:2].max() < 0.1 and asked[2] > 2
+    held_out = model.nats(np.array([0, 1, 2, 3, 0, 3]), np.array([0, 1] * 3))
+    assert len(held_out) == 3 and held_out[:2].max() < 0.1 and held_out[2] > 2
     for order in (1, 2, 5):
         empty = ngram.fit(*ngram.sequence([]), order, IDS, BOS)
         np.testing.assert_allclose(empty.nats(*ngram.sequence(rows(3))), np.log(BOS))

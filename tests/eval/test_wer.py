@@ -1,4 +1,4 @@
-"""Table II: the normaliser, error rates, a recogniser that really listens, and models by path."""
+"""Table II: the normaliser, error rates, the packaged recogniser, and models by path."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def test_rates_are_summed_and_a_shuffled_text_is_mostly_wrong():
     pytest.importorskip("jiwer")
     text = "the quick brown fox jumps over one lazy dog that never stops dreaming about old bones"
     mixed = " ".join(text.split()[i] for i in np.random.default_rng(0).permutation(len(text.split())))
-    found = [Said(wanted(i, "original", text), text, text, 0.0) for i in range(6)]
-    found += [Said(wanted(i, "acoustic", text), text, text.replace("fox", "box") if i else text, 0.0) for i in range(6)]
-    found += [Said(wanted(i, "shuffled", text), text, mixed, 0.0) for i in range(6)]
-    table = {(r.item, r.metric): r for r in rows(found)}
+    transcripts = [Said(wanted(i, "original", text), text, text, 0.0) for i in range(6)]
+    transcripts += [Said(wanted(i, "acoustic", text), text, text.replace("fox", "box") if i else text, 0.0) for i in range(6)]
+    transcripts += [Said(wanted(i, "shuffled", text), text, mixed, 0.0) for i in range(6)]
+    table = {(r.item, r.metric): r for r in rows(transcripts)}
     clean, near, floor = (table[LABELS[m], "WER %"] for m in ("original", "acoustic", "shuffled"))
     assert clean.value == clean.high == 0 and (clean.role, clean.paper, clean.n) == ("ceiling", 2.5, 6)
     assert near.value == pytest.approx(100 * 5 / (6 * 16)) and near.low <= near.value <= near.high
@@ -50,7 +50,7 @@ def test_rates_are_summed_and_a_shuffled_text_is_mostly_wrong():
 
 
 def test_whisper_hears_speech_and_not_noise():
-    """The embedded corpus through the packaged model: its words are mostly heard, noise has none of them."""
+    """The embedded corpus through the packaged model: most words are recognised, in noise none."""
     if why := asr.missing_dependency():
         pytest.skip(why)
     import soundfile
@@ -80,12 +80,12 @@ def test_transformers_models_by_path(tmp_path):
                                          num_conv_pos_embedding_groups=2)
     model = transformers.Wav2Vec2ForCTC(config).eval()
     with torch.no_grad():
-        model.lm_head.bias[5] = 50.0  # hears A, whatever is said
+        model.lm_head.bias[5] = 50.0  # recognises A in any sound
     model.save_pretrained(tmp_path)
     transformers.Wav2Vec2Processor(transformers.Wav2Vec2FeatureExtractor(),
                                    transformers.Wav2Vec2CTCTokenizer(str(tmp_path / "vocab.json"))).save_pretrained(tmp_path)
-    hear = asr.recogniser(str(tmp_path))
-    assert asr.normalise(hear(np.random.default_rng(0).standard_normal(16_000).astype(np.float32))) == "a"
+    recognise = asr.recogniser(str(tmp_path))
+    assert asr.normalise(recognise(np.random.default_rng(0).standard_normal(16_000).astype(np.float32))) == "a"
     with pytest.raises(ValueError, match="holds no speech recogniser of transformers"):
         asr.recogniser(str(tmp_path / "none"))
 

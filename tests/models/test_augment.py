@@ -1,4 +1,4 @@
-"""Augmentation: pitch moves the spectrum and nothing else, noise has the asked power, a room keeps frames in place."""
+"""Augmentation: pitch moves the spectrum and nothing else, noise has its power, reverberation keeps frames in place."""
 
 from __future__ import annotations
 

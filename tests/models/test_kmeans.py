@@ -26,14 +26,14 @@ def plain_lloyd(x: np.ndarray, c: np.ndarray, iterations: int) -> np.ndarray:
 def test_lloyd_equals_a_plain_implementation_and_sklearn():
     x = blobs(spread=1.5)
     init = x[::60][:6].clone()
-    found = kmeans.best(*kmeans.in_memory([x]), [init], 300)
+    result = kmeans.best(*kmeans.in_memory([x]), [init], 300)
     plain = plain_lloyd(x.double().numpy(), init.double().numpy(), 100)
-    assert np.allclose(found.centroids.numpy(), plain, atol=1e-5)
+    assert np.allclose(result.centroids.numpy(), plain, atol=1e-5)
     sklearn = pytest.importorskip("sklearn.cluster")
     theirs = sklearn.KMeans(6, init=init.numpy(), n_init=1, max_iter=300, tol=0, algorithm="lloyd").fit(x.numpy())
-    assert np.allclose(found.centroids.numpy(), theirs.cluster_centers_, atol=1e-5)
-    assert found.inertia == pytest.approx(theirs.inertia_, rel=1e-5)
-    assert np.array_equal(np.bincount(theirs.labels_, minlength=6), found.counts.numpy())
+    assert np.allclose(result.centroids.numpy(), theirs.cluster_centers_, atol=1e-5)
+    assert result.inertia == pytest.approx(theirs.inertia_, rel=1e-5)
+    assert np.array_equal(np.bincount(theirs.labels_, minlength=6), result.counts.numpy())
 
 
 def test_same_seed_same_bits_and_shards_do_not_matter_much():
@@ -46,8 +46,8 @@ def test_same_seed_same_bits_and_shards_do_not_matter_much():
 
 def test_plus_plus_finds_separated_clusters_and_restarts_never_hurt():
     x = blobs()
-    found = kmeans.fit([x], 6, 0, restarts=4)
-    assert sorted(found.counts.tolist()) == [60] * 6
+    result = kmeans.fit([x], 6, 0, restarts=4)
+    assert sorted(result.counts.tolist()) == [60] * 6
     once = kmeans.fit([x], 9, 0, iterations=3).inertia
     assert kmeans.fit([x], 9, 0, iterations=3, restarts=5).inertia <= once
 
@@ -55,15 +55,15 @@ def test_plus_plus_finds_separated_clusters_and_restarts_never_hurt():
 def test_empty_cluster_is_seeded_anew():
     x = blobs(k=3)
     init = torch.cat([x[:1], x[60:61], torch.full((1, x.shape[1]), 1e4)])  # the third gets no point
-    found = kmeans.best(*kmeans.in_memory([x[:100], x[100:]]), [init], 100)
-    assert sorted(found.counts.tolist()) == [60, 60, 60]
+    result = kmeans.best(*kmeans.in_memory([x[:100], x[100:]]), [init], 100)
+    assert sorted(result.counts.tolist()) == [60, 60, 60]
 
 
 def test_plus_plus_spreads_where_a_uniform_draw_does_not():
     x = (100 * torch.eye(6)).repeat_interleave(50, 0) + 0.1 * torch.randn(300, 6, generator=torch.Generator().manual_seed(2))
     for seed in range(10):
-        found = kmeans.plus_plus(x, 6, torch.Generator().manual_seed(seed))
-        assert sorted(torch.cdist(found, x).argmin(1).div(50, rounding_mode="floor").tolist()) == list(range(6))
+        result = kmeans.plus_plus(x, 6, torch.Generator().manual_seed(seed))
+        assert sorted(torch.cdist(result, x).argmin(1).div(50, rounding_mode="floor").tolist()) == list(range(6))
     uniform = [x[torch.randperm(300, generator=torch.Generator().manual_seed(seed))[:6]] for seed in range(10)]
     assert any(torch.pdist(u).min() < 5 for u in uniform)  # two starts in one blob
 
@@ -89,7 +89,7 @@ def test_iterations_of_every_restart_are_reported_and_parts_change_little(monkey
     shards = list(blobs(spread=1.0).split(40))
     assert len(kmeans.parts(shards)) == 5  # of two shards each, and one
     seen = []
-    here = kmeans.fit(shards, 8, 3, restarts=2, method=method, tell=lambda *at: seen.append(at))
+    here = kmeans.fit(shards, 8, 3, restarts=2, method=method, on_iteration=lambda *at: seen.append(at))
     assert {run for run, *_ in seen} == {0, 1} and seen[-1][2] < seen[0][2]
     whole = kmeans.fit([torch.cat(shards)], 8, 3, restarts=2, method=method)
     assert whole.inertia == pytest.approx(here.inertia, rel=1e-5 if method == "lloyd" else 0.05)

@@ -41,9 +41,9 @@ def test_nearest_is_the_nearest_whatever_the_model_runs_in():
 def test_kmeans_finds_separate_groups():
     centres_KD = 10 * noise(4, 8)
     x_MD = (centres_KD[:, None] + 0.1 * noise(4, 50, 8, index=1)).flatten(0, 1)
-    found = max((kmeans(x_MD, 4, seed, 0) for seed in range(8)), key=lambda r: float(r[1].min()))  # any start may be poor
-    assert torch.allclose(found[1], torch.full((4,), 0.25))
-    assert torch.cdist(centres_KD, found[0]).min(1).values.max() < 0.1
+    result = max((kmeans(x_MD, 4, seed, 0) for seed in range(8)), key=lambda r: float(r[1].min()))  # any start may be poor
+    assert torch.allclose(result[1], torch.full((4,), 0.25))
+    assert torch.cdist(centres_KD, result[0]).min(1).values.max() < 0.1
 
 
 def test_start_lowers_the_error_with_every_level_and_wants_enough_frames():
@@ -91,7 +91,7 @@ def test_codes_are_the_moving_mean_of_their_frames():
 def test_a_dead_code_becomes_a_frame_of_the_batch_and_gets_time():
     vq = ResidualVQ(4, 2, 8, decay=0.5)
     vq.codebook_QND[:, :4] = noise(2, 4, 4)
-    vq.codebook_QND[:, 4:] = 1e3  # nobody's
+    vq.codebook_QND[:, 4:] = 1e3  # near no frame
     replaced = torch.zeros(2, dtype=torch.int64)
     for step in range(5):
         x_MD = noise(64, 4, index=10 + step)

@@ -159,10 +159,10 @@ def test_clear_errors(model):
 
 def test_buckets_reach_the_longest_distance_and_near_ones_are_exact():
     for longest in (1, 5, 16, 17, 100, 2304):
-        found = distance_buckets(longest).tolist()
-        assert len(found) == longest and found[:16] == list(range(min(16, longest)))
-        assert all(a <= b <= a + 1 or longest < 200 for a, b in zip(found, found[1:], strict=False))
-        assert longest < 40 or found[-1] == BUCKETS - 1
+        result = distance_buckets(longest).tolist()
+        assert len(result) == longest and result[:16] == list(range(min(16, longest)))
+        assert all(a <= b <= a + 1 or longest < 200 for a, b in zip(result, result[1:], strict=False))
+        assert longest < 40 or result[-1] == BUCKETS - 1
     far = distance_buckets(2304)
     assert len(far.unique()) == BUCKETS and (far == BUCKETS - 1).sum() > 300  # evenly in the logarithm, not cut at 128
 

@@ -1,7 +1,7 @@
 """Quality metrics of one reconstructed clip, for training and evaluation alike.
 
-PESQ (wide band, 1 to 4.64), ViSQOL (speech mode, 1 to 5), STOI (to 1), SI-SDR (dB) and the mel distance (mean L1 of
-log-mels, nats).  A metric gives a number, or a text that says why there is none (too short, no speech found).
+PESQ (wide band, 1 to 4.64), ViSQOL (speech mode, 1 to 5), STOI (to 1), SI-SDR (dB), mel distance (mean L1 of log-mels).
+A metric gives a number, or a text that says why there is none (too short, no speech found).
 wav_T (the original) and made_T: mono float at 16 kHz, of one length.
 """
 
@@ -65,7 +65,7 @@ class Scorers:
 
 
 def scorers(with_visqol: bool = True) -> Scorers:
-    """Every metric whose library is installed; ViSQOL, which is slow, only where asked for.
+    """Every metric whose library is installed; ViSQOL, which is slow, only on demand.
 
     ViSQOL's lattice mapper, its reference's default, needs ai-edge-litert.  Without it the exponential mapper is used,
     whose scores are 1 to 2 higher and cannot be compared with the lattice's.
@@ -94,6 +94,7 @@ def measure(wavs: Sequence[np.ndarray], mades: Iterable[np.ndarray], by_name: Ma
     """
     values: dict[str, list[float]] = {name: [] for name in by_name}
     failed: dict[str, dict[str, str]] = {}
+    # A generator of `mades` decodes one clip at a time, so that a set of clips need not fit memory twice.
     for i, (wav, made) in enumerate(zip(wavs, mades, strict=True)):
         for name, score in by_name.items():
             value = score(wav, made)

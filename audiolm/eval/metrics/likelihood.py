@@ -36,11 +36,11 @@ def lowest(data: TokenBatches, held_out: Sequence[Packed],
     to be below the better baseline.
     """
     rows = list(train_rows(data))
-    found, counted = sums(data.stage, rows, held_out, only), int(sum(target.sum() for _, target in rows))
+    totals, counted = sums(data.stage, rows, held_out, only), int(sum(target.sum() for _, target in rows))
     if any(c.speed != 1 for c in data.clips):
         more = sums(data.stage, list(train_rows(data, copies=True)), held_out, only)
-        found = {name: np.minimum(s, more[name]) for name, s in found.items()}  # the numbers of targets are the same
-    return found, counted
+        totals = {name: np.minimum(s, more[name]) for name, s in totals.items()}  # the numbers of targets are the same
+    return totals, counted
 
 
 def train_rows(data: TokenBatches, most: int = COUNTED, copies: bool = False) -> Iterator[Packed]:
@@ -53,6 +53,7 @@ def train_rows(data: TokenBatches, most: int = COUNTED, copies: bool = False) ->
         if copies or clip.speed == 1:
             by_shard.setdefault(clip.shard, []).append(i)
     shards, step = list(by_shard.values()), data.stage.crop_frames
+    # As many shards as hold about `most` targets, each from the middle of one of n equal stretches.
     frames = sum(int(data.frames[i]) for members in shards for i in members) * (RATIO if data.stage.needs_acoustic else 1)
     n = max(1, min(len(shards), len(shards) * most // frames))
     for k in range(n):
@@ -69,7 +70,7 @@ def sums(stage: Stage, train: Sequence[Packed], held_out: Sequence[Packed],
 
     `only`: these baselines (None: all).
     """
-    found: dict[str, np.ndarray] = {}
+    totals: dict[str, np.ndarray] = {}
     # A tenth of the train rows weighs the mixture of laws fitted on the rest.  Clips stay whole with their copies, but one.
     cut = len(train) // 10
     for level in range(*stage.levels) if stage.needs_acoustic else (-1,):
@@ -78,14 +79,15 @@ def sums(stage: Stage, train: Sequence[Packed], held_out: Sequence[Packed],
         for name, (order, *places) in held.items():
             if only is not None and name not in only:
                 continue
+            # Kneser-Ney alone for text-like sequences; a mixture of laws where contexts are few and dense.
             if level < 0 or order == 1:
                 nats_N = ngram.fit(*counted[name][1:], order, stage.vocab_size, support).nats(*places, stage.no_repeat)
             else:
                 w_M = ngram.mix(_chances(rest[name], tenth[name], stage, support))
                 nats_N = -np.log(w_M @ _chances(counted[name], held[name], stage, support))
-            total = found.setdefault(name, np.zeros((2, stage.levels[1] + 1)))
+            total = totals.setdefault(name, np.zeros((2, stage.levels[1] + 1)))
             total[:, level + 1] = nats_N.sum(), len(nats_N)
-    return found
+    return totals
 
 
 def _chances(counted: View, scored: View, stage: Stage, support: int) -> np.ndarray:
@@ -109,17 +111,18 @@ def views(stage: Stage, rows: Sequence[Packed], level: int) -> dict[str, View]:
     for ids, _ in rows:
         prompt, targets = stage.split(ids)
         codes_TS = targets.reshape(-1, stage.slots)
+        # the end of a clip is predicted in the first slot alone
         end = ids[-1:] if not slot and ids[-1] == stage.eos else ids[:0]
         columns.append(np.concatenate([[stage.bos], codes_TS[:, slot], end]))
         if level:
             below_T = codes_TS[:, slot - 1] if slot else prompt[1:-1].reshape(-1, stage.n_coarse)[:, -1]
             pairs.append(np.stack([below_T, codes_TS[:, slot]], 1).reshape(-1))
     own = ngram.sequence(columns)
-    found: dict[str, View] = {"unigram": (1, *own), "previous": (2, *own)}
+    by_name: dict[str, View] = {"unigram": (1, *own), "previous": (2, *own)}
     if level:
         x_N = np.concatenate([*pairs, np.empty(0, np.int64)]).astype(np.int64)
-        found["below"] = (2, x_N, np.arange(len(x_N)) % 2)
-    return found
+        by_name["below"] = (2, x_N, np.arange(len(x_N)) % 2)
+    return by_name
 
 
 BATCH = 8  # rows a forward pass
@@ -147,10 +150,11 @@ def stage_figures(model: torch.nn.Module, stage: Stage, train: TokenBatches, dev
     Acoustic stages also have figures per level (from 1); their `baseline` is the mean of each level's better one.
     """
     rows = [dev.packed(*c) for c in dev.fixed(n)]
-    found, counted = lowest(train, rows, only)
-    sums = {"loss": loss_sums(model, stage, dev, rows, device), **found}
+    totals, counted = lowest(train, rows, only)
+    sums = {"loss": loss_sums(model, stage, dev, rows, device), **totals}
     levels = [{"level": q + 1, **beside({name: ratio(s[:, q + 1]) for name, s in sums.items()})} for q in range(*stage.levels)]
     tokens = sums["loss"][1]
+    # A baseline that misses some targets (the level below has none under level 1) has no figure of the whole stage.
     whole = beside({name: ratio(s.sum(1)) if (s[1] == tokens).all() else None for name, s in sums.items()})
     if levels:
         whole["baseline"] = float(sum(row["baseline"] * tokens[row["level"]] for row in levels) / tokens.sum())

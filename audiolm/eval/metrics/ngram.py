@@ -80,9 +80,9 @@ def fit(x_N: np.ndarray, depth_N: np.ndarray, order: int, ids: int, support: int
     gram_N = x_N  # the number of the gram that ends in each place
     for m in range(2, order + 1):
         at = np.flatnonzero(depth_N >= m - 1)  # places with m - 1 ids before them in their row
-        found, first, number, count = np.unique(x_N[at - m + 1] * len(keys[-1]) + gram_N[at], return_index=True,
-                                                return_inverse=True, return_counts=True)
-        keys, raw = [*keys, found], [*raw, count]
+        keys_G, first, number, count = np.unique(x_N[at - m + 1] * len(keys[-1]) + gram_N[at], return_index=True,
+                                                 return_inverse=True, return_counts=True)
+        keys, raw = [*keys, keys_G], [*raw, count]
         begins, context = [*begins, depth_N[at[first]] == m - 1], [*context, gram_N[at[first] - 1]]
         gram_N = np.full(len(x_N), -1)
         gram_N[at] = number

@@ -59,18 +59,18 @@ def runs(column: Ragged) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray
 def tally(tokens: TokenStore, group_of: Mapping[str, str], groups: Sequence[str]) -> dict[str, Use]:
     """{group: Use} of the clips that `group_of` names, read a shard at a time."""
     vocab = tokens.spec["vocab"]
-    found = {g: Use.none(vocab) for g in groups}
+    uses = {g: Use.none(vocab) for g in groups}
     for k in range(tokens.shards):
         data = tokens.levels(k, [0])
         token_R, row_R, _, length_R = runs(data[level_name(0)])
         group_C = np.array([groups.index(group_of[i]) if i in group_of else -1 for i in data["id"]], np.int64)
         for g, name in enumerate(groups):
             mine = group_C[row_R] == g
-            use, length, token = found[name], length_R[mine], token_R[mine]
+            use, length, token = uses[name], length_R[mine], token_R[mine]
             use.frames_K += np.bincount(token, length, vocab).astype(np.int64)
             use.runs_K += np.bincount(token, minlength=vocab)
             use.lengths_L += np.bincount(np.minimum(length, RUN_LENGTHS) - 1, minlength=RUN_LENGTHS)
-    return found
+    return uses
 
 
 def statistics(use: Use, rate_hz: float) -> dict[str, Any] | None:
@@ -83,7 +83,7 @@ def statistics(use: Use, rate_hz: float) -> dict[str, Any] | None:
     if not frames:
         return None
     bits, bits_dedup = entropy_bits(use.frames_K), entropy_bits(use.runs_K)
-    order = np.lexsort((np.arange(len(use.frames_K)), -use.frames_K))
+    order = np.lexsort((np.arange(len(use.frames_K)), -use.frames_K))  # most used first, ties by token
     used = order[use.frames_K[order] > 0]
 
     def listed(chosen: Iterable[int]) -> list[dict[str, Any]]:
@@ -125,7 +125,7 @@ def occurrences(tokens: TokenStore, wanted: Sequence[int], speaker_of: Mapping[s
 
     Runs of LONG frames come first, then one of each clip before a second of any, then one of each speaker.
     """
-    found: dict[int, list[tuple]] = {k: [] for k in wanted}
+    candidates: dict[int, list[tuple]] = {k: [] for k in wanted}
     for shard in range(tokens.shards):
         data = tokens.levels(shard, [0])
         ids = data["id"]
@@ -142,10 +142,10 @@ def occurrences(tokens: TokenStore, wanted: Sequence[int], speaker_of: Mapping[s
             at = nth[token, row]
             nth[token, row] += 1
             if at < n:
-                found[token].append((int(short_R[r]), at, float(draw_R[r]), speaker_of[ids[row]],
+                candidates[token].append((int(short_R[r]), at, float(draw_R[r]), speaker_of[ids[row]],
                                      Occurrence(str(ids[row]), int(start_R[r]), int(length_R[r]))))
-        found = {k: _spread(v, n) for k, v in found.items()}  # once a shard, so that few candidates are held
-    return {k: [v[-1] for v in _spread(v, n)[:n]] for k, v in found.items()}
+        candidates = {k: _spread(v, n) for k, v in candidates.items()}  # once a shard, so that few candidates are held
+    return {k: [v[-1] for v in _spread(v, n)[:n]] for k, v in candidates.items()}
 
 
 def _spread(candidates: list[tuple], n: int) -> list[tuple]:
@@ -166,6 +166,7 @@ def phone_figures(frames_PK: np.ndarray) -> dict[str, float]:
     likeliest; pnmi: the share of the phones' entropy that the tokens explain, I(phone; token) / H(phone), 0 with one phone.
     """
     total = frames_PK.sum()
+    # I(phone; token) = H(phone) + H(token) - H(phone, token)
     h_phone = entropy_bits(frames_PK.sum(1))
     mutual = h_phone + entropy_bits(frames_PK.sum(0)) - entropy_bits(frames_PK.ravel())
     return {"phone_purity": float(frames_PK.max(0).sum() / total), "cluster_purity": float(frames_PK.max(1).sum() / total),

@@ -44,7 +44,7 @@ def errors(reference: str, transcript: str) -> tuple[int, int, int, int]:
     """(word errors, words, character errors, characters) of two normalised texts; the reference must have words."""
     import jiwer
 
-    counts = []
+    counts = []  # jiwer aligns by the Levenshtein distance
     for aligned in (jiwer.process_words(reference, transcript), jiwer.process_characters(reference, transcript)):
         counts += [aligned.substitutions + aligned.deletions + aligned.insertions,
                    aligned.hits + aligned.substitutions + aligned.deletions]

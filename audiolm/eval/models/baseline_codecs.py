@@ -32,7 +32,7 @@ class Baseline:
     """A shipped codec at one bit rate."""
 
     codec: str
-    kbps: float  # asked for
+    kbps: float  # nominal
     round_trip: Callable[[np.ndarray], tuple[np.ndarray, int]] | None
     absent: str = ""  # the reason where there is no round_trip
 
@@ -83,6 +83,7 @@ def opus_by_libsndfile(wav_T: np.ndarray, kbps: float) -> tuple[np.ndarray, int]
 
 def opus_bits(ogg: bytes) -> int:
     """Bits of an Ogg Opus file's audio packets: no pages, no headers (RFC 3533, 7845). Raises ValueError for no Ogg."""
+    # A page: 27 bytes of header, whose last is the number of segments, their lengths, then their bytes.
     packets, size, at = [], 0, 0
     while at < len(ogg):
         if ogg[at:at + 4] != b"OggS":

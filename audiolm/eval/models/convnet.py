@@ -85,6 +85,7 @@ def trained(folder: str, wavs: Sequence[np.ndarray], labels: Sequence[int], name
     """
     if silent := sorted(set(range(len(names))) - set(labels)):
         raise ValueError(f"{names[silent[0]]!r} has no sound to learn from: give some, or leave the name out")
+    # The hash covers all that decides the weights, so a folder never serves another set of sounds.
     about = json.dumps([FORMAT, asdict(settings), list(map(int, labels)), list(names)])
     digest = hashlib.blake2b(about.encode(), digest_size=16)
     for wav in wavs:
@@ -105,6 +106,7 @@ def fit(wavs: Sequence[np.ndarray], labels: Sequence[int], classes: int, setting
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(rng.derive(settings.seed, "conv net"))
         net = ConvNet(classes, settings)
+        # bands are normalised by the training sounds; the network keeps both numbers
         std_F, mean_F = torch.std_mean(torch.cat(mels), 0)
         net.mean_F.copy_(mean_F)
         net.std_F.copy_(std_F.clamp_min(1e-3))
@@ -135,7 +137,7 @@ def _crop(mel_TF: torch.Tensor, frames: int, g: np.random.Generator) -> torch.Te
 
 
 def _masked(x_BTF: torch.Tensor, g: np.random.Generator) -> torch.Tensor:
-    for x_TF in x_BTF:
+    for x_TF in x_BTF:  # one stretch of time and one of frequency a row, set to the mean (0 after normalisation)
         for axis, share in ((0, MASK_T), (1, MASK_F)):
             size = x_TF.shape[axis]
             width = int(g.integers(int(share * size) + 1))

@@ -45,6 +45,7 @@ def embedder(device: str = "cpu") -> Callable[[np.ndarray], np.ndarray]:
     @torch.inference_mode()
     def embed(wav_T: np.ndarray) -> np.ndarray:
         mel_TF = mel_power(torch.from_numpy(np.ascontiguousarray(wav_T, np.float32)).to(device))
+        # windows of 1.6 s, half overlapping; a shorter sound is padded to one
         mel_TF = F.pad(mel_TF, (0, 0, 0, max(0, WINDOW - len(mel_TF))))
         mel_BTF = mel_TF.unfold(0, WINDOW, STEP).transpose(1, 2)
         _, (hidden_LBD, _) = lstm(mel_BTF.contiguous())

@@ -7,7 +7,6 @@ decoded from the same tokens alone.  wav_T: mono float32 at 16 kHz; codes_TQ as 
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ import torch
 
 from audiolm.config.semantic import KMeansConfig
 from audiolm.dag.run_index import steps_of
-from audiolm.eval.codec_quality import COARSE_BITS_PER_S, decode, encode, quality_notes
+from audiolm.eval.codec_quality import COARSE_BITS_PER_S, bits_per_s, decode, encode, quality_notes
 from audiolm.eval.metrics import abx, audio_quality
 from audiolm.eval.metrics.audio_quality import Scorers
 from audiolm.eval.metrics.stats import text_table
@@ -52,7 +51,7 @@ class Side:
 
 def acoustic_side(codec: Codec) -> Side:
     """The codec with its coarse levels (2 kb/s) and with all levels. An imported codec gives no vectors."""
-    coarse = round(COARSE_BITS_PER_S / _bits_per_s(codec, 1))
+    coarse = round(COARSE_BITS_PER_S / bits_per_s(codec, 1))
     levels = sorted({min(max(coarse, 1), codec.spec.n_q), codec.spec.n_q})
 
     def vectors(codes_TQ: torch.Tensor) -> torch.Tensor:
@@ -117,7 +116,7 @@ def table1(sides: Sequence[Side], items: abx.Items, read: Callable[[str], np.nda
         if side.codec is None:
             remarks.append(f"No sound of {side.name} tokens: no decoder was given (--vocoder).")
         for levels in side.levels:
-            row = {"tokens": side.name, "levels": levels, "bits_per_s": _bits_per_s(side.tokenizer, levels)}
+            row = {"tokens": side.name, "levels": levels, "bits_per_s": bits_per_s(side.tokenizer, levels)}
             if side.vectors is not None:
                 log(f"{side.name}, levels 1 to {levels}: ABX")
                 row |= _abx(side, levels, item_codes, items, seed)
@@ -131,10 +130,6 @@ def table1(sides: Sequence[Side], items: abx.Items, read: Callable[[str], np.nda
                          "scored": {}, **row})
     return {"rows": rows, "items": len(items.file), "clips": len(wavs), "seconds": sum(map(len, wavs)) / SAMPLE_RATE,
             "visqol": scorers.visqol, "absent": dict(scorers.absent), "remarks": remarks}
-
-
-def _bits_per_s(tokenizer: Tokenizer, levels: int) -> float:
-    return levels * tokenizer.spec.rate_hz * math.log2(tokenizer.spec.vocab)
 
 
 def _encode_items(side: Side, items: abx.Items, read: Callable[[str], np.ndarray], log: Log) -> dict[str, torch.Tensor]:
