@@ -1,9 +1,9 @@
-"""Warm start of stage 1 from a text language model of the same shape (TWIST, 2305.13009).
+"""Stage 1 may start from a text language model of the same shape (as TWIST, 2305.13009): its blocks and closing norm alone,
+embeddings and head are new.
 
-It takes the model's blocks and closing norm; embeddings and head stay new.  A model is a folder or URI with config.json and
-one model.safetensors in transformers' format, of model_type llama: our block with gated: true, activation: silu, norm: rms
-and rotary positions.  Keys and values that several heads share are copied to each.
-Nothing heavy is imported before weights are read, so a plan needs neither torch nor the model.
+A model is a folder or URI with config.json and one model.safetensors in transformers' format, of model_type llama: what
+our block is with gated: true, activation: silu, norm: rms and rotary positions.  Keys and values that several heads share
+are given to each.  Nothing heavy is imported before weights are read, so a plan needs neither torch nor the model.
 """
 
 from __future__ import annotations
@@ -19,42 +19,41 @@ from audiolm.config.base import Config, Runtime
 if TYPE_CHECKING:
     from audiolm.models.transformer import Transformer
 
-URI_FIELD, FILES = "lm.semantic.warm_start.uri", ("config.json", "model.safetensors")
+FIELD, FILES = "lm.semantic.warm_start.uri", ("config.json", "model.safetensors")
 
 
 class TextModel(Config):
-    """Identity of a text model: the digest of its bytes, wherever they are."""
+    """What a stage starts from: the model is its bytes, wherever they lie."""
 
     uri: Runtime[str]
     digest: str
 
 
 def text_model(uri: str) -> TextModel:
-    """The identity of the model at `uri`, read in pieces. Raises ValueError where a file is missing."""
+    """Read in pieces. Raises ValueError where a file is missing."""
     sha = hashlib.sha256()
     for name in FILES:
         try:
             for piece in store.pieces(store.join(uri, name)):
                 sha.update(piece)
         except (FileNotFoundError, NotADirectoryError) as e:
-            raise ValueError(f"{URI_FIELD}: {uri} holds no {name}; give a folder or URI with config.json and one model."
-                             "safetensors, as save_pretrained(folder, max_shard_size='1TB') of transformers writes") from e
+            raise ValueError(f"{FIELD}: {uri} holds no {name}; give a folder or URI with config.json and one model.safetensors "
+                             "(save_pretrained(folder, max_shard_size='1TB') of transformers writes them)") from e
     return TextModel(uri=uri, digest=sha.hexdigest()[:16])
 
 
 def start_from(model: Transformer, shape: lm.StageConfig, want: TextModel) -> None:
-    """Copies the text model's body into `model`. Raises ValueError that names what differs where it does not fit."""
+    """Gives the model the text model's body. Raises ValueError naming what differs where it does not fit."""
     import safetensors.torch
     import torch
 
     data = [store.get(store.join(want.uri, name)) for name in FILES]
     if (found := hashlib.sha256(b"".join(data)).hexdigest()[:16]) != want.digest:
-        raise ValueError(f"{URI_FIELD}: the files at {want.uri} changed since this run was planned ({want.digest} -> {found}): "
+        raise ValueError(f"{FIELD}: the files at {want.uri} changed since this run was planned ({want.digest} -> {found}): "
                          "start it again")
     about = json.loads(data[0])
     if wrong := _differences(about, shape):
-        raise ValueError(f"{URI_FIELD}: {want.uri} is no model of this stage's shape: {'; '.join(wrong)}")
-    # transformers' names to ours; q, k and v are one matrix here, gate and up another
+        raise ValueError(f"{FIELD}: {want.uri} is no model of this stage's shape: {'; '.join(wrong)}")
     theirs = {name.removeprefix("model."): t.float() for name, t in safetensors.torch.load(data[1]).items()}
     shared = shape.heads // about.get("num_key_value_heads", shape.heads)
     try:
@@ -70,18 +69,17 @@ def start_from(model: Transformer, shape: lm.StageConfig, want: TextModel) -> No
                      own + "norm2.weight": theirs[layer + "post_attention_layernorm.weight"]}
         missing = model.load_state_dict(body, strict=False).missing_keys
     except (KeyError, RuntimeError) as e:
-        raise ValueError(f"{URI_FIELD}: model.safetensors at {want.uri} does not fit its config.json: {e}; save the model "
-                         "again with save_pretrained(folder)") from e
+        raise ValueError(f"{FIELD}: model.safetensors at {want.uri} does not fit its config.json: {e}; save the model again "
+                         "with save_pretrained(folder)") from e
     assert set(missing) == {"embed.weight", "head.weight"}, missing
 
 
 def _differences(about: dict[str, Any], shape: lm.StageConfig) -> list[str]:
-    """Settings in which the two bodies differ as functions, each with the value to set."""
+    """What keeps the bodies from being the same function, as texts that say what to set."""
     from audiolm.models.positions import ROTARY_BASE
     from audiolm.models.transformer import EPS
 
     rope = about.get("rope_parameters") or about.get("rope_scaling") or {}
-    # `ours`: fields that a config may set to fit the model; `fixed`: properties that our code has once and for all
     ours = {"dim": about.get("hidden_size"), "layers": about.get("num_hidden_layers"),
             "heads": about.get("num_attention_heads"), "ff": about.get("intermediate_size"), "gated": True,
             "activation": "silu", "norm": "rms", "positions": "rotary"}
