@@ -1,4 +1,4 @@
-"""Audio files through a trained codec: to codes files, back to sound, and measured beside shipped codecs.
+"""Audio files through a trained codec: to codes files, back to sound, and measured beside Opus and Lyra.
 
     python workflows/codec.py encode recordings/ --out codes/
     python workflows/codec.py decode codes/ --out again/ --levels 4
@@ -40,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--out", required=True, metavar="FOLDER",
                          help="where to write; a file keeps its path below the INPUT folder, with another ending")
         sub.add_argument("--levels", type=int, metavar="N", help="take the first N levels alone: fewer bits, rougher sound")
-        sub.add_argument("--force", action="store_true", help="make files anew that are done already")
+        sub.add_argument("--force", action="store_true", help="make files again that are done already")
     decode.add_argument("--format", choices=("wav", "flac"), default="wav", help="of the audio files (default wav)")
     evaluate.add_argument("--clips", type=int, default=20, metavar="N", help="files, spread evenly over what is found")
     evaluate.add_argument("--seconds", type=float, default=8.0, metavar="S", help="of each file, from its start")
@@ -51,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def evaluate(codec, args: argparse.Namespace) -> int:
-    """Prints `eval.codec_quality.compare` of the clips."""
+    """Prints `eval.codec_quality.compare` of the clips, which are the first --seconds of --clips files."""
     from soundfile import SoundFileError
 
     from audiolm import store
@@ -62,13 +62,14 @@ def evaluate(codec, args: argparse.Namespace) -> int:
     from audiolm.tokenizers import codec_files
 
     found, samples = codec_files.find_files(args.inputs, AUDIO), round(args.seconds * SAMPLE_RATE_HZ)
+    # Evenly spread over the sorted names: corpora list a speaker's files together.
     picked = [found[i * len(found) // args.clips] for i in range(args.clips)] if len(found) > args.clips else found
     wavs = []
     for _, path in picked:
         try:
             wavs.append(start_of(path, samples))
         except (OSError, ValueError, SoundFileError) as e:
-            print(f"left out: {path}: {e}", file=sys.stderr)
+            print(f"left out: {path}: {e}", file=sys.stderr)  # the table says how many clips it is of
     if not wavs:
         raise ValueError("none of the files can be read: name others")
     table = compare(codec, wavs, baselines(args.lyra), args.levels)
@@ -80,7 +81,7 @@ def evaluate(codec, args: argparse.Namespace) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, 1 some files failed, 2 wrong usage, 130 stopped."""
-    args = parser().parse_args(argv)
+    args = parser().parse_args(argv)  # before torch is imported, so that --help is quick
     from audiolm.data.parallel import pick_device
     from audiolm.data.sources import AUDIO
     from audiolm.tokenizers import codec_files
@@ -103,6 +104,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {e}" if named else f"error: {type(e).__name__}: {e}", file=sys.stderr)
         return 2
 
+    # From here on a bad file is reported by `work` and the others go on.
     def do(job: codec_files.FileJob, tick: codec_files.Tick) -> codec_files.FileResult | None:
         if args.do == "encode":
             return codec_files.encode_file(codec, job, args.levels or codec.spec.n_q, args.force, tick)
@@ -112,7 +114,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return 1 if codec_files.work(jobs, do) else 0
     except KeyboardInterrupt:
-        print("\nstopped; the same command continues with the files that are left", file=sys.stderr)
+        print("\nstopped; the same command continues with the remaining files", file=sys.stderr)
         return 130
 
 

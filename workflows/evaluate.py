@@ -1,110 +1,157 @@
-"""The paper's figures for a trained run or a checkpoint, by hand or when somebody asks for them in the MLflow UI.
+"""The paper's metrics: of a run or a checkpoint, of tokens, of features, and of audio files.
 
     python workflows/evaluate.py speech --store /data/audiolm --suites stages,ladder
-    python workflows/evaluate.py models:/speech-lm_semantic@best --tracking http://mlflow:5000
     python workflows/evaluate.py --compare models:/speech-lm_coarse/3 models:/speech-lm_coarse@best --out compared
-    python workflows/evaluate.py --watch --tracking http://mlflow:5000 --job-server http://ray-head:8265
+    python workflows/evaluate.py tokens --run outputs/runs/speech.json --items dev-clean.item --audio LibriSpeech/dev-clean
+    python workflows/evaluate.py abx --items dev-clean.item --audio LibriSpeech/dev-clean --features mfcc
+    python workflows/evaluate.py detect calls/ --run speech --json scores.json
+    python workflows/evaluate.py watch --tracking http://mlflow:5000 --job-server http://ray-head:8265
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from audiolm import store  # noqa: E402
-from audiolm.dag.run_index import OUTPUTS  # noqa: E402
+from audiolm.dag.run_index import OUTPUTS, steps_of  # noqa: E402
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="evaluate.py", description="Leaves report.html (tables, plots, sound) and rows.json. What "
-                                "was measured of the same models and data is not measured again.")
-    p.add_argument("rest", nargs="*", metavar="MODEL_URI_OR_RUN a.b=c", help="models:/NAME/VERSION, models:/NAME@best, or a "
-                   "run's name, index (STORE/runs/NAME.json) or MLflow id; and overrides of its config (evaluate.clips=4)")
-    p.add_argument("--suites", metavar="A,B", help="these suites alone (default: all but dnsmos, text, notes)")
-    p.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two of them on one page, the same prompts side by side")
-    p.add_argument("--out", metavar="FOLDER", help="where the report goes; default: STORE/evaluations/NAME")
+def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0 done, 1 a job or some files failed, 2 wrong usage, 130 stopped."""
+    args = parse(sys.argv[1:] if argv is None else argv)
+    try:
+        return args.call(args) or 0
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on", file=sys.stderr)
+        return 130
+    except Exception as e:  # noqa: BLE001  one line that names the fix, whatever a filesystem, MLflow or Ray raised
+        if getattr(args, "answer", None):
+            raise  # for the job's log
+        expected = isinstance(e, (ValueError, FileNotFoundError))
+        expected = expected or type(e).__name__ in ("StepFailed", "LibsndfileError")
+        print(f"error: {e}" if expected else f"error: {type(e).__name__}: {e}", file=sys.stderr)
+        return 2
+    finally:
+        if "ray" in sys.modules and args.call is not watch:
+            sys.modules["ray"].shutdown()
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The arguments of a subcommand, with its function as `call`. Takes `run` where the first argument is no subcommand."""
+    p = argparse.ArgumentParser(
+        prog="evaluate.py", description="The paper's metrics of a trained system, its tokens or any audio.",
+        epilog="A first argument that is no subcommand is a run: `evaluate.py speech` means `evaluate.py run speech`. "
+               "`evaluate.py COMMAND --help` lists a subcommand's options.")
+    commands = p.add_subparsers(metavar="COMMAND", required=True)
+    for name, (call, add_options, summary) in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=summary)
+        add_options(command)
+        command.set_defaults(call=call)
+    if argv[:1] in (["-h"], ["--help"]):
+        p.parse_args(argv)  # prints the help and exits
+    name, rest = (argv[0], argv[1:]) if argv and argv[0] in COMMANDS else ("run", argv)
+    return commands.choices[name].parse_intermixed_args(rest)  # overrides may stand between options
+
+
+def add_place_options(p: argparse.ArgumentParser) -> None:
+    """--store, --tracking and --device of `run` and `watch`."""
     p.add_argument("--store", default=OUTPUTS, metavar="URI", help="where a run's name is looked up (default %(default)s)")
     p.add_argument("--tracking", metavar="URI", help="MLflow's server; default: MLFLOW_TRACKING_URI, else the store's database")
     p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one")
+
+
+def add_suite_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("rest", nargs="*", metavar="MODEL_URI_OR_RUN a.b=c", help="models:/NAME/VERSION, models:/NAME@best, or a "
+                   "run's name, index (STORE/runs/NAME.json) or MLflow id; and overrides of its config (evaluate.clips=4)")
+    p.add_argument("--suites", type=names, default=[], metavar="A,B", help="these alone (default: all but dnsmos, text, notes)")
+    p.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two of them on one page, the same prompts side by side")
+    p.add_argument("--out", metavar="FOLDER", help="where the report goes; default: STORE/evaluations/NAME")
     p.add_argument("--ray", action="store_true", help="parts as Ray tasks, on this machine or the cluster of RAY_ADDRESS")
-    w = p.add_argument_group("asking in the UI")
-    w.add_argument("--watch", action="store_true", help="answer the tag evaluate=requested of model versions, for ever")
-    w.add_argument("--job-server", metavar="URL", help="Ray's, http://HOST:8265 (default: RAY_API_SERVER_ADDRESS, else here)")
-    w.add_argument("--inline", action="store_true", help="evaluate in processes of this machine, without Ray")
-    w.add_argument("--work", default=f"{OUTPUTS}/.evaluate", metavar="FOLDER", help="--inline: for their claims and logs, the "
-                   "same after a restart (default %(default)s)")
-    w.add_argument("--every", type=float, default=5.0, metavar="S", help="seconds between two looks (default %(default)s)")
-    w.add_argument("--parallel", type=int, default=1, metavar="N", help="evaluations at a time; the others wait as requested")
-    w.add_argument("--webhook", type=int, metavar="PORT", help="listen for MLflow's webhook too, to answer at once")
-    w.add_argument("--webhook-host", default="127.0.0.1", metavar="HOST", help="where to listen (default %(default)s)")
-    w.add_argument("--secret-env", default="AUDIOLM_WEBHOOK_SECRET", metavar="NAME", help="the environment variable with the "
-                   "webhook's secret (default %(default)s)")
+    add_place_options(p)
     p.add_argument("--answer", type=int, help=argparse.SUPPRESS)  # of a job: the request's number
     p.add_argument("--claim", help=argparse.SUPPRESS)  # of a process: the file that makes it the one of its id
-    return p
 
 
-def names(args: argparse.Namespace) -> list[str]:
-    return [n.strip() for n in (args.suites or "").split(",") if n.strip()]
+def names(text: str) -> list[str]:
+    return [n.strip() for n in text.split(",") if n.strip()]
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluates one or two targets, or answers a request where `watch` started this process as its job."""
+    if args.answer:
+        return answer(args)
+    evaluate(args)
+    return 0
 
 
 def evaluate(args: argparse.Namespace) -> Any:
-    """Evaluates one or two targets; returns the (first) Report."""
+    """Evaluates one or two targets; returns the (first) SuiteReport."""
     from audiolm.config.load import apply_overrides
-    from audiolm.eval.suites.run import check_names, run_suites
+    from audiolm.data.parallel import Workers
+    from audiolm.eval.suites.run import check_names
     from audiolm.pipeline.cli import quiet
     from audiolm.pipeline.progress import ProgressBoard
     from audiolm.pipeline.ray_cluster import start_ray, wants_ray
-    from audiolm.report import results_page
     from audiolm.report.results_page import run_and_report
     from audiolm.tracking.target import resolve
 
     texts = list(args.compare or ()) + [a for a in args.rest if "=" not in a]
     if len(texts) != (2 if args.compare else 1):
-        raise ValueError(f"one MODEL_URI_OR_RUN (or --compare A B, or --watch), got {', '.join(texts) or 'none'}")
-    check_names(names(args))
+        raise ValueError(f"one MODEL_URI_OR_RUN (or --compare A B, or watch), got {', '.join(texts) or 'none'}")
+    suites = check_names(args.suites)
     targets = [resolve(text, args.store, args.tracking) for text in texts]
     overrides = [a for a in args.rest if "=" in a] + ([f"cluster.device={args.device}"] if args.device != "auto" else [])
     config = apply_overrides(targets[0].config, overrides)
-    on_ray = wants_ray(args.ray)
     home = store.join(config.store, "evaluations")
     slug = "-against-".join(t.slug for t in targets) + (f"/{args.answer}" if args.answer else "")
     folder = store.absolute(args.out) if args.out else store.join(home, slug)
-    board, began = ProgressBoard(), time.monotonic()
+
+    board, began, on_ray = ProgressBoard(), time.monotonic(), wants_ray(args.ray)
     quiet()
     if on_ray:
         start_ray(config.cluster, config.store, board.say)
     board.start("evaluate")
-    out = SimpleNamespace(inline=not on_ray, step=SimpleNamespace(name="evaluate"),
-                          progress=lambda done, total, unit: board.update("evaluate", done, total, unit))
-    how = {"config": config, "out": out, "cache": store.join(home, "cache")}
+    out = Workers(not on_ray, "evaluate", partial(board.update, "evaluate"))
+    settings = {"config": config, "out": out, "cache": store.join(home, "cache")}
     if args.compare:
-        shown = [run_suites(t.steps, names(args), store.join(folder, str(i)), manifest=targets[0].steps.get("manifest"), **how)
-                 for i, t in enumerate(targets, 1)]
-        columns = [(label, r.rows, r.sounds) for label, r in zip("AB", shown, strict=True)]
-        title = "; ".join(f"{label}: {t.title}" for label, t in zip("AB", targets, strict=True))
-        store.put(store.join(folder, "report.html"), results_page.build(title, columns).encode())
-        report = shown[0]
+        report = compare(targets, suites, folder, settings)
     else:
-        report = run_and_report(targets[0].steps, names(args), folder, title=targets[0].title, **how)
+        report = run_and_report(targets[0].steps, suites, folder, title=targets[0].title, **settings)
     board.end("evaluate", "DONE", time.monotonic() - began, f"{len(report.rows)} rows")
     print(f"report: {store.join(folder, 'report.html')}")
     return report
 
 
+def compare(targets: list, suites: list[str], folder: str, settings: dict[str, Any]) -> Any:
+    """Two targets on one page, both on the first one's clips; returns the first SuiteReport."""
+    from audiolm.eval.suites.run import run_suites
+    from audiolm.report import results_page
+
+    manifest = targets[0].steps.get("manifest")
+    reports = [run_suites(t.steps, suites, store.join(folder, str(i)), manifest=manifest, **settings)
+               for i, t in enumerate(targets, 1)]
+    title = "; ".join(f"{label}: {t.title}" for label, t in zip("AB", targets, strict=True))
+    columns = [(label, r.rows, r.sounds) for label, r in zip("AB", reports, strict=True)]
+    store.put(store.join(folder, "report.html"), results_page.build(title, columns).encode())
+    return reports[0]
+
+
 def answer(args: argparse.Namespace) -> int:
     """A job's part (audiolm/eval_service/worker.py)."""
+    from audiolm.eval_service import worker
     from audiolm.eval_service.launcher import claim
-    from audiolm.eval_service.worker import answer as answered
     from audiolm.tracking.lookup import connect
 
     if args.claim and not claim(args.claim):
@@ -116,20 +163,157 @@ def answer(args: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, stopped)
     client, _ = connect(args.tracking)
     _, name, version = args.rest[0].removeprefix("models:").split("/")
-    return 0 if answered(client, name, version, args.answer, lambda: evaluate(args)) else 1
+    return 0 if worker.answer(client, name, version, args.answer, lambda: evaluate(args)) else 1
+
+
+def add_item_options(p: argparse.ArgumentParser) -> None:
+    """Options of `tokens` and `abx`: a triphone list and its audio."""
+    p.add_argument("--items", required=True, metavar="FILE", help="triphones: #file onset offset #phone prev-phone next-phone "
+                   "speaker")
+    p.add_argument("--audio", required=True, nargs="+", metavar="FOLDER", help="where the items' files lie, at any depth, as "
+                   "#file and an audio ending")
+    p.add_argument("--speakers", type=names, metavar="A,B", help="only these, as A, B and X; default: all of the item file")
+    p.add_argument("--seed", type=int, default=0, help="of ABX's draws (default 0)")
+    p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one")
+    p.add_argument("--json", metavar="FILE", help="write the figures there too, with each speaker's ABX")
+
+
+def add_token_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--run", metavar="FILE", help="a run's index (OUTPUTS/runs/NAME.json): takes its builds for those not named")
+    p.add_argument("--codec", metavar="PATH", help="a codec build, a run's index or the folder of an imported codec")
+    p.add_argument("--tokenizer", metavar="BUILD", help="a kmeans build")
+    p.add_argument("--residual", metavar="BUILD", help="a residual build of that tokenizer, for more levels")
+    p.add_argument("--vocoder", metavar="BUILD", help="a semantic_vocoder build, for the sound of semantic tokens")
+    p.add_argument("--clips", nargs="+", metavar="PATH", help="audio files or folders to decode; default: the items' files")
+    p.add_argument("--number", type=int, default=20, metavar="N", help="of clips, spread evenly over them all (default 20)")
+    p.add_argument("--seconds", type=float, default=8.0, metavar="S", help="of each clip, from its start (default 8)")
+    add_item_options(p)
+
+
+def tokens(args: argparse.Namespace) -> None:
+    """Prints Table I of the builds that the options or the run name."""
+    from audiolm.data.parallel import pick_device
+    from audiolm.data.sources import AUDIO
+    from audiolm.eval.metrics import audio_quality
+    from audiolm.eval.suites import tokens as suite
+    from audiolm.eval.test_sets import items_and_audio, wav_of
+    from audiolm.tokenizers.codec_files import find_files
+
+    began = time.monotonic()
+    builds = suite.find_builds({option: getattr(args, option) for option in suite.BUILDS}, args.run)
+    items, files = items_and_audio(args.items, args.audio, args.speakers, "--audio")
+    paths = [path for _, path in find_files(args.clips, AUDIO)] if args.clips else list(files.values())
+
+    def say(text: str) -> None:
+        print(f"{time.monotonic() - began:6.0f} s  {text}", file=sys.stderr, flush=True)
+
+    sides = suite.load_sides(builds, pick_device(args.device))
+    table = suite.table1(sides, items, lambda file: wav_of(files[file]), suite.excerpts(paths, args.number, args.seconds),
+                         audio_quality.scorers(), args.seed, say)
+    print(suite.format_table(table))
+    if args.json:
+        table |= {"builds": builds, "wall_s": round(time.monotonic() - began, 1)}
+        store.put(args.json, json.dumps(table, indent=1).encode())
+
+
+def add_abx_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--features", required=True, choices=("mfcc", "mel", "semantic", "centroids", "layer"), help="mfcc (39 at "
+                   "100 Hz), mel (80 at 100 Hz), a tokenizer's z-scored features or its centroids, or a masked model's layer, "
+                   "z-scored over the items' files (25 Hz)")
+    p.add_argument("--tokenizer", metavar="BUILD", help="a finished kmeans build, for semantic and centroids")
+    p.add_argument("--model", metavar="BUILD", help="a masked_model build, for layer")
+    p.add_argument("--layer", type=int, metavar="N", help="block whose output is measured, from 1, for layer")
+    p.add_argument("--checkpoints", action="store_true", help="with layer: a row for each checkpoint that was kept "
+                   "(semantic.model.train.keep), the curve over the training")
+    p.add_argument("--plot", metavar="PNG", help="with --checkpoints: draw the curve")
+    add_item_options(p)
+
+
+def abx(args: argparse.Namespace) -> None:
+    """Prints the ABX error of features; a row for each checkpoint with --checkpoints."""
+    from audiolm.data.parallel import pick_device
+    from audiolm.eval.metrics.abx import MODES
+    from audiolm.eval.suites import tokens as suite
+    from audiolm.eval.test_sets import items_and_audio, wav_of
+    from audiolm.render import plots
+
+    has_layer = args.model is not None and args.layer is not None
+    if args.plot and not args.checkpoints:
+        raise ValueError("--plot draws a curve over checkpoints: add --checkpoints, or leave it out")
+    if (args.features == "layer") != has_layer or (args.checkpoints and not has_layer):
+        raise ValueError("--features layer goes with --model BUILD and --layer N, and --checkpoints with them; the other "
+                         "features with none of these")
+    device = pick_device(args.device)
+    extract, rate_hz = (None, 0.0) if has_layer else suite.load_extractor(args.features, args.tokenizer, device)
+    items, files = items_and_audio(args.items, args.audio, args.speakers, "--audio")
+    sources = (suite.features_of_layer(args.model, args.layer, files, device, args.checkpoints) if has_layer else
+               [(args.features, None, lambda file: extract(wav_of(files[file])), rate_hz)])
+    rows = suite.abx_rows(sources, items, args.seed)
+    print(suite.format_abx(rows))
+    if args.json:
+        store.put(args.json, json.dumps(rows, indent=1).encode())
+    if args.plot:
+        curves = {f"{mode} speaker": [row[mode] for row in rows] for mode in MODES}
+        store.put(args.plot, plots.curves([row["step"] for row in rows], curves, f"ABX, layer {args.layer}", "error, %"))
+
+
+def add_detect_options(p: argparse.ArgumentParser) -> None:
+    from audiolm.pipeline.cli import add_run_options
+
+    p.add_argument("inputs", nargs="+", metavar="PATH", help="audio files of any rate, or folders of them; local or any fsspec "
+                   "URI")
+    add_run_options(p)
+    p.add_argument("--detector", metavar="FOLDER", help="a trained detector's own folder, instead of a run's")
+    p.add_argument("--json", metavar="FILE", help="write the probabilities there too")
+
+
+def detect(args: argparse.Namespace) -> int:
+    """Prints each file's mean probability that its seconds were generated, and that of every second."""
+    from audiolm.data.audio_check import error_line
+    from audiolm.data.sources import AUDIO
+    from audiolm.eval.suites.detector import of_run, score_file
+    from audiolm.tokenizers.codec_files import find_files
+    from audiolm.tracking.lookup import find_run
+
+    scores, failed = {}, False
+    detector = args.detector or of_run(steps_of(find_run(args.run, args.store, args.tracking)))
+    for _, file in find_files(args.inputs, AUDIO):
+        try:
+            p_S = score_file(detector, file)
+        except (ValueError, FileNotFoundError) as e:  # reported; the other files go on
+            failed = True
+            print(f"error: {error_line(file, e)}", file=sys.stderr)
+            continue
+        scores[file] = [round(float(p), 4) for p in p_S]
+        print(f"{p_S.mean():6.1%}  {file}  {' '.join(f'{p:.2f}' for p in p_S)}", flush=True)
+    if args.json:
+        store.put(args.json, json.dumps(scores, indent=1).encode())
+    return int(failed)
+
+
+def add_watch_options(p: argparse.ArgumentParser) -> None:
+    add_place_options(p)
+    p.add_argument("--job-server", metavar="URL", help="Ray's, http://HOST:8265 (default: RAY_API_SERVER_ADDRESS, else here)")
+    p.add_argument("--inline", action="store_true", help="evaluate in processes of this machine, without Ray")
+    p.add_argument("--work", default=f"{OUTPUTS}/.evaluate", metavar="FOLDER", help="--inline: for their claims and logs, the "
+                   "same after a restart (default %(default)s)")
+    p.add_argument("--every", type=float, default=5.0, metavar="S", help="seconds between two looks (default %(default)s)")
+    p.add_argument("--parallel", type=int, default=1, metavar="N", help="evaluations at a time; the others wait as requested")
+    p.add_argument("--webhook", type=int, metavar="PORT", help="listen for MLflow's webhook too, to answer at once")
+    p.add_argument("--webhook-host", default="127.0.0.1", metavar="HOST", help="where to listen (default %(default)s)")
+    p.add_argument("--secret-env", default="AUDIOLM_WEBHOOK_SECRET", metavar="NAME", help="the environment variable with the "
+                   "webhook's secret (default %(default)s)")
 
 
 def watch(args: argparse.Namespace) -> None:
+    """Answers requests until it is stopped."""
     from audiolm.eval.suites.run import check_names
-    from audiolm.eval_service import webhook
+    from audiolm.eval_service import watcher, webhook
     from audiolm.eval_service.launcher import open_launcher
-    from audiolm.eval_service.watcher import watch as watched
     from audiolm.pipeline.cli import quiet
     from audiolm.store import hide_credentials
     from audiolm.tracking.lookup import connect, default_tracking
 
-    if args.rest or args.compare:
-        raise ValueError("--watch takes neither MODEL_URI_OR_RUN nor --compare")
     if args.every <= 0 or args.parallel < 1:
         raise ValueError(f"--every {args.every} and --parallel {args.parallel}: above 0")
     tracking = default_tracking(args.store, args.tracking)
@@ -139,7 +323,6 @@ def watch(args: argparse.Namespace) -> None:
     quiet()
     client, tracking = connect(tracking)
     launcher, wake = open_launcher(args.inline, args.job_server, args.work), threading.Event()
-    extra = ["--tracking", tracking, "--device", args.device]
 
     def say(text: str) -> None:
         print(f"{time.strftime('%H:%M:%S')} {hide_credentials(text)}", flush=True)
@@ -148,29 +331,18 @@ def watch(args: argparse.Namespace) -> None:
         webhook.serve(args.webhook_host, args.webhook, os.environ.get(args.secret_env, ""), wake)
         say(f"webhook at http://{args.webhook_host}:{args.webhook}")
     say(f"watching {tracking} for evaluate=requested; jobs {'here' if args.inline else 'on Ray'}")
-    watched(client, launcher, extra, every_s=args.every, parallel=args.parallel, wake=wake, say=say, check=check_names)
+    watcher.watch(client, launcher, ["--tracking", tracking, "--device", args.device], every_s=args.every,
+                  parallel=args.parallel, wake=wake, say=say, check=check_names)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0 done, 1 an answer that failed, 2 wrong usage, 130 stopped."""
-    args = parser().parse_intermixed_args(argv)
-    try:
-        if args.answer:
-            return answer(args)
-        watch(args) if args.watch else evaluate(args)
-        return 0
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on", file=sys.stderr)
-        return 130
-    except Exception as e:  # noqa: BLE001  one line that names the fix, whatever a filesystem, MLflow or Ray raised
-        if args.answer:
-            raise  # for the job's log
-        named = isinstance(e, (ValueError, FileNotFoundError)) or type(e).__name__ == "StepFailed"
-        print(f"error: {e}" if named else f"error: {type(e).__name__}: {e}", file=sys.stderr)
-        return 2
-    finally:
-        if "ray" in sys.modules and not args.watch:
-            sys.modules["ray"].shutdown()
+# Subcommand: its function, its options, its line in the help.
+COMMANDS: dict[str, tuple[Callable, Callable, str]] = {
+    "run": (run, add_suite_options, "suites of a run or checkpoint: writes report.html and rows.json, measures nothing twice"),
+    "tokens": (tokens, add_token_options, "Table I: ABX error and sound quality of acoustic and semantic tokens, by bit rate"),
+    "abx": (abx, add_abx_options, "ABX error of features in percent, within and across speakers: libri-light's protocol"),
+    "detect": (detect, add_detect_options, "the probability that each second of a file was generated by the models of one run"),
+    "watch": (watch, add_watch_options, "answers the tag evaluate=requested of model versions in the MLflow UI, for ever"),
+}
 
 
 if __name__ == "__main__":

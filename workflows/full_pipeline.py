@@ -15,100 +15,116 @@ sys.path.insert(0, str(HERE.parent))  # a submitted job runs the code that was s
 
 from audiolm.config.codec import CodecMetricsConfig  # noqa: E402
 from audiolm.config.external import abx_files_config, semantic_metrics_config  # noqa: E402
+from audiolm.config.lm import StageConfig  # noqa: E402
 from audiolm.config.pipeline import Pipeline  # noqa: E402
-from audiolm.config.semantic import KMeansConfig, SemanticConfig  # noqa: E402
+from audiolm.config.semantic import IterationConfig, KMeansConfig, SemanticConfig  # noqa: E402
+from audiolm.config.training import TrainConfig  # noqa: E402
 from audiolm.dag.step import Step  # noqa: E402
-from audiolm.lm.warm_start import text_model  # noqa: E402
 from audiolm.pipeline.cli import main  # noqa: E402
-from audiolm.tokenizers.hf_codec import imported  # noqa: E402
-from audiolm.tokenizers.hf_encoder import imported_encoder  # noqa: E402
+from audiolm.pipeline.steps import FUNCTIONS  # noqa: E402
+from audiolm.tokenizers.hf import imported_codec, imported_encoder, text_model  # noqa: E402
+
+# Sampled for the targets of an iteration of HuBERT: 22 hours, thousands of frames for each of their few clusters.
+TARGET_FRAMES = 2_000_000
 
 
 def graph(cfg: Pipeline) -> list[Step]:
-    """The steps of a run, in order (README has the picture)."""
-    from audiolm.pipeline import steps as do
-
+    """The steps of a run in order: manifest, two tokenizers, their tokens, the stages, samples and results."""
     common = {"seed": cfg.run.seed, "cluster": cfg.cluster, "corpus": cfg.corpus}
-    sem, codec, lm = cfg.semantic, cfg.codec, cfg.lm
+    sem, lm, ev = cfg.semantic, cfg.lm, cfg.evaluate
+    manifest = Step("manifest", FUNCTIONS["build_manifest"], common)
 
-    manifest = Step("manifest", do.build_manifest, common)
+    # Both tokenizers, frozen before any language model sees their tokens, and how good they are.
+    *masked, kmeans = semantic_steps(sem, common, manifest)
+    codec, codec_figures = codec_steps(cfg, common, manifest)
 
-    *before, kmeans = semantic(sem, common, manifest)
-    if codec.pretrained:
-        codec_ = Step("codec", do.import_codec, {"codec": imported(codec.pretrained, codec.n_q, codec.vocab)})
-    else:
-        codec_ = Step("codec", do.train_codec, {**common, "codec": codec}, (manifest,), trains=codec.train)
-    ev = cfg.evaluate
-    shown = CodecMetricsConfig(where=codec.where, clips=ev.clips, clip_s=ev.clip_s, coarse_levels=lm.coarse_levels,
-                         visqol=ev.visqol, with_lyra=ev.lyra is not None, lyra=ev.lyra)
-    figures = Step("codec_figures", do.measure_codec, {"cluster": cfg.cluster, "corpus": cfg.corpus, "figures": shown},
-                   (manifest, codec_))
+    # The token stores; the codec computes in float32 whatever the dtype of the masked model.
+    encode, exact = {**common, "tokens": cfg.tokens}, cfg.tokens.model_copy(update={"dtype": "float32"})
+    z = Step("semantic_tokens", FUNCTIONS["encode_tokens"], {**encode, "which": "semantic"}, (manifest, kmeans))
+    y = Step("acoustic_tokens", FUNCTIONS["encode_tokens"], {**encode, "which": "acoustic", "tokens": exact},
+             (manifest, codec))
+    metrics = semantic_metrics_config(sem.abx, sem.where)
+    semantic_figures = Step("semantic_figures", FUNCTIONS["measure_semantic"], {**common, "figures": metrics},
+                            (manifest, kmeans, z))
 
-    encode = {**common, "tokens": cfg.tokens}
-    z = Step("semantic_tokens", do.encode_tokens, {**encode, "which": "semantic"}, (manifest, kmeans))
-    heard = Step("semantic_figures", do.measure_semantic, {**common, "figures": semantic_metrics_config(sem.abx, sem.where)},
-                 (manifest, kmeans, z))
-    decoders = []  # for Table I alone: nothing below needs them
+    # Decoders of semantic tokens alone: Table I needs them, nothing else does.
+    decoders = []
     if sem.residual:
-        more = {**common, "residual": sem.residual, "where": sem.where}
-        decoders = [Step("residual", do.fit_residual, more, (manifest, kmeans))]
+        decoders.append(Step("residual", FUNCTIONS["fit_residual"],
+                             {**common, "residual": sem.residual, "where": sem.where}, (manifest, kmeans)))
     if sem.vocoder:
-        decoders.append(Step("semantic_vocoder", do.train_vocoder, {**common, "vocoder": sem.vocoder},
+        decoders.append(Step("semantic_vocoder", FUNCTIONS["train_vocoder"], {**common, "vocoder": sem.vocoder},
                              (manifest, kmeans, *decoders), trains=sem.vocoder.train))
-    plain = cfg.tokens.model_copy(update={"dtype": "float32"})  # the codec's work is float32 whatever the masked model's
-    y = Step("acoustic_tokens", do.encode_tokens, {**encode, "which": "acoustic", "tokens": plain}, (manifest, codec_))
 
-    def stage(name: str, size, *stores: Step) -> Step:
-        layout = {"dedupe": lm.dedupe, "coarse_levels": lm.coarse_levels, "rows": cfg.evaluate.rows}
+    # The language models: no fine stage where all levels are coarse.
+    def stage(name: str, size: StageConfig, *stores: Step) -> Step:
+        config = {**common, "stage": name, "lm": size, "dedupe": lm.dedupe, "coarse_levels": lm.coarse_levels,
+                  "rows": ev.rows}
         if size.warm_start:
-            layout["text_model"] = text_model(size.warm_start.uri)
-        return Step(name, do.train_lm, {**common, "stage": name, "lm": size, **layout}, (manifest, *stores),
-                    trains=size.train, version=2)
+            config["text_model"] = text_model(size.warm_start.uri)
+        return Step(name, FUNCTIONS["train_lm"], config, (manifest, *stores), trains=size.train, version=2)
 
     stages = [stage("lm_semantic", lm.semantic, z), stage("lm_coarse", lm.coarse, z, y)]
     if cfg.has_fine:
         stages.append(stage("lm_fine", lm.fine, y))
 
-    models = (manifest, kmeans, codec_, z, y, *stages)
-    samples = Step("samples", do.make_samples, {**common, "samples": cfg.samples}, models, version=2)
+    # Sound and results of the whole system.
+    system = (manifest, kmeans, codec, z, y, *stages)
+    samples = Step("samples", FUNCTIONS["make_samples"], {**common, "samples": cfg.samples}, system, version=2)
     measured = {**common, "samples": cfg.samples, "evaluate": ev, "lm": lm}
-    evaluate = Step("evaluate", do.run_evaluate, measured, models, version=3)
-    judged = {**common, "samples": cfg.samples, "evaluate": ev, "lm": lm, "tables": cfg.tables, "abx": sem.abx}
-    tables = Step("tables", do.measure_tables, judged, (*models, *decoders))
-    told = (manifest, *before, heard, codec_, figures, *stages, samples, evaluate, tables)
-    report = Step("report", do.build_report, {"title": cfg.corpus.name}, told)
-    return [manifest, *before, kmeans, codec_, figures, z, heard, *decoders, y, *stages, samples, evaluate, tables, report]
+    evaluate = Step("evaluate", FUNCTIONS["run_evaluate"], measured, system, version=3)
+    tables = Step("tables", FUNCTIONS["measure_tables"], {**measured, "tables": cfg.tables, "abx": sem.abx},
+                  (*system, *decoders))
+    report = Step("report", FUNCTIONS["build_report"], {"title": cfg.corpus.name},
+                  (manifest, *masked, semantic_figures, codec, codec_figures, *stages, samples, evaluate, tables))
+    return [manifest, *masked, kmeans, codec, codec_figures, z, semantic_figures, *decoders, y, *stages, samples, evaluate,
+            tables, report]
 
 
-def semantic(sem: SemanticConfig, common: dict, manifest: Step) -> list[Step]:
+def codec_steps(cfg: Pipeline, common: dict, manifest: Step) -> tuple[Step, Step]:
+    """The codec, trained or imported, and its measurement beside shipped codecs."""
+    config, ev = cfg.codec, cfg.evaluate
+    if config.pretrained:
+        codec = Step("codec", FUNCTIONS["import_codec"],
+                     {"codec": imported_codec(config.pretrained, config.n_q, config.vocab)})
+    else:
+        codec = Step("codec", FUNCTIONS["train_codec"], {**common, "codec": config}, (manifest,), trains=config.train)
+    metrics = CodecMetricsConfig(where=config.where, clips=ev.clips, clip_s=ev.clip_s, visqol=ev.visqol,
+                                 coarse_levels=cfg.lm.coarse_levels, with_lyra=ev.lyra is not None, lyra=ev.lyra)
+    figures = {"cluster": cfg.cluster, "corpus": cfg.corpus, "figures": metrics}
+    return codec, Step("codec_figures", FUNCTIONS["measure_codec"], figures, (manifest, codec))
+
+
+def semantic_steps(sem: SemanticConfig, common: dict, manifest: Step) -> list[Step]:
     """The masked model, its further iterations, the choice of layer and K where they say auto, and k-means, which is last."""
-    from audiolm.pipeline import steps as do
+    abx = abx_files_config(sem.abx) if sem.abx else None
 
-    judged = abx_files_config(sem.abx) if sem.abx else None
+    def clusters(suffix: str, name: str, config: KMeansConfig, model: Step) -> list[Step]:
+        """k-means on a layer of a model, after a sweep over layers (and K) where the config leaves them to ABX."""
+        sweeps = []
+        if "auto" in (config.layer, config.k):
+            sweep = sem.sweep if config.k == "auto" else sem.sweep.model_copy(update={"k": ()})
+            choice = config.model_dump(include={"layer", "k", "window_s", "overlap_s"})
+            sweeps = [Step("layers" + suffix, FUNCTIONS["choose_layer"],
+                           {**common, **choice, "sweep": sweep, "abx": abx, "where": sem.where}, (manifest, model))]
+        return [*sweeps, Step(name, FUNCTIONS["fit_kmeans"], {**common, "kmeans": config, "where": sem.where},
+                              (manifest, model, *sweeps))]
 
-    def clusters(suffix: str, name: str, settings: KMeansConfig, model: Step) -> list[Step]:
-        found = []
-        if "auto" in (settings.layer, settings.k):
-            sweep = sem.sweep if settings.k == "auto" else sem.sweep.model_copy(update={"k": ()})
-            asked = settings.model_dump(include={"layer", "k", "window_s", "overlap_s"})
-            found = [Step("layers" + suffix, do.choose_layer, {**common, **asked, "sweep": sweep, "abx": judged,
-                                                               "where": sem.where}, (manifest, model))]
-        return [*found, Step(name, do.fit_kmeans, {**common, "kmeans": settings, "where": sem.where},
-                             (manifest, model, *found))]
+    def training(name: str, train: TrainConfig, iteration: IterationConfig | None, *inputs: Step) -> Step:
+        config = {**common, "model": sem.model, "train": train, "iteration": iteration, "where": sem.where}
+        return Step(name, FUNCTIONS[f"train_{sem.model.objective}"], config, (manifest, *inputs), trains=train)
 
     if sem.pretrained:
-        steps = [Step("masked_model", do.import_encoder, {"encoder": imported_encoder(sem.pretrained.uri)})]
+        model = Step("masked_model", FUNCTIONS["import_encoder"], {"encoder": imported_encoder(sem.pretrained.uri)})
     else:
-        how = {"model": sem.model, "train": sem.model.train, "iteration": None, "where": sem.where}
-        steps = [Step("masked_model", do.train_masked, {**common, **how}, (manifest,), trains=how["train"])]
-    model = steps[0]
+        model = training("masked_model", sem.model.train, None)
+    steps = [model]
     for n, again in enumerate(sem.again, 2):
-        of = sem.kmeans  # its other settings are the last k-means' own: they may change without a new iteration
-        wanted = KMeansConfig(layer=again.layer, k=again.k, restarts=1, window_s=of.window_s, overlap_s=of.overlap_s,
-                        max_local_frames=of.max_local_frames)
-        steps += clusters(f"_{n}", f"targets_{n}", wanted, model)
-        how = {"model": sem.model, "train": again.train or sem.model.train, "iteration": again, "where": sem.where}
-        model = Step(f"masked_model_{n}", do.train_masked, {**common, **how}, (manifest, model, steps[-1]), trains=how["train"])
+        # Of sem.kmeans only what decides how audio is heard: the rest may change without a new iteration.
+        same = sem.kmeans.model_dump(include={"window_s", "overlap_s"})
+        targets = KMeansConfig(layer=again.layer, k=again.k, max_frames=TARGET_FRAMES, restarts=1, **same)
+        steps += clusters(f"_{n}", f"targets_{n}", targets, model)
+        model = training(f"masked_model_{n}", again.train or sem.model.train, again, model, steps[-1])
         steps.append(model)
     return [*steps, *clusters("", "kmeans", sem.kmeans, model)]
 

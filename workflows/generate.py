@@ -13,8 +13,8 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -153,7 +153,7 @@ def generate(args: argparse.Namespace) -> int:
 def run_batches(args: argparse.Namespace, job: Any, pending: list, out: str, on_ray: bool, board: Any) -> list[str]:
     """Makes the samples in batches, inline or as Ray tasks; returns an error line for each prompt that failed."""
     from audiolm.config.run import ClusterConfig
-    from audiolm.data.parallel import cluster_device, parallel_map
+    from audiolm.data.parallel import Workers, cluster_device, parallel_map
     from audiolm.generate.jobs import run_task
     from audiolm.pipeline.cli import quiet
     from audiolm.pipeline.ray_cluster import start_ray
@@ -165,10 +165,9 @@ def run_batches(args: argparse.Namespace, job: Any, pending: list, out: str, on_
         start_ray(cluster, out, board.say)
     device = cluster_device(cluster, inline=not on_ray)
     board.start("generate")
-    step = SimpleNamespace(inline=not on_ray, step=SimpleNamespace(name="generate"),
-                           progress=lambda done, total, unit: board.update("generate", done, total, unit))
-    lines = parallel_map(run_task, [(job, batch, out, device) for batch in batches], out=step, cluster=cluster, unit="prompts",
-                         sizes=[len(batch) / args.samples for batch in batches], gpu=device == "cuda")
+    workers = Workers(not on_ray, "generate", partial(board.update, "generate"))
+    lines = parallel_map(run_task, [(job, batch, out, device) for batch in batches], out=workers, cluster=cluster,
+                         unit="prompts", sizes=[len(batch) / args.samples for batch in batches], gpu=device == "cuda")
     failed = list(dict.fromkeys(line for batch in lines for line in batch))  # a prompt may fail in several batches
     board.end("generate", "DONE", time.monotonic() - began, f"{len(failed)} prompts failed" if failed else "")
     return failed
@@ -181,19 +180,11 @@ def print_errors(lines: list[str]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, 1 some prompts failed, 2 wrong usage, 130 stopped."""
+    from audiolm.pipeline.cli import run_command
+
     args = parser().parse_args(argv)
-    try:
-        return 1 if generate(args) else 0
-    except KeyboardInterrupt:
-        print("\nstopped; the same command continues with the samples that are left", file=sys.stderr)
-        return 130
-    except Exception as e:  # noqa: BLE001  one line that names the fix, whatever a filesystem or Ray raised
-        named = isinstance(e, (ValueError, FileNotFoundError)) or type(e).__name__ == "StepFailed"
-        print(f"error: {e}" if named else f"error: {type(e).__name__}: {e}", file=sys.stderr)
-        return 2
-    finally:
-        if "ray" in sys.modules:
-            sys.modules["ray"].shutdown()
+    return run_command(lambda: 1 if generate(args) else 0,
+                       "stopped; the same command continues with the samples that are left")
 
 
 if __name__ == "__main__":

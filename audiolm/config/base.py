@@ -1,15 +1,18 @@
 """What of a config says *what* is computed, as plain JSON to be hashed (DESIGN 1.2).
 
 Every field counts unless it is marked `Runtime` (where and how: roots, workers, micro-batch, engine) or
-`Later(default)` (added after a release: left out while it holds its first value).  `Leaf` marks what a training run can
-differ in and still begin alike (its length): it counts, but not in the identity of the trunk (DESIGN 1.6).
+`Later(default)` (added after a release: left out while it holds its first value).  `LengthOnly` marks what a training run
+can differ in and still begin alike (its length): it counts, but not in the identity of the trunk.  `PathField` marks a
+path or URI, which in a YAML file may be relative to that file.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, TypeVar
+from types import UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict
 
@@ -25,6 +28,11 @@ class _LengthOnly:
 
 
 @dataclass(frozen=True)
+class _Path:
+    pass
+
+
+@dataclass(frozen=True)
 class Later:
     """Marks a field added after a release: it joins the identity only when it differs from `default`."""
 
@@ -34,6 +42,7 @@ class Later:
 T = TypeVar("T")
 Runtime = Annotated[T, _Runtime()]
 LengthOnly = Annotated[T, _LengthOnly()]
+PathField = Annotated[str, _Path()]
 
 
 class Config(BaseModel):
@@ -43,7 +52,7 @@ class Config(BaseModel):
 def identity(x: Any, trunk: bool = False) -> Any:
     """The identity-bearing part of a config as plain JSON (DESIGN 1.2); raises TypeError for anything else.
 
-    `trunk` leaves out the fields marked `Leaf`.
+    `trunk` leaves out the fields marked `LengthOnly`.
     """
     if isinstance(x, BaseModel):
         plain, fields = x.model_dump(mode="json"), type(x).model_fields
@@ -73,6 +82,29 @@ def flatten(x: Any, prefix: str = "") -> dict[str, str]:
     if isinstance(plain, list) and plain and isinstance(plain[0], dict):
         return {k: v for i, value in enumerate(plain) for k, v in flatten(value, f"{prefix}{i}.").items()}
     return {prefix.rstrip("."): plain if isinstance(plain, str) else json.dumps(plain)}
+
+
+def map_paths(kind: Any, value: Any, resolve: Callable[[str], str], is_path: bool = False) -> Any:
+    """Applies `resolve` to the texts at the `PathField`s of a type, in values as YAML has them (not yet validated).
+
+    Values that do not fit their type pass unchanged: validation reports them later.
+    """
+    arguments = get_args(kind)
+    if isinstance(value, str) and kind is str:
+        return resolve(value) if is_path else value
+    if get_origin(kind) is Annotated:
+        return map_paths(arguments[0], value, resolve, any(isinstance(m, _Path) for m in arguments[1:]))
+    if get_origin(kind) in (Union, UnionType):  # several sections may fit: each resolves the fields that it knows
+        for member in arguments:
+            value = map_paths(member, value, resolve)
+    elif isinstance(value, list) and get_origin(kind) is tuple:
+        return [map_paths(arguments[0], v, resolve) for v in value]
+    elif isinstance(value, dict) and get_origin(kind) is dict:
+        return {k: map_paths(arguments[1], v, resolve) for k, v in value.items()}
+    elif isinstance(value, dict) and isinstance(kind, type) and issubclass(kind, BaseModel):
+        fields = {name: field.rebuild_annotation() for name, field in kind.model_fields.items()}
+        return {k: map_paths(fields.get(k), v, resolve) for k, v in value.items()}
+    return value
 
 
 class ConfigError(ValueError):

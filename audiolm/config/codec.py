@@ -10,13 +10,13 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from audiolm.config.base import Config, Runtime
+from audiolm.config.base import Config, PathField, Runtime
 from audiolm.config.corpus import ClipFilter
 from audiolm.config.training import TrainConfig
 
 
 class CodecDiscriminatorsConfig(Config):
-    """The codec's adversary: periods and STFT windows with `codec.losses: dac`, one STFT window with `soundstream`."""
+    """The codec's discriminators: three waveform scales and one STFT, or with `codec.losses: dac` periods and STFT windows."""
 
     periods: tuple[int, ...] = (2, 3, 5, 7, 11)
     windows: tuple[int, ...] = (2048, 1024, 512)
@@ -26,13 +26,16 @@ class CodecDiscriminatorsConfig(Config):
 
 
 class CodecLossWeights(Config):
-    """Weights of the generator's losses; with `codec.balance`, shares of the gradient that reaches the waveform."""
+    """Weights of the generator's losses (SoundStream III-E); with `codec.balance`, shares of the waveform's gradient.
 
-    reconstruction: float = Field(15.0, gt=0)
+    `losses: dac` goes with reconstruction 15, feature 2, adversarial 1 (2306.06546).
+    """
+
+    reconstruction: float = Field(1.0, gt=0)
     waveform: float = Field(0.0, ge=0, description="of the power of the difference, relative to the original's")
-    feature: float = Field(2.0, ge=0)
+    feature: float = Field(100.0, ge=0)
     adversarial: float = Field(1.0, ge=0)
-    commitment: float = Field(0.25, ge=0)
+    commitment: float = Field(0.25, ge=0)  # not in the paper: VQ-VAE's (1711.00937)
     codebook: float = Field(1.0, ge=0, description="factorised codes only")
 
 
@@ -40,8 +43,9 @@ class CodecConfig(Config):
     """SoundStream (2107.03312) at 16 kHz: strides 2, 4, 5, 8 -> 50 Hz; 12 x 1024 codes = 6 kb/s (paper IV-B)."""
 
     where: ClipFilter = ClipFilter()
-    pretrained: Runtime[str | None] = Field(None, description="folder or URI of a transformers EnCodec, DAC or Mimi model, "
-                                            "imported instead of training one; n_q and vocab must fit it")
+    pretrained: Runtime[PathField | None] = Field(
+        None, description="folder or URI of a transformers EnCodec, DAC or Mimi model, imported instead of training one; n_q and "
+                          "vocab must fit it")
     strides: tuple[int, ...] = (2, 4, 5, 8)
     enc_channels: int = 32
     dec_channels: int = 32
@@ -55,15 +59,15 @@ class CodecConfig(Config):
     quantize_from: int = Field(0, ge=0, description="first quantized step: codebooks start by k-means of latents that "
                                                     "have learned so far")
     dead_share: float = Field(0.1, description="a code is dead below this x (global frames a step / vocab)")
-    losses: Literal["dac", "soundstream"] = Field("dac", description="reconstruction, discriminators and game: DAC's 16 kHz "
-                                                  "recipe, or the paper's (its weights: 1, feature 100, adversarial 1)")
+    losses: Literal["soundstream", "dac"] = Field("soundstream", description="reconstruction, discriminators and adversarial "
+                                                  "losses: the paper's, or DAC's 16 kHz recipe (weights 15, feature 2)")
     weights: CodecLossWeights = CodecLossWeights()
     balance: bool = Field(False, description="scale each loss by its own gradient's running norm (EnCodec's balancer)")
     disc: CodecDiscriminatorsConfig = CodecDiscriminatorsConfig()
     ema: float = 0.999
     crop_s: float = 0.48
-    train: TrainConfig = TrainConfig(steps=400_000, batch=64, lr=1e-4, decay_steps=200_000, betas=(0.8, 0.99), weight_decay=0.01,
-                         clip=10.0, zero=0)
+    train: TrainConfig = TrainConfig(steps=400_000, batch=64, lr=1e-4, decay_steps=200_000, betas=(0.8, 0.99),
+                                     weight_decay=0.01, clip=10.0, dtype="bfloat16", zero=0)
 
     @model_validator(mode="after")
     def _check(self):
@@ -84,4 +88,4 @@ class CodecMetricsConfig(Config):
     coarse_levels: int
     with_lyra: bool
     visqol: bool
-    lyra: Runtime[str | None]
+    lyra: Runtime[PathField | None]

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from audiolm.config.base import Config, Later, Runtime
+from audiolm.config.base import Config, Later, PathField, Runtime
 
 
 class _Source(Config):
@@ -21,7 +21,7 @@ class FolderSource(_Source):
     """Audio files under any fsspec URI. `speaker` says which part of the path names the speaker."""
 
     kind: Literal["folder"]
-    root: Runtime[str]
+    root: Runtime[PathField]
     glob: str = "**/*"
     speaker: Literal["none", "parent", "grandparent"] = Field("none", description="none: every file is its own speaker")
     split: Literal["train", "dev", "test"] | None = Field(None, description="put all of it there; None splits by speaker")
@@ -31,7 +31,7 @@ class LibriSpeechSource(_Source):
     """SUBSET/SPEAKER/CHAPTER/*.flac with optional *.trans.txt (LibriSpeech), or Libri-Light's SPEAKER/BOOK/*.flac."""
 
     kind: Literal["librispeech"]
-    root: Runtime[str]
+    root: Runtime[PathField]
     splits: dict[str, Literal["train", "dev", "test"]] | None = Field(
         None, description="subset folder -> split; None: train*/dev*/test* by name, else split by speaker")
 
@@ -40,8 +40,8 @@ class ManifestSource(_Source):
     """The user's own Parquet: uri, and where present start, duration (seconds), speaker, source, split, text."""
 
     kind: Literal["manifest"]
-    uri: Runtime[str]
-    root: Runtime[str | None] = Field(None, description="what relative uris are relative to; None = the Parquet's folder")
+    uri: Runtime[PathField]
+    root: Runtime[PathField | None] = Field(None, description="what relative uris are relative to; None = the Parquet's folder")
 
 
 Source = Annotated[FolderSource | LibriSpeechSource | ManifestSource, Field(discriminator="kind")]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from audiolm.config.base import Config, Runtime
+from audiolm.config.base import Config, PathField, Runtime
 
 
 class EvaluateConfig(Config):
@@ -16,7 +16,8 @@ class EvaluateConfig(Config):
     clip_s: float = Field(8.0, gt=0, description="seconds of each such clip")
     rows: int = Field(64, ge=1, description="held-out crops a stage's losses are measured on")
     visqol: bool = Field(True, description="score codecs by ViSQOL too: 2 s a clip, codec and number of levels")
-    lyra: Runtime[str | None] = Field(None, description="folder or URI of Lyra v2's .tflite models, to set it beside the codec")
+    lyra: Runtime[PathField | None] = Field(
+        None, description="folder or URI of Lyra v2's .tflite models, to set it beside the codec")
 
 
 class TablesConfig(Config):
@@ -26,11 +27,12 @@ class TablesConfig(Config):
                                     description="of the step; empty: none")
     sounds: int = Field(20, ge=1, description="clips whose sound Table I judges")
     utterances: int = Field(100, ge=1, description="with a text, of 4 to 10 s, for Table II")
-    asr: str | None = Field(None, description="folder or URI of a transformers speech recogniser; None: Whisper tiny.en")
+    asr: PathField | None = Field(None, description="folder or URI of a transformers speech recogniser; None: Whisper tiny.en")
     learned: int = Field(6, ge=1, description="utterances of a speaker that Table III's classifier learns")
     judged: int = Field(2, ge=1, description="and other ones that it judges")
     net_steps: int = Field(600, ge=1, description="of the classifiers of Table III and of the detector")
     continued: int = Field(100, ge=2, description="clips whose continuations detector, FAD, DNSMOS, text and notes judge")
-    text_model: str | None = Field(None, description="folder or URI of a transformers causal model, for the suite text")
-    probes: dict[str, Runtime[str]] = Field({}, description="{name: folder with a gold.csv}: sWUGGY, sBLIMP and their like")
+    text_model: PathField | None = Field(None, description="folder or URI of a transformers causal model, for the suite text")
+    probes: dict[str, Runtime[PathField]] = Field(
+        {}, description="{name: folder with a gold.csv}: sWUGGY, sBLIMP and their like")
     temperatures: tuple[float, ...] = (0.4, 0.6, 0.8, 1.0)

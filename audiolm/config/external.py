@@ -10,7 +10,7 @@ import hashlib
 from pydantic import Field
 
 from audiolm import store
-from audiolm.config.base import Config, Runtime
+from audiolm.config.base import Config, PathField, Runtime
 from audiolm.config.corpus import ClipFilter
 from audiolm.config.semantic import AbxConfig
 
@@ -18,18 +18,18 @@ from audiolm.config.semantic import AbxConfig
 class AbxFilesConfig(Config):
     """What a step that measures ABX depends on: the items' bytes, wherever they lie."""
 
-    items: Runtime[str]
-    audio: Runtime[tuple[str, ...]]
+    items: Runtime[PathField]
+    audio: Runtime[tuple[PathField, ...]]
     digest: str
     speakers: tuple[str, ...] | None
 
 
 class SemanticMetricsConfig(Config):
     where: ClipFilter = Field(ClipFilter(), description="clips of the statistics; speakers of its train clips are seen ones")
-    items: Runtime[str | None] = Field(None, description="ZeroSpeech item file; None: no ABX")
+    items: Runtime[PathField | None] = Field(None, description="ZeroSpeech item file; None: no ABX")
     digest: str | None = Field(None, description="of the item file")
-    audio: Runtime[tuple[str, ...]] = ()
-    phones: Runtime[str | None] = Field(None, description="alignment; None: no phone-by-token matrix")
+    audio: Runtime[tuple[PathField, ...]] = ()
+    phones: Runtime[PathField | None] = Field(None, description="alignment; None: no phone-by-token matrix")
     phones_digest: str | None = None
     speakers: tuple[str, ...] | None = Field(None, description="held out; None: those of the items not trained on")
     examples: int = Field(24, ge=0, description="tokens, from the most used, that can be listened to")

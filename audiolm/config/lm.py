@@ -10,13 +10,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from audiolm.config.base import Config, Later, Runtime
+from audiolm.config.base import Config, Later, PathField, Runtime
 from audiolm.config.corpus import ClipFilter
 from audiolm.config.training import TrainConfig
 
 
 class WarmStartConfig(Config):
-    uri: Runtime[str] = Field(description="folder or URI of a text model in transformers' format (lm/warm_start.py)")
+    uri: Runtime[PathField] = Field(description="folder or URI of a text model in transformers' format (lm/warm_start.py)")
 
 
 class StageConfig(Config):
@@ -46,7 +46,7 @@ class StageConfig(Config):
 
 def _stage_training(batch: int) -> TrainConfig:
     return TrainConfig(steps=1_000_000, batch=batch, lr=3e-4, warmup_steps=2000, decay_steps=200_000, dtype="bfloat16",
-                 export="best")
+                       export="best", zero=2, micro_batch=16)
 
 
 class LMConfig(Config):

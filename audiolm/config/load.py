@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from audiolm.config.base import ConfigError
+from audiolm.config.base import ConfigError, map_paths
 from audiolm.config.pipeline import Pipeline
 
 
@@ -27,16 +27,14 @@ def load_config(path: str, overrides: list[str] = ()) -> Pipeline:
         raise ConfigError(f"{path} is not YAML: {e}") from e
     if not isinstance(data, dict):
         raise ConfigError(f"{path} holds a {type(data).__name__}, expected sections such as corpus: and codec:")
-    _resolve_paths(data, Path(path).resolve().parent)
+    return _overridden(_resolve_paths(data, Path(path).resolve().parent), overrides, path)
+
+
+def _overridden(data: dict, overrides: list[str], path: str) -> Pipeline:
     for item in overrides:
         _apply_override(data, item)
-    _resolve_paths(data, Path.cwd())
-    return _validated(data, path)
-
-
-def _validated(data: dict, path: str) -> Pipeline:
-    try:
-        return Pipeline.model_validate(data)
+    try:  # a path that is still relative came with an override
+        return Pipeline.model_validate(_resolve_paths(data, Path.cwd()))
     except ValidationError as e:
         lines = [f"  {'.'.join(map(str, err['loc'])) or 'config'}: {err['msg']}"
                  + ("" if isinstance(err["input"], dict) else f" (got {err['input']!r})") for err in e.errors()]
@@ -45,28 +43,12 @@ def _validated(data: dict, path: str) -> Pipeline:
 
 def apply_overrides(cfg: Pipeline, overrides: list[str]) -> Pipeline:
     """A config with overrides as of the command line. Raises ConfigError."""
-    data = cfg.model_dump(mode="json")
-    for item in overrides:
-        _apply_override(data, item)
-    _resolve_paths(data, Path.cwd())
-    return _validated(data, "the run's config")
+    return _overridden(cfg.model_dump(mode="json"), overrides, "the run's config")
 
 
-def _resolve_paths(data: dict, base: Path) -> None:
-    places = [(source, key) for source in (data.get("corpus") or {}).get("sources") or [] for key in ("root", "uri")]
-    semantic = data.get("semantic") or {}
-    abx, imported = (semantic.get(key) if isinstance(semantic, dict) else None for key in ("abx", "pretrained"))
-    places += [(data.get("codec"), "pretrained"), (data.get("evaluate"), "lyra"), (imported, "uri")]
-    for section, key in [*places, *((abx, key) for key in ("items", "audio", "phones"))]:
-        value = section.get(key) if isinstance(section, dict) else None
-        if isinstance(value, str):
-            section[key] = _resolve_path(value, base)
-        elif isinstance(value, list):
-            section[key] = [_resolve_path(v, base) if isinstance(v, str) else v for v in value]
-
-
-def _resolve_path(place: str, base: Path) -> str:
-    return place if "://" in place else os.path.normpath(base / Path(place).expanduser())
+def _resolve_paths(data: dict, folder: Path) -> dict:
+    return map_paths(Pipeline, data,
+                     lambda text: text if "://" in text else os.path.normpath(folder / Path(text).expanduser()))
 
 
 def _apply_override(data: dict, item: str) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from audiolm.config.base import Config, Later, Runtime
+from audiolm.config.base import Config, Later, PathField, Runtime
 from audiolm.config.corpus import ClipFilter
 from audiolm.config.training import TrainConfig
 
@@ -58,13 +58,13 @@ class VocoderConfig(Config):
 
 
 class AugmentConfig(Config):
-    """What is done to a masked model's input in training, each with a chance a crop; targets come from clean audio."""
+    """Augmentation of a masked model's input in training, each with a probability a crop; targets come from clean audio."""
 
-    pitch: float = Field(0.5, ge=0, le=1)
+    pitch: float = Field(0.0, ge=0, le=1)
     pitch_cents: float = Field(300.0, ge=0, le=1200, description="largest shift of the spectrum, up or down")
-    noise: float = Field(0.25, ge=0, le=1)
+    noise: float = Field(0.0, ge=0, le=1)
     snr_db: tuple[float, float] = (5.0, 25.0)
-    reverb: float = Field(0.25, ge=0, le=1)
+    reverb: float = Field(0.0, ge=0, le=1)
     reverb_s: tuple[float, float] = Field((0.1, 0.5), description="time in which the room falls by 60 dB")
 
 
@@ -83,24 +83,25 @@ class W2vBertConfig(Config):
 
 
 class MaskedModelConfig(Config):
-    """The masked audio model: a Conformer on log-mels at 25 Hz; HuBERT on k-means of MFCC, or w2v-BERT."""
+    """The masked audio model: a Conformer on log-mels at 25 Hz; w2v-BERT XL as in the paper (III-B), or HuBERT."""
 
-    objective: Literal["hubert", "w2vbert"] = "hubert"
-    dim: int = 512
-    layers: int = 12
+    objective: Literal["w2vbert", "hubert"] = "w2vbert"
+    dim: int = 1024
+    layers: int = 24  # 12 of the contrastive module, 12 of masked prediction (2108.06209)
     heads: int = 8
-    ff: int = 2048
+    ff: int = 4096
     conv_kernel: int = 5
     dropout: float = 0.1
     targets_k: int = Field(100, ge=2, description="k of the MFCC targets (HuBERT iteration 1)")
     mask_span_s: float = 0.4
-    mask_share: float = Field(0.55, gt=0, lt=1, description="share of frames under a mask")
+    mask_share: float = Field(0.49, gt=0, lt=1, description="share of frames under a mask")  # starts of 0.065, spans of 10
     crop_s: float = 15.0
     unmasked: Annotated[float, Later(0.0)] = Field(0.0, ge=0, description="weight of the mean loss on frames that are not "
                                                    "masked, beside 1 on masked ones (HuBERT's alpha); it speeds up the start")
     augment: AugmentConfig = AugmentConfig()
     w2vbert: W2vBertConfig | None = Field(None, description="of objective w2vbert; None: the paper's")
-    train: TrainConfig = TrainConfig(steps=100_000, batch=64, lr=1e-3, warmup_steps=400, decay_steps=20_000, weight_decay=0.01)
+    train: TrainConfig = TrainConfig(steps=400_000, batch=2048, lr=2e-3, warmup_steps=25_000, decay_steps=100_000,
+                                     weight_decay=0.01, dtype="bfloat16", micro_batch=16)
 
     @model_validator(mode="after")
     def _check(self):
@@ -120,7 +121,7 @@ class MaskedModelConfig(Config):
 class PretrainedEncoderConfig(Config):
     """Someone else's masked model instead of one trained here, in transformers' format."""
 
-    uri: Runtime[str] = Field(description="folder or URI of a HuBERT, WavLM, wav2vec 2.0 or w2v-BERT 2.0 model")
+    uri: Runtime[PathField] = Field(description="folder or URI of a HuBERT, WavLM, wav2vec 2.0 or w2v-BERT 2.0 model")
 
 
 class IterationConfig(Config):
@@ -135,10 +136,10 @@ class IterationConfig(Config):
 class AbxConfig(Config):
     """What features and tokens are judged on: ABX of phone triphones, by speakers that nothing was trained on."""
 
-    items: Runtime[str] = Field(description="ZeroSpeech item file")
-    audio: Runtime[tuple[str, ...]] = Field(description="folders with the items' files, at any depth")
-    phones: Runtime[str | None] = Field(None, description="alignment, a phone a line: file onset offset phone ...; for the "
-                                        "phone-by-token plot")
+    items: Runtime[PathField] = Field(description="ZeroSpeech item file")
+    audio: Runtime[tuple[PathField, ...]] = Field(description="folders with the items' files, at any depth")
+    phones: Runtime[PathField | None] = Field(
+        None, description="alignment, a phone a line: file onset offset phone ...; for the phone-by-token plot")
     speakers: tuple[str, ...] | None = Field(None, description="None: those of the items that are not trained on")
 
 
@@ -153,11 +154,11 @@ class LayerSweepConfig(Config):
 
 
 class KMeansConfig(Config):
-    layer: int | Literal["auto"] = Field(7, description="block whose output is clustered, from 1; auto: by ABX")
-    k: int | Literal["auto"] = 1024  # paper IV-B
-    max_frames: int = Field(2_000_000, ge=1, description="frames sampled for the fit")
-    max_local_frames: Runtime[int] = Field(2_000_000, ge=0, description="up to this, one task fits them all (8 GB at width "
-                                           "1024); above, a task a part and iteration, with the same result")
+    """Clusters of one layer; the paper's are 1024 of the 7th block of masked prediction, the 19th of all (IV-B)."""
+
+    layer: int | Literal["auto"] = Field(19, description="block whose output is clustered, from 1; auto: by ABX")
+    k: int | Literal["auto"] = 1024
+    max_frames: int = Field(5_000_000, ge=1, description="frames sampled for the fit, which one task holds (20 GB at width 1024)")
     method: Annotated[Literal["lloyd", "minibatch"], Later("lloyd")] = Field(
         "lloyd", description="minibatch: fewer passes over the frames, an inertia some per cent higher")
     window_s: float = Field(16.0, gt=0, description="audio that the model hears at once; longer clips go through in windows")
@@ -174,7 +175,8 @@ class SemanticConfig(Config):
     abx: AbxConfig | None = None
     sweep: LayerSweepConfig = LayerSweepConfig()
     kmeans: KMeansConfig = KMeansConfig()
-    residual: ResidualConfig | None = Field(None, description="also fit more levels of tokens by residual k-means (paper, Table I)")
+    residual: ResidualConfig | None = Field(
+        None, description="also fit more levels of tokens by residual k-means (paper, Table I)")
     vocoder: VocoderConfig | None = Field(None, description="also train a decoder of semantic tokens alone (paper, Table I)")
 
     @model_validator(mode="after")

@@ -1,7 +1,8 @@
-"""Runs a plan: every step as soon as its inputs exist, each coordinated by a thread of this process (DESIGN 1.4).
+"""Runs a plan: every step as soon as its inputs exist, each coordinated by a thread of this process.
 
 Independent branches overlap; at most `slots` training steps run at once, the others wait without a lease.  The first
-error stops new launches and is raised after the running steps have ended.  `inline` runs all in this thread.
+error stops new launches and is raised after the running steps have ended.  `inline` runs one step after the other in
+this thread.  Threads only coordinate: the work itself is in Ray tasks and training workers.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable
+from pkgutil import resolve_name
 
 from audiolm.dag.lease import Lease, LeaseLost, Waiter
 from audiolm.dag.plan import PlanRow
@@ -23,17 +25,25 @@ class StepFailed(RuntimeError):
 
 
 def execute(rows: list[PlanRow], store: str, *, force: Iterable[str] = (), inline: bool = False, slots: int = 1,
-            observer: Observer | None = None, retries: int = 0, may_retry: Callable[[BaseException], bool] = lambda e: False,
+            observer: Observer | None = None, retries: int = 0,
+            may_retry: Callable[[BaseException], bool] = lambda e: False,
             finished: Callable[[str, Artifact], None] = lambda name, artifact: None) -> dict[str, Artifact]:
-    """Returns every step's artifact (skipped ones too). Raises StepFailed, from the first error."""
-    built = {r.step.name: r.view.artifact for r in rows if not r.run and r.view.artifact}
+    """Returns every step's artifact, of skipped steps too. Raises StepFailed, from the first error.
+
+    A step whose error `may_retry` accepts is launched again, `retries` times at most.  `finished` is called in this
+    thread, once for each artifact.
+    """
+    # Skipped steps first: their artifacts are inputs of what runs.
+    built = {r.step.name: r.state.artifact for r in rows if not r.run and r.state.artifact}
     for name, artifact in built.items():
         finished(name, artifact)
-    todo, running, results, stopping = [r for r in rows if r.run], set(), queue.Queue(), threading.Event()
+    todo, running = [r for r in rows if r.run], set()
+    results, stopping = queue.Queue(), threading.Event()
     errors: list[tuple[str, BaseException]] = []
 
     def work(row: PlanRow, inputs: dict[str, Artifact]) -> None:
-        for left in range(retries, -1, -1):
+        """Runs one step to its result or its last error, in a thread of its own unless inline."""
+        for retries_left in range(retries, -1, -1):
             try:
                 results.put((row, run_step(row.step, store, inputs, force=row.step.name in force, inline=inline,
                                            observer=observer, stop=stopping.is_set)))
@@ -41,15 +51,16 @@ def execute(rows: list[PlanRow], store: str, *, force: Iterable[str] = (), inlin
             except BaseException as e:  # noqa: BLE001  reported once, by execute
                 if inline and isinstance(e, KeyboardInterrupt):
                     raise
-                if left == 0 or not may_retry(e) or stopping.is_set():
+                if retries_left == 0 or not may_retry(e) or stopping.is_set():
                     results.put((row, e))
                     return
 
     def launch() -> None:
+        """Starts every step whose inputs exist and, for training steps, whose turn it is."""
         for row in list(todo):
             inputs = {u.name: built[u.name] for u in row.step.inputs if u.name in built}
-            busy = sum(bool(r.step.trains) for r in running) >= slots
-            if len(inputs) < len(row.step.inputs) or (row.step.trains and busy) or (inline and running):
+            slots_taken = sum(bool(r.step.trains) for r in running) >= slots
+            if len(inputs) < len(row.step.inputs) or (row.step.trains and slots_taken) or (inline and running):
                 continue
             todo.remove(row)
             running.add(row)
@@ -58,6 +69,7 @@ def execute(rows: list[PlanRow], store: str, *, force: Iterable[str] = (), inlin
             else:
                 threading.Thread(target=work, args=(row, inputs), name=row.step.name, daemon=True).start()
 
+    # Each result may free a slot or complete another step's inputs; after an error nothing new is launched.
     try:
         launch()
         while running:
@@ -81,12 +93,15 @@ def execute(rows: list[PlanRow], store: str, *, force: Iterable[str] = (), inlin
 
 
 def _open_build(step: Step, store: str, inputs: dict[str, str], force: bool) -> tuple[str, int]:
-    """The build to work on: the newest for these inputs, or a new one (exclusive: two drivers agree on it)."""
+    """(folder, number) of the build to work on: the newest for these inputs, or a new one.
+
+    Opening is one exclusive write, so that two drivers which open at once agree on the same build.
+    """
     while True:
-        view = inspect(step, store, inputs)
-        if view.build is not None and not (force and view.status is Status.DONE):
-            return join(step.root(store), f"{view.build:04d}"), view.build
-        n = view.newest + 1
+        state = inspect(step, store, inputs)
+        if state.build is not None and not (force and state.status is Status.DONE):
+            return join(step.root(store), f"{state.build:04d}"), state.build
+        n = state.newest_build + 1
         trunk = {"trunk": trunk_siblings(step, store, inputs, None, force)[0]} if step.trains else {}
         try:
             put_json(join(step.root(store), "recipe.json"), step.recipe)
@@ -98,32 +113,30 @@ def _open_build(step: Step, store: str, inputs: dict[str, str], force: bool) -> 
 
 
 def run_step(step: Step, store: str, inputs: dict[str, Artifact], *, force: bool = False, inline: bool = False,
-             observer: Observer | None = None, stop: Callable[[], bool] = lambda: False, poll_s: float = 2.0) -> Artifact:
-    """Claims, runs and publishes one step, or waits for whoever is at it. Runs in the driver (a thread of it)."""
+             observer: Observer | None = None, stop: Callable[[], bool] = lambda: False,
+             poll_s: float = 2.0) -> Artifact:
+    """Claims, runs and publishes one step, or waits for the driver that is at it. Runs in the driver, in any thread.
+
+    Raises the step's own error, and LeaseLost when `stop` says so before the step began.
+    """
     builds = {name: a.build for name, a in inputs.items()}
     path, number = _open_build(step, store, builds, force)
-    waiter = Waiter(path)
-    while True:
-        if done := get_json(join(path, "done.json")):
-            return Artifact(path, f"{step.fingerprint}.{number:04d}", done["facts"], done)
-        if stop():
-            raise LeaseLost(f"{step.name}: stopped before it began")
-        if waiter.free():
-            try:
-                lease = Lease(path, waiter.judged)
-            except FileExistsError:
-                continue  # lost the race: wait for the winner
-            if not get_json(join(path, "done.json")):
-                break
-            lease.close("done")  # it was finished between the look and the claim
-            continue
-        time.sleep(poll_s)
-    out = StepContext(step, path, lease, observer, inline, force, trunk_siblings(step, store, builds, path)[1] if step.trains else [])
+    build = f"{step.fingerprint}.{number:04d}"
+    lease = _claim(step, path, stop, poll_s)
+    if lease is None:  # another driver finished it
+        done = get_json(join(path, "done.json"))
+        return Artifact(path, build, done["facts"], done)
+
+    siblings = trunk_siblings(step, store, builds, path)[1] if step.trains else []
+    out = StepContext(step, path, lease, observer, inline, force, siblings)
     began = time.time()
     try:
         if observer:
             observer.began(out)
-        facts = step.fn(dict(step.config), inputs, out) or {}
+        fn = resolve_name(step.fn) if isinstance(step.fn, str) else step.fn
+        facts = fn(dict(step.config), inputs, out) or {}
+
+        # Publish: only the owner of the lease, after all metrics, and done.json last.
         lease.check(now=True)
         out.flush()
         run_id = observer.ended(out, "done", facts, None) if observer else None
@@ -131,11 +144,30 @@ def run_step(step: Step, store: str, inputs: dict[str, Artifact], *, force: bool
                 "attempt": lease.attempt, "run_id": run_id}
         put_json(join(path, "done.json"), done, exclusive=True)
         lease.close("done")
-        return Artifact(path, f"{step.fingerprint}.{number:04d}", facts, done)
+        return Artifact(path, build, facts, done)
     except BaseException as e:
-        stopped = isinstance(e, (LeaseLost, KeyboardInterrupt))
+        status = "stopped" if isinstance(e, (LeaseLost, KeyboardInterrupt)) else "failed"
         out.flush()
-        lease.close("stopped" if stopped else "failed", traceback.format_exc()[-4000:])
+        lease.close(status, traceback.format_exc()[-4000:])
         if observer:
-            observer.ended(out, "stopped" if stopped else "failed", {}, f"{type(e).__name__}: {e}")
+            observer.ended(out, status, {}, f"{type(e).__name__}: {e}")
         raise
+
+
+def _claim(step: Step, path: str, stop: Callable[[], bool], poll_s: float) -> Lease | None:
+    """The lease of a build, as soon as nobody else's attempt holds it; None once the build is done."""
+    waiter = Waiter(path)
+    while get_json(join(path, "done.json")) is None:
+        if stop():
+            raise LeaseLost(f"{step.name}: stopped before it began")
+        if not waiter.free():
+            time.sleep(poll_s)
+            continue
+        try:
+            lease = Lease(path, waiter.number)
+        except FileExistsError:
+            continue  # lost the race: wait for the winner
+        if get_json(join(path, "done.json")) is None:
+            return lease
+        lease.close("done")  # it was finished between the look and the claim
+    return None

@@ -1,8 +1,9 @@
-"""Who owns a build while it is being made (DESIGN 1.3).
+"""The lease on a build: which attempt, by which process, may work on it and publish it.
 
-Each try is a file `attempts/NNNN.json`; taking a build over means creating the next number exclusively, so there is no
-lock to delete and no race.  The owner rewrites its own file as a heartbeat.  A waiter judges by "the beat did not
-change for LEASE_S on my monotonic clock", and at once when the owner is a dead process of this same boot.
+Each attempt is a file `attempts/NNNN.json`.  Taking a build over is the exclusive write of the next number, so that there
+is no lock to delete and no race.  The owner rewrites its own file as a heartbeat.  A waiter goes by "the beat did not
+change for LEASE_S on this machine's monotonic clock", never by the owner's clock, and takes over at once when the owner
+is a dead process of this same boot.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ import psutil
 
 from audiolm.store import get_json, join, names, put_json
 
-HEARTBEAT_S, LEASE_S = 10.0, 60.0
+HEARTBEAT_S = 10.0
+LEASE_S = 60.0  # six beats: an object store may fail some writes and a waiter still does not take over
+CLOCK_TOLERANCE_S = 1.0  # of a process's start time, which is derived from the boot time in clock ticks
 
 
 class LeaseLost(RuntimeError):
@@ -25,6 +28,7 @@ class LeaseLost(RuntimeError):
 
 
 def _this_machine() -> dict:
+    """This boot and pid namespace: only within both is a process id the same process."""
     boot, ns = Path("/proc/sys/kernel/random/boot_id"), "/proc/self/ns/pid"
     return {"host": socket.gethostname(),
             "boot": boot.read_text().strip() if boot.exists() else str(int(psutil.boot_time())),
@@ -32,7 +36,7 @@ def _this_machine() -> dict:
 
 
 def owner() -> dict:
-    """What tells this process from every other one, here and on other machines."""
+    """The identity of this process, unique here and among other machines."""
     return {**_this_machine(), "pid": os.getpid(), "started": psutil.Process().create_time(),
             "ray_job": os.environ.get("RAY_JOB_SUBMISSION_ID")}
 
@@ -41,14 +45,15 @@ def is_dead(attempt: dict) -> bool:
     """True when the attempt's owner surely died: a process of this same boot and pid namespace that is gone."""
     if any(attempt.get(k) != v for k, v in _this_machine().items()):
         return False
-    try:
+    try:  # another start time: the pid was given to a new process
         process = psutil.Process(attempt["pid"])
-        return abs(process.create_time() - attempt["started"]) > 1.0 or process.status() == psutil.STATUS_ZOMBIE
+        return abs(process.create_time() - attempt["started"]) > CLOCK_TOLERANCE_S or process.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return True
 
 
 def latest(build: str) -> int:
+    """The number of a build's newest attempt, 0 where there is none."""
     return max((int(n[:4]) for n in names(join(build, "attempts")) if n.endswith(".json")), default=0)
 
 
@@ -57,7 +62,7 @@ def read_attempt(build: str, number: int) -> dict | None:
 
 
 def check_lease(build: str, attempt: int) -> None:
-    """For workers on other machines: raises LeaseLost when a newer attempt exists or this one was stopped."""
+    """Raises LeaseLost when a newer attempt exists or this one was stopped. For training workers, on any machine."""
     if latest(build) > attempt:
         raise LeaseLost(f"{build}: attempt {attempt} was taken over by attempt {latest(build)}")
     record = read_attempt(build, attempt)
@@ -66,41 +71,47 @@ def check_lease(build: str, attempt: int) -> None:
 
 
 class Lease:
-    """A claimed attempt and its heartbeat thread; it follows attempt `after`, by default the latest."""
+    """A claimed attempt and its heartbeat thread.
+
+    The attempt follows number `after`, by default the latest. Raises FileExistsError where somebody else was first.
+    """
 
     def __init__(self, build: str, after: int | None = None):
         self.build, self.attempt = build, (latest(build) if after is None else after) + 1
         self.path = join(build, "attempts", f"{self.attempt:04d}.json")
         self.lost, self._stop, self._write = threading.Event(), threading.Event(), threading.Lock()
         self._record = {**owner(), "state": "running", "beat": 0, "time": time.time()}
-        put_json(self.path, self._record, exclusive=True)  # FileExistsError: somebody else was first
+        put_json(self.path, self._record, exclusive=True)
         self._thread = threading.Thread(target=self._beat, name=f"lease {build}", daemon=True)
         self._thread.start()
 
     def _beat(self) -> None:
-        good = time.monotonic()
+        """The heartbeat's thread: ends when the lease is closed, taken over or cannot be written any more."""
+        written = time.monotonic()
         while not self._stop.wait(HEARTBEAT_S):
             try:
                 if latest(self.build) > self.attempt:
                     self.lost.set()
                     return
-                with self._write:
+                with self._write:  # `close` writes the last state, no beat may follow it
                     if self._stop.is_set():
                         return
                     self._record |= {"beat": self._record["beat"] + 1, "time": time.time()}
                     put_json(self.path, self._record)
-                good = time.monotonic()
-            except Exception:  # noqa: BLE001  a store that stumbles is tried again until half the lease is gone
-                if time.monotonic() - good > LEASE_S / 2:
+                written = time.monotonic()
+            except Exception:  # noqa: BLE001  whatever a store raises
+                # Half a lease without a beat: stop well before a waiter may take over.
+                if time.monotonic() - written > LEASE_S / 2:
                     self.lost.set()
                     return
 
     def check(self, now: bool = False) -> None:
+        """Raises LeaseLost after a takeover: as of the last heartbeat, which costs nothing, or as of `now`."""
         if self.lost.is_set() or (now and latest(self.build) > self.attempt):
             raise LeaseLost(f"{self.build}: attempt {self.attempt} was taken over by another worker")
 
     def close(self, state: str, error: str | None = None) -> None:
-        """Ends the heartbeat and records how it ended: done, failed or stopped."""
+        """Ends the heartbeat and records the attempt's end: done, failed or stopped."""
         self._stop.set()
         with self._write:
             if not self.lost.is_set():
@@ -108,17 +119,20 @@ class Lease:
 
 
 class Waiter:
-    """Watches somebody else's attempt: `free()` is true once `judged`, the latest then, may be taken over. Who claims names
-    it, since there may be a newer one by now."""
+    """A watch on somebody else's attempt: `free()` is true once attempt `number`, the latest then, may be taken over.
+
+    A claim passes `number` on, since by then there may be a newer attempt, which must not be taken over too.
+    """
 
     def __init__(self, build: str):
-        self.build, self.judged, self._seen, self._since = build, 0, None, time.monotonic()
+        self.build, self.number = build, 0
+        self._last_beat, self._since = None, time.monotonic()
 
     def free(self) -> bool:
-        number = self.judged = latest(self.build)
+        number = self.number = latest(self.build)
         record = read_attempt(self.build, number)
         if record is None or record["state"] != "running" or is_dead(record):
             return True
-        if (number, record["beat"]) != self._seen:
-            self._seen, self._since = (number, record["beat"]), time.monotonic()
+        if (number, record["beat"]) != self._last_beat:
+            self._last_beat, self._since = (number, record["beat"]), time.monotonic()
         return time.monotonic() - self._since > LEASE_S

@@ -1,11 +1,4 @@
-"""A thin DAG of steps whose outputs are addressed by recipe (DESIGN 1.1 to 1.4).
-
-A step is a plain function `fn(config, inputs, out) -> facts`; its outputs live at `{store}/{step}/{fingerprint}/{build}/`.
-The fingerprint hashes what is computed (step name, the author's `version`, the config's identity, the inputs'
-fingerprints), never where or how.  A build is opened for given inputs' builds, or by force; a resumed attempt continues
-it.  Facts on disk: recipe.json, BUILD/build.json, BUILD/attempts/NNNN.json, BUILD/done.json (exclusive, last).
-Status is derived from these and stored nowhere else.  This module knows nothing of audio, torch, Ray or MLflow.
-"""
+"""The plan of a run: which steps would run, in which order, and why (dag/step.py says what a step is)."""
 
 from __future__ import annotations
 
@@ -18,6 +11,7 @@ from audiolm.store import get_json, join, names
 
 
 def toposort(targets: Iterable[Step]) -> list[Step]:
+    """The targets and all steps above them, inputs first. Raises ValueError for two steps of one name."""
     order: dict[str, Step] = {}
 
     def visit(s: Step) -> None:
@@ -36,10 +30,10 @@ def toposort(targets: Iterable[Step]) -> list[Step]:
 
 @dataclass(frozen=True, eq=False)
 class PlanRow:
-    """One step of a plan: will it run, and why; for training, the builds it may go on from, its own first."""
+    """A step of a plan; for a training step `builds` are the folders it may continue, its own (or None) first."""
 
     step: Step
-    view: StepState
+    state: StepState
     run: bool
     reason: str
     builds: tuple[str | None, ...] = ()
@@ -56,38 +50,43 @@ def plan(steps: list[Step], store: str, *, only: Iterable[str] = (), from_: Iter
     builds: dict[str, str | None] = {}
     rows, will_run = [], set()
     for s in steps:
-        if from_ and any(u.name in chosen for u in s.inputs):
+        if from_ and any(u.name in chosen for u in s.inputs):  # --from takes what follows
             chosen.add(s.name)
         inputs = {u.name: builds[u.name] for u in s.inputs}
-        view = inspect(s, store, inputs)
-        builds[s.name] = view.artifact.build if view.artifact else None
-        above = [u.name for u in s.inputs if u.name in will_run]
-        run = s.name in chosen and (s.name in force or bool(above) or view.status is not Status.DONE)
+        state = inspect(s, store, inputs)
+        builds[s.name] = state.artifact.build if state.artifact else None
+
+        # A step runs when it is not done, when it is forced, or when an input is about to get a newer build.
+        rebuilt = [u.name for u in s.inputs if u.name in will_run]
+        run = s.name in chosen and (s.name in force or bool(rebuilt) or state.status is not Status.DONE)
         if run and (missing := [u.name for u in s.inputs if builds[u.name] is None and u.name not in will_run]):
             raise ValueError(f"{s.name} needs {', '.join(missing)}, not built and not selected: "
                              f"add --only {','.join([*missing, s.name])} or run without --only/--from")
         will_run |= {s.name} if run else set()
-        before = ()
-        if run and s.trains and not above:
-            again = view.build is None or (s.name in force and view.status is Status.DONE)
-            own = None if again else join(s.root(store), f"{view.build:04d}")
-            before = (own, *trunk_siblings(s, store, inputs, own, s.name in force)[1])
-        rows.append(PlanRow(s, view, run, _reason(s, store, view, run, s.name in force, above), before))
+
+        # With new inputs a training starts from nothing; else it may continue its own build or a sibling's.
+        candidates = ()
+        if run and s.trains and not rebuilt:
+            opens_build = state.build is None or (s.name in force and state.status is Status.DONE)
+            own = None if opens_build else join(s.root(store), f"{state.build:04d}")
+            candidates = (own, *trunk_siblings(s, store, inputs, own, s.name in force)[1])
+        rows.append(PlanRow(s, state, run, _reason(s, store, state, run, s.name in force, rebuilt), candidates))
     return rows
 
 
-def _reason(step: Step, store: str, view: StepState, run: bool, forced: bool, above: list[str]) -> str:
+def _reason(step: Step, store: str, state: StepState, run: bool, forced: bool, rebuilt: list[str]) -> str:
     if not run:
-        return view.note if view.status is Status.DONE else f"{view.status}, not selected"
+        return state.note if state.status is Status.DONE else f"{state.status}, not selected"
     if forced:
-        return "forced" if view.status is Status.DONE or view.build is None else f"forced, goes on with build {view.build:04d}"
-    if view.status is Status.MISSING:
+        opens_build = state.status is Status.DONE or state.build is None
+        return "forced" if opens_build else f"forced, goes on with build {state.build:04d}"
+    if state.status is Status.MISSING:
         return sibling_difference(step, store) or "never built"
-    return view.note or (f"after {', '.join(above)}" if above else str(view.status))
+    return state.note or (f"after {', '.join(rebuilt)}" if rebuilt else str(state.status))
 
 
 def sibling_difference(step: Step, store: str) -> str:
-    """How the recipe differs from the newest one of the same step, or '' where there is none."""
+    """The fields in which the recipe differs from the newest other one of the same step; '' where there is none."""
     newest, recipe = 0.0, None
     for name in names(join(store, step.name)):
         root = join(store, step.name, name)

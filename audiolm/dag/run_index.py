@@ -1,37 +1,46 @@
-"""A run's trained system: from a run's name, index or MLflow id to an AudioLM that generates.
+"""A run's index, `{store}/runs/{name}.json`: the folder of each step's finished build, and the run's config.
 
-A run's index is `{store}/runs/{name}.json`: of each step the folder of its finished build.
+Steps are addressed by recipe, runs by name: the index leads from the one to the other.  It holds no credentials.
 """
 
 from __future__ import annotations
 
 from audiolm import store
 from audiolm.config.pipeline import Pipeline
-from audiolm.store import hide_credentials_in, join, put_json
+from audiolm.store import get_json, hide_credentials_in, put_json
 
 OUTPUTS = "./outputs"
+# What a system is loaded from: its models, and the tokens whose mean run length says when a clip ends too early.
 SYSTEM_STEPS = ("kmeans", "codec", "semantic_tokens", "lm_semantic", "lm_coarse")
+GENERATION_STEPS = (*SYSTEM_STEPS, "lm_fine")  # a codec all of whose levels are coarse has no fine stage
 
 
-def steps_of(index_path: str) -> dict[str, str]:
+def index_path(folder: str, run: str) -> str:
+    """The index of a run by its name, in a store."""
+    return store.join(folder, "runs", f"{run}.json")
+
+
+def steps_of(index: str) -> dict[str, str]:
     """The folder of every finished step that a run's index names. Raises ValueError where there is no index."""
     try:
-        index = store.get_json(index_path)
+        found = get_json(index)
     except ValueError:  # no JSON
-        index = {}
-    if index is None:
-        raise ValueError(f"--run: there is no run index {index_path}; train with `python workflows/full_pipeline.py`, or name "
+        found = {}
+    if found is None:
+        raise ValueError(f"--run: there is no run index {index}; train with `python workflows/full_pipeline.py`, or name "
                          "a run, its OUTPUTS/runs/NAME.json or its MLflow run id")
-    if "steps" not in index:
-        raise ValueError(f"--run: {index_path} is not a run's index (OUTPUTS/runs/NAME.json)")
-    return {name: entry["path"] for name, entry in index["steps"].items()}
+    if "steps" not in found:
+        raise ValueError(f"--run: {index} is not a run's index (OUTPUTS/runs/NAME.json)")
+    return {name: entry["path"] for name, entry in found["steps"].items()}
 
 
-def index_path(cfg: Pipeline) -> str:
-    return join(cfg.store, "runs", f"{cfg.run.name}.json")
+def write_index(cfg: Pipeline, steps: dict[str, dict], order: list[str]) -> str:
+    """Adds steps, {name: {path, build, run_id}}, to a run's index, in order; returns its path.
 
-
-def write_index(cfg: Pipeline, steps: dict[str, dict]) -> None:
-    """runs/{run}.json: the human index, step -> path (DESIGN 4), and the config, without credentials, for evaluations."""
-    put_json(index_path(cfg), {"run": cfg.run.name, "corpus": cfg.corpus.name, "steps": steps,
-                               "config": hide_credentials_in(cfg.model_dump(mode="json"))})
+    Entries of an earlier plan stay, but for steps that are no part of the run any more.
+    """
+    path = index_path(cfg.store, cfg.run.name)
+    known = {**(get_json(path) or {}).get("steps", {}), **steps}
+    put_json(path, {"run": cfg.run.name, "corpus": cfg.corpus.name, "steps": {n: known[n] for n in order if n in known},
+                    "config": hide_credentials_in(cfg.model_dump(mode="json"))})
+    return path

@@ -1,10 +1,10 @@
-"""A thin DAG of steps whose outputs are addressed by recipe (DESIGN 1.1 to 1.4).
+"""A step, its identity, and what the store knows of it.
 
-A step is a plain function `fn(config, inputs, out) -> facts`; its outputs live at `{store}/{step}/{fingerprint}/{build}/`.
-The fingerprint hashes what is computed (step name, the author's `version`, the config's identity, the inputs'
-fingerprints), never where or how.  A build is opened for given inputs' builds, or by force; a resumed attempt continues
-it.  Facts on disk: recipe.json, BUILD/build.json, BUILD/attempts/NNNN.json, BUILD/done.json (exclusive, last).
-Status is derived from these and stored nowhere else.  This module knows nothing of audio, torch, Ray or MLflow.
+A step is a plain function `fn(config, inputs, out) -> facts`; its outputs live at
+`{store}/{step}/{fingerprint}/{build}/`.  The fingerprint hashes what is computed (step name, the author's `version`, the
+config's identity, the inputs' fingerprints), never where or how.  A build is opened for its inputs' builds, or by force;
+a resumed attempt continues it.  Facts on disk: recipe.json, BUILD/build.json, BUILD/attempts/NNNN.json, and last
+BUILD/done.json (exclusive).  The status is derived from these files and stored nowhere else.
 """
 
 from __future__ import annotations
@@ -35,12 +35,14 @@ class Status(enum.StrEnum):
 
 @dataclass(frozen=True, eq=False)
 class Step:
+    """A node of the graph: a function, its config and the steps whose artifacts it reads."""
+
     name: str
-    fn: Callable[[dict, dict[str, Artifact], StepContext], dict | None]
+    fn: Callable[[dict, dict[str, Artifact], StepContext], dict | None] | str  # or "module:function"
     config: Mapping[str, Any] = field(default_factory=dict)
     inputs: tuple[Step, ...] = ()
     version: int = 1  # raise it when the meaning of fn changes
-    trains: Any = False  # where it trains: its config.Train; it takes one of the cluster's training slots
+    trains: Any = False  # a training step: its TrainConfig; it takes one of the cluster's training slots
 
     @property
     def recipe(self) -> dict:
@@ -53,7 +55,7 @@ class Step:
 
     @property
     def trunk(self) -> str:
-        """The fingerprint of what it has in common with runs of another length (DESIGN 1.6)."""
+        """The fingerprint of what the step shares with trainings of another length."""
         return _digest({**self.recipe, "config": identity(dict(self.config), trunk=True)})
 
     def root(self, store: str) -> str:
@@ -75,7 +77,7 @@ class Artifact:
 
 
 class Observer(Protocol):
-    """What wants to know how steps fare: a terminal, a tracker."""
+    """A listener to the steps of a run, such as a terminal or a tracker; `ended` returns the id of its record."""
 
     def began(self, out: StepContext) -> None: ...
     def progress(self, out: StepContext, done: float, total: float, unit: str, note: str) -> None: ...
@@ -83,30 +85,34 @@ class Observer(Protocol):
 
 
 class StepContext:
-    """A running step's folder: its lease, its metrics, its progress, whether the user forced it; `kin` are the other builds
-    of its trunk."""
+    """A running step's side of the scheduler: its folder, lease, metrics and progress.
+
+    `forced`: the user asked for this step by --force; `siblings`: folders of the other builds of its trunk.
+    """
 
     def __init__(self, step: Step, path: str, lease: Lease, observer: Observer | None, inline: bool, forced: bool,
-                 kin: list[str]):
-        self.step, self.path, self.lease, self.inline, self.forced, self.kin = step, path, lease, inline, forced, kin
-        self.attempt = lease.attempt
+                 siblings: list[str]):
+        self.step, self.path, self.lease, self.inline, self.forced = step, path, lease, inline, forced
+        self.siblings, self.attempt = siblings, lease.attempt
         self.metrics_path = join(path, f"metrics-{self.attempt:04d}.jsonl")
-        self._observer, self._metrics = observer, None
+        self._observer, self._metrics = observer, MetricsFile(self.metrics_path)
+
+    @property
+    def name(self) -> str:
+        return self.step.name
 
     def check(self) -> None:
-        """Call from long loops: raises LeaseLost when another worker owns the build now."""
+        """Raises LeaseLost when another worker owns the build now. Long loops call it once an iteration."""
         self.lease.check()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        if self._metrics is None:
-            self._metrics = MetricsFile(self.metrics_path)
         self._metrics.add(step, metrics)
 
     def flush(self) -> None:
-        if self._metrics is not None:
-            self._metrics.flush()
+        self._metrics.flush()
 
     def progress(self, done: float, total: float, unit: str, note: str = "") -> None:
+        """Reports work done so far; raises LeaseLost as `check` does."""
         self.check()
         if self._observer:
             self._observer.progress(self, done, total, unit, note)
@@ -114,12 +120,12 @@ class StepContext:
 
 @dataclass(frozen=True)
 class StepState:
-    """What the store says of a step: status, the newest finished build and the build that would be continued."""
+    """A step's state in the store: its status, the newest finished build and the build that would be continued."""
 
     status: Status
     artifact: Artifact | None
     build: int | None  # the newest build for these inputs
-    newest: int  # the newest build of all
+    newest_build: int  # the newest build for any inputs, 0 where there is none
     note: str = ""
 
 
@@ -127,50 +133,58 @@ def inspect(step: Step, store: str, inputs: Mapping[str, str | None]) -> StepSta
     """Reads a step's state, given its inputs' build ids (None where an input is not built); writes nothing."""
     root = step.root(store)
     numbers = [int(n) for n in names(root) if n.isdigit()]
-    records = {n: get_json(join(root, f"{n:04d}", "build.json")) for n in numbers}
-    done = {n: get_json(join(root, f"{n:04d}", "done.json")) for n in numbers}
-    finished = [n for n in numbers if done[n]]
+    opened = {n: r for n in numbers if (r := get_json(join(root, f"{n:04d}", "build.json")))}
+    done = {n: d for n in numbers if (d := get_json(join(root, f"{n:04d}", "done.json")))}
+    newest = max(opened, default=0)  # a folder without its record is only being opened
     artifact = None
-    if finished:
-        n = finished[-1]
+    if done:
+        n = max(done)
         artifact = Artifact(join(root, f"{n:04d}"), f"{step.fingerprint}.{n:04d}", done[n]["facts"], done[n])
-    newest = max((n for n in numbers if records[n]), default=0)  # a folder without its record is only being opened
-    match = [n for n in numbers if records[n] and records[n]["inputs"] == dict(inputs)]
-    if match and done[match[-1]]:
-        return StepState(Status.DONE, artifact, match[-1], newest, f"built in {done[match[-1]]['seconds']:.0f} s")
-    if match:
-        path = join(root, f"{match[-1]:04d}")
-        attempt = read_attempt(path, latest(path))
-        if attempt is None:
-            return StepState(Status.LOST, artifact, match[-1], newest, "opened, not begun")
-        if attempt["state"] in ("failed", "stopped"):
-            last = (attempt.get("error") or "stopped").strip().splitlines()[-1]
-            return StepState(Status.FAILED, artifact, match[-1], newest, last[:200])
-        lost = is_dead(attempt) or time.time() - attempt["time"] > LEASE_S
-        return StepState(Status.LOST if lost else Status.RUNNING, artifact, match[-1], newest,
-                    f"attempt {latest(path)} on {attempt['host']}" + (", its owner died" if lost else ""))
-    if finished:
+
+    # The newest build for exactly these inputs decides; without one, older results are stale.
+    build = max((n for n in opened if opened[n]["inputs"] == dict(inputs)), default=None)
+    if build in done:
+        status, note = Status.DONE, f"built in {done[build]['seconds']:.0f} s"
+    elif build is not None:
+        status, note = _unfinished(join(root, f"{build:04d}"))
+    elif artifact:
         changed = [k for k, v in inputs.items() if artifact.record["inputs"].get(k) != v]
-        return StepState(Status.STALE, artifact, None, newest, f"newer build of {', '.join(changed)}")
-    return StepState(Status.MISSING, artifact, None, newest)
+        status, note = Status.STALE, f"newer build of {', '.join(changed)}"
+    else:
+        status, note = Status.MISSING, ""
+    return StepState(status, artifact, build, newest, note)
+
+
+def _unfinished(path: str) -> tuple[Status, str]:
+    """(status, note) of a build that was opened and is not done, by its latest attempt."""
+    number = latest(path)
+    attempt = read_attempt(path, number)
+    if attempt is None:
+        return Status.LOST, "opened, not begun"
+    if attempt["state"] in ("failed", "stopped"):
+        return Status.FAILED, (attempt.get("error") or "stopped").strip().splitlines()[-1][:200]
+    where = f"attempt {number} on {attempt['host']}"
+    if is_dead(attempt) or time.time() - attempt["time"] > LEASE_S:
+        return Status.LOST, f"{where}, its owner died"
+    return Status.RUNNING, where
 
 
 def trunk_siblings(step: Step, store: str, inputs: Mapping[str, str | None], build: str | None,
-        force: bool = False) -> tuple[dict, list[str]]:
-    """The trunk of a build (one to be opened where `build` is None) and the other builds that stand on it.
+                   force: bool = False) -> tuple[dict, list[str]]:
+    """The trunk of a build (one to be opened where `build` is None) and the folders of the trunk's other builds.
 
-    Such builds have the same inputs and differ in their training's length alone.  Forcing starts a new trunk, so that
-    nothing old is continued.
+    Builds of one trunk have the same inputs and differ in their training's length alone, so that the longer one
+    continues the shorter.  `force` starts a new trunk, so that nothing old is continued.
     """
-    found = {}
-    for recipe in names(join(store, step.name)):
-        for n in names(join(store, step.name, recipe)):
-            path = join(store, step.name, recipe, n)
+    trunks = {}
+    for fingerprint in names(join(store, step.name)):
+        for n in names(join(store, step.name, fingerprint)):
+            path = join(store, step.name, fingerprint, n)
             record = get_json(join(path, "build.json")) if n.isdigit() else None
             if record and record["inputs"] == dict(inputs) and record.get("trunk", {}).get("recipe") == step.trunk:
-                found[path] = record["trunk"]
+                trunks[path] = record["trunk"]
     if build is None:
-        own = {"recipe": step.trunk, "forced": max((t["forced"] for t in found.values()), default=0) + force}
+        own = {"recipe": step.trunk, "forced": max((t["forced"] for t in trunks.values()), default=0) + force}
     else:
-        own = found.get(build, {})
-    return own, [path for path, trunk in found.items() if trunk == own and path != build]
+        own = trunks.get(build, {})
+    return own, [path for path, trunk in trunks.items() if trunk == own and path != build]

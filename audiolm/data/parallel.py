@@ -9,9 +9,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from audiolm.config.run import ClusterConfig
+
+
+@dataclass(frozen=True)
+class Workers:
+    """The three things `parallel_map` needs of a step's context, for commands that run outside a step."""
+
+    inline: bool  # run in this process, one item after the other, instead of as Ray tasks
+    name: str  # names the Ray tasks
+    progress: Callable[..., None]  # (done, total, unit, note="")
 
 
 def parallel_map(fn: Callable, items: Sequence[tuple], *, out, cluster: ClusterConfig, unit: str,
@@ -36,7 +46,7 @@ def parallel_map(fn: Callable, items: Sequence[tuple], *, out, cluster: ClusterC
         while todo or running:
             while todo and len(running) < limit:
                 i = todo.pop()
-                running[task.options(name=f"{out.step.name} {i}").remote(fn, items[i])] = i
+                running[task.options(name=f"{out.name} {i}").remote(fn, items[i])] = i
             ready, _ = ray.wait(list(running), num_returns=1, timeout=2.0)
             for ref in ready:
                 i = running.pop(ref)

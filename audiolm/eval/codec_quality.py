@@ -26,7 +26,9 @@ from audiolm.eval.metrics.audio_quality import (
     mel_distance,
     scorers,
 )
+from audiolm.eval.metrics.stats import text_table
 from audiolm.eval.models.baseline_codecs import Baseline
+from audiolm.models.entropy import perplexity
 from audiolm.tokenizers.base import SAMPLE_RATE, Codec
 
 COARSE_BITS_PER_S = 2000  # of the paper's coarse levels: 4 x 10 bits x 50 Hz (III-B)
@@ -113,10 +115,7 @@ def format_table(table: Mapping[str, Any]) -> str:
         cells = ("-" if row[name] is None else f"{row[name]:.{digits}f}" if digits else str(row[name])
                  for name, _, digits in heads)
         lines.append(list(cells))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = [f"{line[0]:<{widths[0]}}  " + "  ".join(f"{c:>{w}}" for c, w in zip(line[1:], widths[1:], strict=True))
-            for line in lines]
-    return "\n".join([*text, "", *notes(table)])
+    return text_table(lines, notes(table))
 
 
 HEADS = (("codec", "codec", 0), ("n_q", "levels", 0), ("kbps", "kb/s", 2), ("pesq", "PESQ", 2), ("visqol", "ViSQOL", 2),
@@ -128,18 +127,23 @@ def notes(table: Mapping[str, Any]) -> list[str]:
     labels = {name: head for name, head, _ in HEADS}
     lines = [f"{table['clips']} clips, {table['seconds']:.1f} s; identity is the original against itself; rates count "
              "the packets' bits."]
+    lines += quality_notes(table, labels)
+    if useless := table.get("levels_that_do_not_help"):
+        lines.append(f"Levels that do not lower the mel distance: {', '.join(map(str, useless))}.")
+    return lines
+
+
+def quality_notes(table: Mapping[str, Any], labels: Mapping[str, str]) -> list[str]:
+    """ViSQOL's mapper, absent metrics, and metrics without a value on some clips; `labels`: column titles."""
+    lines = []
     if table.get("visqol"):
         lines.append(f"ViSQOL: {table['visqol']}; scores of another mapper cannot be set beside these.")
     lines += [f"No {labels.get(name, name)}: {why}." for name, why in table["absent"].items()]
-    fewest: dict[str, int] = {}
-    for row in table["rows"]:
-        for name, n in row["scored"].items():
-            if name in ("pesq", "visqol", "stoi"):
-                fewest[name] = min(n, fewest.get(name, n))
-    lines += [f"{labels[name]} has a value on as few as {n} of {table['clips']} clips (too short, or no speech found)."
-              for name, n in fewest.items() if n < table["clips"]]
-    if useless := table.get("levels_that_do_not_help"):
-        lines.append(f"Levels that do not lower the mel distance: {', '.join(map(str, useless))}.")
+    for name in ("pesq", "visqol", "stoi"):  # the others have a value on every clip
+        fewest = min((row["scored"][name] for row in table["rows"] if name in row["scored"]), default=table["clips"])
+        if fewest < table["clips"]:
+            lines.append(f"{labels[name]} has a value on as few as {fewest} of {table['clips']} clips (too short, or no "
+                         "speech found).")
     return lines
 
 
@@ -168,11 +172,7 @@ def _bits_per_s(codec: Codec, n_q: int) -> float:
 
 
 def codebook_use(codes_TQ: torch.Tensor, vocab: int) -> list[dict[str, float]]:
-    """Of each level: the share of its codes that occur, and exp(entropy) of their use."""
-    rows = []
-    for level in range(codes_TQ.shape[1]):
-        p = torch.bincount(codes_TQ[:, level], minlength=vocab).double()
-        p = p / p.sum()
-        rows.append({"level": level + 1, "used": float((p > 0).double().mean()),
-                     "perplexity": float(torch.special.entr(p).sum().exp())})
-    return rows
+    """A row per level: level (from 1), used (share of its codes that occur) and perplexity of their use."""
+    hits_QN = torch.stack([torch.bincount(code_T, minlength=vocab) for code_T in codes_TQ.T]).double()
+    return [{"level": q, "used": used, "perplexity": value} for q, (used, value) in enumerate(
+        zip((hits_QN > 0).double().mean(1).tolist(), perplexity(hits_QN).tolist(), strict=True), 1)]

@@ -1,8 +1,8 @@
-"""The stage ladder: held-out clips rebuilt with one more stage of the system at each rung, to hear what spoils them.
+"""The stage ladder: held-out clips rebuilt with one more stage of the system at each rung, to locate where quality is lost.
 
-Rungs: the codec with all levels, with Q' levels, fine from true coarse codes, coarse (and fine) from true semantic
-tokens, and the full continuation of a prompt.  Each has its sound and its mel distance (mean L1 of log-mels, nats) to
-the original; a continuation is judged after its prompt only.  wav_T: float32 mono at 16 kHz, whole 40 ms frames.
+Rungs: the codec with all levels; with the coarse levels Q'; fine from true coarse codes; coarse (and fine) from true semantic
+tokens; the full continuation of a prompt.  Each has its audio and its mel distance (mean L1 of log-mels, nats) to the original.
+A continuation is scored only after its prompt.  wav_T: float32 mono at 16 kHz, whole 40 ms frames.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def held_out(manifest: str, roots: dict[str, str], n: int, seconds: float,
              where: ClipFilter | None) -> list[tuple[Clip, np.ndarray]]:
     """At most n (clip, wav_T) of the test split (dev where there is none), each cut to `seconds`; no randomness.
 
-    Evenly spaced among the clips that are long enough, else the longest. Raises ValueError where nothing is held out.
-    """
+    They are evenly spaced among the clips that are long enough, else the longest ones. Raises ValueError where nothing is
+    held out."""
     clips = read_clips(manifest, split="test", where=where) or read_clips(manifest, split="dev", where=where)
     clips = [c for c in clips if c.samples >= 2 * SEMANTIC_HOP]
     if not clips:
@@ -41,7 +41,7 @@ def held_out(manifest: str, roots: dict[str, str], n: int, seconds: float,
 
 
 def seconds_within(lm: AudioLM, seconds: float) -> float:
-    """At most what the stages were trained on."""
+    """`seconds`, or the crop that the stages were trained on where that is shorter."""
     return min(seconds, lm.stage("semantic").crop_s, lm.stage("coarse").crop_s)
 
 
@@ -51,49 +51,51 @@ def ladder(lm: AudioLM, clips: Sequence[tuple[Clip, np.ndarray]], prompt_s: floa
     wavs = [wav for _, wav in clips]
     seeds = [rng.derive(seed, "ladder", i) for i in range(len(wavs))]
     q = lm.stage("coarse").levels[1]
-    codes, zs = lm.encode(wavs), lm.tokenize(wavs)
-    rungs = [("original", wavs), (f"codec, {lm.codec.spec.n_q} levels", _decoded(lm, codes, wavs))]
-    if lm.has_fine:
+    codes, semantic = lm.encode(wavs), lm.tokenize(wavs)
+    rungs = [("original", wavs), (f"codec, {lm.codec.spec.n_q} levels", decoded(lm, codes, wavs))]
+    if lm.has_fine:  # else all levels are coarse, and these two rungs equal the codec
         coarse = [c[:, :q] for c in codes]
-        rungs += [(f"codec, {q} levels", _decoded(lm, coarse, wavs)),
-                  ("fine from true coarse", _decoded(lm, lm.fine(coarse, seeds), wavs))]
-    rungs.append(("coarse from true semantic", [s.wav_T for s in lm.acoustic(zs, seeds, [len(w) for w in wavs])]))
+        rungs += [(f"codec, {q} levels", decoded(lm, coarse, wavs)),
+                  ("fine from true coarse", decoded(lm, lm.fine(coarse, seeds), wavs))]
+    rungs.append(("coarse from true semantic", [s.wav_T for s in lm.acoustic(semantic, seeds, [len(w) for w in wavs])]))
     prompts = [prompt_samples(w, prompt_s) for w in wavs]
     rungs.append(("continuation", [s.wav_T for s in continued(lm, wavs, prompts, seeds)]))
     table = []
-    for number, (name, made) in enumerate(rungs):
-        skip = prompts if name == "continuation" else [0] * len(wavs)
-        mel = np.mean([mel_distance(w[s:], m[s:]) for w, m, s in zip(wavs, made, skip, strict=True)])
-        table.append({"rung": name, "mel": float(mel), "files": saved(folder, f"{number}-{slug(name)}", clips, made)})
+    for number, (name, rebuilt) in enumerate(rungs):
+        skip = prompts if name == "continuation" else [0] * len(wavs)  # a prompt is the codec's work
+        mel = np.mean([mel_distance(w[s:], r[s:]) for w, r, s in zip(wavs, rebuilt, skip, strict=True)])
+        table.append({"rung": name, "mel": float(mel), "files": save_wavs(folder, f"{number}-{slug(name)}", clips, rebuilt)})
     return table
 
 
-def saved(folder: str, name: str, clips: Sequence[tuple[Clip, np.ndarray]], made: Sequence[np.ndarray]) -> list[dict[str, str]]:
-    """Writes a rung's wavs; [{"clip", "file"}]."""
+def save_wavs(folder: str, name: str, clips: Sequence[tuple[Clip, np.ndarray]],
+              wavs: Sequence[np.ndarray]) -> list[dict[str, str]]:
+    """Writes a rung's wavs; returns [{"clip", "file"}]."""
     files = [{"clip": clip.id, "file": f"wav/{name}-{slug(clip.id)}.wav"} for clip, _ in clips]
-    for file, wav in zip(files, made, strict=True):
+    for file, wav in zip(files, wavs, strict=True):
         store.put(store.join(folder, file["file"]), wav_bytes(wav))
     return files
 
 
-def _decoded(lm: AudioLM, codes: Sequence[np.ndarray], wavs: Sequence[np.ndarray]) -> list[np.ndarray]:
+def decoded(lm: AudioLM, codes: Sequence[np.ndarray], wavs: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """The codes' audio, each as long as its clip."""
     return [lm.decode(c, len(w)) for c, w in zip(codes, wavs, strict=True)]
 
 
 def prompt_samples(wav_T: np.ndarray, prompt_s: float) -> int:
-    """Whole frames of prompt; at most half of a short clip, so that something is left to continue."""
+    """Samples of a prompt, in whole frames; at most half of a short clip, so that something is left to continue."""
     return max(1, min(round(prompt_s * SAMPLE_RATE), len(wav_T) // 2) // SEMANTIC_HOP) * SEMANTIC_HOP
 
 
 def continued(lm: AudioLM, wavs: Sequence[np.ndarray], prompts: Sequence[int], seeds: Sequence[int]) -> list[Sound]:
-    """Each wav's first `prompts` samples continued to its length."""
-    made: dict[int, Sound] = {}
+    """Each wav's first `prompts` samples, continued to the wav's length."""
+    sounds: dict[int, Sound] = {}
     rest = [len(w) - p for w, p in zip(wavs, prompts, strict=True)]
-    for samples in sorted(set(rest)):  # one batch for all that go on equally long
+    for samples in sorted(set(rest)):  # one batch for all continuations of a length
         at = [i for i, r in enumerate(rest) if r == samples]
-        made |= zip(at, lm.continuation([wavs[i][:prompts[i]] for i in at], samples / SAMPLE_RATE, [seeds[i] for i in at],
-                                        may_end=False), strict=True)
-    return [made[i] for i in range(len(wavs))]
+        sounds |= zip(at, lm.continuation([wavs[i][:prompts[i]] for i in at], samples / SAMPLE_RATE, [seeds[i] for i in at],
+                                          may_end=False), strict=True)
+    return [sounds[i] for i in range(len(wavs))]
 
 
 def slug(text: str) -> str:

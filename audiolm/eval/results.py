@@ -1,28 +1,24 @@
-"""What a metric gives: rows for the paper's tables, each a figure with its interval and how it was come by.
+"""Results: rows of the paper's tables, each a value with its 95 % interval, its source and its role.
 
-Intervals are 95 %, by bootstrap over groups (speakers, or clips): what is drawn together is not independent.
+Intervals come from a bootstrap over groups (speakers, or clips), as values of one group are not independent.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-
-from audiolm import rng
-
-DRAWS = 2000
 ROLES = ("ours", "ceiling", "floor", "baseline")
-Progress = Callable[[int, int, str], object]  # done, of how many, unit
+Progress = Callable[[int, int, str], object]  # (done, total, unit)
 
 
 @dataclass(frozen=True)
 class Result:
-    """A figure of `table` (I, II, III, IV as in the paper, else a name). `n` counts `of` (clips, pairs, crops); `value` None:
-    not measured, `note` says why and what to do. `role`: ours; ceiling (the original, the codec); floor (chance, shuffled
-    tokens); baseline (counting, duration)."""
+    """A row of `table`: I, II, III or IV as in the paper, else a name.
+
+    `n` counts `of` (clips, pairs, crops).  A `value` of None is not measured, and `note` names the reason and the fix.
+    `role`: ours; ceiling (the original, the codec); floor (chance, shuffled tokens); baseline (counting, duration)."""
 
     table: str
     item: str
@@ -33,8 +29,8 @@ class Result:
     n: int = 0
     of: str = "clips"
     role: str = "ours"
-    paper: float | None = None
-    seconds: float = 0.0  # that measuring took
+    paper: float | None = None  # the paper's value
+    seconds: float = 0.0  # of computing
     note: str = ""
 
     def __post_init__(self):
@@ -46,31 +42,15 @@ class Result:
 
 
 def no_progress(done: int, total: int, unit: str) -> None:
-    """Progress that nobody follows."""
+    """Ignores progress: the default where no caller follows it."""
 
 
 def not_measured(table: str, item: str, metric: str, why: str, paper: float | None = None) -> Result:
-    """A row that stays visible: an optional package or data that are not there."""
+    """A row without a value, so that a missing package or missing data stay visible; `why` names the fix."""
     return Result(table, item, metric, None, paper=paper, note=why)
 
 
-def bootstrap_interval(values: Sequence[float], groups: Sequence[Any], seed: int = 0,
-             weights: Sequence[float] | None = None) -> tuple[float, float, float]:
-    """(mean, low, high) of values, weighted (errors a word, weighted by words) and resampled by group. Raises ValueError where
-    there are none."""
-    if not len(values):
-        raise ValueError("no values to average: give the suite at least one item")
-    x = np.asarray(values, np.float64)
-    w = np.ones(len(x)) if weights is None else np.asarray(weights, np.float64)
-    names, of = np.unique(np.asarray([str(g) for g in groups]), return_inverse=True)
-    sums, totals = (np.bincount(of, v, minlength=len(names)) for v in (w * x, w))
-    drawn = rng.generator(seed, "bootstrap").multinomial(len(names), np.full(len(names), 1 / len(names)), size=DRAWS)
-    means = (drawn @ sums) / np.maximum(drawn @ totals, 1e-12)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(sums.sum() / totals.sum()), float(low), float(high)
-
-
 STAGE_TITLES = {"lm_semantic": "semantic stage", "lm_coarse": "coarse stage", "lm_fine": "fine stage", "codec": "codec",
-         "masked_model": "masked audio model"}
+                "masked_model": "masked audio model"}
 BASELINE_TITLES = {"unigram": "unigram", "bigram": "Kneser-Ney 2", "fivegram": "Kneser-Ney 5", "previous": "previous frame",
-             "below": "level below", "baseline": "the better"}
+                   "below": "level below", "baseline": "the better"}

@@ -1,6 +1,6 @@
 """A run's trained system: from the folders of its steps, or its run index, to an AudioLM that generates.
 
-A run's index is `{store}/runs/{name}.json`: the folder of each finished step.
+A run's index (dag/run_index.py) names the folder of each step's finished build.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from audiolm import store
-from audiolm.dag.run_index import SYSTEM_STEPS, steps_of
+from audiolm.dag.run_index import GENERATION_STEPS, SYSTEM_STEPS, steps_of
 
 if TYPE_CHECKING:
     from audiolm.generate.audiolm import AudioLM
@@ -26,7 +26,7 @@ def system_steps(index_path: str) -> dict[str, str]:
     if missing:
         raise ValueError(f"--run: {index_path} names no finished step {', '.join(missing)}; the command that began the run "
                          "goes on with it: python workflows/full_pipeline.py CONFIG.yaml")
-    return {name: steps[name] for name in (*SYSTEM_STEPS, "lm_fine") if name in steps}
+    return {name: steps[name] for name in GENERATION_STEPS if name in steps}
 
 
 def _needs_fine(steps: Mapping[str, str]) -> bool:

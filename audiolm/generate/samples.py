@@ -26,7 +26,6 @@ from audiolm.tokenizers.base import SAMPLE_RATE
 
 MODES = ("unconditional", "acoustic", "continuation", "resynthesis")
 OPEN_ENDED = ("unconditional", "continuation")  # stage 1 may end them before the seconds asked for
-MODELS = ("kmeans", "codec", "lm_semantic", "lm_coarse", "lm_fine")
 
 
 def make_samples(config: Mapping[str, Any], inputs: Mapping[str, Any], out: Any) -> dict[str, Any]:
@@ -62,7 +61,7 @@ def make_mode(mode: str, config: Mapping[str, Any], paths: Mapping[str, str], me
               device: str) -> tuple[list[dict], dict[str, float]]:
     """One task: (a mode's entries of samples.json, wall-clock seconds in all ("") and by stage)."""
     samples, seed = config["samples"], config["seed"]
-    lm = load({name: paths[name] for name in MODELS if name in paths}, device, mean_run, params_from_config(samples))
+    lm = load(paths, device, mean_run, params_from_config(samples))
     clip_s = samples.prompt_s + samples.seconds
     clips = pick_clips(read_clips(paths["manifest"], "test"), samples.n, clip_s, seed)
     wavs = [whole_frames(read_clip(clip, roots(config["corpus"]), 0, min(clip.samples, round(clip_s * SAMPLE_RATE))))

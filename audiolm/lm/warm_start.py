@@ -3,58 +3,30 @@ embeddings and head are new.
 
 A model is a folder or URI with config.json and one model.safetensors in transformers' format, of model_type llama: what
 our block is with gated: true, activation: silu, norm: rms and rotary positions.  Keys and values that several heads share
-are given to each.  Nothing heavy is imported before weights are read, so a plan needs neither torch nor the model.
+are given to each.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from audiolm import store
+import torch
+
 from audiolm.config import lm
-from audiolm.config.base import Config, Runtime
+from audiolm.models.positions import ROTARY_BASE
+from audiolm.models.transformer import EPS, Transformer
+from audiolm.tokenizers import hf
 
-if TYPE_CHECKING:
-    from audiolm.models.transformer import Transformer
-
-FIELD, FILES = "lm.semantic.warm_start.uri", ("config.json", "model.safetensors")
-
-
-class TextModel(Config):
-    """What a stage starts from: the model is its bytes, wherever they lie."""
-
-    uri: Runtime[str]
-    digest: str
+FIELD = hf.TEXT_MODEL.field
 
 
-def text_model(uri: str) -> TextModel:
-    """Read in pieces. Raises ValueError where a file is missing."""
-    sha = hashlib.sha256()
-    for name in FILES:
-        try:
-            for piece in store.pieces(store.join(uri, name)):
-                sha.update(piece)
-        except (FileNotFoundError, NotADirectoryError) as e:
-            raise ValueError(f"{FIELD}: {uri} holds no {name}; give a folder or URI with config.json and one model.safetensors "
-                             "(save_pretrained(folder, max_shard_size='1TB') of transformers writes them)") from e
-    return TextModel(uri=uri, digest=sha.hexdigest()[:16])
-
-
-def start_from(model: Transformer, shape: lm.StageConfig, want: TextModel) -> None:
+def start_from(model: Transformer, shape: lm.StageConfig, want: hf.PretrainedModel) -> None:
     """Gives the model the text model's body. Raises ValueError naming what differs where it does not fit."""
-    import safetensors.torch
-    import torch
-
-    data = [store.get(store.join(want.uri, name)) for name in FILES]
-    if (found := hashlib.sha256(b"".join(data)).hexdigest()[:16]) != want.digest:
-        raise ValueError(f"{FIELD}: the files at {want.uri} changed since this run was planned ({want.digest} -> {found}): "
-                         "start it again")
-    about = json.loads(data[0])
+    data = hf.read_model(hf.TEXT_MODEL, want.uri, want.digest)
+    about = data.json["config.json"]
     if wrong := _differences(about, shape):
         raise ValueError(f"{FIELD}: {want.uri} is no model of this stage's shape: {'; '.join(wrong)}")
-    theirs = {name.removeprefix("model."): t.float() for name, t in safetensors.torch.load(data[1]).items()}
+    theirs = {name.removeprefix("model."): t.float() for name, t in data.weights.items()}
     shared = shape.heads // about.get("num_key_value_heads", shape.heads)
     try:
         body = {"norm.weight": theirs["norm.weight"]}
@@ -76,9 +48,6 @@ def start_from(model: Transformer, shape: lm.StageConfig, want: TextModel) -> No
 
 def _differences(about: dict[str, Any], shape: lm.StageConfig) -> list[str]:
     """What keeps the bodies from being the same function, as texts that say what to set."""
-    from audiolm.models.positions import ROTARY_BASE
-    from audiolm.models.transformer import EPS
-
     rope = about.get("rope_parameters") or about.get("rope_scaling") or {}
     ours = {"dim": about.get("hidden_size"), "layers": about.get("num_hidden_layers"),
             "heads": about.get("num_attention_heads"), "ff": about.get("intermediate_size"), "gated": True,

@@ -16,16 +16,16 @@ from audiolm.models.transformer import Transformer
 @torch.no_grad()
 def attention_maps(model: Transformer, ids_T: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """(share_TT, h_TD) of each layer of a model in eval mode. One head is looked at after the other, for memory."""
-    T, turns = len(ids_T), None
+    T, rope = len(ids_T), None
     bias_HTT = torch.full((T, T), -torch.inf, device=ids_T.device).triu(1).expand(model.heads, -1, -1)
     if model.bias is None:
-        turns = tuple(x[None, :, None, None] for x in model._rotary(torch.arange(T, device=ids_T.device)))
+        rope = tuple(x[None, :, None, None] for x in model._rope_table(torch.arange(T, device=ids_T.device)))
     else:
         bias_HTT = model.bias(T)
     h_BTD = model.embed(ids_T[None])
     for block in model.blocks:
         mean_TT, heard = torch.zeros(T, T, device=ids_T.device), []
-        for q_TE, k_TE, v_TE, bias_TT in zip(*(x[0].unbind(1) for x in block.project(h_BTD, turns)), bias_HTT, strict=True):
+        for q_TE, k_TE, v_TE, bias_TT in zip(*(x[0].unbind(1) for x in block.project(h_BTD, rope)), bias_HTT, strict=True):
             share_TT = ((q_TE @ k_TE.T).float() * q_TE.shape[1] ** -0.5 + bias_TT).softmax(-1)
             mean_TT += share_TT / model.heads
             heard.append(share_TT.to(v_TE.dtype) @ v_TE)

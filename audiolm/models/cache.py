@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from audiolm.models.positions import Rope
+
 KEYS = 64  # keys come in whole runs of these, masked ones add exact zeros: few shapes, and bits that no other row changes
 GPU_KEYS = 256  # a CUDA graph each: reading 128 keys too many costs less than many graphs
 
@@ -17,7 +19,7 @@ class KVCache:
     k: list[torch.Tensor]  # per layer (batch, heads, length, width of a head)
     v: list[torch.Tensor]
     lengths_B: torch.Tensor
-    turns: tuple[torch.Tensor, torch.Tensor] | None  # (length, width) each: rotary cosines and sines, where there are any
+    rope: Rope | None  # (length, width) each: rotary cosines and sines, where there are any
     longest: int = 0  # the longest row, known without asking the device
 
     def clear(self) -> None:
@@ -28,7 +30,7 @@ class KVCache:
     def rows(self, first: int, last: int) -> KVCache:
         """A view of some empty rows that shares their memory; set `longest` of the whole afterwards."""
         part = slice(first, last)
-        return KVCache([t[part] for t in self.k], [t[part] for t in self.v], self.lengths_B[part], self.turns)
+        return KVCache([t[part] for t in self.k], [t[part] for t in self.v], self.lengths_B[part], self.rope)
 
     def truncate(self, lengths_B: torch.Tensor, longest: int) -> None:
         """Declares the true lengths of the first rows after a right-padded prompt; what lies beyond is masked and
@@ -54,7 +56,7 @@ class Places:
     """Where a step's new tokens go and what they see; the same for every layer."""
 
     rows: torch.Tensor  # of the cache seen as (batch x heads x length, width), for each (row, head, new token)
-    turns: tuple[torch.Tensor, torch.Tensor] | None  # (B, t, 1, 1, width)
+    rope: Rope | None  # (B, t, 1, 1, width)
     keys: int
     seen: torch.Tensor | None  # (B, 1, t, keys) True where a new token sees a key; None: causal among themselves
     bias: torch.Tensor | None  # (B or 1, H, t, keys), added to the scores; -inf where a key is not seen
@@ -69,11 +71,11 @@ def places(cache: KVCache, t: int, distance_bias=None) -> Places:
     at_Bt = cache.lengths_B[:, None] + torch.arange(t, device=device)
     rows = length * torch.arange(B * H, device=device).view(B, H, 1) + at_Bt[:, None]
     keys = cache.keys(t)
-    turns = cache.turns and tuple(x[at_Bt][:, :, None, None] for x in cache.turns)
+    rope = cache.rope and tuple(x[at_Bt][:, :, None, None] for x in cache.rope)
     if cache.longest == 0 and t > 1:  # an empty cache's new tokens see each other only
-        return Places(rows.view(-1), turns, keys, None, distance_bias and distance_bias(t)[None])
+        return Places(rows.view(-1), rope, keys, None, distance_bias and distance_bias(t)[None])
     distance = at_Bt[..., None] - torch.arange(keys, device=device)
     seen, bias = (distance >= 0)[:, None], None
     if distance_bias:
         bias = distance_bias.at(distance).permute(0, 3, 1, 2).masked_fill(~seen, -torch.inf)
-    return Places(rows.view(-1), turns, keys, seen, bias)
+    return Places(rows.view(-1), rope, keys, seen, bias)

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from audiolm.models.positions import apply_rope, rope_table
+
 SUBSAMPLE = 4  # 100 Hz -> 25 Hz
 LAYER_CONVENTION = "block output after its closing LayerNorm, counted from 1"
 
@@ -55,18 +57,6 @@ def valid_frames(lengths_B: torch.Tensor, frames: int) -> torch.Tensor:
     return torch.arange(frames, device=lengths_B.device)[None] < lengths_B[:, None]
 
 
-def rotary(frames: int, dim: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos_TE, sin_TE of rotary positions (2104.09864), E = dim / 2, float32."""
-    rates = 10_000.0 ** (-torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim)
-    angle = torch.arange(frames, device=device, dtype=torch.float32)[:, None] * rates
-    return angle.cos(), angle.sin()
-
-
-def rotate(x_BHTE: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    a, b = x_BHTE.float().chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x_BHTE.dtype)
-
-
 class FeedForward(nn.Module):
     def __init__(self, s: EncoderSizes):
         super().__init__()
@@ -84,11 +74,11 @@ class Attention(nn.Module):
         self.norm, self.drop = nn.LayerNorm(s.dim), nn.Dropout(s.dropout)
         self.qkv, self.out = nn.Linear(s.dim, 3 * s.dim), nn.Linear(s.dim, s.dim)
 
-    def forward(self, x_BTD, valid_BT, positions):
+    def forward(self, x_BTD, valid_BT, rope):
         b, t, d = x_BTD.shape
         q, k, v = self.qkv(self.norm(x_BTD)).view(b, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
-        y_BHTE = F.scaled_dot_product_attention(rotate(q, *positions), rotate(k, *positions), v,
-                                                attn_mask=valid_BT[:, None, None])
+        q, k = (apply_rope(x, *rope, fused=False) for x in (q, k))
+        y_BHTE = F.scaled_dot_product_attention(q, k, v, attn_mask=valid_BT[:, None, None])
         return self.drop(self.out(y_BHTE.transpose(1, 2).reshape(b, t, d)))
 
 
@@ -117,9 +107,9 @@ class Block(nn.Module):
             FeedForward(s), Attention(s), Convolution(s), FeedForward(s))
         self.norm = nn.LayerNorm(s.dim)
 
-    def forward(self, x_BTD, valid_BT, positions):
+    def forward(self, x_BTD, valid_BT, rope):
         x_BTD = x_BTD + 0.5 * self.first(x_BTD)
-        x_BTD = x_BTD + self.attention(x_BTD, valid_BT, positions)
+        x_BTD = x_BTD + self.attention(x_BTD, valid_BT, rope)
         x_BTD = x_BTD + self.convolution(x_BTD, valid_BT)
         return self.norm(x_BTD + 0.5 * self.last(x_BTD))
 
@@ -183,12 +173,13 @@ class Encoder(nn.Module):
         if mask_BT is not None:
             x_BTD = torch.where(mask_BT[..., None], self.mask_embedding.to(x_BTD.dtype), x_BTD)
         valid_BT = valid_frames(lengths_B, x_BTD.shape[1])
-        positions, found = rotary(x_BTD.shape[1], self.sizes.dim // self.sizes.heads, x_BTD.device), {}
+        frames = torch.arange(x_BTD.shape[1], device=x_BTD.device)
+        rope, features = rope_table(frames, self.sizes.dim // self.sizes.heads), {}
         for n, block in enumerate(self.blocks[:max(layers)], 1):
-            x_BTD = block(x_BTD, valid_BT, positions)
+            x_BTD = block(x_BTD, valid_BT, rope)
             if n in layers:
-                found[n] = x_BTD
-        return [found[n] for n in layers]
+                features[n] = x_BTD
+        return [features[n] for n in layers]
 
 
 class MaskedModel(nn.Module):

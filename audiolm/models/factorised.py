@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from audiolm.models.rvq import Reduce, check_levels, nearest, perplexity
+from audiolm.models.entropy import perplexity
+from audiolm.models.rvq import Reduce, check_levels, nearest
 
 
 class FactorisedVQ(nn.Module):

@@ -1,9 +1,9 @@
 """k-means in torch: k-means++ (Arthur and Vassilvitskii 2007), then Lloyd or minibatches, the same result for a seed.
 
-Points come as shards, tensors x_ND float32; neighbouring shards make a part.  Functions of a part are called through
-`each`, here or as one task a part, and only sums come back: float64, in chunks of fixed size, reduced in the order of the
-shards, so that neither the number of workers nor the device's atomics can change a centroid.  An empty cluster is seeded
-anew with the point farthest from its own centroid.  Legend: N points, D dimensions, K clusters.
+Points come as shards, tensors x_ND float32; neighbouring shards make a part.  Sums are float64, in chunks of fixed size
+and in the order of shards and parts, so that neither the cutting of the work nor a device's atomics can change a
+centroid.  An empty cluster restarts at the point farthest from its own centroid.
+Legend: N points, D dimensions, K clusters.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ BATCH_ROWS_PER_K = 16  # of a minibatch
 SETTLED = 1e-3  # minibatches end with a pass that lowers the inertia by less than this share
 
 Part = list[torch.Tensor]
-Each = Callable[..., list]  # each(fn, *args, only=None): [fn(part, *args) for every part or those of `only`], in order
 
 
 @dataclass(frozen=True)
@@ -62,27 +61,17 @@ def margins(x_ND: torch.Tensor, centroids_KD: torch.Tensor) -> torch.Tensor:
     return ((d[:, 1] - d[:, 0]) / d[:, 1].clamp_min(1e-12)).float()
 
 
-def parts(lengths: Sequence[int]) -> list[list[int]]:
-    """Indices of the shards of each part: neighbours, up to PART rows together."""
-    groups: list[list[int]] = []
+def parts(shards: Sequence[torch.Tensor]) -> list[Part]:
+    """Neighbouring shards, up to PART rows together."""
+    groups: list[Part] = []
     rows = 0
-    for i, n in enumerate(lengths):
-        if not groups or rows + n > PART:
+    for x_ND in shards:
+        if not groups or rows + len(x_ND) > PART:
             groups.append([])
             rows = 0
-        groups[-1].append(i)
-        rows += n
+        groups[-1].append(x_ND)
+        rows += len(x_ND)
     return groups
-
-
-def in_memory(shards: Sequence[torch.Tensor]) -> tuple[Each, int]:
-    """`each` over the parts of shards held here, and their number."""
-    groups = [[shards[i] for i in group] for group in parts([len(x) for x in shards])]
-
-    def each(fn: Callable, *args, only: Sequence[int] | None = None) -> list:
-        return [fn(groups[i], *args) for i in (range(len(groups)) if only is None else only)]
-
-    return each, len(groups)
 
 
 def partial_sums(part: Part, centroids_KD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float, bytes]:
@@ -140,16 +129,15 @@ def plus_plus(x_ND: torch.Tensor, k: int, generator: torch.Generator) -> torch.T
     return x_ND[picks].clone()
 
 
-def starts(rows_of: Callable[[torch.Tensor], torch.Tensor], n: int, k: int, seed: int,
-           restarts: int) -> list[torch.Tensor]:
-    """centroids_KD of each restart, by k-means++ on a sample of the n points; `rows_of` gives those at sorted indices.
+def starts(shards: Sequence[torch.Tensor], k: int, seed: int, restarts: int) -> list[torch.Tensor]:
+    """centroids_KD of each restart, by k-means++ on a sample of the points.
 
     Raises ValueError where fewer than k points of the sample differ.
     """
-    generator, found = torch.Generator().manual_seed(seed), []
+    generator, n, found = torch.Generator().manual_seed(seed), sum(map(len, shards)), []
     for _ in range(restarts):
         some = min(n, INIT_ROWS_PER_K * k)
-        points = rows_of(torch.randperm(n, generator=generator)[:some].sort().values if some < n else torch.arange(n))
+        points = take(shards, torch.randperm(n, generator=generator)[:some].sort().values if some < n else torch.arange(n))
         start = plus_plus(points, k, generator) if some >= k else None
         if start is None:
             raise ValueError(f"k-means with k = {k} needs that many distinct points, got {len(points.unique(dim=0))} among "
@@ -158,12 +146,12 @@ def starts(rows_of: Callable[[torch.Tensor], torch.Tensor], n: int, k: int, seed
     return found
 
 
-def _reseeded(each: Each, means: torch.Tensor, centroids: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+def _reseeded(groups: list[Part], means: torch.Tensor, centroids: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     """`means` with each empty cluster at the farthest point not taken yet; fewer where all points sit on centroids."""
     empty = (counts == 0).nonzero().flatten()
     if not len(empty):
         return means
-    found = each(farthest, centroids, len(empty))
+    found = [farthest(part, centroids, len(empty)) for part in groups]
     far, order = torch.cat([f[0] for f in found]).sort(descending=True, stable=True)
     order = order[:len(empty)][far[:len(empty)] > 0]
     means = means.clone()
@@ -171,10 +159,10 @@ def _reseeded(each: Each, means: torch.Tensor, centroids: torch.Tensor, counts: 
     return means
 
 
-def _lloyd(each: Each, centroids: torch.Tensor, iterations: int, tell: Callable[[int, float], None]) -> KMeans:
+def _lloyd(groups: list[Part], centroids: torch.Tensor, iterations: int, tell: Callable[[int, float], None]) -> KMeans:
     before = None
     for done in range(iterations + 1):
-        shares = each(partial_sums, centroids)
+        shares = [partial_sums(part, centroids) for part in groups]
         sums, counts, inertia = (sum(share[i] for share in shares) for i in range(3))
         digests = [share[3] for share in shares]
         tell(done, inertia)
@@ -182,7 +170,7 @@ def _lloyd(each: Each, centroids: torch.Tensor, iterations: int, tell: Callable[
             break  # settled (an empty cluster that could not be seeded stays), or out of iterations
         before = digests
         means = torch.where(counts[:, None] > 0, sums / counts.clamp_min(1)[:, None], centroids.double())
-        centroids = _reseeded(each, means, centroids, counts).float()
+        centroids = _reseeded(groups, means, centroids, counts).float()
     return KMeans(centroids, inertia, counts, done)
 
 
@@ -200,55 +188,46 @@ def minibatches(part: Part, centroids_KD: torch.Tensor, seen_K: torch.Tensor, se
     return c, seen, total, inertia
 
 
-def _minibatch(each: Each, number: int, centroids: torch.Tensor, iterations: int, seed: int, run: int,
+def _minibatch(groups: list[Part], centroids: torch.Tensor, iterations: int, seed: int, run: int,
                tell: Callable[[int, float], None]) -> KMeans:
     """Passes of minibatches (Sculley 2010), part after part in drawn order, until one brings little."""
     c, seen, before = centroids.double(), torch.zeros(len(centroids), dtype=torch.float64), math.inf
     for done in range(1, iterations + 1):
         counts, inertia = torch.zeros(len(c), dtype=torch.int64), 0.0
-        for part in rng.generator(seed, "minibatch-parts", run, done).permutation(number).tolist():
-            (c, seen, share, sum_), = each(minibatches, c, seen, seed, (run, done, part), only=[part])
+        for part in rng.generator(seed, "minibatch-parts", run, done).permutation(len(groups)).tolist():
+            c, seen, share, sum_ = minibatches(groups[part], c, seen, seed, (run, done, part))
             counts, inertia = counts + share, inertia + sum_
         tell(done, inertia)
         empty = counts == 0
-        c = _reseeded(each, c, c.float(), counts)
+        c = _reseeded(groups, c, c.float(), counts)
         if inertia > (1 - SETTLED) * before and not empty.any():
             break
         before, seen = inertia, (seen / 2).masked_fill(empty, 0)  # early points had been given to poor centroids
-    return replace(_lloyd(each, c.float(), 0, lambda *_: None), iterations=done)
-
-
-def best(each: Each, number: int, starts_KD: Sequence[torch.Tensor], iterations: int, method: str = "lloyd", seed: int = 0,
-         tell: Callable[[int, int, float], None] = lambda *_: None) -> KMeans:
-    """The best by inertia of a run from each start over `number` parts, by `method` lloyd or minibatch.
-
-    `tell(run, iteration, inertia)` hears of every iteration; `iterations` are passes over the points in both methods.
-    """
-    found = None
-    for i, start in enumerate(starts_KD):
-        def heard(done: int, inertia: float, i: int = i) -> None:
-            tell(i, done, inertia)
-
-        run = (_minibatch(each, number, start, iterations, seed, i, heard) if method == "minibatch"
-               else _lloyd(each, start, iterations, heard))
-        found = run if found is None or run.inertia < found.inertia else found
-    return found
+    return replace(_lloyd(groups, c.float(), 0, lambda *_: None), iterations=done)
 
 
 def fit(shards: Sequence[torch.Tensor], k: int, seed: int, iterations: int = 100, restarts: int = 1,
         init_KD: torch.Tensor | None = None, method: str = "lloyd",
         tell: Callable[[int, int, float], None] = lambda *_: None) -> KMeans:
-    """The best of `restarts` runs by inertia, on points held here. With init_KD there is one run, from those centroids.
+    """The best of `restarts` runs by inertia, by `method` lloyd or minibatch; with init_KD one run, from those centroids.
 
+    `tell(run, iteration, inertia)` is called each iteration; `iterations` are passes over the points in both methods.
     Raises ValueError where a value is not finite or fewer than k points differ.
     """
     shards = [x.float() for x in shards if len(x)]
     if not shards:
         raise ValueError(f"k-means with k = {k} got no points")
     check_finite(shards, range(len(shards)))
-    begin = [init_KD.float().cpu()] if init_KD is not None else \
-        starts(lambda rows: take(shards, rows), sum(map(len, shards)), k, seed, restarts)
-    return best(*in_memory(shards), begin, iterations, method, seed, tell)
+    begin = [init_KD.float().cpu()] if init_KD is not None else starts(shards, k, seed, restarts)
+    groups, best = parts(shards), None
+    for run, start in enumerate(begin):
+        def tell_run(done: int, inertia: float, run: int = run) -> None:
+            tell(run, done, inertia)
+
+        found = (_minibatch(groups, start, iterations, seed, run, tell_run) if method == "minibatch"
+                 else _lloyd(groups, start, iterations, tell_run))
+        best = found if best is None or found.inertia < best.inertia else best
+    return best
 
 
 def check_finite(shards: Sequence[torch.Tensor], numbers: Sequence[int]) -> None:
@@ -256,9 +235,3 @@ def check_finite(shards: Sequence[torch.Tensor], numbers: Sequence[int]) -> None
     for i, x in zip(numbers, shards, strict=True):
         if not torch.isfinite(x).all():
             raise ValueError(f"k-means got values that are not finite in shard {i}; the features before it are broken")
-
-
-def entropy(counts_K: torch.Tensor) -> float:
-    """Of the shares of use, in nats; exp of it is the perplexity."""
-    p = counts_K.double() / counts_K.sum().clamp_min(1)
-    return max(0.0, -float((p * p.clamp_min(1e-30).log()).sum()))

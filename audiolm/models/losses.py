@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from audiolm.models.discriminators import DiscriminatorOutput
-from audiolm.models.mel import mel_filterbank
+from audiolm.models.mel import filterbank
 
 WINDOWS = (32, 64, 128, 256, 512, 1024, 2048)
 N_MELS = (5, 10, 20, 40, 80, 160, 320)
@@ -28,7 +28,7 @@ def _floor(size: int) -> float:
 def _mel(wav_BT: torch.Tensor, size: int, n_mels: int, sample_rate: int) -> torch.Tensor:
     window = torch.hann_window(size, device=wav_BT.device)
     spec_BFT = torch.stft(wav_BT, size, size // 4, size, window=window, return_complex=True).abs()
-    return spec_BFT.transpose(1, 2) @ mel_filterbank(sample_rate, size, n_mels, wav_BT.device)
+    return spec_BFT.transpose(1, 2) @ filterbank(sample_rate, size, n_mels, device=wav_BT.device)
 
 
 def multi_scale_mel(fake_BT: torch.Tensor, real_BT: torch.Tensor, sample_rate: int = 16_000) -> torch.Tensor:

@@ -1,7 +1,8 @@
-"""Log-mel features and their MFCCs, one convention for every user (DESIGN 1.7).
+"""Log-mel features, their MFCCs and every mel filterbank of the package.
 
-Window 400 (25 ms), hop 160 (10 ms), 120 zeros on each side, no centring: n samples, a multiple of 160, give exactly
-n / 160 frames, and a frame's window is centred on its hop.  Shapes: wav_BT -> mel_BTF.
+Log-mels: window 400 (25 ms), hop 160 (10 ms), 120 zeros on each side, no centring.  n samples, a multiple of 160, give
+exactly n / 160 frames, and a frame's window is centred on its hop.
+Shapes: wav_BT at 16 kHz -> mel_BTF, F bands.
 """
 
 from __future__ import annotations
@@ -15,68 +16,95 @@ import torch.nn.functional as F
 CPU = torch.device("cpu")
 WINDOW, HOP, PAD = 400, 160, 120
 FLOOR = 1e-5  # of a mel magnitude: -100 dBFS
-KNEE = 0.8  # of the band that a warp scales
+KNEE = 0.8  # of the band that a warp scales; the last fifth takes up the difference
+KALDI_LOW_HZ = 20.0  # where Kaldi's lowest band begins
+SLANEY_KNEE_HZ, SLANEY_KNEE_MEL = 1000.0, 15  # linear below, logarithmic above
+SLANEY_HZ_PER_MEL, SLANEY_LOG_STEP = 200 / 3, math.log(6.4) / 27
 
 
 @functools.lru_cache(maxsize=64)
-@torch.inference_mode(False)  # what is kept may be wanted by a backward pass later
-def mel_filterbank(sample_rate: int, n_fft: int, n_mels: int, device: torch.device = CPU) -> torch.Tensor:
-    """Triangles equally spaced on the HTK mel scale: (n_fft // 2 + 1, n_mels), float32, each with peak 1. Kept on its device:
-    a copy at each use would stop a GPU's queue."""
-    freqs = torch.linspace(0, sample_rate / 2, n_fft // 2 + 1, dtype=torch.float64)
-    return _triangles(freqs, sample_rate, n_mels).float().to(device)
+@torch.inference_mode(False)  # a cached bank may take part in a backward pass later
+def filterbank(sample_rate: int, n_fft: int, n_mels: int, scale: str = "htk", device: torch.device = CPU,
+               dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """(n_fft // 2 + 1, n_mels): triangular bands equally spaced on a mel scale, each by its own library's convention.
+
+    "htk": triangles over Hz, each with peak 1; "slaney" (librosa): over Hz, each of area 1; "kaldi": over mels, from
+    20 Hz, each with peak 1.  Computed in float64, rounded to `dtype` once.  Kept on its device, because a copy at each
+    use would stop a GPU's queue.
+    """
+    bins = torch.linspace(0, sample_rate / 2, n_fft // 2 + 1, dtype=torch.float64)
+    edges = _edges(scale, sample_rate / 2, n_mels)
+    bank = _triangles(_kaldi_mel(bins) if scale == "kaldi" else bins, edges)
+    if scale == "slaney":
+        bank = bank * 2 / (edges[2:] - edges[:-2])
+    return bank.to(dtype).to(device)
 
 
-def _triangles(freqs: torch.Tensor, sample_rate: int, n_mels: int) -> torch.Tensor:
-    """(..., n_mels) weights of frequencies (...) in Hz, float64."""
-    def to_mel(f):
-        return 2595.0 * math.log10(1.0 + f / 700.0)
+def _edges(scale: str, half_hz: float, n_mels: int, device: torch.device = CPU) -> torch.Tensor:
+    """(n_mels + 2,) float64: band i rises from entry i, peaks at i + 1 and ends at i + 2. In Hz; in mels for "kaldi"."""
+    def spaced(low: float, high: float) -> torch.Tensor:
+        return torch.linspace(low, high, n_mels + 2, dtype=torch.float64, device=device)
 
-    mels = torch.linspace(0.0, to_mel(sample_rate / 2), n_mels + 2, dtype=torch.float64, device=freqs.device)
-    edges = 700.0 * (10.0 ** (mels / 2595.0) - 1.0)
-    freqs = freqs[..., None]
-    up = (freqs - edges[:-2]) / (edges[1:-1] - edges[:-2])
-    down = (edges[2:] - freqs) / (edges[2:] - edges[1:-1])
+    if scale == "htk":
+        return 700.0 * (10.0 ** (spaced(0.0, 2595.0 * math.log10(1.0 + half_hz / 700.0)) / 2595.0) - 1.0)
+    if scale == "kaldi":
+        return spaced(float(_kaldi_mel(KALDI_LOW_HZ)), float(_kaldi_mel(half_hz)))
+    mels = spaced(0, SLANEY_KNEE_HZ / SLANEY_HZ_PER_MEL + math.log(half_hz / SLANEY_KNEE_HZ) / SLANEY_LOG_STEP)
+    above = SLANEY_KNEE_HZ * torch.exp(SLANEY_LOG_STEP * (mels - SLANEY_KNEE_MEL))
+    return torch.where(mels < SLANEY_KNEE_MEL, mels * 200 / 3, above)
+
+
+def _kaldi_mel(hz: torch.Tensor | float) -> torch.Tensor:
+    return 1127.0 * torch.log1p(torch.as_tensor(hz, dtype=torch.float64) / 700.0)
+
+
+def _triangles(points: torch.Tensor, edges: torch.Tensor) -> torch.Tensor:
+    """(..., n_mels) float64 weights of points (...) on the axis of the edges."""
+    points = points[..., None]
+    up = (points - edges[:-2]) / (edges[1:-1] - edges[:-2])
+    down = (edges[2:] - points) / (edges[2:] - edges[1:-1])
     return torch.minimum(up, down).clamp_min(0)
 
 
 def warped_filterbank(ratio_B: torch.Tensor, sample_rate: int, n_fft: int, n_mels: int) -> torch.Tensor:
-    """(B, n_fft // 2 + 1, n_mels): what lies at f is heard at ratio x f, up to a knee, above which the rest of the band
-    fills the rest: so no band falls empty."""
+    """(B, n_fft // 2 + 1, n_mels) HTK bands in which energy at f counts as energy at ratio x f.
+
+    Above a knee the rest of the spectrum is mapped linearly onto the rest of the band, so that no band falls empty.
+    """
     half = sample_rate / 2
-    freqs = torch.linspace(0, half, n_fft // 2 + 1, dtype=torch.float64, device=ratio_B.device)
+    bins = torch.linspace(0, half, n_fft // 2 + 1, dtype=torch.float64, device=ratio_B.device)
     ratio_B1 = ratio_B.double()[:, None]
     knee = KNEE * half / ratio_B1.clamp_min(1.0)
     rest = (half - ratio_B1 * knee) / (half - knee)
-    slope = torch.where(freqs <= knee, ratio_B1, rest)
-    moved = torch.where(freqs <= knee, ratio_B1 * freqs, half - rest * (half - freqs))
-    # times the slope: bins that move apart would each count for less
-    return (_triangles(moved, sample_rate, n_mels) * slope[..., None]).float()
+    slope = torch.where(bins <= knee, ratio_B1, rest)
+    warped = torch.where(bins <= knee, ratio_B1 * bins, half - rest * (half - bins))
+    # times the slope, because bins that move apart would each count for less
+    return (_triangles(warped, _edges("htk", half, n_mels, bins.device)) * slope[..., None]).float()
 
 
 def log_mel(wav_BT: torch.Tensor, n_mels: int = 80, sample_rate: int = 16_000,
             ratio_B: torch.Tensor | None = None) -> torch.Tensor:
-    """Natural log of the mel magnitudes, mel_BTF with T = samples // 160; samples must be a multiple of 160. ratio_B scales
-    each row's frequencies (`warped_filterbank`)."""
+    """mel_BTF: natural logarithms of mel magnitudes, T = samples // 160. ratio_B scales each row's frequencies, see
+    `warped_filterbank`. Raises ValueError where the samples are no multiple of 160."""
     if wav_BT.shape[-1] % HOP:
         raise ValueError(f"log_mel takes a multiple of {HOP} samples, got {wav_BT.shape[-1]}; pad with zeros")
     window = torch.hann_window(WINDOW, device=wav_BT.device, dtype=torch.float32)
     spec_BFT = torch.stft(F.pad(wav_BT.float(), (PAD, PAD)), WINDOW, HOP, WINDOW, window=window, center=False,
                           return_complex=True).abs()
-    bank = (mel_filterbank(sample_rate, WINDOW, n_mels, spec_BFT.device) if ratio_B is None
+    bank = (filterbank(sample_rate, WINDOW, n_mels, device=spec_BFT.device) if ratio_B is None
             else warped_filterbank(ratio_B, sample_rate, WINDOW, n_mels))
     return (spec_BFT.transpose(1, 2) @ bank).clamp_min(FLOOR).log()
 
 
 def mfcc(mel_BTF: torch.Tensor, n: int = 13) -> torch.Tensor:
-    """The first n cepstra (orthonormal DCT-II of log-mels) with first and second differences: BT(3n)."""
+    """(B, T, 3n): the first n cepstra (orthonormal DCT-II of log-mels) with their first and second differences."""
     f = mel_BTF.shape[-1]
     k = torch.arange(n, device=mel_BTF.device, dtype=torch.float32)[None]
     i = torch.arange(f, device=mel_BTF.device, dtype=torch.float32)[:, None]
     dct = torch.cos(math.pi / f * (i + 0.5) * k) * math.sqrt(2.0 / f)
     c_BTN = mel_BTF @ dct
 
-    def delta(x_BTN):  # regression over +-2 frames, ends repeated
+    def delta(x_BTN):  # the slope of a regression over +-2 frames; 10 = 2 x (1 + 4); the ends are repeated
         p = F.pad(x_BTN.transpose(1, 2), (2, 2), mode="replicate").transpose(1, 2)
         return (2 * (p[:, 4:] - p[:, :-4]) + (p[:, 3:-1] - p[:, 1:-3])) / 10.0
 

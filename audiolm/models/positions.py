@@ -1,8 +1,8 @@
-"""Where a token stands (paper III-C): rotary angles, or T5's learned bias by distance, one table for all layers.
+"""Token positions (paper III-C): rotary position embeddings (2104.09864), or T5's learned bias by distance.
 
 Shapes: positions (...) int64 from 0 within a document; cos, sin (..., width of a head); bias_HTT float32, added to the
-scores of head h, query i and key j.  The bias knows every distance below `longest`: half of its buckets hold one distance
-each, the others grow evenly in the logarithm up to the longest, and what lies beyond shares the last.
+scores of head h, query i and key j.  One bias table serves all layers and knows every distance below `longest`: half of
+its buckets hold one distance each, the others grow evenly in the logarithm; distances beyond share the last bucket.
 """
 
 from __future__ import annotations
@@ -12,22 +12,28 @@ import math
 import torch
 from torch import nn
 
-ROTARY_BASE = 10_000.0
+ROTARY_BASE = 10_000.0  # 2104.09864
 BUCKETS = 32  # as T5
 
+Rope = tuple[torch.Tensor, torch.Tensor]  # cosines and signed sines, (..., width) each
 
-def rotary(positions: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and signed sines (..., width) in float32: positions do not fit in bfloat16."""
+
+def rope_table(positions: torch.Tensor, width: int) -> Rope:
+    """Cosines and signed sines (..., width) of positions, in float32: bfloat16 cannot hold positions above 256."""
     half = torch.arange(width // 2, device=positions.device, dtype=torch.float32)
     angles = positions.float()[..., None] * ROTARY_BASE ** (-2.0 * half / width)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotates the pairs (i, i + width/2) of the last axis; sin carries the sign of its half."""
-    y = torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
-    return y.to(x.dtype)
+def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, fused: bool = True) -> torch.Tensor:
+    """Rotates the pairs (i, i + width/2) of the last axis; sin carries the sign of its half.
+
+    `fused` rounds once, as the Transformer does; the encoder rounds its products and their sum, in float32.
+    """
+    y = x if fused else x.float()
+    other = y.roll(x.shape[-1] // 2, -1)
+    return (torch.addcmul(y * cos, other, sin) if fused else y * cos + other * sin).to(x.dtype)
 
 
 def distance_buckets(longest: int) -> torch.Tensor:
@@ -38,7 +44,7 @@ def distance_buckets(longest: int) -> torch.Tensor:
 
 
 class RelativePositionBias(nn.Module):
-    """What every head adds to a score at each distance; `longest` in tokens."""
+    """Learned bias of every head at each distance; `longest` in tokens."""
 
     def __init__(self, heads: int, longest: int):
         super().__init__()
@@ -47,13 +53,13 @@ class RelativePositionBias(nn.Module):
 
     def forward(self, length: int) -> torch.Tensor:
         """bias_HTT, -inf where a key comes after the query."""
-        by_HT = self.at(torch.arange(length, device=self.table.device)).T
-        # Row i holds one and the same vector u, i places further on: u[(j - i) mod 2T].  Copies and views alone, since
-        # looking up T x T distances has a backward pass that adds T x T numbers into 32 places.
-        later = by_HT.new_full((len(by_HT), length), -torch.inf)
-        u_HU = torch.cat([by_HT[:, :1], later, by_HT[:, 1:].flip(1)], 1)
-        turned = u_HU[:, None].expand(-1, length, -1).flatten(1)[:, :length * (2 * length - 1)]
-        return turned.view(-1, length, 2 * length - 1)[..., :length]
+        bias_HL = self.at(torch.arange(length, device=self.table.device)).T
+        # Row i holds the same vector u, shifted by i places: u[(j - i) mod 2T].  Copies and views only, because a
+        # lookup of T x T distances has a backward pass that adds T x T numbers into 32 places.
+        later = bias_HL.new_full((len(bias_HL), length), -torch.inf)
+        u_HU = torch.cat([bias_HL[:, :1], later, bias_HL[:, 1:].flip(1)], 1)
+        shifted = u_HU[:, None].expand(-1, length, -1).flatten(1)[:, :length * (2 * length - 1)]
+        return shifted.view(-1, length, 2 * length - 1)[..., :length]
 
     def at(self, distance: torch.Tensor) -> torch.Tensor:
         """(..., H) at distances (...) from 0."""

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from audiolm import rng
+from audiolm.models.entropy import perplexity
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]  # sums over workers
 
@@ -48,11 +49,6 @@ def check_levels(codes_BTQ: torch.Tensor, n_q: int) -> int:
     if not 1 <= levels <= n_q:
         raise ValueError(f"codes have {levels} levels; this codec decodes 1 to {n_q}")
     return levels
-
-
-def perplexity(share_QN: torch.Tensor) -> torch.Tensor:
-    """exp(entropy) of each row of shares, (Q,)."""
-    return torch.special.entr(share_QN / share_QN.sum(1, keepdim=True)).sum(1).exp()
 
 
 class ResidualVQ(nn.Module):

@@ -18,11 +18,10 @@ from torch.utils.checkpoint import checkpoint
 from audiolm.models.attention import ALONE, Documents, attend, mask_of
 from audiolm.models.cache import KEYS, KVCache, Places, places
 from audiolm.models.heads import LevelHeads
-from audiolm.models.positions import RelativePositionBias, rotary, rotate
+from audiolm.models.positions import RelativePositionBias, Rope, apply_rope, rope_table
 
 ROWS = 8  # rows of a CPU matrix product while sampling; a product's rounding depends on its shape
 EPS = 1e-5
-Turns = tuple[torch.Tensor, torch.Tensor] | None  # rotary cosines and signed sines
 
 
 def _norm(kind: str, dim: int) -> nn.Module:
@@ -47,16 +46,16 @@ class Block(nn.Module):
         a = F.silu(gate) if self.silu else F.gelu(gate, approximate="tanh")
         return self.down(a if x is None else a * x)
 
-    def project(self, h_BTD: torch.Tensor, turns: Turns, rows: int | None = None) -> tuple[torch.Tensor, ...]:
-        """q, k, v (B, T, H, E), of the first rows alone where the rest is padding; turns (B or 1, T, 1, 1, E)."""
+    def project(self, h_BTD: torch.Tensor, rope: Rope | None, rows: int | None = None) -> tuple[torch.Tensor, ...]:
+        """q, k, v (B, T, H, E), of the first rows alone where the rest is padding; rope (B or 1, T, 1, 1, E)."""
         B, T, D = h_BTD.shape
         qkv = self.qkv(self.norm1(h_BTD)).view(B, T, 3, self.heads, D // self.heads)[:rows]
-        qk = rotate(qkv[:, :, :2], *turns) if turns else qkv[:, :, :2]
+        qk = apply_rope(qkv[:, :, :2], *rope) if rope else qkv[:, :, :2]
         return qk[:, :, 0], qk[:, :, 1], qkv[:, :, 2]
 
-    def forward(self, h_BTD: torch.Tensor, turns: Turns, mask: torch.Tensor | None, bounds_N: torch.Tensor | None):
+    def forward(self, h_BTD: torch.Tensor, rope: Rope | None, mask: torch.Tensor | None, bounds_N: torch.Tensor | None):
         """mask and bounds as `attend` takes them."""
-        a = self.out(attend(*self.project(h_BTD, turns), mask, bounds_N))
+        a = self.out(attend(*self.project(h_BTD, rope), mask, bounds_N))
         h = h_BTD + F.dropout(a, self.dropout, self.training)
         return h + F.dropout(self.feed(h), self.dropout, self.training)
 
@@ -65,7 +64,7 @@ class Block(nn.Module):
         R, t, D = h_RtD.shape
         B, _, _, E = k_BHLE.shape
         project, feed = self.compiled if self.compiled and t == 1 else (self.project, self.feed)
-        q, k, v = (x.transpose(1, 2) for x in project(h_RtD, at.turns, B))
+        q, k, v = (x.transpose(1, 2) for x in project(h_RtD, at.rope, B))
         k_BHLE.view(-1, E).index_copy_(0, at.rows, k.reshape(-1, E))
         v_BHLE.view(-1, E).index_copy_(0, at.rows, v.reshape(-1, E))
         if at.seen is None:
@@ -140,12 +139,12 @@ class Transformer(nn.Module):
 
     def hidden(self, ids_BT: torch.Tensor, docs: Documents = ALONE) -> torch.Tensor:
         """h_BTD, what the heads score. Raises ValueError for T5 positions on documents that were laid out for flash."""
-        T, turns, mask = ids_BT.shape[1], None, None
+        T, rope, mask = ids_BT.shape[1], None, None
         if docs.doc_BT is not None:
             mask = mask_of(docs.doc_BT)
         if self.bias is None:
             positions = torch.arange(T, device=ids_BT.device)[None] if docs.positions_BT is None else docs.positions_BT
-            turns = tuple(x[:, :, None, None] for x in self._rotary(positions))
+            rope = tuple(x[:, :, None, None] for x in self._rope_table(positions))
         elif docs.bounds_N is not None:
             raise ValueError("T5 positions need documents laid out for dense attention: documents(doc_BT, flash=False)")
         else:
@@ -155,13 +154,13 @@ class Transformer(nn.Module):
         h_BTD = F.dropout(self.embed(ids_BT), self.dropout, self.training)
         for block in self.blocks:
             if self.checkpointing and torch.is_grad_enabled():
-                h_BTD = checkpoint(block, h_BTD, turns, mask, docs.bounds_N, use_reentrant=False)
+                h_BTD = checkpoint(block, h_BTD, rope, mask, docs.bounds_N, use_reentrant=False)
             else:
-                h_BTD = block(h_BTD, turns, mask, docs.bounds_N)
+                h_BTD = block(h_BTD, rope, mask, docs.bounds_N)
         return self.norm(h_BTD)
 
-    def _rotary(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        cos, sin = rotary(positions, self.dim // self.heads)
+    def _rope_table(self, positions: torch.Tensor) -> Rope:
+        cos, sin = rope_table(positions, self.dim // self.heads)
         dtype = self.embed.weight.dtype  # computed exactly, rounded once
         return cos.to(dtype), sin.to(dtype)
 
@@ -171,11 +170,11 @@ class Transformer(nn.Module):
         device, dtype = device or self.embed.weight.device, dtype or self.embed.weight.dtype
         shape = (batch, self.heads, -(-length // KEYS) * KEYS, self.dim // self.heads)
         k, v = ([torch.zeros(shape, device=device, dtype=dtype) for _ in self.blocks] for _ in range(2))
-        turns = None if self.bias else self._rotary(torch.arange(shape[2], device=device))
-        return KVCache(k, v, torch.zeros(batch, dtype=torch.int64, device=device), turns)
+        rope = None if self.bias else self._rope_table(torch.arange(shape[2], device=device))
+        return KVCache(k, v, torch.zeros(batch, dtype=torch.int64, device=device), rope)
 
     def advance(self, ids_Bt: torch.Tensor, cache: KVCache) -> torch.Tensor:
-        """Appends t >= 1 tokens to each row; returns h_BtD. Use under torch.no_grad() and in eval mode.
+        """Appends t >= 1 tokens to each row; rerope h_BtD. Use under torch.no_grad() and in eval mode.
 
         Raises ValueError where the cache is full.
         """

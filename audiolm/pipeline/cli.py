@@ -28,30 +28,64 @@ from audiolm.dag.run_index import OUTPUTS
 from audiolm.dag.step import Step
 from audiolm.pipeline.ray_cluster import in_ray_job, start_ray, worker_died
 from audiolm.store import check_store, is_local
-from audiolm.train.commits import start
+from audiolm.train.commits import starting_point
 
 
 def main(graph: Callable[[Pipeline], list[Step]], default: Path) -> None:
     """Parses the command line and runs; ends the process."""
     args = _parser(default).parse_intermixed_args()
-    values = [a for a in args.rest if "=" in a]
+    sys.exit(run_command(lambda: _pipeline(args, graph, default)))
+
+
+def run_command(command: Callable[[], int], stopped: str = "stopped; the same command continues") -> int:
+    """The exit status of a command, its errors in one line on stderr and its Ray shut down.
+
+    0 and 1 are the command's own; 2: wrong usage, config or input; 130: Ctrl-C, after the line `stopped`.
+    """
+    try:
+        return command()
+    except KeyboardInterrupt:
+        print(f"\n{stopped}", file=sys.stderr)
+        return 130
+    except Exception as e:  # noqa: BLE001  one line that names the fix, whatever a filesystem, MLflow or Ray raised
+        ours = isinstance(e, (ValueError, FileNotFoundError, StepFailed))
+        return _fail(f"{e}" if ours else f"{type(e).__name__}: {e}", 2)
+    finally:
+        _stop_ray()
+
+
+def _fail(text: str, code: int) -> int:
+    print(f"error: {text}", file=sys.stderr)
+    return code
+
+
+def _stop_ray() -> None:
+    if "ray" in sys.modules:
+        sys.modules["ray"].shutdown()
+
+
+def _pipeline(args: argparse.Namespace, graph: Callable[[Pipeline], list[Step]], default: Path) -> int:
+    """Plans and, unless only the plan or the status is asked for, runs. Raises ValueError for wrong usage."""
+    overrides = [a for a in args.rest if "=" in a]
     files = [a for a in args.rest if "=" not in a]
     if len(files) > 1:
-        _fail(f"one config file at most, got {', '.join(files)}", 2)
+        raise ValueError(f"one config file at most, got {', '.join(files)}")
+    cfg = place(load_config(files[0] if files else str(default), overrides))
+    force = _names(args.force)
     try:
-        cfg = load_config(files[0] if files else str(default), values)
-        cfg = place(cfg)
-        steps = toposort(graph(cfg))
-        chosen = {"only": _names(args.only), "from_": _names(args.from_), "force": _names(args.force)}
-        rows = plan(steps, cfg.store, **chosen)
-    except (ConfigError, ValueError) as e:
-        _fail(str(e), 2)
+        rows = plan(toposort(graph(cfg)), cfg.store, only=_names(args.only), from_=_names(args.from_), force=force)
     except PermissionError as e:
-        _fail(f"store {cfg.store!r}: {e}; check its path and the credentials in the environment", 1)
+        return _fail(f"store {cfg.store!r}: {e}; check its path and the credentials in the environment", 1)
     if args.dry_run or args.status:
         print(table(rows, run=args.dry_run))
-        return
-    sys.exit(_run(cfg, rows, chosen["force"], args.inline))
+        return 0
+    quiet()
+    try:
+        check_store(cfg.store)
+        _check_corpus(cfg, rows)
+    except Exception as e:  # noqa: BLE001  one line that names the store, whatever its filesystem raised
+        return _fail(f"{e}" if isinstance(e, ValueError) else f"store {cfg.store!r}: {type(e).__name__}: {e}", 1)
+    return _run(cfg, rows, force, args.inline)
 
 
 def _parser(default: Path) -> argparse.ArgumentParser:
@@ -70,11 +104,6 @@ def _parser(default: Path) -> argparse.ArgumentParser:
 
 def _names(text: str | None) -> tuple[str, ...]:
     return tuple(n.strip() for n in text.split(",") if n.strip()) if text else ()
-
-
-def _fail(text: str, code: int) -> None:
-    print(f"error: {text}", file=sys.stderr)
-    sys.exit(code)
 
 
 def place(cfg: Pipeline) -> Pipeline:
@@ -102,16 +131,16 @@ def table(rows: list[PlanRow], run: bool) -> str:
     lines = []
     for r in rows:
         verb = ("run " if r.run else "skip") if run else ""
-        reason = r.reason + _goes_on(r) if run else r.view.note
-        path = r.view.artifact.path if r.view.artifact and not (run and r.run) else ""
-        lines.append(f"{verb:5}{r.step.name:{width}}  {r.view.status:8} {r.step.fingerprint}  {reason}  {path}".rstrip())
+        reason = r.reason + _goes_on(r) if run else r.state.note
+        path = r.state.artifact.path if r.state.artifact and not (run and r.run) else ""
+        lines.append(f"{verb:5}{r.step.name:{width}}  {r.state.status:8} {r.step.fingerprint}  {reason}  {path}".rstrip())
     n = sum(r.run for r in rows)
     return "\n".join([*lines, f"{n} of {len(rows)} steps to run" if run else f"{len(rows) - n} of {len(rows)} steps done"])
 
 
 def _goes_on(row: PlanRow) -> str:
     """From which step a training would go on, and whose checkpoint that is where it is another build's."""
-    found = start(row.builds[0], row.builds[1:], row.step.trains.trunk_steps) if row.builds else None
+    found = starting_point(row.builds[0], row.builds[1:], row.step.trains.trunk_steps) if row.builds else None
     if found is None:
         return ""
     whose = "" if found[0] == row.builds[0] else f" of {'/'.join(found[0].split('/')[-2:])}"
@@ -119,15 +148,9 @@ def _goes_on(row: PlanRow) -> str:
 
 
 def _run(cfg: Pipeline, rows: list[PlanRow], force: tuple[str, ...], inline: bool) -> int:
-    quiet()
     from audiolm.pipeline.run_observer import RunObserver
 
     began = time.monotonic()
-    try:
-        check_store(cfg.store)
-        _check_corpus(cfg, rows)
-    except Exception as e:  # noqa: BLE001  one line that names the fix, whatever the filesystem raised
-        _fail(f"{e}" if isinstance(e, ValueError) else f"store {cfg.store!r}: {type(e).__name__}: {e}", 1)
     todo = [r.step.name for r in rows if r.run]
     observer = RunObserver(cfg, rows, git_state())
     observer.say(f"audiolm: run {cfg.run.name!r}, corpus {cfg.corpus.name!r}, store {cfg.store}")
@@ -147,11 +170,8 @@ def _run(cfg: Pipeline, rows: list[PlanRow], force: tuple[str, ...], inline: boo
         code = 130
         observer.say("stopped; the same command continues where this one was")
     observer.close({0: "FINISHED", 1: "FAILED", 130: "KILLED"}[code], time.monotonic() - began)
-    if "ray" in sys.modules:
-        import ray
-
-        ray.shutdown()
     if code == 130:  # threads that wait for workers would hold the process
+        _stop_ray()
         sys.stdout.flush()
         os._exit(code)
     return code
@@ -169,11 +189,11 @@ def quiet() -> None:
 def _check_corpus(cfg: Pipeline, rows: list[PlanRow]) -> None:
     """A manifest that would be skipped must still describe the files there are (decision 9)."""
     manifest = next((r for r in rows if r.step.name == "manifest" and not r.run), None)
-    if manifest is None or manifest.view.artifact is None or cfg.corpus.changed == "ignore":
+    if manifest is None or manifest.state.artifact is None or cfg.corpus.changed == "ignore":
         return
     from audiolm.data.manifest import changed_files
 
-    changes = {k: v for k, v in changed_files(manifest.view.artifact.path, cfg.corpus).items() if v}
+    changes = {k: v for k, v in changed_files(manifest.state.artifact.path, cfg.corpus).items() if v}
     if changes:
         text = "; ".join(f"{len(v)} {k}: {', '.join(v[:3])}{' ...' if len(v) > 3 else ''}" for k, v in changes.items())
         raise ValueError(f"corpus {cfg.corpus.name!r} changed since its manifest was built ({text}). To use the new files "

@@ -1,6 +1,6 @@
-"""One run as people see it: the terminal's board, the tracker's runs, the index `runs/{run}.json` and the last words.
+"""The observer of one run: progress on the terminal, runs in the tracker, the run's index and the closing lines.
 
-Implements dag.Observer; knows steps and paths, not audio.
+Implements the Observer of dag/step.py; knows steps and paths, not audio.
 """
 
 from __future__ import annotations
@@ -10,26 +10,29 @@ import time
 from audiolm.config.base import flatten
 from audiolm.config.pipeline import Pipeline
 from audiolm.dag.plan import PlanRow
-from audiolm.dag.run_index import index_path, write_index
+from audiolm.dag.run_index import GENERATION_STEPS, write_index
 from audiolm.dag.step import Artifact, StepContext
 from audiolm.pipeline.progress import ProgressBoard, duration
-from audiolm.store import exists, get_json, join
-from audiolm.tracking.registry import SYSTEM
+from audiolm.store import exists, join
 from audiolm.tracking.tracker import Tracker
 
 PROGRESS_S = 5.0  # how often a data step's progress becomes a metric
-ENDS = {"done": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}  # a step's end in MLflow's words
+MLFLOW_STATUS = {"done": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
 
 
 class RunObserver:
-    """Tells board and tracker how steps fare. Called from several threads."""
+    """Passes the steps' events to terminal and tracker. The steps' threads call it at once."""
 
     def __init__(self, cfg: Pipeline, rows: list[PlanRow], git: dict[str, str]):
         self.cfg, self.rows, self.git = cfg, rows, git
         self.board = ProgressBoard()
         self.tracker = Tracker(cfg.tracking, cfg.store, cfg.run.experiment, cfg.run.name, self.board.say)
-        self._handles, self._began, self._logged, self._index = {}, {}, {}, {}
-        self._made_with: dict[str, str] = {}  # the builds that the samples were made with, by step
+        self._handles: dict[str, object] = {}  # running steps' runs in the tracker
+        self._began: dict[str, float] = {}
+        self._logged: dict[str, float] = {}  # when a step's progress last became a metric
+        self._index: dict[str, dict] = {}
+        self._index_path = ""
+        self._sampled_from: dict[str, str] = {}  # the builds that the samples come from, by step
         self.tracker.start(flatten(cfg), {**git, "store": cfg.store, "corpus": cfg.corpus.name})
 
     def say(self, text: str) -> None:
@@ -52,36 +55,34 @@ class RunObserver:
         now = time.monotonic()
         if out.step.trains or (done < total and now - self._logged.get(name, 0.0) < PROGRESS_S):
             return  # a training step's workers log their own
-        if done and now > self._began[name]:
+        if done and now > (began := self._began[name]):
             self._logged[name] = now
             out.log(int(done), {"progress.share": done / total if total else 1.0,
-                                f"progress.{unit.replace(' ', '_')}_per_s": done / (now - self._began[name])})
+                                f"progress.{unit.replace(' ', '_')}_per_s": done / (now - began)})
 
     def ended(self, out: StepContext, status: str, facts: dict, error: str | None) -> str | None:
         name = out.step.name
         took = time.monotonic() - self._began[name]
         self.board.end(name, status.upper(), took, error or headline(facts))
         ui = join(out.path, "ui")
-        return self.tracker.end_step(self._handles.pop(name), ENDS[status], facts, ui if exists(ui) else None)
+        return self.tracker.end_step(self._handles.pop(name), MLFLOW_STATUS[status], facts, ui if exists(ui) else None)
 
     def finished(self, name: str, artifact: Artifact) -> None:
-        """A step's artifact is there, just made or made before; keeps the index current."""
+        """Adds a step's artifact, just built or skipped, to the index. Called by the scheduler's thread alone."""
         run_id = artifact.record.get("run_id")
         if not next(r for r in self.rows if r.step.name == name).run:
             self.tracker.link_step(name, run_id)
         self._index[name] = {"path": artifact.path, "build": artifact.build, "run_id": run_id}
         if name == "samples":
-            self._made_with = artifact.record["inputs"]
-        order = [r.step.name for r in self.rows]
-        before = (get_json(index_path(self.cfg)) or {}).get("steps", {})
-        known = {n: e for n, e in {**before, **self._index}.items() if n in order}
-        write_index(self.cfg, {n: known[n] for n in order if n in known})
+            self._sampled_from = artifact.record["inputs"]
+        self._index_path = write_index(self.cfg, self._index, [r.step.name for r in self.rows])
 
     def close(self, status: str, seconds: float) -> None:
-        """Ends the tracker's run and prints where everything is."""
-        heard = {name: build for name, build in self._made_with.items() if name in SYSTEM}
-        if status == "FINISHED" and heard and all(self._index.get(n, {}).get("build") == b for n, b in heard.items()):
-            self.tracker.serves(index_path(self.cfg), {name: self._index[name]["path"] for name in heard})
+        """Ends the tracker's run; after success registers the system and prints where sound, report and UI are."""
+        # Only a system whose sound exists becomes a registered model: the builds of the samples must be the current ones.
+        system = {name: build for name, build in self._sampled_from.items() if name in GENERATION_STEPS}
+        if status == "FINISHED" and system and all(self._index.get(n, {}).get("build") == b for n, b in system.items()):
+            self.tracker.serves(self._index_path, {name: self._index[name]["path"] for name in system})
         self.tracker.finish(status)
         if status != "FINISHED":
             return
@@ -90,13 +91,13 @@ class RunObserver:
         for label, step, path in (("sound", "samples", "wav"), ("report", "report", "ui/report.html")):
             if step in self._index:
                 self.say(f"{label + ':':8}{join(self._index[step]['path'], path)}")
-        self.say(f"{'index:':8}{index_path(self.cfg)}")
+        self.say(f"{'index:':8}{self._index_path}")
         if url := self.tracker.url():
             self.say(f"{'UI:':8}{url}")
 
 
 def headline(facts: dict) -> str:
-    """A finished step's facts in a line: the `summary` it gave, or its first few numbers and its `notes`."""
+    """A finished step's facts in one line: its `summary`, or its first four numbers and its `notes`."""
     if "summary" in facts:
         return facts["summary"]
     numbers = [(k, v) for k, v in facts.items() if isinstance(v, (int, float)) and not isinstance(v, bool)]

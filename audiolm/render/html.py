@@ -1,132 +1,104 @@
-"""Pieces of one HTML page: text is escaped, sound and pictures are inside it or in files beside it, no script, no network.
+"""HTML pages from jinja2 templates: self-contained, escaped, without script or network.
 
-`Html` marks text that is markup already; every function here takes plain values and returns `Html`.
+Callers prepare plain data: sections, tables, cards. The templates in `templates/` lay it out.
+Only the functions here make markup; every other value is text, and autoescape escapes it.
 """
 
 from __future__ import annotations
 
 import base64
-import html
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
-from urllib.parse import quote
 
 import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from audiolm import store
-
-CSS = """
-:root { --ink: #1f2933; --soft: #5f6c7b; --line: #e1e6ec; --blue: #2f6db5; --good: #23794a; --bad: #b3372f; }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 60rem; padding: 1rem 1rem 4rem; color: var(--ink); background: #fff;
-       font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-h1 { font-size: 1.7rem; margin: 1rem 0 .2rem; line-height: 1.2; }
-h2 { font-size: 1.25rem; margin: 2.5rem 0 .5rem; padding-top: .8rem; border-top: 2px solid var(--line); }
-h3 { font-size: 1rem; margin: 1.5rem 0 .4rem; }
-p { margin: .4rem 0; } .soft { color: var(--soft); font-size: .9rem; }
-nav { font-size: .9rem; margin: .6rem 0; } nav a { margin-right: .9rem; white-space: nowrap; } a { color: var(--blue); }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .9rem; margin: .6rem 0; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-th { color: var(--soft); font-weight: 600; } td.n, th.n { text-align: right; white-space: nowrap; }
-td.long { overflow-wrap: anywhere; }
-.good { color: var(--good); font-weight: 600; white-space: nowrap; }
-.bad { color: var(--bad); font-weight: 600; white-space: nowrap; }
-audio { width: 100%; max-width: 26rem; height: 2.4rem; display: block; margin: .2rem 0; }
-img { max-width: 100%; height: auto; display: block; }
-.cards { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 24rem), 1fr)); }
-.card { border: 1px solid var(--line); border-radius: .5rem; padding: .7rem .8rem; min-width: 0; overflow-wrap: anywhere; }
-.card h3 { margin: 0 0 .2rem; } td audio { width: 14rem; }
-details { margin: .6rem 0; } summary { cursor: pointer; color: var(--blue); font-size: .9rem; }
-"""
+from audiolm.render import plots
 
 
-class Html(str):
-    """Markup. Anything else is text and gets escaped."""
+@dataclass(frozen=True)
+class Section:
+    """A part of a page with a link in its navigation; `template` lays out `data`, which it calls `d`."""
+
+    name: str
+    title: str
+    template: str
+    data: Mapping[str, Any] = field(default_factory=dict)
 
 
-def esc(value: Any) -> Html:
-    return value if isinstance(value, Html) else Html(html.escape(str(value), quote=True))
+@cache
+def _environment() -> Environment:
+    # StrictUndefined: a template that reads a field nobody prepared fails in the tests, not on the page.
+    found = Environment(loader=PackageLoader("audiolm.render"), autoescape=True, undefined=StrictUndefined,
+                        trim_blocks=True, lstrip_blocks=True)
+    found.filters["number"] = number
+    found.globals["verdict"] = verdict
+    return found
 
 
-def join(parts: Iterable[Any], between: str = "") -> Html:
-    return Html(between.join(esc(p) for p in parts))
+def render(template: str, **data: Any) -> str:
+    """The text of a template with `data` filled in."""
+    return _environment().get_template(template).render(**data)
 
 
-def tag(name: str, *inside: Any, cls: str = "") -> Html:
-    mark = Html(f' class="{cls}"') if cls else Html("")
-    return Html(f"<{name}{mark}>{join(inside)}</{name}>")
+def absent(name: str, title: str, reason: str) -> Section:
+    """A section that holds no more than the reason why it is empty."""
+    return Section(name, title, "absent.html", {"reason": reason})
 
 
 def number(value: Any, digits: int = 3) -> str:
-    """A figure as text; an en dash where there is none."""
-    if value is None or isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
+    """A number as text; an en dash where there is none."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
         return "–"
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:.{digits}f}"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.{digits}f}"
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[Any]], numbers: Iterable[int] = ()) -> Html:
-    """A table; the columns in `numbers` are set to the right. Empty where there are no rows."""
-    right = set(numbers)
-
-    def row(kind: str, cells: Sequence[Any]) -> Html:
-        return tag("tr", *(tag(kind, c, cls="n" if i in right else "long" if kind == "td" and len(str(c)) > 60
-                               and not isinstance(c, Html) else "") for i, c in enumerate(cells)))
-
-    body = [row("td", cells) for cells in rows]
-    if not body:
-        return Html("")
-    return tag("div", tag("table", tag("thead", row("th", head)), tag("tbody", *body)), cls="wide")
+def table(head: Sequence[str], rows: Iterable[Sequence[Any]], right: Iterable[int] = ()) -> dict[str, Any]:
+    """A table's data; the columns in `right` hold numbers and are set to the right."""
+    return {"head": head, "rows": list(rows), "right": set(right)}
 
 
-def verdict(good: bool | None, yes: str, no: str) -> Html:
+def verdict(good: bool | None, yes: str, no: str) -> Markup:
+    """A check mark with `yes` or a cross with `no`, coloured; an en dash where `good` is None."""
     if good is None:
-        return esc("–")
-    return tag("span", f"✓ {yes}" if good else f"✗ {no}", cls="good" if good else "bad")
+        return Markup("–")
+    text, kind = (f"✓ {yes}", "good") if good else (f"✗ {no}", "bad")
+    return Markup('<span class="{}">{}</span>').format(kind, text)
 
 
-def picture(png: bytes, text: str) -> Html:
-    return Html(f'<img alt="{esc(text)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">')
+def data_uri(data: bytes, media_type: str) -> str:
+    return f"data:{media_type};base64,{base64.b64encode(data).decode()}"
 
 
-def player(data: bytes, kind: str) -> Html:
-    """`kind` is wav or flac."""
-    return Html(f'<audio controls preload="none" src="data:audio/{kind};base64,{base64.b64encode(data).decode()}"></audio>')
+def picture(png: bytes, text: str) -> Markup:
+    """An image within the page; `text` says what it shows."""
+    return Markup('<img alt="{}" src="{}">').format(text, data_uri(png, "image/png"))
 
 
-def beside(path: str) -> Html:
-    """The player, picture or link of a file, by its path from the page."""
-    href, kind = esc(quote(path)), path.rsplit(".", 1)[1]
-    if kind == "png":
-        return Html(f'<img alt="Spectrogram of {esc(path)}" loading="lazy" src="{href}">')
-    if kind == "wav":
-        return Html(f'<audio controls preload="none" src="{href}"></audio>')
-    return Html(f'<a href="{href}">{esc(path)}</a>')
+def stored_picture(folder: str, file: str, text: str) -> Markup:
+    """The image at {folder}/{file}, or a line that it is gone."""
+    try:
+        return picture(store.get(store.join(folder, file)), text)
+    except FileNotFoundError:
+        return gone(file)
 
 
-def missing(what: str) -> Html:
-    return tag("p", what, cls="soft")
+def gone(file: str) -> Markup:
+    """The line that takes the place of a lost file."""
+    return Markup('<p class="soft">{} is gone.</p>').format(file)
 
 
-def section(name: str, title: str, *inside: Any) -> Html:
-    return Html(f'<section id="{esc(name)}">{tag("h2", title)}{join(inside)}</section>')
+def player(source: str) -> Markup:
+    return Markup('<audio controls preload="none" src="{}"></audio>').format(source)
 
 
-def page(title: str, subtitle: str, sections: Sequence[tuple[str, str, Html]]) -> str:
-    """The whole document; sections are (id, title, content)."""
-    links = join((Html(f'<a href="#{esc(name)}">{esc(label)}</a>') for name, label, _ in sections), " ")
-    body = join(section(name, label, content) for name, label, content in sections)
-    return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-            f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{esc(title)}</title>'
-            f"<style>{CSS}</style></head><body>{tag('h1', title)}{tag('p', subtitle, cls='soft')}"
-            f"{tag('nav', links)}<main>{body}</main></body></html>\n")
-
-
-def playable(path: str) -> tuple[np.ndarray, Html] | None:
-    """(wav_T, player) of a file, or None where it is gone. FLAC halves the page and loses nothing."""
+def playable(path: str) -> tuple[np.ndarray, Markup] | None:
+    """(wav_T, player) of a sound file, or None where it is gone or damaged. FLAC halves the page and loses nothing."""
     import soundfile
 
     try:
@@ -136,4 +108,19 @@ def playable(path: str) -> tuple[np.ndarray, Html] | None:
     wav_T = wav_T if wav_T.ndim == 1 else wav_T.mean(axis=1)
     sink = io.BytesIO()
     soundfile.write(sink, wav_T, rate, format="FLAC", subtype="PCM_16")
-    return wav_T, player(sink.getvalue(), "flac")
+    return wav_T, player(data_uri(sink.getvalue(), "audio/flac"))
+
+
+def card(title: str, *, reason: str = "", player: str = "", picture: str = "", notes: Sequence[Any] = ()) -> dict[str, Any]:
+    """A card's data: what it plays and shows, or the reason why it does not."""
+    return {"title": title, "missing": reason, "player": player, "picture": picture, "notes": notes}
+
+
+def sound_card(title: str, folder: str, file: str, *, prompt_s: float | None = None, alt: str = "",
+               notes: Sequence[str] = ()) -> dict[str, Any]:
+    """The card of a sound file: player and spectrogram, with a line where the prompt ends."""
+    sound = playable(store.join(folder, file))
+    if sound is None:
+        return card(title, reason=f"{file} is gone.")
+    image = picture(plots.spectrogram(sound[0], "", prompt_s), f"Spectrogram of {alt or title}")
+    return card(title, player=sound[1], picture=image, notes=notes)

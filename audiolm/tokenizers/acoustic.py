@@ -1,9 +1,10 @@
 """The trained codec as a tokenizer (base.Codec): audio to codes and back, loadable without the training code.
 
 Shapes: wav_BT float32 at 16 kHz, lengths_B true samples, codes_TQ int64 of one clip on the CPU, codes_BTQ of a batch.
-A clip is padded with zeros to whole semantic frames; the model is causal, so nothing behind a clip's end reaches its
-codes.  Long audio goes by chunks with the model's history in front, which gives what the whole gives in bounded memory;
-`encode_stream` and `decode_stream` take it in blocks of any length and cut the same chunks.
+A clip is padded with zeros to whole semantic frames; the model is causal, so its codes do not depend on what follows.
+Long audio goes by chunks with the model's history in front: bounded memory, and the codes of the whole clip.
+`encode_stream` and `decode_stream` take blocks of any length and cut the same chunks.
+Source: SoundStream 2107.03312.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 
 from audiolm.models.soundstream import SoundStream
 from audiolm.tokenizers import hf_codec
-from audiolm.tokenizers.artifact import ArtifactError, read_export
+from audiolm.tokenizers.artifact import ArtifactError, fill_module, read_export, require_keys
 from audiolm.tokenizers.base import (
     ACOUSTIC_HOP,
     SAMPLE_RATE,
@@ -28,7 +29,7 @@ from audiolm.tokenizers.base import (
     padded_samples,
 )
 
-CHUNK_FRAMES = 3000  # 60 s
+CHUNK_FRAMES = 3000  # 60 s: history costs little beside it, and activations stay below a few GB
 
 
 class AcousticTokenizer:
@@ -44,12 +45,13 @@ class AcousticTokenizer:
         Raises ValueError for wav_BT of another shape, lengths beyond it and samples that are no numbers.
         """
         lengths = clip_lengths(wav_BT, lengths_B)
-        samples = padded_samples(max(lengths))
-        padded_BT = torch.zeros(len(lengths), samples, device=self.device)
-        for row, wav, n in zip(padded_BT, wav_BT, lengths, strict=True):  # what lies behind a clip's end does not count
+        # Copy the true samples alone: callers may leave anything behind a clip's end.
+        padded_BT = torch.zeros(len(lengths), padded_samples(max(lengths)), device=self.device)
+        for row, wav, n in zip(padded_BT, wav_BT, lengths, strict=True):
             row[:n] = wav[:n].float()
             check_finite(row)
         codes_BTQ = torch.cat(list(self._codes([padded_BT])), 1)
+        # Clone: a view would keep the codes of the whole batch alive.
         return [row[:padded_samples(n) // self.model.hop].clone() for row, n in zip(codes_BTQ, lengths, strict=True)]
 
     @torch.inference_mode()
@@ -63,7 +65,7 @@ class AcousticTokenizer:
 
     @torch.inference_mode()
     def encode_stream(self, blocks: Iterable[np.ndarray]) -> Iterator[torch.Tensor]:
-        """What `encode` gives of the joined blocks (wav_T float32 of any lengths), as codes_TQ of one chunk after another.
+        """Yields codes_TQ chunk by chunk: joined, they equal `encode` of the joined blocks (wav_T float32 of any lengths).
 
         Raises ValueError for blocks of another shape and samples that are no numbers, with their time in seconds.
         """
@@ -72,7 +74,7 @@ class AcousticTokenizer:
 
     @torch.inference_mode()
     def decode_stream(self, codes: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
-        """What `decode` gives of the joined codes_TQ (of any lengths), as wav_T of one chunk after another.
+        """Yields wav_T chunk by chunk: joined, they equal `decode` of the joined codes_TQ (of any lengths).
 
         Raises ValueError as `decode` does.
         """
@@ -82,6 +84,7 @@ class AcousticTokenizer:
     def _codes(self, parts_BT: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
         hop, context = self.model.hop, self.model.encoder_context
         for wav_BT, before, _ in chunks(parts_BT, self.chunk * hop, context * hop):
+            # Drop the history's frames: the chunk before gave them. At the start the model pads with zeros itself.
             yield self.model.encode(wav_BT.to(self.device))[:, before // hop:].cpu()
 
     def _waves(self, parts_BTQ: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
@@ -97,14 +100,15 @@ def chunks(parts: Iterable[torch.Tensor], size: int, history: int,
            lookahead: int = 0) -> Iterator[tuple[torch.Tensor, int, int]]:
     """Cuts joined tensors (time is dimension 1) into chunks of `size`, wherever the parts end: (chunk, before, own).
 
-    A chunk's own steps stand behind `before` steps of history (`history`, fewer at the start) and in front of
-    `lookahead` steps (fewer at the end). Holds one chunk and one part.
+    A chunk is `before` steps of history (`history`, fewer at the start), its own steps, and `lookahead` steps (fewer at
+    the end). Holds one chunk and one part.
     """
     held, have, before = [], 0, 0
-    for part in itertools.chain(parts, (None,)):
+    for part in itertools.chain(parts, (None,)):  # None: the end, where a shorter chunk is due
         if part is not None:
             held.append(part)
             have += part.shape[1]
+        # A chunk is complete with its history, its own steps and its lookahead; at the end one own step is enough.
         enough = before + (1 if part is None else size + lookahead)
         if have < enough:
             continue
@@ -112,6 +116,7 @@ def chunks(parts: Iterable[torch.Tensor], size: int, history: int,
         while (have := joined.shape[1]) >= enough:
             own = min(size, have - before)
             yield joined[:, :before + own + lookahead], before, own
+            # Keep the last `history` steps before the next chunk's own.
             done, before = before + own, min(before + own, history)
             joined = joined[:, done - before:]
             enough = before + (1 if part is None else size + lookahead)
@@ -119,7 +124,7 @@ def chunks(parts: Iterable[torch.Tensor], size: int, history: int,
 
 
 def _whole_frames(blocks: Iterable[np.ndarray]) -> Iterator[torch.Tensor]:
-    """The blocks as wav_BT of one row, and zeros up to whole semantic frames."""
+    """The blocks as wav_BT of one row, then zeros up to whole semantic frames, so that acoustic frames are even in number."""
     n = 0
     for wav_T in blocks:
         if wav_T.ndim != 1:
@@ -133,8 +138,10 @@ def _whole_frames(blocks: Iterable[np.ndarray]) -> Iterator[torch.Tensor]:
 
 
 def load_codec(path: str, device: str = "cpu") -> AcousticTokenizer | hf_codec.PretrainedCodec:
-    """The tokenizer of a finished codec build, trained here or imported. Raises ArtefactError where config and weights
-    do not fit."""
+    """The tokenizer of a finished codec build, trained here or imported.
+
+    Raises ArtifactError where config and weights do not fit, and for another rate or hop than the pipeline's.
+    """
     weights, config, digest = read_export(path)
     if config.get("kind") in hf_codec.CLASSES:
         codec = hf_codec.from_export(path, weights, config, digest, device)
@@ -143,16 +150,10 @@ def load_codec(path: str, device: str = "cpu") -> AcousticTokenizer | hf_codec.P
                                 f"this pipeline takes {SAMPLE_RATE} Hz and a hop of {ACOUSTIC_HOP}")
         return codec
     sizes = ("strides", "enc_channels", "dec_channels", "dim", "n_q", "vocab", "quantizer", "code_dim")
-    missing = [key for key in sizes if key not in config]
-    if config.get("kind") != "soundstream" or missing:
-        raise ArtifactError(f"{path}/export/config.json is no codec's of this version (kind {config.get('kind')!r}, without "
-                            f"{', '.join(missing) or 'nothing'}): give the path of a codec build, or train it again")
+    require_keys(path, config, "soundstream", sizes, "codec")
     if config["sample_rate"] != SAMPLE_RATE or math.prod(config["strides"]) != ACOUSTIC_HOP:
         raise ArtifactError(f"{path}/export/config.json: {config['sample_rate']} Hz and strides {config['strides']}; "
                             f"this pipeline takes {SAMPLE_RATE} Hz and a hop of {ACOUSTIC_HOP}")
-    model = SoundStream(**{key: config[key] for key in sizes}, norm=False)
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as e:
-        raise ArtifactError(f"{path}/export: the weights do not fit the codec that config.json describes: {e}") from e
+    model = SoundStream(**{key: config[key] for key in sizes}, norm=False)  # an export has its weight norm folded in
+    fill_module(path, model, weights, "codec")
     return AcousticTokenizer(model, digest, device)

@@ -1,20 +1,24 @@
-"""Semantic tokens: encoder features at one layer, z-scored per dimension, then the nearest centroid (paper III-B).
+"""Exports: what a finished step leaves for later steps, {build}/export/{model.safetensors, config.json}.
 
-ONE self-describing artefact, {kmeans build}/export/: model.safetensors (`encoder.*` with the input's statistics,
-`zscore.mean`, `zscore.std`, `centroids`) and config.json (format, family, encoder sizes, layer and its convention, sample
-rate, k, window, sha256 of the weights, golden tokens).  Whatever does not match is refused on load.  Legend: wav_BT
-float32 at 16 kHz, lengths_B true samples, features_BTD and codes_T1 at 25 Hz.
+model.safetensors holds tensors by name; config.json says how to rebuild the module from them.  A config may carry
+`weights_sha256`, the checksum of the weights' bytes, which is verified on load.  No pickle is read or written.
+torch is imported by the calls alone, so that a plan needs none.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-
-import torch
-from safetensors.torch import load
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from audiolm import store
+
+if TYPE_CHECKING:
+    import torch
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+MASKED_FORMAT = "audiolm-masked-1"  # of a masked model's export, trained here or imported
 
 
 class ArtifactError(ValueError):
@@ -22,9 +26,11 @@ class ArtifactError(ValueError):
 
 
 def read_export(build: str) -> tuple[dict[str, torch.Tensor], dict, str]:
-    """(weights, config, digest) of {build}/export; the digest is of the bytes of both files. Raises ArtefactError."""
+    """(weights, config, digest) of {build}/export; the digest is of the bytes of both files. Raises ArtifactError."""
+    from safetensors.torch import load
+
     data = []
-    for name in ("model.safetensors", "config.json"):
+    for name in (WEIGHTS, CONFIG):
         path = store.join(build, "export", name)
         try:
             data.append(store.get(path))
@@ -36,3 +42,35 @@ def read_export(build: str) -> tuple[dict[str, torch.Tensor], dict, str]:
         raise ArtifactError(f"{build}/export: model.safetensors is not the file that config.json describes (sha256 "
                             f"{expected[:16]}...); run the step that left it again")
     return load(weights), config, hashlib.sha256(data[0] + data[1]).hexdigest()[:16]
+
+
+def write_export(build: str, weights: Mapping[str, torch.Tensor] | bytes, config: Mapping[str, Any], *,
+                 checksum: bool = False) -> None:
+    """Writes {build}/export from tensors by name, or from the bytes of a safetensors file.
+
+    The config goes last: where it is, the weights are whole.  `checksum` adds `weights_sha256` to it.
+    """
+    from safetensors.torch import save
+
+    if not isinstance(weights, bytes):
+        weights = save({name: value.detach().cpu().contiguous() for name, value in weights.items()})
+    if checksum:
+        config = {**config, "weights_sha256": hashlib.sha256(weights).hexdigest()}
+    store.put(store.join(build, "export", WEIGHTS), weights)
+    store.put_json(store.join(build, "export", CONFIG), config)
+
+
+def require_keys(build: str, config: Mapping[str, Any], kind: str, keys: Sequence[str], what: str) -> None:
+    """Raises ArtifactError for an export of another `kind` and for a config without some of `keys`."""
+    missing = [key for key in keys if key not in config]
+    if config.get("kind") != kind or missing:
+        raise ArtifactError(f"{build}/export/config.json is no {what}'s (kind {config.get('kind')!r}, without "
+                            f"{', '.join(missing) or 'nothing'}): give the path of a {what} build, or run its step again")
+
+
+def fill_module(build: str, module: torch.nn.Module, weights: Mapping[str, torch.Tensor], what: str) -> None:
+    """Loads the weights into the module. Raises ArtifactError where names or shapes differ."""
+    try:
+        module.load_state_dict(weights)
+    except RuntimeError as e:
+        raise ArtifactError(f"{build}/export: the weights do not fit the {what} that config.json describes: {e}") from e

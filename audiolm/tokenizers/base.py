@@ -1,22 +1,29 @@
-"""The contract between tokenizers, token stores, stages and samplers (DESIGN 1.7, 3).
+"""The contract between tokenizers, token stores, stages and samplers (2209.03143, III).
 
 Shapes: wav_BT float32 at spec.sample_rate, zero-padded; lengths_B true samples; codes_TQ int64 of one clip;
-codes_BTQ of a batch.  Lengths agree: audio is padded with zeros to a multiple of SEMANTIC_HOP, so that the acoustic
-frames are exactly twice the semantic ones.  The true length is kept, decoded audio cut to it.
+codes_BTQ of a batch.  Audio is padded with zeros to a multiple of SEMANTIC_HOP, so that acoustic frames are exactly
+twice the semantic ones.  The true length is kept, and decoded audio is cut to it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
 
 SAMPLE_RATE = 16_000
-SEMANTIC_HOP = 640  # 25 Hz
-ACOUSTIC_HOP = 320  # 50 Hz
+SEMANTIC_HOP = 640  # 25 Hz: w2v-BERT's rate (2209.03143, IV-B)
+ACOUSTIC_HOP = 320  # 50 Hz: strides 2 x 4 x 5 x 8 (2209.03143, IV-B)
 
 
 @dataclass(frozen=True)
 class TokenSpec:
+    """The numbers of a tokenizer: rate in Hz, hop in samples, levels, codes a level."""
+
     name: str
     sample_rate: int
     hop: int
@@ -32,8 +39,19 @@ class TokenSpec:
 
 
 def padded_samples(n: int) -> int:
-    """Samples after padding to whole semantic frames; at least one frame."""
+    """Samples after padding to whole semantic frames; at least one frame, so that no clip is without tokens."""
     return max(1, -(-n // SEMANTIC_HOP)) * SEMANTIC_HOP
+
+
+def pad_rows(wavs: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(wav_BT, lengths_B) of some wav_T float32: zeros up to whole semantic frames of the longest."""
+    import torch
+
+    lengths_B = torch.tensor([len(w) for w in wavs])
+    wav_BT = torch.zeros(len(wavs), padded_samples(int(lengths_B.max())))
+    for row, wav in zip(wav_BT, wavs, strict=True):
+        row[:len(wav)] = torch.from_numpy(wav)
+    return wav_BT, lengths_B
 
 
 def clip_lengths(wav_BT, lengths_B) -> list[int]:
@@ -64,7 +82,7 @@ def check_codes(codes_BTQ, spec: TokenSpec) -> None:
 
 class Tokenizer(Protocol):
     spec: TokenSpec
-    hash: str  # of the artefact's bytes
+    hash: str  # of the export's bytes; token shards, codes files and language models name it
 
     def encode(self, wav_BT, lengths_B) -> list:
         """codes_TQ (int64, on the CPU) of each clip, T = padded_samples(length) / spec.hop; padding never leaks in."""

@@ -1,9 +1,10 @@
-"""Files and folders through a codec: audio to codes files and back, local or any fsspec place, in constant memory.
+"""Files and folders through a codec: audio to codes files and back, local or any fsspec URI, in constant memory.
 
-A codes file is one safetensors file per audio file: `codes` uint16 (T, Q) and, as strings, format, codec (its hash), name,
-sample_rate (Hz), hop (samples), n_q (levels stored), vocab, samples (true length at sample_rate), source (relative name)
-and source_hash.  wav_T is float32 mono at the codec's rate; the end is padded to whole frames and cut off again by decoding.
-Files are written whole or not at all; one that was made of the same input by the same codec is not made again.
+A codes file is one safetensors file per audio file.  Tensor: `codes` uint16 (T, Q).  Metadata, as strings: format,
+codec (its hash), name, sample_rate (Hz), hop (samples), n_q (levels stored), vocab, samples (true length at sample_rate),
+source (relative name) and source_hash.  The last frame is padded with zeros; decoding cuts the sound to its true length.
+Files appear whole or not at all; a file made of the same input by the same codec is skipped.
+wav_T is float32 mono at the codec's rate.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from fsspec.implementations.local import LocalFileSystem
 from safetensors import SafetensorError
 
 from audiolm import store
+from audiolm.dag.run_index import OUTPUTS, index_path
 from audiolm.data import audio
 from audiolm.data.audio_check import audio_errors, check_audio, error_line
 from audiolm.data.sources import natural
@@ -36,29 +38,33 @@ from audiolm.tokenizers.acoustic import AcousticTokenizer, chunks, load_codec
 
 FORMAT = "audiolm codes 1"
 CODES = ".safetensors"
-DEFAULT_RUN = "./outputs/runs/quickstart.json"
-REDRAW_S = 0.5  # how often a terminal's percentage changes
-PIECE_S = 60.0  # of an imported codec, which has no streaming of its own
-Tick = Callable[[float, float], None]  # (seconds done, seconds in all, where the header tells)
+DEFAULT_RUN = index_path(OUTPUTS, "quickstart")
+REDRAW_S = 0.5  # between two updates of a terminal's percentage
+PIECE_S = 60.0  # audio given at once to an imported codec, which has no streaming of its own
+Tick = Callable[[float, float], None]  # (seconds done, seconds in all by the file's header)
 
 
 @dataclass(frozen=True)
 class FileJob:
-    name: str  # the input's path below what was asked for
+    """One file to encode or decode."""
+
+    name: str  # the path below the INPUT folder
     path: str
     target: str
 
 
 @dataclass(frozen=True)
 class FileResult:
+    """A file that was made."""
+
     audio_s: float
     kbps: float  # of the codes, nominal
 
 
 def open_codec(place: str | None, device: str = "cpu") -> Any:
-    """The codec of a build, of a run's index (runs/NAME.json) or of a folder of an imported codec; None: the quickstart's.
+    """The codec of a build, of a run's index (runs/NAME.json) or of a folder in transformers' format.
 
-    Raises ValueError with the fix where there is none.
+    None: the quickstart's. Raises ValueError with the fix where there is none.
     """
     path = place or DEFAULT_RUN
     if path.endswith(".json"):
@@ -84,11 +90,12 @@ def open_codec(place: str | None, device: str = "cpu") -> Any:
 
 
 def find_files(inputs: Iterable[str], suffixes: tuple[str, ...]) -> list[tuple[str, str]]:
-    """(name, path) of named files whatever their suffix, and of those with a known one below folders, hidden ones left out.
+    """(name, path) of named files, whatever their suffix, and of files with a known suffix below folders.
 
+    Hidden files and folders are left out; the order is natural (2 before 10), the same on every filesystem.
     Raises ValueError for a folder without such files.
     """
-    everything = []
+    files = []
     for place in inputs:
         fs, p = store.open_fs(place)
         found = [(posixpath.basename(p.rstrip("/")), place)]
@@ -98,14 +105,14 @@ def find_files(inputs: Iterable[str], suffixes: tuple[str, ...]) -> list[tuple[s
                      if n.lower().endswith(suffixes) and not any(part.startswith(".") for part in n.split("/"))]
         if not found:
             raise ValueError(f"no files ending in {', '.join(suffixes)} below {place}; name another folder, or the files")
-        everything += found
-    return everything
+        files += found
+    return files
 
 
 def plan(inputs: Iterable[str], suffixes: tuple[str, ...], out: str, ending: str) -> list[FileJob]:
-    """What to do: each file found becomes the same relative name below `out` with another ending.
+    """The jobs: each file found becomes the same relative name below `out` with another ending.
 
-    Raises ValueError as `find` does and where two inputs would have one target.
+    Raises ValueError as `find_files` does and where two inputs would have one target.
     """
     jobs: dict[str, FileJob] = {}
     for name, path in find_files(inputs, suffixes):
@@ -118,10 +125,11 @@ def plan(inputs: Iterable[str], suffixes: tuple[str, ...], out: str, ending: str
 
 
 def work(jobs: list[FileJob], do: Callable[[FileJob, Tick], FileResult | None]) -> int:
-    """Does the jobs, a line each and a total; a bad one is told and the others go on. Returns how many were bad.
+    """Does the jobs and prints a line each and a total. A bad file is reported and skipped; returns their number.
 
     `do` returns None where a file is done already.
     """
+    # On a terminal a percentage overwrites itself; in a log there are whole lines alone.
     began, counts, total_s = time.monotonic(), {"done": 0, "skipped": 0, "failed": 0}, 0.0
     tty = sys.stdout.isatty()
     clear = "\r\x1b[K" if tty else ""
@@ -129,7 +137,7 @@ def work(jobs: list[FileJob], do: Callable[[FileJob, Tick], FileResult | None]) 
         start = time.monotonic()
         try:
             done = do(job, _ticker(job.name) if tty else lambda done_s, of_s: None)
-        except Exception as e:  # noqa: BLE001  whatever a file or a place raises, the next one has its turn
+        except Exception as e:  # noqa: BLE001  whatever a file or filesystem raises, the next one is tried
             counts["failed"] += 1
             print(clear, end="", flush=True)
             print(f"error: {error_line(job.path, e)}", file=sys.stderr, flush=True)
@@ -140,17 +148,18 @@ def work(jobs: list[FileJob], do: Callable[[FileJob, Tick], FileResult | None]) 
             continue
         counts["done"] += 1
         total_s += done.audio_s
-        print(f"{clear}{job.name}  {_figures(done.audio_s, time.monotonic() - start)}, {done.kbps:.2f} kb/s", flush=True)
+        print(f"{clear}{job.name}  {_speed(done.audio_s, time.monotonic() - start)}, {done.kbps:.2f} kb/s", flush=True)
     total = ", ".join(f"{n} {what}" for what, n in counts.items() if n)
-    print(total + (f": {_figures(total_s, time.monotonic() - began)}" if counts["done"] else ""), flush=True)
+    print(total + (f": {_speed(total_s, time.monotonic() - began)}" if counts["done"] else ""), flush=True)
     return counts["failed"]
 
 
-def _figures(audio_s: float, wall_s: float) -> str:
+def _speed(audio_s: float, wall_s: float) -> str:
     return f"{audio_s:.2f} s of audio in {wall_s:.2f} s, {audio_s / max(wall_s, 1e-9):.1f}x real time"
 
 
 def _ticker(name: str) -> Tick:
+    """A Tick that shows a percentage, at most every REDRAW_S seconds."""
     shown = time.monotonic()
 
     def tick(done_s: float, of_s: float) -> None:
@@ -162,7 +171,7 @@ def _ticker(name: str) -> Tick:
     return tick
 
 
-def _done(codec: Any, levels: int, samples: int) -> FileResult:
+def _result(codec: Any, levels: int, samples: int) -> FileResult:
     spec = codec.spec
     return FileResult(samples / spec.sample_rate, spec.rate_hz * levels * math.log2(spec.vocab) / 1000)
 
@@ -176,7 +185,7 @@ def encode_file(codec: Any, job: FileJob, levels: int, force: bool, tick: Tick) 
     source_hash, about_s = check_audio(job.path)
     meta = {"format": FORMAT, "codec": codec.hash, "name": spec.name, "sample_rate": str(spec.sample_rate),
             "hop": str(spec.hop), "n_q": str(levels), "vocab": str(spec.vocab), "source": job.name, "source_hash": source_hash}
-    if not force and _made_alike(job.target, meta):
+    if not force and _is_done(job.target, meta):
         return None
 
     def blocks() -> Iterator[np.ndarray]:
@@ -189,7 +198,7 @@ def encode_file(codec: Any, job: FileJob, levels: int, force: bool, tick: Tick) 
     with audio_errors(job.path):
         codes_TQ = np.concatenate([codes_TQ[:, :levels].numpy().astype(np.uint16) for codes_TQ in _encode(codec, blocks())])
     store.put(job.target, safetensors.numpy.save({"codes": codes_TQ}, {**meta, "samples": str(samples)}))
-    return _done(codec, levels, samples)
+    return _result(codec, levels, samples)
 
 
 def decode_file(codec: Any, job: FileJob, levels: int | None, form: str, force: bool, tick: Tick) -> FileResult | None:
@@ -205,23 +214,26 @@ def decode_file(codec: Any, job: FileJob, levels: int | None, form: str, force: 
     levels = levels or codes_TQ.shape[1]
     if levels > codes_TQ.shape[1]:
         raise ValueError(f"{job.path} holds {codes_TQ.shape[1]} levels, --levels asks for {levels}: give at most those")
-    made_of = hashlib.blake2b(codes_TQ.tobytes() + meta["samples"].encode(), digest_size=8).hexdigest()
-    comment = f"audiolm codec {codec.hash} levels {levels} codes {made_of}"
+    # The audio file notes what it was made from, in its comment field, so that a second run can skip it and a file
+    # that somebody else put there is never replaced.
+    content = hashlib.blake2b(codes_TQ.tobytes() + meta["samples"].encode(), digest_size=8).hexdigest()
+    comment = f"audiolm codec {codec.hash} levels {levels} codes {content}"
     if not force and (there := _comment(job.target)) is not None:
         if there == comment:
             return None
         if not there.startswith("audiolm codec "):
             raise ValueError(f"{job.target} is there and was not made by decode: name another --out, or --force")
-    step, made = int(PIECE_S * spec.rate_hz), 0
+    # Write chunk by chunk and cut the last one at the true length: its padding is no part of the recording.
+    step, written = int(PIECE_S * spec.rate_hz), 0
     pieces = (torch.from_numpy(codes_TQ[i:i + step, :levels].astype(np.int64)) for i in range(0, len(codes_TQ), step))
     with appearing(job.target) as aside, soundfile.SoundFile(aside, "w", spec.sample_rate, 1, "PCM_16", format=form) as f:
         f.comment = comment
         for wav_T in _decode(codec, pieces):
-            wav_T = wav_T[:samples - made].numpy()
-            f.write(np.clip(wav_T, -1.0, 1.0))
-            made += len(wav_T)
-            tick(made / spec.sample_rate, samples / spec.sample_rate)
-    return _done(codec, levels, samples)
+            wav_T = wav_T[:samples - written].numpy()
+            f.write(np.clip(wav_T, -1.0, 1.0))  # 16 bits cannot hold more, and would wrap around
+            written += len(wav_T)
+            tick(written / spec.sample_rate, samples / spec.sample_rate)
+    return _result(codec, levels, samples)
 
 
 def read_codes(path: str) -> tuple[np.ndarray, dict[str, str]]:
@@ -241,7 +253,7 @@ def read_codes(path: str) -> tuple[np.ndarray, dict[str, str]]:
 
 
 def _check_fits(path: str, codes_TQ: np.ndarray, meta: dict[str, str], codec: Any) -> int:
-    """The true length in samples, where these codes are this codec's."""
+    """The true length in samples. Raises ValueError where the codes are not this codec's."""
     spec, levels = codec.spec, codes_TQ.shape[1]
     if meta["codec"] != codec.hash:
         raise ValueError(f"{path} was made by codec {meta['codec']} ({meta.get('name')}), this codec is {codec.hash} "
@@ -255,7 +267,7 @@ def _check_fits(path: str, codes_TQ: np.ndarray, meta: dict[str, str], codec: An
 
 
 def _encode(codec: Any, blocks: Iterable[np.ndarray]) -> Iterator[torch.Tensor]:
-    """codes_TQ of one piece after another; an imported codec gets pieces with what it sees on both sides."""
+    """codes_TQ piece by piece. An imported codec gets real sound on both sides of a piece, and its own frames are kept."""
     if isinstance(codec, AcousticTokenizer):
         yield from codec.encode_stream(blocks)
         return
@@ -267,6 +279,7 @@ def _encode(codec: Any, blocks: Iterable[np.ndarray]) -> Iterator[torch.Tensor]:
 
 
 def _decode(codec: Any, codes: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """wav_T piece by piece, as `_encode`."""
     if isinstance(codec, AcousticTokenizer):
         yield from codec.decode_stream(codes)
         return
@@ -275,7 +288,7 @@ def _decode(codec: Any, codes: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]
         yield codec.decode(codes_BTQ)[0, before * hop:(before + own) * hop].cpu()
 
 
-def _made_alike(path: str, meta: dict[str, str]) -> bool:
+def _is_done(path: str, meta: dict[str, str]) -> bool:
     try:
         found = read_codes(path)[1]
     except (FileNotFoundError, ValueError):
@@ -284,7 +297,7 @@ def _made_alike(path: str, meta: dict[str, str]) -> bool:
 
 
 def _comment(path: str) -> str | None:
-    """What decode_file noted in the audio file at a path; None where there is none that can be read."""
+    """The comment that decode_file left in the audio file at a path; None where no file can be read."""
     import soundfile
 
     try:
@@ -296,7 +309,7 @@ def _comment(path: str) -> str | None:
 
 @contextmanager
 def appearing(path: str) -> Iterator[str]:
-    """A name on this machine's disk to write to; what was written appears at `path` once the block has ended well."""
+    """A name on this machine's disk to write to; the file appears at `path` when the block ends without an error."""
     fs, p = store.open_fs(path)
     if not isinstance(fs, LocalFileSystem):
         with tempfile.TemporaryDirectory() as folder:

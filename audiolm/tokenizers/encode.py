@@ -1,10 +1,10 @@
-"""The steps `semantic_tokens` and `acoustic_tokens`: clips to tokens, one task a shard (DESIGN 1.7).
+"""The steps `semantic_tokens` and `acoustic_tokens`: clips to tokens, one task a shard.
 
 A task forms batches by a rule of the shard alone, decodes the next batch while one is encoded, and writes one file; a
-file of this build that is there and was made alike is done.  Whole clips are encoded (the semantic tokenizer hears long
-ones by windows).  codes_TQ of a clip has padded_samples(n) / hop frames, so acoustic frames are exactly twice the
-semantic ones.  Copies at other speeds (tokens.speeds) are encoded in batches of their own, so they change no clip's tokens,
-and count in no figure but `copies` and the seconds.  A collapsed tokenizer (fewer than two codes) is an error.
+finished file with the same metadata is skipped.  Clips are encoded whole (the semantic tokenizer cuts long ones into
+windows), and codes_TQ of a clip has padded_samples(n) / hop frames.
+Copies at other speeds (tokens.speeds) have batches of their own, so that they change no clip's tokens.  Facts count them
+in `copies` and the seconds alone.  A collapsed tokenizer (fewer than two codes in use) is an error.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,11 +26,28 @@ from audiolm.data import tokens
 from audiolm.data.clips import Clip, read_clip, token_clips
 from audiolm.data.parallel import cluster_device, parallel_map
 from audiolm.data.sources import roots
-from audiolm.tokenizers.base import ACOUSTIC_HOP, SAMPLE_RATE, SEMANTIC_HOP, TokenSpec, padded_samples
+from audiolm.models.entropy import entropy_bits
+from audiolm.tokenizers.base import ACOUSTIC_HOP, SAMPLE_RATE, SEMANTIC_HOP, TokenSpec, pad_rows, padded_samples
 
 TOKENIZER = {"semantic": "kmeans", "acoustic": "codec"}  # which -> the step whose artifact encodes
-READERS = 4  # decoding lets other threads run
+READERS = 4  # threads that decode audio, which runs outside the GIL
 HOP = {"semantic": SEMANTIC_HOP, "acoustic": ACOUSTIC_HOP}
+
+
+@dataclass(frozen=True)
+class EncodeJob:
+    """Settings that all shards' tasks of a step share."""
+
+    which: str  # "semantic" or "acoustic"
+    tokenizer: str  # the tokenizer's build
+    folders: dict[str, str]  # source name -> root of its audio
+    manifest: str  # id of the manifest's build
+    shards: int
+    out_path: str
+    batch_s: float
+    device: str
+    dtype: str = "float32"
+    speeds: Sequence[float] = ()
 
 
 def encode_tokens(config: dict[str, Any], inputs: dict[str, Any], out: Any) -> dict[str, Any]:
@@ -38,40 +56,41 @@ def encode_tokens(config: dict[str, Any], inputs: dict[str, Any], out: Any) -> d
 
     Raises tokens.TokenError for frames that break the contract and for a collapsed tokenizer.
     """
-    which, corpus, cluster = config["which"], config["corpus"], config["cluster"]
-    speeds = config["tokens"].speeds
+    which, cluster, settings = config["which"], config["cluster"], config["tokens"]
     by_shard: dict[int, list[Clip]] = {}
-    for clip in token_clips(inputs["manifest"].path, speeds):
+    for clip in token_clips(inputs["manifest"].path, settings.speeds):
         by_shard.setdefault(clip.shard, []).append(clip)
     if sorted(by_shard) != list(range(len(by_shard))):
         raise tokens.TokenError(f"the manifest's shards are {sorted(by_shard)[:10]}..., expected 0, 1, 2, ...")
-    device, began = cluster_device(cluster, out.inline), time.monotonic()
-    items = [(which, by_shard[k], k, len(by_shard), roots(corpus), inputs[TOKENIZER[which]].path,
-              inputs["manifest"].build, out.path, config["tokens"].batch_s, device,
-              config["tokens"].dtype if which == "semantic" else "float32", speeds) for k in sorted(by_shard)]
+    job = EncodeJob(which, inputs[TOKENIZER[which]].path, roots(config["corpus"]), inputs["manifest"].build, len(by_shard),
+                    out.path, settings.batch_s, cluster_device(cluster, out.inline),
+                    settings.dtype if which == "semantic" else "float32", settings.speeds)
+    began = time.monotonic()
     sizes = [sum(c.seconds for c in by_shard[k]) for k in sorted(by_shard)]
-    parts = parallel_map(encode_shard, items, out=out, cluster=cluster, unit="audio s", sizes=sizes, gpu=device == "cuda")
+    parts = parallel_map(encode_shard, [(job, by_shard[k], k) for k in sorted(by_shard)], out=out, cluster=cluster,
+                         unit="audio s", sizes=sizes, gpu=job.device == "cuda")
     return _facts(which, parts, sizes, time.monotonic() - began)
 
 
-def encode_shard(which: str, clips: list[Clip], shard: int, shards: int, source_roots: dict[str, str],
-                 tokenizer_path: str, manifest: str, out_path: str, batch_s: float, device: str,
-                 dtype: str = "float32", speeds: Sequence[float] = ()) -> dict[str, Any]:
+def encode_shard(job: EncodeJob, clips: list[Clip], shard: int) -> dict[str, Any]:
     """One task: `clips` of a shard, and its copies behind them, to its file, unless it is there. Returns the counts of
     `_shard_facts`."""
-    tokenizer = load_tokenizer(which, tokenizer_path, device, dtype)
+    tokenizer, which = load_tokenizer(job.which, job.tokenizer, job.device, job.dtype), job.which
     spec: TokenSpec = tokenizer.spec
     if spec.sample_rate != SAMPLE_RATE or spec.hop != HOP[which]:
         raise tokens.TokenError(f"{which} tokenizer {spec.name!r} has {spec.sample_rate} Hz and hop {spec.hop}, "
                                 f"expected {SAMPLE_RATE} and {HOP[which]} (25 and 50 frames a second)")
-    meta = {"which": which, "spec": spec.to_json(), "hash": tokenizer.hash, "manifest": manifest, "shards": shards,
-            "speeds": list(speeds), "device": device, "dtype": dtype,
+    # Everything that can change a token is in the file's metadata, so a file is skipped only where all of it is equal.
+    meta = {"which": which, "spec": spec.to_json(), "hash": tokenizer.hash, "manifest": job.manifest, "shards": job.shards,
+            "speeds": list(job.speeds), "device": job.device, "dtype": job.dtype,
             "versions": {"torch": torch.__version__, "numpy": np.__version__}}
-    path = store.join(out_path, tokens.shard_name(shard))
+    path = store.join(job.out_path, tokens.shard_name(shard))
     done = _is_done(path, {**meta, "shard": shard, "clips": len(clips)})
     if not done:
-        codes = [c for speed in (1, *speeds)
-                 for c in encode_clips([c for c in clips if c.speed == speed], tokenizer, source_roots, batch_s, device)]
+        codes = []
+        for speed in (1, *job.speeds):
+            same = [c for c in clips if c.speed == speed]
+            codes += encode_clips(same, tokenizer, job.folders, job.batch_s, job.device)
         store.put(path, tokens.shard_bytes([c.id for c in clips], codes, meta, shard, dedup=which == "semantic"))
     own = sum(c.speed == 1 for c in clips)
     return {**_shard_facts(path, spec, which, own), "copies": len(clips) - own, "skipped": int(done)}
@@ -82,7 +101,7 @@ def encode_clips(clips: list[Clip], tokenizer: Any, source_roots: dict[str, str]
     """codes_TQ of each clip, in the clips' order."""
     codes: list[np.ndarray | None] = [None] * len(clips)
     batches = plan_batches([c.samples for c in clips], batch_s)
-    readers = READERS if device == "cpu" else max(READERS, os.cpu_count() or 1)  # a GPU is faster than four decoders
+    readers = READERS if device == "cpu" else max(READERS, os.cpu_count() or 1)  # a GPU encodes faster than four threads decode
     for batch, wavs in zip(batches, _read_ahead(batches, clips, source_roots, readers), strict=True):
         encoded = encode_batch(wavs, tokenizer, device)
         for i, wav, codes_TQ in zip(batch, wavs, encoded, strict=True):
@@ -96,28 +115,28 @@ def encode_clips(clips: list[Clip], tokenizer: Any, source_roots: dict[str, str]
 
 
 def encode_batch(wavs: Sequence[np.ndarray], tokenizer: Any, device: str) -> list[torch.Tensor]:
-    """codes_TQ (on the CPU) of each wav_T, heard as one batch."""
-    lengths_B = torch.tensor([len(w) for w in wavs])
-    wav_BT = torch.zeros(len(wavs), padded_samples(int(lengths_B.max())))
-    for row, wav in zip(wav_BT, wavs, strict=True):
-        row[:len(wav)] = torch.from_numpy(wav)
+    """codes_TQ (on the CPU) of each wav_T, encoded as one batch."""
+    wav_BT, lengths_B = pad_rows(wavs)
     with torch.inference_mode():
         return tokenizer.encode(wav_BT.to(device), lengths_B.to(device))
 
 
 def _read_ahead(batches: list[list[int]], clips: list[Clip], source_roots: dict[str, str],
                 readers: int) -> Iterator[list[np.ndarray]]:
-    """The wavs of each batch; those of the next are decoded meanwhile, by `readers` threads."""
+    """The wavs of each batch; `readers` threads decode the next one while the caller encodes."""
     with ThreadPoolExecutor(readers) as pool:
         ahead: deque[list] = deque()
         for i, _ in enumerate(batches):
-            for batch in batches[i + len(ahead):i + 2]:
+            for batch in batches[i + len(ahead):i + 2]:  # two batches are in memory, this one and the next
                 ahead.append([pool.submit(read_clip, clips[j], source_roots) for j in batch])
             yield [read.result() for read in ahead.popleft()]
 
 
 def plan_batches(samples: list[int], batch_s: float) -> list[list[int]]:
-    """Clips by length into batches of at most batch_s padded seconds (at least one clip each)."""
+    """Clips by length into batches of at most batch_s padded seconds (at least one clip each).
+
+    Sorting by length keeps padding small; the index breaks ties, so the batches depend on the shard alone.
+    """
     batches: list[list[int]] = []
     for i in sorted(range(len(samples)), key=lambda i: (samples[i], i)):
         length_s = padded_samples(samples[i]) / SAMPLE_RATE  # the longest so far
@@ -129,6 +148,7 @@ def plan_batches(samples: list[int], batch_s: float) -> list[list[int]]:
 
 @functools.lru_cache(maxsize=1)  # a worker process encodes many shards
 def load_tokenizer(which: str, path: str, device: str, dtype: str = "float32") -> Any:
+    """The Tokenizer of a finished kmeans ("semantic") or codec ("acoustic") build."""
     if which == "semantic":
         from audiolm.tokenizers.semantic import load_semantic
         return load_semantic(path, device, dtype)
@@ -145,7 +165,7 @@ def _is_done(path: str, expected: dict[str, Any]) -> bool:
 
 
 def _shard_facts(path: str, spec: TokenSpec, which: str, own: int) -> dict[str, Any]:
-    """Of the first `own` clips, read back from the file, so that a skipped shard counts like a new one."""
+    """Counts of the first `own` clips, read back from the file, so that a skipped shard counts like a new one."""
     levels = [tokens.level_name(q) for q in range(spec.n_q)]
     columns = tokens.read_shard(path, ["n_frames", *levels, *(["n_dedup"] if which == "semantic" else [])])
     frames = int(columns["n_frames"][:own].sum())
@@ -154,13 +174,16 @@ def _shard_facts(path: str, spec: TokenSpec, which: str, own: int) -> dict[str, 
 
 
 def _facts(which: str, parts: list[dict[str, Any]], sizes: list[float], seconds: float) -> dict[str, Any]:
-    """`sizes` are the parts' audio s. x_realtime, audio hours an hour, is of what was encoded now; none where nothing was."""
+    """The step's facts; `sizes` are the parts' audio s.
+
+    x_realtime (audio s per s) counts shards that were encoded now and is left out where none was.
+    """
     total = {k: sum(p[k] for p in parts) for k in ("clips", "copies", "frames", "dedup", "skipped")}
     facts: dict[str, Any] = {"clips": total["clips"], "audio_s": round(sum(sizes), 3), "frames": total["frames"],
                              "shards": len(parts), "copies": total["copies"], "shards_skipped": total["skipped"],
                              "seconds": round(seconds, 3)}
-    if made_s := sum(s for s, part in zip(sizes, parts, strict=True) if not part["skipped"]):
-        facts["x_realtime"] = round(made_s / max(seconds, 1e-9), 2)
+    if encoded_s := sum(s for s, part in zip(sizes, parts, strict=True) if not part["skipped"]):
+        facts["x_realtime"] = round(encoded_s / max(seconds, 1e-9), 2)
     for q, counts in enumerate(sum(p["counts"] for p in parts)):
         used = int((counts > 0).sum())
         if used < 2:
@@ -173,9 +196,3 @@ def _facts(which: str, parts: list[dict[str, Any]], sizes: list[float], seconds:
     if which == "semantic":
         facts |= {"tokens_dedup": total["dedup"], "mean_run": round(total["frames"] / total["dedup"], 4)}
     return facts
-
-
-def entropy_bits(counts: np.ndarray) -> float:
-    """Entropy of a histogram in bits."""
-    p = counts[counts > 0] / counts.sum()
-    return float(-(p * np.log2(p)).sum())

@@ -1,8 +1,8 @@
-"""What hears: audio to one vector per 40 ms at any layer of a masked model, trained here or imported, behind one face.
+"""Feature extractors: one vector per 40 ms from any layer of a masked audio model, trained here or imported.
 
-Long audio goes through in windows that overlap, so that no frame depends on more than a window: window k hears `window`
-samples from k (window - 2 overlap) on, and gives its frames but for `overlap` at either side (the first and the last
-keep their ends).  Legend: wav_BT float32 at 16 kHz, lengths_B true samples, features_BTD float32 and frames_B at 25 Hz.
+Long audio goes in overlapping windows, so that no frame depends on more than one window: window k starts at frame
+k (window - 2 overlap) and gives its frames except `overlap` at either side; the first and the last keep their ends.
+Legend: wav_BT float32 at 16 kHz, lengths_B true samples, features_BTD float32 and frames_B at 25 Hz.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from audiolm.models.mel import log_mel
 from audiolm.tokenizers.base import SAMPLE_RATE, SEMANTIC_HOP, padded_samples
 
 FAMILY = "masked-conformer"
-GROUP = 16  # windows at once: what bounds memory, however long a file
+GROUP = 16  # windows in one forward pass: 256 s of audio by default, so memory is bounded for any length
 
 
 class Extractor(Protocol):
-    """Frozen."""
+    """A frozen masked audio model. Layers are counted from 1, as blocks of the model."""
 
     family: str
     layers: int
@@ -38,13 +38,13 @@ class Extractor(Protocol):
         """Itself, moved."""
 
     def truncated(self, layer: int) -> Extractor:
-        """A copy, in float32 on the CPU, without what lies above `layer`."""
+        """A copy, in float32 on the CPU, without the blocks above `layer`: exports keep only what tokens need."""
 
     def state(self) -> dict[str, torch.Tensor]:
         """Weights by name, without a prefix."""
 
     def to_json(self) -> dict:
-        """What rebuilds it beside the weights; {"family", "layer_convention", ...}."""
+        """The config that rebuilds it from the weights: {"family", "layer_convention", ...}."""
 
 
 class ConformerExtractor:
@@ -79,14 +79,15 @@ class ConformerExtractor:
 
 
 def extractor_mel(wav_BT: torch.Tensor, lengths_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """mel_BTF (100 Hz) and frames_B (25 Hz): audio past a row's length counts as silence, rows end on whole frames."""
+    """mel_BTF (100 Hz) and frames_B (25 Hz); audio past a row's length counts as silence, rows end on whole frames."""
     wav_BT, frames_B = mask_padding(wav_BT, lengths_B)
     return log_mel(wav_BT), frames_B
 
 
 def mask_padding(wav_BT: torch.Tensor, lengths_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """wav_BT of whole frames of the longest row, zeros past each length, and frames_B."""
-    target = padded_samples(int(lengths_B.max()))  # of lengths on the CPU, where a caller has them: no waiting for a GPU
+    # Before the lengths move to the device: reading them back would make the CPU wait for the GPU.
+    target = padded_samples(int(lengths_B.max()))
     lengths_B = lengths_B.to(wav_BT.device)
     wav_BT = F.pad(wav_BT[:, :target].float(), (0, max(0, target - wav_BT.shape[1])))
     inside_BT = torch.arange(target, device=wav_BT.device)[None] < lengths_B[:, None]
@@ -95,7 +96,7 @@ def mask_padding(wav_BT: torch.Tensor, lengths_B: torch.Tensor) -> tuple[torch.T
 
 @dataclass(frozen=True)
 class Window:
-    """In semantic frames. Raises ValueError where nothing would be left of a window."""
+    """Window and overlap, in semantic frames. Raises ValueError where an inner window would keep no frame."""
 
     frames: int
     overlap: int
@@ -106,14 +107,18 @@ class Window:
                              f"({self.overlap * SEMANTIC_HOP / SAMPLE_RATE:g})")
 
     def spans(self, frames: int) -> list[tuple[int, int, int, int]]:
-        """(first heard, end heard, first kept, end kept) of each window over `frames` frames."""
-        step, found, at = self.frames - 2 * self.overlap, [], 0
+        """(start, end, first kept, end kept) of each window over `frames` frames.
+
+        Frames near a window's edge lack context on one side; the neighbour keeps them. Ends of the clip have no
+        neighbour, so the first and the last window keep theirs.
+        """
+        step, spans, at = self.frames - 2 * self.overlap, [], 0
         while True:
             last = at + self.frames >= frames
             end = frames if last else at + self.frames
-            found.append((at, end, at + self.overlap if at else 0, end if last else end - self.overlap))
+            spans.append((at, end, at + self.overlap if at else 0, end if last else end - self.overlap))
             if last:
-                return found
+                return spans
             at += step
 
 
@@ -124,21 +129,23 @@ def window_of(window_s: float, overlap_s: float) -> Window:
 @torch.no_grad()
 def windowed(extractor: Extractor, wav_BT: torch.Tensor, lengths_B: torch.Tensor, layers: Sequence[int],
              window: Window) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """`Extractor.features` by windows, which go through as rows of batches."""
+    """As `Extractor.features`, in windows: the windows of all rows form batches of GROUP."""
     wav_BT, frames_B = mask_padding(wav_BT, lengths_B)
     if int(frames_B.max()) <= window.frames:
         return extractor.features(wav_BT, lengths_B, layers)
+    # Cut the windows; each has its own true length, so the padding of a clip's last window changes nothing.
     spans = [(row, *span) for row, n in enumerate(frames_B.tolist()) for span in window.spans(n)]
     pieces = wav_BT.new_zeros(len(spans), window.frames * SEMANTIC_HOP)
     lengths = torch.zeros(len(spans), dtype=torch.int64)
     for i, (row, at, end, _, _) in enumerate(spans):
         lengths[i] = min(int(lengths_B[row]), end * SEMANTIC_HOP) - at * SEMANTIC_HOP
         pieces[i, :lengths[i]] = wav_BT[row, at * SEMANTIC_HOP:at * SEMANTIC_HOP + lengths[i]]
+    # Encode them in groups and copy each window's kept frames into its row.
     whole: list[torch.Tensor] = []
     for n in range(0, len(spans), GROUP):
-        found, _ = extractor.features(pieces[n:n + GROUP], lengths[n:n + GROUP], layers)
-        whole = whole or [x.new_zeros(len(wav_BT), int(frames_B.max()), x.shape[-1]) for x in found]
+        windows, _ = extractor.features(pieces[n:n + GROUP], lengths[n:n + GROUP], layers)
+        whole = whole or [x.new_zeros(len(wav_BT), int(frames_B.max()), x.shape[-1]) for x in windows]
         for i, (row, at, _, first, end) in enumerate(spans[n:n + GROUP]):
-            for x, made in zip(found, whole, strict=True):
-                made[row, first:end] = x[i, first - at:end - at]
+            for x, target in zip(windows, whole, strict=True):
+                target[row, first:end] = x[i, first - at:end - at]
     return whole, frames_B

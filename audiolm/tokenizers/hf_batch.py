@@ -1,8 +1,8 @@
-"""Rows of different lengths in one forward pass of an imported model, each heard as if it were alone.
+"""Rows of different lengths in one forward pass of an imported model, each with the features that it has alone.
 
-Four things of transformers' models look beyond a row's end.  Attention, and the convolutions of the encoder: an attention
-mask covers both.  The group norm after the first convolution, over all of time: it runs over each row's own span.  The mean
-and variance of the audio: over the true samples.  One is left: batch norm ahead of the positional convolution
+Four things in transformers' models look beyond a row's end.  An attention mask covers two: attention, and the encoder's
+convolutions.  The group norm after the first convolution takes statistics over all of time: here it runs over each row's
+own span.  The audio's mean and variance: here over the true samples.  Batch norm ahead of the positional convolution
 (conv_pos_batch_norm) lifts a mask's zeros, so such models take rows of one length at a time.
 Legend: wav_BT float32 at 16 kHz, zeros past a row's length; frames at 25 Hz; rows end on whole frames.
 """
@@ -18,24 +18,26 @@ import torch.nn.functional as F
 from audiolm.models.kaldi_fbank import scaled_log_mel
 from audiolm.tokenizers.base import SEMANTIC_HOP
 
-EDGE, MEL_EDGE = 40, 120  # half of what a frame hears beyond its hop: (400 - 320) / 2, and (400 - 160) / 2 of a mel frame
+# Zeros at either end, half of a frame's receptive field beyond its hop: (400 - 320) / 2 samples, of a mel frame
+# (400 - 160) / 2. With them n samples give exactly n / 320 frames; without, the last one would be lost.
+EDGE, MEL_EDGE = 40, 120
 EPS = 1e-7  # of Wav2Vec2FeatureExtractor
 
 
 def group_rows(config, frames: list[int]) -> list[list[int]]:
-    """The rows of each forward pass."""
+    """The row numbers of each forward pass."""
     if not getattr(config, "conv_pos_batch_norm", False):
         return [list(range(len(frames)))]
-    alike: dict[int, list[int]] = {}
+    by_length: dict[int, list[int]] = {}
     for row, n in enumerate(frames):
-        alike.setdefault(n, []).append(row)
-    return list(alike.values())
+        by_length.setdefault(n, []).append(row)
+    return list(by_length.values())
 
 
 def wave_inputs(wav_BT: torch.Tensor, lengths_B: torch.Tensor, frames_B: torch.Tensor,
                 normalize: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """input_values and attention_mask of the models that hear audio; `normalize` to mean 0 and variance 1."""
-    if normalize:
+    """input_values and attention_mask of the models that take audio; `normalize` to mean 0 and variance 1."""
+    if normalize:  # over the true samples; the padding is zero again afterwards
         inside_BT = _inside(lengths_B, wav_BT.shape[1])
         n_B1 = lengths_B.clamp_min(1)[:, None]
         wav_BT = (wav_BT - wav_BT.sum(1, keepdim=True) / n_B1) * inside_BT
@@ -53,21 +55,22 @@ def mel_inputs(wav_BT: torch.Tensor, frames_B: torch.Tensor, n_mels: int) -> tup
 
 @contextlib.contextmanager
 def per_row_group_norm(model, frames: list[int]) -> Iterator[None]:
-    """While it is open, the model's group norm, where it has one, runs over each row's own span."""
+    """Makes the model's group norm, where it has one, run over each row's own span."""
     if getattr(model.config, "feat_extract_norm", None) != "group" or len(set(frames)) == 1:
         yield
         return
     norm = model.feature_extractor.conv_layers[0].layer_norm
     kernel, stride = model.config.conv_kernel[0], model.config.conv_stride[0]
+    # The first convolution's output frames that stem from a row's own samples and its edges.
     spans = [(n * SEMANTIC_HOP + 2 * EDGE - kernel) // stride + 1 for n in frames]
 
-    def forward(x_BCT: torch.Tensor) -> torch.Tensor:  # in place: nothing the model makes is larger
+    def forward(x_BCT: torch.Tensor) -> torch.Tensor:  # in place: this is the model's largest activation
         for row, span in enumerate(spans):
             x_BCT[row, :, :span] = F.group_norm(x_BCT[row:row + 1, :, :span], norm.num_groups, norm.weight, norm.bias,
                                                 norm.eps)[0]
         return x_BCT
 
-    norm.forward = forward  # not a hook, which would let the norm over all of time run first
+    norm.forward = forward  # not a hook, which would run after the norm over all of time
     try:
         yield
     finally:

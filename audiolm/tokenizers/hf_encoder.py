@@ -1,38 +1,32 @@
-"""HuBERT, WavLM, wav2vec 2.0 and w2v-BERT 2.0 in transformers' format behind the Extractor protocol, by path or URI.
+"""HuBERT, WavLM, wav2vec 2.0 and w2v-BERT 2.0 in transformers' format (hf.py) behind the Extractor protocol.
 
-A model is a folder with config.json, model.safetensors and, where it has one, preprocessor_config.json; pickles are never
-read.  These models make a frame every 320 samples (50 Hz), the semantic tokens one every 640: `features` is the MEAN of
-frames 2i and 2i + 1, `raw` gives the frames themselves.  Rows are padded with zeros to a multiple of 640 samples, n', and
-by 40 at either side (w2v-BERT: 120), so that exactly n' / 320 come out.  Rows of any lengths form a batch, in which no row
-hears another's padding (masked_batch.py).  Legend as in extractor.py.
+These models make a frame every 320 samples (50 Hz), the semantic tokens one every 640: `features` is the mean of frames
+2i and 2i + 1, `raw` gives the frames themselves.  Rows are padded with zeros to a multiple of 640 samples, n', and by 40
+at either side (w2v-BERT: 120), so that exactly n' / 320 frames come out.  Rows of any lengths form a batch, in which
+padding changes no row (hf_batch.py).  Legend as in extractor.py.
 Sources: HuBERT 2106.07447, WavLM 2110.13900, wav2vec 2.0 2006.11477, w2v-BERT 2.0 2312.05187.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-from audiolm import store
-from audiolm.config.base import Config, Runtime
+import torch
+
+from audiolm.tokenizers import hf
+from audiolm.tokenizers.artifact import CONFIG, MASKED_FORMAT, ArtifactError, write_export
 from audiolm.tokenizers.base import SAMPLE_RATE, SEMANTIC_HOP
-
-if TYPE_CHECKING:
-    import torch
+from audiolm.tokenizers.extractor import mask_padding
+from audiolm.tokenizers.hf_batch import EDGE, group_rows, mel_inputs, per_row_group_norm, wave_inputs
 
 MEL_FAMILY = "wav2vec2-bert"
 CLASSES = {"hubert": ("HubertConfig", "HubertModel"), "wavlm": ("WavLMConfig", "WavLMModel"),
            "wav2vec2": ("Wav2Vec2Config", "Wav2Vec2Model"), MEL_FAMILY: ("Wav2Vec2BertConfig", "Wav2Vec2BertModel")}
 # Equals transformers' hidden_states[n], but that some of its versions normalise the last one of do_stable_layer_norm models.
 CONVENTION = "output of block n counted from 1, before the norm that closes the encoder where it has one"
-FORMAT = "audiolm-masked-1"
 HOP = 320
-FILES = ("config.json", "model.safetensors")
-# transformers 5 writes the second where a tokenizer is saved along (fine-tuned models)
-FRONTS = ("preprocessor_config.json", "processor_config.json")
 # In files with a head for training or recognition: what is not of the encoder, and what transformers puts before the rest.
 HEADS = ("lm_head.", "quantizer.", "project_q.", "project_hid.", "projector.", "classifier.", "layer_weights", "tdnn.",
          "objective.")
@@ -41,15 +35,8 @@ UNUSED = ("masked_spec_embed", "adapter.", "intermediate_ffn.")  # of training's
 OFF = {"mask_time_prob": 0.0, "mask_feature_prob": 0.0, "add_adapter": False, "use_intermediate_ffn_before_adapter": False}
 
 
-class ImportedEncoder(Config):
-    """Config of the step `masked_model` where semantic.pretrained is given: the model is its bytes, wherever they lie."""
-
-    uri: Runtime[str]
-    digest: str
-
-
 class TransformersExtractor:
-    """Frozen. `settings` is transformers' config, `preprocessor` what is done to the audio before (see `_front`)."""
+    """A frozen Extractor. `settings` is transformers' config, `preprocessor` its front end (see `_preprocessor`)."""
 
     convention = CONVENTION
 
@@ -60,38 +47,34 @@ class TransformersExtractor:
 
     def features(self, wav_BT, lengths_B, layers):
         """As the protocol says, at 25 Hz: the mean of each two frames of `raw`."""
-        found, frames_B = self.raw(wav_BT, lengths_B, layers)
-        return [x.view(len(x), -1, 2, self.dim).mean(2) for x in found], frames_B // 2
+        features, frames_B = self.raw(wav_BT, lengths_B, layers)
+        return [x.view(len(x), -1, 2, self.dim).mean(2) for x in features], frames_B // 2
 
     def raw(self, wav_BT: torch.Tensor, lengths_B: torch.Tensor,
             layers: Sequence[int]) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """features_BTD (float32; zeros past a row's frames) of each of `layers` and frames_B, both at 50 Hz. Raises
-        ValueError for a layer that is not there."""
-        import torch
+        """features_BTD (float32; zeros past a row's frames) of each of `layers` and frames_B, both at 50 Hz.
 
-        from audiolm.tokenizers.extractor import mask_padding
-        from audiolm.tokenizers.hf_batch import group_rows
-
+        Raises ValueError for a layer that the model does not have.
+        """
         self._check(layers)
         wav_BT, frames_B = mask_padding(wav_BT.to(next(self.model.parameters()).device), lengths_B)
         lengths_B, frames = lengths_B.to(wav_BT.device), frames_B.tolist()
-        made = [wav_BT.new_zeros(len(wav_BT), 2 * max(frames), self.dim) for _ in layers]
+        features = [wav_BT.new_zeros(len(wav_BT), 2 * max(frames), self.dim) for _ in layers]
         with torch.no_grad():
             for rows in group_rows(self.model.config, frames):
                 part = [frames[row] for row in rows]
-                found = self._blocks(wav_BT[rows, :max(part) * SEMANTIC_HOP], lengths_B[rows], part, layers)
-                for x_BTD, found_BTD in zip(made, found, strict=True):
-                    x_BTD[rows, :2 * max(part)] = found_BTD.float()
+                outputs = self._blocks(wav_BT[rows, :max(part) * SEMANTIC_HOP], lengths_B[rows], part, layers)
+                for x_BTD, output_BTD in zip(features, outputs, strict=True):
+                    x_BTD[rows, :2 * max(part)] = output_BTD.float()
             inside_BT1 = (torch.arange(2 * max(frames), device=wav_BT.device) < 2 * frames_B[:, None])[..., None]
-            return [x_BTD.mul_(inside_BT1) for x_BTD in made], 2 * frames_B
+            return [x_BTD.mul_(inside_BT1) for x_BTD in features], 2 * frames_B
 
     def to(self, device, dtype=None):
-        import torch
-
         positions = getattr(self.model.encoder, "embed_positions", None)
         rates = getattr(positions, "inv_freq", None)
         self.model.to(device=device, dtype=dtype or torch.float32)
-        if rates is not None:  # rotary: bfloat16 knows no position above 256, and the cache neither device nor dtype
+        # Rotary positions: bfloat16 is exact only up to 256, and transformers' cache follows neither device nor dtype.
+        if rates is not None:
             positions.inv_freq, positions.cached_sequence_length = rates.to(device), None
         return self
 
@@ -115,21 +98,17 @@ class TransformersExtractor:
             raise ValueError(f"layer {wrong[0]}: the model ({self.family}) has {self.layers} blocks; give 1 to {self.layers}")
 
     def _blocks(self, wav_BT, lengths_B, frames: list[int], layers: Sequence[int]) -> list:
-        """The outputs of blocks, by hooks: what transformers gives as hidden_states, and nothing is computed above them."""
-        import torch
-
-        from audiolm.tokenizers.hf_batch import mel_inputs, per_row_group_norm, wave_inputs
-
+        """The outputs of blocks: transformers' hidden_states, without computing the blocks above the highest of them."""
         frames_B = torch.tensor(frames, device=wav_BT.device)
         if self.family == MEL_FAMILY:
             inputs, mask = mel_inputs(wav_BT, frames_B, self.preprocessor["num_mel_bins"])
         else:
             inputs, mask = wave_inputs(wav_BT, lengths_B, frames_B, self.preprocessor["do_normalize"])
-        found = {}
+        outputs = {}
 
         def keep(n: int):
             def hook(module, args, output):
-                found[n] = output[0] if isinstance(output, tuple) else output
+                outputs[n] = output[0] if isinstance(output, tuple) else output
                 if n == max(layers):
                     raise _Enough
             return hook
@@ -141,119 +120,86 @@ class TransformersExtractor:
         finally:
             for hook in hooks:
                 hook.remove()
-        return [found[n] for n in layers]
+        return [outputs[n] for n in layers]
 
 
 class _Enough(Exception):
-    """The highest layer asked for is done."""
+    """Raised by a hook to leave the forward pass once the highest layer is computed."""
 
 
 def load_pretrained_encoder(uri: str) -> TransformersExtractor:
-    """The model of a folder or URI; in float32 on the CPU. Raises ArtefactError (a ValueError) for what cannot be read so."""
-    return _read_model(uri)[0]
+    """The model of a folder or URI; in float32 on the CPU. Raises ArtifactError for what cannot be read as such."""
+    return _from_files(uri, hf.read_model(hf.ENCODER, uri))
 
 
 def from_export(config: dict, weights: dict[str, torch.Tensor]) -> TransformersExtractor:
-    """The extractor of `to_json` and `state`; in float32 on the CPU. Raises ArtefactError where they do not fit."""
+    """The extractor of `to_json` and `state`; in float32 on the CPU. Raises ArtifactError where they do not fit."""
     if config.get("layer_convention") != CONVENTION:
-        raise _fault(f"layer_convention is {config.get('layer_convention')!r}, this code reads {CONVENTION!r}: import the "
-                     "model again (--force masked_model)")
+        raise ArtifactError(f"layer_convention is {config.get('layer_convention')!r}, this code reads {CONVENTION!r}: "
+                            "import the model again (--force masked_model)")
     settings = config.get("transformers")
     if not isinstance(settings, dict) or settings.get("model_type") != config.get("family"):
-        raise _fault(f"family is {config.get('family')!r}, the model that is described under `transformers` is another: import "
-                     "the model again (--force masked_model)")
+        raise ArtifactError(f"family is {config.get('family')!r}, `transformers` describes another model: import the model "
+                            "again (--force masked_model)")
     return _extractor("the export", settings, weights, config.get("preprocessor", {}))
 
 
-def imported_encoder(uri: str) -> ImportedEncoder:
-    """The step's config, from the files' bytes, read in pieces. Raises ArtefactError (a ValueError) where one is missing."""
-    shas = {}
-    for name in FILES + FRONTS:
-        sha = hashlib.sha256()
-        try:
-            for piece in store.pieces(store.join(uri, name)):
-                sha.update(piece)
-            shas[name] = sha.hexdigest()
-        except (FileNotFoundError, NotADirectoryError) as e:
-            if name in FILES:
-                raise _missing(uri, name) from e
-    return ImportedEncoder(uri=uri, digest=_digest(shas))
-
-
 def import_encoder(config: dict, inputs: dict, out) -> dict:
-    """Step fn: config {"encoder": ImportedEncoder} -> facts. Leaves export/ for `semantic.load_extractor`: the encoder alone,
-    in float32. Raises ArtefactError where the model cannot be used or its bytes are no longer those of the plan."""
-    from safetensors.torch import save
+    """Step fn: config {"encoder": hf.PretrainedModel} -> facts. Leaves export/ for `semantic.load_extractor`: the encoder
+    alone, in float32.
 
+    Raises ArtifactError where the model cannot be used or its bytes are no longer those of the plan.
+    """
     want = config["encoder"]
-    extractor, found = _read_model(want.uri)
-    if found != want.digest:
-        raise _fault(f"semantic.pretrained.uri: the files at {want.uri} changed since this run was planned ({want.digest} -> "
-                     f"{found}): start it again")
-    data = save({f"encoder.{name}": value.contiguous() for name, value in extractor.state().items()})
+    extractor = _from_files(want.uri, hf.read_model(hf.ENCODER, want.uri, want.digest))
     out.check()
-    store.put(store.join(out.path, "export", "model.safetensors"), data)
-    store.put_json(store.join(out.path, "export", "config.json"), {
-        "format": FORMAT, **extractor.to_json(), "sample_rate": SAMPLE_RATE, "hop": SEMANTIC_HOP,
-        "weights_sha256": hashlib.sha256(data).hexdigest(), "source": {"digest": want.digest}})
+    write_export(out.path, {f"encoder.{name}": value for name, value in extractor.state().items()}, {
+        "format": MASKED_FORMAT, **extractor.to_json(), "sample_rate": SAMPLE_RATE, "hop": SEMANTIC_HOP,
+        "source": {"digest": want.digest}}, checksum=True)
     return {"family": extractor.family, "layers": extractor.layers, "dim": extractor.dim, "sample_rate": SAMPLE_RATE,
             "rate_hz": SAMPLE_RATE / SEMANTIC_HOP, "parameters": sum(p.numel() for p in extractor.model.parameters()),
             "digest": want.digest}
 
 
-def _read_model(uri: str) -> tuple[TransformersExtractor, str]:
-    """(the model, the digest of its files)."""
-    import safetensors.torch
-
-    data = {}
-    for name in FILES + FRONTS:
-        try:
-            data[name] = store.get(store.join(uri, name))
-        except (FileNotFoundError, NotADirectoryError) as e:
-            if name in FILES:
-                raise _missing(uri, name) from e
-    digest = _digest({name: hashlib.sha256(read).hexdigest() for name, read in data.items()})
-    try:
-        settings, *fronts = (json.loads(data.get(name, b"{}")) for name in ("config.json", *FRONTS))
-        weights = safetensors.torch.load(data.pop("model.safetensors"))
-    except Exception as e:  # json and safetensors raise many kinds for what is one fault: the files
-        raise _fault(f"semantic.pretrained.uri: {uri}: a file of the model cannot be read: {e}; save it again with "
-                     "save_pretrained(folder)") from e
-    front = fronts[0] or fronts[1].get("feature_extractor", {})
-    return _extractor(f"semantic.pretrained.uri: {uri}", settings, weights, front), digest
+def _from_files(uri: str, data: hf.ModelBytes) -> TransformersExtractor:
+    alone, beside = hf.ENCODER.optional
+    preprocessor = data.json.get(alone) or data.json.get(beside, {}).get("feature_extractor", {})
+    return _extractor(f"{hf.ENCODER.field}: {uri}", data.json[CONFIG], data.weights, preprocessor)
 
 
-def _extractor(where: str, settings: dict, weights: dict, front: dict) -> TransformersExtractor:
+def _extractor(where: str, settings: dict, weights: dict, given: dict) -> TransformersExtractor:
     family = settings.get("model_type")
-    if family not in CLASSES:
-        raise _fault(f"{where}: config.json has model_type {family!r}; the models that can be used are {', '.join(CLASSES)}")
-    preprocessor = _front(where, family, front)
-    model = _model(where, family, settings, _inner(weights))
+    model = hf.build_model(where, family, CLASSES, settings, _inner(weights), _switch_off)
+    preprocessor = _preprocessor(where, family, given)
     described = json.loads(model.config.to_json_string(use_diff=False))
     _check_rate(where, family, model.config, preprocessor)
     return TransformersExtractor(model, {k: v for k, v in described.items() if k != "_name_or_path"}, preprocessor)
 
 
-def _front(where: str, family: str, given: dict) -> dict:
-    """What of preprocessor_config.json counts, with transformers' defaults where it is silent. do_normalize: zero mean and
-    unit variance over an utterance's true samples; w2v-BERT has its own, per mel band over all frames."""
+def _preprocessor(where: str, family: str, given: dict) -> dict:
+    """The fields of preprocessor_config.json that change features, with transformers' defaults for absent ones.
+
+    do_normalize: zero mean and unit variance over an utterance's true samples; w2v-BERT normalises each mel band over
+    all frames instead.
+    """
     kind = "SeamlessM4TFeatureExtractor" if family == MEL_FAMILY else "Wav2Vec2FeatureExtractor"
     named, rate = given.get("feature_extractor_type", kind), given.get("sampling_rate", SAMPLE_RATE)
     if named != kind:
-        raise _fault(f"{where}: preprocessor_config.json has feature_extractor_type {named!r}, {family} needs {kind}: save "
-                     "that beside the model with save_pretrained(folder)")
+        raise ArtifactError(f"{where}: preprocessor_config.json has feature_extractor_type {named!r}, {family} needs {kind}: "
+                            "save that beside the model with save_pretrained(folder)")
     if rate != SAMPLE_RATE:
-        raise _fault(f"{where}: preprocessor_config.json has sampling_rate {rate}; the pipeline runs at {SAMPLE_RATE} Hz: give "
-                     "a model of that rate")
+        raise ArtifactError(f"{where}: preprocessor_config.json has sampling_rate {rate}; the pipeline runs at {SAMPLE_RATE} "
+                            "Hz: give a model of that rate")
     if family == MEL_FAMILY:
         return {"sampling_rate": rate, "num_mel_bins": given.get("num_mel_bins", 80), "stride": given.get("stride", 2)}
     return {"sampling_rate": rate, "do_normalize": given.get("do_normalize", True)}
 
 
 def _inner(weights: dict) -> dict:
-    """The encoder's weights by the names of transformers' base model."""
+    """The encoder's weights by the names of transformers' base model, whatever head the file was saved with."""
     stripped, inside = {}, any(name.startswith(PREFIXES) for name in weights)
-    heads = (*HEADS, "feature_extractor.") if inside else HEADS  # an x-vector's head is called as the base's convolutions
+    # An x-vector model's head has the name of the base model's convolutions, which then have a prefix.
+    heads = (*HEADS, "feature_extractor.") if inside else HEADS
     for name, value in weights.items():
         if prefix := next((p for p in PREFIXES if name.startswith(p)), None):
             name = name.removeprefix(prefix)
@@ -264,50 +210,22 @@ def _inner(weights: dict) -> dict:
     return stripped
 
 
-def _model(where: str, family: str, settings: dict, weights: dict):
-    """transformers' base model in float32. The weights go through from_pretrained, not load_state_dict, because names in
-    files differ from a model's (older weight norm). Raises ArtefactError, ImportError."""
-    try:
-        import transformers
-    except ImportError as e:
-        raise ImportError("a pretrained encoder needs the library transformers: pip install 'audiolm[pretrained]'") from e
-    import torch
-
-    config_class, model_class = (getattr(transformers, name) for name in CLASSES[family])
-    bars = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        config = config_class.from_dict(settings)
-        for name, value in OFF.items():
-            if hasattr(config, name):
-                setattr(config, name, value)
-        model, report = model_class.from_pretrained(None, config=config, state_dict=weights, dtype=torch.float32,
-                                                    output_loading_info=True)
-    except Exception as e:  # transformers raises many kinds for what is one fault: the files
-        raise _fault(f"{where}: config.json and the weights make no {family} model: {e}") from e
-    finally:
-        if bars:
-            transformers.utils.logging.enable_progress_bar()
-    wrong = [f"{len(report[key])} {what} ({', '.join(sorted(map(str, report[key]))[:3])})" for what, key in
-             (("missing", "missing_keys"), ("unexpected", "unexpected_keys"), ("of another shape", "mismatched_keys"))
-             if report[key]]
-    if not wrong and len(weights) > len(model.state_dict()):
-        wrong = [f"{len(weights) - len(model.state_dict())} more than the model has"]
-    if wrong:
-        raise _fault(f"{where}: model.safetensors does not fit config.json; tensors {' and '.join(wrong)}: save the model "
-                     "again with save_pretrained(folder)")
-    return model
+def _switch_off(config) -> None:
+    """Turns off what only training uses, and modules past the last block."""
+    for name, value in OFF.items():
+        if hasattr(config, name):
+            setattr(config, name, value)
 
 
 def _check_rate(where: str, family: str, config, preprocessor: dict) -> None:
+    """Raises ArtifactError for a model that makes no frame each 320 samples: two of them make a semantic frame."""
     if family == MEL_FAMILY:
         bands, stride = preprocessor["num_mel_bins"], preprocessor["stride"]
         if stride != 2 or bands * stride != config.feature_projection_input_dim:
-            raise _fault(f"{where}: preprocessor_config.json has num_mel_bins {bands} and stride {stride}, the model takes "
-                         f"{config.feature_projection_input_dim} numbers each 20 ms: set stride to 2, num_mel_bins to half")
+            raise ArtifactError(f"{where}: preprocessor_config.json has num_mel_bins {bands} and stride {stride}, the model "
+                                f"takes {config.feature_projection_input_dim} numbers each 20 ms: set stride to 2, "
+                                "num_mel_bins to half")
         return
-
-    from audiolm.tokenizers.hf_batch import EDGE
 
     def frames(samples: int) -> int:
         for kernel, stride in zip(config.conv_kernel, config.conv_stride, strict=True):
@@ -315,23 +233,6 @@ def _check_rate(where: str, family: str, config, preprocessor: dict) -> None:
         return samples
 
     if any(frames(n + 2 * EDGE) != n // HOP for n in (SEMANTIC_HOP, 100 * SEMANTIC_HOP)):
-        raise _fault(f"{where}: config.json has conv_kernel {list(config.conv_kernel)} and conv_stride "
-                     f"{list(config.conv_stride)}; the pipeline takes models with a frame each {HOP} samples that hear 400")
-
-
-def _digest(shas: dict[str, str]) -> str:
-    return hashlib.sha256(json.dumps(shas, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _missing(uri: str, name: str) -> Exception:
-    pickles = [n for n in store.names(uri) if n.endswith((".bin", ".pt", ".pth", ".ckpt"))]
-    why = f"; {pickles[0]} is a pickle, which is never read" if pickles else ""
-    return _fault(f"semantic.pretrained.uri: {uri} holds no {name}{why}. A pretrained encoder is a folder or URI with "
-                  "config.json and one model.safetensors: load the model with transformers and save it again with "
-                  "save_pretrained(folder)")
-
-
-def _fault(text: str) -> Exception:
-    from audiolm.tokenizers.artifact import ArtifactError
-
-    return ArtifactError(text)
+        raise ArtifactError(f"{where}: config.json has conv_kernel {list(config.conv_kernel)} and conv_stride "
+                            f"{list(config.conv_stride)}; the pipeline takes models with a frame each {HOP} samples and a "
+                            "receptive field of 400")

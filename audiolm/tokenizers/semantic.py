@@ -1,35 +1,35 @@
-"""Semantic tokens: encoder features at one layer, z-scored per dimension, then the nearest centroid (paper III-B).
+"""Semantic tokens: encoder features at one layer, z-scored per dimension, then the nearest centroid (2209.03143, III-B).
 
-ONE self-describing artefact, {kmeans build}/export/: model.safetensors (`encoder.*` with the input's statistics,
-`zscore.mean`, `zscore.std`, `centroids`) and config.json (format, family, encoder sizes, layer and its convention, sample
-rate, k, window, sha256 of the weights, golden tokens).  Whatever does not match is refused on load.  Legend: wav_BT
-float32 at 16 kHz, lengths_B true samples, features_BTD and codes_T1 at 25 Hz.
+One self-describing export, {kmeans build}/export/.  model.safetensors holds `encoder.*` with the input's statistics,
+`zscore.mean`, `zscore.std` and `centroids`.  config.json holds format, family, encoder sizes, layer and its convention,
+sample rate, k, window, the weights' sha256 and golden tokens.  Loading refuses parts that do not belong together.
+Legend: wav_BT float32 at 16 kHz, lengths_B true samples, features_BTD and codes_T1 at 25 Hz.
 """
 
 from __future__ import annotations
 
 import copy
-import hashlib
 import math
 
 import torch
-from safetensors.torch import save
 
-from audiolm import store
 from audiolm.models import kmeans
 from audiolm.models.conformer import LAYER_CONVENTION, Encoder, EncoderSizes
-from audiolm.tokenizers.artifact import ArtifactError, read_export
+from audiolm.tokenizers import hf_encoder
+from audiolm.tokenizers.artifact import MASKED_FORMAT, ArtifactError, read_export, write_export
 from audiolm.tokenizers.base import SAMPLE_RATE, SEMANTIC_HOP, TokenSpec
 from audiolm.tokenizers.extractor import FAMILY, ConformerExtractor, Extractor, Window, windowed
 
 FORMAT = "audiolm-semantic-2"
-MASKED_FORMAT = "audiolm-masked-1"  # of a masked model's export
-GOLDEN_S = 2.0
+GOLDEN_S = 2.0  # 50 tokens: enough to notice a wrong layer or z-score, and quick on a CPU
 SURE = 1e-3  # golden frames nearer to a tie than this may differ between processors
 
 
 def golden_clip() -> torch.Tensor:
-    """wav_BT (1, GOLDEN_S): a gliding voice-like tone that changes vowel, from a formula alone."""
+    """wav_BT (1, GOLDEN_S): a gliding voice-like tone that changes vowel, from a formula alone.
+
+    It crosses many centroids and needs no file. Its tokens, kept in the export, are encoded again on every load.
+    """
     t = torch.arange(int(GOLDEN_S * SAMPLE_RATE), dtype=torch.float64) / SAMPLE_RATE
     pitch = 110.0 + 40.0 * torch.sin(2 * math.pi * 0.7 * t)
     phase = 2 * math.pi * torch.cumsum(pitch / SAMPLE_RATE, 0)
@@ -40,7 +40,7 @@ def golden_clip() -> torch.Tensor:
 
 
 class SemanticTokenizer:
-    """Frozen. `encode` gives tokens, `features` what was clustered (for ABX)."""
+    """A frozen Tokenizer of one level. `encode` gives tokens, `features` the vectors that are clustered (for ABX)."""
 
     def __init__(self, extractor: Extractor, layer: int, mean_D: torch.Tensor, std_D: torch.Tensor,
                  centroids_KD: torch.Tensor, window: Window, digest: str, device: str = "cpu",
@@ -63,13 +63,13 @@ class SemanticTokenizer:
         return [row[:n, None] for row, n in zip(codes_BT.cpu(), frames_B.tolist(), strict=True)]
 
     def codes(self, wav_BT: torch.Tensor, lengths_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """codes_BT and frames_B, where the tokenizer is; codes past a row's frames mean nothing."""
+        """codes_BT and frames_B, on the tokenizer's device; codes past a row's frames mean nothing."""
         x_BTD, frames_B = self.features(wav_BT, lengths_B)
         return kmeans.assign(x_BTD.flatten(0, 1), self.centroids_KD).view(x_BTD.shape[:2]), frames_B
 
 
 def load_extractor(build: str, device: str = "cpu") -> Extractor:
-    """The encoder of a masked model's export, trained here or imported, or of a tokenizer's. Raises ArtefactError."""
+    """The encoder of a masked model's export, trained here or imported, or of a tokenizer's. Raises ArtifactError."""
     weights, config, _ = read_export(build)
     _require(build, config, "format", FORMAT if config.get("format") == FORMAT else MASKED_FORMAT)
     _require(build, config, "sample_rate", SAMPLE_RATE)
@@ -78,25 +78,23 @@ def load_extractor(build: str, device: str = "cpu") -> Extractor:
 
 def save_semantic(build: str, extractor: Extractor, layer: int, mean_D: torch.Tensor, std_D: torch.Tensor,
                   centroids_KD: torch.Tensor, window: Window, source: dict) -> None:
-    """Writes the artefact; what lies above `layer` is left out. `source` (plain JSON) says where it came from."""
+    """Writes the export without the blocks above `layer`. `source` (plain JSON) says how the centroids were fitted."""
     kept = extractor.truncated(layer)
     tokens, sure = _golden(SemanticTokenizer(kept, layer, mean_D, std_D, centroids_KD, window, ""))
     weights = {f"encoder.{name}": value for name, value in kept.state().items()}
     weights |= {"zscore.mean": mean_D, "zscore.std": std_D, "centroids": centroids_KD}
-    data = save({name: value.detach().float().cpu().contiguous() for name, value in weights.items()})
-    config = {
+    write_export(build, {name: value.float() for name, value in weights.items()}, {
         "format": FORMAT, **kept.to_json(), "layer": layer, "sample_rate": SAMPLE_RATE, "hop": SEMANTIC_HOP,
-        "k": len(centroids_KD), "window_frames": window.frames, "overlap_frames": window.overlap,
-        "weights_sha256": hashlib.sha256(data).hexdigest(), "source": source,
+        "k": len(centroids_KD), "window_frames": window.frames, "overlap_frames": window.overlap, "source": source,
         "golden": {"clip": f"golden_clip, {GOLDEN_S} s", "tokens": tokens.tolist(), "sure": sure.int().tolist()},
-    }
-    store.put(store.join(build, "export", "model.safetensors"), data)
-    store.put_json(store.join(build, "export", "config.json"), config)
+    }, checksum=True)
 
 
 def load_semantic(kmeans_path: str, device: str = "cpu", dtype: str = "float32") -> SemanticTokenizer:
-    """The tokenizer of a finished kmeans build; `dtype` (float32 or bfloat16) is that of the encoder's work. Raises
-    ArtefactError where anything does not match."""
+    """The tokenizer of a finished kmeans build; the encoder computes in `dtype` (float32 or bfloat16).
+
+    Raises ArtifactError where format, rate, shapes or golden tokens do not match.
+    """
     weights, config, digest = read_export(kmeans_path)
     for field, value in (("format", FORMAT), ("sample_rate", SAMPLE_RATE), ("hop", SEMANTIC_HOP)):
         _require(kmeans_path, config, field, value)
@@ -114,6 +112,7 @@ def load_semantic(kmeans_path: str, device: str = "cpu", dtype: str = "float32")
                                 f"{dim}; run the kmeans step again (--force kmeans)")
     window = Window(config["window_frames"], config["overlap_frames"])
     parts = (layer, weights["zscore.mean"], weights["zscore.std"], weights["centroids"], window, digest)
+    # Golden tokens are checked in float32 on the CPU, as they were made, and then the encoder moves.
     tokenizer = SemanticTokenizer(extractor, *parts)
     tokens, _ = _golden(tokenizer)
     golden = torch.tensor(config["golden"]["tokens"])
@@ -126,6 +125,7 @@ def load_semantic(kmeans_path: str, device: str = "cpu", dtype: str = "float32")
 
 
 def _golden(tokenizer: SemanticTokenizer) -> tuple[torch.Tensor, torch.Tensor]:
+    """codes_T of the golden clip, and True where the nearest centroid is clearly nearer than the second."""
     wav_BT = golden_clip()
     x_BTD, _ = tokenizer.features(wav_BT, torch.tensor([wav_BT.shape[1]]))
     return (kmeans.assign(x_BTD[0], tokenizer.centroids_KD),
@@ -143,10 +143,11 @@ def _extractor(build: str, weights: dict[str, torch.Tensor], config: dict) -> Ex
     if family == FAMILY:
         _require(build, config, "layer_convention", LAYER_CONVENTION)
     try:
-        return extractor_from_export(config, {n.removeprefix("encoder."): w for n, w in weights.items() if n.startswith("encoder.")})
+        return extractor_from_export(config, {name.removeprefix("encoder."): value for name, value in weights.items()
+                                              if name.startswith("encoder.")})
+    except ArtifactError:
+        raise
     except (KeyError, TypeError, ValueError, RuntimeError) as e:
-        if isinstance(e, ArtifactError):
-            raise
         raise ArtifactError(f"{build}/export: the weights do not fit the encoder in config.json (family {family!r}): "
                             f"{e}") from e
 
@@ -158,6 +159,4 @@ def extractor_from_export(config: dict, weights: dict[str, torch.Tensor]) -> Ext
         encoder = Encoder(EncoderSizes(**config["encoder"]))
         encoder.load_state_dict(weights)
         return ConformerExtractor(encoder)
-    from audiolm.tokenizers.hf_encoder import from_export as imported
-
-    return imported(copy.deepcopy(config), weights)
+    return hf_encoder.from_export(copy.deepcopy(config), weights)

@@ -1,6 +1,7 @@
-"""Semantic tokens as a codec (base.Codec): the tokenizer that makes them and the vocoder that was trained on them.
+"""Semantic tokens as a codec (base.Codec): a tokenizer and the vocoder that was trained on its tokens.
 
-Shapes as in base; codes at 25 Hz, of one or more levels, and any prefix of them decodes.
+It measures what semantic tokens alone keep of the sound (2209.03143, Table I).  Shapes as in base; codes at 25 Hz, of
+one or more levels, and any prefix of them decodes.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from audiolm.models.vocoder import SemanticVocoder
-from audiolm.tokenizers.artifact import ArtifactError, read_export
+from audiolm.tokenizers.artifact import ArtifactError, fill_module, read_export, require_keys
 from audiolm.tokenizers.base import TokenSpec, check_codes
 from audiolm.tokenizers.residual import ResidualTokenizer
 
@@ -41,13 +42,12 @@ class SemanticCodec:
 
 
 def load_vocoder(build: str, tokenizer: ResidualTokenizer, device: str = "cpu") -> SemanticCodec:
-    """The codec of a finished vocoder build and the tokenizer it was trained on. Raises ArtefactError for another one, and
-    where config and weights do not fit."""
+    """The codec of a finished vocoder build. `tokenizer` must be the one that the vocoder was trained on.
+
+    Raises ArtifactError for another tokenizer, and where config and weights do not fit.
+    """
     weights, config, digest = read_export(build)
-    missing = [key for key in (*SIZES, "tokens") if key not in config]
-    if config.get("kind") != KIND or missing:
-        raise ArtifactError(f"{build}/export/config.json is no semantic vocoder's (kind {config.get('kind')!r}, without "
-                            f"{', '.join(missing) or 'nothing'}): give the path of a semantic_vocoder build")
+    require_keys(build, config, KIND, (*SIZES, "tokens"), "semantic vocoder")
     levels, has = config["levels"], tokenizer.spec.n_q
     if levels > has:
         raise ArtifactError(f"{build} was trained on {levels} levels, the tokenizer has {has}: give the residual build too")
@@ -56,8 +56,5 @@ def load_vocoder(build: str, tokenizer: ResidualTokenizer, device: str = "cpu") 
                             f"{tokenizer.hash_of(levels)}: give the kmeans (and residual) builds it was trained "
                             "on, or train it again")
     model = SemanticVocoder(**{key: config[key] for key in SIZES}, norm=False)
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as e:
-        raise ArtifactError(f"{build}/export: the weights do not fit the vocoder that config.json describes: {e}") from e
+    fill_module(build, model, weights, "semantic vocoder")
     return SemanticCodec(tokenizer, model, digest, device)

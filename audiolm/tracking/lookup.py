@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from audiolm import store
-from audiolm.dag.run_index import OUTPUTS
+from audiolm.dag.run_index import OUTPUTS, index_path
 from audiolm.tracking import client as mlflow_client
 from audiolm.tracking import outbox
 
@@ -63,8 +63,8 @@ def index_of(run_id: str, tracking: str | None = None) -> str:
         raise ValueError(f"run {run_id} in {where} is not a run of this pipeline (no tag `store`, no parameter `run.name`)")
     if store.is_local(folder) and not os.path.isabs(folder.removeprefix("file://")):
         raise ValueError(f"run {run_id} has the store {folder!r}, relative to the folder it was started in: give its index, "
-                         f"{store.join(folder, 'runs', name)}.json, from there")
-    return store.join(folder, "runs", f"{name}.json")
+                         f"{index_path(folder, name)}, from there")
+    return index_path(folder, name)
 
 
 def version_of(client: Any, uri: str) -> Any:
@@ -98,6 +98,5 @@ def find_run(run: str, folder: str = OUTPUTS, tracking: str | None = None) -> st
     """The index of a run: a path or URI that ends in .json as it is, an MLflow run id (32 hex digits) by the server
     `tracking` (None: MLFLOW_TRACKING_URI, else the database in `folder`), else a name's below `folder`."""
     if re.fullmatch("[0-9a-f]{32}", run):
-
         return index_of(run, default_tracking(folder, tracking))
-    return run if run.endswith(".json") else store.join(folder, "runs", f"{run}.json")
+    return run if run.endswith(".json") else index_path(folder, run)

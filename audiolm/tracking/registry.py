@@ -14,13 +14,12 @@ from typing import Any
 
 from audiolm import store
 from audiolm.config.base import flatten
-from audiolm.dag.run_index import SYSTEM_STEPS
 from audiolm.store import get_json, hide_credentials, join, names
 from audiolm.tracking.outbox import TrackedRun, key
 
 MODEL = "audiolm.model"
 ASK = ("To evaluate it within its run's system, set the tag `evaluate` to `requested` (and `evaluate.suites` to some of "
-       "the suites, where not all are wanted) while `python workflows/evaluate.py --watch` runs.")
+       "the suites, where not all are wanted) while `python workflows/evaluate.py watch` runs.")
 PRUNED = ("**Pruned:** its weights were removed from the store when later checkpoints came (`train.keep`), so it can be "
           "neither loaded nor evaluated.")
 
@@ -167,7 +166,6 @@ def _point(client: Any, name: str, run: TrackedRun, shown: ShownCheckpoints) -> 
         shown.best = best
 
 
-SYSTEM = (*SYSTEM_STEPS, "lm_fine")  # the steps that generating reads
 SYSTEM_TAG = "audiolm.system"
 
 

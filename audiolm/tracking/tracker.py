@@ -19,6 +19,7 @@ from typing import Any
 from urllib.parse import quote
 
 from audiolm import store
+from audiolm.dag.run_index import index_path
 from audiolm.metrics_log import read_from
 from audiolm.store import hide_credentials
 from audiolm.tracking import client, outbox, registry
@@ -40,7 +41,7 @@ class Tracker:
         self._store, self._experiment, self._run_name = store, experiment, run_name
         self._folder = f"{store.rstrip('/')}/.tracking/{quote(run_name, safe='')}"
         self._say = say or logging.getLogger(__name__).warning
-        self._owner = run_name, f"{store.rstrip('/')}/runs/{run_name}.json"
+        self._owner = run_name, index_path(store, run_name)
         self._head = {"uri": hide_credentials(self.uri), "experiment": experiment}
         self._name = hashlib.sha256(f"{store}|{run_name}".encode()).hexdigest()[:16]  # of both, safe in a search
         self._off = self.uri is None

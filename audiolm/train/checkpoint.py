@@ -1,8 +1,9 @@
-"""Canonical training checkpoints: safetensors by parameter name plus JSON, the same for every engine (DESIGN 1.6).
+"""Canonical training checkpoints: safetensors by parameter name plus JSON, the same for every engine and world size.
 
-`checkpoints/{step:08d}-{attempt:04d}/` holds one safetensors file a module; `commits/{step:08d}.json`, created
-exclusively after the lease was checked, makes it count (see commits.py).  Where a module's weights are the step's export
-they lie in the folder's `export/`, as in a finished step's: one copy serves resume and inference, which so reads no moments.
+`checkpoints/{step:08d}-{attempt:04d}/` holds one safetensors file a module; it counts once its commit is written (see
+commits.py, which is apart from this file because a plan reads commits and must not import torch).  Where a module's weights
+are the step's export they are in the folder's `export/`, as in a finished step's build: one copy serves resume and
+inference, and inference reads no moments.
 """
 
 from __future__ import annotations
@@ -15,32 +16,34 @@ import safetensors.torch
 
 from audiolm.dag.lease import LeaseLost, check_lease
 from audiolm.store import get, join, put, put_json, remove
+from audiolm.tokenizers.artifact import write_export
 from audiolm.train.commits import commits, folder_of, path_of
+from audiolm.train.engine import Saved, is_weight
 
-Saved = dict  # name -> tensor
 WEIGHTS = "export/model.safetensors"
 
 
 def save(build: str, attempt: int, step: int, states: Mapping[str, Saved], record: dict,
          export: tuple[str, dict[str, Any]] | None = None) -> dict:
-    """Writes one checkpoint and returns its commit; rank 0 only.
+    """Writes one checkpoint and returns its commit; rank 0 alone.
 
     `export`: the module whose weights are the export, and the export's config.
     Raises LeaseLost when another worker owns the build.
     """
-    folder, states = folder_of(step, attempt), dict(states)
+    name_of, states = folder_of(step, attempt), dict(states)
+    folder = join(build, "checkpoints", name_of)
     if export:
         name, config = export
-        kept = {k: v for k, v in states[name].items() if k.startswith(("param/", "buffer/"))}
-        states[name] = {k: v for k, v in states[name].items() if k not in kept}
-        record = {**record, "export": name, "buffers": [k for k in kept if k.startswith("buffer/")]}
-        put(join(build, "checkpoints", folder, WEIGHTS),
-            safetensors.torch.save({k.partition("/")[2]: v for k, v in kept.items()}))
-        put_json(join(build, "checkpoints", folder, "export", "config.json"), config)
+        weights = {k: v for k, v in states[name].items() if is_weight(k)}
+        states[name] = {k: v for k, v in states[name].items() if k not in weights}
+        # An export has bare names: the commit tells buffers from parameters.
+        record = {**record, "export": name, "buffers": [k for k in weights if k.startswith("buffer/")]}
+        write_export(folder, {k.partition("/")[2]: v for k, v in weights.items()}, config)
     for name, state in states.items():
-        put(join(build, "checkpoints", folder, f"{name}.safetensors"), safetensors.torch.save(dict(state)))
+        put(join(folder, f"{name}.safetensors"), safetensors.torch.save(dict(state)))
+    # The lease is checked between the last file and the commit: a worker that lost its build leaves a folder without one.
     check_lease(build, attempt)
-    commit = {"folder": folder, "step": step, **record}
+    commit = {"folder": name_of, "step": step, **record}
     try:
         put_json(path_of(build, step), commit, exclusive=True)
         return commit
@@ -59,10 +62,10 @@ def load(build: str, commit: dict, name: str) -> Saved:
 
 
 class Saver:
-    """Writes checkpoints off the training path: one in flight, a second waits. What went wrong surfaces at the next call
-    and at the end, which waits; a process that dies loses only what was in flight. Rank 0 only.
+    """Writes checkpoints in a thread, one at a time: a second waits for the first. Rank 0 alone.
 
-    Kept are the last `keep`, the best, and for good those of step `pin` (the trunk's end) and of its best.
+    A failure surfaces at the next call and at the end, which waits; a process that dies loses only the checkpoint in flight.
+    Kept are the last `keep` checkpoints, the best, and for good those of step `pin` (the trunk's end) and of its best.
     """
 
     def __init__(self, build: str, attempt: int, keep: int, pin: int, export: tuple[str, dict[str, Any]] | None):
@@ -76,11 +79,11 @@ class Saver:
 
     def __exit__(self, kind, *rest) -> None:
         self._pool.shutdown()
-        if kind is None:
+        if kind is None:  # an error of the training itself comes first
             self.wait()
 
     def check(self) -> None:
-        """Raises what the last checkpoint failed with, if it did so by now."""
+        """Raises the last checkpoint's error, if it has failed by now."""
         if self._pending.done():
             self.wait()
 
@@ -88,7 +91,7 @@ class Saver:
         self._pending.result()
 
     def save(self, step: int, states: Mapping[str, Saved], record: dict) -> None:
-        """Takes the states, which nobody may change afterwards."""
+        """Takes over the states: nobody may change them afterwards."""
         self.wait()
         self._pending = self._pool.submit(self._write, step, states, record)
 
@@ -97,8 +100,9 @@ class Saver:
         kept = {record["best_step"], self.pin}
         kept |= {c["trunk"]["best_step"] for c in self._live if c["step"] == self.pin and "trunk" in c}
         check_lease(self.build, self.attempt)
-        for commit in self._live[:-self.keep]:  # its commit says so before a checkpoint's folder goes
+        for commit in self._live[:-self.keep]:
             if commit["step"] not in kept:
+                # The commit is marked before the folder goes, so that no reader picks a checkpoint that is half removed.
                 put_json(path_of(self.build, commit["step"]), {**commit, "pruned": True})
                 remove(join(self.build, "checkpoints", commit["folder"]))
                 self._live.remove(commit)

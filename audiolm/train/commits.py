@@ -1,8 +1,10 @@
-"""Which checkpoints a build has, and where a run begins: light, for plans too (DESIGN 1.6).
+"""Commits of a build's checkpoints, and the commit that a run begins from.
 
 `commits/{step:08d}.json` makes a checkpoint count: {"step", "folder" (below checkpoints/), "best_step", "best_loss", ...},
-"pruned" once it is gone.  One of the constant phase has "trunk": its best_step and best_loss by validations that a run of
-any length makes.  Runs that differ in length alone (dag.kin) continue each other's: what they take is copied first.
+and "pruned" once the folder is gone.  One of the trunk, the steps before the decay, has "trunk": best_step and best_loss by
+the validations that a run of any length makes.  Runs that differ in length alone have the same trunk and continue each
+other's; a run first copies what it takes.
+Apart from checkpoint.py, because a plan reads commits and must not import torch.
 """
 
 from __future__ import annotations
@@ -20,16 +22,8 @@ def path_of(build: str, step: int) -> str:
 
 
 def folder_of(step: int, attempt: int) -> str:
+    """A checkpoint's folder below checkpoints/: two attempts at one step never write to the same place."""
     return f"{step:08d}-{attempt:04d}"
-
-
-def latest_first(build: str, at_most: int | None = None) -> Iterator[dict]:
-    """The commits whose checkpoints are there."""
-    for name in reversed(names(join(build, "commits"))):
-        if at_most is None or int(name[:8]) <= at_most:
-            commit = get_json(join(build, "commits", name))
-            if commit and not commit.get("pruned"):
-                yield commit
 
 
 def commits(build: str) -> list[dict]:
@@ -37,47 +31,62 @@ def commits(build: str) -> list[dict]:
     return [c for n in names(join(build, "commits")) if (c := get_json(join(build, "commits", n)))]
 
 
+def latest_first(build: str, at_most: int | None = None) -> Iterator[dict]:
+    """The commits whose checkpoints exist, of steps up to `at_most`; read one by one, as the first is mostly enough."""
+    for name in reversed(names(join(build, "commits"))):
+        if at_most is None or int(name[:8]) <= at_most:
+            commit = get_json(join(build, "commits", name))
+            if commit and not commit.get("pruned"):
+                yield commit
+
+
 def newest(build: str) -> dict | None:
     return next(latest_first(build), None)
 
 
-def start(build: str | None, kin: Iterable[str], trunk_steps: int) -> tuple[str, dict] | None:
-    """(build, commit) that a run goes on from: its own build's newest, or one of its trunk's where that is further.
+def starting_point(build: str | None, siblings: Iterable[str], trunk_steps: int) -> tuple[str, dict] | None:
+    """(build, commit) that a run continues: its own build's newest, or a sibling's where that is further.
 
-    Of another build count checkpoints up to `trunk_steps`, the run's own decay start, whose best is still there.
+    A sibling is a build of the same trunk.  Its checkpoints count up to `trunk_steps`, the run's own decay start, while
+    their best still exists.
     """
     own = newest(build) if build else None
-    found = (build, own) if own else None
-    for other in kin:
+    chosen = (build, own) if own else None
+    for other in siblings:
         usable = (c for c in latest_first(other, trunk_steps) if "trunk" in c and _with_best(other, c))
         commit = next(usable, None)
-        if commit and (found is None or commit["step"] > found[1]["step"]):
-            found = (other, commit)
-    return found
+        if commit and (chosen is None or commit["step"] > chosen[1]["step"]):
+            chosen = (other, commit)
+    return chosen
 
 
 def _with_best(build: str, commit: dict) -> list[dict]:
-    """The commits to take so that a run can go on from one: the best first, the one itself last; [] where one is gone."""
+    """The commits without which a run cannot continue from one: the best first, the one itself last; [] if one is gone."""
     steps = sorted({commit["trunk"]["best_step"] or commit["step"], commit["step"]})
-    found = [get_json(path_of(build, step)) for step in steps]
-    return found if all(c and not c.get("pruned") for c in found) else []
+    needed = [get_json(path_of(build, step)) for step in steps]
+    return needed if all(c and not c.get("pruned") for c in needed) else []
 
 
-def take_over(build: str, attempt: int, kin: Iterable[str], trunk_steps: int) -> None:
-    """Copies what the run goes on from, and its best, into its own build, with the metrics until there. Driver only."""
-    while (found := start(build, kin, trunk_steps)) and found[0] != build:
-        source, commit = found
-        wanted = _with_best(source, commit)
+def copy_trunk(build: str, attempt: int, siblings: Iterable[str], trunk_steps: int) -> None:
+    """Copies a sibling's checkpoint, its best, and the metrics up to it into the run's own build, where it is further.
+
+    The driver alone calls this, before workers start.  The sibling's own run may prune what is being copied: the
+    search then begins again.
+    """
+    while (point := starting_point(build, siblings, trunk_steps)) and point[0] != build:
+        source, commit = point
+        needed = _with_best(source, commit)
         try:
-            for c in wanted:
+            for c in needed:
                 copy(join(source, "checkpoints", c["folder"]), join(build, "checkpoints", folder_of(c["step"], attempt)))
         except FileNotFoundError:
             if _with_best(source, commit):
                 raise
-        if not wanted or wanted != _with_best(source, commit):
-            continue  # its own run pruned one meanwhile
+        if not needed or needed != _with_best(source, commit):
+            continue
         rows = [json.dumps(r) for r in read_build(source) if r["step"] <= commit["step"]]
         put(join(build, "metrics-0000.jsonl"), "".join(f"{r}\n" for r in rows).encode())
         check_lease(build, attempt)
-        for c in wanted:
+        # Commits come last, the best before the newest: a copy that breaks off leaves no commit without its best.
+        for c in needed:
             put_json(path_of(build, c["step"]), {**c, **c["trunk"], "folder": folder_of(c["step"], attempt)})

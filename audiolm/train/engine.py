@@ -1,8 +1,9 @@
-"""Modules under an optimizer: `torch` and `deepspeed` (ZeRO 0 to 3), alike in what they compute (STACK: fp32 weights).
+"""Modules under an optimizer: `torch` and `deepspeed` (ZeRO 0 to 3, 1910.02054), which compute the same.
 
-Both keep fp32 weights and buffers and run bfloat16 by autocast.  Gradients are averaged over ranks; a loss is this
-rank's share.  `state()` and `saved` speak one canonical form: param/NAME, exp_avg/NAME, exp_avg_sq/NAME, buffer/NAME,
-so that a checkpoint of any engine and world size resumes on any other.
+Both keep fp32 master weights, as an update is often smaller than a bfloat16 weight's last bit, and run bfloat16 by
+autocast.  Gradients are averaged over ranks; a loss is this rank's share.
+`state()` gives and `saved` takes one canonical form: param/NAME, exp_avg/NAME, exp_avg_sq/NAME, buffer/NAME.  A checkpoint
+of any engine and world size resumes on any other.
 """
 
 from __future__ import annotations
@@ -19,19 +20,19 @@ import torch.distributed as dist
 from torch import nn
 
 from audiolm.config.training import TrainConfig
-from audiolm.train.objectives.base import Context
+from audiolm.train.objectives.base import Context, autocast
 
 Saved = dict[str, torch.Tensor]
-MOMENTS = ("exp_avg", "exp_avg_sq")
-WHOLE_NUMEL = 100_000  # ZeRO 3 leaves parameters up to this size whole on every rank
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW (1711.05101)
+WHOLE_NUMEL = 100_000  # ZeRO 3 leaves parameters up to this size whole on every rank: gathering them costs more than it saves
+BUCKET_NUMEL = 500_000_000  # elements of one reduction, DeepSpeed's default
 
-
-_alone = False
+_alone = False  # see `alone`
 
 
 @contextlib.contextmanager
 def alone():
-    """While it lasts all_sum asks no other rank: for what a rank tries by itself."""
+    """Within the block all_sum waits for no other rank: for a rank's own trial."""
     global _alone
     _alone = True
     try:
@@ -49,33 +50,29 @@ def all_sum(x: torch.Tensor) -> torch.Tensor:
 
 
 def learning_rate(train: TrainConfig, step: int) -> float:
-    """Warm-up, constant, linear decay to zero over the last `decay_steps`; step counts from 0."""
+    """Linear warm-up, constant, linear decay to zero over the last `decay_steps`; step counts from 0.
+
+    Before the decay nothing depends on `steps`: runs of any length share that trunk.
+    """
     up = min(1.0, (step + 1) / train.warmup_steps) if train.warmup_steps else 1.0
     down = min(1.0, (train.steps - step) / train.decay_steps) if train.decay_steps else 1.0
     return train.lr * min(up, down)
 
 
-def _groups(module: nn.Module, train: TrainConfig) -> list[dict]:
-    """Weight decay for matrices, none for gains and biases."""
+def _adamw(module: nn.Module, train: TrainConfig) -> torch.optim.AdamW:
+    """AdamW with weight decay for matrices and none for gains and biases."""
     params = [p for p in module.parameters() if p.requires_grad]
     groups = [{"params": [p for p in params if p.ndim >= 2], "weight_decay": train.weight_decay},
               {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0}]
-    return [g for g in groups if g["params"]]
-
-
-def _adamw(module: nn.Module, train: TrainConfig) -> torch.optim.AdamW:
-    fused = next(module.parameters()).is_cuda
-    return torch.optim.AdamW(_groups(module, train), lr=train.lr, betas=train.betas, eps=1e-8, fused=fused)
-
-
-def _count(updates: int, like: torch.Tensor) -> torch.Tensor:
-    """AdamW's own count of updates, where it keeps it: fused, beside the weights."""
-    return torch.tensor(float(updates), device=like.device)
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=train.lr, betas=train.betas, eps=1e-8,
+                             fused=next(module.parameters()).is_cuda)
 
 
 def _with_gradients(module: nn.Module) -> list[nn.Parameter]:
-    """The parameters that learn, those that took no part with a gradient of zero: so that all have made the same number
-    of updates, which is what a checkpoint knows."""
+    """The trainable parameters; those that no loss reached get a gradient of zero.
+
+    All parameters then have the same number of updates, the one number that a checkpoint keeps.
+    """
     params = [p for p in module.parameters() if p.requires_grad]
     for p in params:
         if p.grad is None:
@@ -83,11 +80,16 @@ def _with_gradients(module: nn.Module) -> list[nn.Parameter]:
     return params
 
 
+def is_weight(name: str) -> bool:
+    """True for the canonical names of parameters and buffers, which an export keeps; moments are only for resuming."""
+    return name.startswith(("param/", "buffer/"))
+
+
 def load_weights(module: nn.Module, saved: Saved) -> None:
-    """Parameters and buffers of a canonical checkpoint into a module; raises ValueError where they do not fit."""
-    state = {k.split("/", 1)[1]: v for k, v in saved.items() if k.startswith(("param/", "buffer/"))}
-    want = module.state_dict()
-    wrong = sorted(set(want) ^ set(state)) or [k for k in want if want[k].shape != state[k].shape]
+    """Loads parameters and buffers of a canonical checkpoint. Raises ValueError where they do not fit the module."""
+    state = {k.partition("/")[2]: v for k, v in saved.items() if is_weight(k)}
+    own = module.state_dict()
+    wrong = sorted(set(own) ^ set(state)) or [k for k in own if own[k].shape != state[k].shape]
     if wrong:
         raise ValueError(f"the checkpoint is of another configuration: {', '.join(wrong[:5])} differ"
                          f"{' and more' if len(wrong) > 5 else ''}")
@@ -106,15 +108,16 @@ class TorchEngine:
             _set_moments(module, self.optimizer, saved, updates)
 
     def __call__(self, *args) -> Any:
-        with torch.autocast(self.ctx.device.type, torch.bfloat16, enabled=self.train.dtype == "bfloat16"):
+        with autocast(self.ctx.device, self.train.dtype):
             return self.module(*args)
 
     def backward(self, loss: torch.Tensor, last: bool = True) -> None:
         loss.backward()
 
     def step(self) -> torch.Tensor:
+        """One update; all ranks take part. Returns the gradient norm before clipping."""
         params = _with_gradients(self.module)
-        if self.ctx.world > 1:
+        if self.ctx.world > 1:  # one reduction of all gradients: a reduction has a fixed cost
             flat = all_sum(torch.cat([p.grad.flatten() for p in params])) / self.ctx.world
             for p, g in zip(params, flat.split([p.numel() for p in params]), strict=True):
                 p.grad.copy_(g.view_as(p))
@@ -133,7 +136,7 @@ class TorchEngine:
         return {} if self.ctx.rank else _plain_state(self.module, self.optimizer, self.updates)
 
     def gathered(self) -> contextlib.AbstractContextManager:
-        """While it lasts the module's weights are whole, and rank 0 may change them. All ranks take part."""
+        """Within the block the module's weights are whole, and rank 0 may change them. All ranks take part."""
         return contextlib.nullcontext()
 
 
@@ -145,37 +148,22 @@ class DeepSpeedEngine:
         self.module, self.train, self.ctx, self.updates = module.to(ctx.device), train, ctx, updates
         if saved:
             load_weights(module, saved)  # before initialize, which copies the weights into its partitions
-        numel = sum(p.numel() for p in module.parameters())
-        rows = train.batch // ctx.world
         with contextlib.redirect_stdout(io.StringIO()):  # it prints what it built
-            self._initialize(deepspeed, numel, rows, ctx)
+            self.engine, self._optimizer, _, _ = deepspeed.initialize(
+                model=module, optimizer=_adamw(module, train), config=_zero_config(module, train, ctx.world))
         if saved and updates:
             self._load_moments(saved, updates)
-
-    def _initialize(self, deepspeed, numel: int, rows: int, ctx: Context) -> None:
-        train, module = self.train, self.module
-        bucket = min(numel + numel % 2, 500_000_000)  # DeepSpeed wants an even number
-        self.engine, self._optimizer, _, _ = deepspeed.initialize(model=module, optimizer=_adamw(module, train), config={
-            "train_micro_batch_size_per_gpu": rows, "gradient_accumulation_steps": 1, "train_batch_size": train.batch,
-            "managed_gradient_accumulation": False, "gradient_clipping": train.clip,
-            "zero_allow_untested_optimizer": True, "steps_per_print": 2**62,
-            "torch_autocast": {"enabled": train.dtype == "bfloat16", "dtype": "bfloat16"},
-            "zero_optimization": {"stage": train.zero, "overlap_comm": False, "contiguous_gradients": train.zero > 1,
-                                  "reduce_bucket_size": bucket, "allgather_bucket_size": bucket,
-                                  "stage3_param_persistence_threshold": WHOLE_NUMEL,
-                                  # else ZeRO 3 replaces torch's linear for all of the process, with other rounding
-                                  "memory_efficient_linear": False}})
 
     def __call__(self, *args) -> Any:
         return self.engine(*args)
 
     def backward(self, loss: torch.Tensor, last: bool = True) -> None:
-        self.engine.backward(loss, scale_wrt_gas=False)
+        self.engine.backward(loss, scale_wrt_gas=False)  # objectives scale by the whole step, not by micro-batches
 
     def step(self) -> torch.Tensor:
-        norm = None
-        if self.train.zero == 0:  # DeepSpeed reports no norm without ZeRO; its gradients are reduced in step()
-            norm = self._reduced_norm()
+        """One update. Returns the gradient norm before clipping."""
+        # Without ZeRO DeepSpeed reports no norm, and reduces the gradients only within its step.
+        norm = self._reduced_norm() if self.train.zero == 0 else None
         self.engine.step()
         self.updates += 1
         return torch.as_tensor(norm if norm is not None else self.engine.get_global_grad_norm() or 0.0)
@@ -192,7 +180,11 @@ class DeepSpeedEngine:
             group["lr"] = lr
 
     def state(self) -> Saved:
-        """The canonical state, a copy on the CPU of rank 0; {} on others. All ranks take part."""
+        """The canonical state, a copy on the CPU of rank 0; {} on others. All ranks take part.
+
+        ZeRO splits moments (from stage 1) and weights (stage 3) over ranks.  They are gathered one parameter at a time, so
+        that no GPU has to hold all of them.
+        """
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         first = self.ctx.rank == 0
@@ -201,7 +193,7 @@ class DeepSpeedEngine:
         if self.updates:
             self._link_moments()
         state = weights(self.module, parameters=False) if first else {}
-        for name, p in self.module.named_parameters():  # whole one at a time, so that a GPU need not hold all of it
+        for name, p in self.module.named_parameters():
             whole = {"param": safe_get_full_fp32_param(p),
                      **{key: safe_get_full_optimizer_state(p, key) for key in MOMENTS if self.updates}}
             if first:
@@ -209,7 +201,7 @@ class DeepSpeedEngine:
         return state
 
     def gathered(self) -> contextlib.AbstractContextManager:
-        """While it lasts the module's weights are whole, and rank 0 may change them. All ranks take part."""
+        """Within the block the module's weights are whole, and rank 0 may change them. All ranks take part."""
         if self.train.zero < 3:
             return contextlib.nullcontext()
         import deepspeed
@@ -217,8 +209,11 @@ class DeepSpeedEngine:
         return deepspeed.zero.GatheredParameters(list(self.module.parameters()), modifier_rank=0)
 
     def _link_moments(self) -> None:
-        """Points the parameters at their moments. ZeRO does it once, after its first group stepped, and so misses the
-        moments of the other groups; the names are private, tests/train/test_engine.py guards them."""
+        """Points the parameters at their moments.
+
+        ZeRO does it once, after its first group stepped, and so misses the moments of the other groups.  The names are
+        private; tests/train/test_engine.py guards them.
+        """
         if self.train.zero == 3:
             return
         zero = self.engine.optimizer
@@ -234,8 +229,7 @@ class DeepSpeedEngine:
         zero = self.engine.optimizer
         parts = zero.fp32_partitioned_groups_flat if self.train.zero == 3 else zero.single_partition_of_fp32_groups
         for flat in parts:  # the state that AdamW's first step would create
-            zero.optimizer.state[flat] = {"step": _count(updates, flat), "exp_avg": torch.zeros_like(flat),
-                                          "exp_avg_sq": torch.zeros_like(flat)}
+            zero.optimizer.state[flat] = _adamw_state(updates, flat, {key: torch.zeros_like(flat) for key in MOMENTS})
         self._link_moments()
         for name, p in self.module.named_parameters():
             for key in MOMENTS:
@@ -243,7 +237,7 @@ class DeepSpeedEngine:
 
 
 def weights(module: nn.Module, parameters: bool = True) -> Saved:
-    """Parameters (unless told) and buffers in canonical names, copied to the CPU."""
+    """Buffers and, where asked, parameters by canonical name, copied to the CPU."""
     params = {n for n, _ in module.named_parameters()}
     return {f"{'param' if n in params else 'buffer'}/{n}": v.detach().to("cpu", copy=True)
             for n, v in module.state_dict().items() if parameters or n not in params}
@@ -260,8 +254,28 @@ def _plain_state(module: nn.Module, optimizer: torch.optim.Optimizer, updates: i
 
 def _set_moments(module: nn.Module, optimizer: torch.optim.Optimizer, saved: Saved, updates: int) -> None:
     for name, p in module.named_parameters():
-        optimizer.state[p] = {"step": _count(updates, p),
-                              **{key: saved[f"{key}/{name}"].to(p.device).clone() for key in MOMENTS}}
+        optimizer.state[p] = _adamw_state(updates, p, {key: saved[f"{key}/{name}"].to(p.device).clone() for key in MOMENTS})
+
+
+def _adamw_state(updates: int, like: torch.Tensor, moments: Saved) -> Saved:
+    """One parameter's state as AdamW keeps it; the count of updates is beside the weights, where the fused kernel reads it."""
+    return {"step": torch.tensor(float(updates), device=like.device), **moments}
+
+
+def _zero_config(module: nn.Module, train: TrainConfig, world: int) -> dict[str, Any]:
+    numel = sum(p.numel() for p in module.parameters())
+    bucket = min(numel + numel % 2, BUCKET_NUMEL)  # DeepSpeed wants an even number
+    return {
+        # Objectives accumulate over micro-batches themselves: to DeepSpeed a step is one batch.
+        "train_micro_batch_size_per_gpu": train.batch // world, "gradient_accumulation_steps": 1,
+        "train_batch_size": train.batch, "managed_gradient_accumulation": False, "gradient_clipping": train.clip,
+        "zero_allow_untested_optimizer": True, "steps_per_print": 2**62,
+        "torch_autocast": {"enabled": train.dtype == "bfloat16", "dtype": "bfloat16"},
+        "zero_optimization": {"stage": train.zero, "overlap_comm": False, "contiguous_gradients": train.zero > 1,
+                              "reduce_bucket_size": bucket, "allgather_bucket_size": bucket,
+                              "stage3_param_persistence_threshold": WHOLE_NUMEL,
+                              # else ZeRO 3 replaces torch's linear for all of the process, with other rounding
+                              "memory_efficient_linear": False}}
 
 
 def make_engine(module: nn.Module, train: TrainConfig, ctx: Context, saved: Saved | None = None,

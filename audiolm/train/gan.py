@@ -1,31 +1,49 @@
-"""What a trained decoder of sound needs besides its own losses, for the codec and the semantic vocoder alike: the game
-against discriminators, the moving average of its weights, held-out pieces and their scores.
+"""Adversarial training of a waveform decoder: the part that codec and semantic vocoder share.
 
-Shapes: wav_BT (real), fake_BT (made), float32 at 16 kHz.
+A generator learns to reconstruct audio and, from `start_step` on, to deceive discriminators that learn beside it
+(SoundStream, 2107.03312 III-D; DAC, 2306.06546).  Each side is a module under an engine of its own.  What is validated
+and exported is the moving average of the generator's weights.
+Shapes: real_BT, fake_BT (the generator's), wav_BT: float32 at 16 kHz.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 import torch._functorch.config
 from torch import nn
 
-from audiolm.config.codec import CodecLossWeights
-from audiolm.data.clips import read_clip
+from audiolm.config.codec import CodecConfig, CodecLossWeights
+from audiolm.config.semantic import VocoderConfig
+from audiolm.data.clips import Clip, read_clip, read_clips
+from audiolm.data.crops import AudioCrops
+from audiolm.data.sources import roots
 from audiolm.eval.metrics.audio_quality import pesq_wb, si_sdr_db
-from audiolm.models.losses import adversarial_loss, discriminator_loss, feature_loss
-from audiolm.tokenizers.base import SEMANTIC_HOP
-from audiolm.train.objectives.base import Engine
+from audiolm.models.discriminators import Discriminators
+from audiolm.models.losses import WINDOWS, adversarial_loss, discriminator_loss, feature_loss
+from audiolm.models.soundstream import fold
+from audiolm.tokenizers.base import SAMPLE_RATE, SEMANTIC_HOP
+from audiolm.train.engine import all_sum
+from audiolm.train.objectives.base import Context, Engine, autocast, whole_frames
 
-EVAL_CROPS, EVAL_SAMPLES, EVAL_ROWS = 16, 48 * SEMANTIC_HOP, 4  # 1.92 s each
+EVAL_CROPS, EVAL_SAMPLES = 16, 48 * SEMANTIC_HOP  # 1.92 s each: PESQ, the slowest score, takes seconds for all of them
+EVAL_ROWS = 4  # crops a forward pass
+TERMS = ("reconstruction", "waveform", "feature", "adversarial")  # losses whose gradients pass through the waveform
+NORM_DECAY = 0.999  # of the balancer's running norms (EnCodec, 2210.13438, 3.4)
+
+Losses = dict[str, torch.Tensor]
 
 
 class EMA(nn.Module):
-    """Moving average of named parameters, in fp32 buffers ("." in a name becomes "/")."""
+    """Moving average of named parameters, in fp32 buffers ("." in a name becomes "/").
+
+    Discriminators keep moving the generator's target, so its weights wander; their average sounds better than any
+    single step.  Buffers travel in the generator's checkpoints.
+    """
 
     def __init__(self, named: Mapping[str, torch.Tensor]):
         super().__init__()
@@ -33,85 +51,40 @@ class EMA(nn.Module):
             self.register_buffer(name.replace(".", "/"), value.detach().float().clone())
 
     @torch.no_grad()
-    def update(self, named: Mapping[str, torch.Tensor], decay: float) -> None:
-        mine = [self._buffers[name.replace(".", "/")] for name in named]
-        torch._foreach_lerp_(mine, [p.float() for p in named.values()], 1 - decay)
+    def update(self, named: Mapping[str, torch.Tensor], decay: float, step: int) -> None:
+        """Takes in the weights after a step, counted from 0."""
+        # TensorFlow's rule for the first steps: a constant decay would remember the random start for long.
+        decay = min(decay, (1 + step) / (10 + step))
+        averages = [self._buffers[name.replace(".", "/")] for name in named]
+        torch._foreach_lerp_(averages, [p.float() for p in named.values()], 1 - decay)
 
     def values(self) -> dict[str, torch.Tensor]:
         return {name.replace("/", "."): value for name, value in self.named_buffers()}
 
 
-def discriminator_step(engine: Engine, module: nn.Module, wav_BT: torch.Tensor, fake_BT: torch.Tensor, share: float, last: bool, kind: str,
-         dtype: str) -> dict[str, torch.Tensor]:
-    """The discriminators' own step on detached fakes, then their judgement of the fakes with frozen weights: the losses
-    adversarial and feature (which reach fake_BT) and discriminator (detached). `kind` is dac or soundstream, `dtype` that of
-    the training, `share` the micro-batch's of the step, `last` whether it is the step's last."""
-    module.requires_grad_(True)
-    judged = engine(torch.cat([wav_BT, fake_BT.detach()]))
-    real, fake = ([(logits.chunk(2)[k], [f.chunk(2)[k] for f in features]) for logits, features in judged]
-                  for k in (0, 1))
-    loss = discriminator_loss(real, fake, kind)
-    engine.backward(loss * share, last)
-    module.requires_grad_(False)
-    # not through the engine: this graph is the generator's, and DeepSpeed lets an engine's outputs reach its own
-    # backward alone
-    with torch.autocast(fake_BT.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
-        fake = module(fake_BT)
-    return {"adversarial": adversarial_loss(fake, kind), "feature": feature_loss(real, fake, kind),
-            "discriminator": loss.detach()}
-
-
-def reconstruction_metrics(real_BT: torch.Tensor, fake_BT: torch.Tensor) -> torch.Tensor:
-    """(sum, number) over the rows that have a value, of PESQ and of SI-SDR."""
-    found_22 = torch.zeros(2, 2)
-    for real_T, fake_T in zip(real_BT.cpu().numpy(), fake_BT.cpu().numpy(), strict=True):
-        for row, measure in enumerate((pesq_wb, si_sdr_db)):
-            with contextlib.suppress(ImportError):  # pesq is compiled where it is installed; training does without
-                value = measure(real_T, fake_T)
-                if not isinstance(value, str) and math.isfinite(value):
-                    found_22[row] += torch.tensor([value, 1.0])
-    return found_22
-
-
-def held_out_crops(clips: list, places: dict[str, str]) -> torch.Tensor:
-    """The same EVAL_CROPS pieces on every rank and at every call, spread evenly over the clips."""
-    wav_BT = torch.zeros(EVAL_CROPS, EVAL_SAMPLES)
-    each = math.ceil(EVAL_CROPS / len(clips))
-    for k in range(EVAL_CROPS):
-        clip = clips[k * len(clips) // EVAL_CROPS]
-        n = min(EVAL_SAMPLES, clip.samples)
-        start = int((clip.samples - n) * ((k % each) + 0.5) / each)
-        wav_BT[k, :n] = torch.from_numpy(read_clip(clip, places, start, n))
-    return wav_BT
-
-
-def compile_parts(*parts: nn.Module) -> None:
-    """In place, so that the parameters keep their names; STFTs stay out, as the compiler has no complex numbers."""
-    torch._dynamo.config.recompile_limit = 64  # graphs of one class's forward: parts x sizes x learning or frozen
-    torch._functorch.config.donated_buffer = False  # the balancer goes through the judges twice
-    for part in parts:
-        part.compile(dynamic=False)  # else the parts, being of one class, count as one part of many sizes
-
-
-TERMS = ("reconstruction", "waveform", "feature", "adversarial")
-DECAY = 0.999
-
-
 class LossBalancer(nn.Module):
+    """Scales each loss by the running norm of its own gradient at the waveform (EnCodec, 2210.13438, 3.4).
+
+    A weight is then a share of the gradient, whatever the loss's scale.
+    """
+
     def __init__(self):
         super().__init__()
         self.register_buffer("total", torch.zeros(len(TERMS)))  # decayed sum of norms, and of ones
         self.register_buffer("count", torch.zeros(len(TERMS)))
-        self._seen: dict[str, torch.Tensor] = {}
+        self._seen: dict[str, torch.Tensor] = {}  # this step's norms so far
 
-    def norms(self) -> dict[str, torch.Tensor]:
-        """The running norm of each term's gradient, 0 where it has not been seen."""
+    def norms(self) -> Losses:
+        """The running norm of each term's gradient, 0 before its first."""
         return dict(zip(TERMS, self.total / self.count.clamp_min(1e-12), strict=True))
 
-    def target(self, made_BT: torch.Tensor, fake_BT: torch.Tensor, terms: Mapping[str, torch.Tensor],
-               weights: CodecLossWeights, share: float) -> torch.Tensor:
-        """A scalar whose gradient is the balanced one. made_BT is the generator's waveform, fake_BT its detached twin that
-        the terms were computed from; `share` of the step's rows are in this micro-batch."""
+    def target(self, made_BT: torch.Tensor, fake_BT: torch.Tensor, terms: Losses, weights: CodecLossWeights,
+               share: float) -> torch.Tensor:
+        """A scalar whose gradient is the balanced one.
+
+        made_BT is the generator's waveform, fake_BT its detached twin that the terms were computed from.  `share` of
+        the step's rows are in this micro-batch.
+        """
         running, sum_BT, plain = self.norms(), torch.zeros_like(fake_BT), fake_BT.new_zeros(())
         whole = sum(getattr(weights, name) for name in TERMS if name in terms)
         for name, term in terms.items():
@@ -119,19 +92,189 @@ class LossBalancer(nn.Module):
                 gradient_BT, = torch.autograd.grad(term, fake_BT, retain_graph=True)
                 norm = gradient_BT.norm(dim=1).mean() * len(fake_BT)  # of a row's own gradient
                 self._seen[name] = self._seen.get(name, 0.0) + norm * share
+                # A loss's first step has no running norm yet: its own stands in.
                 scale = torch.where(running[name] > 0, running[name], norm).clamp_min(1e-12)
                 sum_BT += getattr(weights, name) / whole / scale * gradient_BT
-            elif name != "discriminator":
+            elif name != "discriminator":  # losses inside the generator (commitment, codebook) keep their weights
                 plain = plain + getattr(weights, name) * term
         return (made_BT * sum_BT).sum() + plain
 
     @torch.no_grad()
-    def update(self, reduce: Callable[[torch.Tensor], torch.Tensor], world: int) -> dict[str, torch.Tensor]:
-        """Takes in the norms that the step's micro-batches saw; returns those terms' running norms. All ranks take part."""
+    def update(self, reduce: Callable[[torch.Tensor], torch.Tensor], world: int) -> Losses:
+        """Takes in the norms of a step's micro-batches; returns those terms' running norms. All ranks take part."""
         seen = [name in self._seen for name in TERMS]
         now = torch.stack([torch.as_tensor(self._seen.get(name, 0.0), device=self.total.device) for name in TERMS])
         mask = torch.tensor(seen, device=self.total.device)
-        self.total.copy_(torch.where(mask, DECAY * self.total + reduce(now.float()) / world, self.total))
-        self.count.copy_(torch.where(mask, DECAY * self.count + 1, self.count))
+        self.total.copy_(torch.where(mask, NORM_DECAY * self.total + reduce(now.float()) / world, self.total))
+        self.count.copy_(torch.where(mask, NORM_DECAY * self.count + 1, self.count))
         self._seen.clear()
         return {name: norm for (name, norm), there in zip(self.norms().items(), seen, strict=True) if there}
+
+
+class Generator(nn.Module):
+    """A decoder in training, the average of its weights, and a balancer's norms; the forward pass is the decoder's."""
+
+    def __init__(self, net: nn.Module, balance: LossBalancer | None = None, balanced: bool = False):
+        """`balanced`: the balancer is in use; a codec's checkpoints hold its norms either way."""
+        super().__init__()
+        self.net = net
+        self.ema = EMA(dict(net.named_parameters()))
+        self.balance, self.balanced = balance, balanced
+
+    def forward(self, *args) -> Any:
+        return self.net(*args)
+
+    def averaged(self, fresh: nn.Module) -> nn.Module:
+        """A fresh net with the averaged weights and the present buffers: weight norm folded, in eval mode."""
+        fresh.load_state_dict({**self.net.state_dict(), **self.ema.values()})
+        return fold(fresh).eval().requires_grad_(False)
+
+
+class Gan:
+    """Training steps of a generator and its discriminators.
+
+    `kind` is "dac" or "soundstream", whose adversarial losses they play for; `distances(fake_BT, real_BT)` are the losses
+    of reconstruction.
+    """
+
+    def __init__(self, cfg: CodecConfig | VocoderConfig, kind: str, generator: Generator, discriminators: Discriminators,
+                 distances: Callable[..., Losses], ctx: Context):
+        self.cfg, self.kind, self.distances, self.ctx = cfg, kind, distances, ctx
+        self.generator, self.discriminators = generator, discriminators
+        self.modules = {"generator": generator, "discriminator": discriminators}
+
+    def compile(self, *parts: nn.Module) -> None:
+        """Compiles parts of the generator and the discriminators' layers in place, so that parameters keep their names.
+
+        STFTs stay out, as the compiler has no complex numbers.
+        """
+        torch._dynamo.config.recompile_limit = 64  # graphs of one class's forward: parts x sizes x learning or frozen
+        torch._functorch.config.donated_buffer = False  # the balancer goes through the discriminators twice
+        for part in (*parts, *(d.layers for d in self.discriminators.each)):
+            part.compile(dynamic=False)  # else the parts, being of one class, count as one part of many sizes
+
+    def train_step(self, engines: Mapping[str, Engine], batches: list[dict], step: int,
+                   forward: Callable[[dict], tuple[torch.Tensor, torch.Tensor, Losses]]) -> Losses:
+        """Accumulates gradients over this rank's micro-batches, then updates each side once. All ranks take part.
+
+        `forward(batch)` runs the generator: (real_BT, fake_BT, losses inside the generator).  Returns mean losses
+        and gradient norms.  Call `finish_step` when nothing changes the generator's weights any more.
+        """
+        weights, adversarial = self.cfg.weights, step >= self.cfg.disc.start_step
+        rows, sums = sum(len(b["wav_BT"]) for b in batches), {}
+        for i, batch in enumerate(batches):
+            share, last = len(batch["wav_BT"]) / rows, i == len(batches) - 1
+
+            # Phase 1: the generator's forward pass and its distances.
+            real_BT, made_BT, inner = forward(batch)
+            # Under the balancer the losses' own gradients end at the waveform.
+            fake_BT = made_BT.detach().requires_grad_() if self.generator.balanced else made_BT
+            terms = {**self.distances(fake_BT, real_BT), **inner}
+
+            # Phase 2: the discriminators' gradients, then their verdict on the generator.
+            if adversarial:
+                terms |= self._discriminate(engines["discriminator"], real_BT, fake_BT, share, last)
+
+            # Phase 3: the generator's gradients.
+            loss = sum(getattr(weights, name) * term for name, term in terms.items() if name != "discriminator")
+            target = loss
+            if self.generator.balanced:
+                target = self.generator.balance.target(made_BT, fake_BT, terms, weights, share)
+            engines["generator"].backward(target * share, last)
+            for name, term in {"loss": loss, **terms}.items():
+                sums[name] = sums.get(name, 0.0) + term.detach() * share
+
+        # Phase 4, once a step: both updates come last, so that both sides learned from the same discriminators.
+        norms = {}
+        if adversarial:
+            self.discriminators.requires_grad_(True)
+            norms["grad_norm/discriminator"] = engines["discriminator"].step()
+        norms["grad_norm/generator"] = engines["generator"].step()
+        means = all_sum(torch.stack([value.float() for value in sums.values()])) / self.ctx.world
+        return {**dict(zip(sums, means, strict=True)), **norms}
+
+    def finish_step(self, step: int) -> Losses:
+        """Moves the running averages, once a step; returns the gradient norms that were balanced. All ranks take part."""
+        balance, net = self.generator.balance, self.generator.net
+        norms = balance.update(all_sum, self.ctx.world) if self.generator.balanced else {}
+        self.generator.ema.update(dict(net.named_parameters()), self.cfg.ema, step)
+        return {f"gradient/{name}": norm for name, norm in norms.items()}
+
+    def _discriminate(self, engine: Engine, real_BT: torch.Tensor, fake_BT: torch.Tensor, share: float,
+                      last: bool) -> Losses:
+        """The discriminators' backward pass on detached fakes, then the losses by which they teach the generator.
+
+        "adversarial" and "feature" reach fake_BT; "discriminator" is detached.
+        """
+        module, kind = self.discriminators, self.kind
+        module.requires_grad_(True)
+        outputs = engine(torch.cat([real_BT, fake_BT.detach()]))
+        real, fake = ([(logits.chunk(2)[k], [f.chunk(2)[k] for f in features]) for logits, features in outputs]
+                      for k in (0, 1))
+        loss = discriminator_loss(real, fake, kind)
+        engine.backward(loss * share, last)
+        module.requires_grad_(False)
+        # Not through the engine: this graph is the generator's, and DeepSpeed lets an engine's outputs reach its own
+        # backward alone.
+        with autocast(fake_BT.device, self.cfg.train.dtype):
+            fake = module(fake_BT)
+        return {"adversarial": adversarial_loss(fake, kind), "feature": feature_loss(real, fake, kind),
+                "discriminator": loss.detach()}
+
+
+def training_audio(name: str, cfg: CodecConfig | VocoderConfig, crop_s: float, config: Mapping[str, Any], manifest: str,
+                   ctx: Context) -> tuple[AudioCrops, torch.Tensor]:
+    """Crops of `crop_s` of the train clips, and held-out crops of the dev clips (EVAL_CROPS, EVAL_SAMPLES).
+
+    Raises ValueError for crops too short for the spectral windows (`cfg.crop_s`) and for a split without clips.
+    """
+    samples, longest = whole_frames(cfg.crop_s) * SEMANTIC_HOP, max(WINDOWS + cfg.disc.windows)
+    if samples <= longest // 2:  # an STFT reflects half a window at either end
+        least_s = (longest // 2 // SEMANTIC_HOP + 1) * SEMANTIC_HOP / SAMPLE_RATE
+        raise ValueError(f"{name}.crop_s {cfg.crop_s} is {samples} samples; spectral windows of {longest} need more than "
+                         f"{longest // 2}: raise it to at least {least_s:g}")
+    clips = {split: read_clips(manifest, split=split, where=cfg.where) for split in ("train", "dev")}
+    for split, chosen in clips.items():
+        if not chosen:
+            raise ValueError(f"no clip of split {split!r} is left for the {name} ({name}.where {cfg.where.source}): "
+                             f"widen {name}.where or look at corpus.dev and the sources' splits")
+    folders = roots(config["corpus"])
+    crops = AudioCrops(clips["train"], folders, whole_frames(crop_s) * SEMANTIC_HOP, cfg.train.batch, ctx.seed, ctx.cache_mb)
+    return crops, held_out_crops(clips["dev"], folders)
+
+
+def held_out_crops(clips: list[Clip], folders: dict[str, str]) -> torch.Tensor:
+    """The same EVAL_CROPS crops on every rank and at every call, spread evenly over the clips."""
+    wav_BT = torch.zeros(EVAL_CROPS, EVAL_SAMPLES)
+    per_clip = math.ceil(EVAL_CROPS / len(clips))
+    for k in range(EVAL_CROPS):
+        clip = clips[k * len(clips) // EVAL_CROPS]
+        n = min(EVAL_SAMPLES, clip.samples)
+        start = int((clip.samples - n) * ((k % per_clip) + 0.5) / per_clip)
+        wav_BT[k, :n] = torch.from_numpy(read_clip(clip, folders, start, n))
+    return wav_BT
+
+
+def rank_batches(held_out_BT: torch.Tensor, ctx: Context) -> Iterator[torch.Tensor]:
+    """This rank's share of the held-out crops on its device, EVAL_ROWS at a time; nothing on a rank beyond the crops."""
+    own_BT = held_out_BT[ctx.rank::ctx.world]
+    for start in range(0, len(own_BT), EVAL_ROWS):
+        yield own_BT[start:start + EVAL_ROWS].to(ctx.device)
+
+
+def quality_sums(real_BT: torch.Tensor, fake_BT: torch.Tensor) -> torch.Tensor:
+    """(sum, number) over the rows that have a score, of PESQ and of SI-SDR: (2, 2) float32 on the CPU."""
+    sums_22 = torch.zeros(2, 2)
+    for real_T, fake_T in zip(real_BT.cpu().numpy(), fake_BT.cpu().numpy(), strict=True):
+        for row, measure in enumerate((pesq_wb, si_sdr_db)):
+            with contextlib.suppress(ImportError):  # pesq is compiled where it is installed; training does without
+                value = measure(real_T, fake_T)
+                if not isinstance(value, str) and math.isfinite(value):
+                    sums_22[row] += torch.tensor([value, 1.0])
+    return sums_22
+
+
+def quality_means(sums_22: torch.Tensor, suffix: str = "") -> dict[str, float]:
+    """"pesq" and "si_sdr_db" from reduced `quality_sums`, without those that no row has."""
+    names = (f"pesq{suffix}", f"si_sdr_db{suffix}")
+    return {name: float(total / n) for name, (total, n) in zip(names, sums_22, strict=True) if n}

@@ -69,7 +69,7 @@ def training(codec: CodecConfig, what: str, rows: int, engine: str, repeats: int
                                      "disc": codec.disc.model_copy(update={"start_step": 0})})
     crop = round(codec.crop_s * RATE)
     ctx = Context(0, 1, torch.device(device), 0, compile=device == "cuda")
-    objective = CodecObjective(codec, _Noise(rows, crop), torch.zeros(1, crop), ctx, 0)
+    objective = CodecObjective(codec, _Noise(rows, crop), torch.zeros(1, crop), ctx)
     engines = {name: make_engine(module, codec.train, ctx) for name, module in objective.modules.items()}
     for each in engines.values():
         each.set_lr(1e-4)

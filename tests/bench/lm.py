@@ -68,7 +68,7 @@ def training(name: str, args: argparse.Namespace, positions: str, engine: str, r
                   **(PAPER if gpu or args.paper else TINY))
     stage = stages.build_stages(LMConfig(**{name.removeprefix("lm_"): shape}), 12, 1024, 1024)[name]
     ctx = Context(0, 1, torch.device(args.device), 0, compile=gpu and not args.eager)
-    objective = LMObjective(stage, shape, Random(stage, args.rows, args.clip_s), None, [], 0, ctx)
+    objective = LMObjective(stage, shape, Random(stage, args.rows, args.clip_s), None, [], ctx)
     lm = make_engine(objective.modules["lm"], train, ctx)
     lm.set_lr(1e-4)
     batch = objective.load(0, range(args.rows))

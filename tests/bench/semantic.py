@@ -103,8 +103,9 @@ def main() -> None:
         for i in range(args.repeats):
             began = time.perf_counter()
             for k, clips in enumerate(shards):
-                encode.encode_shard("semantic", clips, k, len(shards), {"s": str(folder / "audio")}, str(folder / "kmeans"),
-                                    "m", str(folder / f"out-{i}"), args.batch_s, args.device, args.dtype)
+                job = encode.EncodeJob("semantic", str(folder / "kmeans"), {"s": str(folder / "audio")}, "m", len(shards),
+                                       str(folder / f"out-{i}"), args.batch_s, args.device, args.dtype)
+                encode.encode_shard(job, clips, k)
             best = max(best, audio_s / (time.perf_counter() - began))
         print(f"files in, Parquet out: {best:,.0f} x real time ({best:,.0f} audio hours an hour), "
               f"{sum(map(len, shards))} files, {audio_s / 3600:.2f} h in {len(shards)} shards")

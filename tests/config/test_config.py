@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
-from typing import Annotated
+from typing import Annotated, get_args
 
 import pytest
 
 from audiolm.config.base import Config, ConfigError, Later, flatten, identity
-from audiolm.config.codec import CodecConfig
-from audiolm.config.lm import StageConfig
+from audiolm.config.codec import CodecConfig, CodecMetricsConfig
+from audiolm.config.external import AbxFilesConfig, SemanticMetricsConfig
+from audiolm.config.lm import LMConfig, StageConfig
 from audiolm.config.load import load_config
+from audiolm.config.pipeline import Pipeline
 from audiolm.config.run import ClusterConfig
+from audiolm.config.semantic import SemanticConfig
 from audiolm.config.tokens import TokensConfig
 from audiolm.config.training import TrainConfig
 from audiolm.pipeline.cli import place
@@ -22,8 +26,16 @@ QUICKSTART = str(ROOT / "workflows" / "quickstart.yaml")
 
 
 def test_defaults_are_the_papers_numbers():
-    codec, cfg = CodecConfig(), load_config(QUICKSTART)
+    codec, cfg, semantic = CodecConfig(), load_config(QUICKSTART), SemanticConfig()
     assert (codec.strides, codec.n_q, codec.vocab) == ((2, 4, 5, 8), 12, 1024)
+    assert (codec.losses, codec.quantizer, codec.balance, codec.disc.stft_window) == ("soundstream", "ema", False, 1024)
+    weights = codec.weights
+    assert (weights.reconstruction, weights.feature, weights.adversarial, weights.waveform) == (1, 100, 1, 0)
+    model, train = semantic.model, semantic.model.train
+    assert (model.objective, model.dim, model.layers, model.heads, model.ff) == ("w2vbert", 1024, 24, 8, 4096)
+    assert (model.augment.pitch, model.augment.noise, model.augment.reverb) == (0, 0, 0)
+    assert (train.steps, train.batch, train.lr, train.warmup_steps) == (400_000, 2048, 2e-3, 25_000)
+    assert (semantic.kmeans.layer, semantic.kmeans.k) == (12 + 7, 1024)
     stage = StageConfig(crop_s=30.0, train=TrainConfig(steps=1, batch=1, lr=1))
     assert (stage.layers, stage.dim, stage.heads, stage.ff) == (12, 1024, 16, 4096)
     assert (cfg.lm.semantic.crop_s, cfg.lm.coarse.crop_s, cfg.lm.fine.crop_s) == (30.0, 10.0, 3.0)
@@ -68,6 +80,50 @@ def test_paths_in_a_file_are_relative_to_it_and_those_of_overrides_to_the_workin
     assert load_config(QUICKSTART, ["corpus.sources.0.root=s3://b/x"]).corpus.sources[0].root == "s3://b/x"
 
 
+@pytest.mark.parametrize(("section", "field"), [
+    ("tables: {asr: PATH}", lambda c: c.tables.asr), ("tables: {text_model: PATH}", lambda c: c.tables.text_model),
+    ("tables: {probes: {sWUGGY: PATH}}", lambda c: c.tables.probes["sWUGGY"]),
+    ("lm: {semantic: {crop_s: 1, train: {steps: 1, batch: 1, lr: 1}, warm_start: {uri: PATH}}}",
+     lambda c: c.lm.semantic.warm_start.uri),
+    ("semantic: {abx: {items: PATH, audio: [PATH, PATH]}}", lambda c: c.semantic.abx.audio[1]),
+    ("semantic: {pretrained: {uri: PATH}}", lambda c: c.semantic.pretrained.uri), ("evaluate: {lyra: PATH}",
+                                                                                 lambda c: c.evaluate.lyra)])
+def test_every_path_of_a_file_is_relative_to_it_and_of_an_override_to_the_working_folder(section, field, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "configs" / "my.yaml"
+    file.parent.mkdir()
+    corpus = "corpus: {name: c, sources: [{kind: folder, name: f, root: audio}]}\n"
+    file.write_text(corpus + section.replace("PATH", "models/x"))
+    assert field(load_config(str(file))) == str(file.parent / "models" / "x")
+    name, _, value = section.partition(":")
+    override = f"{name}={value.replace('PATH', './y').strip()}"
+    assert field(load_config(str(file), [override])) == str(tmp_path / "y")
+
+
+NO_PATHS = {("Pipeline", "store"), ("Pipeline", "tracking"),  # relative to the working folder, as configs share a store
+            ("LibriSpeechSource", "splits"), ("AbxConfig", "speakers"),  # only about a path
+            ("SemanticMetricsConfig", "digest"), ("SemanticMetricsConfig", "speakers")}
+
+
+def test_every_field_that_is_a_path_by_its_name_or_description_is_marked():
+    """A field of text is taken for a path where its name or description has one of the words."""
+    found = {}
+    for model in models(Pipeline) | models(AbxFilesConfig) | models(SemanticMetricsConfig) | models(CodecMetricsConfig):
+        for name, field in model.model_fields.items():
+            words = set(re.findall("[a-z]+", f"{name} {field.description or ''}".lower()))
+            if words & {"folder", "folders", "uri", "uris", "path", "file", "root", "items"} and "str" in str(field.annotation):
+                found[model.__name__, name] = "_Path" in str(field.rebuild_annotation())
+    assert {key for key, marked in found.items() if not marked} == NO_PATHS
+    assert sum(found.values()) >= 15
+
+
+def models(kind) -> set[type[Config]]:
+    """Every section below a type."""
+    if isinstance(kind, type) and issubclass(kind, Config):
+        return {kind}.union(*(models(field.annotation) for field in kind.model_fields.values()))
+    return set().union(*map(models, get_args(kind)))
+
+
 def test_inside_a_job_relative_places_are_refused(monkeypatch):
     cfg = load_config(QUICKSTART)
     assert place(cfg).store.startswith("/")
@@ -84,6 +140,11 @@ def test_every_field_can_be_shown_as_a_parameter():
     params = flatten(load_config(QUICKSTART))
     assert params["lm.coarse.train.lr"] == "0.002" and params["corpus.sources.0.kind"] == "librispeech"
     assert all(isinstance(v, str) for v in params.values())
+
+
+def test_the_papers_recipe_trains_what_the_defaults_say():
+    paper = load_config(str(ROOT / "workflows" / "paper.yaml"))
+    assert (paper.semantic, paper.codec, paper.lm) == (SemanticConfig(), CodecConfig(), LMConfig())
 
 
 @pytest.mark.parametrize("name", ["quickstart", "speech", "piano", "paper"])

@@ -53,7 +53,7 @@ def test_direct_access_equals_replay():
 
 
 def test_seed_and_process_decide_alone():
-    code = ("from audiolm.data.crops import Order; o = Order([5, 30, 11], [0, 1, 1], 10, 2, 7); "
+    code = ("from audiolm.data.crops import CropSampler; o = CropSampler([5, 30, 11], [0, 1, 1], 10, 2, 7); "
             "print([o.row(s, i) for s in range(9) for i in range(2)])")
     again = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
     o = CropSampler([5, 30, 11], [0, 1, 1], 10, 2, 7)

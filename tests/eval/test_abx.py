@@ -13,7 +13,7 @@ import pytest
 from audiolm import rng
 from audiolm.eval.metrics import abx, dtw
 from tests.worlds.abx_items import HEADER
-from workflows import abx as command
+from workflows import evaluate as command
 
 
 def plain_angle(a, b):
@@ -108,7 +108,7 @@ def test_equals_the_plain_oracle(tmp_path, monkeypatch, draw, most, most_x):
     monkeypatch.setattr(dtw, "CELLS", 3000)
     monkeypatch.setattr(dtw, "WAVE", 64)
     features, rows, items = corpus(tmp_path, 1, draw)
-    found = abx.abx(features, items, 25.0, max_size_group=most, max_x_across=most_x, seed=3)
+    found = abx.abx(features, items, 25.0, abx.Protocol(3, most, most_x))
     for mode in abx.MODES:
         assert found[mode] == pytest.approx(plain_abx(features, rows, 25.0, mode, 3, most, most_x), abs=1e-6)
         assert 20 < found[mode] < 80 and found[f"interval_{mode}"][0] <= found[mode] <= found[f"interval_{mode}"][1]
@@ -125,7 +125,7 @@ def test_long_items_share_batches_with_others(tmp_path):
 @pytest.mark.parametrize("draw", (gaussian, tokens))
 def test_euclidean(tmp_path, draw):
     features, rows, items = corpus(tmp_path, 3, draw, n=60)
-    found = abx.abx(features, items, 25.0, distance="euclidean")
+    found = abx.abx(features, items, 25.0, abx.Protocol(distance="euclidean"))
     for mode in abx.MODES:
         assert found[mode] == pytest.approx(plain_abx(features, rows, 25.0, mode, between=math.dist), abs=1e-6)
 
@@ -148,7 +148,7 @@ def test_agrees_with_fastabx(tmp_path, monkeypatch):
     features, _, items = corpus(tmp_path, 1, gaussian)
     for name, x_TD in features.items():
         torch.save(torch.from_numpy(x_TD), tmp_path / f"{name}.pt")
-    found = abx.abx(features, items, 25.0, max_size_group=1000, max_x_across=1000)
+    found = abx.abx(features, items, 25.0, abx.Protocol(0, 1000, 1000))
     for mode in abx.MODES:
         theirs = fastabx.zerospeech_abx(tmp_path / "some.item", tmp_path, max_size_group=None, max_x_across=None, speaker=mode,
                                         frequency=25)
@@ -171,14 +171,14 @@ def test_phones_that_sound_apart_score_0_equal_ones_50(tmp_path):
 
 def test_speakers_seeds_and_paired_differences(tmp_path):
     features, rows, items = corpus(tmp_path, 6, gaussian, n=150)
-    two = abx.abx(features, items, 25.0, speakers=["s0", "s2"], max_size_group=1000)
+    two = abx.abx(features, items.of(["s0", "s2"]), 25.0, abx.Protocol(max_size_group=1000))
     theirs = [r for r in rows if r[6] in ("s0", "s2")]
     assert two["across"] == pytest.approx(plain_abx(features, theirs, 25.0, "across", most=1000), abs=1e-6)
     assert list(two["by_speaker_within"]) == ["s0", "s2"]
-    once, again, other = (abx.scores(features, items, 25.0, seed=s, max_size_group=4)["across"] for s in (0, 0, 1))
+    once, again, other = (abx.scores(features, items, 25.0, abx.Protocol(s, 4))["across"] for s in (0, 0, 1))
     assert np.array_equal(once.error_SE, again.error_SE, equal_nan=True) and abx.mean(once) != abx.mean(other)
     blurred = {f: x + 3 for f, x in features.items()}
-    worse = abx.scores(blurred, items, 25.0, max_size_group=4)["across"]
+    worse = abx.scores(blurred, items, 25.0, abx.Protocol(0, 4))["across"]
     change, lo, hi = abx.difference(worse, once)
     assert change == pytest.approx(abx.mean(worse) - abx.mean(once)) and lo <= change <= hi
     assert abx.difference(once, again) == (0.0, 0.0, 0.0)
@@ -200,11 +200,11 @@ def test_what_does_not_fit_is_refused(tmp_path):
         (lambda: abx.abx(features, items, 50.0), "rate_hz is wrong"),
         (lambda: abx.abx({f: x * np.nan for f, x in features.items()}, items, 25.0), "NaN"),
         (lambda: abx.abx({**features, "f0": features["f0"][:, :3]}, items, 25.0), r"\[3, 5\] dimensions"),
-        (lambda: abx.abx(features, items, 25.0, speakers=["s0", "s9"]), r"\['s9'\] have no items"),
-        (lambda: abx.abx(features, items, 25.0, speakers=["s0"]), "no across triplet"),
-        (lambda: abx.abx(features, items, 25.0, mode=["between"]), "between"),
-        (lambda: abx.abx(features, items, 25.0, distance="cosine"), "cosine"),
-        (lambda: abx.abx(features, items, 25.0, max_size_group=1), "max_size_group 1"),
+        (lambda: items.of(["s0", "s9"]), r"\['s9'\] have no items"),
+        (lambda: abx.abx(features, items.of(["s0"]), 25.0), "no across triplet"),
+        (lambda: abx.Protocol(modes=("between",)), "between"),
+        (lambda: abx.Protocol(distance="cosine"), "cosine"),
+        (lambda: abx.Protocol(max_size_group=1), "max_size_group 1"),
     )
     for call, text in cases:
         with pytest.raises(ValueError, match=text):
@@ -262,7 +262,7 @@ def test_command_line(tmp_path, capsys):
         (tmp_path / "deep").mkdir(exist_ok=True)
         (tmp_path / "deep" / f"f{s}.wav").write_bytes(wav_bytes(np.concatenate(wav)))
     (tmp_path / "a.item").write_text(HEADER + "".join(rows))
-    line = ["--items", str(tmp_path / "a.item"), "--audio", str(tmp_path), "--json", str(tmp_path / "out.json")]
+    line = ["abx", "--items", str(tmp_path / "a.item"), "--audio", str(tmp_path), "--json", str(tmp_path / "out.json")]
     for kind in ("mfcc", "mel"):
         assert command.main([*line, "--features", kind]) == 0
         out = capsys.readouterr().out

@@ -17,10 +17,10 @@ from audiolm.dag.step import Step
 from audiolm.data.tokens import TokenStore, level_name
 from audiolm.eval import gates
 from audiolm.metrics_log import read_build
+from audiolm.models.entropy import entropy_bits
 from audiolm.pipeline import steps
 from audiolm.pipeline.run_observer import headline
 from audiolm.store import get, get_json, join, names
-from audiolm.tokenizers.encode import entropy_bits
 from tests.worlds import token_corpus
 
 
@@ -83,13 +83,13 @@ def graph(corpus, steps_=2, used=None, **shape):
     lm = StageConfig(crop_s=0.8, dim=32, layers=2, heads=2, ff=64, dropout=0.0, train=train, **shape)
     config = {"seed": 0, "cluster": ClusterConfig(device="cpu", threads=1), "stage": "lm_coarse", "lm": lm, "dedupe": False,
               "coarse_levels": 1, "rows": 16}
-    return [*inputs, Step("lm_coarse", steps.train_lm, config, tuple(inputs), trains=True)]
+    return [*inputs, Step("lm_coarse", steps.train_lm, config, tuple(inputs), trains=train)]
 
 
 def go(graph, store, force=()):
     rows = plan(graph, store, force=force)
     execute(rows, store, inline=True, force=force)
-    return plan(graph, store)[-1].view.artifact
+    return plan(graph, store)[-1].state.artifact
 
 
 UNUSED = r"step lm_coarse failed: GateFailed: .*the prefix is not used: .*\(the trained weights are kept\): --force lm_coarse"

@@ -38,8 +38,8 @@ def test_sounds_are_made_once_and_do_not_depend_on_their_neighbours(paths, tmp_p
     cache, wanted = str(tmp_path), plan_samples(CLIPS, EACH, prompt_s=0.5)
     assert len(wanted) == 12 and [w.id for w in wanted] == [w.id for w in plan_samples(CLIPS, EACH, 0.5)]
     made = make_samples(paths, CLIPS, wanted, cache)
-    assert [m.wanted for m in made] == wanted and missing_batches(paths, CLIPS, wanted, cache) == []
-    by_id = {m.wanted.id: m for m in made}
+    assert [m.spec for m in made] == wanted and missing_batches(paths, CLIPS, wanted, cache) == []
+    by_id = {m.spec.id: m for m in made}
     for (c, wav), prompt in zip(CLIPS, (7_680, 6_400), strict=True):  # whole frames; of a short clip half
         own = {mode: by_id[f"{c.id} {mode} 0"] for mode in EACH}
         assert own["original"].wav_T is wav
@@ -51,7 +51,7 @@ def test_sounds_are_made_once_and_do_not_depend_on_their_neighbours(paths, tmp_p
         assert len(other) != len(own["acoustic"].wav_T) or not np.allclose(other, own["acoustic"].wav_T)
     again = make_samples(paths, CLIPS[1:], [w for w in wanted if w.clip == "o/b"][::-1], str(tmp_path / "alone"), batch=1)
     for m in again:
-        np.testing.assert_array_equal(m.wav_T, by_id[m.wanted.id].wav_T)
+        np.testing.assert_array_equal(m.wav_T, by_id[m.spec.id].wav_T)
     monkeypatch.setattr(generated, "make_sample_batch", None)  # the cache alone
     for one, two in zip(make_samples(paths, CLIPS, wanted, cache), made, strict=True):
         np.testing.assert_array_equal(one.wav_T, two.wav_T)

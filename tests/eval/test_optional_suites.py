@@ -69,7 +69,7 @@ def test_dnsmos_gives_the_packages_marks(monkeypatch):
 
     wav = np.resize(np.concatenate(speech(2)), round(9.5 * SR))
     found = theirs.run(wav, sr=SR)
-    assert dnsmos.judge()(wav) == pytest.approx([found[k] for k in ("ovrl_mos", "sig_mos", "bak_mos")], abs=1e-4)
+    assert dnsmos.scorer()(wav) == pytest.approx([found[k] for k in ("ovrl_mos", "sig_mos", "bak_mos")], abs=1e-4)
 
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from audiolm.eval.results import Result, bootstrap_interval, not_measured
+from audiolm.eval.metrics.stats import bootstrap_interval
+from audiolm.eval.results import Result, not_measured
 
 
 def test_intervals_cover_the_mean_about_as_often_as_they_say():

@@ -20,7 +20,7 @@ from audiolm.config.lm import SamplesConfig
 from audiolm.config.run import ClusterConfig
 from audiolm.data import clips as clips_data
 from audiolm.data import tokens
-from audiolm.eval.steps.codec import measure_codec
+from audiolm.eval.steps.codec import flat_facts, measure_codec
 from audiolm.eval.steps.stages import run_evaluate
 from audiolm.lm.model import build_lm, export_lm
 from audiolm.lm.stages import build_stages
@@ -141,9 +141,12 @@ def test_evaluate_fills_every_table(world, encoded, tmp_path):
         of = ("unigram", "bigram", "fivegram") if name == "lm_semantic" else ("unigram", "previous")
         assert figures["tokens"] > 0 and all(0 < figures[k] < 10 for k in ("loss", *of, "baseline"))
         assert facts[f"{name}.{of[1]}"] == pytest.approx(figures[of[1]], abs=1e-6)
+    above = {(name, row.get("level")): 100 * (row["loss"] / row["baseline"] - 1) for name, figures in table["stages"].items()
+             for row in (figures, *figures.get("levels", ())) if row["loss"] >= row["baseline"]}
+    assert {(r["stage"], r["level"]): r["percent"] for r in table["not_under"]} == pytest.approx(above, abs=1e-6)
     for row in table["not_under"]:  # nothing was trained
         name = ".".join(["over_baseline", row["stage"], *([f"level{row['level']}"] if row["level"] else [])])
-        assert facts[name] == pytest.approx(row["percent"], abs=1e-6) and row["percent"] >= 0
+        assert facts[name] == pytest.approx(row["percent"], abs=1e-6)
     assert {"stage": "lm_coarse", "level": 1} in [{k: r[k] for k in ("stage", "level")} for r in table["not_under"]]
     assert set(table["conditioning"]) == {"lm_coarse", "lm_fine"}
     assert set(table["tokens"]) == {"entropy_bits", "perplexity", "mean_run", "used"}
@@ -170,7 +173,12 @@ def test_codec_figures_beside_the_original_and_opus(world, tmp_path):
     assert table["levels"][-1]["kbps"] == pytest.approx(50 * 3 * 4 / 1000)
     assert [u["level"] for u in table["usage"]] == [1, 2, 3]
     assert {r["codec"].split(" (")[0] for r in table["rows"]} == {"identity", "Opus", "this codec"}
-    assert table["absent"]["Lyra v2"].startswith("no folder") and facts["levels_that_do_not_help"] >= 0
+    gains = [r["gain"] for r in table["levels"]]
+    mels = [r["mel"] for r in table["levels"]]
+    assert gains[0] is None and gains[1:] == pytest.approx([mels[0] - mels[1], mels[1] - mels[2]], abs=1e-6)
+    assert table["levels_that_do_not_help"] == [q for q, gain in zip((2, 3), gains[1:], strict=True) if gain <= 0]
+    assert facts["levels_that_do_not_help"] == len(table["levels_that_do_not_help"])
+    assert table["absent"]["Lyra v2"].startswith("no folder")
     assert [p["clip"] for p in table["players"]] == ["a/test-0", "a/test-1"]
     for player in table["players"]:
         labels = [f["label"] for f in player["files"]]
@@ -179,3 +187,10 @@ def test_codec_figures_beside_the_original_and_opus(world, tmp_path):
         for file in player["files"]:  # under ui/, so that the tracker shows them
             assert file["file"].startswith("ui/codec/") and (tmp_path / file["file"]).with_suffix(".png").exists()
             assert soundfile.info(f"{tmp_path}/{file['file']}").frames == RATE
+
+
+def test_levels_that_do_not_help_are_counted():
+    figures = {"pesq": None, "stoi": None, "si_sdr": 3.0, "mel": 0.5}
+    table = {"visqol": None, "mean_spectrum_mel": 1.0, "levels": [{**figures, "mel": 9.0}, figures],
+             "levels_that_do_not_help": [2, 4]}
+    assert flat_facts(table) == {"si_sdr": 3.0, "mel": 0.5, "mean_spectrum_mel": 1.0, "levels_that_do_not_help": 2.0}

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from audiolm import store
+from audiolm.dag.run_index import GENERATION_STEPS
 from audiolm.eval.results import Result
 from audiolm.report.results_page import build, markdown
-from audiolm.tracking.registry import SYSTEM
 from audiolm.tracking.tracker import Tracker
 from tests.worlds.basics import ROOT
 from tests.worlds.tiny_run import finish, tell
@@ -84,7 +84,7 @@ def test_a_registered_system_is_evaluated(made, capsys, tmp_path):
     index = f"{folder}/runs/tiny.json"
     t = Tracker("sqlite", folder, "tests", "tiny")
     t.start({"run.name": "tiny"}, {"store": folder})
-    t.serves(index, {n: e["path"] for n, e in store.get_json(index)["steps"].items() if n in SYSTEM})
+    t.serves(index, {n: e["path"] for n, e in store.get_json(index)["steps"].items() if n in GENERATION_STEPS})
     t.finish("FINISHED")
     code, said = evaluate(capsys, "models:/tiny/1", "--store", folder, "--tracking", uri, "--out", str(tmp_path), "--suites",
                           "stages")

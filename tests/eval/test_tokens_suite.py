@@ -19,7 +19,7 @@ from audiolm.tokenizers.vocoder import KIND
 from tests.worlds import tiny_vocoder as tiny
 from tests.worlds.abx_items import HEADER
 from tests.worlds.basics import RecordingOut
-from workflows import table1 as command
+from workflows import evaluate as command
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def vocoder(folder: str, kmeans: str, residual: str | None, levels: int) -> str:
 
 
 def lines_of(made, *options: str) -> list[str]:
-    return ["--items", made[1], "--audio", made[2], "--device", "cpu", "--seconds", "1.2", *options]
+    return ["tokens", "--items", made[1], "--audio", made[2], "--device", "cpu", "--seconds", "1.2", *options]
 
 
 @pytest.fixture(autouse=True)
@@ -117,7 +117,7 @@ def command_read(path: str) -> np.ndarray:
 def test_a_run_names_its_builds_and_what_is_missing_is_a_dash(made, tmp_path, capsys):
     paths, *_ = made
     index = f"{tmp_path}/runs/r.json"
-    steps = {step: {"path": paths[option]} for option, step in command.STEPS.items()}
+    steps = {step: {"path": paths[option]} for option, step in tokens.BUILDS.items()}
     store.put_json(index, {"run": "r", "steps": {k: v for k, v in steps.items() if k in ("kmeans",)}})
     assert command.main(lines_of(made, "--run", index)) == 0
     text = capsys.readouterr().out
@@ -148,7 +148,7 @@ def test_wrong_usage_is_one_line_with_the_fix(made, tmp_path, capsys):
         assert command.main(lines_of(made, *options)) == 2, options
         err = capsys.readouterr().err
         assert err.startswith("error: ") and text in err and err.count("\n") == 1
-    bare = ["--items", items, "--audio", f"{tmp_path}/none", "--codec", paths["codec"]]
+    bare = ["tokens", "--items", items, "--audio", f"{tmp_path}/none", "--codec", paths["codec"]]
     (tmp_path / "none").mkdir()
     (tmp_path / "none" / "z.wav").write_bytes(wav_bytes(np.zeros(1600, np.float32)))
     assert command.main(bare) == 2 and "--audio" in capsys.readouterr().err

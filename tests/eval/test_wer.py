@@ -21,15 +21,16 @@ def wanted(i: int, mode: str, text: str = "the cat sat on the mat") -> SampleSpe
     return SampleSpec(f"c{i}", f"s{i % 3}", text, mode, 0, 0)
 
 
-@pytest.mark.parametrize(("text", "said"), [
-    ("MISTER SMITH'S WELL-KNOWN CAFÉ", "mister smith's well known cafe"),
-    ("Mr. Smith’s well known cafe,", "mister smith's well known cafe"),
-    ("In 1845 he paid $1,200 for the 3rd; 20% of 2.5!", "in eighteen forty five he paid one thousand two hundred dollars for "
-     "the third twenty percent of two point five"),
-    ("'Quoted' [music] (coughs) the U.S. & you", "quoted the us and you"), ("...", "")])
-def test_one_normaliser(text, said):
-    pytest.importorskip("num2words")
-    assert asr.normalise(text) == said == asr.normalise(said)
+@pytest.mark.parametrize(("text", "normal"), [
+    ("MISTER SMITH'S WELL-KNOWN CAFÉ", "mister smith is well known cafe"),
+    ("Mr. Smith’s well known cafe,", "mister smith is well known cafe"),
+    ("In eighteen forty five he paid $1,200 for the 3rd; 20% of 2.5!", "in 1845 he paid $1200 for the 3rd 20% of 2.5"),
+    ("in 1845 he paid one thousand two hundred dollars for the third: twenty percent of two point five",
+     "in 1845 he paid $1200 for the 3rd 20% of 2.5"),
+    ("'Quoted' [music] (coughs) the U.S. & you", "quoted the u s you"), ("It wasn't there.", "it was not there"), ("...", "")])
+def test_one_normaliser(text, normal):
+    pytest.importorskip("transformers")
+    assert asr.normalise(text) == normal == asr.normalise(normal)
 
 
 def test_rates_are_summed_and_a_shuffled_text_is_mostly_wrong():
@@ -116,7 +117,7 @@ def test_what_cannot_be_measured_is_seen(monkeypatch):
     table = table2([Sample(wanted(0, "original"), np.zeros(16_000, np.float32))])
     assert len(table) == 12 and all(r.value is None and "jiwer" in r.note and "audiolm[eval]" in r.note for r in table)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "transformers" else find(name))
-    if find("jiwer") and find("num2words"):
+    if find("jiwer"):
         assert asr.missing_dependency("/models/x") == 'transformers not installed: pip install "audiolm[pretrained]"'
     assert {r.paper for r in table} == {0.8, 2.5, 0.9, 2.6, 3.4, 6.0, None}
     monkeypatch.undo()

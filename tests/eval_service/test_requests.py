@@ -179,7 +179,7 @@ def test_the_round_trip(world, encoded, tmp_path, monkeypatch):
 
         said = open(tmp_path / "watcher.log", "w+b")
         watcher = subprocess.Popen(
-            [sys.executable, str(ROOT / "workflows/evaluate.py"), "--watch", "--inline", "--work", work, "--tracking",
+            [sys.executable, str(ROOT / "workflows/evaluate.py"), "watch", "--inline", "--work", work, "--tracking",
              server.url, "--every", "300", "--webhook", str(port)], stdout=said, stderr=said, env=env)
         found = until(client, "2", "done", "failed", seconds=240)
         assert found["evaluate"] == "done", found

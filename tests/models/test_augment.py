@@ -8,7 +8,7 @@ import torch
 
 from audiolm import rng
 from audiolm.models.augment import Augmentation, augment, draw_augmentation, in_a_room, with_noise
-from audiolm.models.mel import log_mel, mel_filterbank, warped_filterbank
+from audiolm.models.mel import filterbank, log_mel, warped_filterbank
 
 RATE = 16_000
 
@@ -32,7 +32,7 @@ def test_a_shift_moves_a_tone_to_where_a_tone_of_that_pitch_lies(cents):
 
 
 def test_no_shift_is_the_plain_filterbank_and_no_band_falls_empty():
-    plain = mel_filterbank(RATE, 400, 80)
+    plain = filterbank(RATE, 400, 80)
     assert torch.allclose(warped_filterbank(torch.tensor([1.0]), RATE, 400, 80)[0], plain, atol=1e-6)
     ratio_B = torch.tensor([2 ** (c / 1200) for c in (-300, -50, 50, 300)])
     assert (warped_filterbank(ratio_B, RATE, 400, 80).sum(1)[:, 3:] > 0.1).all()

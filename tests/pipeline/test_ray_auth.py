@@ -17,12 +17,13 @@ from tests.worlds.basics import ROOT
 
 OWNER = """
     import json, os, sys
-    from audiolm.pipeline.cli import quiet, start_ray
-    from audiolm.config.pipeline import Cluster
+    from audiolm.pipeline.cli import quiet
+    from audiolm.pipeline.ray_cluster import start_ray
+    from audiolm.config.run import ClusterConfig
 
     quiet()
     before, said = dict(os.environ), []
-    start_ray(Cluster(device="cpu"), "", said.append)
+    start_ray(ClusterConfig(device="cpu"), "", said.append)
     import ray
 
     changed = [k for k in {*before, *os.environ} if "AUTH" in k and before.get(k) != os.environ.get(k)]

@@ -13,8 +13,11 @@ import numpy as np
 import pytest
 import soundfile
 
+from audiolm.eval.results import Result
 from audiolm.metrics_log import MetricsFile
 from audiolm.render import plots
+from audiolm.report.results_page import build as build_page
+from audiolm.report.results_page import sections_of
 from audiolm.report.run_report import build_report
 from tests.worlds.pages import read
 
@@ -167,6 +170,21 @@ def test_a_report_survives_what_is_half_there(tmp_path):
     assert "ui/codec/gone.wav is gone." in found.text
     assert "wav/acoustic-1.wav is gone." in found.text and "No metrics file in the build of codec" in found.text
     assert found.tags.count("audio") == 6
+
+
+def test_rows_that_were_not_measured_share_a_line_for_each_reason():
+    why = "no transcripts; set tables.text_model=FOLDER"
+    rows = [Result("II", "ours", "WER %", 6.5, paper=6.0), Result("II", "codec", "WER %", None, paper=3.0, note=why),
+            *(Result("II", item, metric, None, note=why) for item in ("shuffled", "ours") for metric in ("BLEU", "CER %")),
+            Result("II", "original", "WER %", None, role="ceiling", note=NASTY)]
+    (section,) = sections_of([("ours", rows, [])])
+    assert [row[:3] for row in section.data["table"]["rows"]] == [["ours", "WER %", "6.500"]]
+    assert section.data["unmeasured"] == [("codec (WER %, paper 3.0); shuffled, ours (BLEU; CER %)", why),
+                                          ("original (ceiling) (WER %)", NASTY)]
+    page = build_page("t", [("ours", rows, [])])
+    assert f"not measured: codec (WER %, paper 3.0); shuffled, ours (BLEU; CER %): {why}" in page and "<script>" not in page
+    (both,) = sections_of([("A", rows, []), ("B", [Result("II", "codec", "WER %", 3.1)], [])])
+    assert len(both.data["table"]["rows"]) == 2, "what one system measured keeps its row"
 
 
 def size(png: bytes) -> tuple[int, int]:

@@ -173,8 +173,9 @@ def test_a_stopped_decode_leaves_nothing(tmp_path, codec):
         seen.append((done_s, of_s, len(list((tmp_path / "out").iterdir()))))
         raise KeyboardInterrupt
 
+    back = codec_files.FileJob("a", job.target, str(tmp_path / "out/a.wav"))
     with pytest.raises(KeyboardInterrupt):
-        codec_files.decode_file(codec, codec_files.FileJob("a", job.target, str(tmp_path / "out/a.wav")), None, "wav", False, stop)
+        codec_files.decode_file(codec, back, None, "wav", False, stop)
     assert seen == [(0.4, 0.4, 1)] and list((tmp_path / "out").iterdir()) == []
 
 
@@ -259,8 +260,8 @@ def test_evaluate_prints_the_codec_beside_others(tmp_path, built, capsys):
     assert run(*argv[:-4], "9") == 2 and "this codec has 1 to 3" in capsys.readouterr().err
     (sounds / "1.wav").write_bytes(b"not audio")
     assert run(*argv[:-2], "--clips", "3") == 0
-    told = capsys.readouterr()
-    assert "left out" in told.err and "1.wav" in told.err and "2 clips" in told.out
+    printed = capsys.readouterr()
+    assert "left out" in printed.err and "1.wav" in printed.err and "2 clips" in printed.out
 
 
 def test_decode_does_not_replace_what_it_did_not_make(tmp_path, built, capsys):

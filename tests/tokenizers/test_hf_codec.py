@@ -18,7 +18,8 @@ from audiolm.pipeline import steps
 from audiolm.tokenizers.acoustic import load_codec
 from audiolm.tokenizers.artifact import ArtifactError
 from audiolm.tokenizers.base import padded_samples
-from audiolm.tokenizers.hf_codec import imported, load_pretrained_codec
+from audiolm.tokenizers.hf import imported_codec
+from audiolm.tokenizers.hf_codec import load_pretrained_codec
 from tests.worlds.basics import ROOT
 
 transformers = pytest.importorskip("transformers")
@@ -97,7 +98,7 @@ def test_codes_and_sound_are_those_of_transformers(folders, kind):
     codec, model = load_pretrained_codec(folders[kind]), small(kind)
     assert codec.spec.to_json() == {"name": kind, "sample_rate": 16_000, "hop": 320, "n_q": LEVELS, "vocab": VOCAB}
     lengths = torch.tensor([6400, 1, 5000])
-    wav_BT = noise(3, 6400, index=50)  # what lies behind a clip's end is noise too, and must not count
+    wav_BT = noise(3, 6400, index=50)  # noise behind a clip's end too, which must change nothing
     for row, n, codes_TQ in zip(wav_BT, lengths, codec.encode(wav_BT, lengths), strict=True):
         wav_T = torch.zeros(padded_samples(int(n)))
         wav_T[:n] = row[:n]
@@ -133,7 +134,7 @@ def test_a_model_of_another_rate_is_for_use_outside_the_pipeline(tmp_path, kind)
 
 
 def importing(folder: str, n_q: int = LEVELS, vocab: int = VOCAB) -> dict:
-    return {"codec": imported(folder, n_q, vocab)}
+    return {"codec": imported_codec(folder, n_q, vocab)}
 
 
 def test_an_import_is_whole_and_uses_the_levels_asked_for(folders, kind, tmp_path, recording_out):
@@ -148,7 +149,7 @@ def test_an_import_is_whole_and_uses_the_levels_asked_for(folders, kind, tmp_pat
     codes_TQ = codec.encode(wav_BT, lengths_B)[0]
     assert torch.equal(codes_TQ, whole.encode(wav_BT, lengths_B)[0][:, :2])
     assert torch.equal(codec.decode(codes_TQ[None]), whole.decode(codes_TQ[None]))
-    again = load_pretrained_codec(recording_out.path)
+    again = load_codec(recording_out.path)
     assert again.spec == codec.spec and again.hash == codec.hash
     with pytest.raises(ValueError, match="1 to 2 levels"):
         codec.decode(torch.zeros(1, 4, 3, dtype=torch.int64))
@@ -199,7 +200,7 @@ def test_what_does_not_fit_says_what_and_how(folders, tmp_path, recording_out):
         load_codec(build)
     store.put_json(f"{build}/export/config.json", {**export, "vocab": 32})
     with pytest.raises(ArtifactError, match="says vocab 32, the model's is 64"):
-        load_pretrained_codec(build)
+        load_codec(build)
 
 
 def test_files_that_are_no_such_model_are_refused(folders, kind, tmp_path):
@@ -274,7 +275,7 @@ def test_a_pretrained_codec_is_its_bytes_and_not_its_place(folders, tmp_path):
     here = plan(f"codec.pretrained={folders['dac']}", *given)
     moved = shutil.copytree(folders["dac"], tmp_path / "moved")
     same = plan(f"codec.pretrained={moved}", *given, "codec.train.lr=0.5", "codec.dim=8")
-    assert here["codec"].fn is steps.import_codec and not here["codec"].inputs and not here["codec"].trains
+    assert here["codec"].fn is steps.FUNCTIONS["import_codec"] and not here["codec"].inputs and not here["codec"].trains
     assert here["codec"].fingerprint == same["codec"].fingerprint
     assert plan(f"codec.pretrained={moved}", *given)["acoustic_tokens"].fingerprint == here["acoustic_tokens"].fingerprint
     fewer = plan(f"codec.pretrained={moved}", "codec.n_q=3", given[1])
@@ -283,7 +284,7 @@ def test_a_pretrained_codec_is_its_bytes_and_not_its_place(folders, tmp_path):
     store.put(f"{moved}/model.safetensors", bytes(data))
     other = plan(f"codec.pretrained={moved}", *given)
     assert len({p["codec"].fingerprint for p in (here, fewer, other, plan(*given))}) == 4
-    assert plan(*given)["codec"].fn is steps.train_codec
+    assert plan(*given)["codec"].fn is steps.FUNCTIONS["train_codec"]
 
 
 def test_a_plan_with_a_pretrained_codec_needs_neither_torch_nor_transformers(folders, tmp_path):

@@ -15,7 +15,8 @@ from audiolm import rng, store
 from audiolm.tokenizers.artifact import ArtifactError
 from audiolm.tokenizers.base import padded_samples
 from audiolm.tokenizers.extractor import Window, windowed
-from audiolm.tokenizers.hf_encoder import CONVENTION, from_export, import_encoder, imported_encoder, load_pretrained_encoder
+from audiolm.tokenizers.hf import imported_encoder
+from audiolm.tokenizers.hf_encoder import CONVENTION, from_export, import_encoder, load_pretrained_encoder
 from audiolm.tokenizers.semantic import load_extractor, load_semantic, save_semantic
 
 transformers = pytest.importorskip("transformers")

@@ -20,7 +20,7 @@ from audiolm.train.objectives.masked import masked_objective
 from tests.worlds.basics import ROOT
 
 STEPS = "manifest,masked_model,layers_2,targets_2,masked_model_2,layers,kmeans"
-MODEL = ("{dim: 16, layers: 2, heads: 2, ff: 24, targets_k: 8, crop_s: 2.0, "
+MODEL = ("{objective: hubert, dim: 16, layers: 2, heads: 2, ff: 24, targets_k: 8, crop_s: 2.0, mask_share: 0.55, "
          "train: {steps: 4, batch: 2, lr: 1.0e-3, eval_every: 2, save_every: 2, engine: torch}}")
 AGAIN = ("[{layer: auto, k: 6, start: previous, "
          "train: {steps: 3, batch: 2, lr: 1.0e-3, eval_every: 3, save_every: 3, engine: torch}}]")
@@ -113,8 +113,8 @@ def test_what_is_done_is_not_done_again_and_one_step_can_be_forced(built, items)
 def test_abx_of_every_checkpoint_by_command(built, items, tmp_path):
     """The curve over the training; its end is the model that was left."""
     _, paths = built
-    line = [sys.executable, "workflows/abx.py", "--items", items, "--audio", "workflows/quickstart/flac", "--features", "layer",
-            "--model", str(paths["masked_model"]), "--json", str(tmp_path / "out.json")]
+    line = [sys.executable, "workflows/evaluate.py", "abx", "--items", items, "--audio", "workflows/quickstart/flac",
+            "--features", "layer", "--model", str(paths["masked_model"]), "--json", str(tmp_path / "out.json")]
 
     def rows(*more: str) -> list[dict]:
         subprocess.run([*line, "--layer", "2", *more], cwd=ROOT, check=True, capture_output=True, timeout=120)

@@ -1,4 +1,4 @@
-"""The k-means step where the frames do not fit one task: the same artefact, bounded memory, progress, taken up again."""
+"""The k-means step: the same export wherever the work runs, progress, a killed fit continued, broken features refused."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from audiolm.data.clips import Clip, Part
 from audiolm.models import kmeans
 from audiolm.models.conformer import Encoder, EncoderSizes
 from audiolm.tokenizers import kmeans_fit
+from audiolm.tokenizers.artifact import MASKED_FORMAT
 from audiolm.tokenizers.extractor import ConformerExtractor
-from audiolm.tokenizers.semantic import MASKED_FORMAT
 
 RATE = 16_000
 SIZES = KMeansConfig(layer=2, k=9, max_frames=200, iterations=20, restarts=2)
-ARTEFACT = ("model.safetensors", "config.json")
+EXPORT = ("model.safetensors", "config.json")
 
 
 @pytest.fixture(scope="module")
@@ -60,10 +60,11 @@ def corpus(tmp_path, monkeypatch) -> CorpusConfig:
 def run(corpus: CorpusConfig, masked: str, out, **change) -> dict:
     config = {"kmeans": SIZES.model_copy(update=change), "where": ClipFilter(), "corpus": corpus, "seed": 3,
               "cluster": ClusterConfig(device="cpu")}
-    return kmeans_fit.fit_kmeans(config, {"manifest": SimpleNamespace(path="-"), "masked_model": SimpleNamespace(path=masked)}, out)
+    inputs = {"manifest": SimpleNamespace(path="-"), "masked_model": SimpleNamespace(path=masked)}
+    return kmeans_fit.fit_kmeans(config, inputs, out)
 
 
-def export(out, name: str = ARTEFACT[0]) -> bytes:
+def export(out, name: str = EXPORT[0]) -> bytes:
     return store.get(store.join(out.path, "export", name))
 
 
@@ -71,103 +72,83 @@ def another(out, name: str):
     return type(out)(f"{out.path}-{name}")
 
 
+def through_pickle(fn, items, *, out, **_):
+    """parallel_map as on another machine, tasks done last to first; the driver polls once."""
+    results = [fn(*pickle.loads(pickle.dumps(item))) for item in items[::-1]][::-1]
+    out.progress(len(items), len(items), "tasks")
+    return results
+
+
 @pytest.mark.parametrize("method", ["lloyd", "minibatch"])
-@pytest.mark.parametrize("part", [70, 131_072])
-def test_tasks_a_part_leave_the_artefact_of_one_task(corpus, masked, recording_out, monkeypatch, method, part):
-    monkeypatch.setattr(kmeans, "PART", part)
-    parts = another(recording_out, "parts")
+def test_other_machines_in_any_order_leave_the_same_export(corpus, masked, recording_out, monkeypatch, method):
+    monkeypatch.setattr(kmeans, "PART", 70)
     here = run(corpus, masked, recording_out, method=method)
-    there = run(corpus, masked, parts, method=method, max_local_frames=0)
-    assert here == there and 190 <= here["frames"] <= 200 and here["used_clusters"] == 9
-    for name in ARTEFACT:
-        assert export(parts, name) == export(recording_out, name)
-    assert store.names(parts.path) == ["export", "features"]  # what was joined is gone
-    assert store.names(store.join(parts.path, "features")) == [f"{i:05d}.safetensors" for i in range(4)]
+    assert 190 <= here["frames"] <= 200 and here["used_clusters"] == 9
+    monkeypatch.setattr(kmeans_fit, "parallel_map", through_pickle)
+    other = another(recording_out, "elsewhere")
+    other.inline = False
+    assert run(corpus, masked, other, method=method) == here
+    for name in EXPORT:
+        assert export(other, name) == export(recording_out, name)
+    assert store.names(other.path) == ["export", "features"]
+    assert store.names(store.join(other.path, "features")) == [f"{i:05d}.safetensors" for i in range(4)]
 
 
-def test_parts_finish_in_any_order(corpus, masked, recording_out, monkeypatch):
-    monkeypatch.setattr(kmeans, "PART", 70)
-    run(corpus, masked, recording_out, max_local_frames=0)
-    forwards = parallel.parallel_map
-
-    def backwards(fn, items, **how):
-        return forwards(fn, items[::-1], **{**how, "sizes": None})[::-1]
-
-    monkeypatch.setattr(kmeans_fit, "fan_out", backwards)
-    other = another(recording_out, "backwards")
-    run(corpus, masked, other, max_local_frames=0)
-    assert export(other) == export(recording_out)
-
-
-def test_only_sums_and_centroids_leave_a_task(corpus, masked, recording_out, monkeypatch):
-    monkeypatch.setattr(kmeans, "PART", 70)
-    monkeypatch.setattr(kmeans, "INIT_ROWS_PER_K", 4)
-    sizes, forwards = {}, parallel.parallel_map
-
-    def numbers(x) -> int:
-        return x.numel() if isinstance(x, torch.Tensor) else sum(map(numbers, x)) if isinstance(x, (tuple, list)) else 0
+def test_features_stay_in_files_and_only_facts_come_back(corpus, masked, recording_out, monkeypatch):
+    results, forwards = {}, parallel.parallel_map
 
     def watched(fn, items, **how):
-        results = forwards(fn, pickle.loads(pickle.dumps(items)), **how)  # as they travel to a worker
-        sizes.setdefault(fn.__name__, []).extend(map(numbers, results))
-        return results
+        results.setdefault(fn.__name__, []).extend(found := forwards(fn, items, **how))
+        return found
 
-    monkeypatch.setattr(kmeans_fit, "fan_out", watched)
-    run(corpus, masked, recording_out, max_local_frames=0)
-    assert max(sizes["on_part"]) <= 9 * 16 + 9 and max(sizes["start_parts"]) == 2 * 9 * 16
-    assert len(sizes["join_part"]) == 4 and max(sizes["join_part"]) == max(sizes["sample_shard"]) == 0
+    monkeypatch.setattr(kmeans_fit, "parallel_map", watched)
+    facts = run(corpus, masked, recording_out)
+    assert results == {"sample_shard": [None] * 4, "fit_centroids": [facts]}
+    assert not any(isinstance(value, torch.Tensor) for value in facts.values())
 
 
-@pytest.mark.parametrize("local", [0, 10**6])
-def test_every_iteration_is_shown(corpus, masked, recording_out, monkeypatch, local):
+def test_every_iteration_is_shown(corpus, masked, recording_out, monkeypatch):
     monkeypatch.setattr(kmeans_fit, "SHOW_S", -1.0)
-    run(corpus, masked, recording_out, max_local_frames=local)
+    run(corpus, masked, recording_out)
     seen = [done for done, total, unit in recording_out.seen if unit == "iterations" and total == 40]
     assert {1, 2, 3, 20, 21, 22} <= set(seen) and seen == sorted(seen)  # both restarts
 
 
-def test_a_task_elsewhere_tells_through_a_file(corpus, masked, recording_out, monkeypatch):
-    def elsewhere(fn, items, *, out, **_):
-        results = [fn(*pickle.loads(pickle.dumps(item))) for item in items]
-        out.progress(len(items), len(items), "tasks")
-        return results
-
+def test_a_task_elsewhere_reports_through_a_file(corpus, masked, recording_out, monkeypatch):
     monkeypatch.setattr(kmeans_fit, "SHOW_S", -1.0)
-    monkeypatch.setattr(kmeans_fit, "fan_out", elsewhere)
+    monkeypatch.setattr(kmeans_fit, "parallel_map", through_pickle)
     recording_out.inline = False
     run(corpus, masked, recording_out)
     done, total, unit = recording_out.seen[-1]
     assert unit == "iterations" and total == 40 and 20 < done <= 40
 
 
-def test_a_killed_fit_takes_up_what_was_joined(corpus, masked, recording_out, monkeypatch):
-    monkeypatch.setattr(kmeans, "PART", 70)
+def test_a_killed_fit_takes_up_what_was_sampled(corpus, masked, recording_out, monkeypatch):
     whole = another(recording_out, "whole")
-    run(corpus, masked, whole, max_local_frames=0)
+    run(corpus, masked, whole)
 
-    def killed(*_):
+    def killed(*_, **__):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-        m.setattr(kmeans_fit, "start_parts", killed)
-        run(corpus, masked, recording_out, max_local_frames=0)
+        m.setattr(kmeans, "fit", killed)
+        run(corpus, masked, recording_out)
     written, put = [], store.put
     monkeypatch.setattr(store, "put", lambda path, data, **how: written.append(path) or put(path, data, **how))
-    run(corpus, masked, recording_out, max_local_frames=0)
-    assert [path.rsplit("/", 1)[1] for path in written] == list(ARTEFACT)
+    run(corpus, masked, recording_out)
+    assert [path.rsplit("/", 1)[1] for path in written] == list(EXPORT)
     assert export(recording_out) == export(whole)
 
 
-@pytest.mark.parametrize("local", [0, 10**6])
-def test_broken_and_collapsed_features_are_refused(corpus, masked, recording_out, local):
+def test_broken_and_collapsed_features_are_refused(corpus, masked, recording_out):
     run(corpus, masked, recording_out)
     path = store.join(recording_out.path, "features", "00001.safetensors")
     x = load(store.get(path))["features"]
     store.put(path, save({"features": x.index_fill(0, torch.tensor([5]), float("nan"))}))
     with pytest.raises(ValueError, match="not finite in shard 1"):
-        run(corpus, masked, recording_out, max_local_frames=local)
+        run(corpus, masked, recording_out)
     for shard in range(4):
         path = store.join(recording_out.path, "features", f"{shard:05d}.safetensors")
         store.put(path, save({"features": torch.ones_like(load(store.get(path))["features"])}))
     with pytest.raises(ValueError, match="k = 9 needs that many distinct points, got 1 among"):
-        run(corpus, masked, recording_out, max_local_frames=local)
+        run(corpus, masked, recording_out)

@@ -29,7 +29,8 @@ from audiolm.train.objectives import masked_inputs
 from audiolm.train.objectives.base import Context
 
 RATE = 16_000
-MODEL = MaskedModelConfig(dim=16, layers=3, heads=2, ff=24, targets_k=8, crop_s=1.0, train=TrainConfig(steps=10, batch=2, lr=1e-3))
+MODEL = MaskedModelConfig(objective="hubert", dim=16, layers=3, heads=2, ff=24, targets_k=8, crop_s=1.0, mask_share=0.55,
+                          train=TrainConfig(steps=10, batch=2, lr=1e-3))
 SEMANTIC = SemanticConfig(model=MODEL, kmeans=KMeansConfig(layer=2, k=12, max_frames=150, iterations=20, restarts=2))
 
 
@@ -44,7 +45,7 @@ def syllables(seed: int, seconds: float) -> torch.Tensor:
 class Out:
     """A step's running output, inline."""
 
-    inline = True
+    inline, name = True, "step"
 
     def __init__(self, path):
         self.path, self.seen = str(path), []
@@ -177,12 +178,12 @@ def test_kmeans_step_facts_and_independence_of_order(read, artefact, tmp_path, m
     assert facts["used_clusters"] + facts["dead_clusters"] == 12
     assert 0 < facts["entropy"] <= math.log(12) and 0 < facts["explained"] < 1
     assert store.names(str(tmp_path / "again" / "features")) == [f"{i:05d}.safetensors" for i in range(3)]
-    fan_out = parallel.parallel_map
+    forwards = parallel.parallel_map
 
     def backwards(fn, items, **how):  # workers may finish in any order
-        return fan_out(fn, items[::-1], **{**how, "sizes": how.get("sizes") and how["sizes"][::-1]})[::-1]
+        return forwards(fn, items[::-1], **{**how, "sizes": how.get("sizes") and how["sizes"][::-1]})[::-1]
 
-    monkeypatch.setattr(fit_module, "fan_out", backwards)
+    monkeypatch.setattr(fit_module, "parallel_map", backwards)
     run_kmeans(read, str(tmp_path / "masked"), tmp_path / "backwards")
     for name in ("model.safetensors", "config.json"):
         first = store.get(store.join(artefact, "export", name))

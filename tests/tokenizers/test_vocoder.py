@@ -106,7 +106,7 @@ def test_training_lowers_the_distance_and_the_export_decodes(made, tmp_path):
     assert late["loss"] == late["mel"] < 0.75 * early["loss"] and late["mel/q00"] < 0.75 * early["mel/q00"]
 
     tokenizer = load_residual(made[1]["kmeans"], made[1]["residual"])
-    codec = load_vocoder(tiny.leave(objective, f"{tmp_path}/build"), tokenizer)
+    codec = load_vocoder(tiny.write_export(objective, f"{tmp_path}/build"), tokenizer)
     wav_BT, n = torch.from_numpy(made[0].wavs[7])[None], len(made[0].wavs[7])
     codes_TQ, = codec.encode(wav_BT, torch.tensor([n]))
     assert codec.spec.n_q == 3 and codes_TQ.shape == (-(-n // 640), 3)  # the tokenizer has 4 levels
@@ -134,11 +134,11 @@ def test_a_run_that_failed_and_resumed_equals_an_uninterrupted_one(made, tmp_pat
         def fn(config, inputs, out):
             settings = {"vocoder": vocoder, "corpus": made[0].config, "seed": 0}
             return train(lambda config, _, ctx: vocoder_objective(config, made[1], ctx), settings, vocoder.train, {}, out,
-                         cluster=ClusterConfig(threads=1, device="cpu"), seed=0)
+                         cluster=ClusterConfig(threads=1, device="cpu"))
 
         step = Step("semantic_vocoder", fn, {"train": vocoder.train}, trains=True)
         execute(plan([step], store_path), store_path, inline=True)
-        return plan([step], store_path)[0].view.artifact
+        return plan([step], store_path)[0].state.artifact
 
     whole = build(f"{tmp_path}/whole")
     step_of = VocoderObjective.train_step
@@ -159,13 +159,13 @@ def test_a_run_that_failed_and_resumed_equals_an_uninterrupted_one(made, tmp_pat
 def test_what_does_not_belong_together_is_refused(made, tmp_path):
     corpus, inputs = made
     objective, _ = objective_of(made, tiny.tiny_vocoder())
-    build = tiny.leave(objective, f"{tmp_path}/build")
+    build = tiny.write_export(objective, f"{tmp_path}/build")
     plain, more = load_residual(inputs["kmeans"]), load_residual(inputs["kmeans"], inputs["residual"])
     with pytest.raises(ArtifactError, match="trained on 3 levels, the tokenizer has 1"):
         load_vocoder(build, plain)
     other = load_residual(tiny.built_tokenizer(f"{tmp_path}/other", corpus.wavs[:6], seed=1))
     alone, _ = objective_of(made, tiny.tiny_vocoder(levels=1), {k: v for k, v in inputs.items() if k != "residual"})
-    one = tiny.leave(alone, f"{tmp_path}/one")
+    one = tiny.write_export(alone, f"{tmp_path}/one")
     assert load_vocoder(one, plain).spec.n_q == load_vocoder(one, more).spec.n_q == 1
     with pytest.raises(ArtifactError, match="was trained on the tokens of"):
         load_vocoder(one, other)
@@ -173,7 +173,7 @@ def test_what_does_not_belong_together_is_refused(made, tmp_path):
         load_vocoder(inputs["kmeans"], plain)
     config = store.get_json(f"{build}/export/config.json")
     store.put_json(f"{build}/export/config.json", {**config, "dim": 8})
-    with pytest.raises(ArtifactError, match="do not fit the vocoder"):
+    with pytest.raises(ArtifactError, match="do not fit the semantic vocoder"):
         load_vocoder(build, more)
 
 

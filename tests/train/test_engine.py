@@ -89,13 +89,13 @@ def _worker(rank, world, port, saved, updates, results):
 
 @pytest.fixture(scope="module")
 def two_workers():
-    """What one worker of plain torch does in steps 4 to 7, and what two workers of each engine do instead."""
+    """Steps 4 to 7: losses and state of one worker of plain torch, and of two workers of each engine."""
     _, state, updates = run("torch", 0, 0, 4, dropout=0.0)  # dropout is drawn per rank
     expected, end, _ = run("torch", 0, 4, 8, state, updates, dropout=0.0)
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    context, found = mp.get_context("spawn"), {}
+    context, by_engine = mp.get_context("spawn"), {}
     results = context.Queue()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DS_ACCELERATOR", "cpu")
@@ -105,19 +105,19 @@ def two_workers():
     try:
         for _ in NAMES:
             name, losses, resumed = results.get(timeout=180)
-            found[name] = losses, resumed
+            by_engine[name] = losses, resumed
     except queue.Empty:
-        pass  # the tests of those that are missing say so
+        pass  # the tests of the missing ones fail
     for w in workers:
         w.join(60)
-    return expected, end, found
+    return expected, end, by_engine
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_two_workers_continue_what_one_began(name, two_workers):
     """Another world size and another engine on resume: losses within 1e-5 of one worker of plain torch."""
-    expected, end, found = two_workers
-    losses, resumed = found[name]
+    expected, end, by_engine = two_workers
+    losses, resumed = by_engine[name]
     torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), rtol=1e-5, atol=1e-5)
     for name, value in end.items():
         torch.testing.assert_close(torch.from_numpy(resumed[name]), value, rtol=1e-3, atol=1e-4, msg=name)

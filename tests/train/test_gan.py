@@ -19,29 +19,29 @@ def noise(*shape: int, index: int = 0) -> torch.Tensor:
     return torch.from_numpy(rng.generator(0, "test-adversary", index).standard_normal(shape).astype(np.float32))
 
 
-def judges(kind: str) -> Discriminators:
+def discriminators(kind: str) -> Discriminators:
     torch.manual_seed(0)
     return Discriminators(kind, (2, 5), (256,), 4, 256)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_parameter_gets_a_gradient_and_halves_of_a_batch_stay_apart(kind):
-    model, wav_BT = judges(kind), 0.1 * noise(4, 3200)
-    judged = model(wav_BT)
-    assert len(judged) == (3 if kind == "dac" else 4)
-    losses.adversarial_loss(judged, kind).backward()
+    model, wav_BT = discriminators(kind), 0.1 * noise(4, 3200)
+    outputs = model(wav_BT)
+    assert len(outputs) == (3 if kind == "dac" else 4)
+    losses.adversarial_loss(outputs, kind).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
-    for (logits, features), (alone, layers) in zip(judged, model(wav_BT[2:]), strict=True):
+    for (logits, features), (alone, layers) in zip(outputs, model(wav_BT[2:]), strict=True):
         assert torch.allclose(logits[2:], alone, atol=1e-5)
         assert all(torch.allclose(f[2:], g, atol=1e-5) for f, g in zip(features, layers, strict=True))
 
 
 def test_a_period_sees_each_interleaved_signal_alone():
     torch.manual_seed(0)
-    judge, wav_BT = Period(5, 4), noise(1, 1000)
+    period, wav_BT = Period(5, 4), noise(1, 1000)
     moved_BT = wav_BT.clone()
     moved_BT[:, 3::5] += 1.0
-    changed = (judge(wav_BT)[0] != judge(moved_BT)[0]).flatten(2).any(-1)[0]
+    changed = (period(wav_BT)[0] != period(moved_BT)[0]).flatten(2).any(-1)[0]
     assert changed.tolist() == [False, False, False, True, False]
 
 
@@ -102,7 +102,7 @@ def test_the_balancer_gives_each_loss_its_share_whatever_its_scale():
 
 
 def test_micro_batches_and_ranks_do_not_change_the_balance():
-    weights, real_BT, start_BT = CodecLossWeights(waveform=1.0), noise(4, 50), noise(4, 50, index=1)
+    weights, real_BT, start_BT = CodecLossWeights(reconstruction=15.0, waveform=1.0), noise(4, 50), noise(4, 50, index=1)
 
     def after(pieces: int) -> tuple[torch.Tensor, torch.Tensor]:
         balance = LossBalancer()

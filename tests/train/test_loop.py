@@ -17,7 +17,8 @@ from audiolm.store import exists, get, get_json, join, names, put_json, remove
 from audiolm.train import checkpoint
 from audiolm.train import engine as engines
 from audiolm.train.commits import commits, newest
-from audiolm.train.loop import TrainJob, run_worker, train, watch
+from audiolm.train.loop import report_progress, run_worker, train
+from audiolm.train.worker import TrainJob
 from tests.worlds.tiny import tiny_lm
 from tests.worlds.training import SPOILED, build, settings, training_step
 
@@ -105,7 +106,7 @@ def test_a_batch_that_workers_cannot_share_is_refused(tmp_path):
         inline, path, step = False, str(tmp_path), training_step()
 
     with pytest.raises(ValueError, match="batch 8 is not divisible by cluster.train_workers 3"):
-        train(tiny_lm, {}, settings(), {}, Out, cluster=ClusterConfig(train_workers=3, device="cpu"), seed=0)
+        train(tiny_lm, {"seed": 0}, settings(), {}, Out, cluster=ClusterConfig(train_workers=3, device="cpu"))
 
 
 def test_an_alarm_of_the_validation_stands_in_the_progress_until_it_is_over(tmp_path):
@@ -126,7 +127,7 @@ def test_an_alarm_of_the_validation_stands_in_the_progress_until_it_is_over(tmp_
         return False
 
     metrics = MetricsFile(job.metrics)
-    with watch(job, Out()):
+    with report_progress(job, Out()):
         metrics.add(2, {"val.loss": 1.0, "val.alarm/levels_without_gain": 3.0})
         metrics.add(3, {"loss": 1.0})
         assert seen("ALARM levels_without_gain 3", True)
@@ -159,13 +160,13 @@ def test_patience_ends_a_training_past_its_best_and_exports_the_best(tmp_path):
 
 def test_a_training_that_was_killed_at_its_early_end_is_not_trained_on(tmp_path):
     path = build(training_step(**EARLY), str(tmp_path)).path
-    final, made = get_json(join(path, "final.json")), commits(path)
+    final, committed = get_json(join(path, "final.json")), commits(path)
     remove(join(path, "final.json"))
     lease = Lease(path)
     run_worker(TrainJob(tiny_lm, {"fail_at": final["steps"]}, settings(**EARLY), {}, path, lease.attempt,
-                   f"{path}/metrics-0002.jsonl", 0, "cpu", 1, 16, False), 0, 1)
+                        f"{path}/metrics-0002.jsonl", 0, "cpu", 1, 16, False), 0, 1)
     lease.close("done")
-    assert get_json(join(path, "final.json")) == final and commits(path) == made
+    assert get_json(join(path, "final.json")) == final and commits(path) == committed
 
 
 def test_patience_without_the_best_exported_is_refused():

@@ -14,7 +14,8 @@ from audiolm.metrics_log import read_build
 from audiolm.store import get, get_json, join
 from audiolm.train import guards
 from audiolm.train.commits import newest
-from audiolm.train.loop import TrainJob, run_worker
+from audiolm.train.loop import run_worker
+from audiolm.train.worker import TrainJob
 from tests.worlds.basics import free_port
 from tests.worlds.tiny import tiny_lm
 from tests.worlds.training import build, settings, training_step
@@ -31,10 +32,10 @@ def losses(artifact):
     return {r["step"]: r["metrics"]["loss"] for r in read_build(artifact.path) if "loss" in r["metrics"]}
 
 
-def test_which_rows_a_step_takes():
-    assert [guards.rows_of(s, []) for s in range(3)] == [0, 1, 2]
+def test_which_batch_a_step_takes():
+    assert [guards.batch_number(s, []) for s in range(3)] == [0, 1, 2]
     skipped = [{"step": 3, "rows": 3}, {"step": 3, "rows": 4}, {"step": 6, "rows": 8}]
-    assert [guards.rows_of(s, skipped) for s in range(8)] == [0, 1, 2, 5, 6, 7, 9, 10]
+    assert [guards.batch_number(s, skipped) for s in range(8)] == [0, 1, 2, 5, 6, 7, 9, 10]
 
 
 def test_what_a_spike_is():
@@ -44,24 +45,24 @@ def test_what_a_spike_is():
         spikes = guards.SpikeGuard(train, None, None)
         for step, value in enumerate(values):
             spikes.add(step, torch.tensor(value))
-        spikes.look()
+        spikes.check()
         return spikes
 
     assert list(seen(9.0, 3.0, 2.1, 2.0, 2.2, 2.3, 1.0).recent) == pytest.approx([2.0, 2.2, 2.3, 1.0])
     with pytest.raises(guards.LossSpike) as found:
         seen(2.0, 2.1, 2.2, 2.1, 2.6, 9.0)
-    assert found.value.step == 4 and found.value.skipped == [{"step": 4, "rows": 4}]  # the first, whenever it is looked at
+    assert found.value.step == 4 and found.value.skipped == [{"step": 4, "rows": 4}]  # the first, whenever it is checked
     with pytest.raises(guards.LossSpike):
         seen(2.0, math.nan)  # before there is a window
     off = guards.SpikeGuard(TrainConfig(steps=9, batch=1, lr=1), None, None)
     off.add(0, torch.tensor(math.nan))
-    off.look()
+    off.check()
     assert off.record() == {} and off.facts() == {}
 
 
 @pytest.fixture(scope="module")
 def spared(tmp_path_factory):
-    """A run whose corpus never held the noise."""
+    """A run on a corpus without the noise."""
     return build(training_step(objective={"without": (20, 30)}, **LONG), str(tmp_path_factory.mktemp("spared")))
 
 
@@ -77,8 +78,8 @@ def test_a_run_that_rolled_back_equals_one_without_those_rows(tmp_path, spared, 
         assert weights(rolled) == weights(spared) and all(ours[s] == theirs[s] for s in ours if s in theirs)
     record = newest(rolled.path)["spikes"]
     assert record["skipped"] == [{"step": 20, "rows": 20}, {"step": 29, "rows": 30}] and len(record["recent"]) == 6
-    told = {r["step"]: r["metrics"]["rollbacks"] for r in read_build(rolled.path) if "rollbacks" in r["metrics"]}
-    assert told == {21: 1, 30: 2}
+    logged = {r["step"]: r["metrics"]["rollbacks"] for r in read_build(rolled.path) if "rollbacks" in r["metrics"]}
+    assert logged == {21: 1, 30: 2}
 
 
 def test_without_the_rule_the_noise_is_trained_on(tmp_path, spared):
@@ -114,8 +115,8 @@ def test_two_workers_roll_back_and_stop_early_alike(tmp_path):
     assert alone.facts["rollbacks"] == 1 and alone.facts["stopped_at"] < 60
     path = str(tmp_path / "b")
     lease = Lease(path)
-    job = TrainJob(tiny_lm, objective, settings(**changes), {}, path, lease.attempt, f"{path}/metrics-0001.jsonl", 0, "cpu", 1, 16,
-              False)
+    job = TrainJob(tiny_lm, objective, settings(**changes), {}, path, lease.attempt, f"{path}/metrics-0001.jsonl", 0, "cpu",
+                   1, 16, False)
     workers = torch.multiprocessing.spawn(_rank, (2, free_port(), job), nprocs=2, join=False)
     assert any(workers.join(120) for _ in range(3))  # a call returns when one of them has ended
     lease.close("done")

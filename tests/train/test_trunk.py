@@ -1,4 +1,4 @@
-"""Trunk and leaf (DESIGN 1.6): more steps continue what there is, and the result is that of a run asked for at once."""
+"""Trunks: a longer training continues a shorter one's checkpoint, and equals a run of that length from the start."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def exported(artifact):
 @pytest.mark.parametrize("changes", [
     {},
     {"decay_steps": 0},  # its last validation is one that a longer run does not make
-    {"objective": SPOILED, "export": "best", "lr": 0.02, "decay_steps": 1, "steps": 17},  # the best lies in the trunk
+    {"objective": SPOILED, "export": "best", "lr": 0.02, "decay_steps": 1, "steps": 17},  # the best is in the trunk
     {"engine": "deepspeed"},
 ], ids=["decay", "no-decay", "best", "deepspeed"])
 def test_more_steps_continue_and_equal_a_run_of_that_length(tmp_path, changes):
@@ -98,7 +98,7 @@ def test_forced_and_stale_builds_take_nothing_old(tmp_path):
     def go(steps, **options):
         rows = plan(steps, store, **options)
         execute(rows, store, inline=True, force=options.get("force", ()))
-        return plan(steps, store)[1].view.artifact
+        return plan(steps, store)[1].state.artifact
 
     go(graph())
     assert "goes on" not in table(plan(graph(), store, force=["tiny"]), run=True)
@@ -124,14 +124,14 @@ def test_a_language_model_of_100_then_200_steps_is_that_of_200_at_once_and_each_
     corpus = token_corpus.make(tmp_path / "corpus", {"train": [60] * 8 + [17, 9], "dev": [40, 33]})
 
     def stage(steps):
-        run = TrainConfig(steps=steps, batch=4, lr=1e-2, warmup_steps=5, decay_steps=20, eval_every=40, save_every=70, engine="torch",
-                    export="best")
+        run = TrainConfig(steps=steps, batch=4, lr=1e-2, warmup_steps=5, decay_steps=20, eval_every=40, save_every=70,
+                          engine="torch", export="best")
         size = StageConfig(crop_s=0.8, dim=16, layers=1, heads=2, ff=32, dropout=0.1, train=run)
         config = {"stage": "lm_coarse", "seed": 0, "lm": size, "dedupe": False, "coarse_levels": 2, "rows": 4}
         inputs = {name: Artifact(path, "0001", {}) for name, path in corpus.paths.items()}
 
         def fn(config, _, out):
-            return train(lm_objective, config, run, inputs, out, cluster=ClusterConfig(threads=1, device="cpu"), seed=0)
+            return train(lm_objective, config, run, inputs, out, cluster=ClusterConfig(threads=1, device="cpu"))
 
         return Step("lm_coarse", fn, config, trains=run)
 

@@ -37,7 +37,8 @@ def objective(ctx: Context = CTX, augment: AugmentConfig = QUIET, **w2vbert) -> 
     torch.manual_seed(0)
     w = W2vBertConfig(codes=CODES, code_dim=16, negatives=20, gumbel=(2.0, 0.5, 0.98), **w2vbert)
     train = TrainConfig(steps=170, batch=4, lr=3e-3, engine="torch", warmup_steps=5)
-    sizes = MaskedModelConfig(objective="w2vbert", dim=32, layers=2, heads=2, ff=48, dropout=0.0, augment=augment, w2vbert=w, train=train)
+    sizes = MaskedModelConfig(dim=32, layers=2, heads=2, ff=48, dropout=0.0, mask_share=0.55, augment=augment, w2vbert=w,
+                              train=train)
     model = ow.w2vbert_model(sizes)
     model.encoder.statistics.mean.fill_(-6.0)
     model.encoder.statistics.std.fill_(3.0)
@@ -53,7 +54,7 @@ def ways_in(o: ow.W2vBertObjective, rows) -> tuple:
 
 
 class Gradients:
-    """What an engine does to gradients, without a step; several are added over `all_sum`."""
+    """An engine that averages gradients over `all_sum` and takes no step."""
 
     def __init__(self, module, world: int = 1, all_sum=lambda x: x):
         self.module, self.world, self.all_sum = module, world, all_sum
@@ -212,7 +213,7 @@ def test_micro_batches_and_order_of_rows_do_not_change_the_step(deal):
 
 
 def test_the_step_is_the_gradient_of_the_loss_it_reports():
-    """Also where the model hears something other than the clean audio that the codes are of."""
+    """With augmentation too, where the model's input is not the clean audio of the codes."""
     o = objective(augment=AugmentConfig(pitch=1.0, noise=1.0, reverb=0.0), diversity=1.0)
     batch = o.load(3, range(4))
     clean_BTF, heard_BTF, frames_B = o.inputs.mels(batch.masked, CPU)
@@ -334,7 +335,8 @@ def test_the_factory_measures_the_input_and_shares_out_validation(tmp_path, monk
         clips.append(Clip(id=str(i), origin="s", source="s", speaker=str(i), split="dev" if i > 2 else "train",
                           sample_rate=RATE, frames=len(wav), parts=(part,), shard=0, row=i))
     monkeypatch.setattr(masked_inputs, "read_clips", lambda path, split, where: [c for c in clips if c.split == split])
-    sizes = objective().inputs.sizes.model_copy(update={"crop_s": 1.0, "augment": AugmentConfig(pitch=1.0, noise=1.0, reverb=1.0)})
+    loud = AugmentConfig(pitch=1.0, noise=1.0, reverb=1.0)
+    sizes = objective().inputs.sizes.model_copy(update={"crop_s": 1.0, "augment": loud})
     config = {"model": sizes, "train": sizes.train, "where": ClipFilter(), "seed": 3,
               "corpus": CorpusConfig(name="t", sources=({"kind": "folder", "name": "s", "root": str(tmp_path)},))}
 

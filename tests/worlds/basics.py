@@ -17,12 +17,13 @@ def free_port() -> int:
 class RecordingOut:
     """What a step function sees, without a driver: for tests that call one."""
 
-    class step:  # noqa: N801
-        name = "step"
+    name = "step"
+
+    name = "step"
 
     def __init__(self, path):
         self.path, self.inline, self.forced, self.attempt = str(path), True, False, 1
-        self.logged, self.seen, self.kin = [], [], []
+        self.logged, self.seen, self.siblings = [], [], []
         self.metrics_path = f"{path}/metrics-0001.jsonl"
 
     def check(self):

@@ -39,14 +39,15 @@ def mortal(config, inputs, ctx):
 
 def graph(died: str | None) -> list[Step]:
     def fn(config, inputs, out):
-        return train(mortal, {"died": died}, SETTINGS, inputs, out, cluster=ClusterConfig(threads=1, device="cpu"), seed=0)
+        return train(mortal, {"died": died, "seed": 0}, SETTINGS, inputs, out, cluster=ClusterConfig(threads=1, device="cpu"))
 
     return [Step("tiny", fn, {"train": SETTINGS}, trains=SETTINGS)]
 
 
 if __name__ == "__main__":
     import ray
-    from audiolm.cli import worker_died
+
+    from audiolm.pipeline.ray_cluster import worker_died
 
     ray.init()
     rows = plan(graph(sys.argv[1] + "/died"), sys.argv[1])

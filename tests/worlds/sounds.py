@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from audiolm import rng
@@ -20,3 +22,9 @@ def talk(pitch_hz: float, seconds: float, index: int) -> np.ndarray:
     for k in range(1, 25):
         out += np.exp(-np.abs(k * f0 - centre) / 700) * np.sin(k * phase)
     return (0.2 * out / np.abs(out).max() + 0.002 * g.standard_normal(n)).astype(np.float32)
+
+
+def chance_band(n: int, level: float = 0.99) -> tuple[float, float]:
+    """The two-sided binomial band of n guesses between two classes, in % right: outside it, chance is refuted at `level`."""
+    cdf = np.cumsum([math.comb(n, k) for k in range(n + 1)]) / 2.0**n
+    return tuple(100 * int(np.searchsorted(cdf, q)) / n for q in ((1 - level) / 2, (1 + level) / 2))

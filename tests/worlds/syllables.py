@@ -1,4 +1,4 @@
-"""The masked model: frame counts, padding, gradients, masks, targets, learning, two ranks' arithmetic."""
+"""Synthetic syllables, and crops of them, for tests of masked models."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ import torch
 
 from audiolm import rng, store
 from audiolm.config import codec as codec_config
-from audiolm.config import training as training_config
+from audiolm.config.training import TrainConfig
 from audiolm.models.soundstream import SoundStream
 from audiolm.tokenizers.acoustic import AcousticTokenizer
 from audiolm.train.engine import learning_rate, make_engine
@@ -43,12 +43,15 @@ class Voices:
         return torch.stack(wavs), torch.full((len(rows),), self.crop)
 
 
-def tiny_codec(start_step: int = 1000, steps: int = 40, engine: str = "torch", zero: int = 0, **changes) -> codec_config.CodecConfig:
+def tiny_codec(start_step: int = 1000, steps: int = 40, engine: str = "torch", zero: int = 0,
+               **changes) -> codec_config.CodecConfig:
+    """DAC's losses with their weights, unless the changes say otherwise."""
+    changes = {"losses": "dac", "weights": {"reconstruction": 15, "feature": 2}, **changes}
     return codec_config.CodecConfig(
         enc_channels=4, dec_channels=4, dim=16, n_q=3, vocab=16, code_decay=0.9, crop_s=0.2, code_dim=4,
         disc=codec_config.CodecDiscriminatorsConfig(periods=(2,), windows=(256,), channels=2, start_step=start_step),
-        train=training_config.TrainConfig(steps=steps, batch=4, lr=3e-3, betas=(0.8, 0.99), weight_decay=0.01, clip=10.0, engine=engine,
-                           zero=zero), **changes)
+        train=TrainConfig(steps=steps, batch=4, lr=3e-3, betas=(0.8, 0.99), weight_decay=0.01, clip=10.0, engine=engine,
+                          zero=zero), **changes)
 
 
 def training(codec: codec_config.CodecConfig, saved: dict | None = None, updates: dict | None = None, rank: int = 0,
@@ -57,7 +60,7 @@ def training(codec: codec_config.CodecConfig, saved: dict | None = None, updates
     torch.manual_seed(0)
     ctx = Context(rank, world, torch.device("cpu"), 0, compile=compile)
     held_out_BT = torch.stack([voice(6400, i) for i in (6, 7, 8)])
-    objective = CodecObjective(codec, Voices(), held_out_BT, ctx, 0)
+    objective = CodecObjective(codec, Voices(), held_out_BT, ctx)
     return objective, {name: make_engine(m, codec.train, ctx, saved and saved[name], updates[name] if saved else 0)
                        for name, m in objective.modules.items()}
 

@@ -22,7 +22,6 @@ from audiolm.tokenizers.extractor import ConformerExtractor, Window
 from audiolm.tokenizers.kmeans_fit import encode_frames
 from audiolm.tokenizers.semantic import save_semantic
 from audiolm.train import gan
-from audiolm.train.objectives import vocoder
 from tests.worlds.tiny_codec import voice
 
 RATE, K, DIM, LAYER = 16_000, 12, 16, 2
@@ -46,8 +45,8 @@ def corpus(folder) -> SimpleNamespace:
 def read_by(monkeypatch: pytest.MonkeyPatch, clips: list[Clip]) -> None:
     """The manifest, without its step; four held-out pieces, as PESQ is slow."""
     pieces = gan.held_out_crops
-    monkeypatch.setattr(vocoder, "held_out", lambda *args: pieces(*args)[::4])
-    for module in (residual, vocoder):
+    monkeypatch.setattr(gan, "held_out_crops", lambda *args: pieces(*args)[::4])
+    for module in (residual, gan):
         monkeypatch.setattr(module, "read_clips", lambda path, split=None, where=None: [c for c in clips if c.split == split])
 
 
@@ -61,14 +60,14 @@ def built_tokenizer(folder: str, wavs: list, seed: int = 0) -> str:
     extractor = ConformerExtractor(encoder)
     x_ND, = encode_frames(extractor, [LAYER], wavs, WINDOW)
     std_D, mean_D = torch.std_mean(x_ND, 0)
-    found = kmeans.fit([(x_ND - mean_D) / std_D], K, seed)
-    save_semantic(folder, extractor, LAYER, mean_D, std_D, found.centroids, WINDOW, {})
+    fit = kmeans.fit([(x_ND - mean_D) / std_D], K, seed)
+    save_semantic(folder, extractor, LAYER, mean_D, std_D, fit.centroids, WINDOW, {})
     return folder
 
 
 def run_residual(corpus: SimpleNamespace, kmeans_path: str, out, **settings) -> dict:
-    config = {"residual": cv.ResidualConfig(**{"levels": 4, "iterations": 15, **settings}), "where": ClipFilter(), "corpus": corpus.config,
-              "seed": 3, "cluster": ClusterConfig(device="cpu")}
+    config = {"residual": cv.ResidualConfig(**{"levels": 4, "iterations": 15, **settings}), "where": ClipFilter(),
+              "corpus": corpus.config, "seed": 3, "cluster": ClusterConfig(device="cpu")}
     inputs = {name: SimpleNamespace(path=path) for name, path in (("manifest", "-"), ("kmeans", kmeans_path))}
     return residual.fit_residual(config, inputs, out)
 
@@ -80,8 +79,8 @@ def tiny_vocoder(levels: int = 3, start_step: int = 1000, steps: int = 60, **cha
                       train=TrainConfig(**{**train, **changes}))
 
 
-def leave(objective, folder: str) -> str:
-    """What the loop leaves of an objective."""
+def write_export(objective, folder: str) -> str:
+    """Writes an objective's export as the loop does."""
     weights, config = objective.export()
     store.put(f"{folder}/export/model.safetensors", save({n: w.contiguous() for n, w in weights.items()}))
     store.put_json(f"{folder}/export/config.json", config)

@@ -1,4 +1,4 @@
-"""The training loop: resume equals uninterrupted, checkpoints are committed and pruned, a lost lease stops it."""
+"""A training step on the tiny language model, run through plan and execution."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def settings(**changes):
                     "save_every": 3, "keep": 2, "log_every": 2, "engine": "torch", **changes})
 
 
-SPOILED = {"noisy": tuple(range(12, 99))}  # what is learned until then is unlearned from noise
+SPOILED = {"noisy": tuple(range(12, 99))}  # noise from step 12 on undoes what was learned
 
 
 def training_step(fail_at=None, objective=None, **changes):
@@ -24,11 +24,11 @@ def training_step(fail_at=None, objective=None, **changes):
     cfg = settings(**changes)
 
     def fn(config, inputs, out):
-        return train(tiny_lm, {"fail_at": fail_at, **(objective or {})}, cfg, inputs, out, cluster=cluster, seed=0)
+        return train(tiny_lm, {"seed": 0, "fail_at": fail_at, **(objective or {})}, cfg, inputs, out, cluster=cluster)
 
     return Step("tiny", fn, {"train": cfg}, trains=cfg)
 
 
 def build(step, store):
     execute(plan([step], store), store, inline=True)
-    return plan([step], store)[0].view.artifact
+    return plan([step], store)[0].state.artifact

@@ -1,17 +1,18 @@
 """ABX phone discriminability of features (paper III-B and Table I), by libri-light's protocol (eval_ABX.py).
 
-Items are triphones with the same neighbours (context). A triplet (A, B, X): A and X share the centre phone, B differs; A and
-B are of one speaker, X of the same (within) or of another (across). It errs where d(A, X) > d(B, X), by half where they tie;
-d is a DTW's mean over its path of the angle between frames / pi. Scores are means over contexts (across: contexts and X's
-speakers together), then A's speakers, then ordered phone pairs, in %. An item is frames ceil(hz * onset - 0.5) to
-floor(hz * offset - 0.5), the end exclusive. Legend: N items, F frames, D dimensions, S speakers, P phones (E: times P * P).
+Items are triphones with the same neighbours (context).  In a triplet (A, B, X), A and X share the centre phone and B
+differs; A and B are of one speaker, X of the same (within) or of another (across).  A triplet errs where d(A, X) >
+d(B, X), by half where they tie; d is the mean angle between frames / pi along a DTW path.
+Scores are means over contexts (across: and X's speakers), then A's speakers, then ordered phone pairs, in %.
+Legend: N items, F frames, D dimensions, G groups, R trials (groups of A, B and X), K blocks of distances, S speakers,
+P phones, E ordered phone pairs (P * P), W resamples.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 
 from audiolm import rng, store
 from audiolm.eval.metrics.dtw import DISTANCES, ItemFrames
+from audiolm.eval.metrics.stats import interval, resampled
 from audiolm.models.mel import HOP, log_mel, mfcc
 from audiolm.tokenizers.base import SAMPLE_RATE
 from audiolm.tokenizers.semantic import SemanticTokenizer
@@ -27,10 +29,36 @@ from audiolm.tokenizers.semantic import SemanticTokenizer
 MODES = ("within", "across")
 KINDS = ("mfcc", "mel", "semantic", "centroids")
 COLUMNS = ("#file", "onset", "offset", "#phone", "prev-phone", "next-phone", "speaker")  # ZeroSpeech's
-SLACK_S = 0.25  # by which an alignment may run past its file's end
-DRAWS = 2000  # of the bootstrap
+SLACK_S = 0.25  # an alignment may run past its file's end by this much
+PURPOSE = "abx bootstrap"  # of the random numbers that draw speakers
 
-Features = Mapping[str, Any] | Callable[[str], Any]
+Features = Mapping[str, Any] | Callable[[str], Any]  # file id -> (T, D)
+Group = tuple[str, str, str]  # context, speaker, phone: items that are interchangeable as A, B or X
+Trial = tuple[Group, Group, Group]  # A, B, X
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Sampling of the triplets; the defaults are libri-light's.
+
+    A group of more than max_size_group items is represented by that many, drawn once.  Each (context, A's phone, A's
+    speaker) meets at most max_x_across speakers X.  The draws depend on the seed and those names alone, so features of
+    one rate meet the same triplets.  Raises ValueError for an unknown mode or distance and for sizes without a pair.
+    """
+
+    seed: int = 0
+    max_size_group: int = 10
+    max_x_across: int = 5
+    distance: str = "angular"
+    modes: tuple[str, ...] = MODES
+
+    def __post_init__(self):
+        if unknown := sorted(set(self.modes) - set(MODES)):
+            raise ValueError(f"mode {unknown}: choose from {list(MODES)}")
+        if self.distance not in DISTANCES:
+            raise ValueError(f"distance {self.distance!r}: choose from {list(DISTANCES)}")
+        if self.max_size_group < 2 or self.max_x_across < 1:
+            raise ValueError(f"max_size_group {self.max_size_group} must be at least 2, max_x_across {self.max_x_across} 1")
 
 
 @dataclass(frozen=True)
@@ -45,11 +73,11 @@ class Items:
     speaker: np.ndarray
 
     def of(self, speakers: Iterable[str]) -> Items:
-        """Those of some speakers. Raises ValueError for a speaker who has none."""
-        wanted = list(speakers)
-        if unknown := sorted(set(wanted) - set(self.speaker.tolist())):
+        """The items of some speakers. Raises ValueError for a speaker without items."""
+        chosen = list(speakers)
+        if unknown := sorted(set(chosen) - set(self.speaker.tolist())):
             raise ValueError(f"speakers {unknown} have no items; those with items: {sorted(set(self.speaker.tolist()))}")
-        keep = np.isin(self.speaker, wanted)
+        keep = np.isin(self.speaker, chosen)
         return Items(*(getattr(self, f)[keep] for f in self.__dataclass_fields__))
 
 
@@ -66,9 +94,10 @@ class Scores:
 
 
 def read_items(path: str) -> Items:
-    """A ZeroSpeech item file: a header, then `file onset offset phone previous next speaker` a line.
+    """Items of a ZeroSpeech file: a header, then `file onset offset phone previous next speaker` a line.
 
-    Raises FileNotFoundError; ValueError with the line for other columns, times that are none, and a file without items."""
+    Raises FileNotFoundError; ValueError, with the line, for other columns, invalid times and a file without items.
+    """
     lines = [line.split() for line in store.get(path).decode().splitlines() if line.strip()]
     if not lines or tuple(lines[0]) != COLUMNS:
         raise ValueError(f"{path}: its columns are {' '.join(lines[0]) if lines else 'missing'!r}, expected "
@@ -77,10 +106,10 @@ def read_items(path: str) -> Items:
         raise ValueError(f"{path} holds no items, only the header; give a file with triphones")
     for number, row in enumerate(lines[1:], 2):
         try:
-            good = len(row) == len(COLUMNS) and 0 <= float(row[1]) < float(row[2]) < math.inf
+            valid = len(row) == len(COLUMNS) and 0 <= float(row[1]) < float(row[2]) < math.inf
         except ValueError:
-            good = False
-        if not good:
+            valid = False
+        if not valid:
             raise ValueError(f"{path}: row {number} is {' '.join(row)!r}; expected seven columns and "
                              "0 <= onset < offset in seconds")
     file, onset, offset, phone, before, after, speaker = (np.array(c) for c in zip(*lines[1:], strict=True))
@@ -88,50 +117,38 @@ def read_items(path: str) -> Items:
     return Items(file, onset.astype(np.float64), offset.astype(np.float64), phone, context, speaker)
 
 
-def abx(features: Features, items: Items, rate_hz: float, mode: Sequence[str] = MODES, speakers: Sequence[str] | None = None,
-        seed: int = 0, max_size_group: int = 10, max_x_across: int = 5, distance: str = "angular") -> dict[str, Any]:
-    """`summary` of each of `scores`' modes, as JSON: {"within": %, "interval_within": [lo, hi], ..., "across": ...}."""
-    found = scores(features, items, rate_hz, mode, speakers, seed, max_size_group, max_x_across, distance)
-    return {key: value for m, s in found.items() for key, value in summary(m, s, seed).items()}
+def abx(features: Features, items: Items, rate_hz: float, protocol: Protocol = Protocol()) -> dict[str, Any]:
+    """`summary` of each mode's scores, as JSON: {"within": %, "interval_within": [lo, hi], ..., "across": ...}."""
+    by_mode = scores(features, items, rate_hz, protocol)
+    return {key: value for mode, s in by_mode.items() for key, value in summary(mode, s, protocol.seed).items()}
 
 
-def scores(features: Features, items: Items, rate_hz: float, mode: Sequence[str] = MODES,
-           speakers: Sequence[str] | None = None, seed: int = 0, max_size_group: int = 10, max_x_across: int = 5,
-           distance: str = "angular") -> dict[str, Scores]:
-    """Errors by mode. `features`: file id -> (T, D), a frame being 1 / rate_hz s; a mapping, or a function, called once a file.
+def scores(features: Features, items: Items, rate_hz: float, protocol: Protocol = Protocol()) -> dict[str, Scores]:
+    """Errors by mode. A frame lasts 1 / rate_hz s; where `features` is a function it is called once a file.
 
-    speakers: A, B and X are of these alone. A (context, phone, speaker) with more than max_size_group items is represented by
-    that many, drawn once; each (context, A's phone, A's speaker) meets at most max_x_across speakers X. The draws depend on
-    the seed and those names, so that features of one rate meet the same triplets.
     Raises ValueError for files without features, frames that are not finite or end before the items do, and where no
     triplet can be formed.
     """
-    if unknown := sorted(set(mode) - set(MODES)):
-        raise ValueError(f"mode {unknown}: choose from {list(MODES)}")
-    if distance not in DISTANCES:
-        raise ValueError(f"distance {distance!r}: choose from {list(DISTANCES)}")
-    if min(max_size_group, max_x_across) < 1 or max_size_group < 2:
-        raise ValueError(f"max_size_group {max_size_group} must be at least 2 and max_x_across {max_x_across} at least 1")
-    items = items if speakers is None else items.of(speakers)
     frames, kept = _segments(features, items, rate_hz)
-    groups = _groups(items, kept, seed, max_size_group)
-    data = ItemFrames([[frames[i] for i in members] for members in groups.values()], distance)
+    groups = _groups(items, kept, protocol)
+    data = ItemFrames([[frames[i] for i in members] for members in groups.values()], protocol.distance)
     result = {}
-    for m in mode:
-        trials = _within(groups) if m == "within" else _across(groups, seed, max_x_across)
+    for mode in protocol.modes:
+        within = mode == "within"
+        trials = _within(groups) if within else _across(groups, protocol)
         if not trials:
-            raise ValueError(f"no {m} triplet: the {len(kept)} items hold no two phones in one context and speaker"
-                             f"{' with a second item of one' if m == 'within' else ' with another speaker'}; give more items")
-        result[m] = _scored(data, groups, trials, m == "within", len(kept), len(items.file) - len(kept))
+            raise ValueError(f"no {mode} triplet: the {len(kept)} items hold no two phones in one context and speaker"
+                             f"{' with a second item of one' if within else ' with another speaker'}; give more items")
+        result[mode] = _scored(data, groups, trials, within, (len(kept), len(items.file) - len(kept)))
     return result
 
 
 def summary(mode: str, s: Scores, seed: int = 0) -> dict[str, Any]:
-    """{mode}: error in %; interval_{mode}: 95 % by bootstrap over A's speakers; by_speaker_{mode}: {speaker: %};
-    triplets_{mode}, pairs_{mode} (of items compared), phone_pairs_{mode}; items and dropped."""
-    lo, hi = np.percentile(_errors(s, _resampled(s, seed)), (2.5, 97.5))
+    """Scores as JSON: {mode}, the error in %; interval_{mode}, 95 % by bootstrap over A's speakers; by_speaker_{mode},
+    {speaker: %}; triplets_{mode}, pairs_{mode} (of items compared), phone_pairs_{mode}; items and dropped."""
+    weights_WS = resampled(len(s.speakers), seed, PURPOSE)
     by_speaker = (100.0 * np.nanmean(s.error_SE, axis=1)).tolist()
-    return {mode: mean(s), f"interval_{mode}": [float(lo), float(hi)],
+    return {mode: mean(s), f"interval_{mode}": list(interval(_errors(s, weights_WS))),
             f"by_speaker_{mode}": dict(zip(s.speakers, by_speaker, strict=True)),
             f"triplets_{mode}": s.triplets, f"pairs_{mode}": s.distances,
             f"phone_pairs_{mode}": int((~np.isnan(s.error_SE)).any(0).sum()), "items": s.items, "dropped": s.dropped}
@@ -146,37 +163,37 @@ def difference(a: Scores, b: Scores, seed: int = 0) -> tuple[float, float, float
     """(a's error minus b's, and its 95 % interval) in points, the same speakers drawn for both."""
     if a.speakers != b.speakers:
         raise ValueError(f"scores of different speakers cannot be paired: {a.speakers} and {b.speakers}")
-    weights = _resampled(a, seed)
-    lo, hi = np.percentile(_errors(a, weights) - _errors(b, weights), (2.5, 97.5))
-    return mean(a) - mean(b), float(lo), float(hi)
-
-
-def _resampled(s: Scores, seed: int) -> np.ndarray:
-    n = len(s.speakers)
-    return rng.generator(seed, "abx bootstrap").multinomial(n, np.full(n, 1 / n), size=DRAWS).astype(np.float64)
+    weights_WS = resampled(len(a.speakers), seed, PURPOSE)
+    return mean(a) - mean(b), *interval(_errors(a, weights_WS) - _errors(b, weights_WS))
 
 
 def _errors(s: Scores, weights_WS: np.ndarray) -> np.ndarray:
-    """% for each row of speakers' weights."""
-    there_SE = ~np.isnan(s.error_SE)
-    count_WE = weights_WS @ there_SE
-    total_WE = weights_WS @ np.where(there_SE, s.error_SE, 0.0)
+    """(W,) error in % for each row of speakers' weights: the mean over speakers, then over phone pairs.
+
+    float64 throughout: means of thousands of cells, of which two systems' differences are taken.
+    """
+    known_SE = ~np.isnan(s.error_SE)  # a speaker may lack a phone pair; a resample may lack all who have it
+    count_WE = weights_WS @ known_SE
+    total_WE = weights_WS @ np.where(known_SE, s.error_SE, 0.0)
     mean_WE = np.divide(total_WE, count_WE, out=np.zeros_like(total_WE), where=count_WE > 0)
     return 100.0 * mean_WE.sum(1) / (count_WE > 0).sum(1)
 
 
 def _segments(features: Features, items: Items, rate_hz: float) -> tuple[dict[int, np.ndarray], list[int]]:
-    """(item -> its frames, the items that have any)."""
-    get = features if callable(features) else features.get
+    """({item: its frames (T, D)}, the items with at least one frame).
+
+    An item is frames ceil(hz * onset - 0.5) to floor(hz * offset - 0.5), the end exclusive.
+    """
+    read = features if callable(features) else features.get
     by_file = defaultdict(list)
     for i, name in enumerate(items.file.tolist()):
         by_file[name].append(i)
-    # 25 x 0.58 is a hair below 14.5 in floating point; times are decimals, and a half has to be one
+    # Rounded to 6 decimals first: 25 x 0.58 is a hair below 14.5 in floating point, and a half must stay one.
     on, off = (np.round(rate_hz * t, 6) - 0.5 for t in (items.onset_s, items.offset_s))
     first, last = np.maximum(np.ceil(on), 0).astype(int), np.floor(off).astype(int)
     frames, missing, dims = {}, [], set()
     for name, members in by_file.items():
-        x_TD = get(name)
+        x_TD = read(name)
         if x_TD is None:
             missing.append(name)
             continue
@@ -197,101 +214,118 @@ def _segments(features: Features, items: Items, rate_hz: float) -> tuple[dict[in
     return frames, sorted(frames)
 
 
-Group = tuple[str, str, str]  # context, speaker, phone
-
-
-def _groups(items: Items, kept: list[int], seed: int, most: int) -> dict[Group, list[int]]:
-    """The items that stand for each group, in the order of the names."""
-    found = defaultdict(list)
+def _groups(items: Items, kept: list[int], protocol: Protocol) -> dict[Group, list[int]]:
+    """The items that represent each group, in the order of the names."""
+    members_of = defaultdict(list)
     for i in kept:
-        found[str(items.context[i]), str(items.speaker[i]), str(items.phone[i])].append(i)
-    drawn = {}
-    for key in sorted(found):
-        members = found[key]
-        if len(members) > most:
-            pick = rng.generator(seed, f"abx items|{'|'.join(key)}").choice(len(members), most, replace=False)
-            members = [members[j] for j in sorted(pick)]
-        drawn[key] = members
-    return drawn
+        members_of[str(items.context[i]), str(items.speaker[i]), str(items.phone[i])].append(i)
+    return {key: _drawn(members_of[key], protocol.max_size_group, protocol.seed, f"abx items|{'|'.join(key)}")
+            for key in sorted(members_of)}
 
 
-Trial = tuple[Group, Group, Group]  # A, B, X
+def _drawn(choices: list, most: int, seed: int, purpose: str) -> list:
+    """At most `most` of the choices, in their order; one generator a group, so that groups do not affect each other."""
+    if len(choices) <= most:
+        return choices
+    return [choices[i] for i in sorted(rng.generator(seed, purpose).choice(len(choices), most, replace=False))]
 
 
-def _phones(groups: Iterable[Group]) -> dict[tuple[str, str], list[Group]]:
-    """The groups of each context and speaker who has several phones there."""
-    found = defaultdict(list)
+def _by_context_and_speaker(groups: Iterable[Group]) -> list[list[Group]]:
+    """The strata in which A and B are paired: groups of one context and speaker, where there are two phones or more."""
+    strata = defaultdict(list)
     for key in groups:
-        found[key[:2]].append(key)
-    return {k: v for k, v in found.items() if len(v) > 1}
+        strata[key[:2]].append(key)
+    return [same for same in strata.values() if len(same) > 1]
 
 
 def _within(groups: dict[Group, list[int]]) -> list[Trial]:
-    return [(a, b, a) for same in _phones(groups).values() for a in same if len(groups[a]) > 1 for b in same if b != a]
+    # X is another item of A's group, so A needs two.
+    return [(a, b, a) for same in _by_context_and_speaker(groups) for a in same if len(groups[a]) > 1 for b in same if b != a]
 
 
-def _across(groups: dict[Group, list[int]], seed: int, most: int) -> list[Trial]:
-    others = defaultdict(list)
+def _across(groups: dict[Group, list[int]], protocol: Protocol) -> list[Trial]:
+    by_phone = defaultdict(list)  # (context, phone) -> the groups of all its speakers
     for key in groups:
-        others[key[0], key[2]].append(key)
+        by_phone[key[0], key[2]].append(key)
     trials = []
-    for same in _phones(groups).values():
+    for same in _by_context_and_speaker(groups):
         for a in same:
-            xs = [x for x in others[a[0], a[2]] if x != a]
-            if len(xs) > most:
-                pick = rng.generator(seed, f"abx speakers|{'|'.join(a)}").choice(len(xs), most, replace=False)
-                xs = [xs[j] for j in sorted(pick)]
+            others = [x for x in by_phone[a[0], a[2]] if x != a]
+            xs = _drawn(others, protocol.max_x_across, protocol.seed, f"abx speakers|{'|'.join(a)}")
             trials += [(a, b, x) for x in xs for b in same if b != a]
     return trials
 
 
-def _scored(data: ItemFrames, groups: dict[Group, list[int]], trials: list[Trial], symmetric: bool, items: int,
-            dropped: int) -> Scores:
-    """Measures the pairs of items that the trials need, each once, and averages the trials' errors."""
+def _scored(data: ItemFrames, groups: dict[Group, list[int]], trials: list[Trial], within: bool,
+            kept_and_dropped: tuple[int, int]) -> Scores:
+    """Scores of one mode: distances of the pairs that the trials need, errors by trial, means by speaker and phone pair."""
     number = {key: n for n, key in enumerate(groups)}
     size_G = np.array([len(v) for v in groups.values()])
-    first_G = np.cumsum(size_G) - size_G  # a group's items lie together in `data`
     a_R, b_R, x_R = np.array([[number[key] for key in trial] for trial in trials]).T
-    blocks, at = np.unique(np.stack([x_R, x_R]) * len(size_G) + np.stack([a_R, b_R]), return_inverse=True)
-    x_K, y_K = np.divmod(blocks, len(size_G))  # a block: the items of one group by those of another
+    distance, starts_2R, pairs = _distances(data, size_G, x_R, np.stack([a_R, b_R]), within)
+    sizes_3R = size_G[np.stack([x_R, a_R, b_R])]
+    error_R = _errors_by_trial(distance, starts_2R, sizes_3R, within)
+    speakers, error_SE = _by_speaker(trials, error_R)
+    nx_R, na_R, nb_R = sizes_3R
+    triplets = int(((na_R - 1 if within else nx_R) * na_R * nb_R).sum())
+    return Scores(speakers, error_SE, triplets, pairs, *kept_and_dropped)
+
+
+def _distances(data: ItemFrames, size_G: np.ndarray, x_R: np.ndarray, ab_2R: np.ndarray,
+               within: bool) -> tuple[np.ndarray, np.ndarray, int]:
+    """(distances of all blocks end to end, where the trials' blocks X by A and X by B start, distinct pairs of items).
+
+    A block is the items of one group by those of another, row by row.  Trials share blocks, and blocks share pairs:
+    each pair of items goes through DTW once.
+    """
+    first_G = np.cumsum(size_G) - size_G  # a group's items are neighbours in `data`
+    blocks, block_of = np.unique(np.stack([x_R, x_R]) * len(size_G) + ab_2R, return_inverse=True)
+    x_K, y_K = np.divmod(blocks, len(size_G))
     cells_K = size_G[x_K] * size_G[y_K]
     start_K = np.cumsum(cells_K) - cells_K
-    inside = np.arange(cells_K.sum()) - np.repeat(start_K, cells_K)
+    inside = np.arange(cells_K.sum()) - np.repeat(start_K, cells_K)  # a cell's place within its block
     i, j = np.divmod(inside, np.repeat(size_G[y_K], cells_K))
     i, j = i + np.repeat(first_G[x_K], cells_K), j + np.repeat(first_G[y_K], cells_K)
-    if symmetric:  # libri-light measures A against A once, from the earlier item
+    if within:  # libri-light measures A against A once, from the earlier item: DTW's ties make it asymmetric
         i, j = np.where(np.repeat(x_K == y_K, cells_K), (np.minimum(i, j), np.maximum(i, j)), (i, j))
-    pairs, where = np.unique(i * data.n + j, return_inverse=True)
-    distance = data.dtw(*np.divmod(pairs, data.n))[where]
+    pairs, pair_of = np.unique(i * data.n + j, return_inverse=True)
+    return data.dtw(*np.divmod(pairs, data.n))[pair_of], start_K[block_of.reshape(2, -1)], len(pairs)
 
-    na_R, nb_R, nx_R = size_G[a_R], size_G[b_R], size_G[x_R]
-    error_R = np.zeros(len(trials))
-    at_a, at_b = start_K[at.reshape(2, -1)]
-    _, shape_R = np.unique(np.stack([nx_R, na_R, nb_R]), axis=1, return_inverse=True)
+
+def _errors_by_trial(distance: np.ndarray, starts_2R: np.ndarray, sizes_3R: np.ndarray, within: bool) -> np.ndarray:
+    """(R,) error rate of each trial, in 0 to 1, float64. Trials of equal sizes are compared as one array."""
+    (start_a, start_b), error_R = starts_2R, np.zeros(sizes_3R.shape[1])
+    _, shape_R = np.unique(sizes_3R, axis=1, return_inverse=True)
     order = np.argsort(shape_R, kind="stable")
     for same in np.split(order, np.flatnonzero(np.diff(shape_R[order])) + 1):
-        nx, na, nb = nx_R[same[0]], na_R[same[0]], nb_R[same[0]]
-        a = distance[at_a[same, None] + np.arange(nx * na)].reshape(-1, nx, na, 1)
-        b = distance[at_b[same, None] + np.arange(nx * nb)].reshape(-1, nx, 1, nb)
+        nx, na, nb = sizes_3R[:, same[0]]
+        a = distance[start_a[same, None] + np.arange(nx * na)].reshape(-1, nx, na, 1)
+        b = distance[start_b[same, None] + np.arange(nx * nb)].reshape(-1, nx, 1, nb)
         wrong = (a > b) + 0.5 * (a == b)
-        if symmetric:  # X is never A itself
+        if within:  # X and A are items of one group, but never the same item
             wrong[:, np.arange(na), np.arange(na)] = 0
-        error_R[same] = wrong.sum((1, 2, 3)) / ((na * (na - 1) if symmetric else na * nx) * nb)
+        error_R[same] = wrong.sum((1, 2, 3)) / ((na * (na - 1) if within else na * nx) * nb)
+    return error_R
 
+
+def _by_speaker(trials: list[Trial], error_R: np.ndarray) -> tuple[tuple[str, ...], np.ndarray]:
+    """(A's speakers, error_SE): means over contexts (across: and X's speakers) of each speaker and ordered phone pair."""
     speakers, s_R = np.unique([a[1] for a, _, _ in trials], return_inverse=True)
     phones, p = np.unique([[a[2], b[2]] for a, b, _ in trials], return_inverse=True)
-    p = p.reshape(-1, 2)
-    cell_R = (s_R * len(phones) + p[:, 0]) * len(phones) + p[:, 1]
+    a_R, b_R = p.reshape(-1, 2).T
+    cell_R = (s_R * len(phones) + a_R) * len(phones) + b_R
     total, count = (np.bincount(cell_R, w, len(speakers) * len(phones) ** 2) for w in (error_R, None))
     error = np.divide(total, count, out=np.full(len(total), np.nan), where=count > 0)
-    return Scores(tuple(speakers.tolist()), error.reshape(len(speakers), -1),
-                  int(((na_R - 1 if symmetric else nx_R) * na_R * nb_R).sum()), len(pairs), items, dropped)
+    return tuple(speakers.tolist()), error.reshape(len(speakers), -1)
 
 
 def extractor(kind: str, tokenizer: SemanticTokenizer | None = None) -> tuple[Callable[[np.ndarray], np.ndarray], float]:
-    """(wav_T at 16 kHz -> features (T, D), their rate in Hz): mfcc (13 with first and second differences, each standardised
-    over the file: as they come the first, loudness, rules the angle), mel (80 log-mels, as they come), or of a semantic
-    tokenizer its z-scored features or each frame's centroid, which is what the paper measures of tokens."""
+    """(function of wav_T at 16 kHz that gives features (T, D), their rate in Hz).
+
+    mfcc: 13 with first and second differences, each standardised over the file, because the first one, loudness, would
+    otherwise dominate the angle; mel: 80 log-mels; semantic: a tokenizer's z-scored features; centroids: each frame's
+    centroid, which is what the paper measures of tokens.  Raises ValueError for a kind without its tokenizer.
+    """
     if kind not in KINDS:
         raise ValueError(f"features {kind!r}: choose from {list(KINDS)}")
     if (kind in KINDS[2:]) != (tokenizer is not None):

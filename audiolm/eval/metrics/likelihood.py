@@ -21,6 +21,7 @@ from audiolm.lm.batches import EvalCrop, TokenBatches
 from audiolm.lm.loss import batch_sums
 from audiolm.lm.model import load_lm
 from audiolm.lm.stages import Stage
+from audiolm.models.entropy import entropy_bits
 
 COUNTED = 4_000_000  # targets of a level that are counted, about; in about 1 GB (4 M frames are 22 hours)
 
@@ -221,7 +222,6 @@ def token_statistics(path: str) -> dict[str, float]:
         starts = run_starts(values)
         starts[offsets[:-1][np.diff(offsets) > 0]] = True  # a clip begins a run
         frames, runs = frames + len(values), runs + int(starts.sum())
-    p = counts[counts > 0] / frames
-    nats = float(-(p * np.log(p)).sum())
-    return {"entropy_bits": nats / np.log(2), "perplexity": float(np.exp(nats)), "mean_run": frames / runs,
+    bits = entropy_bits(counts)
+    return {"entropy_bits": bits, "perplexity": 2.0 ** bits, "mean_run": frames / runs,
             "used": int((counts > 0).sum())}

@@ -16,7 +16,7 @@ import numpy as np
 
 from audiolm import rng
 from audiolm.data.tokens import Ragged, TokenStore, level_name, run_starts
-from audiolm.tokenizers.encode import entropy_bits
+from audiolm.models.entropy import entropy_bits
 
 RUN_LENGTHS = 25  # bins of the histogram; the last counts longer runs too
 ENDS = 10  # most and least used tokens that are listed

@@ -8,7 +8,6 @@ mel powers as librosa makes them (Slaney's scale and norm), windows of 1.6 s, me
 from __future__ import annotations
 
 import importlib.util
-import math
 import posixpath
 from collections.abc import Callable
 
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from audiolm.models.mel import filterbank
 from audiolm.tokenizers.base import SAMPLE_RATE
 
 INSTALL = "pip install --no-deps resemblyzer"
@@ -58,15 +58,4 @@ def mel_power(wav_T: torch.Tensor) -> torch.Tensor:
     wav_T = wav_T * (LOUDNESS / wav_T.square().mean().sqrt().clamp_min(1e-6)).clamp_min(1.0)
     spec_FT = torch.stft(wav_T, N_FFT, HOP, N_FFT, torch.hann_window(N_FFT, device=wav_T.device), center=True,
                          pad_mode="constant", return_complex=True).abs().square()
-    return spec_FT.T @ filters().to(wav_T.device)
-
-
-def filters() -> torch.Tensor:
-    """(201, 40): triangles equally spaced on Slaney's scale (linear to 1 kHz, logarithmic above), each of area 1."""
-    knee, ratio = 1000.0, math.log(6.4) / 27
-    top = knee / (200 / 3) + math.log(SAMPLE_RATE / 2 / knee) / ratio
-    mels = torch.linspace(0, top, MELS + 2, dtype=torch.float64)
-    edges = torch.where(mels < 15, mels * 200 / 3, knee * torch.exp(ratio * (mels - 15)))
-    freqs = torch.linspace(0, SAMPLE_RATE / 2, N_FFT // 2 + 1, dtype=torch.float64)[:, None]
-    up, down = (freqs - edges[:-2]) / (edges[1:-1] - edges[:-2]), (edges[2:] - freqs) / (edges[2:] - edges[1:-1])
-    return (torch.minimum(up, down).clamp_min(0) * 2 / (edges[2:] - edges[:-2])).float()
+    return spec_FT.T @ filterbank(SAMPLE_RATE, N_FFT, MELS, "slaney", wav_T.device)

@@ -92,8 +92,8 @@ def abx_part(kind: str, items_path: str, groups: Groups, files: Mapping[str, str
     """One task: {group: {mode: scores}} of one kind of features; across takes two speakers."""
     items = abx.read_items(items_path)
     extract, rate_hz = abx.extractor(kind, None if kind == "mfcc" else load_semantic(kmeans, device))
-    return {group: abx.scores(lambda file: extract(wav_of(files[file])), items, rate_hz,
-                              abx.MODES if len(speakers) > 1 else abx.MODES[:1], speakers, seed)
+    return {group: abx.scores(lambda file: extract(wav_of(files[file])), items.of(speakers), rate_hz,
+                              abx.Protocol(seed, modes=abx.MODES if len(speakers) > 1 else abx.MODES[:1]))
             for group, speakers in groups.items()}
 
 

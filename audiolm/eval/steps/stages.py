@@ -8,9 +8,11 @@ Held-out means: dev for the stages' losses, test (dev where there is none) for t
 from __future__ import annotations
 
 import time
+from collections.abc import Container
 from typing import Any
 
 from audiolm import store
+from audiolm.config.corpus import ClipFilter
 from audiolm.config.lm import LMConfig
 from audiolm.data.parallel import cluster_device, parallel_map
 from audiolm.data.sources import roots
@@ -54,12 +56,16 @@ def evaluate_part(part: str, config: dict[str, Any], paths: dict[str, str], fold
     if part in STAGES:
         where = getattr(config["lm"], part.removeprefix("lm_")).where
         return likelihood.measure_stage(part, paths, where, config["evaluate"].rows, config["seed"], device)
-    lm, evaluate, source_roots = config["lm"], config["evaluate"], roots(config["corpus"])
-    where = lm.fine.where if "lm_fine" in paths else lm.coarse.where
-    samples = config["samples"]
+    evaluate, samples = config["evaluate"], config["samples"]
     system = load(paths, device, sampling=params_from_config(samples))
-    clips = held_out(paths["manifest"], source_roots, evaluate.clips, seconds_within(system, evaluate.clip_s), where)
+    clips = held_out(paths["manifest"], roots(config["corpus"]), evaluate.clips, seconds_within(system, evaluate.clip_s),
+                     ladder_filter(config["lm"], paths))
     return ladder(system, clips, samples.prompt_s, config["seed"], folder)
+
+
+def ladder_filter(lm: LMConfig, steps: Container[str]) -> ClipFilter:
+    """The clips that the last acoustic stage may learn from; the ladder's are held-out ones of these."""
+    return lm.fine.where if "lm_fine" in steps else lm.coarse.where
 
 
 def flat_facts(table: dict[str, Any]) -> dict[str, float]:

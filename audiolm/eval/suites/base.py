@@ -1,13 +1,19 @@
-"""The paper's tables and what stands beside them, as suites of `eval.suites.run`: choose items, make the sounds, judge them.
+"""Suites: named parts of an evaluation, each from a trained system to rows of a table.
 
-Sounds are made once for all suites, as tasks, in `sounds/` beside the suites' folders; the items of each are frozen in its
-folder.  Counts and places are the config's section `tables`.
+A suite is a function `NAME_suite(context: SuiteContext) -> list[Result]` in a module of this folder and one line of `SUITES`
+in run.py.  It may leave audio or pictures for the page with `save_sounds`.  run.py also names the steps that a suite needs
+(`NEEDS`) and the suites that run only where they are named, as they are slow or fit some corpora only (`OPTIONAL`).
+Missing packages or data become a row without a value (`not_measured`), and so does a ValueError.
+
+Suites share their samples: clips are chosen once and kept by id, samples are made once, in `sounds/` beside the suites'
+folders.  Counts and paths come from the config's section `tables`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,21 +21,27 @@ import numpy as np
 from audiolm import store
 from audiolm.config.pipeline import Pipeline
 from audiolm.data.audio import wav_bytes
+from audiolm.data.clips import Clip
 from audiolm.data.parallel import parallel_map
 from audiolm.data.sources import roots
-from audiolm.eval import generated, test_sets
-from audiolm.eval.results import Result
-from audiolm.eval.steps.stages import evaluate_part
+from audiolm.eval import generated, ladder, test_sets
+from audiolm.eval.generated import Sample
+from audiolm.eval.results import Progress, Result, no_progress
+from audiolm.eval.steps.stages import evaluate_part, ladder_filter
 from audiolm.generate.params import params_from_config
 from audiolm.tokenizers.base import SAMPLE_RATE
 
 if TYPE_CHECKING:
     from audiolm.generate.audiolm import AudioLM
 
+MAX_PLAYED = 2  # clips of each mode with a player on the page
+MIN_CONTINUED_S = 2.0  # after the prompt, of a clip that is continued
+
+
 @dataclass(frozen=True)
 class SuiteContext:
-    """What a suite is asked: the system's steps (folders), the run's config, where it may write, the device, and `out`, which
-    fan_out reports to."""
+    """The input of a suite: the system's steps (name to folder), the run's config, the folder to write to, the device, and
+    `out` of the running step, which parallel_map reports to."""
 
     steps: Mapping[str, str]
     config: Pipeline
@@ -37,78 +49,138 @@ class SuiteContext:
     device: str
     out: Any
 
-    def parts(self, names: Sequence[str]) -> list[Any]:
-        """evaluate.py's parts, as tasks."""
+    @property
+    def seed(self) -> int:
+        return self.config.run.seed
+
+    @property
+    def progress(self) -> Progress:
+        return self.out.progress
+
+    def map(self, task: Callable, items: Sequence[tuple], unit: str) -> list[Any]:
+        """Runs a task for each tuple of arguments, on the cluster where there is one."""
+        return parallel_map(task, items, out=self.out, cluster=self.config.cluster, unit=unit, gpu=self.device == "cuda")
+
+    def measure_parts(self, names: Sequence[str]) -> list[Any]:
+        """Tables of parts of the step `evaluate`: a stage's name, or ladder."""
         cfg = self.config
-        settings = {"evaluate": cfg.evaluate, "samples": cfg.samples, "lm": cfg.lm, "corpus": cfg.corpus, "seed": cfg.run.seed}
+        settings = {"evaluate": cfg.evaluate, "samples": cfg.samples, "lm": cfg.lm, "corpus": cfg.corpus, "seed": self.seed}
         items = [(part, settings, dict(self.steps), self.folder, self.device) for part in names]
-        return parallel_map(evaluate_part, items, out=self.out, cluster=cfg.cluster, unit="parts", gpu=self.device == "cuda")
+        return self.map(evaluate_part, items, "parts")
 
 
 @dataclass(frozen=True)
 class SuiteReport:
     rows: list[Result]
-    sounds: list[dict]  # file: whole path
+    sounds: list[dict]  # as sounds.json, with whole paths
     folder: str
 
 
-PLAYED = 2  # clips of each mode that can be heard
-LEAST_S = 2.0  # of a clip that is continued
+def missing_steps(context: SuiteContext, needed: Sequence[str]) -> str | None:
+    """The note of a row that cannot be measured yet, None where all needed steps have finished."""
+    missing = [step for step in needed if step not in context.steps]
+    return f"the run has not finished {', '.join(missing)} yet" if missing else None
 
 
-def longest_clip_s(ask: SuiteContext) -> float:
-    return min(test_sets.MOST_S, generated.longest_s(ask.steps))
+def max_clip_s(context: SuiteContext) -> float:
+    """The longest clip that the trained crops of the stages allow."""
+    return min(test_sets.MAX_S, generated.longest_s(context.steps))
 
 
-def clips_to_continue(ask: SuiteContext) -> list:
-    cfg, most_s = ask.config, longest_clip_s(ask)
-    least_s = min(cfg.samples.prompt_s + LEAST_S, most_s)
-    return test_sets.to_continue(ask.steps["manifest"], cfg.tables.continued, cfg.run.seed, least_s)
+def continuations(context: SuiteContext, modes: Mapping[str, int]) -> list[Sample]:
+    """Samples of the clips that all suites of continuations share."""
+    cfg, longest_s = context.config, max_clip_s(context)
+    shortest_s = min(cfg.samples.prompt_s + MIN_CONTINUED_S, longest_s)
+    return samples_for(context, "continued", modes, lambda: test_sets.to_continue(
+        context.steps["manifest"], cfg.tables.continued, context.seed, shortest_s))
 
 
-def samples_for(ask: SuiteContext, name: str, choose: Callable[[], Sequence], modes: Mapping[str, int]) -> list[generated.Sample]:
-    """The sounds of some modes of the clips, which `name` keeps by id."""
-    cfg, folder = ask.config, sibling_folder(ask, "sounds")
-    chosen = test_sets.frozen(store.join(ask.folder, f"{name}.json"), ask.steps["manifest"], choose)
-    clips = test_sets.read(chosen, roots(cfg.corpus), longest_clip_s(ask))
-    if "lm_fine" not in ask.steps:  # all levels are coarse: nothing stands between codec and coarse stage
+def samples_for(context: SuiteContext, name: str, modes: Mapping[str, int],
+                choose: Callable[[], Sequence[Clip]]) -> list[Sample]:
+    """Samples of some modes (mode to number a clip) of chosen clips, whose ids {name}.json keeps."""
+    cfg, folder = context.config, sibling_folder(context, "sounds")
+    chosen = test_sets.frozen(store.join(context.folder, f"{name}.json"), context.steps["manifest"], choose)
+    clips = test_sets.read(chosen, roots(cfg.corpus), max_clip_s(context))
+    if "lm_fine" not in context.steps:  # all levels are coarse, so these two modes equal the codec's resynthesis
         modes = {mode: n for mode, n in modes.items() if mode not in ("levels", "fine")}
-    wanted, draws = generated.plan_samples(clips, modes, cfg.samples.prompt_s), params_from_config(cfg.samples)
-    how = (folder, cfg.run.seed, ask.device, draws)
-    tasks = generated.missing_batches(ask.steps, clips, wanted, folder, cfg.run.seed, draws)
-    if tasks:
-        parallel_map(generated.make_sample_batch, [(dict(ask.steps), *task, *how) for task in tasks], out=ask.out, cluster=cfg.cluster,
-                unit="batches of sounds", gpu=ask.device == "cuda")
-    return generated.make_samples(ask.steps, clips, wanted, *how)
+    specs, draws = generated.plan_samples(clips, modes, cfg.samples.prompt_s), params_from_config(cfg.samples)
+    settings = (folder, context.seed, context.device, draws)
+    if batches := generated.missing_batches(context.steps, clips, specs, folder, context.seed, draws):
+        context.map(generated.make_sample_batch, [(dict(context.steps), *batch, *settings) for batch in batches],
+                    "batches of sounds")
+    return generated.make_samples(context.steps, clips, specs, *settings)
 
 
-def save_players(ask: SuiteContext, made: Sequence[generated.Sample]) -> None:
-    """Leaves some clips' sounds to listen to."""
-    heard = list(dict.fromkeys(m.wanted.clip for m in made))[:PLAYED]
+def sibling_folder(context: SuiteContext, name: str) -> str:
+    """A folder that the suites share."""
+    return store.join(context.folder.rsplit("/", 1)[0], name)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Scores of an item's samples, one each, and the seconds that scoring took."""
+
+    item: str
+    role: str
+    samples: Sequence[Sample]
+    values: list[Any]
+    seconds: float
+
+    @property
+    def clips(self) -> list[str]:
+        return [s.spec.clip for s in self.samples]
+
+    @property
+    def speakers(self) -> list[str]:
+        return [s.spec.speaker for s in self.samples]
+
+
+def score_items(items: Mapping[str, tuple[str, Sequence[Sample]]], score: Callable[[Sample], Any],
+                progress: Progress = no_progress, unit: str = "sounds") -> Iterator[Scored]:
+    """Scores every sample of items {label: (role, samples)}, item by item; items without samples too."""
+    done, total = 0, sum(len(samples) for _, samples in items.values())
+    for item, (role, samples) in items.items():
+        began, values = monotonic(), []
+        for sample in samples:
+            values.append(score(sample))
+            progress(done := done + 1, total, unit)
+        yield Scored(item, role, samples, values, monotonic() - began)
+
+
+def save_sounds(context: SuiteContext, entries: Sequence[tuple[str, str, str, float | None]]) -> None:
+    """Writes sounds.json: (group, title, file below the suite's folder, seconds of prompt) of each player or picture."""
+    names = ("group", "title", "file", "prompt_s")
+    store.put_json(store.join(context.folder, "sounds.json"), [dict(zip(names, e, strict=True)) for e in entries])
+
+
+def save_players(context: SuiteContext, samples: Sequence[Sample]) -> None:
+    """Writes the wavs of the first clips' samples, for the page."""
+    played = list(dict.fromkeys(s.spec.clip for s in samples))[:MAX_PLAYED]
     entries = []
-    for m in made:
-        if m.wanted.clip in heard:
-            mode, file = m.wanted.mode, f"wav/{len(entries)}.wav"
-            store.put(store.join(ask.folder, file), wav_bytes(np.asarray(m.wav_T)))
-            prompt_s = m.wanted.prompt / SAMPLE_RATE if mode == "continuation" else None
-            entries.append({"group": generated.LABELS[mode], "title": f"{m.wanted.clip} {m.wanted.number + 1}", "file": file,
-                            "prompt_s": prompt_s})
-    store.put_json(store.join(ask.folder, "sounds.json"), entries)
+    for sample in samples:
+        spec = sample.spec
+        if spec.clip in played:
+            file = f"wav/{len(entries)}.wav"
+            store.put(store.join(context.folder, file), wav_bytes(np.asarray(sample.wav_T)))
+            prompt_s = spec.prompt / SAMPLE_RATE if spec.mode == "continuation" else None
+            entries.append((generated.LABELS[spec.mode], f"{spec.clip} {spec.number + 1}", file, prompt_s))
+    save_sounds(context, entries)
 
 
-def sibling_folder(ask: SuiteContext, name: str) -> str:
-    return store.join(ask.folder.rsplit("/", 1)[0], name)
+def save_rungs(context: SuiteContext, rungs: Sequence[Mapping[str, Any]]) -> None:
+    """Players of rungs as eval.ladder returns them."""
+    save_sounds(context, [(rung["rung"], file["clip"], file["file"], None) for rung in rungs for file in rung["files"]])
 
 
-def load_audiolm(ask: SuiteContext) -> AudioLM:
+def load_audiolm(context: SuiteContext) -> AudioLM:
     from audiolm.generate.load import load
 
-    return load(ask.steps, ask.device, sampling=params_from_config(ask.config.samples))
+    return load(context.steps, context.device, sampling=params_from_config(context.config.samples))
 
 
-def ladder_clips(ask: SuiteContext) -> list:
-    from audiolm.eval.ladder import held_out
-
-    cfg = ask.config
-    where = cfg.lm.fine.where if "lm_fine" in ask.steps else cfg.lm.coarse.where
-    return held_out(ask.steps["manifest"], roots(cfg.corpus), cfg.evaluate.clips, min(cfg.evaluate.clip_s, longest_clip_s(ask)), where)
+def ladder_clips(context: SuiteContext) -> list[tuple[Clip, np.ndarray]]:
+    """The stage ladder's clips (clip, wav_T), for suites that load the whole system."""
+    cfg = context.config
+    seconds = min(cfg.evaluate.clip_s, max_clip_s(context))
+    return ladder.held_out(context.steps["manifest"], roots(cfg.corpus), cfg.evaluate.clips, seconds,
+                           ladder_filter(cfg.lm, context.steps))

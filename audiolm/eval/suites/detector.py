@@ -1,8 +1,8 @@
-"""Told from generated: a classifier of 1 s crops, real speech against continuations (paper IV-D: 98.6 %).
+"""Detection of generated audio (paper 2209.03143, IV-D: 98.6 %): a classifier of 1 s crops, real speech or continuation.
 
-Only generated seconds count, those after the prompt, and of the originals the same seconds.  Tested originals have been through
-the codec, so that its traces are no cue; in training they come with it and without, so that the detector can judge any file.
-Crops of both kinds are paired by position and by share of silence.  Speakers of the test are not in the training.
+Crops come from the audio after the prompt, of the originals over the same span.  Test originals have been through the codec, so
+that its traces are no cue; training originals come with it and without, so that the detector can score any file.  Crops of both
+classes are paired by position and by share of silence.  Test speakers are not in the training.
 wav_T: float32 mono at 16 kHz.
 """
 
@@ -12,26 +12,26 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from audiolm import rng, store
-from audiolm.eval.generated import Progress, Sample
+from audiolm.data.audio import start_of
+from audiolm.data.audio_check import audio_errors, check_audio
+from audiolm.eval.generated import Sample, of_mode
+from audiolm.eval.metrics.stats import bootstrap_interval
 from audiolm.eval.models.convnet import Settings, load_net, log_probs, trained
-from audiolm.eval.results import Result, bootstrap_interval, not_measured
-from audiolm.eval.suites.base import clips_to_continue, samples_for, sibling_folder
+from audiolm.eval.results import Progress, Result, no_progress, not_measured
+from audiolm.eval.suites.base import SuiteContext, continuations, sibling_folder
 from audiolm.tokenizers.base import SAMPLE_RATE
 
-if TYPE_CHECKING:
-    from audiolm.eval.suites.base import SuiteContext
-
-PLAN = {"original": 1, "resynthesis": 1, "continuation": 1}  # for `generated.plan`
+PLAN = {"original": 1, "resynthesis": 1, "continuation": 1}  # samples of each mode a clip
 CLASSES = ("original", "generated")
 SETTINGS = Settings(crop_s=1.0, steps=400)
-TEST = 0.3  # of the speakers
-SILENT = 10 ** (-30 / 20)  # of a sound's loud frames (95th percentile): below it, silence
-BINS = (0.1, 0.3, 0.6)  # of the share of silence: crops of a kind are paired
+TEST_SHARE = 0.3  # of the speakers
+SILENT = 10 ** (-30 / 20)  # a frame 30 dB below the loud ones (95th percentile); our choice
+FRAME = 160  # samples, 10 ms
+BINS = (0.1, 0.3, 0.6)  # bounds of a crop's share of silence, within which crops are paired
 PAPER = 98.6
 ACCURACY = "accuracy %"
 TRAINED = "detector.json"  # beside the suite's rows: {"net": the folder's name}
@@ -39,61 +39,71 @@ TRAINED = "detector.json"  # beside the suite's rows: {"net": the folder's name}
 
 @dataclass(frozen=True)
 class Crop:
-    """A second of a sound, the `position`th after the prompt."""
+    """A second of a sample, the `position`th after the prompt."""
 
     wav_T: np.ndarray
     speaker: str
     clip: str
     position: int
-    silence: int  # its bin
+    silence: int  # number of its bin
 
 
-def detector(made: Sequence[Sample], folder: str, settings: Settings = SETTINGS, device: str = "cpu", seed: int = 0,
-             progress: Progress | None = None) -> tuple[list[Result], str | None]:
-    """(rows, the folder of the trained detector, for `judge`); without a folder where there are too few speakers or seconds."""
+def detector(samples: Sequence[Sample], folder: str, settings: Settings = SETTINGS, device: str = "cpu", seed: int = 0,
+             progress: Progress = no_progress) -> tuple[list[Result], str | None]:
+    """(rows, folder of the trained detector for `score_windows`), None where there are too few speakers or seconds."""
     began = time.monotonic()
-    speakers = sorted({m.wanted.speaker for m in made})
+    speakers = sorted({s.spec.speaker for s in samples})
     order = [speakers[i] for i in rng.generator(seed, "detector speakers").permutation(len(speakers))]
-    tested = set(order[:max(1, round(TEST * len(order)))])
-    kinds = {mode: crops([m for m in made if m.wanted.mode == mode]) for mode in PLAN}
-    sets = [pairs([c for c in kinds["resynthesis"] if (c.speaker in tested) == test],
-                  [c for c in kinds["continuation"] if (c.speaker in tested) == test], seed) for test in (False, True)]
-    if not (sets[0] and sets[1]):
-        return [not_measured("detector", "original or continuation", ACCURACY, f"{len(sets[0])} and {len(sets[1])} pairs of "
+    test_speakers = set(order[:max(1, round(TEST_SHARE * len(order)))])
+    real, fake = (crops(of_mode(samples, mode)) for mode in ("resynthesis", "continuation"))
+    train, test = (pairs([c for c in real if (c.speaker in test_speakers) == is_test],
+                         [c for c in fake if (c.speaker in test_speakers) == is_test], seed) for is_test in (False, True))
+    if not (train and test):
+        return [not_measured("detector", "original or continuation", ACCURACY, f"{len(train)} and {len(test)} pairs of "
                              f"seconds for training and test, of {len(speakers)} speakers: give more clips, of two at least",
                              PAPER)], None
-    raw = {(c.clip, c.position): c for c in kinds["original"]}
-    known, asked = [c for pair in sets[0] for c in pair], [c for pair in sets[1] for c in pair]
-    learned = [(c, i % 2) for i, c in enumerate(known)]
-    learned += [(raw[c.clip, c.position], 0) for c in known[::2] if (c.clip, c.position) in raw]
-    net, path = trained(folder, [c.wav_T for c, _ in learned], [label for _, label in learned], CLASSES, settings, device,
+
+    # Crops alternate between the classes; every real one of the training comes as recorded too.
+    recorded = {(c.clip, c.position): c for c in crops(of_mode(samples, "original"))}
+    train_crops, test_crops = [c for pair in train for c in pair], [c for pair in test for c in pair]
+    labelled = [(c, i % 2) for i, c in enumerate(train_crops)]
+    labelled += [(recorded[c.clip, c.position], 0) for c in train_crops[::2] if (c.clip, c.position) in recorded]
+    net, path = trained(folder, [c.wav_T for c, _ in labelled], [label for _, label in labelled], CLASSES, settings, device,
                         progress)
-    right = [100.0 * (log_probs(net, c.wav_T).argmax() == i % 2) for i, c in enumerate(asked)]
-    note = f"{len(known)} crops of {len(speakers) - len(tested)} speakers taught it, {len(tested)} others are judged"
-    spent, table = time.monotonic() - began, []
-    shares = (("original or continuation", slice(None), PAPER), ("originals, through the codec", slice(0, None, 2), None),
-              ("continuations", slice(1, None, 2), None))
-    for item, which, paper in shares:
-        own = right[which]
-        table.append(Result("detector", item, ACCURACY, *bootstrap_interval(own, [c.speaker for c in asked[which]], seed), len(own), "crops",
-                         paper=paper, seconds=spent, note=note))
-        spent = 0.0
-    return [*table, Result("detector", "chance", ACCURACY, 50.0, n=len(asked), of="crops", role="floor", paper=50.0)], path
+    right = [100.0 * (log_probs(net, c.wav_T).argmax() == i % 2) for i, c in enumerate(test_crops)]
+    note = (f"{len(train_crops)} crops of {len(speakers) - len(test_speakers)} speakers taught it, {len(test_speakers)} others "
+            "are judged")
+    rows = []
+    for item, crops_of, paper in (("original or continuation", slice(None), PAPER),
+                                  ("originals, through the codec", slice(0, None, 2), None),
+                                  ("continuations", slice(1, None, 2), None)):
+        interval = bootstrap_interval(right[crops_of], [c.speaker for c in test_crops[crops_of]], seed)
+        rows.append(Result("detector", item, ACCURACY, *interval, len(right[crops_of]), "crops", paper=paper, note=note))
+    rows[0] = replace(rows[0], seconds=time.monotonic() - began)  # the first row has the time of all
+    return [*rows, Result("detector", "chance", ACCURACY, 50.0, n=len(test_crops), of="crops", role="floor", paper=50.0)], path
 
 
 def of_run(steps: Mapping[str, str]) -> str:
     """The folder of the detector that a run's step `tables` trained. Raises ValueError where there is none."""
     suites = store.join(steps["tables"], "suites") if "tables" in steps else None
     for name in store.names(suites) if suites else ():
-        if name.startswith("detector-") and (found := store.get_json(store.join(suites, name, TRAINED))):
-            return store.join(suites, "nets", found["net"])
+        if name.startswith("detector-") and (about := store.get_json(store.join(suites, name, TRAINED))):
+            return store.join(suites, "nets", about["net"])
     raise ValueError("the run has no trained detector: run its step `tables` with detector among tables.suites, or name a "
                      "detector's folder with --detector")
 
 
+def score_file(path: str, file: str) -> np.ndarray:
+    """p_S of an audio file of any rate, as `score_windows`. Raises ValueError for a file that cannot be read."""
+    check_audio(file)
+    with audio_errors(file):
+        wav_T = start_of(file, None)
+    return score_windows(path, wav_T)
+
+
 def score_windows(path: str, wav_T: np.ndarray, device: str = "cpu") -> np.ndarray:
-    """p_S: for every whole second of wav_T the probability that it was generated by the models that the detector at `path` was
-    trained on; about other models it knows nothing. Raises ValueError for less than a second."""
+    """p_S: the probability of each whole second of wav_T that the models which the detector at `path` was trained on generated
+    it. It says nothing about other models. Raises ValueError for less than a second."""
     net, names = load_net(path, device)
     if tuple(names) != CLASSES:
         raise ValueError(f"{path} tells {', '.join(names[:3])} apart, not {' and '.join(CLASSES)}: give a detector's folder")
@@ -103,40 +113,40 @@ def score_windows(path: str, wav_T: np.ndarray, device: str = "cpu") -> np.ndarr
     return np.array([np.exp(log_probs(net, wav_T[a:a + SAMPLE_RATE])[1]) for a in starts])
 
 
-def crops(made: Sequence[Sample]) -> list[Crop]:
+def crops(samples: Sequence[Sample]) -> list[Crop]:
     """Every whole second after the prompt."""
-    found = []
-    for m in made:
-        wav_T = m.after_T
-        rms = np.sqrt(np.square(wav_T[:len(wav_T) // 160 * 160].reshape(-1, 160)).mean(1) + 1e-12)
+    frames = SAMPLE_RATE // FRAME
+    result = []
+    for sample in samples:
+        wav_T = sample.after_T
+        rms = np.sqrt(np.square(wav_T[:len(wav_T) // FRAME * FRAME].reshape(-1, FRAME)).mean(1) + 1e-12)
         silent = rms < SILENT * np.quantile(rms, 0.95) if len(rms) else rms
         for k in range(len(wav_T) // SAMPLE_RATE):
-            share = float(np.mean(silent[100 * k:100 * (k + 1)]))
-            found.append(Crop(wav_T[k * SAMPLE_RATE:(k + 1) * SAMPLE_RATE], m.wanted.speaker, m.wanted.clip, k,
-                              int(np.searchsorted(BINS, share, side="right"))))
-    return found
+            share = float(np.mean(silent[frames * k:frames * (k + 1)]))
+            result.append(Crop(wav_T[k * SAMPLE_RATE:(k + 1) * SAMPLE_RATE], sample.spec.speaker, sample.spec.clip, k,
+                               int(np.searchsorted(BINS, share, side="right"))))
+    return result
 
 
 def pairs(originals: Sequence[Crop], generated: Sequence[Crop], seed: int) -> list[tuple[Crop, Crop]]:
-    """As many of either kind as can be paired with one of the other of the same position and silence; which, is drawn."""
+    """As many pairs of both classes as share position and silence; a random choice where one class has more."""
     cells: dict[tuple[int, int], tuple[list[Crop], list[Crop]]] = defaultdict(lambda: ([], []))
-    for kind, members in enumerate((originals, generated)):
+    for label, members in enumerate((originals, generated)):
         for crop in members:
-            cells[crop.position, crop.silence][kind].append(crop)
-    found = []
+            cells[crop.position, crop.silence][label].append(crop)
+    result = []
     for cell in sorted(cells):
-        drawn = [[own[i] for i in rng.generator(seed, "detector pairs", *cell, kind).permutation(len(own))]
-                 for kind, own in enumerate(cells[cell])]
-        found += list(zip(*drawn, strict=False))
-    return found
+        shuffled = [[members[i] for i in rng.generator(seed, "detector pairs", *cell, label).permutation(len(members))]
+                    for label, members in enumerate(cells[cell])]
+        result += list(zip(*shuffled, strict=False))
+    return result
 
 
-def detector_suite(ask: SuiteContext) -> list[Result]:
-    """Whether continuations are told from real speech by a network that looks for it."""
-    cfg = ask.config
-    made = samples_for(ask, "continued", lambda: clips_to_continue(ask), PLAN)
-    rows, path = detector(made, sibling_folder(ask, "nets"), replace(SETTINGS, steps=cfg.tables.net_steps), ask.device,
-                            cfg.run.seed, ask.out.progress)
+def detector_suite(context: SuiteContext) -> list[Result]:
+    """Accuracy of a classifier that is trained to tell continuations from real speech."""
+    settings = replace(SETTINGS, steps=context.config.tables.net_steps)
+    rows, path = detector(continuations(context, PLAN), sibling_folder(context, "nets"), settings, context.device, context.seed,
+                          context.progress)
     if path:
-        store.put_json(store.join(ask.folder, TRAINED), {"net": path.rsplit("/", 1)[-1]})
+        store.put_json(store.join(context.folder, TRAINED), {"net": path.rsplit("/", 1)[-1]})
     return rows

@@ -1,8 +1,8 @@
-"""Named suites of an evaluation: each a function of an `Ask` that gives rows and, for what can be heard, `sounds.json`.
+"""The list of suites, and running some of them on a system.
 
-`run_suites` runs some on a system and leaves report.html and rows.json in a folder.  What a suite found is kept in `cache` by
-the steps' folders, its name and the data (manifest, seed, config of the evaluation), and not computed again; rows that
-were not measured are.  sounds.json: [{"group", "title", "file" (below the suite's folder), "prompt_s"}].
+`run_suites` writes rows.json to a folder.  Each suite works in a folder of `cache`, named by the suite and a digest of the
+steps' folders and the config, so that nothing is measured twice: neither a second time, nor for another checkpoint what does
+not depend on it.  A suite with a row that could not be measured runs again.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from audiolm.dag.run_index import SYSTEM_STEPS
 from audiolm.data.parallel import cluster_device
 from audiolm.eval.results import Result, not_measured
 from audiolm.eval.suites.attention import attention_suite
-from audiolm.eval.suites.base import SuiteContext, SuiteReport
+from audiolm.eval.suites.base import SuiteContext, SuiteReport, missing_steps
 from audiolm.eval.suites.detector import detector_suite
 from audiolm.eval.suites.dnsmos import dnsmos_suite
 from audiolm.eval.suites.frechet import frechet_suite
@@ -34,29 +34,43 @@ from audiolm.eval.suites.tokens import tokens_suite
 from audiolm.eval.suites.wer import wer_suite
 from audiolm.eval.suites.zerospeech import zerospeech_suite
 
-TABLE_SUITES: dict[str, Callable[[Any], list[Result]]] = {
-    "abx": tokens_suite, "wer": wer_suite, "speakers": speakers_suite, "detector": detector_suite, "likelihood": zerospeech_suite,
-    "attention": attention_suite, "temperatures": temperatures_suite, "fad": frechet_suite, "dnsmos": dnsmos_suite, "text": text_suite, "notes": notes_suite}
-OPTIONAL = ("dnsmos", "text", "notes")  # slow, or for some corpora: run where they are named
-NEEDS = {**dict.fromkeys(TABLE_SUITES, SYSTEM_STEPS), "abx": ("kmeans", "codec"),
-         "likelihood": ("kmeans", "semantic_tokens", "lm_semantic")}
-SUITES: dict[str, Callable[[SuiteContext], list[Result]]] = {"stages": losses_suite, "ladder": ladder_suite, **TABLE_SUITES}
+SUITES: dict[str, Callable[[SuiteContext], list[Result]]] = {
+    "stages": losses_suite,
+    "ladder": ladder_suite,
+    "abx": tokens_suite,
+    "wer": wer_suite,
+    "speakers": speakers_suite,
+    "detector": detector_suite,
+    "likelihood": zerospeech_suite,
+    "attention": attention_suite,
+    "temperatures": temperatures_suite,
+    "fad": frechet_suite,
+    "dnsmos": dnsmos_suite,
+    "text": text_suite,
+    "notes": notes_suite,
+}
+# Slow, or for some corpora only: these run where they are named.
+OPTIONAL = ("dnsmos", "text", "notes")
 DEFAULT = tuple(name for name in SUITES if name not in OPTIONAL)
-HEARD = SUITES.keys() - {"stages", "abx", "likelihood"}  # those that choose clips of a manifest
+# Steps that a suite needs; the first two report unfinished steps in rows of their own.
+NEEDS = {**dict.fromkeys(SUITES, SYSTEM_STEPS), "stages": (), "ladder": (), "abx": ("kmeans", "codec"),
+         "likelihood": ("kmeans", "semantic_tokens", "lm_semantic")}
+# Suites that choose clips of a manifest: two systems are compared on the clips of one of them.
+CHOOSES_CLIPS = SUITES.keys() - {"stages", "abx", "likelihood"}
 
 
 def run_suites(steps: Mapping[str, str], names: Sequence[str], folder: str, config: Pipeline, out: Any, *, cache: str,
-         manifest: str | None = None) -> SuiteReport:
-    """The same without the page."""
-    names = check_names(names) or DEFAULT
+               manifest: str | None = None) -> SuiteReport:
+    """Runs suites (none named: the default ones) on a system's steps {name: folder}; writes rows.json to `folder`.
+
+    `manifest` takes the place of the system's own where clips are chosen."""
     device, rows, sounds = cluster_device(config.cluster, out.inline), [], []
-    ask = SuiteContext(steps, config, "", device, out)
-    for name in names:
-        its = {**steps, "manifest": manifest} if manifest and name in HEARD else steps
-        where = store.join(cache, f"{name}-{_digest(name, its, config)}")
-        found, heard = _cached(name, replace(ask, steps=its, folder=where))
-        rows += found
-        sounds += [{**s, "file": store.join(where, s["file"])} for s in heard]
+    for name in check_names(names) or DEFAULT:
+        suite_steps = {**steps, "manifest": manifest} if manifest and name in CHOOSES_CLIPS else steps
+        suite_folder = store.join(cache, f"{name}-{_digest(name, suite_steps, config)}")
+        suite_rows, suite_sounds = _run_suite(name, SuiteContext(suite_steps, config, suite_folder, device, out))
+        rows += suite_rows
+        sounds += [{**s, "file": store.join(suite_folder, s["file"])} for s in suite_sounds]
     store.put_json(store.join(folder, "rows.json"), [r.to_json() for r in rows])
     return SuiteReport(rows, sounds, folder)
 
@@ -69,28 +83,31 @@ def check_names(names: Sequence[str]) -> list[str]:
 
 
 def _digest(name: str, steps: Mapping[str, str], config: Pipeline) -> str:
-    told = {"evaluate": config.evaluate, "samples": config.samples, "lm": config.lm, "corpus": config.corpus,
-            "tables": config.tables}
-    what = {"suite": name, "steps": dict(steps), "seed": config.run.seed,
-            "abx": config.semantic.abx and config.semantic.abx.model_dump(mode="json"),
-            **{k: v.model_dump(mode="json") for k, v in told.items()}}
-    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+    """A hash of all that a suite's rows depend on."""
+    sections = {"evaluate": config.evaluate, "samples": config.samples, "lm": config.lm, "corpus": config.corpus,
+                "tables": config.tables}
+    depends = {"suite": name, "steps": dict(steps), "seed": config.run.seed,
+               "abx": config.semantic.abx and config.semantic.abx.model_dump(mode="json"),
+               **{k: v.model_dump(mode="json") for k, v in sections.items()}}
+    return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _cached(name: str, ask: SuiteContext) -> tuple[list[Result], list[dict]]:
-    if missing := [s for s in NEEDS.get(name, ()) if s not in ask.steps]:
-        return [not_measured(name, name, "–", f"the run has not finished {', '.join(missing)} yet")], []
-    kept = store.get_json(store.join(ask.folder, "rows.json"))
-    if kept is None:
+def _run_suite(name: str, context: SuiteContext) -> tuple[list[Result], list[dict]]:
+    """(rows, sounds) of a suite, from its folder where it has run before."""
+    if why := missing_steps(context, NEEDS[name]):
+        return [not_measured(name, name, "–", why)], []
+    cached = store.join(context.folder, "rows.json")
+    if (saved := store.get_json(cached)) is not None:
+        rows = [Result(**r) for r in saved]
+    else:
         began = time.monotonic()
         try:
-            rows = SUITES[name](ask)
-        except ValueError as e:  # data that it needs are not there: the other suites go on, and this one's row says why
+            rows = SUITES[name](context)
+        except ValueError as e:  # its data are missing: the other suites run, and this row names the reason
             return [not_measured(name, name, "–", str(e))], []
-        spent = round((time.monotonic() - began) / max(1, len(rows)), 3)
-        rows = [r if r.seconds else replace(r, seconds=spent) for r in rows]
+        # A suite that does not time its rows has its time shared out evenly.
+        share_s = round((time.monotonic() - began) / max(1, len(rows)), 3)
+        rows = [r if r.seconds else replace(r, seconds=share_s) for r in rows]
         if all(r.value is not None for r in rows):
-            store.put_json(store.join(ask.folder, "rows.json"), [r.to_json() for r in rows])  # last
-    else:
-        rows = [Result(**r) for r in kept]
-    return rows, store.get_json(store.join(ask.folder, "sounds.json")) or []
+            store.put_json(cached, [r.to_json() for r in rows])  # last: it marks the folder as complete
+    return rows, store.get_json(store.join(context.folder, "sounds.json")) or []

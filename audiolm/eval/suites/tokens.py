@@ -1,78 +1,117 @@
-"""The paper's Table I for any trained pair: acoustic and semantic tokens by what they tell and how they sound.
+"""Table I of the paper (2209.03143, III-B): phonetic discriminability and sound quality of acoustic and semantic tokens.
 
-ABX (within and across speaker, % with 95 % intervals) is of the sums of the vectors that the tokens stand for: the
-quantizer's at 50 Hz, the centroids at 25 Hz.  ViSQOL, PESQ, STOI and mel distance are of the sound that is decoded from
-the same tokens alone.  wav_T: mono float32 at 16 kHz; codes_TQ as in tokenizers.base.
+ABX error in %, within and across speakers, with 95 % intervals.  It is measured on the sums of the vectors that the tokens
+stand for: the quantizer's at 50 Hz, the centroids at 25 Hz.  ViSQOL, PESQ, STOI and mel distance score the audio that is
+decoded from the same tokens alone.  wav_T: mono float32 at 16 kHz; codes_TQ as in tokenizers.base.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
-from audiolm.eval.codec_quality import COARSE_BITS_PER_S, decode, encode
-from audiolm.eval.metrics import abx
-from audiolm.eval.metrics.audio_quality import METRICS, Scorers, measure
+from audiolm.config.semantic import KMeansConfig
+from audiolm.dag.run_index import steps_of
+from audiolm.eval.codec_quality import COARSE_BITS_PER_S, decode, encode, quality_notes
+from audiolm.eval.metrics import abx, audio_quality
+from audiolm.eval.metrics.audio_quality import Scorers
+from audiolm.eval.metrics.stats import text_table
 from audiolm.eval.results import Result, not_measured
+from audiolm.eval.steps import layers
+from audiolm.eval.suites.base import SuiteContext
+from audiolm.eval.test_sets import items_and_audio, wav_of
+from audiolm.tokenizers import codec_files, semantic
 from audiolm.tokenizers.acoustic import AcousticTokenizer
 from audiolm.tokenizers.base import SAMPLE_RATE, Codec, Tokenizer
-from audiolm.tokenizers.residual import ResidualTokenizer
-from audiolm.tokenizers.vocoder import SemanticCodec
+from audiolm.tokenizers.extractor import window_of
+from audiolm.tokenizers.residual import ResidualTokenizer, load_residual
+from audiolm.tokenizers.vocoder import SemanticCodec, load_vocoder
 
-if TYPE_CHECKING:
-    from audiolm.eval.suites.base import SuiteContext
-
-Say = Callable[[str], None]
+BUILDS = {"codec": "codec", "tokenizer": "kmeans", "residual": "residual", "vocoder": "semantic_vocoder"}  # option: step
+Log = Callable[[str], object]
+Features = tuple[str, int | None, Any, float]  # name, step of a checkpoint, features by file, rate in Hz
 
 
 @dataclass(frozen=True)
 class Side:
-    """One kind of token: what makes them, which numbers of levels are measured, the vectors they stand for, what decodes them
-    (None: nothing; of more levels than it has: nothing either)."""
+    """One kind of token. `levels`: the numbers of levels to measure; `vectors`: codes_TQ, any prefix of the levels, to (T, D),
+    None where they cannot be had; `codec`: decodes the tokens, None where there is no decoder."""
 
     name: str
     tokenizer: Tokenizer
     levels: Sequence[int]
-    vectors: Callable[[torch.Tensor], torch.Tensor] | None  # codes_TQ, any prefix of the levels -> (T, D)
+    vectors: Callable[[torch.Tensor], torch.Tensor] | None
     codec: Codec | None
 
 
 def acoustic_side(codec: Codec) -> Side:
-    """The codec at 2 kb/s, the coarse levels, and at all. An imported codec's vectors are not at hand."""
+    """The codec with its coarse levels (2 kb/s) and with all levels. An imported codec gives no vectors."""
     coarse = round(COARSE_BITS_PER_S / _bits_per_s(codec, 1))
     levels = sorted({min(max(coarse, 1), codec.spec.n_q), codec.spec.n_q})
-    ours = isinstance(codec, AcousticTokenizer)
 
     def vectors(codes_TQ: torch.Tensor) -> torch.Tensor:
         return codec.model.quantizer.decode(codes_TQ[None].to(codec.device))[0].T.float().cpu()
 
-    return Side("acoustic", codec, levels, vectors if ours else None, codec)
+    return Side("acoustic", codec, levels, vectors if isinstance(codec, AcousticTokenizer) else None, codec)
 
 
 def semantic_side(tokenizer: ResidualTokenizer, vocoder: SemanticCodec | None) -> Side:
-    """The tokens alone, and with all residual levels."""
+    """The semantic tokens alone, and with all residual levels."""
     return Side("semantic", tokenizer, sorted({1, tokenizer.spec.n_q}), tokenizer.vectors_of, vocoder)
 
 
+def find_builds(named: Mapping[str, str | None], run: str | None) -> dict[str, str | None]:
+    """Path by option of BUILDS: the named one, else the one in the run's index. Raises ValueError where both are missing."""
+    steps = steps_of(run) if run else {}
+    builds = {option: named[option] or steps.get(step) for option, step in BUILDS.items()}
+    if not builds["codec"] and not builds["tokenizer"]:
+        raise ValueError(f"{run} names no finished step codec or kmeans" if run else
+                         "nothing to measure: give --codec, --tokenizer (with --vocoder), or --run")
+    for option in ("residual", "vocoder"):
+        if builds[option] and not builds["tokenizer"]:
+            raise ValueError(f"--{option} needs the tokenizer it was made for: give --tokenizer")
+    return builds
+
+
+def load_sides(builds: Mapping[str, str | None], device: str) -> list[Side]:
+    """The acoustic and the semantic side, as far as the builds (path by option) are given."""
+    sides = [acoustic_side(codec_files.open_codec(builds["codec"], device))] if builds["codec"] else []
+    if builds["tokenizer"]:
+        tokenizer = load_residual(builds["tokenizer"], builds["residual"], device)
+        vocoder = load_vocoder(builds["vocoder"], tokenizer, device) if builds["vocoder"] else None
+        sides.append(semantic_side(tokenizer, vocoder))
+    return sides
+
+
+def excerpts(paths: Sequence[str], n: int, seconds: float) -> list[np.ndarray]:
+    """wav_T of the first `seconds` of at most n files, spread evenly over all paths."""
+    if n < 1 or seconds <= 0:
+        raise ValueError(f"{n} clips of {seconds} s: both numbers must be above 0")
+    n = min(n, len(paths))
+    return [wav_of(paths[i * len(paths) // n])[:round(seconds * SAMPLE_RATE)] for i in range(n)]
+
+
 def table1(sides: Sequence[Side], items: abx.Items, read: Callable[[str], np.ndarray], wavs: Sequence[np.ndarray],
-           have: Scorers, seed: int = 0, say: Say = lambda text: None) -> dict[str, Any]:
+           scorers: Scorers, seed: int = 0, log: Log = lambda text: None) -> dict[str, Any]:
     """"rows": tokens, levels, bits_per_s, within, interval_within, across, interval_across, by_speaker_*, visqol, pesq, stoi,
     si_sdr_db, mel, scored (None where there is none); "items", "clips", "seconds", "visqol", "absent" and "remarks".
 
-    `read` gives wav_T of an item's file; `wavs` are what is decoded; `say` hears of progress.
+    `read` returns wav_T of an item's file; `wavs` are the clips to encode and decode; `log` gets lines of progress.
     Raises ValueError as eval.metrics.abx does, and where there is nothing to measure.
     """
     if not sides or not len(wavs):
         raise ValueError("Table I needs tokens of one kind at least, and clips to decode")
     rows, remarks = [], []
     for side in sides:
-        codes = {} if side.vectors is None else _codes_of(side, items, read, say)
-        made = encode(side.tokenizer, wavs)
+        # Each file is encoded once; fewer levels are a prefix of the same codes.
+        item_codes = {} if side.vectors is None else _encode_items(side, items, read, log)
+        clip_codes = encode(side.tokenizer, wavs)
         if side.vectors is None:
             remarks.append(f"ABX of {side.name} tokens is left out: the vectors of an imported codec are not at hand.")
         if side.codec is None:
@@ -80,30 +119,30 @@ def table1(sides: Sequence[Side], items: abx.Items, read: Callable[[str], np.nda
         for levels in side.levels:
             row = {"tokens": side.name, "levels": levels, "bits_per_s": _bits_per_s(side.tokenizer, levels)}
             if side.vectors is not None:
-                say(f"{side.name}, levels 1 to {levels}: ABX")
-                row |= _abx(side, levels, codes, items, seed)
+                log(f"{side.name}, levels 1 to {levels}: ABX")
+                row |= _abx(side, levels, item_codes, items, seed)
             if side.codec is not None and levels <= side.codec.spec.n_q:
-                say(f"{side.name}, levels 1 to {levels}: sound of {len(wavs)} clips")
-                sounds = (decode(side.codec, c[:, :levels], len(w)) for c, w in zip(made, wavs, strict=True))
-                row |= measure(wavs, sounds, have.by_name)
+                log(f"{side.name}, levels 1 to {levels}: sound of {len(wavs)} clips")
+                decoded = (decode(side.codec, c[:, :levels], len(w)) for c, w in zip(clip_codes, wavs, strict=True))
+                row |= audio_quality.measure(wavs, decoded, scorers.by_name)
             elif side.codec is not None:
                 remarks.append(f"No sound of {levels} levels of {side.name} tokens: the decoder has {side.codec.spec.n_q}.")
-            rows.append({**dict.fromkeys(key for key, _, _ in HEADS), "interval_within": None, "interval_across": None,
+            rows.append({**dict.fromkeys(key for key, _, _ in COLUMNS), "interval_within": None, "interval_across": None,
                          "scored": {}, **row})
     return {"rows": rows, "items": len(items.file), "clips": len(wavs), "seconds": sum(map(len, wavs)) / SAMPLE_RATE,
-            "visqol": have.visqol, "absent": dict(have.absent), "remarks": remarks}
+            "visqol": scorers.visqol, "absent": dict(scorers.absent), "remarks": remarks}
 
 
 def _bits_per_s(tokenizer: Tokenizer, levels: int) -> float:
     return levels * tokenizer.spec.rate_hz * math.log2(tokenizer.spec.vocab)
 
 
-def _codes_of(side: Side, items: abx.Items, read: Callable[[str], np.ndarray], say: Say) -> dict[str, torch.Tensor]:
-    """codes_TQ of each of the items' files: encoded once for all numbers of levels."""
+def _encode_items(side: Side, items: abx.Items, read: Callable[[str], np.ndarray], log: Log) -> dict[str, torch.Tensor]:
+    """codes_TQ of each of the items' files, with all levels."""
     names, codes = sorted(set(items.file.tolist())), {}
     for i, name in enumerate(names):
-        if i % max(1, len(names) // 10) == 0:
-            say(f"{side.name}: tokens of file {i + 1} of {len(names)}")
+        if i % max(1, len(names) // 10) == 0:  # ten lines of progress
+            log(f"{side.name}: tokens of file {i + 1} of {len(names)}")
         codes[name], = encode(side.tokenizer, [read(name)])
     return codes
 
@@ -112,21 +151,18 @@ def _abx(side: Side, levels: int, codes: Mapping[str, torch.Tensor], items: abx.
     def features(file: str) -> np.ndarray:
         return side.vectors(codes[file][:, :levels]).numpy()
 
-    return abx.abx(features, items, side.tokenizer.spec.rate_hz, seed=seed)
+    return abx.abx(features, items, side.tokenizer.spec.rate_hz, abx.Protocol(seed))
 
 
-HEADS = (("tokens", "tokens", 0), ("levels", "levels", 0), ("bits_per_s", "b/s", 0), ("within", "ABX within %", 2),
-         ("across", "ABX across %", 2), ("visqol", "ViSQOL", 2), ("pesq", "PESQ", 2), ("stoi", "STOI", 3),
-         ("mel", "mel distance", 3))  # (field, title, digits)
+COLUMNS = (("tokens", "tokens", 0), ("levels", "levels", 0), ("bits_per_s", "b/s", 0), ("within", "ABX within %", 2),
+           ("across", "ABX across %", 2), ("visqol", "ViSQOL", 2), ("pesq", "PESQ", 2), ("stoi", "STOI", 3),
+           ("mel", "mel distance", 3))  # (field, title, digits)
 
 
 def format_table(table: Mapping[str, Any]) -> str:
-    """The rows of `table1` as aligned text, with what a reader has to know below."""
-    lines = [[head for _, head, _ in HEADS]] + [[_cell(row, *head) for head in HEADS] for row in table["rows"]]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = [f"{line[0]:<{widths[0]}}  " + "  ".join(f"{c:>{w}}" for c, w in zip(line[1:], widths[1:], strict=True))
-            for line in lines]
-    return "\n".join([*text, "", *notes(table)])
+    """The rows of `table1` as aligned text, with remarks below."""
+    lines = [[title for _, title, _ in COLUMNS]] + [[_cell(row, *c) for c in COLUMNS] for row in table["rows"]]
+    return text_table(lines, _remarks(table))
 
 
 def _cell(row: Mapping[str, Any], name: str, _: str, digits: int) -> str:
@@ -134,61 +170,82 @@ def _cell(row: Mapping[str, Any], name: str, _: str, digits: int) -> str:
     if value is None:
         return "-"
     if name in abx.MODES:
-        lo, hi = row[f"interval_{name}"]
-        return f"{value:.2f} [{lo:.2f}, {hi:.2f}]"
+        low, high = row[f"interval_{name}"]
+        return f"{value:.2f} [{low:.2f}, {high:.2f}]"
     return value if isinstance(value, str) else f"{value:.{digits}f}"
 
 
-def notes(table: Mapping[str, Any]) -> list[str]:
-    labels = {name: head for name, head, _ in HEADS}
+def _remarks(table: Mapping[str, Any]) -> list[str]:
+    titles = {name: title for name, title, _ in COLUMNS}
     lines = [f"ABX on {table['items']} triphones, with 95 % intervals over speakers; sound on clips: {table['clips']}, "
              f"{table['seconds']:.1f} s."]
-    if table["visqol"]:
-        lines.append(f"ViSQOL: {table['visqol']}; scores of another mapper cannot be set beside these.")
-    lines += [f"No {labels.get(name, name)}: {why}." for name, why in table["absent"].items()]
-    for name in METRICS:
-        fewest = [row["scored"][name] for row in table["rows"] if name in row["scored"]]
-        if fewest and min(fewest) < table["clips"]:
-            lines.append(f"{labels.get(name, name)} has a value on as few as {min(fewest)} of {table['clips']} clips (too "
-                         "short, or no speech found).")
-    return [*lines, *table["remarks"]]
+    return [*lines, *quality_notes(table, titles), *table["remarks"]]
 
 
-PAPER_ABX = {"semantic": (6.7, 7.6, 1.1), "acoustic": (22.4, 28.7, 3.3), "acoustic, all": (17.8, 26.6, 3.9)}  # Table I
+def load_extractor(kind: str, tokenizer: str | None, device: str) -> tuple[Callable[[np.ndarray], np.ndarray], float]:
+    """(wav_T -> features (T, D), their rate in Hz) of a kind of eval.metrics.abx, with a kmeans build where it needs one."""
+    return abx.extractor(kind, semantic.load_semantic(tokenizer, device) if tokenizer else None)
 
 
-def tokens_suite(ask: SuiteContext) -> list[Result]:
+def features_of_layer(model: str, layer: int, files: Mapping[str, str], device: str, checkpoints: bool) -> Iterator[Features]:
+    """Features of a masked model's layer, z-scored over all files; one entry for each checkpoint where `checkpoints`."""
+    window = window_of(KMeansConfig().window_s, KMeansConfig().overlap_s)  # of the default config, as tokens are made
+    models = layers.checkpoints(model, device) if checkpoints else [(None, semantic.load_extractor(model, device))]
+    for step, net in models:
+        name = f"layer {layer}" + ("" if step is None else f", step {step}")
+        yield name, step, layers.zscored(layers.frames_of(files, net, layer, window)), layers.RATE_HZ
+
+
+def abx_rows(sources: Iterable[Features], items: abx.Items, seed: int) -> list[dict[str, Any]]:
+    """`eval.metrics.abx.abx` of each source, with "name", "step" and "seconds"."""
+    rows, began = [], time.monotonic()
+    for name, step, features, rate_hz in sources:
+        figures = abx.abx(features, items, rate_hz, abx.Protocol(seed))
+        rows.append({"name": name, "step": step, **figures, "seconds": round(time.monotonic() - began, 1)})
+        began = time.monotonic()
+    return rows
+
+
+def format_abx(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A line for each row and mode, and one of the items."""
+    lines = []
+    for row, mode in ((row, mode) for row in rows for mode in abx.MODES):
+        low, high = row[f"interval_{mode}"]
+        lines.append(f"{row['name']} {mode} speaker: {row[mode]:.2f} % [{low:.2f}, {high:.2f}]  {row[f'triplets_{mode}']} "
+                     f"triplets, {row[f'phone_pairs_{mode}']} phone pairs, {len(row[f'by_speaker_{mode}'])} speakers")
+    last = rows[-1]
+    return "\n".join([*lines, f"{last['items']} items ({last['dropped']} shorter than a frame left out), "
+                              f"{sum(r['seconds'] for r in rows):.1f} s"])
+
+
+# Table I: ABX within, ABX across, ViSQOL. Acoustic tokens at 2 kb/s, and at 6 kb/s with all levels.
+PAPER = {"semantic": (6.7, 7.6, 1.1), "acoustic": (22.4, 28.7, 3.3), "acoustic, all": (17.8, 26.6, 3.9)}
+BETWEEN_RATES = 3000  # b/s: between the paper's two
+
+
+def _paper_values(row: Mapping[str, Any]) -> tuple[float | None, ...]:
+    if row["tokens"] == "semantic":
+        return PAPER["semantic"] if row["levels"] == 1 else (None, None, None)
+    return PAPER["acoustic, all" if row["bits_per_s"] > BETWEEN_RATES else "acoustic"]
+
+
+def tokens_suite(context: SuiteContext) -> list[Result]:
     """ABX and quality of semantic and acoustic tokens, where the config names a triphone list (semantic.abx)."""
-    wanted = ask.config.semantic.abx
-    if wanted is None:
+    config, abx_set = context.config, context.config.semantic.abx
+    if abx_set is None:
         return [not_measured("I", "semantic and acoustic tokens", "ABX error %", "no triphones: name a ZeroSpeech item file, "
                              "semantic.abx={items: FILE, audio: [FOLDER]}")]
-    from audiolm.eval.metrics import abx
-    from audiolm.eval.metrics.audio_quality import scorers
-    from audiolm.eval.test_sets import audio_paths, wav_of
-    from audiolm.tokenizers.acoustic import load_codec
-    from audiolm.tokenizers.residual import load_residual
-    from audiolm.tokenizers.vocoder import load_vocoder
-
-    listed = abx.read_items(wanted.items)
-    listed = listed.of(wanted.speakers) if wanted.speakers else listed
-    by_name = audio_paths(tuple(wanted.audio), set(listed.file.tolist()), "semantic.abx.audio")
-    tokenizer = load_residual(ask.steps["kmeans"], ask.steps.get("residual"), ask.device)
-    there = ask.steps.get("semantic_vocoder")
-    sides = [semantic_side(tokenizer, load_vocoder(there, tokenizer, ask.device) if there else None),
-             acoustic_side(load_codec(ask.steps["codec"], ask.device))]
-    places = list(by_name.values())
-    n = min(ask.config.tables.sounds, len(places))
-    wavs = [wav_of(places[i * len(places) // n])[:round(ask.config.evaluate.clip_s * SAMPLE_RATE)] for i in range(n)]
-    found, rows = table1(sides, listed, lambda name: wav_of(by_name[name]), wavs, scorers(), ask.config.run.seed), []
-    for line in found["rows"]:
-        whole = line["tokens"] == "acoustic" and line["bits_per_s"] > 3000
-        paper = PAPER_ABX["acoustic, all" if whole else line["tokens"]] if line["levels"] == 1 or not \
-            line["tokens"].startswith("semantic") else (None,) * 3
-        item = f"{line['tokens']}, {line['levels']} levels, {line['bits_per_s']:.0f} b/s"
-        for mode, reference in zip(("within", "across"), paper, strict=False):
-            low, high = line[f"interval_{mode}"] or (None, None)
-            rows.append(Result("I", item, f"ABX {mode} %", line[mode], low, high, found["items"], "triphones", paper=reference))
-        if line["visqol"] is not None:
-            rows.append(Result("I", item, "ViSQOL", line["visqol"], n=found["clips"], paper=paper[2]))
-    return rows
+    items, files = items_and_audio(abx_set.items, abx_set.audio, abx_set.speakers, "semantic.abx.audio")
+    sides = load_sides({option: context.steps.get(step) for option, step in BUILDS.items()}, context.device)[::-1]
+    wavs = excerpts(list(files.values()), config.tables.sounds, config.evaluate.clip_s)
+    table = table1(sides, items, lambda file: wav_of(files[file]), wavs, audio_quality.scorers(), config.run.seed)
+    results = []
+    for row in table["rows"]:
+        item = f"{row['tokens']}, {row['levels']} levels, {row['bits_per_s']:.0f} b/s"
+        *paper_abx, paper_visqol = _paper_values(row)
+        for mode, paper in zip(abx.MODES, paper_abx, strict=True):
+            low, high = row[f"interval_{mode}"] or (None, None)
+            results.append(Result("I", item, f"ABX {mode} %", row[mode], low, high, table["items"], "triphones", paper=paper))
+        if row["visqol"] is not None:
+            results.append(Result("I", item, "ViSQOL", row["visqol"], n=table["clips"], paper=paper_visqol))
+    return results

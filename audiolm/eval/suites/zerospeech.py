@@ -26,7 +26,8 @@ from audiolm.config.corpus import ClipFilter
 from audiolm.data.audio import SAMPLE_RATE_HZ, decode, resample
 from audiolm.data.sources import AUDIO
 from audiolm.eval.metrics import likelihood, ngram
-from audiolm.eval.results import Progress, Result, bootstrap_interval, no_progress, not_measured
+from audiolm.eval.metrics.stats import bootstrap_interval
+from audiolm.eval.results import Progress, Result, no_progress, not_measured
 from audiolm.lm.batches import TokenBatches
 from audiolm.lm.loss import inputs_of, prepare
 from audiolm.lm.model import load_lm

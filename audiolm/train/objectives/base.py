@@ -1,4 +1,4 @@
-"""What one training loop asks of a masked model, a codec or a language model (DESIGN 1.5).
+"""Interfaces between the training loop and the objectives: masked models, codec, vocoder, language models.
 
 An objective owns a step: its modules, its batches, its losses.  The loop owns time: engines, schedule, checkpoints,
 logs, resume.  A factory `(config, inputs, ctx) -> Objective` is a module-level function, so that it travels to workers.
@@ -13,10 +13,12 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from audiolm.tokenizers.base import SAMPLE_RATE, SEMANTIC_HOP
+
 
 @dataclass(frozen=True)
 class Context:
-    """Who and where this worker is."""
+    """This worker: its rank among `world`, its device, and what the run gives every worker alike."""
 
     rank: int
     world: int
@@ -38,13 +40,18 @@ class Engine(Protocol):
         """Adds the gradients of `loss`; `last` marks the last micro-batch of a step. Gradients are averaged over ranks."""
 
     def step(self) -> torch.Tensor:
-        """Clips, updates, clears the gradients; returns the global gradient norm before clipping, on the device: the
-        loop reads numbers only where it logs, so that a GPU's queue does not run dry."""
+        """Clips, updates, clears the gradients; returns the global gradient norm before clipping.
+
+        The norm stays on the device: the loop reads numbers only where it logs, so that a GPU's queue does not run dry.
+        """
 
 
 class Objective(Protocol):
-    """Optional: `exported`, the name of the module whose weights are the export as they stand, so that every checkpoint
-    can be loaded as one; `flops_per_unit`, floating-point operations of a unit's training, for MFU on GPUs."""
+    """One kind of training.
+
+    Optional attributes: `exported`, the name of the module whose weights are the export as they are, so that every
+    checkpoint can be loaded as one; `flops_per_unit`, floating-point operations to train on one unit, for MFU on GPUs.
+    """
 
     modules: dict[str, nn.Module]  # one engine and optimizer each; built from (config, seed) alike on every rank
     unit: str  # what `units` counts: "audio s" or "tokens"
@@ -52,7 +59,8 @@ class Objective(Protocol):
     def load(self, step: int, rows: Sequence[int]) -> Any:
         """Rows of step's global batch as CPU tensors. Depends on (seed, step, row) alone, never on rank or total steps.
 
-        After a rollback (spike.py) `step` is the batch's number, which runs ahead of train_step's."""
+        After a rollback (guards.py) `step` is the batch's number, which runs ahead of train_step's.
+        """
 
     def train_step(self, engines: Mapping[str, Engine], batches: list[Any], step: int) -> dict[str, torch.Tensor]:
         """Forward, backward and engine steps over this rank's micro-batches; all ranks take part.
@@ -61,11 +69,32 @@ class Objective(Protocol):
         """
 
     def evaluate(self) -> dict[str, float]:
-        """Validation on held-out clips, all ranks take part, reduced; no randomness. "loss" (lower is better) says which
-        checkpoint is the best; it is absent where there is nothing to compare yet, and present at the end."""
+        """Validates on held-out clips without randomness; all ranks take part, and the result is reduced.
+
+        "loss" (lower is better) decides which checkpoint is the best.  It is absent where there is nothing to compare
+        yet, and present at the end.
+        """
 
     def export(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """(weights by name, JSON config) of what later steps load, for safetensors + JSON."""
 
 
 Factory = Callable[[Mapping[str, Any], Mapping[str, Any], Context], Objective]
+
+
+def whole_frames(seconds: float) -> int:
+    """Semantic frames (640 samples, 25 Hz) nearest to a length, at least one."""
+    return max(1, round(seconds * SAMPLE_RATE / SEMANTIC_HOP))
+
+
+def autocast(device: torch.device, dtype: str) -> torch.autocast:
+    """bfloat16 arithmetic on float32 weights where `dtype` is bfloat16, and nothing otherwise.
+
+    bfloat16 has float32's exponents, so gradients do not underflow and no loss scaling is needed.
+    """
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+
+
+def pinned(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    """The batch in page-locked memory on its way to a GPU: such a copy does not wait for the GPU's queue."""
+    return {name: x.pin_memory() for name, x in batch.items()} if device.type == "cuda" else batch

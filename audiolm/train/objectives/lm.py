@@ -2,7 +2,7 @@
 
 The loss is the mean in nats per target token over the whole global batch, token-weighted over micro-batches and ranks;
 acoustic stages also report it per level (EOS counts in the level's slot it is predicted in).  Three stages are three
-values of one Stage type.  Shapes: a batch is what lm.loss.prepare makes of data.batches' rows.
+values of one Stage type.  A batch is a dict of tensors from lm.loss.prepare.  S: slots of a frame, N: targets of a slot.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ import torch
 from torch import nn
 
 from audiolm import rng
-from audiolm.config import lm as lm_config
-from audiolm.config.lm import LMConfig
+from audiolm.config.lm import LMConfig, StageConfig
 from audiolm.data.tokens import TokenStore
 from audiolm.lm.batches import EvalCrop, TokenBatches
 from audiolm.lm.loss import batch_sums, inputs_of, level_sums, prepare
@@ -23,24 +22,24 @@ from audiolm.lm.model import build_lm, export_lm
 from audiolm.lm.stages import Stage, build_stages
 from audiolm.lm.warm_start import start_from
 from audiolm.train.engine import all_sum
-from audiolm.train.objectives.base import Context
+from audiolm.train.objectives.base import Context, Engine, autocast, pinned
 
-FLASH_WIDTH = 256  # of a head, at most
-EVAL_BATCH = 8  # validation rows a forward pass, over a rank's share
+FLASH_WIDTH = 256  # of a head, at most: FlashAttention's limit (2307.08691)
+EVAL_BATCH = 8  # validation rows a forward pass
 
 
 def lm_objective(config: Mapping[str, Any], inputs: Mapping[str, str], ctx: Context) -> LMObjective:
-    """Factory. config: stage ("lm_semantic", "lm_coarse" or "lm_fine"), lm (its config.Stage), dedupe, coarse_levels,
-    rows (validation crops), seed, text_model (where it starts from one); inputs: paths of manifest, semantic_tokens,
-    acoustic_tokens (what the stage reads).
+    """Factory. config: stage ("lm_semantic", "lm_coarse" or "lm_fine"), lm (its StageConfig), dedupe, coarse_levels,
+    rows (validation crops), text_model (where it starts from one); inputs: paths of manifest and of the token stores that
+    the stage reads, semantic_tokens and acoustic_tokens.
 
     Raises TokenError for stores that do not belong together, ValueError for a stage the codec leaves no room for.
     """
-    stage, shape, seed = stage_of(config, inputs), config["lm"], config["seed"]
+    stage, shape = stage_of(config, inputs), config["lm"]
     paths = [inputs["manifest"], inputs.get("semantic_tokens"), inputs.get("acoustic_tokens")]
-    train, dev = (TokenBatches(*paths, stage, split, shape.where, shape.train.batch, seed, cache_mb)
+    train, dev = (TokenBatches(*paths, stage, split, shape.where, shape.train.batch, ctx.seed, cache_mb)
                   for split, cache_mb in (("train", 256), ("dev", 64)))
-    objective = LMObjective(stage, shape, train, dev, dev.fixed(config["rows"]), seed, ctx)
+    objective = LMObjective(stage, shape, train, dev, dev.fixed(config["rows"]), ctx)
     if config.get("text_model"):
         start_from(objective.modules["lm"], shape, config["text_model"])
     return objective
@@ -62,41 +61,41 @@ def stage_of(config: Mapping[str, Any], inputs: Mapping[str, str]) -> Stage:
 
 
 class LMObjective:
-    """State of one stage's training: the model, its batches and its validation rows."""
+    """Training of one stage: the model, its batches, and its validation rows."""
 
     unit, exported = "tokens", "lm"
 
-    def __init__(self, stage: Stage, shape: lm_config.StageConfig, train: TokenBatches, dev: TokenBatches,
-                 rows: list[EvalCrop], seed: int, ctx: Context):
+    def __init__(self, stage: Stage, shape: StageConfig, train: TokenBatches, dev: TokenBatches, rows: list[EvalCrop],
+                 ctx: Context):
         self.stage, self.shape, self.data, self.dev, self.rows, self.ctx = stage, shape, train, dev, rows, ctx
+        # A seed of its own for each stage; the generator that everybody shares is left as it was.
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(rng.derive(seed, f"init lm_{stage.name}"))
+            torch.manual_seed(rng.derive(ctx.seed, f"init lm_{stage.name}"))
             self.modules: dict[str, nn.Module] = {"lm": build_lm(stage, shape)}
-        cuda = ctx.device.type == "cuda"
-        half, width = self.shape.train.dtype == "bfloat16", self.shape.dim // self.shape.heads
-        self.flash = cuda and half and self.shape.positions == "rotary" and width % 8 == 0 and width <= FLASH_WIDTH
-        # the attention of a row that is one document: of several it is less, so MFU is a little too high for short clips
-        self.flops_per_unit = self.modules["lm"].flops_per_token(self.stage.max_len)
+        # FlashAttention takes packed rows without padding, in bfloat16, and no bias of distances.
+        width = shape.dim // shape.heads
+        self.flash = (ctx.device.type == "cuda" and shape.train.dtype == "bfloat16" and shape.positions == "rotary"
+                      and width % 8 == 0 and width <= FLASH_WIDTH)
+        # Counted for a row that is one document: of several, attention costs less, so MFU is a little too high for short clips.
+        self.flops_per_unit = self.modules["lm"].flops_per_token(stage.max_len)
         if ctx.compile:
             self.modules["lm"].compile_training()
 
     def load(self, step: int, rows: Sequence[int]) -> dict[str, torch.Tensor]:
-        batch = prepare(self.stage, self.data.batch(step, rows), self.flash)
-        if self.ctx.device.type == "cuda":  # what is pinned is copied without waiting for the GPU's queue
-            batch = {name: x.pin_memory() for name, x in batch.items()}
-        return batch
+        return pinned(prepare(self.stage, self.data.batch(step, rows), self.flash), self.ctx.device)
 
-    def train_step(self, engines: Mapping[str, Any], batches: list[dict[str, torch.Tensor]],
+    def train_step(self, engines: Mapping[str, Engine], batches: list[dict[str, torch.Tensor]],
                    step: int) -> dict[str, torch.Tensor]:
         """One update; all ranks take part."""
         engine, device = engines["lm"], self.ctx.device
         engine.module.train()
         batches = [{name: x.to(device, non_blocking=True) for name, x in batch.items()} for batch in batches]
+        # The loss is a mean over the global batch's targets, so their number is needed before the first backward.
         targets, tokens = all_sum(torch.stack([batch["count_2"] for batch in batches]).sum(0).double())
         sums = torch.zeros(2, self.stage.levels[1] + 1, dtype=torch.float64, device=device)  # nats, tokens by level
         for i, batch in enumerate(batches):
             nats_SN = engine(*inputs_of(batch))
-            # engines average over ranks, so each rank's share is scaled by their number: the sum is the global mean
+            # Engines average over ranks: times the world, over all targets, each target weighs the same.
             engine.backward(nats_SN.sum() * (self.ctx.world / targets.float()), last=i == len(batches) - 1)
             sums += level_sums(self.stage, nats_SN.detach(), batch["label_SN"])
         sums = all_sum(sums)
@@ -106,14 +105,14 @@ class LMObjective:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Nats per target token on fixed dev rows, split over ranks; all ranks take part."""
+        """Nats per target token on fixed dev rows, shared out over ranks; all ranks take part."""
         module, device = self.modules["lm"], self.ctx.device
         module.eval()
         sums = torch.zeros(2, self.stage.levels[1] + 1, dtype=torch.float64, device=device)
         own = self.rows[self.ctx.rank::self.ctx.world]
         for i in range(0, len(own), EVAL_BATCH):
             batch = self.dev.collate([self.dev.packed(*row) for row in own[i:i + EVAL_BATCH]])
-            with torch.autocast(device.type, torch.bfloat16, enabled=self.shape.train.dtype == "bfloat16"):
+            with autocast(device, self.shape.train.dtype):
                 sums += batch_sums(module, self.stage, batch, device)
         module.train()
         sums = all_sum(sums)
@@ -124,5 +123,5 @@ class LMObjective:
         return export_lm(self.modules["lm"], self.stage, self.shape)
 
     def _per_level(self, sums: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Loss of each target level, counted from 1 as the paper does; nothing for the semantic stage."""
+        """Loss of each target level, counted from 1 as in the paper; {} for the semantic stage."""
         return {f"loss.level{q + 1}": sums[0, q + 1] / sums[1, q + 1].clamp_min(1) for q in range(*self.stage.levels)}

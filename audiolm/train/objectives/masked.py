@@ -1,43 +1,46 @@
 """Masked prediction of k-means targets: HuBERT (2106.07447) on crops of the training clips.
 
-Iteration 1: clusters of MFCCs with differences, normalised per crop and averaged over 4 frames to 25 Hz; the codebook is
-fitted here and lives in a float32 buffer, so that checkpoints carry it.  Later iterations: tokens of the artefact that
-the step targets_N left, made of the clean crop.  The loss is the cross-entropy on masked frames only, weighted by frame
-over micro-batches and ranks.  Legend: B rows, T frames at 25 Hz, F mel bands at 100 Hz, K targets.
+Iteration 1 predicts clusters of MFCCs with differences, normalised per crop and averaged over 4 frames to 25 Hz.  Their
+codebook is fitted here and is a float32 buffer, so that checkpoints carry it.  Later iterations predict tokens of the
+artifact of the step targets_N, made from the clean crop.
+The loss is the cross-entropy on masked frames, weighted by frame over micro-batches and ranks (alpha = 1 in HuBERT's II-B;
+`unmasked` adds the others).  Legend: B rows, T frames at 25 Hz, F mel bands at 100 Hz, K targets, N masked frames.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from audiolm import rng
-from audiolm.data.sources import roots
 from audiolm.models import kmeans
-from audiolm.models.conformer import LAYER_CONVENTION, SUBSAMPLE, EncoderSizes, MaskedModel, valid_frames
+from audiolm.models.conformer import SUBSAMPLE, Encoder, MaskedModel, valid_frames
+from audiolm.models.entropy import entropy, perplexity
 from audiolm.models.mel import mfcc
-from audiolm.models.rvq import perplexity
-from audiolm.tokenizers.base import SAMPLE_RATE
-from audiolm.tokenizers.extractor import FAMILY, ConformerExtractor
-from audiolm.tokenizers.semantic import MASKED_FORMAT, load_extractor, load_semantic
+from audiolm.tokenizers.extractor import ConformerExtractor
+from audiolm.tokenizers.semantic import load_extractor, load_semantic
 from audiolm.train.engine import all_sum
-from audiolm.train.objectives.base import Context
+from audiolm.train.objectives.base import Context, Engine
 from audiolm.train.objectives.masked_inputs import (
+    COLLAPSED,
     MaskedBatch,
     MaskedInputs,
-    Statistics,
-    crop_samples,
-    fit_sample,
+    encoder_sizes,
+    export_encoder,
     frames_of,
+    is_constant,
     masked_inputs,
+    measure_inputs,
+    with_alarms,
 )
 
 MIN_ENTROPY = 0.1  # of ln k: below it the targets are as good as constant and the loss says nothing (fairseq PR 4521)
-COLLAPSED = 0.1  # of the targets' perplexity: predictions that use fewer targets than this have collapsed
+MIN_STD = 1e-3  # of a crop's MFCC, in units of their scale: silence is not blown up
 Targets = Callable[[MaskedBatch, torch.Tensor, torch.Tensor], torch.Tensor]  # batch, clean mel_BTF, frames_B -> labels_BT
 
 
@@ -52,18 +55,17 @@ def target_features(mel_BTF: torch.Tensor, lengths_B: torch.Tensor) -> torch.Ten
     count_B11 = (lengths_B * SUBSAMPLE)[:, None, None]
     c_BTC = c_BTC - (c_BTC * keep_BT1).sum(1, keepdim=True) / count_B11
     std_B1C = ((c_BTC * keep_BT1).square().sum(1, keepdim=True) / count_B11).sqrt()
-    return (c_BTC / std_B1C.clamp_min(1e-3)).unflatten(1, (-1, SUBSAMPLE)).mean(2)
+    return (c_BTC / std_B1C.clamp_min(MIN_STD)).unflatten(1, (-1, SUBSAMPLE)).mean(2)
 
 
 def check_targets(counts_K: torch.Tensor, field: str = "semantic.model.targets_k") -> float:
-    """The entropy (nats) of the targets in use; raises ValueError, naming `field`, where they are empty or all but constant."""
-    total, used, h = int(counts_K.sum()), int((counts_K > 0).sum()), kmeans.entropy(counts_K)
-    if total == 0 or h < MIN_ENTROPY * math.log(len(counts_K)):
-        what = "empty" if total == 0 else "all but constant"
-        raise ValueError(f"masked targets are {what}: {total} frames, {used} of {len(counts_K)} in use, "
-                         f"entropy {h:.3f} nats; the loss would fall without learning. Look "
-                         f"at the corpus (silent or repeated audio?) or lower {field}")
-    return h
+    """The entropy (nats) of the targets in use. Raises ValueError, naming `field`, where they are empty or all but constant."""
+    total, used, nats = int(counts_K.sum()), int((counts_K > 0).sum()), float(entropy(counts_K.double()))
+    if total == 0 or nats < MIN_ENTROPY * math.log(len(counts_K)):
+        raise ValueError(f"masked targets are {'all but constant' if total else 'empty'}: {total} frames, {used} of "
+                         f"{len(counts_K)} in use, entropy {nats:.3f} nats; the loss would fall without learning. Look at "
+                         f"the corpus (silent or repeated audio?) or lower {field}")
+    return nats
 
 
 class MaskedObjective:
@@ -72,7 +74,7 @@ class MaskedObjective:
     def __init__(self, model: MaskedModel, inputs: MaskedInputs, ctx: Context, targets: Targets | None = None):
         """`targets` None: the model's own codebook over MFCCs."""
         self.modules = {"model": model.to(ctx.device)}
-        self.inputs, self.ctx, self.targets = inputs, ctx, targets or self._of_mfcc
+        self.inputs, self.ctx, self.targets = inputs, ctx, targets or self._mfcc_targets
         self._before: float | None = None  # the last validation's loss
 
     @property
@@ -82,44 +84,49 @@ class MaskedObjective:
     def load(self, step: int, rows: Sequence[int]) -> MaskedBatch:
         return self.inputs.batch(step, rows)
 
-    def _of_mfcc(self, batch: MaskedBatch, mel_BTF: torch.Tensor, frames_B: torch.Tensor) -> torch.Tensor:
+    def _mfcc_targets(self, batch: MaskedBatch, mel_BTF: torch.Tensor, frames_B: torch.Tensor) -> torch.Tensor:
         x_BTC = target_features(mel_BTF, frames_B)
         return kmeans.assign(x_BTC.flatten(0, 1), self.model.targets.codebook).view(x_BTC.shape[:2])
 
-    def train_step(self, engines: Mapping[str, Any], batches: list[MaskedBatch], step: int) -> dict[str, torch.Tensor]:
+    def train_step(self, engines: Mapping[str, Engine], batches: list[MaskedBatch], step: int) -> dict[str, torch.Tensor]:
+        """One update; all ranks take part."""
         device, engine = self.ctx.device, engines["model"]
+        # The loss is a mean over the global batch's masked frames, so their number is needed before the first backward.
         counts = [(int(b.mask_BT.sum()), sum(frames_of(b.lengths_B.tolist()))) for b in batches]
         masked, frames = all_sum(torch.tensor(counts, dtype=torch.float32, device=device).sum(0))
         totals = 0
         for i, batch in enumerate(batches):
-            loss, figures = self._loss(engine, batch, self.inputs.sizes.unmasked * masked / (frames - masked).clamp_min(1))
-            # The engine averages over ranks: times the world, over all masked frames, each frame weighs the same.
+            loss, sums = self._loss(engine, batch, self.inputs.sizes.unmasked * masked / (frames - masked).clamp_min(1))
+            # Engines average over ranks: times the world, over all masked frames, each frame weighs the same.
             engine.backward(loss * (self.ctx.world / masked), last=i == len(batches) - 1)
-            totals = totals + figures
+            totals = totals + sums
         norm = engine.step()
         return {**self._report(all_sum(totals)), "grad_norm": norm}
 
     def _loss(self, model: Any, batch: MaskedBatch,
               unmasked: float | torch.Tensor = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
-        """Summed cross-entropy on masked frames and `unmasked` times that on the others; and, of masked frames alone, (loss,
-        right, frames, audio s, K predicted, K targets) as sums."""
+        """The loss: summed cross-entropy on masked frames and `unmasked` times that on the others.
+
+        With it sums over masked frames alone, without gradients: (loss, right, frames, audio s, K predicted, K targets).
+        """
         device = self.ctx.device
-        clean_BTF, heard_BTF, frames_B = self.inputs.mels(batch, device)
+        clean_BTF, input_BTF, frames_B = self.inputs.mels(batch, device)
         mask_BT = batch.mask_BT.to(device)
         with torch.no_grad():
             targets_BT = self.targets(batch, clean_BTF, frames_B)
-        logits_BTK, targets_N = model(heard_BTF, frames_B, mask_BT), targets_BT[mask_BT]
+        logits_BTK, targets_N = model(input_BTF, frames_B, mask_BT), targets_BT[mask_BT]
         logits_NK = logits_BTK[mask_BT].float()
-        guessed = loss = F.cross_entropy(logits_NK, targets_N, reduction="sum")
+        masked_loss = loss = F.cross_entropy(logits_NK, targets_N, reduction="sum")
         if self.inputs.sizes.unmasked:
-            seen_BT = valid_frames(frames_B, mask_BT.shape[1]) & ~mask_BT
-            loss = loss + unmasked * F.cross_entropy(logits_BTK[seen_BT].float(), targets_BT[seen_BT], reduction="sum")
+            visible_BT = valid_frames(frames_B, mask_BT.shape[1]) & ~mask_BT
+            loss = loss + unmasked * F.cross_entropy(logits_BTK[visible_BT].float(), targets_BT[visible_BT], reduction="sum")
         with torch.no_grad():
-            head = torch.stack([guessed.detach(), (logits_NK.argmax(-1) == targets_N).sum().float(), mask_BT.sum().float(),
+            right = (logits_NK.argmax(-1) == targets_N).sum()
+            head = torch.stack([masked_loss.detach(), right.float(), mask_BT.sum().float(),
                                 torch.tensor(batch.audio_s, device=device)]).double()
-            figures = torch.cat([head, logits_NK.softmax(-1).sum(0).double(),
-                                 torch.bincount(targets_N, minlength=logits_NK.shape[-1]).double()])
-        return loss, figures
+            sums = torch.cat([head, logits_NK.softmax(-1).sum(0).double(),
+                              torch.bincount(targets_N, minlength=logits_NK.shape[-1]).double()])
+        return loss, sums
 
     def _report(self, totals: torch.Tensor) -> dict[str, torch.Tensor]:
         loss, right, frames, audio_s = totals[:4]
@@ -129,36 +136,26 @@ class MaskedObjective:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Loss and accuracy on masked frames of dev pieces (each rank takes every world-th), and alarms (1 = it rings):
-        targets or predictions all but constant, a loss no lower than a guess by frequency, a loss that stands still."""
-        self.model.eval()
+        """Loss and accuracy on masked frames of dev pieces, shared out over ranks, and alarms.
+
+        Alarms: targets or predictions all but constant, a loss no lower than guessing by frequency, a constant loss.
+        """
         k = self.model.head.out_features
         totals = torch.zeros(4 + 2 * k, dtype=torch.float64, device=self.ctx.device)
+        self.model.eval()
         for batch in self.inputs.pieces():
             totals += self._loss(self.model, batch)[1]
         self.model.train()
         report = {name: float(value) for name, value in self._report(all_sum(totals)).items() if name != "units"}
         entropy, before, self._before = report["target_entropy"], self._before, report["loss"]
-        rings = {"constant_targets": entropy < MIN_ENTROPY * math.log(k),
-                 "constant_predictions": report["prediction_perplexity"] < max(1.5, COLLAPSED * math.exp(entropy)),
-                 "no_better_than_guessing": report["loss"] >= entropy,
-                 "constant_loss": has_collapsed(before, report["loss"])}
-        return report | {f"alarm/{name}": float(on) for name, on in rings.items()}
+        return with_alarms(report, {
+            "constant_targets": entropy < MIN_ENTROPY * math.log(k),
+            "constant_predictions": report["prediction_perplexity"] < max(1.5, COLLAPSED * math.exp(entropy)),
+            "no_better_than_guessing": report["loss"] >= entropy,
+            "constant_loss": is_constant(before, report["loss"])})
 
     def export(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         return export_encoder(self.model.encoder, "hubert", {"targets_k": self.model.head.out_features})
-
-
-def has_collapsed(before: float | None, loss: float) -> bool:
-    """Whether a validation's loss is that of the one before."""
-    return before is not None and abs(before - loss) < 1e-5 * before
-
-
-def export_encoder(encoder, objective: str, more: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """What `tokenizers.semantic.load_extractor` reads."""
-    return ({f"encoder.{name}": value for name, value in encoder.state_dict().items()},
-            {"format": MASKED_FORMAT, "family": FAMILY, "layer_convention": LAYER_CONVENTION, "objective": objective,
-             "encoder": encoder.sizes.to_json(), "sample_rate": SAMPLE_RATE, **more})
 
 
 def fit_targets(model: MaskedModel, points: list[torch.Tensor], seed: int) -> float:
@@ -167,15 +164,18 @@ def fit_targets(model: MaskedModel, points: list[torch.Tensor], seed: int) -> fl
     Raises ValueError where there are too few distinct frames for targets_k, or the targets are all but constant.
     """
     try:
-        found = kmeans.fit(points, len(model.targets.codebook), rng.derive(seed, "targets"), iterations=50)
+        fit = kmeans.fit(points, len(model.targets.codebook), rng.derive(seed, "targets"), iterations=50)
     except ValueError as e:
         raise ValueError(f"semantic.model.targets_k: {e}") from e
-    model.targets.codebook.copy_(found.centroids)
-    return check_targets(found.counts)
+    model.targets.codebook.copy_(fit.centroids)
+    return check_targets(fit.counts)
 
 
 def teacher(path: str, device: torch.device, dtype: str, pieces: Iterable[MaskedBatch]) -> tuple[Targets, int]:
-    """Targets of the artefact at `path`, checked on some batches, and how many there are. All ranks take part."""
+    """The targets function of the tokenizer at `path`, and its number of targets. All ranks take part.
+
+    Raises ValueError where the targets of `pieces` are empty or all but constant.
+    """
     tokenizer = load_semantic(path, str(device), dtype)
 
     def targets(batch: MaskedBatch, mel_BTF: torch.Tensor, frames_B: torch.Tensor) -> torch.Tensor:
@@ -191,36 +191,46 @@ def teacher(path: str, device: torch.device, dtype: str, pieces: Iterable[Masked
 
 
 def masked_objective(config: Mapping[str, Any], inputs: Mapping[str, str], ctx: Context) -> MaskedObjective:
-    """The factory (train.objectives.base): config {"model", "train", "iteration" (None: the first), "where", "corpus", "seed"},
-    inputs {"manifest": path} and for an iteration beyond the first also masked_model[_N] and targets_N."""
-    sizes, seed, again = config["model"], config["seed"], config["iteration"]
-    data, clips = masked_inputs(config, inputs, ctx)
-    conformer = EncoderSizes(sizes.dim, sizes.layers, sizes.heads, sizes.ff, sizes.conv_kernel, sizes.dropout)
-    sample = fit_sample(clips, roots(config["corpus"]), crop_samples(sizes), seed)
-    if again is None:
-        model, targets = MaskedModel(conformer, sizes.targets_k), None
+    """Factory. config: model, train, iteration (None: the first), where, corpus, seed; inputs: {"manifest": path} and for
+    an iteration beyond the first also masked_model[_N] and targets_N."""
+    sizes, seed, iteration = config["model"], config["seed"], config["iteration"]
+    data, sample = masked_inputs(config, inputs, ctx)
+    if iteration is None:
+        model = MaskedModel(encoder_sizes(sizes), sizes.targets_k)
+        with _one_thread():
+            sample = list(sample)  # an hour of log-mels: 115 MB
+            measure_inputs(model.encoder, sample)
+            fit_targets(model, [target_features(*mel_and_frames)[0] for mel_and_frames in sample], seed)
+        return MaskedObjective(model, data, ctx)
+
+    def path_of(prefix: str) -> str:
+        return next(path for name, path in inputs.items() if name.startswith(prefix))
+
+    targets, k = teacher(path_of("targets"), ctx.device, config["train"].dtype, data.pieces())
+    model = MaskedModel(encoder_sizes(sizes), k, target_dim=0)
+    if iteration.start == "previous":
+        _load_encoder(model.encoder, path_of("masked_model"))
     else:
-        path = next(p for name, p in inputs.items() if name.startswith("targets"))
-        targets, k = teacher(path, ctx.device, config["train"].dtype, data.pieces())
-        model = MaskedModel(conformer, k, target_dim=0)
-    if again is not None and again.start == "previous":
-        before = load_extractor(next(p for name, p in inputs.items() if name.startswith("masked_model")))
-        if not isinstance(before, ConformerExtractor) or before.encoder.sizes.to_json() | {"dropout": 0} != \
-                conformer.to_json() | {"dropout": 0}:
-            raise ValueError("semantic.again: start: previous needs a model of the same sizes before it: say start: fresh")
-        model.encoder.load_state_dict(before.state())
-        return MaskedObjective(model, data, ctx, targets)
+        with _one_thread():
+            measure_inputs(model.encoder, sample)
+    return MaskedObjective(model, data, ctx, targets)
+
+
+def _load_encoder(encoder: Encoder, path: str) -> None:
+    """Weights and statistics of an earlier iteration's encoder. Raises ValueError where its sizes differ."""
+    before = load_extractor(path)
+    same = {"dropout": 0}  # no weight depends on it
+    if not isinstance(before, ConformerExtractor) or before.encoder.sizes.to_json() | same != encoder.sizes.to_json() | same:
+        raise ValueError("semantic.again: start: previous needs a model of the same sizes before it: say start: fresh")
+    encoder.load_state_dict(before.state())
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Sums in one order, so that 1 and 2 workers, which have other numbers of threads, get one codebook."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # sums in one order, so that 1 and 2 workers get one codebook
+    torch.set_num_threads(1)
     try:
-        measured, points = Statistics(), []
-        for mel_BTF, frames_B in sample:
-            measured.add(mel_BTF)
-            if again is None:
-                points.append(target_features(mel_BTF, frames_B)[0])
-        measured.into(model.encoder)
-        if again is None:
-            fit_targets(model, points, seed)
+        yield
     finally:
         torch.set_num_threads(threads)
-    return MaskedObjective(model, data, ctx, targets)

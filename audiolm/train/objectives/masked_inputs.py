@@ -1,13 +1,14 @@
-"""What masked models train on, whatever the objective: crops, spans to guess, augmented input, fixed validation pieces.
+"""Inputs and exports of masked models, whatever their objective: crops, masked spans, augmentation, validation pieces.
 
-Input statistics come from a bounded sample of training clips, the same on every rank, and live in the encoder's float32
-buffers, so that checkpoints and exports carry them.  Masks and augmentations are drawn from (seed, purpose, step, row).
+Input statistics come from a bounded sample of training clips, the same on every rank.  They are float32 buffers of the
+encoder, so that checkpoints and exports carry them.
+Draws depend on (seed, purpose, step, row): a row's mask and augmentation are the same whichever rank loads it.
 Legend: B rows, T frames at 25 Hz, F mel bands at 100 Hz.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,21 +21,28 @@ from audiolm.data.clips import Clip, read_clip, read_clips
 from audiolm.data.crops import AudioCrops
 from audiolm.data.sources import roots
 from audiolm.models.augment import Augmentation, augment, draw_augmentation
-from audiolm.models.conformer import Encoder
+from audiolm.models.conformer import LAYER_CONVENTION, Encoder, EncoderSizes
 from audiolm.models.mel import log_mel
 from audiolm.tokenizers.base import SAMPLE_RATE, SEMANTIC_HOP, padded_samples
-from audiolm.tokenizers.extractor import extractor_mel, mask_padding
-from audiolm.train.objectives.base import Context
+from audiolm.tokenizers.extractor import FAMILY, extractor_mel, mask_padding
+from audiolm.tokenizers.semantic import MASKED_FORMAT
+from audiolm.train.objectives.base import Context, whole_frames
 
 FIT_S = 3600.0  # audio that input statistics and MFCC targets are measured on
-EVAL_S = 900.0  # dev audio of one evaluation, kept in memory
+EVAL_S = 900.0  # dev audio of one validation: 58 MB, kept in memory
+MIN_VARIANCE = 1e-4  # variance of a mel band, at least: a band that is silent everywhere is not blown up
+COLLAPSED = 0.1  # of the targets' perplexity: predictions that use fewer targets than this have collapsed
+
+Sample = Iterable[tuple[torch.Tensor, torch.Tensor]]  # (mel_1TF, frames_1)
 
 
 @dataclass(frozen=True)
 class MaskedBatch:
+    """Rows of audio with the frames to predict, on the CPU."""
+
     wav_BT: torch.Tensor
     lengths_B: torch.Tensor  # samples
-    mask_BT: torch.Tensor  # frames the model must guess
+    mask_BT: torch.Tensor  # frames to predict
     step: int  # -1 in validation
     rows: list[int]  # of the step's global batch; in validation the piece's number
     draws: list[Augmentation] | None = None
@@ -45,15 +53,18 @@ class MaskedBatch:
 
 
 def span_mask(frames: int, span: int, share: float, generator: np.random.Generator) -> np.ndarray:
-    """mask_T with exactly round(share x frames) frames set (at least 1), in spans of `span` that may touch."""
+    """mask_T with exactly round(share x frames) frames set (at least 1), in spans of `span` that may touch.
+
+    An exact share, where HuBERT's spans overlap at random: no row of a batch is without masked frames.
+    """
     want = min(frames, max(1, round(share * frames)))
     mask_T = np.zeros(frames, bool)
     for start in generator.permutation(max(1, frames - span + 1)):
         left = want - int(mask_T.sum())
         if left <= 0:
             break
-        open_ = np.flatnonzero(~mask_T[start:start + span])[:left]
-        mask_T[start + open_] = True
+        unmasked = np.flatnonzero(~mask_T[start:start + span])[:left]
+        mask_T[start + unmasked] = True
     return mask_T
 
 
@@ -62,7 +73,7 @@ def frames_of(samples: list[int]) -> list[int]:
 
 
 class MaskedInputs:
-    """`crops` gives batches; `held` are this rank's validation pieces by number."""
+    """Batches from `crops`, and validation pieces: `held` are this rank's, by number."""
 
     def __init__(self, sizes: MaskedModelConfig, crops: AudioCrops, held: dict[int, torch.Tensor], seed: int):
         self.sizes, self.crops, self.held, self.seed = sizes, crops, held, seed
@@ -72,12 +83,12 @@ class MaskedInputs:
         a = self.sizes.augment
         wav_BT, lengths_B = self.crops.batch(step, rows)
         draws = [draw_augmentation((a.pitch, a.noise, a.reverb), a.pitch_cents, a.snr_db, a.reverb_s,
-                      rng.generator(self.seed, "augment", step, row)) for row in rows]
+                                   rng.generator(self.seed, "augment", step, row)) for row in rows]
         return self._masked(wav_BT, lengths_B, [rng.generator(self.seed, "mask", step, row) for row in rows], step,
                             list(rows), draws if a.pitch or a.noise or a.reverb else None)
 
     def pieces(self) -> Iterator[MaskedBatch]:
-        """Validation: one row each, whole crops of dev clips, masked alike at every call, not augmented."""
+        """Validation pieces: one row each, whole crops of dev clips, masked alike at every call, not augmented."""
         for i, piece in self.held.items():
             yield self._masked(piece[None], torch.tensor([len(piece)]), [rng.generator(self.seed, "mask-eval", i)], -1, [i],
                                None)
@@ -85,13 +96,13 @@ class MaskedInputs:
     def _masked(self, wav_BT, lengths_B, generators: list, step: int, rows: list[int], draws) -> MaskedBatch:
         frames = frames_of(lengths_B.tolist())
         mask_BT = torch.zeros(len(frames), max(frames), dtype=torch.bool)
-        span = max(1, round(self.sizes.mask_span_s * SAMPLE_RATE / SEMANTIC_HOP))
+        span = whole_frames(self.sizes.mask_span_s)
         for row, n, generator in zip(mask_BT, frames, generators, strict=True):
             row[:n] = torch.from_numpy(span_mask(n, span, self.sizes.mask_share, generator))
         return MaskedBatch(wav_BT, lengths_B, mask_BT, step, rows, draws)
 
     def mels(self, batch: MaskedBatch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(clean mel_BTF, the one that the model hears, frames_B) on the device; one tensor where nothing is done to it."""
+        """(clean mel_BTF, the model's input mel_BTF, frames_B) on the device; one tensor for both without augmentation."""
         wav_BT, frames_B = mask_padding(batch.wav_BT.to(device), batch.lengths_B)
         clean_BTF = log_mel(wav_BT)
         if batch.draws is None:
@@ -99,35 +110,34 @@ class MaskedInputs:
         return clean_BTF, augment(wav_BT, batch.lengths_B, batch.draws), frames_B
 
 
-def masked_inputs(config: Mapping[str, Any], inputs: Mapping[str, str], ctx: Context) -> tuple[MaskedInputs, list[Clip]]:
-    """The inputs of a step (config: model, where, corpus, seed, and train, its training run) and its train clips."""
+def masked_inputs(config: Mapping[str, Any], inputs: Mapping[str, str], ctx: Context) -> tuple[MaskedInputs, Sample]:
+    """The inputs of a step (config: model, where, corpus, seed, and train, its training run) and a sample to measure.
+
+    Raises ValueError for a split without clips.
+    """
     sizes, where, folders = config["model"], config["where"], roots(config["corpus"])
     train, dev = (read_clips(inputs["manifest"], split, where) for split in ("train", "dev"))
     for split, clips in (("train", train), ("dev", dev)):
         if not clips:
             raise ValueError(f"the masked model needs {split} clips and the manifest has none for semantic.where = "
                              f"{where.source}: widen semantic.where" + (" or raise corpus.dev" if split == "dev" else ""))
-    crop = crop_samples(sizes)
-    mine = list(enumerate(eval_pieces(dev, crop)))[ctx.rank::ctx.world]
-    held = {j: torch.from_numpy(read_clip(dev[i], folders, at, n)) for j, (i, at, n) in mine}
+    crop = whole_frames(sizes.crop_s) * SEMANTIC_HOP
+    own = list(enumerate(eval_pieces(dev, crop)))[ctx.rank::ctx.world]
+    held = {j: torch.from_numpy(read_clip(dev[i], folders, at, n)) for j, (i, at, n) in own}
     crops = AudioCrops(train, folders, crop, config["train"].batch, config["seed"], ctx.cache_mb)
-    return MaskedInputs(sizes, crops, held, config["seed"]), train
-
-
-def crop_samples(sizes: MaskedModelConfig) -> int:
-    return max(1, round(sizes.crop_s * SAMPLE_RATE / SEMANTIC_HOP)) * SEMANTIC_HOP
+    return MaskedInputs(sizes, crops, held, config["seed"]), fit_sample(train, folders, crop, config["seed"])
 
 
 def eval_pieces(clips: Sequence, crop: int) -> list[tuple[int, int, int]]:
     """(clip, start, samples) of whole crops that cover the dev clips, evenly thinned to EVAL_S."""
     every = [(i, at, min(crop, c.samples - at)) for i, c in enumerate(clips) for at in range(0, c.samples, crop)
-             if at == 0 or c.samples - at >= crop // 2]
+             if at == 0 or c.samples - at >= crop // 2]  # a clip's rest counts from half a crop on
     keep = min(len(every), max(1, int(EVAL_S * SAMPLE_RATE / crop)))
     return [every[j * len(every) // keep] for j in range(keep)]
 
 
-def fit_sample(clips: Sequence, folders: dict[str, str], crop: int, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """(mel_1TF, frames_1) of random crops of at most FIT_S together, in a fixed order."""
+def fit_sample(clips: Sequence[Clip], folders: dict[str, str], crop: int, seed: int) -> Sample:
+    """Log-mels of random crops of at most FIT_S together, in a fixed order, read as they are asked for."""
     chosen, seconds = [], 0.0
     for i in rng.generator(seed, "fit-clips").permutation(len(clips)).tolist():
         if seconds >= FIT_S:
@@ -140,17 +150,34 @@ def fit_sample(clips: Sequence, folders: dict[str, str], crop: int, seed: int) -
         yield extractor_mel(wav[None], torch.tensor([len(wav)]))
 
 
-class Statistics:
-    """Mean and standard deviation by band of the mels that pass; `into` sets an encoder's."""
+@torch.no_grad()
+def measure_inputs(encoder: Encoder, sample: Sample) -> None:
+    """Sets an encoder's input statistics: mean and standard deviation of each mel band over the sample's frames."""
+    total, squares, count = 0.0, 0.0, 0
+    for mel_BTF, _ in sample:
+        x_NF = mel_BTF.flatten(0, 1).double()
+        total, squares, count = total + x_NF.sum(0), squares + x_NF.square().sum(0), count + len(x_NF)
+    mean_F = total / count
+    encoder.statistics.mean.copy_(mean_F)
+    encoder.statistics.std.copy_((squares / count - mean_F.square()).clamp_min(MIN_VARIANCE).sqrt())
 
-    def __init__(self):
-        self.total, self.squares, self.count = 0.0, 0.0, 0
 
-    def add(self, mel_BTF: torch.Tensor) -> None:
-        x = mel_BTF.flatten(0, 1).double()
-        self.total, self.squares, self.count = self.total + x.sum(0), self.squares + x.square().sum(0), self.count + len(x)
+def encoder_sizes(sizes: MaskedModelConfig) -> EncoderSizes:
+    return EncoderSizes(sizes.dim, sizes.layers, sizes.heads, sizes.ff, sizes.conv_kernel, sizes.dropout)
 
-    def into(self, encoder: Encoder) -> None:
-        mean = self.total / self.count
-        encoder.statistics.mean.copy_(mean)
-        encoder.statistics.std.copy_((self.squares / self.count - mean.square()).clamp_min(1e-4).sqrt())
+
+def is_constant(before: float | None, loss: float) -> bool:
+    """True for a validation's loss that equals the one before it: nothing is learned."""
+    return before is not None and abs(before - loss) < 1e-5 * before
+
+
+def with_alarms(report: dict[str, float], alarms: Mapping[str, bool]) -> dict[str, float]:
+    """A validation's report with "alarm/NAME", 1.0 where it rings."""
+    return report | {f"alarm/{name}": float(on) for name, on in alarms.items()}
+
+
+def export_encoder(encoder: Encoder, objective: str, more: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Weights and config for `tokenizers.semantic.load_extractor`."""
+    return ({f"encoder.{name}": value for name, value in encoder.state_dict().items()},
+            {"format": MASKED_FORMAT, "family": FAMILY, "layer_convention": LAYER_CONVENTION, "objective": objective,
+             "encoder": encoder.sizes.to_json(), "sample_rate": SAMPLE_RATE, **more})
