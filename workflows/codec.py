@@ -87,6 +87,7 @@ def main(argv: list[str] | None = None) -> int:
     from audiolm.tokenizers import codec_files
 
     try:
+        # Wrong usage ends here with one line; nothing has been written.
         if args.do == "evaluate" and args.clips < 1:
             raise ValueError(f"--clips {args.clips}: at least one")
         device = pick_device(args.device)
@@ -95,6 +96,7 @@ def main(argv: list[str] | None = None) -> int:
             return evaluate(codec, args)
         if args.levels is not None and not 1 <= args.levels <= codec.spec.n_q:
             raise ValueError(f"--levels {args.levels}: this codec has 1 to {codec.spec.n_q}")
+        # Encode reads audio and writes codes; decode the other way round.
         suffixes, ending = (AUDIO, codec_files.CODES) if args.do == "encode" else ((codec_files.CODES,), f".{args.format}")
         jobs = codec_files.plan(args.inputs, suffixes, args.out, ending)
     except KeyboardInterrupt:

@@ -1,9 +1,10 @@
-"""The trained codec as a tokenizer (base.Codec): audio to codes and back, loadable without the training code.
+"""The trained codec as a tokenizer (base.Codec), loadable without the training code.
 
-Shapes: wav_BT float32 at 16 kHz, lengths_B true samples, codes_TQ int64 of one clip on the CPU, codes_BTQ of a batch.
-A clip is padded with zeros to whole semantic frames; the model is causal, so its codes do not depend on what follows.
-Long audio goes by chunks with the model's history in front: bounded memory, and the codes of the whole clip.
-`encode_stream` and `decode_stream` take blocks of any length and cut the same chunks.
+Shapes: wav_BT float32 at 16 kHz, lengths_B true samples, codes_TQ int64 of one clip on the CPU,
+codes_BTQ of a batch. A clip is padded with zeros to whole semantic frames; the model is causal, so
+its codes do not depend on what follows. Long audio goes by chunks with the model's history in
+front: bounded memory, and the codes of the whole clip. `encode_stream` and `decode_stream` take
+blocks of any length and cut the same chunks.
 Source: SoundStream 2107.03312.
 """
 
@@ -42,7 +43,8 @@ class AcousticTokenizer:
     def encode(self, wav_BT: torch.Tensor, lengths_B: torch.Tensor) -> list[torch.Tensor]:
         """codes_TQ (int64, on the CPU) of each clip, T = padded_samples(length) / 320.
 
-        Raises ValueError for wav_BT of another shape, lengths beyond it and samples that are no numbers.
+        Raises ValueError for wav_BT of another shape, lengths beyond it and samples that are no
+        numbers.
         """
         lengths = clip_lengths(wav_BT, lengths_B)
         # Copy the true samples alone: callers may leave anything behind a clip's end.
@@ -63,18 +65,22 @@ class AcousticTokenizer:
         self._check(codes_BTQ)
         return torch.cat([torch.zeros(len(codes_BTQ), 0), *self._waves([codes_BTQ])], 1)
 
+    # Streams give the same chunks as above, so a long file needs the memory of one chunk.
     @torch.inference_mode()
     def encode_stream(self, blocks: Iterable[np.ndarray]) -> Iterator[torch.Tensor]:
-        """Yields codes_TQ chunk by chunk: joined, they equal `encode` of the joined blocks (wav_T float32 of any lengths).
+        """Yields codes_TQ by chunks; joined, they equal `encode` of the joined blocks.
 
-        Raises ValueError for blocks of another shape and samples that are no numbers, with their time in seconds.
+        Blocks are wav_T float32 of any lengths.
+
+        Raises ValueError for blocks of another shape and samples that are no numbers, with their
+        time in seconds.
         """
         for codes_BTQ in self._codes(_whole_frames(blocks)):
             yield codes_BTQ[0]
 
     @torch.inference_mode()
     def decode_stream(self, codes: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
-        """Yields wav_T chunk by chunk: joined, they equal `decode` of the joined codes_TQ (of any lengths).
+        """Yields wav_T by chunks; joined, they equal `decode` of the joined codes_TQ.
 
         Raises ValueError as `decode` does.
         """
@@ -84,7 +90,8 @@ class AcousticTokenizer:
     def _codes(self, parts_BT: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
         hop, context = self.model.hop, self.model.encoder_context
         for wav_BT, before, _ in chunks(parts_BT, self.chunk * hop, context * hop):
-            # Drop the history's frames: the chunk before gave them. At the start the model pads with zeros itself.
+            # Drop the history's frames: the chunk before gave them. At the start the model pads
+            # with zeros itself.
             yield self.model.encode(wav_BT.to(self.device))[:, before // hop:].cpu()
 
     def _waves(self, parts_BTQ: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
@@ -98,17 +105,19 @@ class AcousticTokenizer:
 
 def chunks(parts: Iterable[torch.Tensor], size: int, history: int,
            lookahead: int = 0) -> Iterator[tuple[torch.Tensor, int, int]]:
-    """Cuts joined tensors (time is dimension 1) into chunks of `size`, wherever the parts end: (chunk, before, own).
+    """Cuts joined tensors (time is dimension 1) into chunks of `size`, wherever the parts end:
+    (chunk, before, own).
 
-    A chunk is `before` steps of history (`history`, fewer at the start), its own steps, and `lookahead` steps (fewer at
-    the end). Holds one chunk and one part.
+    A chunk is `before` steps of history (`history`, fewer at the start), its own steps, and
+    `lookahead` steps (fewer at the end). Holds one chunk and one part.
     """
     held, have, before = [], 0, 0
     for part in itertools.chain(parts, (None,)):  # None: the end, where a shorter chunk is due
         if part is not None:
             held.append(part)
             have += part.shape[1]
-        # A chunk is complete with its history, its own steps and its lookahead; at the end one own step is enough.
+        # A chunk is complete with its history, its own steps and its lookahead; at the end one own
+        # step is enough.
         enough = before + (1 if part is None else size + lookahead)
         if have < enough:
             continue
@@ -124,7 +133,8 @@ def chunks(parts: Iterable[torch.Tensor], size: int, history: int,
 
 
 def _whole_frames(blocks: Iterable[np.ndarray]) -> Iterator[torch.Tensor]:
-    """The blocks as wav_BT of one row, then zeros up to whole semantic frames, so that acoustic frames are even in number."""
+    """The blocks as wav_BT of one row, then zeros up to whole semantic frames.
+    """
     n = 0
     for wav_T in blocks:
         if wav_T.ndim != 1:
@@ -140,7 +150,8 @@ def _whole_frames(blocks: Iterable[np.ndarray]) -> Iterator[torch.Tensor]:
 def load_codec(path: str, device: str = "cpu") -> AcousticTokenizer | hf_codec.PretrainedCodec:
     """The tokenizer of a finished codec build, trained here or imported.
 
-    Raises ArtifactError where config and weights do not fit, and for another rate or hop than the pipeline's.
+    Raises ArtifactError where config and weights do not fit, and for another rate or hop than the
+    pipeline's.
     """
     weights, config, digest = read_export(path)
     if config.get("kind") in hf_codec.CLASSES:

@@ -1,8 +1,8 @@
-"""Exports: what a finished step leaves for later steps, {build}/export/{model.safetensors, config.json}.
+"""Exports, the models that finished steps leave in {build}/export for later steps.
 
-model.safetensors holds tensors by name; config.json says how to rebuild the module from them.  A config may carry
-`weights_sha256`, the checksum of the weights' bytes, which is verified on load.  No pickle is read or written.
-torch is imported by the calls alone, so that a plan needs none.
+model.safetensors holds tensors by name; config.json says how to rebuild the module from them. A
+config may carry `weights_sha256`, the checksum of the weights' bytes, which is verified on load. No
+pickle is read or written. torch is imported by the calls alone, so that a plan needs none.
 """
 
 from __future__ import annotations
@@ -22,11 +22,17 @@ MASKED_FORMAT = "audiolm-masked-1"  # of a masked model's export, trained here o
 
 
 class ArtifactError(ValueError):
-    """An export that is incomplete, altered, or of another kind; the text names the path, the field and the fix."""
+    """An export that is incomplete, altered, or of another kind.
+
+    The text names path, field and fix.
+    """
 
 
 def read_export(build: str) -> tuple[dict[str, torch.Tensor], dict, str]:
-    """(weights, config, digest) of {build}/export; the digest is of the bytes of both files. Raises ArtifactError."""
+    """(weights, config, digest) of {build}/export.
+
+    The digest is of the bytes of both files. Raises ArtifactError.
+    """
     from safetensors.torch import load
 
     data = []
@@ -48,7 +54,8 @@ def write_export(build: str, weights: Mapping[str, torch.Tensor] | bytes, config
                  checksum: bool = False) -> None:
     """Writes {build}/export from tensors by name, or from the bytes of a safetensors file.
 
-    The config goes last: where it is, the weights are whole.  `checksum` adds `weights_sha256` to it.
+    The config goes last: where it is, the weights are whole.  `checksum` adds `weights_sha256` to
+    it.
     """
     from safetensors.torch import save
 
@@ -61,7 +68,8 @@ def write_export(build: str, weights: Mapping[str, torch.Tensor] | bytes, config
 
 
 def require_keys(build: str, config: Mapping[str, Any], kind: str, keys: Sequence[str], what: str) -> None:
-    """Raises ArtifactError for an export of another `kind` and for a config without some of `keys`."""
+    """Raises ArtifactError for an export of another `kind` and for a config without some of `keys`.
+    """
     missing = [key for key in keys if key not in config]
     if config.get("kind") != kind or missing:
         raise ArtifactError(f"{build}/export/config.json is no {what}'s (kind {config.get('kind')!r}, without "

@@ -1,8 +1,9 @@
 """The contract between tokenizers, token stores, stages and samplers (2209.03143, III).
 
-Shapes: wav_BT float32 at spec.sample_rate, zero-padded; lengths_B true samples; codes_TQ int64 of one clip;
-codes_BTQ of a batch.  Audio is padded with zeros to a multiple of SEMANTIC_HOP, so that acoustic frames are exactly
-twice the semantic ones.  The true length is kept, and decoded audio is cut to it.
+Shapes: wav_BT float32 at spec.sample_rate, zero-padded; lengths_B true samples; codes_TQ int64 of
+one clip; codes_BTQ of a batch. Audio is padded with zeros to a multiple of SEMANTIC_HOP, so that
+acoustic frames are exactly twice the semantic ones. The true length is kept, and decoded audio is
+cut to it.
 """
 
 from __future__ import annotations
@@ -39,12 +40,14 @@ class TokenSpec:
 
 
 def padded_samples(n: int) -> int:
-    """Samples after padding to whole semantic frames; at least one frame, so that no clip is without tokens."""
+    """Samples after padding to whole semantic frames, at least one: no clip is without tokens.
+    """
     return max(1, -(-n // SEMANTIC_HOP)) * SEMANTIC_HOP
 
 
 def pad_rows(wavs: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
-    """(wav_BT, lengths_B) of some wav_T float32: zeros up to whole semantic frames of the longest."""
+    """(wav_BT, lengths_B) of some wav_T float32: zeros up to whole semantic frames of the longest.
+    """
     import torch
 
     lengths_B = torch.tensor([len(w) for w in wavs])
@@ -55,7 +58,10 @@ def pad_rows(wavs: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def clip_lengths(wav_BT, lengths_B) -> list[int]:
-    """The lengths as numbers. Raises ValueError for wav_BT that is not mono rows and for lengths beyond it."""
+    """The lengths as numbers.
+
+    Raises ValueError for wav_BT that is not mono rows and for lengths beyond it.
+    """
     lengths = [int(n) for n in lengths_B]
     if wav_BT.ndim != 2 or len(lengths) != len(wav_BT) or not all(0 <= n <= wav_BT.shape[1] for n in lengths):
         raise ValueError(f"encode takes mono wav_BT and lengths_B of at most T samples, got shape "
@@ -85,7 +91,10 @@ class Tokenizer(Protocol):
     hash: str  # of the export's bytes; token shards, codes files and language models name it
 
     def encode(self, wav_BT, lengths_B) -> list:
-        """codes_TQ (int64, on the CPU) of each clip, T = padded_samples(length) / spec.hop; padding never leaks in."""
+        """codes_TQ (int64, on the CPU) of each clip, T = padded_samples(length) / spec.hop.
+
+        Padding changes no code.
+        """
 
 
 class Codec(Tokenizer, Protocol):

@@ -196,6 +196,7 @@ def encode_file(codec: Any, job: FileJob, levels: int, force: bool, tick: Tick) 
             tick(samples / spec.sample_rate, about_s)
 
     with audio_errors(job.path):
+        # 12 levels at 50 Hz in 16 bits are 4 MB an hour, so the codes of a whole file stay in memory.
         codes_TQ = np.concatenate([codes_TQ[:, :levels].numpy().astype(np.uint16) for codes_TQ in _encode(codec, blocks())])
     store.put(job.target, safetensors.numpy.save({"codes": codes_TQ}, {**meta, "samples": str(samples)}))
     return _result(codec, levels, samples)
@@ -271,6 +272,7 @@ def _encode(codec: Any, blocks: Iterable[np.ndarray]) -> Iterator[torch.Tensor]:
     if isinstance(codec, AcousticTokenizer):
         yield from codec.encode_stream(blocks)
         return
+    # Seams: a frame near a cut sees `history` and `lookahead` frames of real sound instead of padding.
     hop, size = codec.spec.hop, int(PIECE_S * codec.spec.rate_hz)
     parts = (torch.from_numpy(wav_T)[None] for wav_T in blocks)
     for wav_BT, before, _ in chunks(parts, size * hop, codec.history * hop, codec.lookahead * hop):
@@ -317,6 +319,7 @@ def appearing(path: str) -> Iterator[str]:
             fs.put_file(aside, p)
         return
     os.makedirs(os.path.dirname(p), exist_ok=True)
+    # Beside the target, so that the rename stays on one disk and is atomic.
     aside = f"{p}.{uuid.uuid4().hex}.tmp"
     try:
         yield aside

@@ -1,10 +1,11 @@
 """The steps `semantic_tokens` and `acoustic_tokens`: clips to tokens, one task a shard.
 
-A task forms batches by a rule of the shard alone, decodes the next batch while one is encoded, and writes one file; a
-finished file with the same metadata is skipped.  Clips are encoded whole (the semantic tokenizer cuts long ones into
-windows), and codes_TQ of a clip has padded_samples(n) / hop frames.
-Copies at other speeds (tokens.speeds) have batches of their own, so that they change no clip's tokens.  Facts count them
-in `copies` and the seconds alone.  A collapsed tokenizer (fewer than two codes in use) is an error.
+A task forms batches by a rule of the shard alone, decodes the next batch while one is encoded, and
+writes one file; a finished file with the same metadata is skipped. Clips are encoded whole (the
+semantic tokenizer cuts long ones into windows), and codes_TQ of a clip has padded_samples(n) / hop
+frames. Copies at other speeds (tokens.speeds) have batches of their own, so that they change no
+clip's tokens. Facts count them in `copies` and the seconds alone. A collapsed tokenizer (fewer than
+two codes in use) is an error.
 """
 
 from __future__ import annotations
@@ -51,8 +52,9 @@ class EncodeJob:
 
 
 def encode_tokens(config: dict[str, Any], inputs: dict[str, Any], out: Any) -> dict[str, Any]:
-    """Step function. config: which ("semantic" or "acoustic"), tokens, corpus, cluster, seed; inputs: manifest and the
-    tokenizer's artifact. Writes shard files into out.path; returns counts, speed and code usage per level.
+    """Step function. config: which ("semantic" or "acoustic"), tokens, corpus, cluster, seed;
+    inputs: manifest and the tokenizer's artifact. Writes shard files into out.path; returns counts,
+    speed and code usage per level.
 
     Raises tokens.TokenError for frames that break the contract and for a collapsed tokenizer.
     """
@@ -73,14 +75,17 @@ def encode_tokens(config: dict[str, Any], inputs: dict[str, Any], out: Any) -> d
 
 
 def encode_shard(job: EncodeJob, clips: list[Clip], shard: int) -> dict[str, Any]:
-    """One task: `clips` of a shard, and its copies behind them, to its file, unless it is there. Returns the counts of
-    `_shard_facts`."""
+    """One task: `clips` of a shard, and its copies behind them, to its file, unless it is there.
+
+    Returns the counts of `_shard_facts`.
+    """
     tokenizer, which = load_tokenizer(job.which, job.tokenizer, job.device, job.dtype), job.which
     spec: TokenSpec = tokenizer.spec
     if spec.sample_rate != SAMPLE_RATE or spec.hop != HOP[which]:
         raise tokens.TokenError(f"{which} tokenizer {spec.name!r} has {spec.sample_rate} Hz and hop {spec.hop}, "
                                 f"expected {SAMPLE_RATE} and {HOP[which]} (25 and 50 frames a second)")
-    # Everything that can change a token is in the file's metadata, so a file is skipped only where all of it is equal.
+    # Everything that can change a token is in the file's metadata, so a file is skipped only where
+    # all of it is equal.
     meta = {"which": which, "spec": spec.to_json(), "hash": tokenizer.hash, "manifest": job.manifest, "shards": job.shards,
             "speeds": list(job.speeds), "device": job.device, "dtype": job.dtype,
             "versions": {"torch": torch.__version__, "numpy": np.__version__}}
@@ -103,6 +108,8 @@ def encode_clips(clips: list[Clip], tokenizer: Any, source_roots: dict[str, str]
     batches = plan_batches([c.samples for c in clips], batch_s)
     readers = READERS if device == "cpu" else max(READERS, os.cpu_count() or 1)  # a GPU encodes faster than four threads decode
     for batch, wavs in zip(batches, _read_ahead(batches, clips, source_roots, readers), strict=True):
+        # Check each clip against the contract: one frame off would shift all tokens after it in the
+        # stages.
         encoded = encode_batch(wavs, tokenizer, device)
         for i, wav, codes_TQ in zip(batch, wavs, encoded, strict=True):
             expected = padded_samples(len(wav)) // tokenizer.spec.hop
@@ -135,7 +142,8 @@ def _read_ahead(batches: list[list[int]], clips: list[Clip], source_roots: dict[
 def plan_batches(samples: list[int], batch_s: float) -> list[list[int]]:
     """Clips by length into batches of at most batch_s padded seconds (at least one clip each).
 
-    Sorting by length keeps padding small; the index breaks ties, so the batches depend on the shard alone.
+    Sorting by length keeps padding small; the index breaks ties, so the batches depend on the shard
+    alone.
     """
     batches: list[list[int]] = []
     for i in sorted(range(len(samples)), key=lambda i: (samples[i], i)):
@@ -165,7 +173,10 @@ def _is_done(path: str, expected: dict[str, Any]) -> bool:
 
 
 def _shard_facts(path: str, spec: TokenSpec, which: str, own: int) -> dict[str, Any]:
-    """Counts of the first `own` clips, read back from the file, so that a skipped shard counts like a new one."""
+    """Counts of the first `own` clips.
+
+    They are read from the file, so a skipped shard counts like a new one.
+    """
     levels = [tokens.level_name(q) for q in range(spec.n_q)]
     columns = tokens.read_shard(path, ["n_frames", *levels, *(["n_dedup"] if which == "semantic" else [])])
     frames = int(columns["n_frames"][:own].sum())
@@ -184,6 +195,8 @@ def _facts(which: str, parts: list[dict[str, Any]], sizes: list[float], seconds:
                              "seconds": round(seconds, 3)}
     if encoded_s := sum(s for s, part in zip(sizes, parts, strict=True) if not part["skipped"]):
         facts["x_realtime"] = round(encoded_s / max(seconds, 1e-9), 2)
+    # Entropy and codes in use, level by level: a collapsed tokenizer would let every later stage
+    # learn nothing.
     for q, counts in enumerate(sum(p["counts"] for p in parts)):
         used = int((counts > 0).sum())
         if used < 2:

@@ -1,8 +1,9 @@
-"""Feature extractors: one vector per 40 ms from any layer of a masked audio model, trained here or imported.
+"""Feature extractors: one vector per 40 ms from any layer of a masked audio model.
 
-Long audio goes in overlapping windows, so that no frame depends on more than one window: window k starts at frame
-k (window - 2 overlap) and gives its frames except `overlap` at either side; the first and the last keep their ends.
-Legend: wav_BT float32 at 16 kHz, lengths_B true samples, features_BTD float32 and frames_B at 25 Hz.
+Long audio goes in overlapping windows, so that no frame depends on more than one window: window k
+starts at frame k (window - 2 overlap) and gives its frames except `overlap` at either side; the
+first and the last keep their ends.
+Legend: wav_BT float32 at 16 kHz, lengths_B true samples, features_BTD float32, frames_B at 25 Hz.
 """
 
 from __future__ import annotations
@@ -31,14 +32,18 @@ class Extractor(Protocol):
 
     def features(self, wav_BT: torch.Tensor, lengths_B: torch.Tensor,
                  layers: Sequence[int]) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """features_BTD (float32, on the extractor's device) of each of `layers`, counted from 1, and frames_B =
-        padded_samples(length) / 640. Audio past a row's length counts as silence and changes nothing (1e-4)."""
+        """features_BTD (float32, on the extractor's device) of each of `layers`, counted from 1,
+        and frames_B = padded_samples(length) / 640. Audio past a row's length counts as silence and
+        changes nothing (1e-4).
+        """
 
     def to(self, device: str | torch.device, dtype: torch.dtype = torch.float32) -> Extractor:
         """Itself, moved."""
 
     def truncated(self, layer: int) -> Extractor:
-        """A copy, in float32 on the CPU, without the blocks above `layer`: exports keep only what tokens need."""
+        """A copy, in float32 on the CPU, without the blocks above `layer`, which tokens do not
+        need.
+        """
 
     def state(self) -> dict[str, torch.Tensor]:
         """Weights by name, without a prefix."""
@@ -79,7 +84,10 @@ class ConformerExtractor:
 
 
 def extractor_mel(wav_BT: torch.Tensor, lengths_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """mel_BTF (100 Hz) and frames_B (25 Hz); audio past a row's length counts as silence, rows end on whole frames."""
+    """mel_BTF (100 Hz) and frames_B (25 Hz).
+
+    Audio past a row's length counts as silence, and rows end on whole frames.
+    """
     wav_BT, frames_B = mask_padding(wav_BT, lengths_B)
     return log_mel(wav_BT), frames_B
 
@@ -96,7 +104,10 @@ def mask_padding(wav_BT: torch.Tensor, lengths_B: torch.Tensor) -> tuple[torch.T
 
 @dataclass(frozen=True)
 class Window:
-    """Window and overlap, in semantic frames. Raises ValueError where an inner window would keep no frame."""
+    """Window and overlap, in semantic frames.
+
+    Raises ValueError where an inner window would keep no frame.
+    """
 
     frames: int
     overlap: int
@@ -109,8 +120,8 @@ class Window:
     def spans(self, frames: int) -> list[tuple[int, int, int, int]]:
         """(start, end, first kept, end kept) of each window over `frames` frames.
 
-        Frames near a window's edge lack context on one side; the neighbour keeps them. Ends of the clip have no
-        neighbour, so the first and the last window keep theirs.
+        Frames near a window's edge lack context on one side; the neighbour keeps them. Ends of the
+        clip have no neighbour, so the first and the last window keep theirs.
         """
         step, spans, at = self.frames - 2 * self.overlap, [], 0
         while True:
@@ -133,7 +144,8 @@ def windowed(extractor: Extractor, wav_BT: torch.Tensor, lengths_B: torch.Tensor
     wav_BT, frames_B = mask_padding(wav_BT, lengths_B)
     if int(frames_B.max()) <= window.frames:
         return extractor.features(wav_BT, lengths_B, layers)
-    # Cut the windows; each has its own true length, so the padding of a clip's last window changes nothing.
+    # Cut the windows; each has its own true length, so the padding of a clip's last window changes
+    # nothing.
     spans = [(row, *span) for row, n in enumerate(frames_B.tolist()) for span in window.spans(n)]
     pieces = wav_BT.new_zeros(len(spans), window.frames * SEMANTIC_HOP)
     lengths = torch.zeros(len(spans), dtype=torch.int64)

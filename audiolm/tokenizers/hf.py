@@ -1,8 +1,9 @@
-"""Models of others in transformers' format: a folder or URI with config.json and one model.safetensors.
+"""Models in transformers' format: a folder or URI with config.json and model.safetensors.
 
-Codecs (hf_codec.py), encoders (hf_encoder.py) and text models (lm/warm_start.py) share this: the digest that stands for a
-model in a plan, reading, building, and errors that name the config field, the file and the fix.  Pickles are never read.
-A plan calls `imported_codec`, `imported_encoder` and `text_model`, which need neither torch nor transformers.
+Codecs (hf_codec.py), encoders (hf_encoder.py) and text models (lm/warm_start.py) share this: the
+digest that stands for a model in a plan, reading, building, and errors that name the config field,
+the file and the fix. Pickles are never read. A plan calls `imported_codec`, `imported_encoder` and
+`text_model`, which need neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -20,12 +21,16 @@ from audiolm.tokenizers.artifact import CONFIG, WEIGHTS, ArtifactError
 if TYPE_CHECKING:
     import torch
 
+# Unpickling runs code of whoever made the file, so these are named in errors and never opened.
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """The files of one kind of model. Digests are in build fingerprints, so the order of the names must not change."""
+    """The files of one kind of model.
+
+    Digests are in build fingerprints, so the order of the names must not change.
+    """
 
     field: str  # the config field that gives the place, which errors name
     what: str
@@ -48,7 +53,10 @@ class PretrainedModel(Config):
 
 
 class ImportedCodec(Config):
-    """Config of the step `codec` where codec.pretrained is given: as PretrainedModel, with what the stages expect."""
+    """Config of the step `codec` with codec.pretrained.
+
+    `n_q` and `vocab` are those that the stages expect.
+    """
 
     uri: Runtime[str]
     digest: str
@@ -58,7 +66,8 @@ class ImportedCodec(Config):
 
 @dataclass(frozen=True)
 class ModelBytes:
-    """A model as read: `json` by file name (the files that are there), weights by name, and the weights' file."""
+    """A model as read. `json` is by file name (the files that are there), `weights` by tensor name.
+    """
 
     digest: str
     json: dict[str, dict]
@@ -110,12 +119,14 @@ def _missing(files: ModelFiles, uri: str, name: str) -> ArtifactError:
 def read_model(files: ModelFiles, uri: str, planned: str | None = None) -> ModelBytes:
     """The files of a model, read whole.
 
-    Raises ArtifactError for a missing or unreadable file, and where their digest is not the `planned` one.
+    Raises ArtifactError for a missing or unreadable file, and where their digest is not the
+    `planned` one.
     """
     import safetensors.torch
 
     data: dict[str, bytes] = {}
 
+    # Hash and keep the same bytes: a file that changes between two reads cannot slip through.
     def whole(path: str) -> list[bytes]:
         data[path.rsplit("/", 1)[1]] = store.get(path)
         return [data[path.rsplit("/", 1)[1]]]
@@ -137,8 +148,9 @@ def build_model(where: str, kind: str, classes: dict[str, tuple[str, str]], sett
                 prepare: Callable[[Any], None], unused: tuple[str, ...] = ()):
     """The transformers model of a config (`settings`) and weights, in float32 on the CPU.
 
-    `classes`: (config, model) class names by model_type; `prepare` checks or changes the config; tensors whose last
-    name is in `unused` may be missing.  Raises ArtifactError where they make no model, ImportError without transformers.
+    `classes`: (config, model) class names by model_type; `prepare` checks or changes the config;
+    tensors whose last name is in `unused` may be missing.  Raises ArtifactError where they make no
+    model, ImportError without transformers.
     """
     if kind not in classes:
         raise ArtifactError(f"{where}: config.json has model_type {kind!r}; the models that can be used are "
@@ -149,13 +161,15 @@ def build_model(where: str, kind: str, classes: dict[str, tuple[str, str]], sett
         raise ImportError("a pretrained model needs the library transformers: pip install 'audiolm[pretrained]'") from e
     import torch
 
+    # Loading is quiet: a step's progress board owns the terminal.
     config_class, model_class = (getattr(transformers, name) for name in classes[kind])
     bars = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
     try:
         config = config_class.from_dict(settings)
         prepare(config)
-        # Not load_state_dict: names in files differ from a model's (older weight norm, Mimi's halves).
+        # Not load_state_dict: names in files differ from a model's (older weight norm, Mimi's
+        # halves).
         model, report = model_class.from_pretrained(None, config=config, state_dict=weights, dtype=torch.float32,
                                                     output_loading_info=True)
     except Exception as e:  # transformers raises many kinds for what is one fault: the files
@@ -174,5 +188,6 @@ def _misfits(report: dict, surplus: int, unused: tuple[str, ...]) -> list[str]:
     missing = [name for name in report["missing_keys"] if name.rsplit(".", 1)[-1] not in unused]
     found = {"missing": missing, "unexpected": report["unexpected_keys"], "of another shape": report["mismatched_keys"]}
     wrong = [f"{len(names)} {what} ({', '.join(sorted(map(str, names))[:3])})" for what, names in found.items() if names]
-    # transformers' Mimi does not report unknown names inside a half (encoder, decoder) that it knows.
+    # transformers' Mimi does not report unknown names inside a half (encoder, decoder) that it
+    # knows.
     return wrong or ([f"{surplus} more than the model has"] if surplus > 0 else [])

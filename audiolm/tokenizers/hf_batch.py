@@ -1,10 +1,12 @@
-"""Rows of different lengths in one forward pass of an imported model, each with the features that it has alone.
+"""Rows of different lengths in one forward pass of an imported model, without padding's effects.
 
-Four things in transformers' models look beyond a row's end.  An attention mask covers two: attention, and the encoder's
-convolutions.  The group norm after the first convolution takes statistics over all of time: here it runs over each row's
-own span.  The audio's mean and variance: here over the true samples.  Batch norm ahead of the positional convolution
-(conv_pos_batch_norm) lifts a mask's zeros, so such models take rows of one length at a time.
-Legend: wav_BT float32 at 16 kHz, zeros past a row's length; frames at 25 Hz; rows end on whole frames.
+Four things in transformers' models look beyond a row's end. An attention mask covers two:
+attention, and the encoder's convolutions. The group norm after the first convolution takes
+statistics over all of time: here it runs over each row's own span. The audio's mean and variance:
+here over the true samples. Batch norm ahead of the positional convolution (conv_pos_batch_norm)
+lifts a mask's zeros, so such models take rows of one length at a time.
+Legend: wav_BT float32 at 16 kHz, zeros past a row's length; frames at 25 Hz; rows end on whole
+frames.
 """
 
 from __future__ import annotations
@@ -18,8 +20,9 @@ import torch.nn.functional as F
 from audiolm.models.kaldi_fbank import scaled_log_mel
 from audiolm.tokenizers.base import SEMANTIC_HOP
 
-# Zeros at either end, half of a frame's receptive field beyond its hop: (400 - 320) / 2 samples, of a mel frame
-# (400 - 160) / 2. With them n samples give exactly n / 320 frames; without, the last one would be lost.
+# Zeros at either end, half of a frame's receptive field beyond its hop: (400 - 320) / 2 samples, of
+# a mel frame (400 - 160) / 2. With them n samples give exactly n / 320 frames; without, the last
+# one would be lost.
 EDGE, MEL_EDGE = 40, 120
 EPS = 1e-7  # of Wav2Vec2FeatureExtractor
 
@@ -36,7 +39,8 @@ def group_rows(config, frames: list[int]) -> list[list[int]]:
 
 def wave_inputs(wav_BT: torch.Tensor, lengths_B: torch.Tensor, frames_B: torch.Tensor,
                 normalize: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """input_values and attention_mask of the models that take audio; `normalize` to mean 0 and variance 1."""
+    """input_values and attention_mask of models that take audio; `normalize`: mean 0, variance 1.
+    """
     if normalize:  # over the true samples; the padding is zero again afterwards
         inside_BT = _inside(lengths_B, wav_BT.shape[1])
         n_B1 = lengths_B.clamp_min(1)[:, None]

@@ -1,8 +1,9 @@
 """EnCodec, DAC and Mimi in transformers' format behind the Codec protocol (base.Codec).
 
-The step `import_codec` copies a model (hf.py) into its build, where export/config.json holds kind, levels used and
-transformers' own config.  Shapes: wav_BT float32 at spec.sample_rate, lengths_B true samples, codes_TQ int64 of one clip
-on the CPU, codes_BTQ of a batch (1: one clip).
+The step `import_codec` copies a model (hf.py) into its build, where export/config.json holds kind,
+levels used and transformers' own config.
+Shapes: wav_BT float32 at spec.sample_rate, lengths_B true samples, codes_TQ int64 of one clip on
+the CPU, codes_BTQ of a batch (1: one clip).
 Sources: EnCodec 2210.13438, DAC 2306.06546, Mimi 2410.00037.
 """
 
@@ -27,8 +28,9 @@ from audiolm.tokenizers.base import (
 
 CLASSES = {"encodec": ("EncodecConfig", "EncodecModel"), "dac": ("DacConfig", "DacModel"),
            "mimi": ("MimiConfig", "MimiModel")}
-# Frames of real sound on either side of a piece cut out of long audio: 1 s at 50 Hz, more than DAC's receptive field.
-# EnCodec's LSTM and Mimi's attention look back without end, so a piece there comes near the whole, not equal to it.
+# Frames of real sound on either side of a piece cut out of long audio: 1 s at 50 Hz, more than
+# DAC's receptive field. EnCodec's LSTM and Mimi's attention look back without end, so a piece there
+# comes near the whole, not equal to it.
 HISTORY = LOOKAHEAD = 50
 UNUSED = ("inited", "cluster_size", "embed_avg", "initialized")  # codebook buffers that only training reads
 
@@ -36,7 +38,8 @@ UNUSED = ("inited", "cluster_size", "embed_avg", "initialized")  # codebook buff
 class PretrainedCodec:
     """A frozen Codec, in float32.
 
-    Clips are encoded one by one: these models take no lengths, and another clip's padding would change the codes.
+    Clips are encoded one by one: these models take no lengths, and another clip's padding would
+    change the codes.
     """
 
     def __init__(self, model, kind: str, n_q: int, digest: str, device: str = "cpu"):
@@ -46,10 +49,12 @@ class PretrainedCodec:
         self.spec = TokenSpec(kind, rate, hop, n_q, vocab)
 
     def encode(self, wav_BT, lengths_B) -> list:
-        """codes_TQ (int64, on the CPU) of each clip: T = padded_samples(length) / 320 where the model has the pipeline's
-        rate and hop, else ceil(length / hop), at least 1; zeros fill the last frame.
+        """codes_TQ (int64, on the CPU) of each clip: T = padded_samples(length) / 320 where the
+        model has the pipeline's rate and hop, else ceil(length / hop), at least 1; zeros fill the
+        last frame.
 
-        Raises ValueError for wav_BT of another shape, lengths beyond it and samples that are no numbers.
+        Raises ValueError for wav_BT of another shape, lengths beyond it and samples that are no
+        numbers.
         """
         codes, hop = [], self.spec.hop
         with torch.inference_mode():
@@ -65,7 +70,8 @@ class PretrainedCodec:
     def decode(self, codes_BTQ):
         """wav_BT float32 on the CPU, T = frames x hop, of any prefix of the levels.
 
-        DAC leaves samples off the end where a stride is odd (8 with its 16 kHz model); they are zeros here.
+        DAC leaves samples off the end where a stride is odd (8 with its 16 kHz model); they are
+        zeros here.
 
         Raises ValueError for codes of another shape or outside 0 .. vocab - 1.
         """
@@ -82,7 +88,8 @@ class PretrainedCodec:
 def load_pretrained_codec(path: str, device: str = "cpu") -> PretrainedCodec:
     """The codec of a folder or URI in transformers' format, with all its levels and its own rate.
 
-    Raises ArtifactError for what cannot be read as such. A build of the step `codec` goes to `acoustic.load_codec`.
+    Raises ArtifactError for what cannot be read as such. A build of the step `codec` goes to
+    `acoustic.load_codec`.
     """
     data = hf.read_model(replace(hf.CODEC, field="--codec"), path)
     settings = data.json[CONFIG]
@@ -92,12 +99,16 @@ def load_pretrained_codec(path: str, device: str = "cpu") -> PretrainedCodec:
 
 
 def from_export(path: str, weights: dict, config: dict, digest: str, device: str = "cpu") -> PretrainedCodec:
-    """The codec of what `import_codec` left (weights by name, export/config.json). Raises ArtifactError."""
+    """The codec of what `import_codec` left (weights by name, export/config.json).
+
+    Raises ArtifactError.
+    """
     kind, settings = config.get("kind"), config.get("transformers")
     if kind not in CLASSES or not isinstance(settings, dict):
         raise ArtifactError(f"{path}/export/config.json is no imported codec's (kind {kind!r}): give the path of a build "
                             f"whose kind is one of {', '.join(CLASSES)}")
     model = _build(path, {**settings, "model_type": kind}, weights)
+    # Stages and token shards trust these numbers, so they must be the model's.
     rate, hop, levels, vocab = _sizes(kind, model.config)
     found = {"sample_rate": rate, "hop": hop, "vocab": vocab, "n_q": min(levels, config.get("n_q", 0))}
     if wrong := [f"{name} {config.get(name)!r}, the model's is {value}" for name, value in found.items()
@@ -107,9 +118,12 @@ def from_export(path: str, weights: dict, config: dict, digest: str, device: str
 
 
 def import_codec(config: dict, inputs: dict, out) -> dict:
-    """Step fn: config {"codec": hf.ImportedCodec} -> facts. Leaves export/ (see above) with the whole model.
+    """Step fn: config {"codec": hf.ImportedCodec} -> facts.
 
-    Raises ValueError where the model does not fit the pipeline or its bytes are no longer those of the plan.
+    Leaves export/ (see above) with the whole model.
+
+    Raises ValueError where the model does not fit the pipeline or its bytes are no longer those of
+    the plan.
     """
     want = config["codec"]
     data = hf.read_model(hf.CODEC, want.uri, want.digest)
@@ -123,6 +137,7 @@ def import_codec(config: dict, inputs: dict, out) -> dict:
         fixes.append(f"codec.vocab={vocab}")
     if want.n_q > levels:
         fixes.append(f"codec.n_q={levels} (or fewer)")
+    # All that is wrong in one error: each fix alone would cost another start.
     if fixes:
         raise ValueError(f"codec.pretrained: {want.uri} ({kind}) has {rate} Hz, hop {hop}, {levels} levels and a vocabulary "
                          f"of {vocab}; the pipeline takes {SAMPLE_RATE} Hz and hop {ACOUSTIC_HOP}, the config asks for "
@@ -164,7 +179,9 @@ def _sizes(kind: str, config) -> tuple[int, int, int, int]:
 
 
 def _frames(spec: TokenSpec, samples: int) -> int:
-    """Frames of a clip: an even number at the pipeline's rate and hop, so that semantic frames fit; else as few as hold it."""
+    """Frames of a clip: whole semantic frames at the pipeline's rate and hop, else as few as hold
+    it.
+    """
     if (spec.sample_rate, spec.hop) == (SAMPLE_RATE, ACOUSTIC_HOP):
         return padded_samples(samples) // spec.hop
     return max(1, -(-samples // spec.hop))

@@ -1,9 +1,10 @@
-"""HuBERT, WavLM, wav2vec 2.0 and w2v-BERT 2.0 in transformers' format (hf.py) behind the Extractor protocol.
+"""HuBERT, WavLM, wav2vec 2.0 and w2v-BERT 2.0 in transformers' format as Extractors.
 
-These models make a frame every 320 samples (50 Hz), the semantic tokens one every 640: `features` is the mean of frames
-2i and 2i + 1, `raw` gives the frames themselves.  Rows are padded with zeros to a multiple of 640 samples, n', and by 40
-at either side (w2v-BERT: 120), so that exactly n' / 320 frames come out.  Rows of any lengths form a batch, in which
-padding changes no row (hf_batch.py).  Legend as in extractor.py.
+These models make a frame every 320 samples (50 Hz), the semantic tokens one every 640: `features`
+is the mean of frames 2i and 2i + 1, `raw` gives the frames themselves. Rows are padded with zeros
+to a multiple of 640 samples, n', and by 40 at either side (w2v-BERT: 120), so that exactly n' / 320
+frames come out. Rows of any lengths form a batch, in which padding changes no row (hf_batch.py).
+Legend as in extractor.py.
 Sources: HuBERT 2106.07447, WavLM 2110.13900, wav2vec 2.0 2006.11477, w2v-BERT 2.0 2312.05187.
 """
 
@@ -24,10 +25,12 @@ from audiolm.tokenizers.hf_batch import EDGE, group_rows, mel_inputs, per_row_gr
 MEL_FAMILY = "wav2vec2-bert"
 CLASSES = {"hubert": ("HubertConfig", "HubertModel"), "wavlm": ("WavLMConfig", "WavLMModel"),
            "wav2vec2": ("Wav2Vec2Config", "Wav2Vec2Model"), MEL_FAMILY: ("Wav2Vec2BertConfig", "Wav2Vec2BertModel")}
-# Equals transformers' hidden_states[n], but that some of its versions normalise the last one of do_stable_layer_norm models.
+# Equals transformers' hidden_states[n], but that some of its versions normalise the last one of
+# do_stable_layer_norm models.
 CONVENTION = "output of block n counted from 1, before the norm that closes the encoder where it has one"
 HOP = 320
-# In files with a head for training or recognition: what is not of the encoder, and what transformers puts before the rest.
+# In files with a head for training or recognition: what is not of the encoder, and what
+# transformers puts before the rest.
 HEADS = ("lm_head.", "quantizer.", "project_q.", "project_hid.", "projector.", "classifier.", "layer_weights", "tdnn.",
          "objective.")
 PREFIXES = ("hubert.", "wavlm.", "wav2vec2.", "wav2vec2_bert.")
@@ -36,7 +39,10 @@ OFF = {"mask_time_prob": 0.0, "mask_feature_prob": 0.0, "add_adapter": False, "u
 
 
 class TransformersExtractor:
-    """A frozen Extractor. `settings` is transformers' config, `preprocessor` its front end (see `_preprocessor`)."""
+    """A frozen Extractor.
+
+    `settings` is transformers' config, `preprocessor` its front end (see `_preprocessor`).
+    """
 
     convention = CONVENTION
 
@@ -52,7 +58,8 @@ class TransformersExtractor:
 
     def raw(self, wav_BT: torch.Tensor, lengths_B: torch.Tensor,
             layers: Sequence[int]) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """features_BTD (float32; zeros past a row's frames) of each of `layers` and frames_B, both at 50 Hz.
+        """features_BTD (float32; zeros past a row's frames) of each of `layers` and frames_B, both
+        at 50 Hz.
 
         Raises ValueError for a layer that the model does not have.
         """
@@ -61,11 +68,14 @@ class TransformersExtractor:
         lengths_B, frames = lengths_B.to(wav_BT.device), frames_B.tolist()
         features = [wav_BT.new_zeros(len(wav_BT), 2 * max(frames), self.dim) for _ in layers]
         with torch.no_grad():
+            # Most families take all rows at once; each part is cut to its own longest row.
             for rows in group_rows(self.model.config, frames):
                 part = [frames[row] for row in rows]
                 outputs = self._blocks(wav_BT[rows, :max(part) * SEMANTIC_HOP], lengths_B[rows], part, layers)
                 for x_BTD, output_BTD in zip(features, outputs, strict=True):
                     x_BTD[rows, :2 * max(part)] = output_BTD.float()
+            # Frames past a row's end hold whatever padding gave: zeros are the same for every
+            # batch.
             inside_BT1 = (torch.arange(2 * max(frames), device=wav_BT.device) < 2 * frames_B[:, None])[..., None]
             return [x_BTD.mul_(inside_BT1) for x_BTD in features], 2 * frames_B
 
@@ -73,13 +83,16 @@ class TransformersExtractor:
         positions = getattr(self.model.encoder, "embed_positions", None)
         rates = getattr(positions, "inv_freq", None)
         self.model.to(device=device, dtype=dtype or torch.float32)
-        # Rotary positions: bfloat16 is exact only up to 256, and transformers' cache follows neither device nor dtype.
+        # Rotary positions: bfloat16 is exact only up to 256, and transformers' cache follows
+        # neither device nor dtype.
         if rates is not None:
             positions.inv_freq, positions.cached_sequence_length = rates.to(device), None
         return self
 
     def truncated(self, layer):
         self._check([layer])
+        # A shallower config and the weights of its blocks compute the same up to that block. A norm
+        # that follows the last block never runs, because outputs are taken at blocks.
         state = self.model.state_dict()
         above = {f"encoder.layers.{n}." for n in range(layer, self.layers)}
         kept = {name: value.float().cpu() if value.is_floating_point() else value.cpu() for name, value in state.items()
@@ -98,7 +111,10 @@ class TransformersExtractor:
             raise ValueError(f"layer {wrong[0]}: the model ({self.family}) has {self.layers} blocks; give 1 to {self.layers}")
 
     def _blocks(self, wav_BT, lengths_B, frames: list[int], layers: Sequence[int]) -> list:
-        """The outputs of blocks: transformers' hidden_states, without computing the blocks above the highest of them."""
+        """The blocks' outputs, transformers' hidden_states.
+
+        Blocks above the highest layer are not computed.
+        """
         frames_B = torch.tensor(frames, device=wav_BT.device)
         if self.family == MEL_FAMILY:
             inputs, mask = mel_inputs(wav_BT, frames_B, self.preprocessor["num_mel_bins"])
@@ -128,12 +144,18 @@ class _Enough(Exception):
 
 
 def load_pretrained_encoder(uri: str) -> TransformersExtractor:
-    """The model of a folder or URI; in float32 on the CPU. Raises ArtifactError for what cannot be read as such."""
+    """The model of a folder or URI; in float32 on the CPU.
+
+    Raises ArtifactError for what cannot be read as such.
+    """
     return _from_files(uri, hf.read_model(hf.ENCODER, uri))
 
 
 def from_export(config: dict, weights: dict[str, torch.Tensor]) -> TransformersExtractor:
-    """The extractor of `to_json` and `state`; in float32 on the CPU. Raises ArtifactError where they do not fit."""
+    """The extractor of `to_json` and `state`; in float32 on the CPU.
+
+    Raises ArtifactError where they do not fit.
+    """
     if config.get("layer_convention") != CONVENTION:
         raise ArtifactError(f"layer_convention is {config.get('layer_convention')!r}, this code reads {CONVENTION!r}: "
                             "import the model again (--force masked_model)")
@@ -145,10 +167,12 @@ def from_export(config: dict, weights: dict[str, torch.Tensor]) -> TransformersE
 
 
 def import_encoder(config: dict, inputs: dict, out) -> dict:
-    """Step fn: config {"encoder": hf.PretrainedModel} -> facts. Leaves export/ for `semantic.load_extractor`: the encoder
-    alone, in float32.
+    """Step fn: config {"encoder": hf.PretrainedModel} -> facts.
 
-    Raises ArtifactError where the model cannot be used or its bytes are no longer those of the plan.
+    Leaves export/ for `semantic.load_extractor`: the encoder alone, in float32.
+
+    Raises ArtifactError where the model cannot be used or its bytes are no longer those of the
+    plan.
     """
     want = config["encoder"]
     extractor = _from_files(want.uri, hf.read_model(hf.ENCODER, want.uri, want.digest))
@@ -171,16 +195,18 @@ def _extractor(where: str, settings: dict, weights: dict, given: dict) -> Transf
     family = settings.get("model_type")
     model = hf.build_model(where, family, CLASSES, settings, _inner(weights), _switch_off)
     preprocessor = _preprocessor(where, family, given)
+    # use_diff=False: defaults of this version of transformers become part of the export, whatever a
+    # later one has.
     described = json.loads(model.config.to_json_string(use_diff=False))
     _check_rate(where, family, model.config, preprocessor)
     return TransformersExtractor(model, {k: v for k, v in described.items() if k != "_name_or_path"}, preprocessor)
 
 
 def _preprocessor(where: str, family: str, given: dict) -> dict:
-    """The fields of preprocessor_config.json that change features, with transformers' defaults for absent ones.
+    """The fields of preprocessor_config.json that change features, or transformers' defaults.
 
-    do_normalize: zero mean and unit variance over an utterance's true samples; w2v-BERT normalises each mel band over
-    all frames instead.
+    do_normalize: zero mean and unit variance over an utterance's true samples; w2v-BERT normalises
+    each mel band over all frames instead.
     """
     kind = "SeamlessM4TFeatureExtractor" if family == MEL_FAMILY else "Wav2Vec2FeatureExtractor"
     named, rate = given.get("feature_extractor_type", kind), given.get("sampling_rate", SAMPLE_RATE)
@@ -196,9 +222,11 @@ def _preprocessor(where: str, family: str, given: dict) -> dict:
 
 
 def _inner(weights: dict) -> dict:
-    """The encoder's weights by the names of transformers' base model, whatever head the file was saved with."""
+    """The encoder's weights by the names of transformers' base model, without any head.
+    """
     stripped, inside = {}, any(name.startswith(PREFIXES) for name in weights)
-    # An x-vector model's head has the name of the base model's convolutions, which then have a prefix.
+    # An x-vector model's head has the name of the base model's convolutions, which then have a
+    # prefix.
     heads = (*HEADS, "feature_extractor.") if inside else HEADS
     for name, value in weights.items():
         if prefix := next((p for p in PREFIXES if name.startswith(p)), None):
@@ -218,7 +246,8 @@ def _switch_off(config) -> None:
 
 
 def _check_rate(where: str, family: str, config, preprocessor: dict) -> None:
-    """Raises ArtifactError for a model that makes no frame each 320 samples: two of them make a semantic frame."""
+    """Raises ArtifactError for a model without a frame each 320 samples; two make a semantic frame.
+    """
     if family == MEL_FAMILY:
         bands, stride = preprocessor["num_mel_bins"], preprocessor["stride"]
         if stride != 2 or bands * stride != config.feature_projection_input_dim:
@@ -227,6 +256,7 @@ def _check_rate(where: str, family: str, config, preprocessor: dict) -> None:
                                 "num_mel_bins to half")
         return
 
+    # Frames of the convolutions for one semantic frame and for 100, with the zeros at either end.
     def frames(samples: int) -> int:
         for kernel, stride in zip(config.conv_kernel, config.conv_stride, strict=True):
             samples = (samples - kernel) // stride + 1

@@ -1,8 +1,9 @@
-"""The step `kmeans`: features of one layer, sampled over shards, z-scored and clustered (2209.03143, III-B and IV-B).
+"""The step `kmeans`: features of one layer, sampled, z-scored, clustered (2209.03143, III-B, IV-B).
 
-A task a shard samples train clips by rng (seed, "kmeans", shard) and writes one file of features.  One more task holds
-them all and fits: max_frames bounds it, 8 GB for 2 million frames of width 1024 in float32, 20 GB for 5 million.  The
-result is the same bits on any number of workers.  Leaves the export that tokenizers/semantic.py reads.
+A task a shard samples train clips by rng (seed, "kmeans", shard) and writes one file of features.
+One more task holds them all and fits: max_frames bounds it, 8 GB for 2 million frames of width 1024
+in float32, 20 GB for 5 million. The result is the same bits on any number of workers. Leaves the
+export that tokenizers/semantic.py reads.
 Legend: N frames at 25 Hz, D dimensions, K clusters.
 """
 
@@ -28,8 +29,8 @@ from audiolm.tokenizers.base import SAMPLE_RATE, SEMANTIC_HOP, pad_rows, padded_
 from audiolm.tokenizers.extractor import Extractor, Window, window_of, windowed
 from audiolm.tokenizers.semantic import load_extractor, save_semantic
 
-# Frames encoded for each one kept, at most. Frames of one clip resemble each other, so a few from each of many clips
-# cover more than all frames of a few; encoding is what that costs.
+# Frames encoded for each one kept, at most. Frames of one clip resemble each other, so a few from
+# each of many clips cover more than all frames of a few; encoding is what that costs.
 OVERSAMPLE = 4
 BATCH_S = 60.0  # padded audio encoded at once
 MIN_STD = 1e-3  # a dimension that never changes is divided by this, not by zero
@@ -51,8 +52,10 @@ class FeatureSource:
 
 
 def fit_kmeans(config: dict, inputs: dict, out) -> dict:
-    """Step fn: config {"kmeans", "where", "corpus", "seed", "cluster"}, inputs: manifest, the masked model (masked_model or
-    masked_model_N) and, where layer or k is auto, the step that chose it (layers or layers_N) -> facts."""
+    """Step fn: config {"kmeans", "where", "corpus", "seed", "cluster"}, inputs: manifest, the
+    masked model (masked_model or masked_model_N) and, where layer or k is auto, the step that chose
+    it (layers or layers_N) -> facts.
+    """
     settings, where, cluster = chosen(config["kmeans"], inputs), config["where"], config["cluster"]
     clips = read_clips(inputs["manifest"].path, "train", where)
     if not clips:
@@ -78,7 +81,8 @@ def chosen(settings: KMeansConfig, inputs: dict) -> KMeansConfig:
 # --- sampling, a task a shard
 
 def sample_features(source: FeatureSource, clips: Iterable[Clip], max_frames: int, out, cluster: ClusterConfig) -> list[int]:
-    """Samples about `max_frames` frames over the clips' shards (see `sample_shard`); returns the shards' numbers."""
+    """Samples about `max_frames` frames over the clips' shards; returns the shards' numbers.
+    """
     shards: dict[int, list[Clip]] = {}
     for clip in clips:
         shards.setdefault(clip.shard, []).append(clip)
@@ -86,6 +90,7 @@ def sample_features(source: FeatureSource, clips: Iterable[Clip], max_frames: in
     frames = [sum(frames_in(c) for c in shards[n]) for n in numbers]
     quotas = quotas_of(frames, max_frames)
     items = [(source, shards[n], n, quota, out.path) for n, quota in zip(numbers, quotas, strict=True)]
+    # For the progress: the audio that a shard's task encodes.
     sizes = [min(f, OVERSAMPLE * q) * SEMANTIC_HOP / SAMPLE_RATE for f, q in zip(frames, quotas, strict=True)]
     parallel_map(sample_shard, items, out=out, cluster=cluster, unit="audio s", sizes=sizes, gpu=source.device == "cuda")
     out.check()
@@ -93,11 +98,14 @@ def sample_features(source: FeatureSource, clips: Iterable[Clip], max_frames: in
 
 
 def sample_shard(source: FeatureSource, clips: list[Clip], shard: int, quota: int, out_path: str) -> None:
-    """Writes `quota` feature frames of a shard's train clips, x_ND float32, to features/{shard}.safetensors."""
+    """Writes `quota` frames x_ND float32 of a shard's train clips to features/{shard}.safetensors.
+    """
     path = features_file(out_path, shard)
     if store.exists(path):  # files appear whole, and the folder is this build's: an earlier attempt wrote it
         return
-    # Clips in drawn order until they have OVERSAMPLE times the quota, then frames of those, drawn without replacement.
+    # One generator a shard: the sample does not depend on which machine draws it, or on other
+    # shards' draws. Clips in drawn order until they have OVERSAMPLE times the quota, then frames of
+    # those, drawn without replacement.
     generator = rng.generator(source.seed, "kmeans", shard)
     taken, have = [], 0
     for i in generator.permutation(len(clips)).tolist():
@@ -107,6 +115,8 @@ def sample_shard(source: FeatureSource, clips: list[Clip], shard: int, quota: in
         have += frames_in(clips[i])
     keep = torch.from_numpy(generator.permutation(have)[:quota]).sort().values
     extractor, parts, at = load_extractor(source.model, source.device), [], 0
+    # Encode all frames of the clips taken; `at` counts them, so that `keep` finds its rows in each
+    # group.
     for group in _groups(taken):
         wavs = [read_clip(c, source.folders) for c in group]
         (x_ND,) = encode_frames(extractor, [source.layer], wavs, source.window)
@@ -117,7 +127,8 @@ def sample_shard(source: FeatureSource, clips: list[Clip], shard: int, quota: in
 
 
 def encode_frames(extractor: Extractor, layers: Sequence[int], wavs: Sequence, window: Window) -> list[torch.Tensor]:
-    """x_ND (float32, CPU) of each layer: all frames of some clips, one after the other; none of the padding's."""
+    """x_ND (float32, CPU) of each layer: the true frames of some clips, one after the other.
+    """
     features, frames_B = windowed(extractor, *pad_rows(wavs), layers, window)
     frames = frames_B.tolist()
     return [torch.cat([x[:n] for x, n in zip(x_BTD.cpu(), frames, strict=True)]) for x_BTD in features]
@@ -183,7 +194,10 @@ def run_fit(fit: Callable[..., dict], args: tuple, device: str, out, cluster: Cl
 
 
 def throttled(report: Report, of: int, frames: int) -> Callable[[int, float], None]:
-    """tell(iterations done, inertia), which reports at most every SHOW_S seconds: a note is a write to the store."""
+    """tell(iterations done, inertia), which reports at most every SHOW_S seconds.
+
+    A note is a write to the store.
+    """
     last = time.monotonic()
 
     def tell(done: int, inertia: float) -> None:
@@ -200,8 +214,8 @@ def fit_centroids(source: FeatureSource, settings: KMeansConfig, numbers: list[i
     shards = read_features(out_path, numbers)
     frames = sum(map(len, shards))
     mean_D, std_D = zscore(shards)
-    # Without the z-score the few dimensions of largest variance would decide which centroid is nearest (III-B).
-    # Shard by shard: the features are in memory once.
+    # Without the z-score the few dimensions of largest variance would decide which centroid is
+    # nearest (III-B). Shard by shard: the features are in memory once.
     for i, x_ND in enumerate(shards):
         shards[i] = scaled(x_ND, mean_D, std_D).to(source.device)
     tell = throttled(report, settings.restarts * settings.iterations, frames)
@@ -210,8 +224,10 @@ def fit_centroids(source: FeatureSource, settings: KMeansConfig, numbers: list[i
                        on_iteration=lambda run, done, inertia: tell(run * settings.iterations + done, inertia))
     save_semantic(out_path, load_extractor(source.model), source.layer, mean_D, std_D, found.centroids, source.window,
                   {"frames": frames, "seed": source.seed})
+    # Facts for the run's page: dead clusters and a low entropy show a collapse.
     used = int((found.counts > 0).sum())
-    # After the z-score each dimension that moves has variance 1, so the features' energy is frames x those dimensions.
+    # After the z-score each dimension that moves has variance 1, so the features' energy is frames
+    # x those dimensions.
     moving = int((std_D > MIN_STD).sum().clamp_min(1))
     return {"k": settings.k, "layer": source.layer, "frames": frames, "inertia": found.inertia / frames,
             "explained": 1.0 - found.inertia / (frames * moving), "iterations": found.iterations,
@@ -219,7 +235,10 @@ def fit_centroids(source: FeatureSource, settings: KMeansConfig, numbers: list[i
 
 
 def zscore(shards: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """mean_D, std_D (float32) over all frames: float64 sums in two passes, in the order of shards and parts."""
+    """mean_D, std_D (float32) over all frames: float64 sums in the order of shards and parts.
+    """
+    # Two passes: the difference of large sums would lose the variance of a dimension with a large
+    # mean.
     frames, parts = sum(map(len, shards)), kmeans.parts(shards)
     mean = sum(sum(x.double().sum(0) for x in part) for part in parts) / frames
     var = sum(sum((x.double() - mean).square().sum(0) for x in part) for part in parts) / frames

@@ -1,9 +1,11 @@
-"""More levels of semantic tokens by residual k-means of the z-scored features (2209.03143, Table I).
+"""More levels of semantic tokens by residual k-means (2209.03143, Table I).
 
-Level 1 is the tokenizer's own; each further level clusters what the levels before it leave.  The step `residual` fits
-them on frames sampled as `kmeans` samples them.  {build}/export: model.safetensors (`codebooks`, (levels - 1, K, D)
-float32) and config.json with the digest of the kmeans export, without which it is refused.
-Legend: wav_BT float32 at 16 kHz, lengths_B true samples, codes_TQ at 25 Hz, N frames, L levels, D dimensions.
+Level 1 is the tokenizer's own; each further level clusters what the levels before it leave. The
+step `residual` fits them on frames sampled as `kmeans` samples them. {build}/export:
+model.safetensors (`codebooks`, (levels - 1, K, D) float32) and config.json with the digest of the
+kmeans export, without which it is refused.
+Legend: wav_BT float32 at 16 kHz, lengths_B true samples, codes_TQ at 25 Hz, N frames, L levels, D
+dimensions.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ class ResidualTokenizer:
     """A frozen Tokenizer with 1 + len(codebooks) levels. `hash_of(1)` is the plain tokenizer's."""
 
     def __init__(self, tokenizer: SemanticTokenizer, codebooks_LKD: torch.Tensor | None = None, digest: str | None = None):
+        # Level 1 first, then the fitted ones: codes of any prefix of the levels decode.
         first_1KD = tokenizer.centroids_KD[None]
         self.tokenizer, self.residual_hash = tokenizer, digest
         self.books_LKD = first_1KD if codebooks_LKD is None else torch.cat([first_1KD, codebooks_LKD.to(first_1KD)])
@@ -36,12 +39,14 @@ class ResidualTokenizer:
         self.hash = self.hash_of(levels)
 
     def hash_of(self, levels: int) -> str:
-        """The hash of the first `levels` levels: tokens of level 1 alone stay those of the plain tokenizer."""
+        """The hash of the first `levels` levels; of level 1 it is the plain tokenizer's.
+        """
         return self.tokenizer.hash if levels == 1 else f"{self.tokenizer.hash}+{self.residual_hash}"
 
     @torch.no_grad()
     def codes(self, wav_BT: torch.Tensor, lengths_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """codes_BTQ and frames_B, on the tokenizer's device; codes past a row's frames mean nothing."""
+        """codes_BTQ and frames_B, on the tokenizer's device. Ignore codes past a row's frames.
+        """
         x_BTD, frames_B = self.tokenizer.features(wav_BT, lengths_B)
         return quantize(x_BTD.flatten(0, 1), self.books_LKD).view(*x_BTD.shape[:2], -1), frames_B
 
@@ -51,7 +56,9 @@ class ResidualTokenizer:
         return [row[:n] for row, n in zip(codes_BTQ.cpu(), frames_B.tolist(), strict=True)]
 
     def vectors_of(self, codes_TQ: torch.Tensor, levels: int | None = None) -> torch.Tensor:
-        """(T, D) float32 on the CPU: the sum of the centroids of the first `levels` of the codes' levels (None: all)."""
+        """(T, D) float32 on the CPU: the sum of the centroids of the first `levels` levels (None:
+        all).
+        """
         codes_TQ = codes_TQ[:, :levels]
         return sum(book_KD[code_T] for book_KD, code_T in zip(self.books_LKD.cpu(), codes_TQ.cpu().T, strict=False))
 
@@ -67,7 +74,7 @@ def quantize(x_ND: torch.Tensor, books_LKD: torch.Tensor) -> torch.Tensor:
 
 
 def load_residual(kmeans_path: str, residual_path: str | None = None, device: str = "cpu") -> ResidualTokenizer:
-    """The tokenizer of a finished kmeans build, with the levels of a residual build of it where one is given.
+    """The tokenizer of a finished kmeans build, with a residual build's levels where one is given.
 
     Raises ArtifactError where they do not belong together.
     """
@@ -89,8 +96,10 @@ def load_residual(kmeans_path: str, residual_path: str | None = None, device: st
 
 
 def fit_residual(config: dict, inputs: dict, out) -> dict:
-    """Step fn: config {"residual", "where", "corpus", "seed", "cluster"}, inputs: manifest, kmeans -> facts: frames, levels, k
-    and explained/qNN, the share of the features' variance that the levels up to NN hold."""
+    """Step fn: config {"residual", "where", "corpus", "seed", "cluster"}, inputs: manifest, kmeans
+    -> facts: frames, levels, k and explained/qNN, the share of the features' variance that the
+    levels up to NN hold.
+    """
     settings, where, cluster = config["residual"], config["where"], config["cluster"]
     path = inputs["kmeans"].path
     clips = read_clips(inputs["manifest"].path, "train", where)
@@ -105,13 +114,16 @@ def fit_residual(config: dict, inputs: dict, out) -> dict:
 
 def fit_levels(source: kmeans_fit.FeatureSource, settings: ResidualConfig, numbers: list[int], out_path: str,
                report: kmeans_fit.Report) -> dict:
-    """Codebooks of levels 2 .. settings.levels from the files of features; leaves the export, returns the facts."""
+    """Fits levels 2 .. settings.levels on the files of features; leaves the export, returns the
+    facts.
+    """
     tokenizer = load_semantic(source.model)
     book_KD = tokenizer.centroids_KD.to(source.device)
     rests = kmeans_fit.read_features(out_path, numbers)
     for i, x_ND in enumerate(rests):  # shard by shard: the features are in memory once
         rests[i] = kmeans_fit.scaled(x_ND, tokenizer.mean_D, tokenizer.std_D).to(source.device)
     total, frames = _energy(rests), sum(map(len, rests))
+    # One progress over all levels: `before` counts the iterations of the levels already fitted.
     tell = kmeans_fit.throttled(report, (settings.levels - 1) * settings.iterations, frames)
     books, facts = [], {"frames": frames, "levels": settings.levels, "k": len(book_KD)}
     for level in range(1, settings.levels + 1):

@@ -1,8 +1,9 @@
-"""Semantic tokens: encoder features at one layer, z-scored per dimension, then the nearest centroid (2209.03143, III-B).
+"""Semantic tokens: encoder features, z-scored, then the nearest centroid (2209.03143, III-B).
 
-One self-describing export, {kmeans build}/export/.  model.safetensors holds `encoder.*` with the input's statistics,
-`zscore.mean`, `zscore.std` and `centroids`.  config.json holds format, family, encoder sizes, layer and its convention,
-sample rate, k, window, the weights' sha256 and golden tokens.  Loading refuses parts that do not belong together.
+One self-describing export, {kmeans build}/export/. model.safetensors holds `encoder.*` with the
+input's statistics, `zscore.mean`, `zscore.std` and `centroids`. config.json holds format, family,
+encoder sizes, layer and its convention, sample rate, k, window, the weights' sha256 and golden
+tokens. Loading refuses parts that do not belong together.
 Legend: wav_BT float32 at 16 kHz, lengths_B true samples, features_BTD and codes_T1 at 25 Hz.
 """
 
@@ -28,19 +29,24 @@ SURE = 1e-3  # golden frames nearer to a tie than this may differ between proces
 def golden_clip() -> torch.Tensor:
     """wav_BT (1, GOLDEN_S): a gliding voice-like tone that changes vowel, from a formula alone.
 
-    It crosses many centroids and needs no file. Its tokens, kept in the export, are encoded again on every load.
+    It crosses many centroids and needs no file. Its tokens, kept in the export, are encoded again
+    on every load.
     """
     t = torch.arange(int(GOLDEN_S * SAMPLE_RATE), dtype=torch.float64) / SAMPLE_RATE
     pitch = 110.0 + 40.0 * torch.sin(2 * math.pi * 0.7 * t)
     phase = 2 * math.pi * torch.cumsum(pitch / SAMPLE_RATE, 0)
     formant = 900.0 + 500.0 * torch.sin(2 * math.pi * 1.3 * t)
+    # Harmonics up to the 23rd under a moving formant, then bursts of hiss.
     voice = sum(torch.exp(-(((n * pitch - formant) / 350.0) ** 2)) * torch.sin(n * phase) for n in range(1, 24))
     hiss = torch.sin(1e4 * torch.sin(1e4 * t)) * (torch.sin(2 * math.pi * 2.1 * t) > 0.8)
     return (0.1 * voice + 0.05 * hiss).float()[None]
 
 
 class SemanticTokenizer:
-    """A frozen Tokenizer of one level. `encode` gives tokens, `features` the vectors that are clustered (for ABX)."""
+    """A frozen Tokenizer of one level.
+
+    `encode` gives tokens, `features` the vectors that are clustered (for ABX).
+    """
 
     def __init__(self, extractor: Extractor, layer: int, mean_D: torch.Tensor, std_D: torch.Tensor,
                  centroids_KD: torch.Tensor, window: Window, digest: str, device: str = "cpu",
@@ -55,6 +61,8 @@ class SemanticTokenizer:
     def features(self, wav_BT: torch.Tensor, lengths_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Z-scored features_BTD (float32, on the tokenizer's device) and frames_B."""
         (x_BTD,), frames_B = windowed(self.extractor, wav_BT.to(self.device), lengths_B, [self.layer], self.window)
+        # The statistics of the fit, not of this clip: tokens of a clip do not depend on what else
+        # it contains.
         return (x_BTD - self.mean_D) / self.std_D, frames_B
 
     def encode(self, wav_BT: torch.Tensor, lengths_B: torch.Tensor) -> list[torch.Tensor]:
@@ -63,13 +71,15 @@ class SemanticTokenizer:
         return [row[:n, None] for row, n in zip(codes_BT.cpu(), frames_B.tolist(), strict=True)]
 
     def codes(self, wav_BT: torch.Tensor, lengths_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """codes_BT and frames_B, on the tokenizer's device; codes past a row's frames mean nothing."""
+        """codes_BT and frames_B, on the tokenizer's device. Ignore codes past a row's frames.
+        """
         x_BTD, frames_B = self.features(wav_BT, lengths_B)
         return kmeans.assign(x_BTD.flatten(0, 1), self.centroids_KD).view(x_BTD.shape[:2]), frames_B
 
 
 def load_extractor(build: str, device: str = "cpu") -> Extractor:
-    """The encoder of a masked model's export, trained here or imported, or of a tokenizer's. Raises ArtifactError."""
+    """The encoder of a masked model's or a tokenizer's export. Raises ArtifactError.
+    """
     weights, config, _ = read_export(build)
     _require(build, config, "format", FORMAT if config.get("format") == FORMAT else MASKED_FORMAT)
     _require(build, config, "sample_rate", SAMPLE_RATE)
@@ -78,7 +88,11 @@ def load_extractor(build: str, device: str = "cpu") -> Extractor:
 
 def save_semantic(build: str, extractor: Extractor, layer: int, mean_D: torch.Tensor, std_D: torch.Tensor,
                   centroids_KD: torch.Tensor, window: Window, source: dict) -> None:
-    """Writes the export without the blocks above `layer`. `source` (plain JSON) says how the centroids were fitted."""
+    """Writes the export without the blocks above `layer`.
+
+    `source` (plain JSON) says how the centroids were fitted.
+    """
+    # Golden tokens come from the truncated encoder, which is the one that loading rebuilds.
     kept = extractor.truncated(layer)
     tokens, sure = _golden(SemanticTokenizer(kept, layer, mean_D, std_D, centroids_KD, window, ""))
     weights = {f"encoder.{name}": value for name, value in kept.state().items()}
@@ -91,7 +105,9 @@ def save_semantic(build: str, extractor: Extractor, layer: int, mean_D: torch.Te
 
 
 def load_semantic(kmeans_path: str, device: str = "cpu", dtype: str = "float32") -> SemanticTokenizer:
-    """The tokenizer of a finished kmeans build; the encoder computes in `dtype` (float32 or bfloat16).
+    """The tokenizer of a finished kmeans build.
+
+    The encoder computes in `dtype` (float32 or bfloat16).
 
     Raises ArtifactError where format, rate, shapes or golden tokens do not match.
     """
@@ -112,7 +128,8 @@ def load_semantic(kmeans_path: str, device: str = "cpu", dtype: str = "float32")
                                 f"{dim}; run the kmeans step again (--force kmeans)")
     window = Window(config["window_frames"], config["overlap_frames"])
     parts = (layer, weights["zscore.mean"], weights["zscore.std"], weights["centroids"], window, digest)
-    # Golden tokens are checked in float32 on the CPU, as they were made, and then the encoder moves.
+    # Golden tokens are checked in float32 on the CPU, as they were made, and then the encoder
+    # moves.
     tokenizer = SemanticTokenizer(extractor, *parts)
     tokens, _ = _golden(tokenizer)
     golden = torch.tensor(config["golden"]["tokens"])
@@ -125,7 +142,8 @@ def load_semantic(kmeans_path: str, device: str = "cpu", dtype: str = "float32")
 
 
 def _golden(tokenizer: SemanticTokenizer) -> tuple[torch.Tensor, torch.Tensor]:
-    """codes_T of the golden clip, and True where the nearest centroid is clearly nearer than the second."""
+    """codes_T of the golden clip, and True where the nearest centroid is clearly the nearest.
+    """
     wav_BT = golden_clip()
     x_BTD, _ = tokenizer.features(wav_BT, torch.tensor([wav_BT.shape[1]]))
     return (kmeans.assign(x_BTD[0], tokenizer.centroids_KD),
@@ -153,8 +171,10 @@ def _extractor(build: str, weights: dict[str, torch.Tensor], config: dict) -> Ex
 
 
 def extractor_from_export(config: dict, weights: dict[str, torch.Tensor]) -> Extractor:
-    """The extractor of `to_json` and `state`; in float32 on the CPU. Raises KeyError, RuntimeError or ValueError where they
-    do not fit."""
+    """The extractor of `to_json` and `state`; in float32 on the CPU.
+
+    Raises KeyError, RuntimeError or ValueError where they do not fit.
+    """
     if config["family"] == FAMILY:
         encoder = Encoder(EncoderSizes(**config["encoder"]))
         encoder.load_state_dict(weights)

@@ -23,10 +23,17 @@ def plain_lloyd(x: np.ndarray, c: np.ndarray, iterations: int) -> np.ndarray:
     return c
 
 
-def test_lloyd_equals_a_plain_implementation_and_sklearn():
+def fit_from(monkeypatch, init_KD: torch.Tensor, shards: list, iterations: int, method: str = "lloyd") -> kmeans.KMeans:
+    """One run from given centroids in place of k-means++."""
+    with monkeypatch.context() as patch:
+        patch.setattr(kmeans, "starts", lambda *_: [init_KD])
+        return kmeans.fit(shards, len(init_KD), 0, iterations, method=method)
+
+
+def test_lloyd_equals_a_plain_implementation_and_sklearn(monkeypatch):
     x = blobs(spread=1.5)
     init = x[::60][:6].clone()
-    result = kmeans.best(*kmeans.in_memory([x]), [init], 300)
+    result = fit_from(monkeypatch, init, [x], 300)
     plain = plain_lloyd(x.double().numpy(), init.double().numpy(), 100)
     assert np.allclose(result.centroids.numpy(), plain, atol=1e-5)
     sklearn = pytest.importorskip("sklearn.cluster")
@@ -52,10 +59,10 @@ def test_plus_plus_finds_separated_clusters_and_restarts_never_hurt():
     assert kmeans.fit([x], 9, 0, iterations=3, restarts=5).inertia <= once
 
 
-def test_empty_cluster_is_seeded_anew():
+def test_empty_cluster_is_seeded_anew(monkeypatch):
     x = blobs(k=3)
     init = torch.cat([x[:1], x[60:61], torch.full((1, x.shape[1]), 1e4)])  # the third gets no point
-    result = kmeans.best(*kmeans.in_memory([x[:100], x[100:]]), [init], 100)
+    result = fit_from(monkeypatch, init, [x[:100], x[100:]], 100)
     assert sorted(result.counts.tolist()) == [60, 60, 60]
 
 
@@ -118,7 +125,7 @@ def test_several_empty_clusters_over_parts_are_seeded_by_distance(monkeypatch, m
     monkeypatch.setattr(kmeans, "PART", 70)
     shards = list(blobs(k=6).split(35))
     init = torch.cat([shards[0][:1], torch.full((5, 5), 1e4) + torch.arange(5)[:, None]])  # five without a point
-    one, two = (kmeans.best(*kmeans.in_memory(s), [init], 100, method) for s in (shards, [x.clone() for x in shards]))
+    one, two = (fit_from(monkeypatch, init, s, 100, method) for s in (shards, [x.clone() for x in shards]))
     assert (one.counts > 0).all() and torch.equal(one.centroids, two.centroids)
 
 

@@ -39,13 +39,13 @@ def test_windows_cover_every_frame_once_with_the_overlap_on_both_sides(window):
 
 
 def test_a_frame_depends_on_its_window_alone(extractor):
-    """What a file holds beyond the window of a frame, and how long it is, cannot change the frame."""
+    """Audio beyond a frame's window, and the file's length, change nothing in the frame."""
     window, long = Window(20, 5), sound(95)
     whole, _ = windowed(extractor, long[None], torch.tensor([len(long)]), [2], window)
     for frames in (40, 60, 80):
         part, counts = windowed(extractor, long[None, :frames * HOP], torch.tensor([frames * HOP]), [2], window)
         assert counts.tolist() == [frames]
-        same = max(end for _, heard, _, end in window.spans(95) if heard <= frames)
+        same = max(last for _, end, _, last in window.spans(95) if end <= frames)
         assert same >= frames - 20 and (whole[0][0, :same] - part[0][0, :same]).abs().max() < 1e-5
     changed = long.clone()
     changed[:30 * HOP] = 0

@@ -123,7 +123,7 @@ def test_features_are_those_of_transformers_at_every_layer(models, kind):
 
 
 def passes(extractor, wav_BT, lengths: list[int], layers: list[int]) -> tuple[list, torch.Tensor, list[int]]:
-    """What `raw` gives, and the rows of each forward pass."""
+    """The features of `raw`, and the rows of each forward pass."""
     rows = []
     hook = extractor.model.encoder.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
     found, frames_B = extractor.raw(wav_BT, torch.tensor(lengths), layers)

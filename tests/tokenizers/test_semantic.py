@@ -128,7 +128,7 @@ def test_silence_cannot_make_targets(read, monkeypatch):
 
 
 def test_targets_of_a_collapsed_tokenizer_are_refused(read, artefact, tmp_path):
-    """Of an iteration beyond the first: all frames but none to speak of lie nearest to one centroid."""
+    """Targets of a second iteration, where nearly all frames are nearest to one centroid."""
     good, pieces = load_semantic(artefact), [*make_objective(read).inputs.pieces()]
     cpu = torch.device("cpu")
     assert om.teacher(artefact, cpu, "float32", pieces)[1] == 12
