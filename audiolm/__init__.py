@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 
-def load(run: str, device: str = "auto", draws: Mapping[str, SamplingParams] | None = None, *, tracking: str | None = None) -> AudioLM:
+def load(run: str, device: str = "auto", draws: Mapping[str, SamplingParams] | None = None, *,
+         tracking: str | None = None) -> AudioLM:
     """Loads a trained run's system, ready to generate.
 
     `run` is the run's index (OUTPUTS/runs/NAME.json), its name below ./outputs, or its MLflow run id, looked up at `tracking`.
