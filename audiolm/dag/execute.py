@@ -12,6 +12,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable
+from functools import partial
 from pkgutil import resolve_name
 
 from audiolm.dag.lease import Lease, LeaseLost, Waiter
@@ -43,14 +44,10 @@ def execute(rows: list[PlanRow], store: str, *, force: Iterable[str] = (), inlin
 
     def work(row: PlanRow, inputs: dict[str, Artifact]) -> None:
         """Runs one step to its result or its last error, in a thread of its own unless inline."""
-        def again(e: BaseException) -> bool:
-            return may_retry(e) and not stopping.is_set()
-
-        def run() -> Artifact:
-            return run_step(row.step, store, inputs, force=row.step.name in force, inline=inline, observer=observer,
-                            stop=stopping.is_set)
-
-        results.put((row, _with_retries(run, retries, again, inline)))
+        run = partial(run_step, row.step, store, inputs, force=row.step.name in force, inline=inline, observer=observer,
+                      stop=stopping.is_set)
+        again = retries, lambda e: may_retry(e) and not stopping.is_set()
+        results.put((row, _with_retries(run, *again, inline)))
 
     def launch() -> None:
         """Starts every step whose inputs exist and, for training steps, whose turn it is."""

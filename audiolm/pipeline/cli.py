@@ -32,9 +32,10 @@ from audiolm.train.commits import start
 
 
 def main(graph: Callable[[Pipeline], list[Step]], default: Path) -> None:
-    """Parses the command line and runs; ends the process."""
+    """Parses the command line and runs; ends the process unless all went well."""
     args = _parser(default).parse_intermixed_args()
-    sys.exit(run_command(lambda: _pipeline(args, graph, default)))
+    if status := run_command(lambda: _pipeline(args, graph, default)):
+        sys.exit(status)
 
 
 def run_command(command: Callable[[], int], stopped: str = "stopped; the same command continues") -> int:

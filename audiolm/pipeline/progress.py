@@ -123,23 +123,19 @@ class ProgressBoard:
 
 
 def _describe(step: str, line: _Line, now: float) -> str:
-    parts = [f"{step:<16}"]
-    rate = line.rate()
+    """One line: share, amounts, rate, time left and note, each as far as it is known."""
     if not line.unit:
-        parts.append(f"running, {duration(now - line.started)}")
-        return "  ".join(parts)
+        return f"{step:<16}  running, {duration(now - line.started)}"
+    parts, done, rate = [f"{step:<16}"], amount(line.done, line.unit), line.rate()
     if line.total:
         parts.append(f"{min(1.0, line.done / line.total):4.0%}")
-        parts.append(f"{amount(line.done, line.unit)}/{amount(line.total, line.unit)} {label(line.unit)}")
-    else:
-        parts.append(f"{amount(line.done, line.unit)} {label(line.unit)}")
+        done += f"/{amount(line.total, line.unit)}"
+    parts.append(f"{done} {label(line.unit)}")
     if rate is not None:
         parts.append(rate_text(rate, line.unit))
         if line.total and line.done < line.total:
             parts.append(f"{duration((line.total - line.done) / rate)} left")
-    if line.note:
-        parts.append(line.note)
-    return "  ".join(parts)
+    return "  ".join([*parts, line.note] if line.note else parts)
 
 
 def label(unit: str) -> str:
@@ -166,6 +162,7 @@ def rate_text(rate: float, unit: str) -> str:
 
 
 def duration(seconds: float) -> str:
+    """A time in its two largest units."""
     seconds = max(0.0, seconds)
     if seconds < 9.95:
         return f"{seconds:.1f} s"
