@@ -1,7 +1,7 @@
-"""Metrics are first a file: `metrics-{attempt:04d}.jsonl` in a step's build (DESIGN 1.10).
+"""The log of a step's metrics: `metrics-{attempt:04d}.jsonl` in its build, the source of trackers and reports.
 
 One JSON object a line: {"step": int, "time": epoch seconds, "metrics": {name: float}}.  Training workers and the
-driver write it, a tracker and the report read it; nobody here knows a tracking server.
+driver write it, a tracker and the report read it; no tracking server is needed to train.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class MetricsFile:
                 self._text = bytearray(_existing(self.path))
             self._text += line
             self._unsent = True
-            wait_s = REWRITE_S * (1 + len(self._text) / 2**20)
+            wait_s = REWRITE_S * (1 + len(self._text) / 2**20)  # larger logs more rarely: traffic stays about 70 kB/s
             if time.monotonic() - self._sent_at >= wait_s:
                 self._rewrite()
         return row["time"]
@@ -89,7 +89,7 @@ def _existing(path: str) -> bytes:
 def read_from(path: str, offset: int = 0, max_bytes: int | None = None) -> tuple[list[dict[str, Any]], int]:
     """The whole rows after byte `offset` and the offset behind the last of them; ([], offset) where there are none.
 
-    A line still being written is left for the next call; a damaged line is passed over. A missing file has no rows.
+    A line still being written is left for the next call; a damaged line is skipped. A missing file has no rows.
     `max_bytes` bounds one call; it must exceed the longest line.
     """
     fs, p = store.open_fs(path)

@@ -1,4 +1,7 @@
-"""All randomness comes from (seed, purpose, index...), never from a global state or a rank (DESIGN 6.8)."""
+"""Random numbers as a function of (seed, purpose, index...), never of a global state or a rank.
+
+So a resumed run, and one on another number of workers, draws the same numbers.
+"""
 
 from __future__ import annotations
 
@@ -14,4 +17,5 @@ def derive(seed: int, purpose: str, *index: int) -> int:
 
 
 def generator(seed: int, purpose: str, *index: int) -> np.random.Generator:
+    """A generator for one purpose and index; Philox gives the same stream on every machine."""
     return np.random.Generator(np.random.Philox(derive(seed, purpose, *index)))

@@ -1,4 +1,4 @@
-"""Whole-object reads and writes that nobody ever sees half done, on local disks and object stores alike.
+"""Reads and writes of whole objects, never visible half done, on local disks and object stores alike.
 
 A store path is any fsspec URI.  `put` writes aside and renames (local) or sends one PUT (object stores);
 `exclusive=True` makes exactly one of many writers win.  Nothing here deletes a lock.
@@ -32,7 +32,7 @@ def join(path: str, *names: str) -> str:
 
 
 def absolute(path: str) -> str:
-    """The same place for a process that works in another folder."""
+    """The path for a process that works in another folder."""
     return open_fs(path)[1] if is_local(path) else path
 
 
@@ -62,7 +62,7 @@ def put(path: str, data: bytes, *, exclusive: bool = False) -> None:
         if not exclusive:
             os.replace(aside, p)
             return
-        try:
+        try:  # a link fails where the path exists, a rename would not
             os.link(aside, p)
         except FileExistsError:
             raise
@@ -159,7 +159,7 @@ def local_copy(path: str, folder: str) -> str:
 
 
 def check_store(path: str) -> None:
-    """Probes once that of two exclusive writers one loses (decision 12); raises ValueError naming the store."""
+    """Probes that of two exclusive writers one loses, as leases need. Raises ValueError naming the store."""
     probe = join(path, ".probe", uuid.uuid4().hex)
     try:
         put(probe, b"1", exclusive=True)

@@ -1,9 +1,9 @@
-"""What of a config says *what* is computed, as plain JSON to be hashed (DESIGN 1.2).
+"""The base of all config sections, and the marks that say which fields belong to a step's identity.
 
-Every field counts unless it is marked `Runtime` (where and how: roots, workers, micro-batch, engine) or
-`Later(default)` (added after a release: left out while it holds its first value).  `LengthOnly` marks what a training run
-can differ in and still begin alike (its length): it counts, but not in the identity of the trunk.  `PathField` marks a
-path or URI, which in a YAML file may be relative to that file.
+A step's outputs are addressed by the hash of *what* is computed.  Every field counts unless it is marked `Runtime`
+(where and how: roots, workers, micro-batch, engine) or `Later(default)` (added after a release: left out while it holds
+its first value).  `LengthOnly` marks a training's length: it counts, but not in the identity of the trunk that trainings
+of different length share.  `PathField` marks a path or URI, which in a YAML file may be relative to that file.
 """
 
 from __future__ import annotations
@@ -46,11 +46,13 @@ PathField = Annotated[str, _Path()]
 
 
 class Config(BaseModel):
+    """A section of the configuration: immutable, and strict about unknown keys."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 def identity(x: Any, trunk: bool = False) -> Any:
-    """The identity-bearing part of a config as plain JSON (DESIGN 1.2); raises TypeError for anything else.
+    """The identity-bearing part of a config as plain JSON. Raises TypeError for values that no config has.
 
     `trunk` leaves out the fields marked `LengthOnly`.
     """

@@ -1,8 +1,4 @@
-"""The configuration: frozen pydantic models with the paper's numbers as defaults.
-
-Every field is part of a step's identity unless it is marked `Runtime` or `Later` (see config/base.py).
-Seconds end in `_s`, hertz in `_hz`.  Unknown keys are refused.
-"""
+"""The codec's section: SoundStream, its training, and how it is measured."""
 
 from __future__ import annotations
 
@@ -32,7 +28,7 @@ class CodecLossWeights(Config):
     """
 
     reconstruction: float = Field(1.0, gt=0)
-    waveform: float = Field(0.0, ge=0, description="of the power of the difference, relative to the original's")
+    waveform: float = Field(0.0, ge=0, description="of the squared difference, relative to the original's power")
     feature: float = Field(100.0, ge=0)
     adversarial: float = Field(1.0, ge=0)
     commitment: float = Field(0.25, ge=0)  # not in the paper: VQ-VAE's (1711.00937)
@@ -44,8 +40,8 @@ class CodecConfig(Config):
 
     where: ClipFilter = ClipFilter()
     pretrained: Runtime[PathField | None] = Field(
-        None, description="folder or URI of a transformers EnCodec, DAC or Mimi model, imported instead of training one; n_q and "
-                          "vocab must fit it")
+        None, description="folder or URI of a transformers EnCodec, DAC or Mimi model, imported instead of training one; "
+                          "n_q and vocab must fit it")
     strides: tuple[int, ...] = (2, 4, 5, 8)
     enc_channels: int = 32
     dec_channels: int = 32
@@ -58,14 +54,16 @@ class CodecConfig(Config):
     code_decay: float = Field(0.99, gt=0, lt=1)
     quantize_from: int = Field(0, ge=0, description="first quantized step: codebooks start by k-means of latents that "
                                                     "have learned so far")
+    # SoundStream replaces a code whose moving count falls below 2; a share of the mean count fits any batch and vocabulary.
     dead_share: float = Field(0.1, description="a code is dead below this x (global frames a step / vocab)")
     losses: Literal["soundstream", "dac"] = Field("soundstream", description="reconstruction, discriminators and adversarial "
                                                   "losses: the paper's, or DAC's 16 kHz recipe (weights 15, feature 2)")
     weights: CodecLossWeights = CodecLossWeights()
     balance: bool = Field(False, description="scale each loss by its own gradient's running norm (EnCodec's balancer)")
     disc: CodecDiscriminatorsConfig = CodecDiscriminatorsConfig()
-    ema: float = 0.999
+    ema: float = 0.999  # of the weights: the average is validated and exported
     crop_s: float = 0.48
+    # Ours: the paper does not say how its codec was trained.
     train: TrainConfig = TrainConfig(steps=400_000, batch=64, lr=1e-4, decay_steps=200_000, betas=(0.8, 0.99),
                                      weight_decay=0.01, clip=10.0, dtype="bfloat16", zero=0)
 
@@ -80,7 +78,7 @@ class CodecConfig(Config):
 
 
 class CodecMetricsConfig(Config):
-    """What the step `codec_figures` depends on; whether Lyra v2 stands beside the codec counts, where its models lie not."""
+    """Inputs of the step `codec_figures`: whether Lyra v2 is measured too counts, where its models are does not."""
 
     where: ClipFilter
     clips: int

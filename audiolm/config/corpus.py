@@ -1,8 +1,4 @@
-"""The configuration: frozen pydantic models with the paper's numbers as defaults.
-
-Every field is part of a step's identity unless it is marked `Runtime` or `Later` (see config/base.py).
-Seconds end in `_s`, hertz in `_hz`.  Unknown keys are refused.
-"""
+"""The corpus section: sources of audio, splits and shards, and the filter of clips that other sections use."""
 
 from __future__ import annotations
 
@@ -77,6 +73,6 @@ class CorpusConfig(Config):
 
 
 class ClipFilter(Config):
-    """Which clips a step takes; None takes all."""
+    """The filter of the clips that a step reads; None lets all through."""
 
     source: tuple[str, ...] | None = Field(None, description="names of corpus sources")

@@ -1,8 +1,4 @@
-"""The configuration: frozen pydantic models with the paper's numbers as defaults.
-
-Every field is part of a step's identity unless it is marked `Runtime` or `Later` (see config/base.py).
-Seconds end in `_s`, hertz in `_hz`.  Unknown keys are refused.
-"""
+"""The sections of the measurements: codec, stages and ladder at the end of a run, and the paper's tables."""
 
 from __future__ import annotations
 
@@ -12,6 +8,8 @@ from audiolm.config.base import Config, PathField, Runtime
 
 
 class EvaluateConfig(Config):
+    """Measurements of codec and stages on held-out clips."""
+
     clips: int = Field(8, ge=1, description="held-out clips for codec figures and the ladder")
     clip_s: float = Field(8.0, gt=0, description="seconds of each such clip")
     rows: int = Field(64, ge=1, description="held-out crops a stage's losses are measured on")
@@ -25,13 +23,13 @@ class TablesConfig(Config):
 
     suites: tuple[str, ...] = Field(("abx", "wer", "speakers", "detector", "likelihood", "attention", "temperatures", "fad"),
                                     description="of the step; empty: none")
-    sounds: int = Field(20, ge=1, description="clips whose sound Table I judges")
+    sounds: int = Field(20, ge=1, description="clips whose sound Table I scores")
     utterances: int = Field(100, ge=1, description="with a text, of 4 to 10 s, for Table II")
     asr: PathField | None = Field(None, description="folder or URI of a transformers speech recogniser; None: Whisper tiny.en")
-    learned: int = Field(6, ge=1, description="utterances of a speaker that Table III's classifier learns")
-    judged: int = Field(2, ge=1, description="and other ones that it judges")
+    learned: int = Field(6, ge=1, description="utterances of a speaker that Table III's classifier is trained on")
+    judged: int = Field(2, ge=1, description="other utterances of the speaker, to score the classifier on")
     net_steps: int = Field(600, ge=1, description="of the classifiers of Table III and of the detector")
-    continued: int = Field(100, ge=2, description="clips whose continuations detector, FAD, DNSMOS, text and notes judge")
+    continued: int = Field(100, ge=2, description="clips whose continuations detector, FAD, DNSMOS, text and notes score")
     text_model: PathField | None = Field(None, description="folder or URI of a transformers causal model, for the suite text")
     probes: dict[str, Runtime[PathField]] = Field(
         {}, description="{name: folder with a gold.csv}: sWUGGY, sBLIMP and their like")

@@ -1,4 +1,4 @@
-"""What the steps that judge the semantic side depend on, and on which files; importable without torch.
+"""Inputs of the steps that measure the semantic side, with the digests of their files; importable without torch.
 
 Paths are Runtime; the bytes of the item file and of the alignment are part of the identity through their digests.
 """
@@ -16,7 +16,7 @@ from audiolm.config.semantic import AbxConfig
 
 
 class AbxFilesConfig(Config):
-    """What a step that measures ABX depends on: the items' bytes, wherever they lie."""
+    """Inputs of a step that measures ABX: the bytes of the items count, their path does not."""
 
     items: Runtime[PathField]
     audio: Runtime[tuple[PathField, ...]]
@@ -25,6 +25,8 @@ class AbxFilesConfig(Config):
 
 
 class SemanticMetricsConfig(Config):
+    """Inputs of the step `semantic_figures`."""
+
     where: ClipFilter = Field(ClipFilter(), description="clips of the statistics; speakers of its train clips are seen ones")
     items: Runtime[PathField | None] = Field(None, description="ZeroSpeech item file; None: no ABX")
     digest: str | None = Field(None, description="of the item file")
@@ -41,13 +43,14 @@ def semantic_metrics_config(abx: AbxConfig | None, where: ClipFilter | None = No
     if abx is None:
         return SemanticMetricsConfig(where=where)
     return SemanticMetricsConfig(where=where, items=abx.items, digest=_digest("semantic.abx.items", abx.items), audio=abx.audio,
-                           phones=abx.phones, speakers=abx.speakers,
-                           phones_digest=_digest("semantic.abx.phones", abx.phones) if abx.phones else None)
+                                 phones=abx.phones, speakers=abx.speakers,
+                                 phones_digest=_digest("semantic.abx.phones", abx.phones) if abx.phones else None)
 
 
 def abx_files_config(abx: AbxConfig) -> AbxFilesConfig:
     """For the steps that choose by ABX. Raises ValueError where the item file is missing."""
-    return AbxFilesConfig(items=abx.items, audio=abx.audio, digest=_digest("semantic.abx.items", abx.items), speakers=abx.speakers)
+    return AbxFilesConfig(items=abx.items, audio=abx.audio, digest=_digest("semantic.abx.items", abx.items),
+                          speakers=abx.speakers)
 
 
 def _digest(field: str, path: str) -> str:

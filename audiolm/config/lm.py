@@ -1,8 +1,4 @@
-"""The configuration: frozen pydantic models with the paper's numbers as defaults.
-
-Every field is part of a step's identity unless it is marked `Runtime` or `Later` (see config/base.py).
-Seconds end in `_s`, hertz in `_hz`.  Unknown keys are refused.
-"""
+"""The sections of the language models and of the samples that they generate."""
 
 from __future__ import annotations
 
@@ -22,7 +18,7 @@ class WarmStartConfig(Config):
 class StageConfig(Config):
     """One language model: the paper's 12 x 1024 x 16 x 4096 by default."""
 
-    crop_s: float
+    crop_s: float  # 30, 10 and 3 s in the paper
     min_crop_s: Annotated[float | None, Later(None)] = Field(
         None, ge=0, description="rows are cut further, into crops of at least this; 0 = off; None = 1 s in the fine stage")
     dim: int = 1024
@@ -37,19 +33,23 @@ class StageConfig(Config):
     norm: Annotated[Literal["layer", "rms"], Later("layer")] = "layer"
     checkpointing: Runtime[bool] = Field(False, description="less memory, a third more work: blocks are computed again in "
                                                             "the backward pass")
-    warm_start: Annotated[WarmStartConfig | None, Later(None)] = Field(None, description="stage 1 alone: take a text model's body")
+    warm_start: Annotated[WarmStartConfig | None, Later(None)] = Field(
+        None, description="stage 1 alone: take a text model's body")
     where: ClipFilter = ClipFilter()
     gates: Runtime[Literal["stop", "warn"]] = Field("stop", description="what a failed gate does: no better than unigrams, "
                                                                         "prefix not used, tokenizer collapsed")
     train: TrainConfig
 
 
+# The paper gives neither optimizer nor learning rate; batch 256 and 1 M steps are its own.
 def _stage_training(batch: int) -> TrainConfig:
     return TrainConfig(steps=1_000_000, batch=batch, lr=3e-4, warmup_steps=2000, decay_steps=200_000, dtype="bfloat16",
                        export="best", zero=2, micro_batch=16)
 
 
 class LMConfig(Config):
+    """The three stages and the layout of their sequences (paper III-C)."""
+
     dedupe: bool = Field(True, description="collapse runs of semantic tokens in stages 1 and 2 (paper)")
     coarse_levels: int = Field(4, ge=1, description="Q', levels of the coarse stage")
     semantic: StageConfig = StageConfig(crop_s=30.0, train=_stage_training(256))
@@ -65,6 +65,8 @@ class LMConfig(Config):
 
 
 class SamplesConfig(Config):
+    """The sound that a run generates at its end; temperatures as in the paper."""
+
     n: int = Field(2, ge=1, description="samples of each mode")
     prompt_s: float = 3.0  # paper III-D; 4.0 for piano
     seconds: float = Field(7.0, gt=0, description="seconds generated beyond a prompt")

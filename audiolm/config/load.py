@@ -1,4 +1,4 @@
-"""Reads a configuration: one YAML file without inheritance, then `a.b=c` overrides (DESIGN 1.11)."""
+"""Reader of a configuration: one YAML file without inheritance, then `a.b=c` overrides."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from audiolm.config.pipeline import Pipeline
 def load_config(path: str, overrides: list[str] = ()) -> Pipeline:
     """Reads a YAML file and applies `a.b=c` overrides (values are YAML; list items by number: `corpus.sources.0.root=x`).
 
-    Relative roots, uris and models in the file are relative to the file; those in overrides to the working folder.
-    Raises ConfigError.
+    Relative paths in the file are relative to the file, those in overrides to the working folder; the store and the
+    tracking database always to the working folder. Raises ConfigError.
     """
     try:
         data = yaml.safe_load(Path(path).read_text()) or {}
@@ -55,6 +55,7 @@ def _apply_override(data: dict, item: str) -> None:
     key, eq, text = item.partition("=")
     if not eq or not key:
         raise ConfigError(f"override {item!r} is not of the form a.b=c")
+    # Walk to the section that holds the key; sections that the file leaves out are added.
     *parents, last = key.split(".")
     node: Any = data
     for name in parents:

@@ -1,7 +1,7 @@
-"""The configuration: frozen pydantic models with the paper's numbers as defaults.
+"""The whole configuration: frozen pydantic models, one section for each part, with the paper's numbers as defaults.
 
-Every field is part of a step's identity unless it is marked `Runtime` or `Later` (see config/base.py).
-Seconds end in `_s`, hertz in `_hz`.  Unknown keys are refused.
+Every field is part of a step's identity unless its type says otherwise (config/base.py).  Seconds end in `_s`, hertz in
+`_hz`, levels in dB in `_db`.  Unknown keys are refused.
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""The configuration: frozen pydantic models with the paper's numbers as defaults.
-
-Every field is part of a step's identity unless it is marked `Runtime` or `Later` (see config/base.py).
-Seconds end in `_s`, hertz in `_hz`.  Unknown keys are refused.
-"""
+"""The sections of the run itself: its name and seed, and the machines."""
 
 from __future__ import annotations
 
@@ -20,7 +16,7 @@ class RunConfig(Config):
 
 
 class ClusterConfig(Config):
-    """Where and how the work runs; no field changes what is computed."""
+    """The machines and their use; no field changes what is computed."""
 
     address: Runtime[str | None] = Field(None, description="a Ray cluster to join; None starts one here")
     workers: Runtime[int | None] = Field(None, ge=1, description="data tasks at once; None = the cluster's CPUs")

@@ -1,4 +1,4 @@
-"""The configuration of the semantic side: masked model, its iterations, k-means, and how they are judged (PAPER 2)."""
+"""The semantic section: masked model, its iterations, k-means, and ABX that chooses among them (paper III-B, IV-B)."""
 
 from __future__ import annotations
 
@@ -29,6 +29,8 @@ class VocoderDiscriminatorsConfig(Config):
 
 
 class VocoderLossWeights(Config):
+    """Weights of the vocoder's losses, DAC's (2306.06546)."""
+
     reconstruction: float = Field(15.0, gt=0)
     feature: float = Field(2.0, ge=0)
     adversarial: float = Field(1.0, ge=0)
@@ -42,18 +44,19 @@ class VocoderConfig(Config):
     dim: int = Field(512, ge=1)
     layers: int = Field(8, ge=0, description="blocks at 25 Hz, each seeing 3 frames to either side")
     channels: int = Field(32, ge=1, description="of SoundStream's decoder at 16 kHz; they double with each stride")
-    heard_s: float = Field(4.0, gt=0, description="audio around a crop that the tokenizer hears, as it hears whole clips later")
-    crop_s: float = Field(1.28, gt=0, description="audio that is made and compared")
+    heard_s: float = Field(4.0, gt=0, description="audio around a crop that the tokenizer gets, as it gets whole clips later")
+    crop_s: float = Field(1.28, gt=0, description="audio that is decoded and compared")
     disc: VocoderDiscriminatorsConfig = VocoderDiscriminatorsConfig()
     weights: VocoderLossWeights = VocoderLossWeights()
     ema: float = Field(0.999, ge=0, lt=1)
-    train: TrainConfig = TrainConfig(steps=200_000, batch=32, lr=2e-4, warmup_steps=1000, decay_steps=100_000, betas=(0.8, 0.99),
-                         weight_decay=0.01, clip=10.0, zero=0)
+    train: TrainConfig = TrainConfig(steps=200_000, batch=32, lr=2e-4, warmup_steps=1000, decay_steps=100_000,
+                                     betas=(0.8, 0.99), weight_decay=0.01, clip=10.0, zero=0)
 
     @model_validator(mode="after")
     def _check(self):
         if self.crop_s > self.heard_s:
-            raise ValueError(f"crop_s ({self.crop_s}) exceeds heard_s ({self.heard_s}): the crop lies inside what is heard")
+            raise ValueError(f"crop_s ({self.crop_s}) exceeds heard_s ({self.heard_s}), of which the crop is the middle: "
+                             "raise heard_s")
         return self
 
 
@@ -134,7 +137,7 @@ class IterationConfig(Config):
 
 
 class AbxConfig(Config):
-    """What features and tokens are judged on: ABX of phone triphones, by speakers that nothing was trained on."""
+    """The items of ABX on phone triphones, spoken by speakers that nothing was trained on."""
 
     items: Runtime[PathField] = Field(description="ZeroSpeech item file")
     audio: Runtime[tuple[PathField, ...]] = Field(description="folders with the items' files, at any depth")
@@ -161,8 +164,8 @@ class KMeansConfig(Config):
     max_frames: int = Field(5_000_000, ge=1, description="frames sampled for the fit, which one task holds (20 GB at width 1024)")
     method: Annotated[Literal["lloyd", "minibatch"], Later("lloyd")] = Field(
         "lloyd", description="minibatch: fewer passes over the frames, an inertia some per cent higher")
-    window_s: float = Field(16.0, gt=0, description="audio that the model hears at once; longer clips go through in windows")
-    overlap_s: float = Field(2.0, ge=0, description="of a window's ends, heard and not kept")
+    window_s: float = Field(16.0, gt=0, description="audio in one pass of the model; longer clips are cut into windows")
+    overlap_s: float = Field(2.0, ge=0, description="of a window's ends, encoded for context and dropped")
     iterations: int = Field(100, ge=1, description="passes over the frames, at most")
     restarts: int = Field(3, ge=1)
 
@@ -190,9 +193,9 @@ class SemanticConfig(Config):
         for name, layer in chosen:
             if layer != "auto" and (layer < 1 or (layer > self.model.layers and not self.pretrained)):
                 raise ValueError(f"{name}: layer {layer} is not one of model.layers ({self.model.layers}), counted from 1")
-        have = self.residual.levels if self.residual else 1
-        if self.vocoder and self.vocoder.levels > have:
-            raise ValueError(f"vocoder.levels ({self.vocoder.levels}) exceeds the {have} level(s) there are: say "
+        levels = self.residual.levels if self.residual else 1
+        if self.vocoder and self.vocoder.levels > levels:
+            raise ValueError(f"vocoder.levels ({self.vocoder.levels}) exceeds the {levels} level(s) there are: say "
                              f"residual={{levels: {self.vocoder.levels}}}, or vocoder.levels=1")
         if self.kmeans.window_s <= 2 * self.kmeans.overlap_s:
             raise ValueError(f"kmeans.window_s ({self.kmeans.window_s}) must exceed twice kmeans.overlap_s "

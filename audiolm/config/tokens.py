@@ -1,8 +1,4 @@
-"""The configuration: frozen pydantic models with the paper's numbers as defaults.
-
-Every field is part of a step's identity unless it is marked `Runtime` or `Later` (see config/base.py).
-Seconds end in `_s`, hertz in `_hz`.  Unknown keys are refused.
-"""
+"""The section of the token stores."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every step that trains has in its configuration: which clips it takes, and one training run."""
+"""The part of the configuration that every training step has: one training run."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from audiolm.config.base import Config, Later, LengthOnly, Runtime
 
 
 class RollbackConfig(Config):
-    """When a step's loss has spiked (train/guards.py)."""
+    """The definition of a spike of the loss (train/guards.py)."""
 
     deviations: float = Field(10.0, gt=0, description="above the median of the window, in standard deviations")
     window: int = Field(100, ge=4, description="steps; no spike is seen before there were as many, but for a loss of nan")
 
 
 class TrainConfig(Config):
-    """One training run: warm-up, constant, decay to zero over the last `decay_steps` (DESIGN 1.6).
+    """One training run: warm-up, constant, decay to zero over the last `decay_steps`.
 
     Runs that differ in `steps` and `decay_steps` alone are one trunk up to their decay: the longer one continues.
     """
@@ -35,8 +35,8 @@ class TrainConfig(Config):
     export: Literal["best", "last"] = Field("last", description="which weights later steps load: best by validation")
     patience: Annotated[int | None, Later(None)] = Field(None, ge=1, description="validations in a row without a new best "
                                                          "that end the training early; None = never")
-    rollback: Annotated[RollbackConfig | None, Later(None)] = Field(None, description="go back to the newest checkpoint when the "
-                                                              "loss spikes and pass over those rows, three times at most")
+    rollback: Annotated[RollbackConfig | None, Later(None)] = Field(
+        None, description="go back to the newest checkpoint when the loss spikes and skip those rows, three times at most")
     micro_batch: Runtime[Annotated[int, Field(ge=1)] | Literal["auto"] | None] = Field(
         None, description="rows a forward pass; None = the worker's share; auto = half by half what fits the GPU; "
                           "changes nothing but rounding and which units dropout hits")

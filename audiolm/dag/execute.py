@@ -12,6 +12,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable
+from functools import partial
 from pkgutil import resolve_name
 
 from audiolm.dag.lease import Lease, LeaseLost, Waiter
@@ -43,17 +44,10 @@ def execute(rows: list[PlanRow], store: str, *, force: Iterable[str] = (), inlin
 
     def work(row: PlanRow, inputs: dict[str, Artifact]) -> None:
         """Runs one step to its result or its last error, in a thread of its own unless inline."""
-        for retries_left in range(retries, -1, -1):
-            try:
-                results.put((row, run_step(row.step, store, inputs, force=row.step.name in force, inline=inline,
-                                           observer=observer, stop=stopping.is_set)))
-                return
-            except BaseException as e:  # noqa: BLE001  reported once, by execute
-                if inline and isinstance(e, KeyboardInterrupt):
-                    raise
-                if retries_left == 0 or not may_retry(e) or stopping.is_set():
-                    results.put((row, e))
-                    return
+        run = partial(run_step, row.step, store, inputs, force=row.step.name in force, inline=inline, observer=observer,
+                      stop=stopping.is_set)
+        again = retries, lambda e: may_retry(e) and not stopping.is_set()
+        results.put((row, _with_retries(run, *again, inline)))
 
     def launch() -> None:
         """Starts every step whose inputs exist and, for training steps, whose turn it is."""
@@ -90,6 +84,19 @@ def execute(rows: list[PlanRow], store: str, *, force: Iterable[str] = (), inlin
         name, error = errors[0]
         raise StepFailed(f"step {name} failed: {type(error).__name__}: {error}") from error
     return built
+
+
+def _with_retries(run: Callable[[], Artifact], retries: int, may_retry: Callable[[BaseException], bool],
+                  inline: bool) -> Artifact | BaseException:
+    """The artifact or the last error, as a value: in a thread nobody would catch it. Inline, Ctrl-C is raised."""
+    for retries_left in range(retries, -1, -1):
+        try:
+            return run()
+        except BaseException as e:  # noqa: BLE001  reported once, by execute
+            if inline and isinstance(e, KeyboardInterrupt):
+                raise
+            if retries_left == 0 or not may_retry(e):
+                return e
 
 
 def _open_build(step: Step, store: str, inputs: dict[str, str], force: bool) -> tuple[str, int]:

@@ -1,9 +1,9 @@
 """The lease on a build: which attempt, by which process, may work on it and publish it.
 
 Each attempt is a file `attempts/NNNN.json`.  Taking a build over is the exclusive write of the next number, so that there
-is no lock to delete and no race.  The owner rewrites its own file as a heartbeat.  A waiter goes by "the beat did not
-change for LEASE_S on this machine's monotonic clock", never by the owner's clock, and takes over at once when the owner
-is a dead process of this same boot.
+is no lock to delete and no race.  The owner rewrites its own file as a heartbeat.  A waiter takes over
+once the beat has not changed for LEASE_S on the waiter's own monotonic clock; the owner's clock is never believed.  It
+takes over at once when the owner is a dead process of this same boot.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ class PlanRow:
 
 def plan(steps: list[Step], store: str, *, only: Iterable[str] = (), from_: Iterable[str] = (),
          force: Iterable[str] = ()) -> list[PlanRow]:
-    """What would run, in order. Reads the store, writes nothing. Raises ValueError for unknown or unbuilt names."""
+    """The rows of a plan, in order. Reads the store, writes nothing. Raises ValueError for unknown or unbuilt names."""
     known = [s.name for s in steps]
     for option, given in (("--only", only), ("--from", from_), ("--force", force)):
         if unknown := set(given) - set(known):

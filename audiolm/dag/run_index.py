@@ -10,7 +10,7 @@ from audiolm.config.pipeline import Pipeline
 from audiolm.store import get_json, hide_credentials_in, put_json
 
 OUTPUTS = "./outputs"
-# What a system is loaded from: its models, and the tokens whose mean run length says when a clip ends too early.
+# What a system is loaded from: its models, and the tokens whose mean run length turns seconds into tokens.
 SYSTEM_STEPS = ("kmeans", "codec", "semantic_tokens", "lm_semantic", "lm_coarse")
 GENERATION_STEPS = (*SYSTEM_STEPS, "lm_fine")  # a codec all of whose levels are coarse has no fine stage
 

@@ -1,4 +1,4 @@
-"""The workflow's command line: plan, status, run (README "Commands").
+"""The workflow's command line: plan, status, run.
 
 One positional YAML (default: the quickstart), `a.b=c` overrides, --dry-run --status --only --from --force --inline.
 Starts or joins Ray, runs the plan, shows progress, ships metrics, prints where sound, report and UI are.
@@ -32,9 +32,10 @@ from audiolm.train.commits import starting_point
 
 
 def main(graph: Callable[[Pipeline], list[Step]], default: Path) -> None:
-    """Parses the command line and runs; ends the process."""
+    """Parses the command line and runs; ends the process unless all went well."""
     args = _parser(default).parse_intermixed_args()
-    sys.exit(run_command(lambda: _pipeline(args, graph, default)))
+    if status := run_command(lambda: _pipeline(args, graph, default)):
+        sys.exit(status)
 
 
 def run_command(command: Callable[[], int], stopped: str = "stopped; the same command continues") -> int:
@@ -93,7 +94,7 @@ def _parser(default: Path) -> argparse.ArgumentParser:
                                             "after a crash the same command continues.")
     p.add_argument("rest", nargs="*", metavar="CONFIG.yaml a.b=c", help=f"a config (default {default.name}) and overrides")
     p.add_argument("--dry-run", action="store_true", help="print what would run and why; start nothing")
-    p.add_argument("--status", action="store_true", help="print where every step stands; start nothing")
+    p.add_argument("--status", action="store_true", help="print the state of every step; start nothing")
     p.add_argument("--only", metavar="A,B", help="run these steps alone; their inputs must exist")
     p.add_argument("--from", dest="from_", metavar="A", help="run this step and those after it")
     p.add_argument("--force", metavar="A,B", help="build these anew, or past the gate that stopped them; "
@@ -107,7 +108,7 @@ def _names(text: str | None) -> tuple[str, ...]:
 
 
 def place(cfg: Pipeline) -> Pipeline:
-    """Makes a local store absolute; inside a Ray job a relative one is refused (decision 12)."""
+    """Makes a local store absolute. Raises ConfigError for a relative one in a Ray job, whose folder does not last."""
     store, tracking = cfg.store, cfg.tracking
     in_job = in_ray_job()
     if is_local(store) and not os.path.isabs(store.removeprefix("file://")):
@@ -139,15 +140,17 @@ def table(rows: list[PlanRow], run: bool) -> str:
 
 
 def _goes_on(row: PlanRow) -> str:
-    """From which step a training would go on, and whose checkpoint that is where it is another build's."""
+    """The step that a training would continue from, and the build of that checkpoint where it is another one."""
     found = starting_point(row.builds[0], row.builds[1:], row.step.trains.trunk_steps) if row.builds else None
     if found is None:
         return ""
-    whose = "" if found[0] == row.builds[0] else f" of {'/'.join(found[0].split('/')[-2:])}"
-    return f"; goes on from step {found[1]['step']}{whose}"
+    build, commit = found
+    origin = "" if build == row.builds[0] else f" of {'/'.join(build.split('/')[-2:])}"
+    return f"; goes on from step {commit['step']}{origin}"
 
 
 def _run(cfg: Pipeline, rows: list[PlanRow], force: tuple[str, ...], inline: bool) -> int:
+    """Runs the plan under observation; the exit status. Without Ray where nothing is to do."""
     from audiolm.pipeline.run_observer import RunObserver
 
     began = time.monotonic()
@@ -178,7 +181,7 @@ def _run(cfg: Pipeline, rows: list[PlanRow], force: tuple[str, ...], inline: boo
 
 
 def quiet() -> None:
-    """The terminal shows the run: no telemetry, no library chatter."""
+    """Silences telemetry and the libraries' own messages, so that the terminal shows the run."""
     os.environ.update(RAY_USAGE_STATS_ENABLED="0", MLFLOW_DISABLE_TELEMETRY="true", RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
                       TF_CPP_MIN_LOG_LEVEL="3", DS_LOG_LEVEL="error", GIT_PYTHON_REFRESH="quiet")
     warnings.simplefilter("ignore")
@@ -187,7 +190,7 @@ def quiet() -> None:
 
 
 def _check_corpus(cfg: Pipeline, rows: list[PlanRow]) -> None:
-    """A manifest that would be skipped must still describe the files there are (decision 9)."""
+    """Raises ValueError where a manifest that would be skipped does not describe the files any more."""
     manifest = next((r for r in rows if r.step.name == "manifest" and not r.run), None)
     if manifest is None or manifest.state.artifact is None or cfg.corpus.changed == "ignore":
         return
@@ -202,7 +205,7 @@ def _check_corpus(cfg: Pipeline, rows: list[PlanRow]) -> None:
 
 
 def git_state() -> dict[str, str]:
-    """The commit and whether the tree is dirty; empty outside a checkout."""
+    """The checkout's commit and its dirty flag, as tags; empty outside a checkout."""
     here = Path(__file__).resolve().parent
     try:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=5, check=True)

@@ -1,4 +1,4 @@
-"""Keeps a Ray that is started for one run alone closed to everybody else.
+"""A private Ray: one that is started for one run alone is closed to everybody else.
 
 Ray's servers listen on every interface, and who may talk to them may run code. So such a Ray listens on loopback, and
 takes only calls with a random token that the run's own processes inherit. It is in no file and on no command line.
@@ -15,7 +15,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def guarded() -> Iterator[None]:
-    """Has a `ray.init(address="local")` in the block start a closed Ray, whatever the environment says.
+    """Makes a `ray.init(address="local")` in the block start a closed Ray, whatever the environment says.
 
     The processes that Ray starts there get the settings, and this process keeps them in memory until `read_settings`. Its
     environment is afterwards as it was.
@@ -23,7 +23,7 @@ def guarded() -> Iterator[None]:
     from ray._private import ray_constants
 
     settings = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32),
-                "RAY_ENABLE_K8S_TOKEN_AUTH": "0"}  # else it is Kubernetes that judges tokens, and refuses this one
+                "RAY_ENABLE_K8S_TOKEN_AUTH": "0"}  # else Kubernetes would check tokens, and refuse this one
     if sys.platform == "linux":
         settings["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", "lo")  # else by the machine's name
     before, clusters = {k: os.environ.get(k) for k in settings}, ray_constants.ENABLE_RAY_CLUSTER
@@ -40,7 +40,7 @@ def guarded() -> Iterator[None]:
 
 
 def read_settings() -> None:
-    """Has Ray read this process's environment and token anew; it keeps what it read first, be it another cluster's."""
+    """Makes Ray read this process's environment and token anew; else it keeps those of its first cluster."""
     import ray
     from ray._raylet import AuthenticationTokenLoader, Config
 

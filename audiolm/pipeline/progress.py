@@ -1,4 +1,4 @@
-"""What the driver's terminal shows of running steps: done/total, rate, time left (issue: "Long work shows progress").
+"""The progress of running steps on the driver's terminal: done/total, rate, time left.
 
 On a terminal one line a running step, redrawn in place; elsewhere plain lines at the start, the end and about every
 10 s.  Thread-safe.  Rates come from a moving window and never count work that was there when a step began (resume).
@@ -13,9 +13,9 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 
-WINDOW_S = 30.0
-REDRAW_S = 0.2
-PLAIN_S = 10.0
+WINDOW_S = 30.0  # of the moving average of a rate
+REDRAW_S = 0.2  # at most five times a second: terminals and people follow
+PLAIN_S = 10.0  # between two plain lines of a step, in a log
 
 
 @dataclass
@@ -25,14 +25,14 @@ class _Line:
     total: float | None = None
     unit: str = ""
     note: str = ""
-    seen: deque = field(default_factory=deque)  # (time, done) within the window; the first is the window's start
+    samples: deque = field(default_factory=deque)  # (time, done) within the window; the first is the window's start
     printed: float = 0.0
 
     def rate(self) -> float | None:
         """Units a second over the window; None until there were two different moments."""
-        if len(self.seen) < 2:
+        if len(self.samples) < 2:
             return None
-        (t0, d0), (t1, d1) = self.seen[0], self.seen[-1]
+        (t0, d0), (t1, d1) = self.samples[0], self.samples[-1]
         return (d1 - d0) / (t1 - t0) if t1 > t0 and d1 > d0 else None
 
 
@@ -45,8 +45,8 @@ class ProgressBoard:
         self._lock = threading.Lock()
         self._lines: dict[str, _Line] = {}
         self._tty = bool(getattr(self._out, "isatty", lambda: False)())
-        self._shown = 0  # lines that stand on the terminal and may be redrawn
-        self._drawn = float("-inf")
+        self._drawn_rows = 0  # lines on the terminal that may be redrawn
+        self._drawn_at = float("-inf")
 
     def start(self, step: str) -> None:
         with self._lock:
@@ -64,14 +64,13 @@ class ProgressBoard:
             if line is None:
                 return
             now = self._clock()
-            if unit != line.unit or done < line.done:  # another phase of the step: its rate is another rate
-                line.seen.clear()
-            if not done:  # what starts up does no work yet
-                line.seen.clear()
+            # Another phase of the step has another rate; and no rate counts the time of starting up.
+            if unit != line.unit or done < line.done or not done:
+                line.samples.clear()
             line.done, line.total, line.unit, line.note = done, total, unit, note
-            line.seen.append((now, done))
-            while len(line.seen) > 2 and line.seen[1][0] <= now - WINDOW_S:
-                line.seen.popleft()
+            line.samples.append((now, done))
+            while len(line.samples) > 2 and line.samples[1][0] <= now - WINDOW_S:
+                line.samples.popleft()
             if self._tty:
                 self._draw(now)
             elif now - line.printed >= PLAIN_S:
@@ -105,14 +104,14 @@ class ProgressBoard:
         self._out.flush()
 
     def _clear(self) -> None:
-        if self._shown:
-            self._out.write(f"\x1b[{self._shown}F\x1b[J")  # up to the first of our lines, then erase to the end
-            self._shown = 0
+        if self._drawn_rows:
+            self._out.write(f"\x1b[{self._drawn_rows}F\x1b[J")  # up to the first of our lines, then erase to the end
+            self._drawn_rows = 0
 
     def _draw(self, now: float, force: bool = False) -> None:
-        if not force and now - self._drawn < REDRAW_S:
+        if not force and now - self._drawn_at < REDRAW_S:
             return
-        self._drawn = now
+        self._drawn_at = now
         size = shutil.get_terminal_size((100, 24))
         rows = [_describe(step, line, now)[: size.columns - 1] for step, line in self._lines.items()]
         rows = rows[: max(1, size.lines - 2)]  # a line that scrolled away cannot be redrawn
@@ -120,27 +119,23 @@ class ProgressBoard:
         if rows:
             self._out.write("".join(row + "\n" for row in rows))
         self._out.flush()
-        self._shown = len(rows)
+        self._drawn_rows = len(rows)
 
 
 def _describe(step: str, line: _Line, now: float) -> str:
-    parts = [f"{step:<16}"]
-    rate = line.rate()
+    """One line: share, amounts, rate, time left and note, each as far as it is known."""
     if not line.unit:
-        parts.append(f"running, {duration(now - line.started)}")
-        return "  ".join(parts)
+        return f"{step:<16}  running, {duration(now - line.started)}"
+    parts, done, rate = [f"{step:<16}"], amount(line.done, line.unit), line.rate()
     if line.total:
         parts.append(f"{min(1.0, line.done / line.total):4.0%}")
-        parts.append(f"{amount(line.done, line.unit)}/{amount(line.total, line.unit)} {label(line.unit)}")
-    else:
-        parts.append(f"{amount(line.done, line.unit)} {label(line.unit)}")
+        done += f"/{amount(line.total, line.unit)}"
+    parts.append(f"{done} {label(line.unit)}")
     if rate is not None:
         parts.append(rate_text(rate, line.unit))
         if line.total and line.done < line.total:
             parts.append(f"{duration((line.total - line.done) / rate)} left")
-    if line.note:
-        parts.append(line.note)
-    return "  ".join(parts)
+    return "  ".join([*parts, line.note] if line.note else parts)
 
 
 def label(unit: str) -> str:
@@ -167,6 +162,7 @@ def rate_text(rate: float, unit: str) -> str:
 
 
 def duration(seconds: float) -> str:
+    """A time in its two largest units."""
     seconds = max(0.0, seconds)
     if seconds < 9.95:
         return f"{seconds:.1f} s"

@@ -1,8 +1,6 @@
-"""The workflow's command line: plan, status, run (README "Commands").
+"""The Ray cluster of a run: joined where one is named, else started for this run alone.
 
-One positional YAML (default: the quickstart), `a.b=c` overrides, --dry-run --status --only --from --force --inline.
-Starts or joins Ray, runs the plan, shows progress, ships metrics, prints where sound, report and UI are.
-Exit status: 0 done, 1 failed, 2 wrong usage or config, 130 stopped.
+No work of a step is here: data/parallel.py and train/loop.py use the cluster.
 """
 
 from __future__ import annotations
@@ -19,12 +17,13 @@ from audiolm.store import get_json, join, put_json, remove
 
 
 def in_ray_job() -> bool:
+    """True in the entrypoint of a submitted Ray job, whose working folder changes with each submission."""
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 
-def wants_ray(asked: bool) -> bool:
-    """Whether a command's work goes to Ray: it was asked to, runs in a Ray job, or RAY_ADDRESS names a cluster."""
-    return asked or in_ray_job() or bool(os.environ.get("RAY_ADDRESS"))
+def wants_ray(option: bool) -> bool:
+    """True where a command's work goes to Ray: by its option, in a Ray job, or as RAY_ADDRESS names a cluster."""
+    return option or in_ray_job() or bool(os.environ.get("RAY_ADDRESS"))
 
 
 def start_ray(cluster: ClusterConfig, folder: str, say: Callable[[str], None]) -> None:
@@ -55,6 +54,7 @@ def start_ray(cluster: ClusterConfig, folder: str, say: Callable[[str], None]) -
 
 
 def _every_node_sees(store: str, nodes: list[dict]) -> None:
+    """Writes a random text into the store and has every node read it back. Raises StepFailed naming the others."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -73,7 +73,7 @@ def _every_node_sees(store: str, nodes: list[dict]) -> None:
 
 
 def worker_died(e: BaseException) -> bool:
-    """True for a dead node, worker or actor: the step may run again. An error of the code itself may not."""
+    """True for a dead node, worker or actor, after which a step may run again; False for an error of the code itself."""
     if "ray" not in sys.modules:
         return False
     from ray import exceptions as ray_errors

@@ -158,7 +158,7 @@ def test_two_drivers_run_a_step_once(store):
     assert calls == ["slow"] and len({a.build for a in got}) == 1 and len(got) == 2
 
 
-def test_who_claims_after_another_did_is_refused(store):
+def test_a_claim_after_another_is_refused(store):
     """Both saw the build free; the second must not take the first one's fresh attempt over."""
     path = f"{store}/shared/0001"
     waiter = lease.Waiter(path)
@@ -225,7 +225,7 @@ def test_a_dead_owner_of_this_machine_is_taken_over_at_once(store, monkeypatch):
     assert names(join(build, "attempts")) == ["0001.json", "0002.json"]
 
 
-def test_an_owner_elsewhere_is_judged_by_its_beat_alone(store, monkeypatch):
+def test_an_owner_elsewhere_counts_by_its_beat_alone(store, monkeypatch):
     build = join(store, "far", "0001")
     far = {"state": "running", "beat": 3, "time": 0.0, "host": "far", "boot": "other", "pids": "", "pid": 1, "started": 0.0}
     put_json(join(build, "attempts", "0001.json"), far)

@@ -150,7 +150,7 @@ def test_a_relative_store_in_a_job_is_refused_with_the_fix(job, head, checkout):
 
 
 def test_mlflow_holds_the_run(job):
-    """A parent run and a nested one for each step, with params, metrics by step, tags and what can be heard."""
+    """A parent run and a nested one for each step, with params, metrics by step, tags and sound."""
     import mlflow
 
     client = mlflow.MlflowClient(f"sqlite:///{job}/mlflow.db")

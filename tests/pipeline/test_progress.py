@@ -16,7 +16,7 @@ class Terminal(io.StringIO):
         return True
 
     def screen(self) -> list[str]:
-        """What stands on the terminal: newlines and the two escapes that the board uses."""
+        """The lines on the terminal, from newlines and the two escapes that the board uses."""
         lines = [""]
         for part in re.split(r"(\x1b\[\d+F|\x1b\[J|\n)", self.getvalue()):
             if part == "\n":
