@@ -93,10 +93,10 @@ class LMObjective:
         # The loss is a mean over the global batch's targets, so their number is needed before the first backward.
         targets, tokens = all_sum(torch.stack([batch["count_2"] for batch in batches]).sum(0).double())
         sums = torch.zeros(2, self.stage.levels[1] + 1, dtype=torch.float64, device=device)  # nats, tokens by level
-        for i, batch in enumerate(batches):
+        for batch in batches:
             nats_SN = engine(*inputs_of(batch))
             # Engines average over ranks: times the world, over all targets, each target weighs the same.
-            engine.backward(nats_SN.sum() * (self.ctx.world / targets.float()), last=i == len(batches) - 1)
+            engine.backward(nats_SN.sum() * (self.ctx.world / targets.float()))
             sums += level_sums(self.stage, nats_SN.detach(), batch["label_SN"])
         sums = all_sum(sums)
         loss = sums[0].sum() / targets

@@ -53,6 +53,7 @@ def target_features(mel_BTF: torch.Tensor, lengths_B: torch.Tensor) -> torch.Ten
     c_BTC = mfcc(mel_BTF.gather(1, held_BT[..., None].expand(-1, -1, mel_BTF.shape[-1])))[:, :frames]
     keep_BT1 = valid_frames(lengths_B * SUBSAMPLE, frames)[..., None]
     count_B11 = (lengths_B * SUBSAMPLE)[:, None, None]
+    # Normalised by crop, over its own frames: the targets say little of the speaker or the microphone.
     c_BTC = c_BTC - (c_BTC * keep_BT1).sum(1, keepdim=True) / count_B11
     std_B1C = ((c_BTC * keep_BT1).square().sum(1, keepdim=True) / count_B11).sqrt()
     return (c_BTC / std_B1C.clamp_min(MIN_STD)).unflatten(1, (-1, SUBSAMPLE)).mean(2)
@@ -95,10 +96,10 @@ class MaskedObjective:
         counts = [(int(b.mask_BT.sum()), sum(frames_of(b.lengths_B.tolist()))) for b in batches]
         masked, frames = all_sum(torch.tensor(counts, dtype=torch.float32, device=device).sum(0))
         totals = 0
-        for i, batch in enumerate(batches):
+        for batch in batches:
             loss, sums = self._loss(engine, batch, self.inputs.sizes.unmasked * masked / (frames - masked).clamp_min(1))
             # Engines average over ranks: times the world, over all masked frames, each frame weighs the same.
-            engine.backward(loss * (self.ctx.world / masked), last=i == len(batches) - 1)
+            engine.backward(loss * (self.ctx.world / masked))
             totals = totals + sums
         norm = engine.step()
         return {**self._report(all_sum(totals)), "grad_norm": norm}

@@ -84,13 +84,13 @@ class W2vBertObjective:
 
         # Second pass, a micro-batch at a time.
         totals = 0
-        for i, (batch, mels) in enumerate(zip(batches, inputs, strict=True)):
+        for batch, mels in zip(batches, inputs, strict=True):
             noise_BMV = draw_gumbel(batch.masked.mask_BT, w.codes, self.inputs.seed, step, batch.masked.rows, device)
             losses, sums = self._sums(engine, batch, mels, noise_BMV, tau)
             loss = w.contrastive * losses["contrastive"] + w.masked * losses["masked"]
             loss = loss + w.diversity * (slope_V * losses["probabilities_V"]).sum()
             # Engines average over ranks: times the world, over all masked frames, each frame weighs the same.
-            engine.backward(loss * (self.ctx.world / masked), last=i == len(batches) - 1)
+            engine.backward(loss * (self.ctx.world / masked))
             totals = totals + sums
         norm = engine.step()
         report = self._report(all_sum(totals))
