@@ -247,7 +247,7 @@ def weights(module: nn.Module, parameters: bool = True) -> Saved:
 def _plain_state(module: nn.Module, optimizer: torch.optim.Optimizer, updates: int) -> Saved:
     state = weights(module)
     for name, p in module.named_parameters():
-        for key in MOMENTS if updates else ():
+        for key in MOMENTS if updates else ():  # before the first update there are none
             moment = optimizer.state[p].get(key)
             state[f"{key}/{name}"] = (torch.zeros_like(p) if moment is None else moment.detach()).to("cpu", copy=True)
     return state
@@ -288,6 +288,7 @@ def _deepspeed(ctx: Context):
     """The library, with a process group where no launcher made one (--inline)."""
     if ctx.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # Twice: the library sets its logger's level again when it is imported.
     os.environ.setdefault("DS_LOG_LEVEL", "error")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     import deepspeed

@@ -126,6 +126,7 @@ class Generator(nn.Module):
 
     def averaged(self, fresh: nn.Module) -> nn.Module:
         """A fresh net with the averaged weights and the present buffers: weight norm folded, in eval mode."""
+        # The average has no codebooks that move by themselves: buffers are the present ones.
         fresh.load_state_dict({**self.net.state_dict(), **self.ema.values()})
         return fold(fresh).eval().requires_grad_(False)
 
@@ -234,6 +235,7 @@ def training_audio(name: str, cfg: CodecConfig | VocoderConfig, crop_s: float, c
         least_s = (longest // 2 // SEMANTIC_HOP + 1) * SEMANTIC_HOP / SAMPLE_RATE
         raise ValueError(f"{name}.crop_s {cfg.crop_s} is {samples} samples; spectral windows of {longest} need more than "
                          f"{longest // 2}: raise it to at least {least_s:g}")
+    # Test clips are never read in training: dev clips decide which checkpoint is the best.
     clips = {split: read_clips(manifest, split=split, where=cfg.where) for split in ("train", "dev")}
     for split, chosen in clips.items():
         if not chosen:

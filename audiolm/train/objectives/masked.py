@@ -76,7 +76,7 @@ class MaskedObjective:
         """`targets` None: the model's own codebook over MFCCs."""
         self.modules = {"model": model.to(ctx.device)}
         self.inputs, self.ctx, self.targets = inputs, ctx, targets or self._mfcc_targets
-        self._before: float | None = None  # the last validation's loss
+        self._before: float | None = None  # loss of the last validation; lost on a resume, which delays an alarm by one
 
     @property
     def model(self) -> MaskedModel:
@@ -113,6 +113,7 @@ class MaskedObjective:
         device = self.ctx.device
         clean_BTF, input_BTF, frames_B = self.inputs.mels(batch, device)
         mask_BT = batch.mask_BT.to(device)
+        # Targets come from clean audio: a target should not depend on the noise.
         with torch.no_grad():
             targets_BT = self.targets(batch, clean_BTF, frames_B)
         logits_BTK, targets_N = model(input_BTF, frames_B, mask_BT), targets_BT[mask_BT]
@@ -207,6 +208,7 @@ def masked_objective(config: Mapping[str, Any], inputs: Mapping[str, str], ctx: 
     def path_of(prefix: str) -> str:
         return next(path for name, path in inputs.items() if name.startswith(prefix))
 
+    # A later iteration: the targets are another model's clusters.
     targets, k = teacher(path_of("targets"), ctx.device, config["train"].dtype, data.pieces())
     model = MaskedModel(encoder_sizes(sizes), k, target_dim=0)
     if iteration.start == "previous":
