@@ -111,7 +111,7 @@ class TorchEngine:
         with autocast(self.ctx.device, self.train.dtype):
             return self.module(*args)
 
-    def backward(self, loss: torch.Tensor, last: bool = True) -> None:
+    def backward(self, loss: torch.Tensor) -> None:
         loss.backward()
 
     def step(self) -> torch.Tensor:
@@ -121,6 +121,7 @@ class TorchEngine:
             flat = all_sum(torch.cat([p.grad.flatten() for p in params])) / self.ctx.world
             for p, g in zip(params, flat.split([p.numel() for p in params]), strict=True):
                 p.grad.copy_(g.view_as(p))
+        # Returned before clipping, as it shows a training that is about to diverge; an infinite limit clips nothing.
         norm = torch.nn.utils.clip_grad_norm_(params, self.train.clip or float("inf"))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -157,7 +158,7 @@ class DeepSpeedEngine:
     def __call__(self, *args) -> Any:
         return self.engine(*args)
 
-    def backward(self, loss: torch.Tensor, last: bool = True) -> None:
+    def backward(self, loss: torch.Tensor) -> None:
         self.engine.backward(loss, scale_wrt_gas=False)  # objectives scale by the whole step, not by micro-batches
 
     def step(self) -> torch.Tensor:
@@ -169,7 +170,7 @@ class DeepSpeedEngine:
         return torch.as_tensor(norm if norm is not None else self.engine.get_global_grad_norm() or 0.0)
 
     def _reduced_norm(self) -> torch.Tensor:
-        """The norm of the averaged gradients; exact with one rank, where there is nothing to average."""
+        """The norm of the averaged gradients, on a copy: DeepSpeed averages its own in `step`."""
         flat = torch.cat([p.grad.flatten() for p in _with_gradients(self.module)])
         if dist.is_initialized() and dist.get_world_size() > 1:
             flat = all_sum(flat) / dist.get_world_size()
@@ -202,7 +203,7 @@ class DeepSpeedEngine:
 
     def gathered(self) -> contextlib.AbstractContextManager:
         """Within the block the module's weights are whole, and rank 0 may change them. All ranks take part."""
-        if self.train.zero < 3:
+        if self.train.zero < 3:  # stages 1 and 2 split moments and gradients; weights are whole on every rank
             return contextlib.nullcontext()
         import deepspeed
 
@@ -246,7 +247,7 @@ def weights(module: nn.Module, parameters: bool = True) -> Saved:
 def _plain_state(module: nn.Module, optimizer: torch.optim.Optimizer, updates: int) -> Saved:
     state = weights(module)
     for name, p in module.named_parameters():
-        for key in MOMENTS if updates else ():
+        for key in MOMENTS if updates else ():  # before the first update there are none
             moment = optimizer.state[p].get(key)
             state[f"{key}/{name}"] = (torch.zeros_like(p) if moment is None else moment.detach()).to("cpu", copy=True)
     return state
@@ -287,6 +288,7 @@ def _deepspeed(ctx: Context):
     """The library, with a process group where no launcher made one (--inline)."""
     if ctx.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # Twice: the library sets its logger's level again when it is imported.
     os.environ.setdefault("DS_LOG_LEVEL", "error")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     import deepspeed
@@ -294,7 +296,7 @@ def _deepspeed(ctx: Context):
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # An extension that only speeds up inference between processes on CPUs; compiling it takes a minute and 3 GB.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if not dist.is_initialized():
+    if not dist.is_initialized():  # Ray Train makes the group of its workers; a step inline is a group of one
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]

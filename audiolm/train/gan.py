@@ -126,6 +126,7 @@ class Generator(nn.Module):
 
     def averaged(self, fresh: nn.Module) -> nn.Module:
         """A fresh net with the averaged weights and the present buffers: weight norm folded, in eval mode."""
+        # The average has no codebooks that move by themselves: buffers are the present ones.
         fresh.load_state_dict({**self.net.state_dict(), **self.ema.values()})
         return fold(fresh).eval().requires_grad_(False)
 
@@ -162,8 +163,8 @@ class Gan:
         """
         weights, adversarial = self.cfg.weights, step >= self.cfg.disc.start_step
         rows, sums = sum(len(b["wav_BT"]) for b in batches), {}
-        for i, batch in enumerate(batches):
-            share, last = len(batch["wav_BT"]) / rows, i == len(batches) - 1
+        for batch in batches:
+            share = len(batch["wav_BT"]) / rows
 
             # Phase 1: the generator's forward pass and its distances.
             real_BT, made_BT, inner = forward(batch)
@@ -173,14 +174,14 @@ class Gan:
 
             # Phase 2: the discriminators' gradients, then their verdict on the generator.
             if adversarial:
-                terms |= self._discriminate(engines["discriminator"], real_BT, fake_BT, share, last)
+                terms |= self._discriminate(engines["discriminator"], real_BT, fake_BT, share)
 
             # Phase 3: the generator's gradients.
             loss = sum(getattr(weights, name) * term for name, term in terms.items() if name != "discriminator")
             target = loss
             if self.generator.balanced:
                 target = self.generator.balance.target(made_BT, fake_BT, terms, weights, share)
-            engines["generator"].backward(target * share, last)
+            engines["generator"].backward(target * share)
             for name, term in {"loss": loss, **terms}.items():
                 sums[name] = sums.get(name, 0.0) + term.detach() * share
 
@@ -200,8 +201,8 @@ class Gan:
         self.generator.ema.update(dict(net.named_parameters()), self.cfg.ema, step)
         return {f"gradient/{name}": norm for name, norm in norms.items()}
 
-    def _discriminate(self, engine: Engine, real_BT: torch.Tensor, fake_BT: torch.Tensor, share: float,
-                      last: bool) -> Losses:
+    def _discriminate(self, engine: Engine, real_BT: torch.Tensor, fake_BT: torch.Tensor,
+                      share: float) -> Losses:
         """The discriminators' backward pass on detached fakes, then the losses by which they teach the generator.
 
         "adversarial" and "feature" reach fake_BT; "discriminator" is detached.
@@ -212,7 +213,8 @@ class Gan:
         real, fake = ([(logits.chunk(2)[k], [f.chunk(2)[k] for f in features]) for logits, features in outputs]
                       for k in (0, 1))
         loss = discriminator_loss(real, fake, kind)
-        engine.backward(loss * share, last)
+        engine.backward(loss * share)
+        # Frozen: the generator's loss needs no gradients of the discriminators' weights.
         module.requires_grad_(False)
         # Not through the engine: this graph is the generator's, and DeepSpeed lets an engine's outputs reach its own
         # backward alone.
@@ -233,6 +235,7 @@ def training_audio(name: str, cfg: CodecConfig | VocoderConfig, crop_s: float, c
         least_s = (longest // 2 // SEMANTIC_HOP + 1) * SEMANTIC_HOP / SAMPLE_RATE
         raise ValueError(f"{name}.crop_s {cfg.crop_s} is {samples} samples; spectral windows of {longest} need more than "
                          f"{longest // 2}: raise it to at least {least_s:g}")
+    # Test clips are never read in training: dev clips decide which checkpoint is the best.
     clips = {split: read_clips(manifest, split=split, where=cfg.where) for split in ("train", "dev")}
     for split, chosen in clips.items():
         if not chosen:

@@ -111,6 +111,7 @@ def report_progress(job: TrainJob, out) -> Iterator[None]:
 
 
 def _follow_metrics(job: TrainJob, out, stop: threading.Event) -> None:
+    # Once a second; without news every 10 s, so that the driver's clock moves on.
     offset, done, note, alarm, quiet_s = 0, 0, "starting workers", "", 0
     while not stop.wait(1.0):
         try:

@@ -52,7 +52,7 @@ class Gradients:
     def __call__(self, *args):
         return self.module(*args)
 
-    def backward(self, loss, last=True):
+    def backward(self, loss):
         loss.backward()
 
     def step(self):

@@ -198,7 +198,7 @@ def test_two_ranks_average_to_one_ranks_gradient(monkeypatch):
         def __call__(self, *args):
             return self.module(*args)
 
-        def backward(self, loss, last=True):
+        def backward(self, loss):
             (loss / 2).backward()
 
         def step(self):

@@ -49,9 +49,9 @@ class TinyLM:
         engine = engines["model"]
         n = all_sum(torch.tensor(float(sum(b[:, 1:].numel() for b in batches))))
         total = torch.zeros(())
-        for i, ids_BT in enumerate(batches):
+        for ids_BT in batches:
             loss = F.cross_entropy(engine(ids_BT)[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten(), reduction="sum")
-            engine.backward(loss * self.ctx.world / n, i == len(batches) - 1)
+            engine.backward(loss * self.ctx.world / n)
             total += loss.detach()
         norm = engine.step()
         if self.spoil.get("weights") == step:

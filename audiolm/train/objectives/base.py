@@ -36,8 +36,8 @@ class Engine(Protocol):
     def __call__(self, *args) -> Any:
         """The module's forward pass."""
 
-    def backward(self, loss: torch.Tensor, last: bool = True) -> None:
-        """Adds the gradients of `loss`; `last` marks the last micro-batch of a step. Gradients are averaged over ranks."""
+    def backward(self, loss: torch.Tensor) -> None:
+        """Adds the gradients of `loss`, once a micro-batch. By `step` they are averaged over ranks."""
 
     def step(self) -> torch.Tensor:
         """Clips, updates, clears the gradients; returns the global gradient norm before clipping.

@@ -103,6 +103,7 @@ class CodecObjective:
         frames = batch * self.crops.crop // ACOUSTIC_HOP
         steps = math.ceil(INIT_FRAMES * self.codec.vocab / frames)
         slots_SMD = torch.zeros(steps, frames, self.codec.dim, device=self.ctx.device)
+        # The first batches of the training itself, drawn as they will be: nothing else is read.
         for step in range(self.ctx.rank, steps, self.ctx.world):
             wav_BT, _ = self._crops(step, range(batch))
             slots_SMD[step] = net.latents(wav_BT.to(self.ctx.device)).transpose(1, 2).flatten(0, 1)
@@ -144,6 +145,7 @@ class CodecObjective:
         for wav_BT in rank_batches(self.held_out_BT, self.ctx):
             real_BTF, x_BDT = log_mel(wav_BT), model.latents(wav_BT)
             codes_BTQ = model.quantizer.encode(x_BDT)
+            # Counts of every code, to see levels that use few.
             hits_QN += F.one_hot(codes_BTQ, codec.vocab).sum((0, 1)).float()
             mel_Q2[0] += len(wav_BT)
             for q in range(1, codec.n_q + 2):  # before codec.quantize_from there are no codes: the latents as they are

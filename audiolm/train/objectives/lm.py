@@ -93,11 +93,12 @@ class LMObjective:
         # The loss is a mean over the global batch's targets, so their number is needed before the first backward.
         targets, tokens = all_sum(torch.stack([batch["count_2"] for batch in batches]).sum(0).double())
         sums = torch.zeros(2, self.stage.levels[1] + 1, dtype=torch.float64, device=device)  # nats, tokens by level
-        for i, batch in enumerate(batches):
+        for batch in batches:
             nats_SN = engine(*inputs_of(batch))
             # Engines average over ranks: times the world, over all targets, each target weighs the same.
-            engine.backward(nats_SN.sum() * (self.ctx.world / targets.float()), last=i == len(batches) - 1)
+            engine.backward(nats_SN.sum() * (self.ctx.world / targets.float()))
             sums += level_sums(self.stage, nats_SN.detach(), batch["label_SN"])
+        # Sums, not means, are reduced: ranks hold different numbers of targets.
         sums = all_sum(sums)
         loss = sums[0].sum() / targets
         norm = engine.step()
@@ -109,6 +110,7 @@ class LMObjective:
         module, device = self.modules["lm"], self.ctx.device
         module.eval()
         sums = torch.zeros(2, self.stage.levels[1] + 1, dtype=torch.float64, device=device)
+        # The same rows at every validation and for every world size, so that losses compare.
         own = self.rows[self.ctx.rank::self.ctx.world]
         for i in range(0, len(own), EVAL_BATCH):
             batch = self.dev.collate([self.dev.packed(*row) for row in own[i:i + EVAL_BATCH]])

@@ -53,6 +53,7 @@ def target_features(mel_BTF: torch.Tensor, lengths_B: torch.Tensor) -> torch.Ten
     c_BTC = mfcc(mel_BTF.gather(1, held_BT[..., None].expand(-1, -1, mel_BTF.shape[-1])))[:, :frames]
     keep_BT1 = valid_frames(lengths_B * SUBSAMPLE, frames)[..., None]
     count_B11 = (lengths_B * SUBSAMPLE)[:, None, None]
+    # Normalised by crop, over its own frames: the targets say little of the speaker or the microphone.
     c_BTC = c_BTC - (c_BTC * keep_BT1).sum(1, keepdim=True) / count_B11
     std_B1C = ((c_BTC * keep_BT1).square().sum(1, keepdim=True) / count_B11).sqrt()
     return (c_BTC / std_B1C.clamp_min(MIN_STD)).unflatten(1, (-1, SUBSAMPLE)).mean(2)
@@ -75,7 +76,7 @@ class MaskedObjective:
         """`targets` None: the model's own codebook over MFCCs."""
         self.modules = {"model": model.to(ctx.device)}
         self.inputs, self.ctx, self.targets = inputs, ctx, targets or self._mfcc_targets
-        self._before: float | None = None  # the last validation's loss
+        self._before: float | None = None  # loss of the last validation; lost on a resume, which delays an alarm by one
 
     @property
     def model(self) -> MaskedModel:
@@ -95,10 +96,10 @@ class MaskedObjective:
         counts = [(int(b.mask_BT.sum()), sum(frames_of(b.lengths_B.tolist()))) for b in batches]
         masked, frames = all_sum(torch.tensor(counts, dtype=torch.float32, device=device).sum(0))
         totals = 0
-        for i, batch in enumerate(batches):
+        for batch in batches:
             loss, sums = self._loss(engine, batch, self.inputs.sizes.unmasked * masked / (frames - masked).clamp_min(1))
             # Engines average over ranks: times the world, over all masked frames, each frame weighs the same.
-            engine.backward(loss * (self.ctx.world / masked), last=i == len(batches) - 1)
+            engine.backward(loss * (self.ctx.world / masked))
             totals = totals + sums
         norm = engine.step()
         return {**self._report(all_sum(totals)), "grad_norm": norm}
@@ -112,6 +113,7 @@ class MaskedObjective:
         device = self.ctx.device
         clean_BTF, input_BTF, frames_B = self.inputs.mels(batch, device)
         mask_BT = batch.mask_BT.to(device)
+        # Targets come from clean audio: a target should not depend on the noise.
         with torch.no_grad():
             targets_BT = self.targets(batch, clean_BTF, frames_B)
         logits_BTK, targets_N = model(input_BTF, frames_B, mask_BT), targets_BT[mask_BT]
@@ -206,6 +208,7 @@ def masked_objective(config: Mapping[str, Any], inputs: Mapping[str, str], ctx: 
     def path_of(prefix: str) -> str:
         return next(path for name, path in inputs.items() if name.startswith(prefix))
 
+    # A later iteration: the targets are another model's clusters.
     targets, k = teacher(path_of("targets"), ctx.device, config["train"].dtype, data.pieces())
     model = MaskedModel(encoder_sizes(sizes), k, target_dim=0)
     if iteration.start == "previous":

@@ -82,6 +82,7 @@ class MaskedInputs:
         """Rows of step's global batch, on the CPU."""
         a = self.sizes.augment
         wav_BT, lengths_B = self.crops.batch(step, rows)
+        # Two generators a row, one a purpose: turning augmentation on or off moves no mask.
         draws = [draw_augmentation((a.pitch, a.noise, a.reverb), a.pitch_cents, a.snr_db, a.reverb_s,
                                    rng.generator(self.seed, "augment", step, row)) for row in rows]
         return self._masked(wav_BT, lengths_B, [rng.generator(self.seed, "mask", step, row) for row in rows], step,

@@ -56,15 +56,18 @@ class VocoderObjective:
     def train_step(self, engines: Mapping[str, Engine], batches: list[Any], step: int) -> dict[str, torch.Tensor]:
         """One update of vocoder, discriminators and average; all ranks take part."""
         device, crop = self.ctx.device, self.frames * SEMANTIC_HOP
+        # Small enough to be on the device at once: 8 MB for 32 rows of 4 s.
         batches = [{name: x.to(device) for name, x in batch.items()} for batch in batches]
 
         def forward(batch: dict) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+            # The row's crop of the audio is the target; the codes are those of all the audio around it.
             real_BT = batch["wav_BT"].gather(1, batch["starts_B"][:, None] * SEMANTIC_HOP + torch.arange(crop, device=device))
             codes_BTQ = self._codes(batch["wav_BT"])
             fake_BT = engines["generator"](codes_BTQ, batch["levels_B"], batch["starts_B"], self.frames).float()
             return real_BT, fake_BT, {}
 
         metrics = self.gan.train_step(engines, batches, step, forward)
+        # Units count true audio, not the silence behind a short clip.
         samples = sum((b["lengths_B"] - b["starts_B"] * SEMANTIC_HOP).clamp(max=crop).sum() for b in batches)
         return {**metrics, "units": all_sum(samples.float()) / SAMPLE_RATE, **self.gan.finish_step(step)}
 

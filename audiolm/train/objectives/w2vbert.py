@@ -56,7 +56,7 @@ class W2vBertObjective:
     def __init__(self, model: W2vBertModel, inputs: MaskedInputs, ctx: Context):
         self.modules = {"model": model.to(ctx.device)}
         self.inputs, self.ctx, self.settings = inputs, ctx, inputs.sizes.w2vbert or W2vBertConfig()
-        self._before: float | None = None  # the last validation's loss
+        self._before: float | None = None  # loss of the last validation; lost on a resume, which delays an alarm by one
 
     @property
     def model(self) -> W2vBertModel:
@@ -84,13 +84,14 @@ class W2vBertObjective:
 
         # Second pass, a micro-batch at a time.
         totals = 0
-        for i, (batch, mels) in enumerate(zip(batches, inputs, strict=True)):
+        for batch, mels in zip(batches, inputs, strict=True):
             noise_BMV = draw_gumbel(batch.masked.mask_BT, w.codes, self.inputs.seed, step, batch.masked.rows, device)
             losses, sums = self._sums(engine, batch, mels, noise_BMV, tau)
             loss = w.contrastive * losses["contrastive"] + w.masked * losses["masked"]
+            # Diversity is not linear in its frames; its tangent at the global mean is, and has the same gradient.
             loss = loss + w.diversity * (slope_V * losses["probabilities_V"]).sum()
             # Engines average over ranks: times the world, over all masked frames, each frame weighs the same.
-            engine.backward(loss * (self.ctx.world / masked), last=i == len(batches) - 1)
+            engine.backward(loss * (self.ctx.world / masked))
             totals = totals + sums
         norm = engine.step()
         report = self._report(all_sum(totals))
