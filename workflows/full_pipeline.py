@@ -102,12 +102,12 @@ def semantic(sem: SemanticConfig, common: dict, manifest: Step) -> list[Step]:
         how = {"model": sem.model, "train": sem.model.train, "iteration": None, "where": sem.where}
         steps = [Step("masked_model", do.train_masked, {**common, **how}, (manifest,), trains=how["train"])]
     model = steps[0]
-    for n, again in enumerate(sem.again, 2):
+    for n, iteration in enumerate(sem.iterations, 2):
         of = sem.kmeans  # its other settings are the last k-means' own: they may change without a new iteration
-        wanted = KMeansConfig(layer=again.layer, k=again.k, restarts=1, window_s=of.window_s, overlap_s=of.overlap_s,
+        wanted = KMeansConfig(layer=iteration.layer, k=iteration.k, restarts=1, window_s=of.window_s, overlap_s=of.overlap_s,
                         max_local_frames=of.max_local_frames)
         steps += clusters(f"_{n}", f"targets_{n}", wanted, model)
-        how = {"model": sem.model, "train": again.train or sem.model.train, "iteration": again, "where": sem.where}
+        how = {"model": sem.model, "train": iteration.train or sem.model.train, "iteration": iteration, "where": sem.where}
         model = Step(f"masked_model_{n}", do.train_masked, {**common, **how}, (manifest, model, steps[-1]), trains=how["train"])
         steps.append(model)
     return [*steps, *clusters("", "kmeans", sem.kmeans, model)]

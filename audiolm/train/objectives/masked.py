@@ -186,7 +186,7 @@ def teacher(path: str, device: torch.device, dtype: str, pieces: Iterable[Masked
     for batch in pieces:
         labels_BT, frames_B = tokenizer.codes(batch.wav_BT.to(device), batch.lengths_B)
         counts_K += torch.bincount(labels_BT[valid_frames(frames_B, labels_BT.shape[1])], minlength=k)
-    check_targets(all_sum(counts_K).cpu(), "semantic.again's k")
+    check_targets(all_sum(counts_K).cpu(), "semantic.iterations' k")
     return targets, k
 
 
@@ -207,7 +207,7 @@ def masked_objective(config: Mapping[str, Any], inputs: Mapping[str, str], ctx: 
         before = load_extractor(next(p for name, p in inputs.items() if name.startswith("masked_model")))
         if not isinstance(before, ConformerExtractor) or before.encoder.sizes.to_json() | {"dropout": 0} != \
                 conformer.to_json() | {"dropout": 0}:
-            raise ValueError("semantic.again: start: previous needs a model of the same sizes before it: say start: fresh")
+            raise ValueError("semantic.iterations: start: previous needs a model of the same sizes before it: say start: fresh")
         model.encoder.load_state_dict(before.state())
         return MaskedObjective(model, data, ctx, targets)
     threads = torch.get_num_threads()
