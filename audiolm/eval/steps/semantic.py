@@ -99,11 +99,11 @@ def abx_part(kind: str, items_path: str, groups: Groups, files: Mapping[str, str
             for group, speakers in groups.items()}
 
 
-def abx_rows(found: Mapping[str, Mapping[str, abx.Scores]], seed: int) -> list[dict[str, Any]]:
+def abx_rows(scores: Mapping[str, Mapping[str, abx.Scores]], seed: int) -> list[dict[str, Any]]:
     """A row a kind: abx.summary of each mode, and `difference_{mode}` to MFCC with its interval ([mean, lo, hi] points,
     None where the two have not the same speakers)."""
-    rows, floor = [], found["mfcc"]
-    for kind, by_mode in found.items():
+    rows, floor = [], scores["mfcc"]
+    for kind, by_mode in scores.items():
         row: dict[str, Any] = {"features": kind}
         for mode, s in by_mode.items():
             row |= abx.summary(mode, s, seed)
@@ -136,18 +136,18 @@ def phones_part(items_path: str, alignment: str, speakers: Sequence[str], files:
 
 def read_phones(path: str, files: Sequence[str]) -> dict[str, tuple[np.ndarray, np.ndarray, list[str]]]:
     """{file: (onset_s, offset_s, phones)} in order of time, from lines `file onset offset phone ...`, of some files."""
-    wanted, found = set(files), {}
+    wanted, by_file = set(files), {}
     for number, line in enumerate(store.get(path).decode().splitlines(), 1):
         row = line.split()
         if not row or row[0].startswith("#") or row[0] not in wanted:
             continue
         try:
-            found.setdefault(row[0], []).append((float(row[1]), float(row[2]), row[3]))
+            by_file.setdefault(row[0], []).append((float(row[1]), float(row[2]), row[3]))
         except (IndexError, ValueError):
             raise ValueError(f"{path}: line {number} is {line!r}; expected `file onset offset phone`, times in "
                              "seconds") from None
     return {f: (np.array([r[0] for r in rows]), np.array([r[1] for r in rows]), [r[2] for r in rows])
-            for f in sorted(found) for rows in [sorted(found[f])]}
+            for f in sorted(by_file) for rows in [sorted(by_file[f])]}
 
 
 def frame_phones(onset_s: np.ndarray, offset_s: np.ndarray, frames: int) -> tuple[np.ndarray, np.ndarray]:
@@ -178,19 +178,19 @@ def tokens_part(want: SemanticMetricsConfig, source_roots: dict[str, str], paths
     clips = {c.id: c for c in read_clips(paths["manifest"], where=want.where)}
     group_of = {i: "train" if c.split == "train" else "held_out" for i, c in clips.items()}
     uses = ts.tally(tokens, group_of, ("train", "held_out"))
-    found = {g: ts.statistics(u, rate_hz) for g, u in uses.items()}
-    there = {g: u for g, u in uses.items() if found[g]}
-    if not there:
+    statistics = {g: ts.statistics(u, rate_hz) for g, u in uses.items()}
+    present = {g: u for g, u in uses.items() if statistics[g]}
+    if not present:
         raise ValueError(f"{tokens.path} has no clip of the manifest that semantic.where ({want.where.source}) takes")
-    drift = ts.drift_bits(*(u.frames_K for u in there.values())) if len(there) == 2 else None
-    shares = {g: u.frames_K / u.frames_K.sum() for g, u in there.items()}
-    lengths = {g: u.lengths_L / u.lengths_L.sum() for g, u in there.items()}
+    drift = ts.drift_bits(*(u.frames_K for u in present.values())) if len(present) == 2 else None
+    shares = {g: u.frames_K / u.frames_K.sum() for g, u in present.items()}
+    lengths = {g: u.lengths_L / u.lengths_L.sum() for g, u in present.items()}
     store.put(store.join(folder, "ui/semantic/use.png"), plots.ranked(shares, "Use of tokens, from the most used"))
     store.put(store.join(folder, "ui/semantic/runs.png"), plots.lengths(lengths, "Runs by their length", "frames of 40 ms"))
-    source = "held_out" if "held_out" in there else "train"
-    examples = _examples(tokens, there[source], {i: c for i, c in clips.items() if group_of[i] == source}, source_roots,
+    source = "held_out" if "held_out" in present else "train"
+    examples = _examples(tokens, present[source], {i: c for i, c in clips.items() if group_of[i] == source}, source_roots,
                          want.examples, folder, seed)
-    return {"rate_hz": rate_hz, "vocab": tokens.spec["vocab"], "statistics": found, "drift_bits": drift,
+    return {"rate_hz": rate_hz, "vocab": tokens.spec["vocab"], "statistics": statistics, "drift_bits": drift,
             "pictures": {"use": "ui/semantic/use.png", "runs": "ui/semantic/runs.png"}, "examples": examples,
             "examples_from": source}
 
@@ -200,19 +200,20 @@ def _examples(tokens: TokenStore, use: ts.Use, clips: Mapping[str, Clip], source
     """The n most used tokens, each with a wav of its occurrences; a clip is read once."""
     order = np.lexsort((np.arange(len(use.frames_K)), -use.frames_K))
     chosen = [k for k in order[:n].tolist() if use.frames_K[k]]
-    found = ts.occurrences(tokens, chosen, {i: c.speaker for i, c in clips.items()}, OCCURRENCES, seed)
+    occurrences = ts.occurrences(tokens, chosen, {i: c.speaker for i, c in clips.items()}, OCCURRENCES, seed)
+    # Clip by clip: each is decoded once, however many examples it has.
     pieces: dict[ts.Occurrence, np.ndarray] = {}
-    for name in sorted({o.clip for v in found.values() for o in v}):
+    for name in sorted({o.clip for v in occurrences.values() for o in v}):
         wav_T = read_clip(clips[name], source_roots)
-        pieces |= {o: excerpt(wav_T, o.start, o.length) for v in found.values() for o in v if o.clip == name}
+        pieces |= {o: excerpt(wav_T, o.start, o.length) for v in occurrences.values() for o in v if o.clip == name}
     total, examples = use.frames_K.sum(), []
     for token in chosen:
         file = f"ui/semantic/token-{token:04d}.wav"
-        store.put(store.join(folder, file), wav_bytes(joined([pieces[o] for o in found[token]])))
+        store.put(store.join(folder, file), wav_bytes(joined([pieces[o] for o in occurrences[token]])))
         examples.append({"token": token, "share": float(use.frames_K[token] / total), "file": file, "phone": None,
                          "phone_share": None, "occurrences": [
                              {"clip": o.clip, "speaker": clips[o.clip].speaker, "start_s": o.start * SEMANTIC_HOP / SAMPLE_RATE,
-                              "seconds": o.length * SEMANTIC_HOP / SAMPLE_RATE} for o in found[token]]})
+                              "seconds": o.length * SEMANTIC_HOP / SAMPLE_RATE} for o in occurrences[token]]})
     return examples
 
 
