@@ -119,12 +119,12 @@ def semantic_steps(sem: SemanticConfig, common: dict, manifest: Step) -> list[St
     else:
         model = training("masked_model", sem.model.train, None)
     steps = [model]
-    for n, again in enumerate(sem.again, 2):
-        # Of sem.kmeans only what decides how audio is heard: the rest may change without a new iteration.
+    for n, iteration in enumerate(sem.iterations, 2):
+        # Of sem.kmeans only what decides what the model encodes at once: the rest may change without a new iteration.
         same = sem.kmeans.model_dump(include={"window_s", "overlap_s"})
-        targets = KMeansConfig(layer=again.layer, k=again.k, max_frames=TARGET_FRAMES, restarts=1, **same)
+        targets = KMeansConfig(layer=iteration.layer, k=iteration.k, max_frames=TARGET_FRAMES, restarts=1, **same)
         steps += clusters(f"_{n}", f"targets_{n}", targets, model)
-        model = training(f"masked_model_{n}", again.train or sem.model.train, again, model, steps[-1])
+        model = training(f"masked_model_{n}", iteration.train or sem.model.train, iteration, model, steps[-1])
         steps.append(model)
     return [*steps, *clusters("", "kmeans", sem.kmeans, model)]
 

@@ -26,10 +26,10 @@ class TablesConfig(Config):
     sounds: int = Field(20, ge=1, description="clips whose sound Table I scores")
     utterances: int = Field(100, ge=1, description="with a text, of 4 to 10 s, for Table II")
     asr: PathField | None = Field(None, description="folder or URI of a transformers speech recogniser; None: Whisper tiny.en")
-    learned: int = Field(6, ge=1, description="utterances of a speaker that Table III's classifier is trained on")
-    judged: int = Field(2, ge=1, description="other utterances of the speaker, to score the classifier on")
+    n_speaker_train: int = Field(6, ge=1, description="utterances of each speaker that train Table III's classifier")
+    n_speaker_test: int = Field(2, ge=1, description="and other ones that it is tested on")
     net_steps: int = Field(600, ge=1, description="of the classifiers of Table III and of the detector")
-    continued: int = Field(100, ge=2, description="clips whose continuations detector, FAD, DNSMOS, text and notes score")
+    n_continuations: int = Field(100, ge=2, description="clips to continue, for detector, FAD, DNSMOS, text and notes")
     text_model: PathField | None = Field(None, description="folder or URI of a transformers causal model, for the suite text")
     probes: dict[str, Runtime[PathField]] = Field(
         {}, description="{name: folder with a gold.csv}: sWUGGY, sBLIMP and their like")

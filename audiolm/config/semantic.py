@@ -174,7 +174,7 @@ class SemanticConfig(Config):
     where: ClipFilter = ClipFilter()
     model: MaskedModelConfig = MaskedModelConfig()
     pretrained: PretrainedEncoderConfig | None = Field(None, description="imported instead of training semantic.model")
-    again: tuple[IterationConfig, ...] = Field((), description="further iterations of HuBERT")
+    iterations: tuple[IterationConfig, ...] = Field((), description="further iterations of HuBERT")
     abx: AbxConfig | None = None
     sweep: LayerSweepConfig = LayerSweepConfig()
     kmeans: KMeansConfig = KMeansConfig()
@@ -184,11 +184,11 @@ class SemanticConfig(Config):
 
     @model_validator(mode="after")
     def _check(self):
-        if self.pretrained and self.again:
-            raise ValueError("again needs a model that is trained here: drop pretrained, or again")
-        if self.again and self.model.objective != "hubert":
-            raise ValueError(f"again is for objective hubert, model.objective is {self.model.objective}: drop one of them")
-        chosen = [("kmeans", self.kmeans.layer), *((f"again.{i}", a.layer) for i, a in enumerate(self.again))]
+        if self.pretrained and self.iterations:
+            raise ValueError("iterations need a model that is trained here: drop pretrained, or iterations")
+        if self.iterations and self.model.objective != "hubert":
+            raise ValueError(f"iterations are for objective hubert, model.objective is {self.model.objective}: drop one of them")
+        chosen = [("kmeans", self.kmeans.layer), *((f"iterations.{i}", a.layer) for i, a in enumerate(self.iterations))]
         chosen += [("sweep", n) for n in self.sweep.layers or ()]
         for name, layer in chosen:
             if layer != "auto" and (layer < 1 or (layer > self.model.layers and not self.pretrained)):

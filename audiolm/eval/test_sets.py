@@ -151,9 +151,9 @@ def items_and_audio(path: str, folders: Sequence[str], speakers: Sequence[str] |
 
 def audio_paths(folders: tuple[str, ...], wanted: set[str], field: str = "semantic.abx.audio") -> dict[str, str]:
     """{file id of the items: path}. Raises ValueError naming `field` and a file that is in none of the folders."""
-    found = {posixpath.splitext(posixpath.basename(name))[0]: path
+    paths = {posixpath.splitext(posixpath.basename(name))[0]: path
              for name, path in codec_files.find_files(list(folders), AUDIO)}
-    if missing := sorted(wanted - set(found)):
+    if missing := sorted(wanted - set(paths)):
         raise ValueError(f"{field}: {len(missing)} of the items' {len(wanted)} files lie nowhere below "
                          f"{', '.join(folders)}; the first is {missing[0]}")
-    return {name: found[name] for name in sorted(wanted)}
+    return {name: paths[name] for name in sorted(wanted)}

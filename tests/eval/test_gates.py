@@ -39,8 +39,8 @@ def test_a_collapsed_level_is_told_from_a_short_store(vocab, frames, used, bits,
 def test_only_the_levels_that_a_stage_reads_are_judged():
     facts = {"frames": 10**5, **{f"used.q{q:02d}": 64 for q in range(3)}, "entropy_bits.q00": 5.5, "entropy_bits.q01": 5.0,
              "entropy_bits.q02": 1.0}
-    assert gates.judge_tokens("acoustic", "codec", facts, 64, 2)["ok"]
-    found = gates.judge_tokens("acoustic", "codec", facts, 64, 3)
+    assert gates.tokens_verdict("acoustic", "codec", facts, 64, 2)["ok"]
+    found = gates.tokens_verdict("acoustic", "codec", facts, 64, 3)
     assert not found["ok"] and "collapsed: level 3 uses 64 of 64 codes and 1.00 of 6.00 bits" in found["text"]
 
 
@@ -50,12 +50,12 @@ def test_only_the_levels_that_a_stage_reads_are_judged():
     (3.4, 3.6, 0.05, True),
 ])
 def test_a_prefix_is_used_when_the_gain_is_neither_small_nor_by_chance(true, shuffled, se, ok):
-    assert gates.judge_conditioning("lm_coarse", {"true": true, "shuffled": shuffled, "se": se})["ok"] == ok
+    assert gates.conditioning_verdict("lm_coarse", {"true": true, "shuffled": shuffled, "se": se})["ok"] == ok
 
 
 def test_a_loss_that_is_not_finite_beats_nothing():
-    assert gates.judge_unigram({"loss": 2.0, "unigram": 2.1})["ok"]
-    assert not gates.judge_unigram({"loss": math.nan, "unigram": 2.1})["ok"]
+    assert gates.unigram_verdict({"loss": 2.0, "unigram": 2.1})["ok"]
+    assert not gates.unigram_verdict({"loss": math.nan, "unigram": 2.1})["ok"]
 
 
 @pytest.fixture(scope="module")

@@ -135,8 +135,8 @@ def test_a_suite_that_cannot_be_measured_stays_visible(made, capsys, tmp_path):
 
 def test_every_table_of_a_run_has_its_rows(made, capsys, tmp_path):
     folder, _, _ = made
-    few = ("tables.utterances=2", "tables.learned=1", "tables.judged=1", "tables.continued=4", "tables.net_steps=3",
-           "tables.temperatures=[0.8]")
+    few = ("tables.utterances=2", "tables.n_speaker_train=1", "tables.n_speaker_test=1", "tables.n_continuations=4",
+           "tables.net_steps=3", "tables.temperatures=[0.8]")
     code, said = evaluate(capsys, "tiny", "--store", folder, "--out", str(tmp_path), *few)
     assert code == 0, said
     rows = [Result(**r) for r in store.get_json(f"{tmp_path}/rows.json")]
@@ -153,7 +153,7 @@ def test_optional_suites_are_named(made, capsys, tmp_path, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "speechmos" else find(name, *a))
     code, said = evaluate(capsys, "tiny", "--store", folder, "--out", str(tmp_path), "--suites", "ladder,dnsmos,text,notes",
-                          "tables.continued=2", "samples.prompt_s=0.2")
+                          "tables.n_continuations=2", "samples.prompt_s=0.2")
     assert code == 0, said
     rows = [Result(**r) for r in store.get_json(f"{tmp_path}/rows.json")]
     notes = {r.table: r.note for r in rows if r.value is None}

@@ -69,7 +69,7 @@ def test_who_learnt_the_right_words_wins_and_shuffled_tokens_give_chance(steps, 
     torch.manual_seed(0)
     model = build_lm(stage, SHAPE)
     pairs = read_probes(words).pairs
-    z, _ = zerospeech.hear([f for p in pairs for f in (p.right, p.wrong)], tokenizer)
+    z, _ = zerospeech.encode_files([f for p in pairs for f in (p.right, p.wrong)], tokenizer)
     ids = [stage.targets(z_T) for z_T in z]
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     rows = [(np.array([stage.bos, *i]), np.arange(len(i) + 1) > 0) for i in ids[::2]]
@@ -135,10 +135,10 @@ def test_the_bigrams_scores_by_hand():
 def test_tokens_are_the_same_alone_and_batched_and_have_silence_around(steps, words):
     tokenizer = load_semantic(steps["kmeans"])
     files = [f for p in read_probes(words).pairs for f in (p.right, p.wrong)][:24]
-    together, samples = zerospeech.hear(files, tokenizer)
+    together, samples = zerospeech.encode_files(files, tokenizer)
     assert len(set(map(len, together))) > 2
     for path, z_T, n in zip(files, together, samples, strict=True):
-        (alone,), _ = zerospeech.hear([path], tokenizer)
+        (alone,), _ = zerospeech.encode_files([path], tokenizer)
         np.testing.assert_array_equal(z_T, alone)
         assert len(z_T) == 10 + -(-n // 640)  # 0.2 s are 5 frames
 

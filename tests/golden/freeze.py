@@ -42,7 +42,7 @@ RTOL = 1e-4  # of losses, on another machine
 NOTHING = "nothing compared"
 SHOWN = 12  # differences of a golden that are printed
 CLOCKS = ("step_s", "units_per_s", "seconds")  # numbers that time alone decides
-W2VBERT = ["semantic.again=[]", "semantic.model.objective=w2vbert",
+W2VBERT = ["semantic.iterations=[]", "semantic.model.objective=w2vbert",
            "semantic.model.w2vbert={codes: 24, code_dim: 16, negatives: 20, gumbel: [2.0, 0.5, 0.98]}"]
 BALANCED = ["codec.balance=true", "codec.weights={reconstruction: 1, waveform: 1, feature: 1, adversarial: 0.3}"]
 PAPER = ["codec.losses=soundstream", "codec.quantizer=factorised", "codec.code_dim=4",

@@ -42,7 +42,7 @@ def run(store: Path, items: str, *more: str, check: bool = True) -> subprocess.C
     done = subprocess.run(
         [sys.executable, "workflows/full_pipeline.py", "workflows/quickstart.yaml", "--inline", f"store={store}",
          "tracking=none",
-         f"semantic.model={MODEL}", f"semantic.again={AGAIN}", "semantic.kmeans={layer: auto, k: auto, restarts: 1}",
+         f"semantic.model={MODEL}", f"semantic.iterations={AGAIN}", "semantic.kmeans={layer: auto, k: auto, restarts: 1}",
          "semantic.sweep={k: [4, 6], top: 1, frames: 500, iterations: 5}",
          f"semantic.abx={{items: {items}, audio: [workflows/quickstart/flac]}}",
          "corpus.hold_out={dev: ['9007', '9008']}", *more],
@@ -154,7 +154,7 @@ def test_what_cannot_be_chosen_is_refused_at_once(items, tmp_path):
     quick = str(ROOT / "workflows" / "quickstart.yaml")
     for wrong, text in (("semantic.kmeans.layer=auto", "give semantic.abx.items"),
                         ("semantic.kmeans.layer=9", "layer 9 is not"), ("semantic.kmeans.k=auto", "at least two values"),
-                        ("semantic.again=[{layer: 7}]", r"again.0: layer 7 is not one of model.layers \(4\)")):
+                        ("semantic.iterations=[{layer: 7}]", r"iterations.0: layer 7 is not one of model.layers \(4\)")):
         with pytest.raises(ConfigError, match=text):
             load_config(quick, [wrong])
     assert "semantic.abx.items" in run(tmp_path, str(tmp_path / "no.item"), "--dry-run", check=False).stderr

@@ -134,7 +134,7 @@ def test_targets_of_a_collapsed_tokenizer_are_refused(read, artefact, tmp_path):
     assert om.teacher(artefact, cpu, "float32", pieces)[1] == 12
     far_KD = torch.cat([torch.zeros(1, 16), 1e3 + torch.arange(11.0)[:, None].expand(-1, 16)])
     save_semantic(str(tmp_path / "one"), good.extractor, 2, good.mean_D, good.std_D, far_KD, good.window, {})
-    with pytest.raises(ValueError, match="all but constant.*1 of 12 in use.*semantic.again's k"):
+    with pytest.raises(ValueError, match="all but constant.*1 of 12 in use.*semantic.iterations' k"):
         om.teacher(str(tmp_path / "one"), cpu, "float32", pieces)
 
 

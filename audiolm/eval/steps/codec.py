@@ -1,8 +1,8 @@
 """The step `codec_figures`: the trained codec on held-out clips, beside Opus and Lyra, before any language model is trained.
 
-Leaves `{out.path}/codec.json` (eval.codec_quality.compare's table and "players": [{"clip", "files": [{"label", "file"}]}]) and,
-under `ui/codec/`, which the tracker shows, a wav and a spectrogram of each player.  Held-out means test, or dev where
-there is none; clips are those that the codec may learn from (codec.where).
+Leaves `{out.path}/codec.json`: the table of eval.codec_quality.compare and "players": [{"clip", "files": [{"label", "file"}]}].
+A wav and a spectrogram of each player go to `ui/codec/`, which the tracker shows.  Held-out means test, or dev where there is
+none; clips are those that the codec may learn from (codec.where).
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from audiolm.eval.models.baseline_codecs import baselines, opus
 from audiolm.render import plots
 from audiolm.tokenizers.acoustic import load_codec
 
-PLAYERS = 2  # clips to be heard at several numbers of levels
+PLAYERS = 2  # clips with players at several numbers of levels
 
 
 def measure_codec(config: dict[str, Any], inputs: dict[str, Any], out: Any) -> dict[str, Any]:
-    """Step function. config: figures (config.CodecFigures), corpus, cluster; inputs: manifest, codec. Returns the main
+    """Step function. config: figures (CodecMetricsConfig), corpus, cluster; inputs: manifest, codec. Returns the main
     figures, flat. Raises ValueError where nothing is held out."""
     began, cluster = time.monotonic(), config["cluster"]
     device = cluster_device(cluster, out.inline)
@@ -47,19 +47,19 @@ def codec_part(want: CodecMetricsConfig, source_roots: dict[str, str], paths: di
              "players": []}
     for clip, wav in clips[:PLAYERS]:
         files = []
-        for label, made in reconstructions(codec, wav, levels, opus()[:1]):
+        for label, wav_T in reconstructions(codec, wav, levels, opus()[:1]):
             name = re.sub(r"[^A-Za-z0-9.]+", "-", f"{clip.id}-{len(files)}-{label}")
-            store.put(store.join(folder, f"ui/codec/{name}.wav"), wav_bytes(made))
-            store.put(store.join(folder, f"ui/codec/{name}.png"), plots.spectrogram(made, label))
+            store.put(store.join(folder, f"ui/codec/{name}.wav"), wav_bytes(wav_T))
+            store.put(store.join(folder, f"ui/codec/{name}.png"), plots.spectrogram(wav_T, label))
             files.append({"label": label, "file": f"ui/codec/{name}.wav"})
         table["players"].append({"clip": clip.id, "files": files})
     return table
 
 
 def flat_facts(table: dict[str, Any]) -> dict[str, float]:
-    """The figures with all levels, the yardstick, and how many levels do not help."""
+    """The figures with all levels, the distance of the mean spectrum, and the number of levels that do not help."""
     names = {name: name for name in ("pesq", "stoi", "si_sdr", "mel")}
-    if table["visqol"]:  # a name of its own for each mapper, so that no chart draws the two as one
+    if table["visqol"]:  # a name for each mapper, so that no chart mixes the two
         names["visqol"] = "visqol_lattice" if "lattice" in table["visqol"] else "visqol_exponential"
     best = table["levels"][-1]
     facts = {name: best[k] for k, name in names.items() if best[k] is not None}

@@ -1,8 +1,8 @@
-"""The step `semantic_figures`: what the semantic tokens are like, sound like and stand for.
+"""The step `semantic_figures`: statistics of the semantic tokens, examples of their sound, phones by token, and ABX.
 
-Leaves, below `{out.path}/ui/`, which the tracker shows, semantic.json and semantic/: a wav of each example token and PNGs.
-Statistics are of the token store; examples of held-out clips (train clips where there are none); phones by token and ABX of the
-item file's speakers, held out (nothing trained on them) apart from seen.  Times in seconds, ABX errors in %.
+Writes semantic.json and semantic/ (a wav of each example token, PNGs) to `{out.path}/ui/`, which the tracker shows.
+Statistics come from the token store, examples from held-out clips (train clips where there are none).  Phones by token and ABX
+come from the item file's speakers, held out (no model was trained on them) apart from seen.  Times in seconds, ABX errors in %.
 Legend: P phones, K tokens.
 """
 
@@ -31,14 +31,16 @@ from audiolm.tokenizers.semantic import load_semantic
 
 KINDS = ("centroids", "semantic", "mfcc")  # of abx.KINDS; the last is the floor
 OCCURRENCES = 6  # of a token, in its example
+# Of an example's excerpts: audio on both sides of the token, silence between two, fades at their ends. A token of 40 ms alone
+# is too short to recognise, so neighbours are played too.
 CONTEXT_S, GAP_S, FADE_S = 0.12, 0.15, 0.01
-LONGEST_S = 1.0  # of a run, in an example
+LONGEST_S = 1.0  # of a run: silence is not played for long
 
 Groups = dict[str, tuple[str, ...]]  # speakers
 
 
 def measure_semantic(config: dict[str, Any], inputs: dict[str, Any], out: Any) -> dict[str, Any]:
-    """Step function. config: figures (SemanticFigures), corpus, cluster, seed; inputs: manifest, kmeans, semantic_tokens.
+    """Step function. config: figures (SemanticMetricsConfig), corpus, cluster, seed; inputs: manifest, kmeans, semantic_tokens.
     Returns the main figures, flat: statistics of train clips, the rest of held-out speakers.
 
     Raises ValueError for an item's file without audio and for speakers without items."""
@@ -46,7 +48,7 @@ def measure_semantic(config: dict[str, Any], inputs: dict[str, Any], out: Any) -
     paths = {name: artifact.path for name, artifact in inputs.items()}
     device = cluster_device(cluster, out.inline)
     groups, files, remarks = _item_files(want, paths["manifest"])
-    aligned = "held_out" if groups.get("held_out") else "seen"
+    aligned = "held_out" if groups.get("held_out") else "seen"  # the group whose phones are counted
     tasks: dict[str, tuple] = {}
     for kind in KINDS if groups else ():
         tasks[kind] = (abx_part, kind, want.items, groups, files, paths["kmeans"], config["seed"], device)
@@ -54,10 +56,10 @@ def measure_semantic(config: dict[str, Any], inputs: dict[str, Any], out: Any) -
         tasks["phones"] = (phones_part, want.items, want.phones, groups[aligned], files, paths["kmeans"], out.path, device)
     tasks["tokens"] = (tokens_part, want, roots(config["corpus"]), paths, out.path, config["seed"])
     results = parallel_map(_part, list(tasks.values()), out=out, cluster=cluster, unit="parts", gpu=device == "cuda")
-    found = dict(zip(tasks, results, strict=True))
-    table = {**found["tokens"], "remarks": remarks, "absent": {}, "phones": found.get("phones"), "abx": None}
+    tables = dict(zip(tasks, results, strict=True))
+    table = {**tables["tokens"], "remarks": remarks, "absent": {}, "phones": tables.get("phones"), "abx": None}
     if groups:
-        table["abx"] = {g: {"speakers": list(groups[g]), "rows": abx_rows({k: found[k][g] for k in KINDS}, config["seed"])}
+        table["abx"] = {g: {"speakers": list(groups[g]), "rows": abx_rows({k: tables[k][g] for k in KINDS}, config["seed"])}
                         for g in groups}
         table["absent"] |= {g: why for g, why in (
             ("held_out", "every speaker of the item file is trained on, or test"),
@@ -97,11 +99,11 @@ def abx_part(kind: str, items_path: str, groups: Groups, files: Mapping[str, str
             for group, speakers in groups.items()}
 
 
-def abx_rows(found: Mapping[str, Mapping[str, abx.Scores]], seed: int) -> list[dict[str, Any]]:
+def abx_rows(scores: Mapping[str, Mapping[str, abx.Scores]], seed: int) -> list[dict[str, Any]]:
     """A row a kind: abx.summary of each mode, and `difference_{mode}` to MFCC with its interval ([mean, lo, hi] points,
     None where the two have not the same speakers)."""
-    rows, floor = [], found["mfcc"]
-    for kind, by_mode in found.items():
+    rows, floor = [], scores["mfcc"]
+    for kind, by_mode in scores.items():
         row: dict[str, Any] = {"features": kind}
         for mode, s in by_mode.items():
             row |= abx.summary(mode, s, seed)
@@ -114,7 +116,7 @@ def abx_rows(found: Mapping[str, Mapping[str, abx.Scores]], seed: int) -> list[d
 
 def phones_part(items_path: str, alignment: str, speakers: Sequence[str], files: Mapping[str, str], kmeans: str, folder: str,
                 device: str) -> dict[str, Any]:
-    """One task: frames of each phone and token on the speakers' files, as figures and a picture."""
+    """One task: counts of frames by phone and token on the speakers' files, as figures and a picture."""
     tokenizer = load_semantic(kmeans, device)
     wanted = sorted(set(abx.read_items(items_path).of(speakers).file.tolist()))
     spoken = read_phones(alignment, wanted)
@@ -134,22 +136,22 @@ def phones_part(items_path: str, alignment: str, speakers: Sequence[str], files:
 
 def read_phones(path: str, files: Sequence[str]) -> dict[str, tuple[np.ndarray, np.ndarray, list[str]]]:
     """{file: (onset_s, offset_s, phones)} in order of time, from lines `file onset offset phone ...`, of some files."""
-    wanted, found = set(files), {}
+    wanted, by_file = set(files), {}
     for number, line in enumerate(store.get(path).decode().splitlines(), 1):
         row = line.split()
         if not row or row[0].startswith("#") or row[0] not in wanted:
             continue
         try:
-            found.setdefault(row[0], []).append((float(row[1]), float(row[2]), row[3]))
+            by_file.setdefault(row[0], []).append((float(row[1]), float(row[2]), row[3]))
         except (IndexError, ValueError):
             raise ValueError(f"{path}: line {number} is {line!r}; expected `file onset offset phone`, times in "
                              "seconds") from None
     return {f: (np.array([r[0] for r in rows]), np.array([r[1] for r in rows]), [r[2] for r in rows])
-            for f in sorted(found) for rows in [sorted(found[f])]}
+            for f in sorted(by_file) for rows in [sorted(by_file[f])]}
 
 
 def frame_phones(onset_s: np.ndarray, offset_s: np.ndarray, frames: int) -> tuple[np.ndarray, np.ndarray]:
-    """(the phone that each frame's centre may lie in, whether it does)."""
+    """(at_T, inside_T): the last phone that begins before each frame's centre, and true where the centre is within it."""
     centre_T = (np.arange(frames) + 0.5) * SEMANTIC_HOP / SAMPLE_RATE
     at_T = np.searchsorted(onset_s, centre_T, side="right") - 1
     return at_T, (at_T >= 0) & (centre_T < offset_s[at_T])
@@ -176,19 +178,19 @@ def tokens_part(want: SemanticMetricsConfig, source_roots: dict[str, str], paths
     clips = {c.id: c for c in read_clips(paths["manifest"], where=want.where)}
     group_of = {i: "train" if c.split == "train" else "held_out" for i, c in clips.items()}
     uses = ts.tally(tokens, group_of, ("train", "held_out"))
-    found = {g: ts.statistics(u, rate_hz) for g, u in uses.items()}
-    there = {g: u for g, u in uses.items() if found[g]}
-    if not there:
+    statistics = {g: ts.statistics(u, rate_hz) for g, u in uses.items()}
+    present = {g: u for g, u in uses.items() if statistics[g]}
+    if not present:
         raise ValueError(f"{tokens.path} has no clip of the manifest that semantic.where ({want.where.source}) takes")
-    drift = ts.drift_bits(*(u.frames_K for u in there.values())) if len(there) == 2 else None
-    shares = {g: u.frames_K / u.frames_K.sum() for g, u in there.items()}
-    lengths = {g: u.lengths_L / u.lengths_L.sum() for g, u in there.items()}
+    drift = ts.drift_bits(*(u.frames_K for u in present.values())) if len(present) == 2 else None
+    shares = {g: u.frames_K / u.frames_K.sum() for g, u in present.items()}
+    lengths = {g: u.lengths_L / u.lengths_L.sum() for g, u in present.items()}
     store.put(store.join(folder, "ui/semantic/use.png"), plots.ranked(shares, "Use of tokens, from the most used"))
     store.put(store.join(folder, "ui/semantic/runs.png"), plots.lengths(lengths, "Runs by their length", "frames of 40 ms"))
-    source = "held_out" if "held_out" in there else "train"
-    examples = _examples(tokens, there[source], {i: c for i, c in clips.items() if group_of[i] == source}, source_roots,
+    source = "held_out" if "held_out" in present else "train"
+    examples = _examples(tokens, present[source], {i: c for i, c in clips.items() if group_of[i] == source}, source_roots,
                          want.examples, folder, seed)
-    return {"rate_hz": rate_hz, "vocab": tokens.spec["vocab"], "statistics": found, "drift_bits": drift,
+    return {"rate_hz": rate_hz, "vocab": tokens.spec["vocab"], "statistics": statistics, "drift_bits": drift,
             "pictures": {"use": "ui/semantic/use.png", "runs": "ui/semantic/runs.png"}, "examples": examples,
             "examples_from": source}
 
@@ -198,24 +200,25 @@ def _examples(tokens: TokenStore, use: ts.Use, clips: Mapping[str, Clip], source
     """The n most used tokens, each with a wav of its occurrences; a clip is read once."""
     order = np.lexsort((np.arange(len(use.frames_K)), -use.frames_K))
     chosen = [k for k in order[:n].tolist() if use.frames_K[k]]
-    found = ts.occurrences(tokens, chosen, {i: c.speaker for i, c in clips.items()}, OCCURRENCES, seed)
+    occurrences = ts.occurrences(tokens, chosen, {i: c.speaker for i, c in clips.items()}, OCCURRENCES, seed)
+    # Clip by clip: each is decoded once, however many examples it has.
     pieces: dict[ts.Occurrence, np.ndarray] = {}
-    for name in sorted({o.clip for v in found.values() for o in v}):
+    for name in sorted({o.clip for v in occurrences.values() for o in v}):
         wav_T = read_clip(clips[name], source_roots)
-        pieces |= {o: excerpt(wav_T, o.start, o.length) for v in found.values() for o in v if o.clip == name}
+        pieces |= {o: excerpt(wav_T, o.start, o.length) for v in occurrences.values() for o in v if o.clip == name}
     total, examples = use.frames_K.sum(), []
     for token in chosen:
         file = f"ui/semantic/token-{token:04d}.wav"
-        store.put(store.join(folder, file), wav_bytes(joined([pieces[o] for o in found[token]])))
+        store.put(store.join(folder, file), wav_bytes(joined([pieces[o] for o in occurrences[token]])))
         examples.append({"token": token, "share": float(use.frames_K[token] / total), "file": file, "phone": None,
                          "phone_share": None, "occurrences": [
                              {"clip": o.clip, "speaker": clips[o.clip].speaker, "start_s": o.start * SEMANTIC_HOP / SAMPLE_RATE,
-                              "seconds": o.length * SEMANTIC_HOP / SAMPLE_RATE} for o in found[token]]})
+                              "seconds": o.length * SEMANTIC_HOP / SAMPLE_RATE} for o in occurrences[token]]})
     return examples
 
 
 def excerpt(wav_T: np.ndarray, start: int, length: int) -> np.ndarray:
-    """A run's sound (LONGEST_S of it at most) with CONTEXT_S on both sides where there is any, its ends faded."""
+    """A run's audio, at most LONGEST_S of it, with up to CONTEXT_S on both sides; its ends are faded."""
     margin, at = round(CONTEXT_S * SAMPLE_RATE), start * SEMANTIC_HOP
     n = min(length * SEMANTIC_HOP, round(LONGEST_S * SAMPLE_RATE))
     piece_T = wav_T[max(0, at - margin):at + n + margin].copy()
@@ -233,12 +236,13 @@ def joined(pieces: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def flat_facts(table: Mapping[str, Any]) -> dict[str, float]:
-    """Statistics of train clips (held-out ones where there are no others), PNMI, and ABX: of the centroids
-    (`abx_within`), features (`abx_features_within`) and MFCC (`abx_mfcc_within`) on held-out speakers, of the seen
-    (`abx_seen_within`), each across as well."""
-    own = table["statistics"]["train"] or table["statistics"]["held_out"]
-    facts = {k: own[k] for k in ("rate", "rate_dedup", "bits_per_s", "bits_per_s_dedup", "entropy_bits", "perplexity", "used",
-                                 "dedup_ratio", "mean_run")}
+    """Statistics of train clips (held-out ones where there are no others), PNMI and ABX, by name.
+
+    ABX on held-out speakers: `abx_within` of the centroids, `abx_features_within`, `abx_mfcc_within`; on seen ones
+    `abx_seen_within`; each across as well."""
+    statistics = table["statistics"]["train"] or table["statistics"]["held_out"]
+    facts = {k: statistics[k] for k in ("rate", "rate_dedup", "bits_per_s", "bits_per_s_dedup", "entropy_bits", "perplexity",
+                                        "used", "dedup_ratio", "mean_run")}
     if table["drift_bits"] is not None:
         facts["drift_bits"] = table["drift_bits"]
     if table["phones"]:

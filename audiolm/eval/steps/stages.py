@@ -1,7 +1,7 @@
-"""The step `evaluate`: losses beside baselines, use of the conditioning, token statistics, the ladder.
+"""The step `evaluate`: losses beside baselines, use of the conditioning, token statistics, and the stage ladder.
 
-Parts run side by side as tasks, each from the artifacts' paths.  `{out.path}/evaluate.json` holds the tables (levels
-count from 1, losses in nats per token, mel distances in nats), `{out.path}/wav/` the ladder's sound.
+Parts run in parallel as tasks, each from the artifacts' paths.  `{out.path}/evaluate.json` holds the tables (levels
+count from 1, losses in nats per token, mel distances in nats), `{out.path}/wav/` the ladder's audio.
 Held-out means: dev for the stages' losses, test (dev where there is none) for the ladder.
 """
 
@@ -41,10 +41,11 @@ def run_evaluate(config: dict[str, Any], inputs: dict[str, Any], out: Any) -> di
     device = cluster_device(cluster, out.inline)
     items = [(part, settings, paths, out.path, device) for part in parts]
     results = parallel_map(evaluate_part, items, out=out, cluster=cluster, unit="parts", gpu=device == "cuda")
-    found = dict(zip(parts, results, strict=True))
-    table = {"stages": {s: found[s]["figures"] for s in stages}, "tokens": found["tokens"],
-             "ladder": found["ladder"], "not_under": likelihood.above_baseline({s: found[s]["figures"] for s in stages}),
-             "conditioning": {s: found[s]["conditioning"] for s in stages if found[s]["conditioning"]}}
+    tables = dict(zip(parts, results, strict=True))
+    losses = {s: tables[s]["figures"] for s in stages}
+    table = {"stages": losses, "tokens": tables["tokens"], "ladder": tables["ladder"],
+             "not_under": likelihood.above_baseline(losses),
+             "conditioning": {s: tables[s]["conditioning"] for s in stages if tables[s]["conditioning"]}}
     store.put_json(store.join(out.path, "evaluate.json"), table)
     return {**flat_facts(table), "seconds": round(time.monotonic() - began, 3)}
 
@@ -74,10 +75,10 @@ def flat_facts(table: dict[str, Any]) -> dict[str, float]:
     for name, figures in table["stages"].items():
         facts |= {f"{name}.{k}": figures[k] for k in ("loss", *BASELINES, "baseline", "difference_percent")
                   if figures.get(k) is not None}
-    for row in table["not_under"]:  # named, so that it is seen
+    for row in table["not_under"]:  # a fact of its own, so that a run's page shows the failure
         facts[f"over_baseline.{row['stage']}" + (f".level{row['level']}" if row["level"] else "")] = row["percent"]
-    for name, used in table["conditioning"].items():
-        facts |= {f"{name}.conditioning.{k}": v for k, v in used.items()}
+    for name, losses in table["conditioning"].items():
+        facts |= {f"{name}.conditioning.{k}": v for k, v in losses.items()}
     facts |= {f"tokens.{k}": v for k, v in table["tokens"].items()}
     facts |= {f"ladder.{row['rung'].replace(', ', ' ').replace(' ', '_')}.mel": row["mel"] for row in table["ladder"]}
     return {k: round(float(v), 6) for k, v in facts.items()}

@@ -92,7 +92,7 @@ def continuations(context: SuiteContext, modes: Mapping[str, int]) -> list[Sampl
     cfg, longest_s = context.config, max_clip_s(context)
     shortest_s = min(cfg.samples.prompt_s + MIN_CONTINUED_S, longest_s)
     return samples_for(context, "continued", modes, lambda: test_sets.to_continue(
-        context.steps["manifest"], cfg.tables.continued, context.seed, shortest_s))
+        context.steps["manifest"], cfg.tables.n_continuations, context.seed, shortest_s))
 
 
 def samples_for(context: SuiteContext, name: str, modes: Mapping[str, int],

@@ -112,7 +112,7 @@ def _test_items(samples: Sequence[Sample]) -> dict[str, tuple[str, list[Sample]]
 def speakers_suite(context: SuiteContext) -> list[Result]:
     """Accuracy of a speaker classifier, and cosines of speaker embeddings, on held-out speakers where there are two."""
     tables = context.config.tables
-    train, test = test_sets.of_speakers(context.steps["manifest"], tables.learned, tables.judged, context.seed,
+    train, test = test_sets.of_speakers(context.steps["manifest"], tables.n_speaker_train, tables.n_speaker_test, context.seed,
                                         min(test_sets.MIN_S, max_clip_s(context)))
     test_samples = samples_for(context, "judged", PLAN, lambda: test)
     save_players(context, test_samples)

@@ -1,9 +1,9 @@
-"""The paper's Table IV: does stage 1 find the right word or sentence of a spoken pair likelier than the wrong one?
+"""Table IV of the paper (2209.03143): does stage 1 prefer the right word or sentence of a spoken pair to the wrong one?
 
 A recording's score is the log-likelihood of its semantic tokens (deduplicated where the stage is) after BOS, without EOS: its
-sum, and its mean per token.  1 for the right one, 0.5 on ties; the mean over a pair's voices, then over pairs.  Recordings have
-0.2 s of silence at both ends.  Beside it stand Kneser-Ney bigrams of the run's train tokens, what phone trigrams tell where the
-set says so, and the shorter recording.  Legend: F recordings, P pairs of one voice, z_T semantic ids.
+sum, and its mean per token.  A pair scores 1 for the right one and 0.5 on ties, averaged over voices, then over pairs, as in
+ZeroSpeech 2021.  Recordings get 0.2 s of silence at both ends.  Baselines: Kneser-Ney bigrams of the run's train tokens, phone
+trigrams where the set has them, and the shorter recording.  Legend: F recordings, P pairs of one voice, z_T semantic ids.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -28,6 +27,7 @@ from audiolm.data.sources import AUDIO
 from audiolm.eval.metrics import likelihood, ngram
 from audiolm.eval.metrics.stats import bootstrap_interval
 from audiolm.eval.results import Progress, Result, no_progress, not_measured
+from audiolm.eval.suites.base import SuiteContext
 from audiolm.lm.batches import TokenBatches
 from audiolm.lm.loss import inputs_of, prepare
 from audiolm.lm.model import load_lm
@@ -35,17 +35,15 @@ from audiolm.lm.stages import Stage
 from audiolm.tokenizers.encode import READERS, encode_batch, plan_batches
 from audiolm.tokenizers.semantic import load_semantic
 
-if TYPE_CHECKING:
-    from audiolm.eval.suites.base import SuiteContext
-
-BANDS = {"oov": 0, "1-5": 5, "6-20": 20, "21-100": 100, ">100": float("inf")}  # the most; ZeroSpeech's script has 5 in 6-20
+# Upper bounds of a word's frequency; ZeroSpeech's script counts 5 in the band 6-20.
+BANDS = {"oov": 0, "1-5": 5, "6-20": 20, "21-100": 100, ">100": float("inf")}
 WORDS = ("is_word", "frequency", "frequency_band")  # columns that only words have
 SENTENCES = ("subtype", "transcription")
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A right and a wrong recording (paths) of one voice; what several voices say has one id. `band` of words alone."""
+    """A right and a wrong recording (paths) of one voice; pairs of several voices share an id. Only words have a `band`."""
 
     id: str
     voice: str
@@ -55,14 +53,14 @@ class Pair:
 
     @property
     def known(self) -> bool:
-        """In the vocabulary."""
+        """True for a word in the vocabulary."""
         return self.band not in (None, "oov")
 
 
 @dataclass(frozen=True)
 class ProbeSet:
-    """`kind`: words, sentences or stories; `official`: has ZeroSpeech's columns. `trigrams`: of a pair's id by how much phone
-    trigrams favour the right word, where a pairs.csv beside the gold says so (its column d3)."""
+    """`kind`: words, sentences or stories; `official`: has ZeroSpeech's columns. `trigrams`: by pair id, by how much phone
+    trigrams favour the right word, from the column d3 of a pairs.csv beside the gold."""
 
     kind: str
     official: bool
@@ -71,7 +69,7 @@ class ProbeSet:
 
 
 def read_probes(place: str) -> ProbeSet:
-    """The pairs of a gold.csv, or of the one in a folder. Raises FileNotFoundError; ValueError for what cannot be paired."""
+    """The pairs of a gold.csv, or of the one in a folder. Raises FileNotFoundError; ValueError for rows without a partner."""
     gold = place if place.endswith(".csv") else store.join(place, "gold.csv")
     rows, folder = _table(gold), posixpath.dirname(gold)
     columns = rows[0].keys() if rows else ()
@@ -92,7 +90,8 @@ def read_probes(place: str) -> ProbeSet:
                              "recordings; each right one needs a wrong one")
         pairs += [Pair(pair, voice, *(_path(gold, folder, ending, r["filename"]) for r in (a, b)), band_of(a))
                   for a, b in zip(good, wrong, strict=True)]
-    kind = next((k for k, own in (("words", WORDS), ("sentences", SENTENCES)) if any(c in columns for c in own)), "stories")
+    kinds = (("words", WORDS), ("sentences", SENTENCES))
+    kind = next((kind for kind, names in kinds if any(c in columns for c in names)), "stories")
     beside = store.join(folder, "pairs.csv")
     trigrams = {r["pair_id"]: float(r["d3"]) for r in _table(beside) if r.get("d3")} if store.exists(beside) else {}
     return ProbeSet(kind, "frequency" in columns or "transcription" in columns, tuple(pairs), trigrams)
@@ -119,9 +118,10 @@ def _path(gold: str, folder: str, ending: Mapping[str, str], filename: str) -> s
 
 
 SILENCE_S = 0.2
-BATCH_S = 60.0  # padded audio heard at once
+BATCH_S = 60.0  # padded audio of a batch
 AT_ONCE = 1024  # recordings in memory
 TOKENS = 8192  # of a forward pass, with the padding
+# Accuracy in %; the sum for sentences (67.5) is the paper's figure without length normalisation.
 PAPER = {("words", "all", "mean"): 71.5, ("words", "in-vocab", "mean"): 83.7, ("sentences", "all", "mean"): 64.7,
          ("sentences", "all", "sum"): 67.5}
 HOW = {"mean": "per token", "sum": "sum"}
@@ -129,9 +129,10 @@ HOW = {"mean": "per token", "sum": "sum"}
 
 def measure_probes(sets: Mapping[str, str], steps: Mapping[str, str], where: ClipFilter | None = None, seed: int = 0,
                    device: str = "cpu", progress: Progress = no_progress) -> list[Result]:
-    """Rows of Table IV for each set, {name: folder of a gold.csv}. steps: the folders of kmeans, lm_semantic (or one of its
-    checkpoints), and manifest and semantic_tokens, whose train tokens the bigram counts; `where`: lm.semantic.where.
+    """Rows of Table IV for each set, {name: folder of a gold.csv}.
 
+    `steps`: the folders of kmeans, lm_semantic (or one of its checkpoints), and manifest and semantic_tokens, whose train
+    tokens the bigram counts; `where`: lm.semantic.where.
     Raises as `read_probes`; ValueError where the stage is not the semantic one, or of another tokenizer.
     """
     tokenizer, (model, stage) = load_semantic(steps["kmeans"], device), load_lm(steps["lm_semantic"], device)
@@ -139,11 +140,11 @@ def measure_probes(sets: Mapping[str, str], steps: Mapping[str, str], where: Cli
         raise ValueError(f"probes need the semantic stage of the tokenizer's {tokenizer.spec.vocab} tokens, got the "
                          f"{stage.name} stage of {stage.k}: take lm_semantic and kmeans of one run")
     bigram = bigram_of(TokenBatches(steps["manifest"], steps["semantic_tokens"], None, stage, "train", where, 1, seed))
-    read, rows = {name: read_probes(place) for name, place in sets.items()}, []
-    for name, probes in read.items():
+    probe_sets, rows = {name: read_probes(place) for name, place in sets.items()}, []  # errors before any computing
+    for name, probes in probe_sets.items():
         began = time.monotonic()
         files = [path for p in probes.pairs for path in (p.right, p.wrong)]
-        z, samples = hear(files, tokenizer, device, progress)
+        z, samples = encode_files(files, tokenizer, device, progress)
         ids = [stage.targets(z_T) for z_T in z]
         long = sum(len(z_T) > stage.crop_frames for z_T in z)
         note = f"{long} of {len(z)} recordings exceed the {stage.crop_s:g} s the stage was trained on" if long else ""
@@ -153,9 +154,9 @@ def measure_probes(sets: Mapping[str, str], steps: Mapping[str, str], where: Cli
     return rows
 
 
-def hear(files: Sequence[str], tokenizer, device: str = "cpu",
-         progress: Progress = no_progress) -> tuple[list[np.ndarray], np.ndarray]:
-    """z_T of each file with silence around it, by batches of like lengths, and its own samples_F at 16 kHz."""
+def encode_files(files: Sequence[str], tokenizer, device: str = "cpu",
+                 progress: Progress = no_progress) -> tuple[list[np.ndarray], np.ndarray]:
+    """(z_T of each file with silence around it, samples_F of each file itself, at 16 kHz); batches of like lengths."""
     codes: list[np.ndarray] = [np.empty(0, np.int64)] * len(files)
     samples, silence = np.zeros(len(files), np.int64), round(SILENCE_S * SAMPLE_RATE_HZ)
     with ThreadPoolExecutor(READERS) as pool:  # decoding lets other threads run
@@ -173,10 +174,10 @@ def hear(files: Sequence[str], tokenizer, device: str = "cpu",
 
 
 def by_sequence(ids: Sequence[np.ndarray], score: Callable[[list[np.ndarray]], np.ndarray]) -> np.ndarray:
-    """scores_F. What sounds the same is asked about once: ties stay ties, however a batch rounds."""
-    once = {row.tobytes(): row for row in ids}
-    found = dict(zip(once, score(list(once.values())), strict=True))
-    return np.array([found[row.tobytes()] for row in ids])
+    """scores_F. Equal token sequences are scored once, so that ties stay ties, however a batch rounds."""
+    unique = {row.tobytes(): row for row in ids}
+    scores = dict(zip(unique, score(list(unique.values())), strict=True))
+    return np.array([scores[row.tobytes()] for row in ids])
 
 
 @torch.no_grad()
@@ -191,7 +192,7 @@ def log_likelihoods(model: torch.nn.Module, stage: Stage, rows: Sequence[np.ndar
         for b, i in enumerate(batch):
             n = len(rows[i])
             ids_BT[b, 1:n + 1], target_BT[b, 1:n + 1] = torch.from_numpy(rows[i]), True
-        doc_BT = torch.zeros_like(ids_BT)  # nothing looks ahead, so the padding needs no document of its own
+        doc_BT = torch.zeros_like(ids_BT)  # attention is causal, so the padding needs no document of its own
         tensors = prepare(stage, {"ids_BT": ids_BT, "target_BT": target_BT, "doc_BT": doc_BT})
         nats_N = model(*inputs_of({name: x.to(device) for name, x in tensors.items()}))[0].double().cpu()
         out[batch] = -np.bincount(tensors["index_SN"][0].numpy() // length, nats_N.numpy(), minlength=len(batch))
@@ -211,14 +212,14 @@ def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
 
 
 def bigram_of(data: TokenBatches) -> ngram.KneserNey:
-    """Counted on the train clips at their own speed."""
+    """A Kneser-Ney bigram of the train clips, without their copies at other speeds."""
     stage = data.stage
     _, *places = likelihood.views(stage, list(likelihood.train_rows(data)), -1)["bigram"]
     return ngram.fit(*places, 2, stage.vocab_size, stage.k + 1)
 
 
 def bigram_scores(model: ngram.KneserNey, stage: Stage, rows: Sequence[np.ndarray]) -> np.ndarray:
-    """As `log_likelihoods`; it knows that a deduplicated id never repeats."""
+    """As `log_likelihoods`, by the bigram; a deduplicated id has no probability of repeating."""
     nats_N = model.nats(*ngram.sequence([np.append(stage.bos, r) for r in rows]), stage.no_repeat)
     row_N = np.repeat(np.arange(len(rows)), [len(r) for r in rows])
     return -np.bincount(row_N, nats_N, minlength=len(rows))
@@ -226,27 +227,29 @@ def bigram_scores(model: ngram.KneserNey, stage: Stage, rows: Sequence[np.ndarra
 
 def rows_of(name: str, probes: ProbeSet, sums: Mapping[str, np.ndarray], tokens: Sequence[int], samples_F: np.ndarray,
             seed: int, seconds: float, note: str = "") -> list[Result]:
-    """Rows from log-likelihoods sums_F of the recordings (right, wrong, right, ...), their numbers of tokens and samples."""
+    """Rows of a set, from log-likelihoods sums_F of the recordings (right, wrong, right, ...) by scorer, and the recordings'
+    numbers of tokens and of samples."""
     pairs, parts, wins = probes.pairs, parts_of(probes.pairs), {}
-    for judge, sums_F in sums.items():
-        wins |= {(judge, "mean"): wins_of(sums_F / tokens), (judge, "sum"): wins_of(sums_F)}
+    for scorer, sums_F in sums.items():
+        wins |= {(scorer, "mean"): wins_of(sums_F / tokens), (scorer, "sum"): wins_of(sums_F)}
     wins["the shorter", ""] = wins_of(-samples_F)
     if all(p.id in probes.trigrams for p in pairs) and probes.trigrams:
         wins["phone trigrams", ""] = wins_of(np.array([x for p in pairs for x in (probes.trigrams[p.id], 0.0)]))
     rows = []
-    for (judge, how), wins_P in wins.items():
+    for (scorer, how), wins_P in wins.items():
+        ours, item = scorer == "stage 1", f"{scorer}, {HOW[how]}" if how else scorer
         for part, at in parts.items():
-            score, low, high = bootstrap_interval(*_by_pair(100 * wins_P[at], [pairs[i].id for i in at]), seed)
-            paper = PAPER.get((probes.kind, part, how)) if judge == "stage 1" else None
+            values, ids = _by_pair(100 * wins_P[at], [pairs[i].id for i in at])
+            paper = PAPER.get((probes.kind, part, how)) if ours else None
             other = "other pairs than the paper's (ZeroSpeech 2021, dev)" if paper and not probes.official else ""
-            rows.append(Result("IV", f"{judge}, {HOW[how]}" if how else judge, f"{name}, {part} %", score, low, high,
-                            len({pairs[i].id for i in at}), "pairs", "ours" if judge == "stage 1" else "baseline", paper,
-                            seconds, "; ".join(filter(None, (other, note if judge == "stage 1" else "")))))
+            rows.append(Result("IV", item, f"{name}, {part} %", *bootstrap_interval(values, ids, seed), len(ids), "pairs",
+                               "ours" if ours else "baseline", paper, seconds,
+                               "; ".join(filter(None, (other, note if ours else "")))))
     return [*rows, Result("IV", "chance", f"{name}, all %", 50.0, n=len({p.id for p in pairs}), of="pairs", role="floor")]
 
 
 def parts_of(pairs: Sequence[Pair]) -> dict[str, list[int]]:
-    """Numbers of the pairs of a voice: all, those in the vocabulary, and each band, as far as there are some."""
+    """Indices of pairs by part: all, those in the vocabulary, and each band; parts without pairs are left out."""
     parts = {"all": list(range(len(pairs))), "in-vocab": [i for i, p in enumerate(pairs) if p.known]}
     for band in dict.fromkeys([*BANDS, *(p.band for p in pairs if p.band)]):
         parts[band] = [i for i, p in enumerate(pairs) if p.band == band]
@@ -254,22 +257,22 @@ def parts_of(pairs: Sequence[Pair]) -> dict[str, list[int]]:
 
 
 def wins_of(scores_F: np.ndarray) -> np.ndarray:
-    """wins_P: 1 where the right one of a pair (right, wrong, right, ...) scores higher, 0.5 on ties."""
+    """wins_P of scores (right, wrong, right, ...): 1 where the right one scores higher, 0.5 on ties."""
     right_P, wrong_P = scores_F[::2], scores_F[1::2]
     return (right_P > wrong_P) + 0.5 * (right_P == wrong_P)
 
 
 def _by_pair(values_P: np.ndarray, ids: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """(means over voices, ids): one of each pair."""
+    """(means over voices, ids), one for each pair."""
     names, of = np.unique(np.asarray(ids), return_inverse=True)
     return np.bincount(of, values_P) / np.bincount(of), names
 
 
-def zerospeech_suite(ask: SuiteContext) -> list[Result]:
+def zerospeech_suite(context: SuiteContext) -> list[Result]:
     """sWUGGY- and sBLIMP-style pairs, where the config names some (tables.probes)."""
-    cfg = ask.config
+    cfg = context.config
     if not cfg.tables.probes:
         return [not_measured("IV", "stage 1", f"{name} %", "no pairs: name folders with a gold.csv, tables.probes="
                              f"{{{name}: FOLDER}}", paper) for name, paper in (("sWUGGY", 71.5), ("sBLIMP", 64.7))]
-
-    return measure_probes(cfg.tables.probes, ask.steps, cfg.lm.semantic.where, cfg.run.seed, ask.device, ask.out.progress)
+    return measure_probes(cfg.tables.probes, context.steps, cfg.lm.semantic.where, context.seed, context.device,
+                          context.progress)

@@ -188,7 +188,7 @@ def teacher(path: str, device: torch.device, dtype: str, pieces: Iterable[Masked
     for batch in pieces:
         labels_BT, frames_B = tokenizer.codes(batch.wav_BT.to(device), batch.lengths_B)
         counts_K += torch.bincount(labels_BT[valid_frames(frames_B, labels_BT.shape[1])], minlength=k)
-    check_targets(all_sum(counts_K).cpu(), "semantic.again's k")
+    check_targets(all_sum(counts_K).cpu(), "semantic.iterations' k")
     return targets, k
 
 
@@ -224,7 +224,7 @@ def _load_encoder(encoder: Encoder, path: str) -> None:
     before = load_extractor(path)
     same = {"dropout": 0}  # no weight depends on it
     if not isinstance(before, ConformerExtractor) or before.encoder.sizes.to_json() | same != encoder.sizes.to_json() | same:
-        raise ValueError("semantic.again: start: previous needs a model of the same sizes before it: say start: fresh")
+        raise ValueError("semantic.iterations: start: previous needs a model of the same sizes before it: say start: fresh")
     encoder.load_state_dict(before.state())
 
 
