@@ -36,9 +36,8 @@ CPU = torch.device("cpu")
 def objective(ctx: Context = CTX, augment: AugmentConfig = QUIET, **w2vbert) -> ow.W2vBertObjective:
     torch.manual_seed(0)
     w = W2vBertConfig(codes=CODES, code_dim=16, negatives=20, gumbel=(2.0, 0.5, 0.98), **w2vbert)
-    train = TrainConfig(steps=170, batch=4, lr=3e-3, engine="torch", warmup_steps=5)
     sizes = MaskedModelConfig(dim=32, layers=2, heads=2, ff=48, dropout=0.0, mask_share=0.55, augment=augment, w2vbert=w,
-                              train=train)
+                              train=TrainConfig(steps=170, batch=4, lr=3e-3, engine="torch", warmup_steps=5))
     model = ow.w2vbert_model(sizes)
     model.encoder.statistics.mean.fill_(-6.0)
     model.encoder.statistics.std.fill_(3.0)
@@ -335,8 +334,7 @@ def test_the_factory_measures_the_input_and_shares_out_validation(tmp_path, monk
         clips.append(Clip(id=str(i), origin="s", source="s", speaker=str(i), split="dev" if i > 2 else "train",
                           sample_rate=RATE, frames=len(wav), parts=(part,), shard=0, row=i))
     monkeypatch.setattr(masked_inputs, "read_clips", lambda path, split, where: [c for c in clips if c.split == split])
-    loud = AugmentConfig(pitch=1.0, noise=1.0, reverb=1.0)
-    sizes = objective().inputs.sizes.model_copy(update={"crop_s": 1.0, "augment": loud})
+    sizes = objective(augment=AugmentConfig(pitch=1.0, noise=1.0, reverb=1.0)).inputs.sizes.model_copy(update={"crop_s": 1.0})
     config = {"model": sizes, "train": sizes.train, "where": ClipFilter(), "seed": 3,
               "corpus": CorpusConfig(name="t", sources=({"kind": "folder", "name": "s", "root": str(tmp_path)},))}
 
