@@ -1,8 +1,8 @@
 """MLflow's webhook as a bell: a signed delivery wakes the watcher, which then polls the requests itself.
 
-It refuses a body above 64 KiB (413) or without a length (411), and a delivery that came before (409).  It answers 401
-to a timestamp five minutes off, and to a signature other than HMAC-SHA256 of "id.timestamp.body" under the shared
-secret, compared in constant time.
+It refuses a body above 64 KiB (413) or without a length (411), and a delivery that came before (409).  A timestamp five
+minutes off gets 401.  So does a signature other than HMAC-SHA256 of "id.timestamp.body" under the shared secret, which
+is compared in constant time.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The job of a requested evaluation: runs it and writes the results back onto the model version.
 
-Metrics go to the version's model, a Markdown table into its description, report.html and the tables to an MLflow run
-below the one that made the version, which the description links to.  An error ends the request as failed, with the
+Metrics go to the version's model and a Markdown table into its description.  report.html and the tables go to an MLflow
+run below the one that made the version; the description links to it.  An error ends the request as failed, with the
 reason.  A job waits for an MLflow that is down; sending again adds nothing.
 """
 

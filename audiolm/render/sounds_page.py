@@ -8,14 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 from typing import Any
-from urllib.parse import quote
 
-from markupsafe import Markup
-
-from audiolm.render.html import Section, card, number, player, render, table
-
-PROMPT_NOTES = {"continuation": "Prompt, as the model heard it", "acoustic": "Its semantic tokens are said in new voices",
-                "resynthesis": "Before the codec"}
+from audiolm.render.html import Section, number, render, table
 
 
 def summary(samples: Sequence[Mapping[str, Any]]) -> str:
@@ -50,8 +44,8 @@ def build(samples: Mapping[str, Mapping[str, Any]]) -> str:
     rows = [_row(name, [samples[f] for f in files]) for name, files in groups.items()]
     sections = [Section("all", "All", "table.html", table(head, rows, (4, 5, 6, 7, 9)))]
     for i, (name, files) in enumerate(groups.items()):
-        cards = [*_prompt_card(name, samples[files[0]]["settings"]), *(_card(f, samples[f]) for f in files)]
-        sections.append(Section(f"prompt-{i}", name, "players.html", {"groups": [("", cards)]}))
+        cards = [(file, samples[file], _rates([samples[file]])) for file in files]
+        sections.append(Section(f"prompt-{i}", name, "samples.html", {"name": name, "samples": cards}))
     return render("page.html", title="Generated audio", subtitle=summary(list(samples.values())), sections=sections)
 
 
@@ -66,28 +60,3 @@ def _row(name: str, samples: Sequence[Mapping[str, Any]]) -> list[Any]:
 def _draw(draw: Mapping[str, Any]) -> str:
     more = [f"{k} {draw[k]}" for k in ("top_k", "top_p", "window") if draw.get(k) is not None]
     return " ".join([f"{draw['temperature']:g}", *more])
-
-
-def _file_card(title: str, sound: str, picture: str, notes: Sequence[Any]) -> dict[str, Any]:
-    """A card of files beside the page, by their paths from it; pictures load when they come into view."""
-    image = Markup('<img alt="Spectrogram of {}" loading="lazy" src="{}">').format(picture, quote(picture))
-    return card(title, player=player(quote(sound)), picture=image, notes=notes)
-
-
-def _prompt_card(name: str, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
-    if not settings["prompt"]:
-        return []
-    note = f"{PROMPT_NOTES[settings['mode']]}: {settings['prompt']}"
-    return [_file_card("prompt", f"page/{name}-prompt.wav", f"page/{name}-prompt.png", [note])]
-
-
-def _card(file: str, sample: Mapping[str, Any]) -> dict[str, Any]:
-    requested = sample["settings"]["seconds"]
-    parts = [f"{sample['seconds']:.2f} s" + (f" of {requested:g} s asked for" if requested else "")]
-    parts += ["ended by the model"] if sample["ended"] else []
-    if sample["settings"]["mode"] == "continuation":
-        parts.append(f"the dashed line is where the prompt ends, at {sample['prompt_s']:.2f} s")
-    if rates := _rates([sample]):
-        parts.append(f"semantic tokens/s {rates}")
-    return _file_card(f"sample {sample['settings']['sample']}", f"{file}.wav", f"page/{file}.png",
-                      ["; ".join(parts), Markup('<a href="{}">{}</a>').format(quote(f"{file}.json"), f"{file}.json")])

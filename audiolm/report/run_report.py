@@ -25,6 +25,7 @@ from audiolm.report.semantic_section import semantic_section
 MODES = {"unconditional": "Unconditional: everything is made up", "acoustic": "Acoustic generation: the words of a held-out "
          "clip, a voice of the model's own", "continuation": "Continuation of a prompt by an unseen speaker (dashed line: "
          "where the prompt ends)", "resynthesis": "Resynthesis: held-out clips through the codec alone"}
+CORPUS_FACTS = ("hours", "clips_by_split", "speakers", "shards", "files", "rejected")  # of the manifest
 LADDER_CLIPS = 4  # with players; the distances count all clips
 
 
@@ -213,20 +214,7 @@ def _run(inputs: Mapping[str, Any]) -> Section:
         rows.append([name, root.rsplit("/", 1)[1], build, when, number(done.get("seconds"), 1)])
         if fields := flatten(recipe.get("config") or {}):
             configs.append((name, table(["field", "value"], fields.items())))
-    corpus = table(["", ""], _corpus(inputs["manifest"].facts)) if "manifest" in inputs else None
+    facts = inputs["manifest"].facts if "manifest" in inputs else None
     return Section("run", "What ran", "run.html", {
-        "steps": table(["step", "fingerprint", "build", "finished (UTC)", "seconds"], rows, [4]), "corpus": corpus,
-        "configs": configs})
-
-
-def _corpus(facts: Mapping[str, Any]) -> list[list[str]]:
-    rows = [[f"hours of {source}", ", ".join(f"{split} {number(h, 2)}" for split, h in by_split.items())]
-            for source, by_split in (facts.get("hours") or {}).items() if isinstance(by_split, Mapping)]
-    for key, label in (("clips_by_split", "clips"), ("speakers", "speakers"), ("shards", "shards")):
-        if isinstance(facts.get(key), Mapping):
-            rows.append([label, ", ".join(f"{split} {number(n)}" for split, n in facts[key].items())])
-    if isinstance(facts.get("rejected"), Mapping):
-        reasons = ", ".join(f"{reason} {n}" for reason, n in facts["rejected"].items() if reason != "total")
-        rows.append(["files", f"{number(facts.get('files'))}, rejected {facts['rejected'].get('total', 0)}"
-                              + (f" ({reasons})" if reasons else "")])
-    return rows
+        "steps": table(["step", "fingerprint", "build", "finished (UTC)", "seconds"], rows, [4]),
+        "configs": configs, "corpus": None if facts is None else dict.fromkeys(CORPUS_FACTS) | facts})

@@ -10,10 +10,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from markupsafe import Markup
-
 from audiolm import store
-from audiolm.render.html import Section, gone, number, playable, render, stored_picture, table, verdict
+from audiolm.render.html import Section, gone, number, playable, stored_picture, table, verdict
 from audiolm.report.curves import Add, masked_model_curves, title_of
 
 GROUPS = {"held_out": "held-out speakers", "test": "test speakers", "seen": "seen speakers"}
@@ -52,16 +50,12 @@ def _figures(found: Mapping[str, Any], folder: str) -> dict[str, Any]:
         "json": found, "statistics": table(["", *groups], statistics, range(1, 1 + len(groups))),
         "use_picture": stored_picture(folder, found["pictures"]["use"], "Share of each token, from the most used"),
         "runs_picture": stored_picture(folder, found["pictures"]["runs"], "Runs by their length"),
-        "ends": [(name, _most_and_least_used(s)) for name, s in groups.items()],
-        "abx": _abx(found["abx"] or {}), "groups": GROUPS, "examples": _examples(found, folder),
+        "ends": groups,
+        "abx": _abx(found["abx"] or {}), "groups": GROUPS,
+        "examples": [(e, sound[1] if (sound := playable(store.join(folder, e["file"]))) else gone(e["file"]))
+                     for e in found["examples"]],
         "phones": phones and table(["", ""], [[label, number(phones[key])] for key, label in PURITIES], [1]),
         "phones_picture": phones and stored_picture(folder, phones["picture"], "Share of phones within each token")}
-
-
-def _most_and_least_used(statistics: Mapping[str, Any]) -> dict[str, Any]:
-    rows = [[name, e["token"], f"{100 * e['share']:.3f} %", number(e["mean_run"], 2)]
-            for name in ("most", "least") for e in statistics[f"{name}_used"]]
-    return table(["used", "token", "of frames", "mean run"], rows, [1, 2, 3])
 
 
 def _interval(row: Mapping[str, Any], mode: str) -> str:
@@ -90,16 +84,6 @@ def _abx(groups: Mapping[str, Any]) -> dict[str, Any]:
                 cells += [_interval(row, mode), _difference(row, mode)]
             rows.append(cells)
     return table(["", *(cell for label in GROUPS.values() for cell in (label, "minus MFCC"))], rows, range(1, 5))
-
-
-def _examples(found: Mapping[str, Any], folder: str) -> dict[str, Any]:
-    rows = []
-    for e in found["examples"]:
-        sound = playable(store.join(folder, e["file"]))
-        phone = f"{e['phone']} ({100 * e['phone_share']:.0f} %)" if e["phone"] else "–"
-        places = Markup(render("places.html", places=e["occurrences"]))
-        rows.append([e["token"], f"{100 * e['share']:.2f} %", phone, sound[1] if sound else gone(e["file"]), places])
-    return table(["token", "of frames", "likeliest phone", "sound", "from"], rows, [0, 1])
 
 
 def _layers(name: str, folder: str) -> dict[str, Any]:
