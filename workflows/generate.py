@@ -166,8 +166,8 @@ def run_batches(args: argparse.Namespace, job: Any, pending: list, out: str, on_
     device = cluster_device(cluster, inline=not on_ray)
     board.start("generate")
     workers = Workers(not on_ray, "generate", partial(board.update, "generate"))
-    lines = parallel_map(run_task, [(job, batch, out, device) for batch in batches], out=workers, cluster=cluster, unit="prompts",
-                         sizes=[len(batch) / args.samples for batch in batches], gpu=device == "cuda")
+    lines = parallel_map(run_task, [(job, batch, out, device) for batch in batches], out=workers, cluster=cluster,
+                         unit="prompts", sizes=[len(batch) / args.samples for batch in batches], gpu=device == "cuda")
     failed = list(dict.fromkeys(line for batch in lines for line in batch))  # a prompt may fail in several batches
     board.end("generate", "DONE", time.monotonic() - began, f"{len(failed)} prompts failed" if failed else "")
     return failed
@@ -180,19 +180,11 @@ def print_errors(lines: list[str]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, 1 some prompts failed, 2 wrong usage, 130 stopped."""
+    from audiolm.pipeline.cli import run_command
+
     args = parser().parse_args(argv)
-    try:
-        return 1 if generate(args) else 0
-    except KeyboardInterrupt:
-        print("\nstopped; the same command continues with the samples that are left", file=sys.stderr)
-        return 130
-    except Exception as e:  # noqa: BLE001  one line that names the fix, whatever a filesystem or Ray raised
-        named = isinstance(e, (ValueError, FileNotFoundError)) or type(e).__name__ == "StepFailed"
-        print(f"error: {e}" if named else f"error: {type(e).__name__}: {e}", file=sys.stderr)
-        return 2
-    finally:
-        if "ray" in sys.modules:
-            sys.modules["ray"].shutdown()
+    return run_command(lambda: 1 if generate(args) else 0,
+                       "stopped; the same command continues with the samples that are left")
 
 
 if __name__ == "__main__":
