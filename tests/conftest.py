@@ -11,10 +11,7 @@ import pytest
 import torch
 
 from tests.worlds.basics import RecordingOut
-from tests.worlds.encoded_corpus import (
-    encoded,  # noqa: F401  fixtures
-    world,  # noqa: F401  fixtures
-)
+from tests.worlds.encoded_corpus import encoded, world  # noqa: F401
 from tests.worlds.servers import seaweedfs
 
 torch.set_num_threads(1)  # small products on busy cores are far slower on two

@@ -161,7 +161,7 @@ class KMeansConfig(Config):
 
     layer: int | Literal["auto"] = Field(19, description="block whose output is clustered, from 1; auto: by ABX")
     k: int | Literal["auto"] = 1024
-    max_frames: int = Field(5_000_000, ge=1, description="frames sampled for the fit, which one task holds (20 GB at width 1024)")
+    max_frames: int = Field(5_000_000, ge=1, description="frames sampled for the fit; one task holds them, 20 GB at width 1024")
     method: Annotated[Literal["lloyd", "minibatch"], Later("lloyd")] = Field(
         "lloyd", description="minibatch: fewer passes over the frames, an inertia some per cent higher")
     window_s: float = Field(16.0, gt=0, description="audio in one pass of the model; longer clips are cut into windows")
@@ -187,7 +187,8 @@ class SemanticConfig(Config):
         if self.pretrained and self.iterations:
             raise ValueError("iterations need a model that is trained here: drop pretrained, or iterations")
         if self.iterations and self.model.objective != "hubert":
-            raise ValueError(f"iterations are for objective hubert, model.objective is {self.model.objective}: drop one of them")
+            raise ValueError(f"iterations are for objective hubert, model.objective is {self.model.objective}: "
+                             "drop one of them")
         chosen = [("kmeans", self.kmeans.layer), *((f"iterations.{i}", a.layer) for i, a in enumerate(self.iterations))]
         chosen += [("sweep", n) for n in self.sweep.layers or ()]
         for name, layer in chosen:

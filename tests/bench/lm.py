@@ -63,9 +63,10 @@ def matmul_rate(device: str) -> float:
 
 def training(name: str, args: argparse.Namespace, positions: str, engine: str, rate: float) -> None:
     gpu = args.device == "cuda"
-    train = TrainConfig(steps=1, batch=args.rows, lr=1e-4, engine=engine, dtype="bfloat16" if gpu else "float32", zero=args.zero)
-    shape = StageConfig(crop_s=CROPS_S[name], positions=positions, train=train, checkpointing=args.checkpointing, gated=args.gated,
-                  **(PAPER if gpu or args.paper else TINY))
+    train = TrainConfig(steps=1, batch=args.rows, lr=1e-4, engine=engine, zero=args.zero,
+                        dtype="bfloat16" if gpu else "float32")
+    shape = StageConfig(crop_s=CROPS_S[name], positions=positions, train=train, checkpointing=args.checkpointing,
+                        gated=args.gated, **(PAPER if gpu or args.paper else TINY))
     stage = stages.build_stages(LMConfig(**{name.removeprefix("lm_"): shape}), 12, 1024, 1024)[name]
     ctx = Context(0, 1, torch.device(args.device), 0, compile=gpu and not args.eager)
     objective = LMObjective(stage, shape, Random(stage, args.rows, args.clip_s), None, [], ctx)

@@ -39,7 +39,8 @@ def test_what_is_listened_to_gives_what_the_model_gives(shape):
 def aligned(dedupe: bool):
     """A coarse stage of one layer and one level that looks at the token whose number its last code has."""
     shape = StageConfig(crop_s=10.0, train=TrainConfig(steps=1, batch=1, lr=1e-3))
-    stage = build_stages(LMConfig(dedupe=dedupe, coarse_levels=1, semantic=shape, coarse=shape, fine=shape), 1, K, K)["lm_coarse"]
+    lm = LMConfig(dedupe=dedupe, coarse_levels=1, semantic=shape, coarse=shape, fine=shape)
+    stage = build_stages(lm, 1, K, K)["lm_coarse"]
     model = Transformer(TransformerSizes(stage.vocab_size, 2 * K, 1, 1, 8, 0.0, slots=[K + 1], positions="t5",
                                          longest=stage.max_len)).eval()
     with torch.no_grad():

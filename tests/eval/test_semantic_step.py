@@ -192,7 +192,8 @@ def world(tmp_path_factory):
 
 def judged(world, **changed) -> AbxConfig:
     root = world.root
-    return AbxConfig(**{"items": str(root / "a.item"), "audio": (str(root / "deep"),), "phones": str(root / "phones.txt"), **changed})
+    return AbxConfig(**{"items": str(root / "a.item"), "audio": (str(root / "deep"),),
+                        "phones": str(root / "phones.txt"), **changed})
 
 
 def measure(world, want: SemanticMetricsConfig, path, **changed):

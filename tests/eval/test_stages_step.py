@@ -164,7 +164,8 @@ def test_evaluate_fills_every_table(world, encoded, tmp_path):
 
 
 def test_codec_figures_beside_the_original_and_opus(world, tmp_path):
-    want = CodecMetricsConfig(where=ClipFilter(), clips=2, clip_s=1.0, coarse_levels=2, visqol=False, with_lyra=False, lyra=None)
+    want = CodecMetricsConfig(where=ClipFilter(), clips=2, clip_s=1.0, coarse_levels=2, visqol=False, with_lyra=False,
+                              lyra=None)
     config = {"figures": want, "corpus": world.corpus, "cluster": ClusterConfig(device="cpu")}
     inputs = {n: SimpleNamespace(path=str(world.root / n)) for n in ("manifest", "codec")}
     facts = measure_codec(config, inputs, RecordingOut(tmp_path))

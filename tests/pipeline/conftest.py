@@ -1,0 +1,3 @@
+"""The end-to-end run is shared by this folder's tests."""
+
+from tests.worlds.whole_run import checkout, head, job  # noqa: F401
