@@ -19,7 +19,7 @@ from audiolm.tokenizers.acoustic import load_codec
 from audiolm.tokenizers.artifact import ArtifactError
 from audiolm.tokenizers.base import padded_samples
 from audiolm.tokenizers.hf import imported_codec
-from audiolm.tokenizers.hf_codec import load_pretrained_codec
+from audiolm.tokenizers.hf_codec import import_codec, load_pretrained_codec
 from tests.worlds.basics import ROOT
 
 transformers = pytest.importorskip("transformers")
@@ -142,7 +142,7 @@ def test_an_import_is_whole_and_uses_the_levels_asked_for(folders, kind, tmp_pat
     shutil.copytree(folders[kind], folder)
     wav_BT, lengths_B = noise(1, 3200, index=60), torch.tensor([3200])
     whole = load_pretrained_codec(folder)
-    facts = steps.import_codec(importing(folder, n_q=2), {}, recording_out)
+    facts = import_codec(importing(folder, n_q=2), {}, recording_out)
     shutil.rmtree(folder)  # the build lives on when the source is gone
     codec = load_codec(recording_out.path)
     assert (facts["levels"], facts["n_q"], codec.spec.n_q, codec.spec.name) == (LEVELS, 2, 2, kind) and len(codec.hash) == 16
@@ -183,13 +183,13 @@ def write(folder, source: str, weights: dict | None = None, **settings) -> str:
 def test_what_does_not_fit_says_what_and_how(folders, tmp_path, recording_out):
     with pytest.raises(ValueError, match=r"16000 Hz, hop 320, 4 levels and a vocabulary of 64.*12 levels.*1024.*"
                                          r"Fix: codec.vocab=64, codec.n_q=4"):
-        steps.import_codec(importing(folders["dac"], 12, 1024), {}, recording_out)
+        import_codec(importing(folders["dac"], 12, 1024), {}, recording_out)
     small("encodec", 24_000).save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="24000 Hz, hop 320, .* Fix: give a model of 16000 Hz and hop 320"):
-        steps.import_codec(importing(str(tmp_path / "other")), {}, recording_out)
+        import_codec(importing(str(tmp_path / "other")), {}, recording_out)
     planned = importing(folders["encodec"])["codec"]
     with pytest.raises(ValueError, match="changed since this run was planned"):
-        steps.import_codec({"codec": planned.model_copy(update={"uri": str(tmp_path / "other")})}, {}, recording_out)
+        import_codec({"codec": planned.model_copy(update={"uri": str(tmp_path / "other")})}, {}, recording_out)
     assert not store.names(recording_out.path)
     rate = store.get_json(f"{tmp_path}/other/config.json")
     export = {"kind": "encodec", "n_q": LEVELS, "sample_rate": 24_000, "hop": 320, "vocab": VOCAB, "transformers": rate}
