@@ -82,29 +82,28 @@ def evaluate(codec, args: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, 1 some files failed, 2 wrong usage, 130 stopped."""
     args = parser().parse_args(argv)  # before torch is imported, so that --help is quick
+    from audiolm.pipeline.cli import run_command
+
+    return run_command(lambda: run(args), "stopped; the same command continues with the remaining files")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Encodes, decodes or evaluates; 1 where some files failed. Raises ValueError for wrong usage, with nothing written."""
     from audiolm.data.parallel import pick_device
     from audiolm.data.sources import AUDIO
     from audiolm.tokenizers import codec_files
 
-    try:
-        # Wrong usage ends here with one line; nothing has been written.
-        if args.do == "evaluate" and args.clips < 1:
-            raise ValueError(f"--clips {args.clips}: at least one")
-        device = pick_device(args.device)
-        codec = codec_files.open_codec(args.codec, device)
-        if args.do == "evaluate":
-            return evaluate(codec, args)
-        if args.levels is not None and not 1 <= args.levels <= codec.spec.n_q:
-            raise ValueError(f"--levels {args.levels}: this codec has 1 to {codec.spec.n_q}")
-        # Encode reads audio and writes codes; decode the other way round.
-        suffixes, ending = (AUDIO, codec_files.CODES) if args.do == "encode" else ((codec_files.CODES,), f".{args.format}")
-        jobs = codec_files.plan(args.inputs, suffixes, args.out, ending)
-    except KeyboardInterrupt:
-        return 130
-    except Exception as e:  # noqa: BLE001  one line that names the fix, whatever a filesystem raised
-        named = isinstance(e, (ValueError, FileNotFoundError))
-        print(f"error: {e}" if named else f"error: {type(e).__name__}: {e}", file=sys.stderr)
-        return 2
+    if args.do == "evaluate" and args.clips < 1:
+        raise ValueError(f"--clips {args.clips}: at least one")
+    device = pick_device(args.device)
+    codec = codec_files.open_codec(args.codec, device)
+    if args.do == "evaluate":
+        return evaluate(codec, args)
+    if args.levels is not None and not 1 <= args.levels <= codec.spec.n_q:
+        raise ValueError(f"--levels {args.levels}: this codec has 1 to {codec.spec.n_q}")
+    # Encode reads audio and writes codes; decode the other way round.
+    suffixes, ending = (AUDIO, codec_files.CODES) if args.do == "encode" else ((codec_files.CODES,), f".{args.format}")
+    jobs = codec_files.plan(args.inputs, suffixes, args.out, ending)
 
     # From here on a bad file is reported by `work` and the others go on.
     def do(job: codec_files.FileJob, tick: codec_files.Tick) -> codec_files.FileResult | None:
@@ -113,11 +112,7 @@ def main(argv: list[str] | None = None) -> int:
         return codec_files.decode_file(codec, job, args.levels, args.format, args.force, tick)
 
     print(f"codec {codec.spec.name} {codec.hash} on {device}: {len(jobs)} files to {args.out}", flush=True)
-    try:
-        return 1 if codec_files.work(jobs, do) else 0
-    except KeyboardInterrupt:
-        print("\nstopped; the same command continues with the remaining files", file=sys.stderr)
-        return 130
+    return 1 if codec_files.work(jobs, do) else 0
 
 
 if __name__ == "__main__":
