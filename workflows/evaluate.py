@@ -31,21 +31,11 @@ from audiolm.dag.run_index import OUTPUTS, steps_of  # noqa: E402
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, 1 a job or some files failed, 2 wrong usage, 130 stopped."""
     args = parse(sys.argv[1:] if argv is None else argv)
-    try:
-        return args.call(args) or 0
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on", file=sys.stderr)
-        return 130
-    except Exception as e:  # noqa: BLE001  one line that names the fix, whatever a filesystem, MLflow or Ray raised
-        if getattr(args, "answer", None):
-            raise  # for the job's log
-        expected = isinstance(e, (ValueError, FileNotFoundError))
-        expected = expected or type(e).__name__ in ("StepFailed", "LibsndfileError")
-        print(f"error: {e}" if expected else f"error: {type(e).__name__}: {e}", file=sys.stderr)
-        return 2
-    finally:
-        if "ray" in sys.modules and args.call is not watch:
-            sys.modules["ray"].shutdown()
+    from audiolm.pipeline.cli import run_command
+
+    if getattr(args, "answer", None):  # a job: its log wants the whole traceback
+        return args.call(args)
+    return run_command(lambda: args.call(args) or 0, "stopped; the same command continues")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
