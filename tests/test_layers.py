@@ -18,7 +18,7 @@ FLOORS = [["rng", "store", "metrics_log"], ["config"], ["dag"], ["render"], ["mo
           ["eval.metrics", "eval.models"], ["generate"], ["train"], ["eval"], ["report"], ["tracking"], ["pipeline"],
           ["eval_service"]]
 FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
-DOORS = {"mlflow": {"tracking"}, "deepspeed": {"train/engine.py", "train/checkpoint.py"},
+DOORS = {"mlflow": {"tracking"}, "deepspeed": {"train/engine.py"},
          "ray": {"data/parallel.py", "train/loop.py", "pipeline/ray_cluster.py", "pipeline/private_ray.py", "pipeline/cli.py",
                  "eval_service/launcher.py"}}
 SOURCES = sorted(PACKAGE.rglob("*.py"))

@@ -25,7 +25,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from audiolm import store  # noqa: E402
-from audiolm.dag.run_index import OUTPUTS, steps_of  # noqa: E402
+from audiolm.dag.run_index import (
+    OUTPUTS,  # noqa: E402
+    steps_of,  # noqa: E402
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -139,8 +142,8 @@ def compare(targets: list, suites: list[str], folder: str, settings: dict[str, A
 
 
 def answer(args: argparse.Namespace) -> int:
-    """A job's part (audiolm/eval_service/worker.py)."""
-    from audiolm.eval_service import worker
+    """A job's part (audiolm/eval_service/evaluation_job.py)."""
+    from audiolm.eval_service import evaluation_job
     from audiolm.eval_service.launcher import claim
     from audiolm.tracking.lookup import connect
 
@@ -153,7 +156,7 @@ def answer(args: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, stopped)
     client, _ = connect(args.tracking)
     _, name, version = args.rest[0].removeprefix("models:").split("/")
-    return 0 if worker.answer(client, name, version, args.answer, lambda: evaluate(args)) else 1
+    return 0 if evaluation_job.answer(client, name, version, args.answer, lambda: evaluate(args)) else 1
 
 
 def add_item_options(p: argparse.ArgumentParser) -> None:

@@ -27,7 +27,7 @@ from audiolm.store import get_json, is_local, join, open_fs
 from audiolm.train import guards
 from audiolm.train.commits import copy_trunk
 from audiolm.train.objectives.base import Factory
-from audiolm.train.worker import TrainJob, Worker, export
+from audiolm.train.rank import TrainJob, Worker, export
 
 LEASE_CHECK_S = 10.0  # between looks at the lease, as often as its owner's heartbeat
 

@@ -212,7 +212,7 @@ def test_an_mlflow_that_is_down_when_a_job_ends_only_delays(tmp_path, monkeypatc
 
     from audiolm.eval.results import Result
     from audiolm.eval.suites.base import SuiteReport
-    from audiolm.eval_service.worker import answer
+    from audiolm.eval_service.evaluation_job import answer
 
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     server = MLflowServer(tmp_path)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from audiolm.generate.params import SamplingParams, sample_ids
-from audiolm.generate.sampler import Sampler
+from audiolm.generate.params import SamplingParams
+from audiolm.generate.sampler import Sampler, sample_ids
 from audiolm.lm.stages import Stage
 from audiolm.models.transformer import Transformer, TransformerSizes
 from tests.worlds.token_corpus import legal_ids

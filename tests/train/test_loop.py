@@ -18,7 +18,7 @@ from audiolm.train import checkpoint
 from audiolm.train import engine as engines
 from audiolm.train.commits import commits, newest
 from audiolm.train.loop import report_progress, run_worker, train
-from audiolm.train.worker import TrainJob
+from audiolm.train.rank import TrainJob
 from tests.worlds.training import SPOILED, build, settings, tiny_lm, training_step
 
 

@@ -15,7 +15,7 @@ from audiolm.store import get, get_json, join
 from audiolm.train import guards
 from audiolm.train.commits import newest
 from audiolm.train.loop import run_worker
-from audiolm.train.worker import TrainJob
+from audiolm.train.rank import TrainJob
 from tests.worlds.basics import free_port
 from tests.worlds.training import build, settings, tiny_lm, training_step
 

@@ -19,15 +19,7 @@ from audiolm.eval.metrics.stats import bootstrap_interval
 from audiolm.eval.models import speaker as embedding
 from audiolm.eval.models.convnet import Settings, log_probs, trained
 from audiolm.eval.results import Progress, Result, no_progress, not_measured
-from audiolm.eval.suites.base import (
-    Scored,
-    SuiteContext,
-    max_clip_s,
-    samples_for,
-    save_players,
-    score_items,
-    sibling_folder,
-)
+from audiolm.eval.suites.base import Scored, SuiteContext, max_clip_s, samples_for, save_players, score_items, sibling_folder
 from audiolm.tokenizers.base import SAMPLE_RATE
 
 TRAIN_PLAN = {"original": 1, "resynthesis": 1}  # samples of each mode a training utterance

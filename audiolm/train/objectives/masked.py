@@ -25,18 +25,16 @@ from audiolm.models.mel import mfcc
 from audiolm.tokenizers.extractor import ConformerExtractor
 from audiolm.tokenizers.semantic import load_extractor, load_semantic
 from audiolm.train.engine import all_sum
+from audiolm.train.objectives.alarms import COLLAPSED, is_constant, with_alarms
 from audiolm.train.objectives.base import Context, Engine
 from audiolm.train.objectives.masked_inputs import (
-    COLLAPSED,
     MaskedBatch,
     MaskedInputs,
     encoder_sizes,
     export_encoder,
     frames_of,
-    is_constant,
     masked_inputs,
     measure_inputs,
-    with_alarms,
 )
 
 MIN_ENTROPY = 0.1  # of ln k: below it the targets are as good as constant and the loss says nothing (fairseq PR 4521)

@@ -23,16 +23,14 @@ from audiolm.data.sources import roots
 from audiolm.models.augment import Augmentation, augment, draw_augmentation
 from audiolm.models.conformer import LAYER_CONVENTION, Encoder, EncoderSizes
 from audiolm.models.mel import log_mel
+from audiolm.tokenizers.artifact import MASKED_FORMAT
 from audiolm.tokenizers.base import SAMPLE_RATE, SEMANTIC_HOP, padded_samples
 from audiolm.tokenizers.extractor import FAMILY, extractor_mel, mask_padding
-from audiolm.tokenizers.semantic import MASKED_FORMAT
 from audiolm.train.objectives.base import Context, whole_frames
 
 FIT_S = 3600.0  # audio that input statistics and MFCC targets are measured on
 EVAL_S = 900.0  # dev audio of one validation: 58 MB, kept in memory
 MIN_VARIANCE = 1e-4  # variance of a mel band, at least: a band that is silent everywhere is not blown up
-COLLAPSED = 0.1  # of the targets' perplexity: predictions that use fewer targets than this have collapsed
-
 Sample = Iterable[tuple[torch.Tensor, torch.Tensor]]  # (mel_1TF, frames_1)
 
 
@@ -165,16 +163,6 @@ def measure_inputs(encoder: Encoder, sample: Sample) -> None:
 
 def encoder_sizes(sizes: MaskedModelConfig) -> EncoderSizes:
     return EncoderSizes(sizes.dim, sizes.layers, sizes.heads, sizes.ff, sizes.conv_kernel, sizes.dropout)
-
-
-def is_constant(before: float | None, loss: float) -> bool:
-    """True for a validation's loss that equals the one before it: nothing is learned."""
-    return before is not None and abs(before - loss) < 1e-5 * before
-
-
-def with_alarms(report: dict[str, float], alarms: Mapping[str, bool]) -> dict[str, float]:
-    """A validation's report with "alarm/NAME", 1.0 where it rings."""
-    return report | {f"alarm/{name}": float(on) for name, on in alarms.items()}
 
 
 def export_encoder(encoder: Encoder, objective: str, more: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -19,17 +19,15 @@ from audiolm.config.semantic import MaskedModelConfig, W2vBertConfig
 from audiolm.models.entropy import perplexity
 from audiolm.models.w2vbert import W2vBertModel, diversity, draw_gumbel, draw_negatives
 from audiolm.train.engine import all_sum
+from audiolm.train.objectives.alarms import COLLAPSED, is_constant, with_alarms
 from audiolm.train.objectives.base import Context, Engine
 from audiolm.train.objectives.masked_inputs import (
-    COLLAPSED,
     MaskedBatch,
     MaskedInputs,
     encoder_sizes,
     export_encoder,
-    is_constant,
     masked_inputs,
     measure_inputs,
-    with_alarms,
 )
 
 SUMS = ("contrastive", "masked", "contrastive_right", "masked_right", "frames")

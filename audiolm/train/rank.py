@@ -1,4 +1,4 @@
-"""One rank of a training: its progress and the sections of a step, which the loop calls in order.
+"""One rank of a training: it resumes from a checkpoint, updates, validates and saves; the loop calls its sections in order.
 
 Every method is called by all ranks, as each contains collective operations; what rank 0 does alone says so.
 """
