@@ -3,10 +3,10 @@
 A draw depends on (seed, target position) alone, so a sample does not depend on its neighbours; on a CPU the logits' bits
 do not either (models/transformer.py).  Samples of one prompt share its prefill.  On a GPU the cache is static and a token
 is one CUDA graph, one for each run of keys; both are kept for the next call.
-`sample_ids` inverts the cumulative distribution at a uniform number that (seed, target position) alone decide.
-Shapes: scores_BW float32 over a slot's own ids, -inf where an id may not be drawn; noise_B2 float64 in [0, 1), the second
-number for a draw that is repeated; ids_BW; recent_BR the row's last ids.  S draws, B rows, W ids of the widest slot, R ids that repetition-aware sampling looks back at; prompts and targets
-are 1-D int64 ids in the stage's layout.
+`sample_ids` inverts the cumulative distribution at a uniform number.
+Shapes: S draws, B rows, W ids of the widest slot, R ids that repetition-aware sampling looks back at.  scores_BW float32
+over a slot's own ids, -inf where an id may not be drawn; noise_B2 float64 in [0, 1), the second number for a draw that is
+repeated; ids_BW; recent_BR the row's last ids.  Prompts and targets are 1-D int64 ids in the stage's layout.
 """
 
 from __future__ import annotations
