@@ -41,8 +41,8 @@ def resolve(text: str, folder: str, tracking: str | None = None) -> Target:
         system = system_of(version, uri)
         return Target(title, slug, {**_models(system["index"]), **system["steps"]}, config_of(system["index"]))
     tags = version.tags
-    return Target(f"{title} ({tags['audiolm.step']} at step {tags['step']})", slug, _with_checkpoint(text, tags),
-                  config_of(tags["audiolm.index"]))
+    steps = _with_checkpoint(text, tags)
+    return Target(f"{title} ({tags['audiolm.step']} at step {tags['step']})", slug, steps, config_of(tags["audiolm.index"]))
 
 
 def _with_checkpoint(text: str, tags: Mapping[str, str]) -> dict[str, str]:
