@@ -19,11 +19,11 @@ def train_objective(objective: str, config: dict, inputs: dict, out) -> dict:
 
 def train_lm(config: dict, inputs: dict, out) -> dict:
     """Trains a language-model stage, config["stage"], between its gates: tokens before, losses after (paper III-C)."""
-    from audiolm.eval import gates
+    from audiolm.eval import stage_gates
 
-    gates.check_inputs(config, inputs, out)
+    stage_gates.check_inputs(config, inputs, out)
     facts = train_objective("audiolm.train.objectives.lm:lm_objective", config, inputs, out)
-    return gates.check_stage(config, inputs, out, facts)
+    return stage_gates.check_stage(config, inputs, out, facts)
 
 
 FUNCTIONS = {

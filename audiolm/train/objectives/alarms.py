@@ -1,7 +1,7 @@
 """Alarms of a training that has collapsed: what a validation reports although the loss looks fine.
 
 They ring in the progress line and as `val.alarm/NAME`; they stop nothing.  A stage whose tokenizer has collapsed is
-stopped by eval/gates.py, and numbers that are not finite by train/guards.py.
+stopped by eval/stage_gates.py, and numbers that are not finite by train/guards.py.
 """
 
 from __future__ import annotations

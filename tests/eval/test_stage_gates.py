@@ -15,7 +15,7 @@ from audiolm.dag.execute import StepFailed, execute
 from audiolm.dag.plan import plan
 from audiolm.dag.step import Step
 from audiolm.data.tokens import TokenStore, level_name
-from audiolm.eval import gates
+from audiolm.eval import stage_gates
 from audiolm.metrics_log import read_build
 from audiolm.models.entropy import entropy_bits
 from audiolm.pipeline import steps
@@ -33,14 +33,14 @@ from tests.worlds import token_corpus
     (2, 100, 2, 1.0, False),
 ])
 def test_a_collapsed_level_is_told_from_a_short_store(vocab, frames, used, bits, collapsed):
-    assert gates.collapsed(vocab, frames, used, bits) == collapsed
+    assert stage_gates.collapsed(vocab, frames, used, bits) == collapsed
 
 
 def test_only_the_levels_that_a_stage_reads_are_judged():
     facts = {"frames": 10**5, **{f"used.q{q:02d}": 64 for q in range(3)}, "entropy_bits.q00": 5.5, "entropy_bits.q01": 5.0,
              "entropy_bits.q02": 1.0}
-    assert gates.tokens_verdict("acoustic", "codec", facts, 64, 2)["ok"]
-    found = gates.tokens_verdict("acoustic", "codec", facts, 64, 3)
+    assert stage_gates.tokens_verdict("acoustic", "codec", facts, 64, 2)["ok"]
+    found = stage_gates.tokens_verdict("acoustic", "codec", facts, 64, 3)
     assert not found["ok"] and "collapsed: level 3 uses 64 of 64 codes and 1.00 of 6.00 bits" in found["text"]
 
 
@@ -50,12 +50,12 @@ def test_only_the_levels_that_a_stage_reads_are_judged():
     (3.4, 3.6, 0.05, True),
 ])
 def test_a_prefix_is_used_when_the_gain_is_neither_small_nor_by_chance(true, shuffled, se, ok):
-    assert gates.conditioning_verdict("lm_coarse", {"true": true, "shuffled": shuffled, "se": se})["ok"] == ok
+    assert stage_gates.conditioning_verdict("lm_coarse", {"true": true, "shuffled": shuffled, "se": se})["ok"] == ok
 
 
 def test_a_loss_that_is_not_finite_beats_nothing():
-    assert gates.unigram_verdict({"loss": 2.0, "unigram": 2.1})["ok"]
-    assert not gates.unigram_verdict({"loss": math.nan, "unigram": 2.1})["ok"]
+    assert stage_gates.unigram_verdict({"loss": 2.0, "unigram": 2.1})["ok"]
+    assert not stage_gates.unigram_verdict({"loss": math.nan, "unigram": 2.1})["ok"]
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,7 @@ def test_a_failed_gate_stops_after_training_trains_nothing_again_and_is_forced(c
     assert artifact.facts["gate/failed"] == 2
     assert artifact.facts["gate/conditioning"] < artifact.facts["gate/conditioning.needed"]
     assert "GATE the prefix is not used" in headline(artifact.facts)
-    assert gates.failures(path)[0].endswith("(forced)")
+    assert stage_gates.failures(path)[0].endswith("(forced)")
     with pytest.raises(StepFailed, match=UNUSED):  # a new build is judged anew
         go(graph(corpus), store, force=["lm_coarse"])
 
@@ -123,7 +123,7 @@ def test_a_stage_that_only_warns_goes_on_and_is_the_same_stage(corpus, tmp_path)
     artifact = go(warned, str(tmp_path))
     assert warned[-1].fingerprint == graph(corpus)[-1].fingerprint
     assert any("the prefix is not used" in n for n in artifact.facts["notes"])
-    assert any("(told only)" in f for f in gates.failures(artifact.path))
+    assert any("(told only)" in f for f in stage_gates.failures(artifact.path))
 
 
 def test_a_stage_that_learned_passes(corpus, tmp_path):
