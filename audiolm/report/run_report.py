@@ -126,7 +126,8 @@ def _stages(stages: Mapping[str, Mapping], over: Sequence[Mapping[str, Any]], pa
         names = "; ".join(f"{_stage_title(r['stage'], r['level'])} ({r['percent']:.1f} % over)" for r in over)
         summary = verdict(not over, "Every stage and level is under its better baseline.",
                           f"Not under the better baseline: {names}.")
-    failed = [(title, text) for step, title in STAGE_TITLES.items() if step in paths for text in stage_gates.failures(paths[step])]
+    failed = [(title, text) for step, title in STAGE_TITLES.items() if step in paths
+              for text in stage_gates.failures(paths[step])]
     return Section("stages", "Language models", "stages.html", {
         "tables": [_losses(semantic, ("unigram", "bigram", "fivegram"), ("bigram", "fivegram")),
                    _losses(acoustic, ("unigram", "previous", "below", "baseline"), ("baseline",))] if stages else [],
@@ -163,7 +164,8 @@ def _conditioning(stages: Mapping[str, Mapping]) -> Section:
     for stage, c in stages.items():
         true, shuffled = c.get("true"), c.get("shuffled")
         gain = None if true is None or shuffled is None else shuffled - true
-        mark = verdict(None if gain is None else gain > stage_gates.needed_gain(c), f"{gain or 0:.3f} lost without it", "not used")
+        used = None if gain is None else gain > stage_gates.needed_gain(c)
+        mark = verdict(used, f"{gain or 0:.3f} lost without it", "not used")
         rows.append([STAGE_TITLES.get(stage, stage), number(true), number(shuffled), mark])
     return Section(name, title, "conditioning.html", {"table": table(["", "true prefix", "shuffled prefix", ""], rows, [1, 2])})
 

@@ -7,7 +7,7 @@ is skipped from then on (PaLM, 2204.02311 5.1, did so by hand).
 A step spikes when its loss is not finite or exceeds the median of the last `window` losses by `deviations` of their spread.
 Losses are checked in step order, whenever the loop logs, so the schedule of logs and saves changes no decision.
 Every checkpoint's record holds the skipped batches and the window, so a resumed run is exact.
-A model that collapsed has finite numbers: objectives/alarms.py reports it, and eval/stage_gates.py stops what would build on it.
+A collapsed model has finite numbers: objectives/alarms.py reports it, and eval/stage_gates.py stops the stage that follows.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import time
 from pathlib import Path
 
@@ -24,10 +25,10 @@ ENV = {**os.environ, **CLOSED, "PYTHONPATH": "", "PATH": BIN + os.pathsep + os.e
 
 
 @pytest.fixture(scope="session")
-def head(tmp_path_factory):
+def head():
     """`ray start --head` with token authentication; yields the dashboard's address."""
     port, dashboard, *agent = (free_port() for _ in range(5))  # another Ray on this machine may hold the usual ports
-    temp = tmp_path_factory.mktemp("r")
+    temp = tempfile.mkdtemp(prefix="r")  # short: the paths of Ray's sockets must stay below 108 characters
     subprocess.run([f"{BIN}/ray", "start", "--head", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=2",
                     f"--temp-dir={temp}", "--disable-usage-stats", f"--dashboard-agent-listen-port={agent[0]}",
                     f"--dashboard-agent-grpc-port={agent[1]}", f"--metrics-export-port={agent[2]}"],
@@ -39,6 +40,7 @@ def head(tmp_path_factory):
             os.kill(pid, signal.SIGTERM)
         except ProcessLookupError:
             pass
+    shutil.rmtree(temp, ignore_errors=True)
 
 
 def _mentions(process: Path, text: str) -> bool:
