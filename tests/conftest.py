@@ -19,14 +19,6 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(items):
-    """Sends a file's tests to one worker, as they share a world, and all that start Ray to the same one: two would not fit."""
-    for item in items:
-        group = "ray" if {"head", "job", "cluster"} & set(item.fixturenames) else item.path
-        item.add_marker(pytest.mark.xdist_group(str(group)))
-
-
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory):
     """SeaweedFS, a real S3 server whose conditional writes are atomic; its endpoint and keys stand in the environment."""

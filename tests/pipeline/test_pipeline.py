@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
+import pytest
 import soundfile
 
 from audiolm.dag.execute import execute
@@ -26,7 +28,9 @@ from audiolm.metrics_log import read_build
 from audiolm.tracking.lookup import index_of
 from tests.worlds.basics import ROOT
 from tests.worlds.dying_worker import graph
+from tests.worlds.page_commands import ours
 from tests.worlds.whole_run import ENV, PIPELINE, STEPS, submit
+from workflows import codec, evaluate, generate
 
 
 def cli(*args, cwd=ROOT, check=True):
@@ -99,6 +103,21 @@ def test_mlflow_holds_the_run(job):
     (answer,) = mlflow.pyfunc.load_model(version.source).predict([{"mode": "unconditional", "seconds": 0.5}])
     assert 0 < answer["seconds"] <= 0.5
     assert index_of(coarse.info.run_id, f"sqlite:///{job}/mlflow.db") == f"{job}/runs/e2e.json"
+
+
+SMALL = {"generate.py": ["--seconds", "0.5", "--prompt-s", "0.5", "--samples", "1"], "evaluate.py": ["--suites", "stages"],
+         "codec.py evaluate": ["--clips", "1", "--seconds", "1", "--levels", "1"]}
+
+
+@pytest.mark.parametrize(("page", "command"), [*ours("codec.py"), *ours("generate.py"), *ours("evaluate.py")])
+def test_commands_run_on_the_end_to_end_run(page, command, desk, monkeypatch, capsys):
+    command = command.split("python workflows/")[1].replace("models:/quickstart", "models:/e2e")
+    program, *argv = shlex.split(command, comments=True)
+    script = {"codec.py": codec, "generate.py": generate, "evaluate.py": evaluate}[program]
+    plain = program != "evaluate.py" or argv[0] not in evaluate.COMMANDS
+    small = SMALL.get(f"{program} {argv[0]}") or (SMALL.get(program, []) if plain else [])
+    monkeypatch.chdir(desk)
+    assert script.main([*argv, *small]) == 0, capsys.readouterr()
 
 
 def test_a_training_worker_that_was_killed_ends_with_the_losses_of_one_that_was_not(head, checkout, tmp_path):
