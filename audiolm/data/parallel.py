@@ -98,16 +98,16 @@ def pick_device(asked: str) -> str:
 
 
 def _call(fn: Callable, item: tuple) -> Any:
-    with _one_thread():
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    with one_thread():
         return fn(*item)
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
-    """One torch thread a task: as many tasks as CPUs run at once, and sums have one order on every machine."""
+def one_thread() -> Iterator[None]:
+    """One torch thread: sums have one order on every machine, and as many tasks as CPUs may run at once."""
     import torch
 
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

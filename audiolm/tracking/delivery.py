@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from audiolm import store
+from audiolm.dag.run_index import index_path
 from audiolm.metrics_log import read_from
 from audiolm.tracking import client, lineage, outbox, registry
 from audiolm.tracking.outbox import TrackedRun, key
@@ -38,7 +39,7 @@ class Delivery:
     @property
     def index(self) -> str:
         """Path of the pipeline run's index, which its models' versions name."""
-        return f"{self.store.rstrip('/')}/runs/{self.run_name}.json"
+        return index_path(self.store, self.run_name)
 
     @property
     def _name_tag(self) -> str:

@@ -9,15 +9,15 @@ The loss is the cross-entropy on masked frames, weighted by frame over micro-bat
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from audiolm import rng
+from audiolm.data.parallel import one_thread
 from audiolm.models import kmeans
 from audiolm.models.conformer import SUBSAMPLE, Encoder, MaskedModel, valid_frames
 from audiolm.models.entropy import entropy, perplexity
@@ -197,7 +197,7 @@ def masked_objective(config: Mapping[str, Any], inputs: Mapping[str, str], ctx: 
     data, sample = masked_inputs(config, inputs, ctx)
     if iteration is None:
         model = MaskedModel(encoder_sizes(sizes), sizes.targets_k)
-        with _one_thread():
+        with one_thread():
             sample = list(sample)  # an hour of log-mels: 115 MB
             measure_inputs(model.encoder, sample)
             fit_targets(model, [target_features(*mel_and_frames)[0] for mel_and_frames in sample], seed)
@@ -212,7 +212,7 @@ def masked_objective(config: Mapping[str, Any], inputs: Mapping[str, str], ctx: 
     if iteration.start == "previous":
         _load_encoder(model.encoder, path_of("masked_model"))
     else:
-        with _one_thread():
+        with one_thread():
             measure_inputs(model.encoder, sample)
     return MaskedObjective(model, data, ctx, targets)
 
@@ -224,14 +224,3 @@ def _load_encoder(encoder: Encoder, path: str) -> None:
     if not isinstance(before, ConformerExtractor) or before.encoder.sizes.to_json() | same != encoder.sizes.to_json() | same:
         raise ValueError("semantic.iterations: start: previous needs a model of the same sizes before it: say start: fresh")
     encoder.load_state_dict(before.state())
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Sums in one order, so that 1 and 2 workers, which have other numbers of threads, get one codebook."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
