@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -35,9 +36,28 @@ class CodecLossWeights(Config):
     codebook: float = Field(1.0, ge=0, description="factorised codes only")
 
 
+class SpectralConfig(Config):
+    """The spectral codec's frames and networks, `codec.family: spectral` (models/spectral)."""
+
+    n_mels: int = Field(80, ge=8, description="bands of an analysis hop of 10 ms; a frame has two hops")
+    window: int = Field(640, ge=320, multiple_of=2, description="samples of the analysis window")
+    power: float = Field(0.3, gt=0, le=1, description="of mel magnitudes, about as loudness grows: what is loud gets the bits")
+    width: int = Field(256, ge=1, description="of encoder and decoder")
+    enc_layers: int = Field(3, ge=0)
+    dec_layers: int = Field(5, ge=0)
+    fsq: tuple[int, ...] = Field((8, 5, 5, 5), description="quantizer fsq: values of each dimension of a group of bands; "
+                                                           "their product is codec.vocab")
+    iterations: int = Field(30, ge=1, description="of Griffin-Lim, which finds the phases")
+    square: float = Field(0.3, ge=0, description="weight of the squared distance of log-mels beside the absolute one")
+    gain_db: float = Field(6.0, ge=0, description="largest change of loudness in training, up or down")
+
+
 class CodecConfig(Config):
     """SoundStream (2107.03312) at 16 kHz: strides 2, 4, 5, 8 -> 50 Hz; 12 x 1024 codes = 6 kb/s (paper IV-B)."""
 
+    family: Literal["soundstream", "spectral"] = Field("soundstream", description="spectral: log-mel frames, whose phases are "
+                                                       "found afterwards; trains on a CPU in minutes")
+    spectral: SpectralConfig = SpectralConfig()
     where: ClipFilter = ClipFilter()
     pretrained: Runtime[PathField | None] = Field(
         None, description="folder or URI of a transformers EnCodec, DAC or Mimi model, imported instead of training one; "
@@ -48,8 +68,9 @@ class CodecConfig(Config):
     dim: int = 128  # with C = 32: 9.9 M parameters for both sides
     n_q: int = Field(12, ge=1, le=64)
     vocab: int = Field(1024, ge=2, le=65_535)
-    quantizer: Literal["ema", "factorised"] = Field("ema", description="codes that are moving averages (paper), or learned "
-                                                                       "in code_dim dimensions by cosine (DAC)")
+    quantizer: Literal["ema", "factorised", "fsq"] = Field(
+        "ema", description="codes that are moving averages (paper); learned in code_dim dimensions by cosine (DAC, soundstream "
+                           "alone); or a grid for each group of mel bands (2309.15505, spectral alone)")
     code_dim: int = Field(8, ge=1, description="factorised codes only")
     code_decay: float = Field(0.99, gt=0, lt=1)
     quantize_from: int = Field(0, ge=0, description="first quantized step: codebooks start by k-means of latents that "
@@ -71,6 +92,11 @@ class CodecConfig(Config):
     def _check(self):
         if self.quantize_from >= self.train.steps:
             raise ValueError(f"quantize_from ({self.quantize_from}) must be below train.steps ({self.train.steps})")
+        if self.quantizer == {"soundstream": "fsq", "spectral": "factorised"}[self.family]:
+            raise ValueError(f"quantizer {self.quantizer} does not exist in the {self.family} family: use ema")
+        if self.quantizer == "fsq" and (points := math.prod(self.spectral.fsq)) != self.vocab:
+            raise ValueError(f"spectral.fsq {self.spectral.fsq} makes {points} codes and vocab is {self.vocab}: set vocab to "
+                             f"{points}")
         if self.quantizer == "factorised" and self.balance:
             raise ValueError("quantizer factorised with balance: true ended in one code a level wherever it was tried: set "
                              "balance: false with DAC's weights, or quantizer: ema")

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 CPU = torch.device("cpu")
-WINDOW, HOP, PAD = 400, 160, 120
+WINDOW, HOP = 400, 160
 FLOOR = 1e-5  # of a mel magnitude: -100 dBFS
 KNEE = 0.8  # of the band that a warp scales; the last fifth takes up the difference
 KALDI_LOW_HZ = 20.0  # where Kaldi's lowest band begins
@@ -83,18 +83,27 @@ def warped_filterbank(ratio_B: torch.Tensor, sample_rate: int, n_fft: int, n_mel
     return (_triangles(warped, _edges("htk", half, n_mels, bins.device)) * slope[..., None]).float()
 
 
+def mel_magnitudes(wav_BT: torch.Tensor, n_mels: int = 80, sample_rate: int = 16_000, ratio_B: torch.Tensor | None = None,
+                   size: int = WINDOW) -> torch.Tensor:
+    """mel_BTF: mel magnitudes by windows of `size` samples, T = samples // 160, with zeros around the sound.
+
+    ratio_B scales each row's frequencies, see `warped_filterbank`. Raises ValueError where the samples are no multiple of
+    160.
+    """
+    if wav_BT.shape[-1] % HOP:
+        raise ValueError(f"log-mels take a multiple of {HOP} samples, got {wav_BT.shape[-1]}; pad with zeros")
+    window, pad = torch.hann_window(size, device=wav_BT.device, dtype=torch.float32), (size - HOP) // 2
+    spec_BFT = torch.stft(F.pad(wav_BT.float(), (pad, pad)), size, HOP, size, window=window, center=False,
+                          return_complex=True).abs()
+    bank = (filterbank(sample_rate, size, n_mels, device=spec_BFT.device) if ratio_B is None
+            else warped_filterbank(ratio_B, sample_rate, size, n_mels))
+    return spec_BFT.transpose(1, 2) @ bank
+
+
 def log_mel(wav_BT: torch.Tensor, n_mels: int = 80, sample_rate: int = 16_000,
             ratio_B: torch.Tensor | None = None) -> torch.Tensor:
-    """mel_BTF: natural logarithms of mel magnitudes, T = samples // 160. ratio_B scales each row's frequencies, see
-    `warped_filterbank`. Raises ValueError where the samples are no multiple of 160."""
-    if wav_BT.shape[-1] % HOP:
-        raise ValueError(f"log_mel takes a multiple of {HOP} samples, got {wav_BT.shape[-1]}; pad with zeros")
-    window = torch.hann_window(WINDOW, device=wav_BT.device, dtype=torch.float32)
-    spec_BFT = torch.stft(F.pad(wav_BT.float(), (PAD, PAD)), WINDOW, HOP, WINDOW, window=window, center=False,
-                          return_complex=True).abs()
-    bank = (filterbank(sample_rate, WINDOW, n_mels, device=spec_BFT.device) if ratio_B is None
-            else warped_filterbank(ratio_B, sample_rate, WINDOW, n_mels))
-    return (spec_BFT.transpose(1, 2) @ bank).clamp_min(FLOOR).log()
+    """mel_BTF: natural logarithms of `mel_magnitudes` with windows of 25 ms. Raises ValueError as it does."""
+    return mel_magnitudes(wav_BT, n_mels, sample_rate, ratio_B).clamp_min(FLOOR).log()
 
 
 def clip_mel(wav_T: np.ndarray, n_mels: int = 80) -> torch.Tensor:

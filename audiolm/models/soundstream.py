@@ -123,6 +123,9 @@ class SoundStreamSizes:
 class SoundStream(nn.Module):
     """`norm=False` builds the same model without weight norm, for the folded weights that are exported."""
 
+    kind = "soundstream"  # of its export
+    encoder_lookahead = decoder_lookahead = 0  # frames after an output that it depends on: every layer is causal
+
     def __init__(self, sizes: SoundStreamSizes, norm: bool = True):
         super().__init__()
         s, strides = sizes, tuple(sizes.strides)
@@ -169,6 +172,10 @@ class SoundStream(nn.Module):
     def decode(self, codes_BTQ: torch.Tensor) -> torch.Tensor:
         """wav_BT of any prefix of the levels, frames x hop samples."""
         return self.synthesize(self.quantizer.decode(codes_BTQ))
+
+    def decode_after(self, codes_BTQ: torch.Tensor, known_BT: torch.Tensor) -> torch.Tensor:
+        """As `decode`: a causal decoder makes the known sound of its history again."""
+        return self.decode(codes_BTQ)
 
 
 def fold(model: SoundStream) -> SoundStream:

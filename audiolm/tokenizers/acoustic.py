@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from audiolm.models.soundstream import SoundStream, SoundStreamSizes
+from audiolm.models.spectral.codec import SpectralCodec, SpectralSizes
 from audiolm.tokenizers import hf_codec
 from audiolm.tokenizers.artifact import ArtifactError, fill_module, read_export, require_keys
 from audiolm.tokenizers.base import (
@@ -34,10 +35,10 @@ CHUNK_FRAMES = 3000  # 60 s: history costs little beside it, and activations sta
 
 
 class AcousticTokenizer:
-    def __init__(self, model: SoundStream, digest: str, device: str = "cpu", chunk_frames: int = CHUNK_FRAMES):
+    def __init__(self, model: SoundStream | SpectralCodec, digest: str, device: str = "cpu", chunk_frames: int = CHUNK_FRAMES):
         self.model, self.hash, self.device, self.chunk = model.to(device).eval(), digest, device, chunk_frames
         vq = model.quantizer
-        self.spec = TokenSpec("soundstream", SAMPLE_RATE, model.hop, vq.n_q, vq.vocab)
+        self.spec = TokenSpec(model.kind, SAMPLE_RATE, model.hop, vq.n_q, vq.vocab)
 
     @torch.inference_mode()
     def encode(self, wav_BT: torch.Tensor, lengths_B: torch.Tensor) -> list[torch.Tensor]:
@@ -88,15 +89,22 @@ class AcousticTokenizer:
             yield wav_BT[0]
 
     def _codes(self, parts_BT: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
-        hop, context = self.model.hop, self.model.encoder_context
-        for wav_BT, before, _ in chunks(parts_BT, self.chunk * hop, context * hop):
-            # Drop the history's frames: the chunk before gave them. At the start the model pads
-            # with zeros itself.
-            yield self.model.encode(wav_BT.to(self.device))[:, before // hop:].cpu()
+        model, hop = self.model, self.model.hop
+        for wav_BT, before, own in chunks(parts_BT, self.chunk * hop, model.encoder_context * hop,
+                                          model.encoder_lookahead * hop):
+            # Drop the frames of the history, which the chunk before gave, and of the lookahead. At
+            # both ends the model pads with zeros itself.
+            yield model.encode(wav_BT.to(self.device))[:, before // hop:][:, :own // hop].cpu()
 
     def _waves(self, parts_BTQ: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
-        for codes_BTQ, before, _ in chunks(parts_BTQ, self.chunk, self.model.decoder_context):
-            yield self.model.decode(codes_BTQ.to(self.device))[:, before * self.model.hop:].cpu()
+        model, hop, known_BT = self.model, self.model.hop, None
+        for codes_BTQ, before, own in chunks(parts_BTQ, self.chunk, model.decoder_context, model.decoder_lookahead):
+            codes_BTQ = codes_BTQ.to(self.device)
+            # Phases that are found and not decoded go on from the sound before the chunk.
+            wav_BT = model.decode(codes_BTQ) if known_BT is None else model.decode_after(codes_BTQ, known_BT)
+            wav_BT = wav_BT[:, :(before + own) * hop]
+            yield wav_BT[:, before * hop:].cpu()
+            known_BT = wav_BT[:, -model.decoder_context * hop:]
 
     def _check(self, codes_BTQ: torch.Tensor) -> torch.Tensor:
         check_codes(codes_BTQ, self.spec)
@@ -156,16 +164,30 @@ def load_codec(path: str, device: str = "cpu") -> AcousticTokenizer | hf_codec.P
     weights, config, digest = read_export(path)
     if config.get("kind") in hf_codec.CLASSES:
         codec = hf_codec.from_export(path, weights, config, digest, device)
-        if (codec.spec.sample_rate, codec.spec.hop) != (SAMPLE_RATE, ACOUSTIC_HOP):
-            raise ArtifactError(f"{path}/export/config.json: {codec.spec.sample_rate} Hz and a hop of {codec.spec.hop}; "
-                                f"this pipeline takes {SAMPLE_RATE} Hz and a hop of {ACOUSTIC_HOP}")
+        _check_rate(path, {"sample_rate": codec.spec.sample_rate}, codec.spec.hop)
         return codec
-    sizes = ("strides", "enc_channels", "dec_channels", "dim", "n_q", "vocab", "quantizer", "code_dim")
-    require_keys(path, config, "soundstream", sizes, "codec")
-    if config["sample_rate"] != SAMPLE_RATE or math.prod(config["strides"]) != ACOUSTIC_HOP:
-        raise ArtifactError(f"{path}/export/config.json: {config['sample_rate']} Hz and strides {config['strides']}; "
-                            f"this pipeline takes {SAMPLE_RATE} Hz and a hop of {ACOUSTIC_HOP}")
-    # An export has its weight norm folded in.
-    model = SoundStream(SoundStreamSizes(**{key: config[key] for key in sizes}), norm=False)
+    model = _spectral(path, config) if config.get("kind") == SpectralCodec.kind else _soundstream(path, config)
     fill_module(path, model, weights, "codec")
     return AcousticTokenizer(model, digest, device)
+
+
+def _soundstream(path: str, config: dict) -> SoundStream:
+    sizes = ("strides", "enc_channels", "dec_channels", "dim", "n_q", "vocab", "quantizer", "code_dim")
+    require_keys(path, config, SoundStream.kind, sizes, "codec")
+    _check_rate(path, config, math.prod(config["strides"]))
+    # An export has its weight norm folded in.
+    return SoundStream(SoundStreamSizes(**{key: config[key] for key in sizes}), norm=False)
+
+
+def _spectral(path: str, config: dict) -> SpectralCodec:
+    sizes = SpectralSizes.EXPORTED
+    require_keys(path, config, SpectralCodec.kind, sizes, "codec")
+    model = SpectralCodec(SpectralSizes(**{key: config[key] for key in sizes}))
+    _check_rate(path, config, model.hop)
+    return model
+
+
+def _check_rate(path: str, config: dict, hop: int) -> None:
+    if (config["sample_rate"], hop) != (SAMPLE_RATE, ACOUSTIC_HOP):
+        raise ArtifactError(f"{path}/export/config.json: {config['sample_rate']} Hz and a hop of {hop}; this pipeline takes "
+                            f"{SAMPLE_RATE} Hz and a hop of {ACOUSTIC_HOP}")

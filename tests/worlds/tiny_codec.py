@@ -16,10 +16,24 @@ from audiolm import rng, store
 from audiolm.config.codec import CodecConfig, CodecDiscriminatorsConfig
 from audiolm.config.training import TrainConfig
 from audiolm.models.soundstream import SoundStream, SoundStreamSizes
+from audiolm.models.spectral.codec import SpectralCodec, SpectralSizes
 from audiolm.tokenizers.acoustic import AcousticTokenizer
 from audiolm.train.engine import learning_rate, make_engine
 from audiolm.train.objectives.base import Context
 from audiolm.train.objectives.codec import CodecObjective
+
+
+def tiny_spectral(quantizer: str = "ema", n_q: int = 3, vocab: int = 16) -> SpectralCodec:
+    """An untrained spectral codec whose statistics and codes come from voices; its networks are not at zero."""
+    torch.manual_seed(0)
+    model = SpectralCodec(SpectralSizes(n_q, vocab, n_mels=20, dim=12, width=16, enc_layers=1, dec_layers=1, iterations=8,
+                                        quantizer=quantizer, fsq=(vocab // 2, 2)))
+    for net in (model.encoder, model.decoder):
+        torch.nn.init.normal_(net.last.weight, std=0.02)
+    wav_BT = torch.stack([voice(64_000, i) for i in range(6)])
+    x_MD = model.initialise(model.frames(wav_BT).flatten(0, 1))
+    model.quantizer.initialise(x_MD, seed=0, reduce=lambda x: x)
+    return model.eval().requires_grad_(False)
 
 
 @functools.lru_cache(maxsize=32)

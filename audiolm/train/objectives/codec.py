@@ -28,6 +28,7 @@ from audiolm.tokenizers.base import ACOUSTIC_HOP, SAMPLE_RATE
 from audiolm.train.engine import all_sum
 from audiolm.train.gan import Gan, Generator, LossBalancer, quality_means, quality_sums, rank_batches, training_audio
 from audiolm.train.objectives.base import Context, Engine, pinned
+from audiolm.train.objectives.spectral import SpectralObjective, spectral_objective
 
 INIT_FRAMES = 32  # frames a code for the k-means start, so that hardly any cluster is empty
 
@@ -171,8 +172,11 @@ def _soundstream(c: CodecConfig) -> SoundStream:
                                         c.dead_share, c.quantizer, c.code_dim))
 
 
-def codec_objective(config: Mapping[str, Any], inputs: Mapping[str, Any], ctx: Context) -> CodecObjective:
+def codec_objective(config: Mapping[str, Any], inputs: Mapping[str, Any],
+                    ctx: Context) -> CodecObjective | SpectralObjective:
     """Factory. config: codec, corpus; inputs: {"manifest": path}. Raises ValueError for configs that cannot train."""
+    if config["codec"].family == "spectral":
+        return spectral_objective(config, inputs, ctx)
     codec, hop = config["codec"], math.prod(config["codec"].strides)
     if hop != ACOUSTIC_HOP:
         raise ValueError(f"codec.strides {codec.strides} make a hop of {hop} samples; their product must be {ACOUSTIC_HOP} "

@@ -1,0 +1,171 @@
+"""Training of the spectral codec on log-mel frames: no waveform is made, so that a step costs milliseconds of a GPU.
+
+One module, "generator": the codec and the moving average of its weights.  Before the first step its statistics, its
+transform and its codebooks come from the frames of the first batches; codebooks then move once a step, on all ranks alike.
+The average is validated and exported.
+A batch: wav_BT (float32, crops of whole 640-sample frames), lengths_B (true samples), n_q_B (quantizer dropout).
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from audiolm import rng
+from audiolm.config.codec import CodecConfig
+from audiolm.data.crops import AudioCrops
+from audiolm.models.entropy import perplexity
+from audiolm.models.mel import HOP
+from audiolm.models.spectral.codec import SpectralCodec, SpectralSizes
+from audiolm.tokenizers.base import ACOUSTIC_HOP, SAMPLE_RATE
+from audiolm.train.engine import all_sum
+from audiolm.train.gan import Generator, quality_means, quality_sums, rank_batches, training_audio
+from audiolm.train.objectives.base import Context, Engine, pinned
+
+INIT_FRAMES = 32  # frames a code for the k-means start, so that hardly any cluster is empty
+LEAST_FRAMES = 4096  # for the statistics and the principal components
+
+
+class SpectralObjective:
+    unit = "audio s"
+
+    def __init__(self, codec: CodecConfig, crops: AudioCrops, held_out_BT: torch.Tensor, ctx: Context):
+        self.codec, self.crops, self.held_out_BT, self.ctx = codec, crops, held_out_BT, ctx
+        self.generator = Generator(_spectral(codec))
+        self.modules = {"generator": self.generator}
+        self._reading = threading.Lock()
+
+    def load(self, step: int, rows: Sequence[int]) -> dict[str, torch.Tensor]:
+        """A batch; a row's gain and number of levels are drawn from (seed, step, row), in this order."""
+        wav_BT, lengths_B = self._crops(step, rows)
+        n_q = [self._levels(step, row) for row in rows]
+        return {**pinned({"wav_BT": wav_BT, "n_q_B": torch.tensor(n_q)}, self.ctx.device), "lengths_B": lengths_B}
+
+    def _levels(self, step: int, row: int) -> int:
+        draw = rng.generator(self.ctx.seed, "n_q", step, row)
+        levels = int(draw.integers(1, self.codec.n_q + 1))
+        return levels if draw.random() < 0.5 else self.codec.n_q
+
+    def _crops(self, step: int, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        with self._reading:  # the loop reads ahead in a thread, also while the codebooks start
+            wav_BT, lengths_B = self.crops.batch(step, rows)
+        reach_db = self.codec.spectral.gain_db
+        for wav_T, row in zip(wav_BT, rows, strict=True):
+            wav_T *= 10 ** (float(rng.generator(self.ctx.seed, "gain", step, row).uniform(-reach_db, reach_db)) / 20)
+        return wav_BT, lengths_B
+
+    def train_step(self, engines: Mapping[str, Engine], batches: list[Any], step: int) -> dict[str, torch.Tensor]:
+        """One update of codec, codebooks and averages; all ranks take part."""
+        net, engine, weights, sums = self.generator.net, engines["generator"], self.codec.weights, {}
+        if not int(net.quantizer.initialised):
+            self._initialise()
+        rows, latents, codes = sum(len(b["wav_BT"]) for b in batches), [], []
+        for batch in batches:
+            share = len(batch["wav_BT"]) / rows
+            wav_BT, n_q_B = (batch[name].to(self.ctx.device, non_blocking=True) for name in ("wav_BT", "n_q_B"))
+            with torch.no_grad():
+                real_BTF = net.frames(wav_BT)
+            out = engine(real_BTF, n_q_B)
+            off_BTF = (out["frames_BTF"].float() - real_BTF) / net.scale
+            terms = {"reconstruction": off_BTF.abs().mean() + self.codec.spectral.square * off_BTF.square().mean(),
+                     "commitment": out["commitment"]}
+            loss = sum(getattr(weights, name) * term for name, term in terms.items())
+            engine.backward(loss * share)
+            latents.append(out["x_BDT"].transpose(1, 2).flatten(0, 1).float())
+            codes.append(out["codes_BTQ"].flatten(0, 1))
+            for name, term in {"loss": loss, **terms}.items():
+                sums[name] = sums.get(name, 0.0) + term.detach() * share
+        norm = engine.step()
+        means = all_sum(torch.stack([value.float() for value in sums.values()])) / self.ctx.world
+        metrics = {**dict(zip(sums, means, strict=True)), "grad_norm/generator": norm}
+        samples = sum(b["lengths_B"].sum() for b in batches).to(self.ctx.device, torch.float32, non_blocking=True)
+        metrics["units"] = all_sum(samples) / SAMPLE_RATE
+        replaced_Q = net.quantizer.update(torch.cat(latents), torch.cat(codes), seed=self.ctx.seed, step=step, reduce=all_sum,
+                                          rank=self.ctx.rank, world=self.ctx.world)
+        metrics["codes_replaced"] = replaced_Q.sum()
+        metrics |= {f"perplexity/q{q:02d}": p for q, p in enumerate(net.quantizer.perplexity())}
+        self.generator.ema.update(dict(net.named_parameters()), self.codec.ema, step)
+        return metrics
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        """Statistics, transform and codebooks from the frames of the first batches; all ranks take part.
+
+        A rank reads whole batches, so that the world size changes no bit.
+        """
+        net, batch = self.generator.net, self.codec.train.batch
+        frames = batch * self.crops.crop // ACOUSTIC_HOP
+        steps = math.ceil(max(INIT_FRAMES * self.codec.vocab, LEAST_FRAMES) / frames)
+        slots_SMF = torch.zeros(steps, frames, len(net.mean_F), device=self.ctx.device)
+        for step in range(self.ctx.rank, steps, self.ctx.world):
+            wav_BT, _ = self._crops(step, range(batch))
+            slots_SMF[step] = net.frames(wav_BT.to(self.ctx.device)).flatten(0, 1)
+        # Every slot is zero on all ranks but one: the sum gathers them, exactly and in order.
+        x_MD = net.initialise(all_sum(slots_SMF).flatten(0, 1))
+        net.quantizer.initialise(x_MD, seed=self.ctx.seed, reduce=all_sum, rank=self.ctx.rank)
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Scores the average on held-out crops; all ranks take part.
+
+        "mel/qNN": mean L1 distance of log-mel frames (nats) with levels up to NN; "gain/qNN": the distance that level NN
+        takes off; "mel" and "loss": with all levels; "mel/unquantized": without the quantizer.  "pesq": of the sound with
+        all levels, "/q00" with one.  "used", "perplexity": of each level's codes.
+        "alarm/levels_without_gain": number of levels that do not lower the distance.
+        """
+        model, codec, device = self.averaged(), self.codec, self.ctx.device
+        mel_Q2 = torch.zeros(codec.n_q + 2, device=device)  # crops, each number of levels, not quantized
+        hits_QN = torch.zeros(codec.n_q, codec.vocab, device=device)
+        quality_222 = torch.zeros(2, 2, 2, device=device)
+        for wav_BT in rank_batches(self.held_out_BT, self.ctx):
+            real_BTF = model.frames(wav_BT)
+            x_BDT = model.compress(real_BTF)
+            codes_BTQ = model.quantizer.encode(x_BDT)
+            hits_QN += F.one_hot(codes_BTQ, codec.vocab).sum((0, 1)).float()
+            mel_Q2[0] += len(wav_BT)
+            for q in range(1, codec.n_q + 2):
+                latents_BDT = model.quantizer.decode(codes_BTQ[..., :q]) if q <= codec.n_q else x_BDT
+                fake_BTF = model.expand(latents_BDT)
+                mel_Q2[q] += (fake_BTF - real_BTF).abs().mean() * len(wav_BT)
+                if q in (1, codec.n_q):
+                    quality_222[int(q == codec.n_q)] += quality_sums(wav_BT, model.sound(fake_BTF)).to(device)
+        mel_Q2, hits_QN, quality_222 = all_sum(mel_Q2), all_sum(hits_QN), all_sum(quality_222)
+        *levels, unquantized = (mel_Q2[1:] / mel_Q2[0]).tolist()
+        perplexities = perplexity(hits_QN).tolist()
+        scores = {"loss": levels[-1], "mel": levels[-1], "mel/unquantized": unquantized,
+                  **quality_means(quality_222[0], "/q00"), **quality_means(quality_222[1])}
+        for q in range(codec.n_q):
+            scores |= {f"mel/q{q:02d}": levels[q], f"perplexity/q{q:02d}": perplexities[q],
+                       f"used/q{q:02d}": float((hits_QN[q] > 0).float().mean())}
+            if q:
+                scores[f"gain/q{q:02d}"] = levels[q - 1] - levels[q]
+        scores["alarm/levels_without_gain"] = float(sum(b >= a for a, b in zip(levels, levels[1:], strict=False)))
+        return scores
+
+    def averaged(self) -> SpectralCodec:
+        """The codec with the averaged weights and the present codebooks, on this worker."""
+        return self.generator.averaged(_spectral(self.codec).to(self.ctx.device))
+
+    def export(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        model = self.averaged()
+        sizes = {name: getattr(model.sizes, name) for name in SpectralSizes.EXPORTED}
+        return model.state_dict(), {"kind": model.kind, "sample_rate": SAMPLE_RATE, **sizes}
+
+
+def _spectral(c: CodecConfig) -> SpectralCodec:
+    s = c.spectral
+    return SpectralCodec(SpectralSizes(c.n_q, c.vocab, s.n_mels, s.window, s.power, ACOUSTIC_HOP // HOP, c.dim, s.width,
+                                       s.enc_layers, s.dec_layers, c.quantizer, s.fsq, s.iterations, c.code_decay,
+                                       c.dead_share))
+
+
+def spectral_objective(config: Mapping[str, Any], inputs: Mapping[str, Any], ctx: Context) -> SpectralObjective:
+    """Factory. config: codec, corpus; inputs: {"manifest": path}. Raises ValueError for configs that cannot train."""
+    codec = config["codec"]
+    crops, held_out_BT = training_audio("codec", codec, codec.crop_s, config, inputs["manifest"], ctx)
+    return SpectralObjective(codec, crops, held_out_BT, ctx)
