@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from audiolm.generate.audiolm import AudioLM
     from audiolm.generate.params import SamplingParams
+    from audiolm.tokenizers.base import Codec
 
 __version__ = "0.1.0"
 
@@ -25,3 +26,15 @@ def load(run: str, device: str = "auto", sampling: Mapping[str, SamplingParams] 
 
     steps = system_steps(find_run(run, tracking=tracking))
     return load_system(tuple(steps.items()), pick_device(device), tuple(sampling.items()) if sampling else None)
+
+
+def load_codec(name_or_path: str, device: str = "auto") -> Codec:
+    """Loads a codec, ready to encode and decode.
+
+    `name_or_path` is a published codec's name (`audiolm.pretrained.names()`), a run's index (OUTPUTS/runs/NAME.json), a codec
+    build's folder, or the folder of an EnCodec, DAC or Mimi model. Raises ValueError with the fix where there is no codec.
+    """
+    from audiolm.data.parallel import pick_device
+    from audiolm.tokenizers.codec_lookup import open_codec
+
+    return open_codec(name_or_path, pick_device(device))

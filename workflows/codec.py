@@ -1,9 +1,11 @@
-"""Audio files through a trained codec: to codes files, back to sound, and measured beside Opus and Lyra.
+"""Audio files through a codec: to codes files, back to sound, and measured beside Opus and Lyra; publishes a codec.
 
     python workflows/codec.py encode recordings/ --out codes/
     python workflows/codec.py decode codes/ --out again/ --levels 4
     python workflows/codec.py evaluate recordings/ --clips 20 --seconds 8
     python workflows/codec.py encode s3://bucket/talk.mp3 --codec s3://bucket/outputs/runs/speech.json --out codes/
+    python workflows/codec.py encode recordings/ --codec speech-16k --out codes/
+    python workflows/codec.py publish --codec outputs/runs/speech.json --out audiolm/pretrained --name speech-16k
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
 def parser() -> argparse.ArgumentParser:
+    from audiolm import pretrained
     from audiolm.data.sources import AUDIO
 
     p = argparse.ArgumentParser(prog="codec.py", description="Audio to the codes of a trained codec, and back; long files in "
@@ -29,12 +32,17 @@ def parser() -> argparse.ArgumentParser:
     evaluate = do.add_parser("evaluate", help="quality against bit rate, beside Opus and Lyra", description="Prints PESQ, "
                              "ViSQOL, STOI, SI-SDR and mel distance of the codec at some numbers of levels and of Opus (and "
                              "Lyra v2 with --lyra) on the same clips.")
+    add_publish(do.add_parser("publish", help="a trained codec as float16 weights to ship", description="Writes the export of "
+                              "a codec build in float16, and its recipe, as a folder that --codec and audiolm.load_codec take. "
+                              "Compares its codes with the build's on the INPUTs or on a synthetic sound."))
+    published = ", ".join(pretrained.names()) or "none here"
     sounds = f"audio files, or folders to search for {', '.join(AUDIO)}"
     for sub, kind in ((encode, sounds), (decode, "codes files, or folders to search for .safetensors"),
                       (evaluate, f"held-out {sounds}")):
         sub.add_argument("inputs", nargs="+", metavar="INPUT", help=f"{kind}; a local path or any fsspec URI (s3://...)")
-        sub.add_argument("--codec", metavar="PATH", help="a codec build, a run's index (OUTPUTS/runs/NAME.json) or the folder "
-                         "of an imported codec; default: the codec of ./outputs/runs/quickstart.json")
+        sub.add_argument("--codec", metavar="CODEC", help=f"a published codec's name ({published}), a codec build, a run's "
+                         "index (OUTPUTS/runs/NAME.json) or the folder of an imported codec; default: the codec of "
+                         f"./outputs/runs/quickstart.json, without that run the published codec {pretrained.DEFAULT_CODEC}")
         sub.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one")
     for sub in (encode, decode):
         sub.add_argument("--out", required=True, metavar="FOLDER",
@@ -50,20 +58,26 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def evaluate(codec, args: argparse.Namespace) -> int:
-    """Prints `eval.codec_quality.compare` of the clips, which are the first --seconds of --clips files."""
+def add_publish(p: argparse.ArgumentParser) -> None:
+    """The options of `publish`."""
+    p.add_argument("inputs", nargs="*", metavar="INPUT", help="held-out audio files, or folders; default: a synthetic sound")
+    p.add_argument("--codec", required=True, metavar="CODEC", help="a codec build or a run's index, of a codec trained here")
+    p.add_argument("--out", required=True, metavar="FOLDER", help="where to write export/ and recipe.json")
+    p.add_argument("--name", help="write to FOLDER/NAME (default: FOLDER itself)")
+    p.add_argument("--force", action="store_true", help="replace another codec there")
+
+
+def read_clips(inputs: list[str], clips: int, seconds: float) -> list:
+    """wav_T of the first `seconds` of at most `clips` files. Raises ValueError where none can be read."""
     from soundfile import SoundFileError
 
-    from audiolm import store
     from audiolm.data.audio import SAMPLE_RATE_HZ, start_of
     from audiolm.data.sources import AUDIO
-    from audiolm.eval.codec_quality import compare, format_table
-    from audiolm.eval.models.baseline_codecs import baselines
-    from audiolm.tokenizers import codec_files
+    from audiolm.tokenizers.codec_files import find_files
 
-    found, samples = codec_files.find_files(args.inputs, AUDIO), round(args.seconds * SAMPLE_RATE_HZ)
+    found, samples = find_files(inputs, AUDIO), round(seconds * SAMPLE_RATE_HZ)
     # Evenly spread over the sorted names: corpora list a speaker's files together.
-    picked = [found[i * len(found) // args.clips] for i in range(args.clips)] if len(found) > args.clips else found
+    picked = [found[i * len(found) // clips] for i in range(clips)] if len(found) > clips else found
     wavs = []
     for _, path in picked:
         try:
@@ -72,10 +86,35 @@ def evaluate(codec, args: argparse.Namespace) -> int:
             print(f"left out: {path}: {e}", file=sys.stderr)  # the table says how many clips it is of
     if not wavs:
         raise ValueError("none of the files can be read: name others")
-    table = compare(codec, wavs, baselines(args.lyra), args.levels)
+    return wavs
+
+
+def evaluate(codec, args: argparse.Namespace) -> int:
+    """Prints `eval.codec_quality.compare` of the clips, which are the first --seconds of --clips files."""
+    from audiolm import store
+    from audiolm.eval.codec_quality import compare, format_table
+    from audiolm.eval.models.baseline_codecs import baselines
+
+    table = compare(codec, read_clips(args.inputs, args.clips, args.seconds), baselines(args.lyra), args.levels)
     print(format_table(table))
     if args.json:
         store.put(args.json, json.dumps(table, indent=1).encode())
+    return 0
+
+
+def publish(args: argparse.Namespace) -> int:
+    """Writes the float16 codec and prints its size, its hash and the share of codes that are the build's."""
+    from audiolm import store
+    from audiolm.tokenizers.publish import publish as publish_codec
+    from audiolm.tokenizers.semantic import golden_clip
+
+    # 20 clips of 8 s: as many as `evaluate` takes, 8,000 frames.
+    wavs = read_clips(args.inputs, 20, 8.0) if args.inputs else [golden_clip()[0].numpy()]
+    made = publish_codec(args.codec, store.join(args.out, args.name) if args.name else args.out, wavs, args.force)
+    print(f"codec {made.hash} in {made.path}: {made.size / 1e6:.2f} MB in float16, {made.original_size / 1e6:.2f} MB before")
+    print(f"equal codes: {100 * made.equal:.2f} % of {made.codes}, {100 * made.equal_first:.2f} % on the first level, on "
+          + (f"{len(wavs)} clips" if args.inputs else "a synthetic sound"))
+    print("recipe.json: the build's, without paths" if made.recipe else "recipe.json: left out, the build has none")
     return 0
 
 
@@ -92,11 +131,17 @@ def run(args: argparse.Namespace) -> int:
     from audiolm.data.parallel import pick_device
     from audiolm.data.sources import AUDIO
     from audiolm.tokenizers import codec_files
+    from audiolm.tokenizers.codec_lookup import DEFAULT_RUN, default_codec, open_codec
 
+    if args.do == "publish":
+        return publish(args)
     if args.do == "evaluate" and args.clips < 1:
         raise ValueError(f"--clips {args.clips}: at least one")
     device = pick_device(args.device)
-    codec = codec_files.open_codec(args.codec, device)
+    place = args.codec or default_codec()
+    codec = open_codec(place, device)
+    if not args.codec and place != DEFAULT_RUN:
+        print(f"there is no {DEFAULT_RUN}: the published codec {place} is used", flush=True)
     if args.do == "evaluate":
         return evaluate(codec, args)
     if args.levels is not None and not 1 <= args.levels <= codec.spec.n_q:

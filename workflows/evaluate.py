@@ -173,7 +173,8 @@ def add_item_options(p: argparse.ArgumentParser) -> None:
 
 def add_token_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--run", metavar="FILE", help="a run's index (OUTPUTS/runs/NAME.json): takes its builds for those not named")
-    p.add_argument("--codec", metavar="PATH", help="a codec build, a run's index or the folder of an imported codec")
+    p.add_argument("--codec", metavar="CODEC", help="a published codec's name, a codec build, a run's index or the folder of "
+                   "an imported codec")
     p.add_argument("--tokenizer", metavar="BUILD", help="a kmeans build")
     p.add_argument("--residual", metavar="BUILD", help="a residual build of that tokenizer, for more levels")
     p.add_argument("--vocoder", metavar="BUILD", help="a semantic_vocoder build, for the sound of semantic tokens")

@@ -30,15 +30,13 @@ from fsspec.implementations.local import LocalFileSystem
 from safetensors import SafetensorError
 
 from audiolm import store
-from audiolm.dag.run_index import OUTPUTS, index_path
 from audiolm.data import audio
 from audiolm.data.audio_check import audio_errors, check_audio, error_line
 from audiolm.data.sources import natural
-from audiolm.tokenizers.acoustic import AcousticTokenizer, chunks, load_codec
+from audiolm.tokenizers.acoustic import AcousticTokenizer, chunks
 
 FORMAT = "audiolm codes 1"
 CODES = ".safetensors"
-DEFAULT_RUN = index_path(OUTPUTS, "quickstart")
 REDRAW_S = 0.5  # between two updates of a terminal's percentage
 PIECE_S = 60.0  # audio given at once to an imported codec, which has no streaming of its own
 Tick = Callable[[float, float], None]  # (seconds done, seconds in all by the file's header)
@@ -59,34 +57,6 @@ class FileResult:
 
     audio_s: float
     kbps: float  # of the codes, nominal
-
-
-def open_codec(place: str | None, device: str = "cpu") -> Any:
-    """The codec of a build, of a run's index (runs/NAME.json) or of a folder in transformers' format.
-
-    None: the quickstart's. Raises ValueError with the fix where there is none.
-    """
-    path = place or DEFAULT_RUN
-    if path.endswith(".json"):
-        index = store.get_json(path)
-        if index is None:
-            raise ValueError(f"--codec: there is no run index {path}; train a codec with `python workflows/full_pipeline.py`, "
-                             "or name a run (OUTPUTS/runs/NAME.json), a codec build or an imported codec's folder with --codec")
-        if "path" not in index.get("steps", {}).get("codec", {}):
-            raise ValueError(f"--codec: {path} names no finished step `codec`; run its workflow with --only manifest,codec")
-        path = index["steps"]["codec"]["path"]
-    if store.exists(store.join(path, "export", "config.json")):
-        codec = load_codec(path, device)
-    elif store.exists(store.join(path, "config.json")):
-        from audiolm.tokenizers.hf_codec import load_pretrained_codec
-
-        codec = load_pretrained_codec(path, device)
-    else:
-        raise ValueError(f"--codec: {path} holds no codec (no export/config.json of a build and no config.json of an "
-                         "imported one); give a codec build's folder or a run's index runs/NAME.json")
-    if codec.spec.vocab > 1 << 16:
-        raise ValueError(f"--codec: {path} has {codec.spec.vocab} codes a level; codes files hold 16 bits, so at most 65536")
-    return codec
 
 
 def find_files(inputs: Iterable[str], suffixes: tuple[str, ...]) -> list[tuple[str, str]]:

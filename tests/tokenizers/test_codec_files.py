@@ -10,10 +10,12 @@ import safetensors.numpy
 import soundfile as sf
 import torch
 
+from audiolm import pretrained
 from audiolm import store as stores
 from audiolm.data import audio
 from audiolm.tokenizers import codec_files
 from audiolm.tokenizers.acoustic import AcousticTokenizer, load_codec
+from audiolm.tokenizers.codec_lookup import open_codec
 from tests.worlds.tiny_codec import built_codec, noise, voice, whole_codes
 from workflows import codec as command
 
@@ -181,6 +183,7 @@ def test_a_stopped_decode_leaves_nothing(tmp_path, codec):
 
 def test_the_codec_is_found_by_build_and_by_run(tmp_path, built, codec, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pretrained, "ROOT", str(tmp_path))  # without a published codec
     sf.write("a.wav", noise(640), 16_000)
     for argv, message in (((), "train a codec with `python workflows/full_pipeline.py`"),
                           (("--codec", "runs/x.json"), "there is no run index runs/x.json"),
@@ -228,7 +231,7 @@ def test_an_imported_codec_goes_by_pieces(tmp_path, monkeypatch):
     transformers.DacModel(transformers.DacConfig(
         sampling_rate=24_000, encoder_hidden_size=2, decoder_hidden_size=16, downsampling_ratios=[2, 4, 5, 8], n_codebooks=4,
         codebook_size=64)).save_pretrained(tmp_path / "dac")
-    codec = codec_files.open_codec(str(tmp_path / "dac"))
+    codec = open_codec(str(tmp_path / "dac"))
     monkeypatch.setattr(codec_files, "PIECE_S", 2.0)
     wav_T = noise(24_000 * 7 + 1234)
     sf.write(tmp_path / "a.wav", wav_T, 24_000, subtype="FLOAT")

@@ -15,6 +15,7 @@ from audiolm.data import audio
 from audiolm.tokenizers import codec_files
 from audiolm.tokenizers.acoustic import AcousticTokenizer
 from audiolm.tokenizers.base import padded_samples
+from audiolm.tokenizers.codec_lookup import open_codec
 from tests.worlds.tiny_codec import noise, whole_codes
 
 
@@ -98,7 +99,7 @@ class Held:
 
 def test_a_long_file_needs_no_more_memory_than_a_short_one(tmp_path, built, monkeypatch):
     """Two minutes more: their samples alone are 8 MB, the activations of the first layer another 15."""
-    codec = codec_files.open_codec(built)
+    codec = open_codec(built)
     codec.chunk = 500
     second, peaks = 0.1 * noise(8000), []
     path, codes, again = (str(tmp_path / name) for name in ("long.wav", "long.codes", "again.wav"))

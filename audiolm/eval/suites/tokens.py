@@ -25,9 +25,10 @@ from audiolm.eval.results import Result, not_measured
 from audiolm.eval.steps import layers
 from audiolm.eval.suites.base import SuiteContext
 from audiolm.eval.test_sets import items_and_audio, wav_of
-from audiolm.tokenizers import codec_files, semantic
+from audiolm.tokenizers import semantic
 from audiolm.tokenizers.acoustic import AcousticTokenizer
 from audiolm.tokenizers.base import SAMPLE_RATE, Codec, Tokenizer
+from audiolm.tokenizers.codec_lookup import open_codec
 from audiolm.tokenizers.extractor import window_of
 from audiolm.tokenizers.residual import ResidualTokenizer, load_residual
 from audiolm.tokenizers.vocoder import SemanticCodec, load_vocoder
@@ -80,7 +81,7 @@ def find_builds(named: Mapping[str, str | None], run: str | None) -> dict[str, s
 
 def load_sides(builds: Mapping[str, str | None], device: str) -> list[Side]:
     """The acoustic and the semantic side, as far as the builds (path by option) are given."""
-    sides = [acoustic_side(codec_files.open_codec(builds["codec"], device))] if builds["codec"] else []
+    sides = [acoustic_side(open_codec(builds["codec"], device))] if builds["codec"] else []
     if builds["tokenizer"]:
         tokenizer = load_residual(builds["tokenizer"], builds["residual"], device)
         vocoder = load_vocoder(builds["vocoder"], tokenizer, device) if builds["vocoder"] else None
