@@ -94,6 +94,10 @@ class CodecConfig(Config):
             raise ValueError(f"quantize_from ({self.quantize_from}) must be below train.steps ({self.train.steps})")
         if self.quantizer == {"soundstream": "fsq", "spectral": "factorised"}[self.family]:
             raise ValueError(f"quantizer {self.quantizer} does not exist in the {self.family} family: use ema")
+        waveform = {"balance": self.balance, "quantize_from": self.quantize_from}
+        if self.family == "spectral" and any(waveform.values()):
+            raise ValueError(f"{next(k for k, v in waveform.items() if v)} is set, and the spectral family has no waveform "
+                             "losses and quantizes from the first step: leave it out")
         if self.quantizer == "fsq" and (points := math.prod(self.spectral.fsq)) != self.vocab:
             raise ValueError(f"spectral.fsq {self.spectral.fsq} makes {points} codes and vocab is {self.vocab}: set vocab to "
                              f"{points}")

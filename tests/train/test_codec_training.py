@@ -14,7 +14,8 @@ from audiolm import store
 from audiolm.config import codec as codec_config
 from audiolm.config import corpus as corpus_config
 from audiolm.tokenizers.acoustic import load_codec
-from audiolm.tokenizers.artifact import ArtifactError
+from audiolm.tokenizers.artifact import ArtifactError, write_export
+from audiolm.tokenizers.base import TokenSpec
 from audiolm.train.objectives.base import Context
 from audiolm.train.objectives.codec import codec_objective
 from tests.worlds.tiny_codec import run, saved_state, tiny_codec, training, voice
@@ -22,11 +23,15 @@ from tests.worlds.tiny_codec import run, saved_state, tiny_codec, training, voic
 RECIPES = {"ema": {}, "factorised": {"quantizer": "factorised"},
            "soundstream": {"losses": "soundstream", "weights": {"reconstruction": 1, "feature": 100}},
            "balanced": {"balance": True, "weights": {"reconstruction": 1, "waveform": 1, "feature": 2}}}
+SPECTRAL = {"family": "spectral", "weights": {"reconstruction": 1, "commitment": 0.1},
+            "spectral": {"n_mels": 20, "width": 16, "enc_layers": 1, "dec_layers": 1, "iterations": 4, "fsq": (8, 2)}}
+RECIPES |= {"spectral": SPECTRAL, "fsq": {**SPECTRAL, "quantizer": "fsq"}}
 
 
 def recipe(name: str, start_step: int = 2, engine: str = "torch", zero: int = 0) -> codec_config.CodecConfig:
     plain = tiny_codec(start_step, engine=engine, zero=zero).model_dump()
-    return codec_config.CodecConfig.model_validate({**plain, "quantize_from": 1, **RECIPES[name]})
+    late = {} if name in ("spectral", "fsq") else {"quantize_from": 1}
+    return codec_config.CodecConfig.model_validate({**plain, **late, **RECIPES[name]})
 
 
 @pytest.mark.parametrize("name", ["ema", "factorised"])
@@ -56,6 +61,32 @@ def test_training_lowers_the_distance_and_the_export_gives_the_same_codes(tmp_pa
     store.put_json(f"{tmp_path}/export/config.json", {**sizes, "dim": 8})
     with pytest.raises(ArtifactError, match="do not fit the codec"):
         load_codec(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["spectral", "fsq"])
+def test_a_spectral_codec_is_understood_at_once_and_learns_on(tmp_path, name):
+    objective, engines = training(tiny_codec(steps=100, **RECIPES[name], code_decay=0.99))
+    first, = run(objective, engines, 0, 1)
+    early = objective.evaluate()
+    assert first["units"] == pytest.approx(4 * 3200 / 16_000) and early["loss"] < 0.8 * early["mel/q00"]
+    run(objective, engines, 1, 100)
+    late = objective.evaluate()
+    assert late["loss"] < 0.97 * early["loss"] and late["loss"] == late["mel/q02"]
+
+    write_export(str(tmp_path), *objective.export())
+    loaded, wav_BT, lengths_B = load_codec(str(tmp_path)), voice(6400, 9)[None], torch.tensor([6400])
+    direct = objective.averaged()
+    codes_TQ = loaded.encode(wav_BT, lengths_B)[0]
+    assert torch.equal(codes_TQ, direct.encode(wav_BT)[0]) and loaded.spec == TokenSpec("spectral", 16_000, 320, 3, 16)
+    assert torch.equal(loaded.decode(codes_TQ[None]), direct.decode(codes_TQ[None]))
+
+
+@pytest.mark.parametrize("change", [{"balance": True}, {"quantize_from": 3}, {"quantizer": "factorised"},
+                                    {"vocab": 17, "quantizer": "fsq"}])
+def test_settings_that_a_spectral_codec_has_not_are_refused(change):
+    plain = recipe("spectral").model_dump()
+    with pytest.raises(ValueError, match=next(iter(change))):
+        codec_config.CodecConfig.model_validate({**plain, **change})
 
 
 def test_levels_that_do_not_help_raise_the_alarm():
@@ -112,7 +143,8 @@ def _worker(rank, port, codec, saved, results):
 
 
 @pytest.mark.parametrize(("name", "engine", "zero"), [("ema", "torch", 0), ("balanced", "deepspeed", 0),
-                                                      ("ema", "deepspeed", 1), ("factorised", "deepspeed", 1)])
+                                                      ("ema", "deepspeed", 1), ("factorised", "deepspeed", 1),
+                                                      ("spectral", "torch", 0), ("fsq", "deepspeed", 1)])
 def test_two_workers_train_as_one(name, engine, zero, monkeypatch):
     """Start and updates of the codebooks, discriminators and validation, on halves of the same batches."""
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
@@ -138,7 +170,7 @@ def test_two_workers_train_as_one(name, engine, zero, monkeypatch):
             assert theirs[key] == pytest.approx(value, rel=2e-5 if "loss" in key else 1e-3, abs=1e-5), key
     for key, value in figures.items():
         assert held_out[key] == pytest.approx(value, rel=1e-3, abs=1e-3), key
-    if name == "ema":
+    if name in ("ema", "spectral"):
         book = torch.from_numpy(state["generator"]["buffer/net.quantizer.codebook_QND"])
         assert torch.allclose(book, one.generator.net.quantizer.codebook_QND, atol=1e-5)
 

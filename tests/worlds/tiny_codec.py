@@ -21,6 +21,7 @@ from audiolm.tokenizers.acoustic import AcousticTokenizer
 from audiolm.train.engine import learning_rate, make_engine
 from audiolm.train.objectives.base import Context
 from audiolm.train.objectives.codec import CodecObjective
+from audiolm.train.objectives.spectral import SpectralObjective
 
 
 def tiny_spectral(quantizer: str = "ema", n_q: int = 3, vocab: int = 16) -> SpectralCodec:
@@ -62,21 +63,22 @@ class Voices:
 
 def tiny_codec(start_step: int = 1000, steps: int = 40, engine: str = "torch", zero: int = 0, **changes) -> CodecConfig:
     """DAC's losses with their weights, unless the changes say otherwise."""
-    changes = {"losses": "dac", "weights": {"reconstruction": 15, "feature": 2}, **changes}
+    changes = {"losses": "dac", "weights": {"reconstruction": 15, "feature": 2}, "code_decay": 0.9, **changes}
     return CodecConfig(
-        enc_channels=4, dec_channels=4, dim=16, n_q=3, vocab=16, code_decay=0.9, crop_s=0.2, code_dim=4,
+        enc_channels=4, dec_channels=4, dim=16, n_q=3, vocab=16, crop_s=0.2, code_dim=4,
         disc=CodecDiscriminatorsConfig(periods=(2,), windows=(256,), channels=2, start_step=start_step),
         train=TrainConfig(steps=steps, batch=4, lr=3e-3, betas=(0.8, 0.99), weight_decay=0.01, clip=10.0,
                           engine=engine, zero=zero), **changes)
 
 
 def training(codec: CodecConfig, saved: dict | None = None, updates: dict | None = None, rank: int = 0,
-             world: int = 1, compile: bool = False) -> tuple[CodecObjective, dict]:
+             world: int = 1, compile: bool = False) -> tuple[CodecObjective | SpectralObjective, dict]:
     """An objective and its engines, from the start or from what `saved_state` gave."""
     torch.manual_seed(0)
     ctx = Context(rank, world, torch.device("cpu"), 0, compile=compile)
     held_out_BT = torch.stack([voice(6400, i) for i in (6, 7, 8)])
-    objective = CodecObjective(codec, Voices(), held_out_BT, ctx)
+    kind = SpectralObjective if codec.family == "spectral" else CodecObjective
+    objective = kind(codec, Voices(), held_out_BT, ctx)
     return objective, {name: make_engine(m, codec.train, ctx, saved and saved[name], updates[name] if saved else 0)
                        for name, m in objective.modules.items()}
 

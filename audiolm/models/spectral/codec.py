@@ -29,8 +29,8 @@ SEAM_FRAMES = 8  # of sound before a chunk, which Griffin-Lim keeps: phases of f
 class SpectralSizes:
     """Architecture: analysis, networks, and n_q levels of `vocab` codes.
 
-    window: samples; power: of mel magnitudes; stack: hops of 160 samples a frame; dim: latent dimensions; width: of the networks; fsq: values of
-    each dimension of a group, for quantizer "fsq"; iterations: of Griffin-Lim.
+    window: samples; power: of mel magnitudes; stack: hops of 160 samples a frame; dim: latent dimensions; width: of the
+    networks; fsq: values of each dimension of a group, for quantizer "fsq"; iterations: of Griffin-Lim.
     """
 
     n_q: int
@@ -49,8 +49,8 @@ class SpectralSizes:
     code_decay: float = 0.99
     dead_share: float = 0.1
 
-    EXPORTED: ClassVar = ("n_q", "vocab", "n_mels", "window", "power", "stack", "dim", "width", "enc_layers", "dec_layers", "quantizer",
-                          "fsq", "iterations")
+    EXPORTED: ClassVar = ("n_q", "vocab", "n_mels", "window", "power", "stack", "dim", "width", "enc_layers", "dec_layers",
+                          "quantizer", "fsq", "iterations")
 
 
 class SpectralCodec(nn.Module):
