@@ -1,6 +1,6 @@
 """How fast the codec encodes and trains here, in seconds of audio per second; nothing is asserted.
 
-    python tests/bench/codec.py                 one CPU thread: encode and decode at C = 32, 16, 8, and a training step
+    python tests/bench/codec.py                 one CPU thread: encode and decode of both families, and a training step
     python tests/bench/codec.py --device cuda   bfloat16, compiled: encode, and a training step with all discriminators
 
 Each figure is the best of --repeats; random audio.  audiolm-pytorch's SoundStream runs beside ours where it is installed.
@@ -20,12 +20,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from audiolm.config.codec import CodecConfig  # noqa: E402
 from audiolm.config.load import load_config  # noqa: E402
 from audiolm.models.soundstream import SoundStream, SoundStreamSizes, fold
+from audiolm.models.spectral.codec import SpectralCodec  # noqa: E402
 from audiolm.train.engine import make_engine  # noqa: E402
 from audiolm.train.objectives.base import Context  # noqa: E402
 from audiolm.train.objectives.codec import CodecObjective  # noqa: E402
+from audiolm.train.objectives.spectral import SpectralObjective, spectral_codec  # noqa: E402
 from tests.bench.timing import best  # noqa: E402
 
 RATE = 16_000
+SPEECH = str(Path(__file__).resolve().parents[2] / "workflows" / "speech.yaml")
 
 
 def say(what: str, audio_s: float, seconds: float) -> None:
@@ -36,18 +39,29 @@ def half(device: str):
     return torch.autocast(device, torch.bfloat16) if device == "cuda" else contextlib.nullcontext()
 
 
-@torch.inference_mode()
-def coding(channels: int, rows: int, seconds: float, repeats: int, device: str) -> None:
+def soundstream(channels: int) -> SoundStream:
     sizes = CodecConfig(enc_channels=channels, dec_channels=channels)
-    shape = SoundStreamSizes(sizes.strides, channels, channels, sizes.dim, sizes.n_q, sizes.vocab)
-    model = fold(SoundStream(shape)).eval().to(device)
+    return fold(SoundStream(SoundStreamSizes(sizes.strides, channels, channels, sizes.dim, sizes.n_q, sizes.vocab)))
+
+
+def spectral() -> SpectralCodec:
+    """At the sizes of speech.yaml; statistics and codes are of noise, which costs the same."""
+    model = spectral_codec(load_config(SPEECH).codec)
+    x_MD = model.initialise(model.frames(0.1 * torch.randn(1, 60 * RATE)).flatten(0, 1))
+    model.quantizer.initialise(x_MD, seed=0, reduce=lambda x: x)
+    return model
+
+
+@torch.inference_mode()
+def coding(model: SoundStream | SpectralCodec, what: str, rows: int, seconds: float, repeats: int, device: str) -> None:
+    model = model.eval().to(device)
     if device == "cuda":
         model.encoder.compile()
         model.decoder.compile()
     wav_BT = 0.1 * torch.randn(rows, round(seconds * RATE), device=device)
     with half(device):
         codes_BTQ = model.encode(wav_BT)
-        name = f"C = {channels}, {sizes.n_q} x {sizes.vocab}, {rows} x {seconds:g} s"
+        name = f"{what}, {model.quantizer.n_q} x {model.quantizer.vocab}, {rows} x {seconds:g} s"
         say(f"encode  {name}", rows * seconds, best(lambda: model.encode(wav_BT), repeats, device))
         say(f"decode  {name}", rows * seconds, best(lambda: model.decode(codes_BTQ), repeats, device))
 
@@ -64,13 +78,14 @@ class _Noise:
 
 def training(codec: CodecConfig, what: str, rows: int, engine: str, repeats: int, device: str) -> None:
     """A full step: generator, all discriminators, optimizers, codebooks, moving average."""
-    train = codec.train.model_copy(update={"batch": rows, "engine": engine,
-                                           "dtype": "bfloat16" if device == "cuda" else "float32"})
+    fast = device == "cuda" or codec.family == "spectral"  # a CPU's bfloat16 is slow in SoundStream's convolutions
+    train = codec.train.model_copy(update={"batch": rows, "engine": engine, "dtype": "bfloat16" if fast else "float32"})
     codec = codec.model_copy(update={"train": train, "quantize_from": 0,
                                      "disc": codec.disc.model_copy(update={"start_step": 0})})
     crop = round(codec.crop_s * RATE)
     ctx = Context(0, 1, torch.device(device), 0, compile=device == "cuda")
-    objective = CodecObjective(codec, _Noise(rows, crop), torch.zeros(1, crop), ctx)
+    kind = SpectralObjective if codec.family == "spectral" else CodecObjective
+    objective = kind(codec, _Noise(rows, crop), torch.zeros(1, crop), ctx)
     engines = {name: make_engine(module, codec.train, ctx) for name, module in objective.modules.items()}
     for each in engines.values():
         each.set_lr(1e-4)
@@ -81,7 +96,8 @@ def training(codec: CodecConfig, what: str, rows: int, engine: str, repeats: int
         objective.train_step(engines, [objective.load(now, range(rows))], now)
 
     d = codec.disc
-    name = f"C = {codec.enc_channels}, {rows} x {codec.crop_s} s, {len(d.periods)} + {len(d.windows)} judges, {engine}"
+    name = (f"width {codec.spectral.width}, {rows} x {codec.crop_s} s, {engine}" if codec.family == "spectral" else
+            f"C = {codec.enc_channels}, {rows} x {codec.crop_s} s, {len(d.periods)} + {len(d.windows)} judges, {engine}")
     say(f"train   {what}, {name}", rows * codec.crop_s, best(work, repeats, device))
 
 
@@ -111,13 +127,13 @@ def main() -> None:
     gpu = args.device == "cuda"
     print(f"torch {torch.__version__}, {torch.cuda.get_device_name() if gpu else f'{args.threads} CPU thread(s)'}", flush=True)
     for channels in (32, 16) if gpu else (32, 16, 8):
-        coding(channels, 64 if gpu else 1, 10.0, args.repeats, args.device)
+        coding(soundstream(channels), f"C = {channels}", 64 if gpu else 1, 10.0, args.repeats, args.device)
+    coding(spectral(), "spectral", 64 if gpu else 1, 10.0, args.repeats, args.device)
     peer(32 if gpu else 1, 10.0, args.repeats, args.device)
     small = {} if gpu else {"enc_channels": 8, "dec_channels": 8, "dim": 64}
-    speech = load_config(str(Path(__file__).resolve().parents[2] / "workflows" / "speech.yaml")).codec
-    for what, codec in (("defaults", CodecConfig()), ("speech.yaml", speech)):
+    for what, codec in (("defaults", CodecConfig().model_copy(update=small)), ("speech.yaml", load_config(SPEECH).codec)):
         for engine in args.engines:
-            training(codec.model_copy(update=small), what, 64 if gpu else 8, engine, args.repeats, args.device)
+            training(codec, what, 64 if gpu else 8, engine, args.repeats, args.device)
 
 
 if __name__ == "__main__":

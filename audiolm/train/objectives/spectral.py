@@ -36,7 +36,7 @@ class SpectralObjective:
 
     def __init__(self, codec: CodecConfig, crops: AudioCrops, held_out_BT: torch.Tensor, ctx: Context):
         self.codec, self.crops, self.held_out_BT, self.ctx = codec, crops, held_out_BT, ctx
-        self.generator = Generator(_spectral(codec))
+        self.generator = Generator(spectral_codec(codec))
         self.modules = {"generator": self.generator}
         self._reading = threading.Lock()
 
@@ -149,7 +149,7 @@ class SpectralObjective:
 
     def averaged(self) -> SpectralCodec:
         """The codec with the averaged weights and the present codebooks, on this worker."""
-        return self.generator.averaged(_spectral(self.codec).to(self.ctx.device))
+        return self.generator.averaged(spectral_codec(self.codec).to(self.ctx.device))
 
     def export(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         model = self.averaged()
@@ -157,7 +157,8 @@ class SpectralObjective:
         return model.state_dict(), {"kind": model.kind, "sample_rate": SAMPLE_RATE, **sizes}
 
 
-def _spectral(c: CodecConfig) -> SpectralCodec:
+def spectral_codec(c: CodecConfig) -> SpectralCodec:
+    """The untrained codec of a config."""
     s = c.spectral
     return SpectralCodec(SpectralSizes(c.n_q, c.vocab, s.n_mels, s.window, s.power, ACOUSTIC_HOP // HOP, c.dim, s.width,
                                        s.enc_layers, s.dec_layers, c.quantizer, s.fsq, s.iterations, c.code_decay,
