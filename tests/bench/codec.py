@@ -63,7 +63,10 @@ class _Noise:
 
 
 def training(codec: CodecConfig, what: str, rows: int, engine: str, repeats: int, device: str) -> None:
-    """A full step: generator, all discriminators, optimizers, codebooks, moving average."""
+    """A full step: generator, all discriminators, optimizers, codebooks, moving average.
+
+    Balanced, the fastest one: between two measurements of the norms.
+    """
     train = codec.train.model_copy(update={"batch": rows, "engine": engine,
                                            "dtype": "bfloat16" if device == "cuda" else "float32"})
     codec = codec.model_copy(update={"train": train, "quantize_from": 0,

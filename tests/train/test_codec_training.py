@@ -138,7 +138,10 @@ def test_two_workers_train_as_one(name, engine, zero, monkeypatch):
         for key, value in mine.items():
             assert theirs[key] == pytest.approx(value, rel=2e-5 if "loss" in key else 1e-3, abs=1e-5), key
     for key, value in figures.items():
-        assert held_out[key] == pytest.approx(value, rel=1e-3, abs=1e-3), key
+        if key.startswith("si_sdr_db"):  # as a ratio of amplitudes: at -42 dB rounding moves the decibels
+            assert 10 ** (held_out[key] / 20) == pytest.approx(10 ** (value / 20), rel=1e-3, abs=1e-4), key
+        else:
+            assert held_out[key] == pytest.approx(value, rel=1e-3, abs=1e-3), key
     if name == "ema":
         book = torch.from_numpy(state["generator"]["buffer/net.quantizer.codebook_QND"])
         assert torch.allclose(book, one.generator.net.quantizer.codebook_QND, atol=1e-5)
