@@ -72,6 +72,8 @@ class CodecConfig(Config):
         "ema", description="codes that are moving averages (paper); learned in code_dim dimensions by cosine (DAC, soundstream "
                            "alone); or a grid for each group of mel bands (2309.15505, spectral alone)")
     code_dim: int = Field(8, ge=1, description="factorised codes only")
+    quantizer_dropout: float = Field(0.5, ge=0, le=1, description="share of rows whose number of levels is drawn; the others "
+                                                                  "use all; 1 = SoundStream's")
     code_decay: float = Field(0.99, gt=0, lt=1)
     quantize_from: int = Field(0, ge=0, description="first quantized step: codebooks start by k-means of latents that "
                                                     "have learned so far")

@@ -59,11 +59,24 @@ def learning_rate(train: TrainConfig, step: int) -> float:
     return train.lr * min(up, down)
 
 
+def decayed(module: nn.Module) -> list[str]:
+    """Names of the parameters under weight decay: the weights of linear and convolution layers.
+
+    Weight norm splits such a weight into a gain (original0), spared, and a direction (original1), decayed.  Biases, norms,
+    embeddings, code tables and position tables are spared too: a row that a step does not use gets no gradient, and
+    would only shrink.
+    """
+    tables = {f"{name}.weight" for name, m in module.named_modules() if isinstance(m, nn.Embedding)}
+    return [name for name, p in module.named_parameters() if p.ndim >= 2 and name not in tables
+            and (name.rpartition(".")[2] == "weight" or name.endswith("parametrizations.weight.original1"))]
+
+
 def _adamw(module: nn.Module, train: TrainConfig) -> torch.optim.AdamW:
-    """AdamW with weight decay for matrices and none for gains and biases."""
-    params = [p for p in module.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in params if p.ndim >= 2], "weight_decay": train.weight_decay},
-              {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0}]
+    """AdamW of both engines: one group with weight decay, one without (`decayed`)."""
+    names = set(decayed(module))
+    params = [(name in names, p) for name, p in module.named_parameters() if p.requires_grad]
+    groups = [{"params": [p for under, p in params if under], "weight_decay": train.weight_decay},
+              {"params": [p for under, p in params if not under], "weight_decay": 0.0}]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=train.lr, betas=train.betas, eps=1e-8,
                              fused=next(module.parameters()).is_cuda)
 

@@ -33,7 +33,10 @@ from audiolm.train.objectives.base import Context, Engine, autocast, whole_frame
 EVAL_CROPS, EVAL_SAMPLES = 16, 48 * SEMANTIC_HOP  # 1.92 s each: PESQ, the slowest score, takes seconds for all of them
 EVAL_ROWS = 4  # crops a forward pass
 TERMS = ("reconstruction", "waveform", "feature", "adversarial")  # losses whose gradients pass through the waveform
-NORM_DECAY = 0.999  # of the balancer's running norms (EnCodec, 2210.13438, 3.4)
+NORM_DECAY = 0.999  # of the balancer's running norms, a step (EnCodec, 2210.13438, 3.4)
+# Steps from one measurement of the norms to the next.  It costs a backward pass a term, of which feature and adversarial go
+# through the discriminators; eight steps are little beside the thousand that NORM_DECAY remembers.
+NORM_EVERY = 8
 
 Losses = dict[str, torch.Tensor]
 
@@ -65,50 +68,70 @@ class EMA(nn.Module):
 class LossBalancer(nn.Module):
     """Scales each loss by the running norm of its own gradient at the waveform (EnCodec, 2210.13438, 3.4).
 
-    A weight is then a share of the gradient, whatever the loss's scale.
+    A weight is then a share of the gradient, whatever the loss's scale.  Norms are measured every NORM_EVERY steps, and
+    at any step with a term that has none yet.
     """
 
     def __init__(self):
         super().__init__()
         self.register_buffer("total", torch.zeros(len(TERMS)))  # decayed sum of norms, and of ones
         self.register_buffer("count", torch.zeros(len(TERMS)))
-        self._seen: dict[str, torch.Tensor] = {}  # this step's norms so far
+        self._terms: set[str] = set()  # this step's terms
+        self._seen: dict[str, torch.Tensor] = {}  # this step's norms so far; empty where none are measured
 
     def norms(self) -> Losses:
         """The running norm of each term's gradient, 0 before its first."""
         return dict(zip(TERMS, self.total / self.count.clamp_min(1e-12), strict=True))
 
     def target(self, made_BT: torch.Tensor, fake_BT: torch.Tensor, terms: Losses, weights: CodecLossWeights,
-               share: float) -> torch.Tensor:
+               share: float, step: int) -> torch.Tensor:
         """A scalar whose gradient is the balanced one.
 
         made_BT is the generator's waveform, fake_BT its detached twin that the terms were computed from.  `share` of
         the step's rows are in this micro-batch.
         """
-        running, sum_BT, plain = self.norms(), torch.zeros_like(fake_BT), fake_BT.new_zeros(())
-        whole = sum(getattr(weights, name) for name in TERMS if name in terms)
-        for name, term in terms.items():
-            if name in TERMS:
-                gradient_BT, = torch.autograd.grad(term, fake_BT, retain_graph=True)
-                norm = gradient_BT.norm(dim=1).mean() * len(fake_BT)  # of a row's own gradient
-                self._seen[name] = self._seen.get(name, 0.0) + norm * share
-                # A loss's first step has no running norm yet: its own stands in.
-                scale = torch.where(running[name] > 0, running[name], norm).clamp_min(1e-12)
-                sum_BT += getattr(weights, name) / whole / scale * gradient_BT
-            elif name != "discriminator":  # losses inside the generator (commitment, codebook) keep their weights
-                plain = plain + getattr(weights, name) * term
-        return (made_BT * sum_BT).sum() + plain
+        running, balanced = self.norms(), [name for name in TERMS if name in terms]
+        self._terms.update(balanced)
+        whole = sum(getattr(weights, name) for name in balanced)
+        shares = {name: getattr(weights, name) / whole for name in balanced}
+        # The step and the norms decide, which are the same on all ranks and after a resume.
+        if step % NORM_EVERY == 0 or not all(running[name] > 0 for name in balanced):
+            gradient_BT = self._measured(fake_BT, terms, shares, running, share)
+        else:  # known scales: the gradient of the weighted sum is the weighted sum of the gradients, in one pass
+            total = sum(shares[name] / running[name].clamp_min(1e-12) * terms[name] for name in balanced)
+            gradient_BT, = torch.autograd.grad(total, fake_BT)
+        # losses inside the generator (commitment, codebook) keep their weights
+        plain = sum((getattr(weights, name) * term for name, term in terms.items() if name not in (*TERMS, "discriminator")),
+                    start=fake_BT.new_zeros(()))
+        return (made_BT * gradient_BT).sum() + plain
+
+    def _measured(self, fake_BT: torch.Tensor, terms: Losses, shares: dict[str, float], running: Losses,
+                  share: float) -> torch.Tensor:
+        """The balanced gradient at the waveform by a pass a term, whose norms are kept for `update`."""
+        sum_BT = torch.zeros_like(fake_BT)
+        for name in (name for name in terms if name in shares):
+            gradient_BT, = torch.autograd.grad(terms[name], fake_BT, retain_graph=True)
+            norm = gradient_BT.norm(dim=1).mean() * len(fake_BT)  # of a row's own gradient
+            self._seen[name] = self._seen.get(name, 0.0) + norm * share
+            # A loss's first step has no running norm yet: its own stands in.
+            scale = torch.where(running[name] > 0, running[name], norm).clamp_min(1e-12)
+            sum_BT += shares[name] / scale * gradient_BT
+        return sum_BT
 
     @torch.no_grad()
     def update(self, reduce: Callable[[torch.Tensor], torch.Tensor], world: int) -> Losses:
-        """Takes in the norms of a step's micro-batches; returns those terms' running norms. All ranks take part."""
-        seen = [name in self._seen for name in TERMS]
-        now = torch.stack([torch.as_tensor(self._seen.get(name, 0.0), device=self.total.device) for name in TERMS])
-        mask = torch.tensor(seen, device=self.total.device)
-        self.total.copy_(torch.where(mask, NORM_DECAY * self.total + reduce(now.float()) / world, self.total))
-        self.count.copy_(torch.where(mask, NORM_DECAY * self.count + 1, self.count))
+        """Takes in the norms that a step measured; returns the running norms of its terms. All ranks take part."""
+        if self._seen:
+            decay = NORM_DECAY ** NORM_EVERY
+            seen = [name in self._seen for name in TERMS]
+            now = torch.stack([torch.as_tensor(self._seen.get(name, 0.0), device=self.total.device) for name in TERMS])
+            mask = torch.tensor(seen, device=self.total.device)
+            self.total.copy_(torch.where(mask, decay * self.total + reduce(now.float()) / world, self.total))
+            self.count.copy_(torch.where(mask, decay * self.count + 1, self.count))
+        norms = {name: norm for name, norm in self.norms().items() if name in self._terms}
         self._seen.clear()
-        return {name: norm for (name, norm), there in zip(self.norms().items(), seen, strict=True) if there}
+        self._terms.clear()
+        return norms
 
 
 class Generator(nn.Module):
@@ -150,7 +173,7 @@ class Gan:
         STFTs stay out, as the compiler has no complex numbers.
         """
         torch._dynamo.config.recompile_limit = 64  # graphs of one class's forward: parts x sizes x learning or frozen
-        torch._functorch.config.donated_buffer = False  # the balancer goes through the discriminators twice
+        torch._functorch.config.donated_buffer = False  # a balancer that measures goes through the discriminators twice
         for part in (*parts, *(d.layers for d in self.discriminators.each)):
             part.compile(dynamic=False)  # else the parts, being of one class, count as one part of many sizes
 
@@ -180,7 +203,7 @@ class Gan:
             loss = sum(getattr(weights, name) * term for name, term in terms.items() if name != "discriminator")
             target = loss
             if self.generator.balanced:
-                target = self.generator.balance.target(made_BT, fake_BT, terms, weights, share)
+                target = self.generator.balance.target(made_BT, fake_BT, terms, weights, share, step)
             engines["generator"].backward(target * share)
             for name, term in {"loss": loss, **terms}.items():
                 sums[name] = sums.get(name, 0.0) + term.detach() * share

@@ -77,7 +77,10 @@ class _Noise:
 
 
 def training(codec: CodecConfig, what: str, rows: int, engine: str, repeats: int, device: str) -> None:
-    """A full step: generator, all discriminators, optimizers, codebooks, moving average."""
+    """A full step: generator, all discriminators, optimizers, codebooks, moving average.
+
+    Balanced, the fastest one: between two measurements of the norms.
+    """
     fast = device == "cuda" or codec.family == "spectral"  # a CPU's bfloat16 is slow in SoundStream's convolutions
     train = codec.train.model_copy(update={"batch": rows, "engine": engine, "dtype": "bfloat16" if fast else "float32"})
     codec = codec.model_copy(update={"train": train, "quantize_from": 0,

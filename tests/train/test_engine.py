@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import re
 import socket
 
 import pytest
@@ -11,6 +12,8 @@ import torch.multiprocessing as mp
 
 from audiolm import rng
 from audiolm.config.training import TrainConfig
+from audiolm.models.soundstream import SoundStream, SoundStreamSizes
+from audiolm.models.transformer import Transformer, TransformerSizes
 from audiolm.train import engine as engines
 from audiolm.train.engine import learning_rate, make_engine
 from audiolm.train.objectives.base import Context
@@ -66,6 +69,33 @@ def test_a_checkpoint_resumes_on_another_engine(engine, zero, plain):
     _, state, updates = run("torch", 0, 0, 4)
     losses, _, _ = run(engine, zero, 4, 8, state, updates)
     torch.testing.assert_close(torch.tensor(losses), torch.tensor(plain[0][4:]), rtol=1e-5, atol=1e-5)
+
+
+def spared(module: torch.nn.Module) -> set[str]:
+    """Last parts of the names of the tensors with at least two dimensions that do not decay."""
+    train = TrainConfig(steps=1, batch=1, lr=1e-3, weight_decay=0.1, engine="torch")
+    optimizer = make_engine(module, train, Context(0, 1, torch.device("cpu"), seed=1)).optimizer
+    decay = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    assert len(decay) == len(list(module.parameters()))
+    by_name = {name: (p.ndim, decay[id(p)]) for name, p in module.named_parameters()}
+    assert all(d == 0.0 for n, d in by_name.values() if n < 2)
+    assert {name for name, (_, d) in by_name.items() if d} == set(engines.decayed(module))
+    return {re.sub(r".*\d\.", "", name) for name, (n, d) in by_name.items() if n >= 2 and not d}
+
+
+def test_weights_of_layers_decay_and_gains_and_tables_do_not():
+    """Weight norm's gains have three dimensions; codes, embeddings and distance tables have two or three."""
+    codec = SoundStream(SoundStreamSizes((2, 4, 5, 8), 4, 4, 16, 3, 16, quantizer="factorised", code_dim=4))
+    gain, direction = "parametrizations.weight.original0", "parametrizations.weight.original1"
+    assert {name.rpartition("conv.")[2] for name in spared(codec)} == {gain, "quantizer.codes_QNK"}
+    names = {name for name, p in codec.named_parameters() if p.ndim >= 2}
+    assert set(engines.decayed(codec)) == {name for name in names if name.endswith((direction, ".weight"))}
+    assert any(name.startswith("quantizer.down.0") for name in engines.decayed(codec))
+
+    lm = Transformer(TransformerSizes(vocab=20, dim=16, layers=1, heads=2, ff=32, dropout=0.0, positions="t5", longest=8,
+                                      slots=(9, 11)))
+    assert spared(lm) == {"embed.weight", "bias.table"}
+    assert {"head.weight", "blocks.0.out.weight"} <= set(engines.decayed(lm))
 
 
 def test_a_checkpoint_of_another_configuration_is_refused():

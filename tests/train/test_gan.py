@@ -82,11 +82,11 @@ def test_the_balancer_gives_each_loss_its_share_whatever_its_scale():
 
     def gradient(scale: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         balance, fake_BT, side = LossBalancer(), start_BT.clone().requires_grad_(), torch.ones((), requires_grad=True)
-        for _ in range(3):
+        for step in range(3):
             terms = {"reconstruction": scale * (fake_BT - real_BT).square().mean(), "waveform": fake_BT.abs().mean(),
                      "commitment": side * side, "discriminator": torch.ones(())}
             made_BT = start_BT.clone().requires_grad_()
-            target = balance.target(made_BT, fake_BT, terms, weights, 1.0)
+            target = balance.target(made_BT, fake_BT, terms, weights, 1.0, step)
             found = torch.autograd.grad(target, (made_BT, side))
             balance.update(lambda x: x, 1)
         return *found, balance.norms()["reconstruction"]
@@ -106,16 +106,49 @@ def test_micro_batches_and_ranks_do_not_change_the_balance():
 
     def after(pieces: int) -> tuple[torch.Tensor, torch.Tensor]:
         balance = LossBalancer()
-        for _ in range(2):
+        for step in range(2):
             parts = []
             for fake_BT, wav_BT in zip(start_BT.chunk(pieces), real_BT.chunk(pieces), strict=True):
                 fake_BT = fake_BT.clone().requires_grad_()
                 terms = {"reconstruction": (fake_BT - wav_BT).square().mean(), "waveform": fake_BT.abs().mean()}
                 made_BT = fake_BT.detach().clone().requires_grad_()
-                target = balance.target(made_BT, fake_BT, terms, weights, 1 / pieces)
+                target = balance.target(made_BT, fake_BT, terms, weights, 1 / pieces, step)
                 parts.append(torch.autograd.grad(target / pieces, made_BT)[0])
             balance.update(lambda x: x, 1)
         return torch.cat(parts), balance.total
 
     (whole_BT, total), (parts_BT, other) = after(1), after(2)
     assert torch.allclose(whole_BT, parts_BT, atol=1e-6) and torch.allclose(total, other, rtol=1e-5)
+
+
+def test_with_known_norms_one_pass_gives_the_balanced_gradient_and_norms_are_measured_every_eighth_step():
+    weights, start_BT = CodecLossWeights(reconstruction=1.0, waveform=1.0, adversarial=0.3), noise(4, 50, index=1)
+    made_BT, balance, passes = noise(4, 50).requires_grad_(), LossBalancer(), []
+
+    def gradient(step: int, *extra: str) -> tuple[torch.Tensor, int]:
+        """Of a step's target at the generator's waveform, and the number of passes back to it."""
+        fake_BT = start_BT.clone().requires_grad_()
+        shared_BT = fake_BT * 1.0
+        shared_BT.register_hook(lambda g: passes.append(step))
+        every = {"reconstruction": 1e4 * shared_BT.square().mean(), "waveform": shared_BT.abs().mean(),
+                 "adversarial": shared_BT.tanh().mean()}
+        terms = {name: every[name] for name in ("reconstruction", "waveform", *extra)}
+        target = balance.target(made_BT, fake_BT, terms, weights, 1.0, step)
+        found_BT, = torch.autograd.grad(target, made_BT)
+        passes_here = passes.count(step)
+        passes.clear()
+        return found_BT, passes_here
+
+    def update() -> dict:
+        return balance.update(lambda x: x, 1)
+
+    assert gradient(3)[1] == 2 and update().keys() == {"reconstruction", "waveform"}  # no norms yet
+    balance.total *= torch.tensor([1.5, 0.7, 1.0, 1.0])  # such as other steps would have left
+    norms = balance.norms()
+    one_BT, one = gradient(4)
+    assert update() == {name: norms[name] for name in ("reconstruction", "waveform")}  # reported, not measured
+    each_BT, each = gradient(8)
+    assert (one, each) == (1, 2) and torch.allclose(one_BT, each_BT, rtol=1e-5, atol=1e-7)
+    assert update()["reconstruction"] != norms["reconstruction"]
+    assert gradient(9, "adversarial")[1] == 3  # a new term
+    assert update()["adversarial"] > 0 and gradient(10, "adversarial")[1] == 1

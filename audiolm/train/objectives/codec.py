@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from audiolm import rng
 from audiolm.config.codec import CodecConfig
 from audiolm.data.crops import AudioCrops
 from audiolm.models.discriminators import Discriminators
@@ -28,6 +27,7 @@ from audiolm.tokenizers.base import ACOUSTIC_HOP, SAMPLE_RATE
 from audiolm.train.engine import all_sum
 from audiolm.train.gan import Gan, Generator, LossBalancer, quality_means, quality_sums, rank_batches, training_audio
 from audiolm.train.objectives.base import Context, Engine, pinned
+from audiolm.train.objectives.levels import draw_levels
 from audiolm.train.objectives.spectral import SpectralObjective, spectral_objective
 
 INIT_FRAMES = 32  # frames a code for the k-means start, so that hardly any cluster is empty
@@ -48,9 +48,9 @@ class CodecObjective:
         self._initialised, self._reading = False, threading.Lock()
 
     def load(self, step: int, rows: Sequence[int]) -> dict[str, torch.Tensor]:
-        """A batch; a row's number of levels is drawn from (seed, step, row), uniformly (SoundStream III-C)."""
+        """A batch; a row's number of levels is drawn from (seed, step, row), see `draw_levels`."""
         wav_BT, lengths_B = self._crops(step, rows)
-        n_q = [int(rng.generator(self.ctx.seed, "n_q", step, row).integers(1, self.codec.n_q + 1)) for row in rows]
+        n_q = [draw_levels(self.ctx.seed, step, row, self.codec.n_q, self.codec.quantizer_dropout) for row in rows]
         return {**pinned({"wav_BT": wav_BT, "n_q_B": torch.tensor(n_q)}, self.ctx.device), "lengths_B": lengths_B}
 
     def _crops(self, step: int, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:

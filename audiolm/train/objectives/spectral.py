@@ -26,6 +26,7 @@ from audiolm.tokenizers.base import ACOUSTIC_HOP, SAMPLE_RATE
 from audiolm.train.engine import all_sum
 from audiolm.train.gan import Generator, quality_means, quality_sums, rank_batches, training_audio
 from audiolm.train.objectives.base import Context, Engine, pinned
+from audiolm.train.objectives.levels import draw_levels
 
 INIT_FRAMES = 32  # frames a code for the k-means start, so that hardly any cluster is empty
 LEAST_FRAMES = 4096  # for the statistics and the principal components
@@ -41,15 +42,11 @@ class SpectralObjective:
         self._reading = threading.Lock()
 
     def load(self, step: int, rows: Sequence[int]) -> dict[str, torch.Tensor]:
-        """A batch; a row's gain and number of levels are drawn from (seed, step, row), in this order."""
+        """A batch; a row's gain and number of levels are drawn from (seed, step, row)."""
         wav_BT, lengths_B = self._crops(step, rows)
-        n_q = [self._levels(step, row) for row in rows]
+        c = self.codec
+        n_q = [draw_levels(self.ctx.seed, step, row, c.n_q, c.quantizer_dropout) for row in rows]
         return {**pinned({"wav_BT": wav_BT, "n_q_B": torch.tensor(n_q)}, self.ctx.device), "lengths_B": lengths_B}
-
-    def _levels(self, step: int, row: int) -> int:
-        draw = rng.generator(self.ctx.seed, "n_q", step, row)
-        levels = int(draw.integers(1, self.codec.n_q + 1))
-        return levels if draw.random() < 0.5 else self.codec.n_q
 
     def _crops(self, step: int, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         with self._reading:  # the loop reads ahead in a thread, also while the codebooks start
