@@ -19,18 +19,15 @@ import torch.nn.functional as F
 from audiolm.config.codec import CodecConfig
 from audiolm.data.crops import AudioCrops
 from audiolm.models.discriminators import Discriminators
-from audiolm.models.entropy import perplexity
 from audiolm.models.losses import multi_scale_mel, multi_scale_spectral, waveform_distance
 from audiolm.models.mel import log_mel
 from audiolm.models.soundstream import SoundStream, SoundStreamSizes
 from audiolm.tokenizers.base import ACOUSTIC_HOP, SAMPLE_RATE
 from audiolm.train.engine import all_sum
-from audiolm.train.gan import Gan, Generator, LossBalancer, quality_means, quality_sums, rank_batches, training_audio
+from audiolm.train.gan import Gan, Generator, LossBalancer, quality_sums, rank_batches, training_audio
 from audiolm.train.objectives.base import Context, Engine, pinned
-from audiolm.train.objectives.levels import draw_levels
+from audiolm.train.objectives.levels import INIT_FRAMES, draw_levels, first_frames, level_scores, quantized_scores
 from audiolm.train.objectives.spectral import SpectralObjective, spectral_objective
-
-INIT_FRAMES = 32  # frames a code for the k-means start, so that hardly any cluster is empty
 
 
 class CodecObjective:
@@ -93,23 +90,16 @@ class CodecObjective:
 
     @torch.no_grad()
     def _initialise_codebooks(self) -> None:
-        """Runs k-means on the latents of the first batches, unless a checkpoint brought codebooks; all ranks take part.
-
-        A rank encodes whole batches, so that the world size changes no bit.
-        """
+        """Runs k-means on the latents of the first batches, unless a checkpoint brought codebooks; all ranks take part."""
         net, self._initialised = self.generator.net, True
         if int(net.quantizer.initialised):
             return
-        batch = self.codec.train.batch
-        frames = batch * self.crops.crop // ACOUSTIC_HOP
-        steps = math.ceil(INIT_FRAMES * self.codec.vocab / frames)
-        slots_SMD = torch.zeros(steps, frames, self.codec.dim, device=self.ctx.device)
-        # The first batches of the training itself, drawn as they will be: nothing else is read.
-        for step in range(self.ctx.rank, steps, self.ctx.world):
-            wav_BT, _ = self._crops(step, range(batch))
-            slots_SMD[step] = net.latents(wav_BT.to(self.ctx.device)).transpose(1, 2).flatten(0, 1)
-        # Every slot is zero on all ranks but one: the sum gathers them, exactly and in order.
-        net.quantizer.initialise(all_sum(slots_SMD).flatten(0, 1), seed=self.ctx.seed, reduce=all_sum, rank=self.ctx.rank)
+        def latents(wav_BT: torch.Tensor) -> torch.Tensor:
+            return net.latents(wav_BT).transpose(1, 2).flatten(0, 1)
+
+        c = self.codec
+        x_MD = first_frames(latents, self._crops, c.train.batch, self.crops.crop, INIT_FRAMES * c.vocab, self.ctx)
+        net.quantizer.initialise(x_MD, seed=self.ctx.seed, reduce=all_sum, rank=self.ctx.rank)
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -122,19 +112,9 @@ class CodecObjective:
         """
         started = bool(self.generator.net.quantizer.initialised)
         mel, hits_QN, quality_222 = self._score_levels(started)
-        perplexities = perplexity(hits_QN).tolist()
-        *levels, unquantized = mel
-        scores = {"mel": levels[-1], "mel/unquantized": unquantized,
-                  **quality_means(quality_222[0], "/q00"), **quality_means(quality_222[1])}
-        for q in range(self.codec.n_q):
-            scores |= {f"mel/q{q:02d}": levels[q], f"perplexity/q{q:02d}": perplexities[q],
-                       f"used/q{q:02d}": float((hits_QN[q] > 0).float().mean())}
-            if q:
-                scores[f"gain/q{q:02d}"] = levels[q - 1] - levels[q]
-        if started:  # what is not quantized yet is no codec, and must not become the best one
-            scores["loss"] = levels[-1]
-            scores["alarm/levels_without_gain"] = float(sum(b >= a for a, b in zip(levels, levels[1:], strict=False)))
-        return scores
+        scores = level_scores(mel, hits_QN, quality_222)
+        # Without codes it is no codec yet, and must not become the best one.
+        return scores | (quantized_scores(mel[:-1]) if started else {})
 
     def _score_levels(self, started: bool) -> tuple[list[float], torch.Tensor, torch.Tensor]:
         """Over all ranks' crops: mel distances (n_q, then unquantized), hits_QN of the codes, and the sums of PESQ and

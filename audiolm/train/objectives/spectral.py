@@ -8,7 +8,6 @@ A batch: wav_BT (float32, crops of whole 640-sample frames), lengths_B (true sam
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,16 +18,14 @@ import torch.nn.functional as F
 from audiolm import rng
 from audiolm.config.codec import CodecConfig
 from audiolm.data.crops import AudioCrops
-from audiolm.models.entropy import perplexity
 from audiolm.models.mel import HOP
 from audiolm.models.spectral.codec import SpectralCodec, SpectralSizes
 from audiolm.tokenizers.base import ACOUSTIC_HOP, SAMPLE_RATE
 from audiolm.train.engine import all_sum
-from audiolm.train.gan import Generator, quality_means, quality_sums, rank_batches, training_audio
+from audiolm.train.gan import Generator, quality_sums, rank_batches, training_audio
 from audiolm.train.objectives.base import Context, Engine, pinned
-from audiolm.train.objectives.levels import draw_levels
+from audiolm.train.objectives.levels import INIT_FRAMES, draw_levels, first_frames, level_scores, quantized_scores
 
-INIT_FRAMES = 32  # frames a code for the k-means start, so that hardly any cluster is empty
 LEAST_FRAMES = 4096  # for the statistics and the principal components
 
 
@@ -91,19 +88,14 @@ class SpectralObjective:
 
     @torch.no_grad()
     def _initialise(self) -> None:
-        """Statistics, transform and codebooks from the frames of the first batches; all ranks take part.
+        """Statistics, transform and codebooks from the frames of the first batches; all ranks take part."""
+        c, net = self.codec, self.generator.net
 
-        A rank reads whole batches, so that the world size changes no bit.
-        """
-        net, batch = self.generator.net, self.codec.train.batch
-        frames = batch * self.crops.crop // ACOUSTIC_HOP
-        steps = math.ceil(max(INIT_FRAMES * self.codec.vocab, LEAST_FRAMES) / frames)
-        slots_SMF = torch.zeros(steps, frames, len(net.mean_F), device=self.ctx.device)
-        for step in range(self.ctx.rank, steps, self.ctx.world):
-            wav_BT, _ = self._crops(step, range(batch))
-            slots_SMF[step] = net.frames(wav_BT.to(self.ctx.device)).flatten(0, 1)
-        # Every slot is zero on all ranks but one: the sum gathers them, exactly and in order.
-        x_MD = net.initialise(all_sum(slots_SMF).flatten(0, 1))
+        def frames(wav_BT: torch.Tensor) -> torch.Tensor:
+            return net.frames(wav_BT).flatten(0, 1)
+
+        least = max(INIT_FRAMES * c.vocab, LEAST_FRAMES)
+        x_MD = net.initialise(first_frames(frames, self._crops, c.train.batch, self.crops.crop, least, self.ctx))
         net.quantizer.initialise(x_MD, seed=self.ctx.seed, reduce=all_sum, rank=self.ctx.rank)
 
     @torch.no_grad()
@@ -132,17 +124,8 @@ class SpectralObjective:
                 if q in (1, codec.n_q):
                     quality_222[int(q == codec.n_q)] += quality_sums(wav_BT, model.sound(fake_BTF)).to(device)
         mel_Q2, hits_QN, quality_222 = all_sum(mel_Q2), all_sum(hits_QN), all_sum(quality_222)
-        *levels, unquantized = (mel_Q2[1:] / mel_Q2[0]).tolist()
-        perplexities = perplexity(hits_QN).tolist()
-        scores = {"loss": levels[-1], "mel": levels[-1], "mel/unquantized": unquantized,
-                  **quality_means(quality_222[0], "/q00"), **quality_means(quality_222[1])}
-        for q in range(codec.n_q):
-            scores |= {f"mel/q{q:02d}": levels[q], f"perplexity/q{q:02d}": perplexities[q],
-                       f"used/q{q:02d}": float((hits_QN[q] > 0).float().mean())}
-            if q:
-                scores[f"gain/q{q:02d}"] = levels[q - 1] - levels[q]
-        scores["alarm/levels_without_gain"] = float(sum(b >= a for a, b in zip(levels, levels[1:], strict=False)))
-        return scores
+        mel = (mel_Q2[1:] / mel_Q2[0]).tolist()
+        return {**level_scores(mel, hits_QN, quality_222), **quantized_scores(mel[:-1])}
 
     def averaged(self) -> SpectralCodec:
         """The codec with the averaged weights and the present codebooks, on this worker."""
