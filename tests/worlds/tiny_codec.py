@@ -57,12 +57,12 @@ def tiny_codec(start_step: int = 1000, steps: int = 40, engine: str = "torch", z
 
 
 def training(codec: CodecConfig, saved: dict | None = None, updates: dict | None = None, rank: int = 0,
-             world: int = 1, compile: bool = False) -> tuple[CodecObjective, dict]:
-    """An objective and its engines, from the start or from what `saved_state` gave."""
+             world: int = 1, compile: bool = False, start: dict | None = None) -> tuple[CodecObjective, dict]:
+    """An objective and its engines, from the start or from what `saved_state` gave; `start`: an export's weights."""
     torch.manual_seed(0)
     ctx = Context(rank, world, torch.device("cpu"), 0, compile=compile)
     held_out_BT = torch.stack([voice(6400, i) for i in (6, 7, 8)])
-    objective = CodecObjective(codec, Voices(), held_out_BT, ctx)
+    objective = CodecObjective(codec, Voices(), held_out_BT, ctx, start)
     return objective, {name: make_engine(m, codec.train, ctx, saved and saved[name], updates[name] if saved else 0)
                        for name, m in objective.modules.items()}
 
