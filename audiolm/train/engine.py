@@ -236,7 +236,7 @@ class DeepSpeedEngine:
             zero.optimizer.state[flat] = _adamw_state(updates, flat, {key: torch.zeros_like(flat) for key in MOMENTS})
         self._link_moments()
         for name, p in self.module.named_parameters():
-            for key in MOMENTS if p.requires_grad else ():
+            for key in MOMENTS:
                 safe_set_full_optimizer_state(p, saved[f"{key}/{name}"].to(p.device), key)
 
 
