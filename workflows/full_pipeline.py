@@ -24,7 +24,7 @@ from audiolm.dag.step import Step  # noqa: E402
 from audiolm.pipeline.cli import main  # noqa: E402
 from audiolm.pipeline.steps import FUNCTIONS  # noqa: E402
 from audiolm.tokenizers.hf import imported_codec, imported_encoder, text_model  # noqa: E402
-from audiolm.tokenizers.start import start_weights  # noqa: E402
+from audiolm.tokenizers.start import refuse_own_run, start_weights  # noqa: E402
 
 # Sampled for the targets of an iteration of HuBERT: 22 hours, thousands of frames for each of their few clusters.
 TARGET_FRAMES = 2_000_000
@@ -34,6 +34,9 @@ def graph(cfg: Pipeline) -> list[Step]:
     """The steps of a run in order: manifest, two tokenizers, their tokens, the stages, samples and results."""
     common = {"seed": cfg.run.seed, "cluster": cfg.cluster, "corpus": cfg.corpus}
     sem, lm, ev = cfg.semantic, cfg.lm, cfg.evaluate
+    refuse_own_run(cfg.store, cfg.run.name, {
+        "codec.start": cfg.codec.start, "semantic.model.start": sem.model.start, "lm.semantic.start": lm.semantic.start,
+        "lm.coarse.start": lm.coarse.start, "lm.fine.start": lm.fine.start})
     manifest = Step("manifest", FUNCTIONS["build_manifest"], common)
 
     # Both tokenizers, frozen before any language model sees their tokens, and how good they are.

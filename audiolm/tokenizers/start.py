@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 
 from audiolm import store
 from audiolm.config.base import Config, ConfigError, Runtime
 from audiolm.config.start import CodecStartConfig, StartConfig
-from audiolm.dag.run_index import steps_of
+from audiolm.dag.run_index import index_path, steps_of
 from audiolm.tokenizers.artifact import CONFIG, WEIGHTS
 
 CODEC_KINDS = ("soundstream",)  # exports of codecs that are trained here
@@ -51,6 +52,18 @@ def start_weights(field: str, start: StartConfig | CodecStartConfig, step: str) 
     name = start.uri.rstrip("/").rsplit("/", 1)[-1]
     place = f"{name} {step}" if name.endswith(".json") else "/".join(build.split("/")[-3:])
     return StartWeights(uri=build, field=field, note=f"{place} {digest[:8]}", digest=digest)
+
+
+def refuse_own_run(folder: str, run: str, starts: Mapping[str, StartConfig | CodecStartConfig | None]) -> None:
+    """Raises ConfigError where a start, by config field, names the index of the very run that it is for.
+
+    That index names the trained step afterwards, so that each command would start another training.
+    """
+    own = store.absolute(index_path(folder, run))
+    for field, start in starts.items():
+        if start and store.absolute(start.uri) == own:
+            raise ConfigError(f"{field}.uri: {start.uri} is this run's own index, which will name what it trains: give the new "
+                              f"run a name of its own, run.name={run}-adapted")
 
 
 def find_export(uri: str, step: str) -> str:

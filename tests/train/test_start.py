@@ -264,6 +264,14 @@ def test_what_cannot_be_a_start_is_refused_by_the_plan(builds, tmp_path, overrid
         planned_steps(*(o.partition("=")[0] + "=" + places.get(o.partition("=")[2], o.partition("=")[2]) for o in overrides))
 
 
+def test_a_run_does_not_start_from_itself(builds, tmp_path):
+    index = index_path(str(tmp_path), "quickstart")  # the run's name in the config
+    store.put_json(index, {"steps": {"codec": {"path": builds["ema"][0]}}})
+    with pytest.raises(ConfigError, match=r"codec\.start\.uri: .*own index.*run\.name=quickstart-adapted"):
+        planned_steps(f"codec.start.uri={index}", f"store={tmp_path}")
+    assert planned_steps(f"codec.start.uri={index}", f"store={tmp_path}", "run.name=mine")["codec"].config["start"].digest
+
+
 def test_relative_places_are_resolved(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     cfg = load_config(QUICKSTART, ["codec.start.uri=a/b", "semantic.model.start.uri=c", "lm.fine.start.uri=hf://u/r"])

@@ -18,16 +18,13 @@ from audiolm.config.lm import LMConfig, StageConfig
 from audiolm.data.tokens import TokenStore
 from audiolm.lm.batches import EvalCrop, TokenBatches
 from audiolm.lm.loss import batch_sums, inputs_of, level_sums, prepare
-from audiolm.lm.model import FORMAT, build_lm, export_lm
-from audiolm.lm.stages import Stage, build_stages, stage_from_json
+from audiolm.lm.model import build_lm, export_lm
+from audiolm.lm.stages import Stage, build_stages
 from audiolm.lm.warm_start import start_from
-from audiolm.models.transformer import Transformer, TransformerSizes
-from audiolm.tokenizers.start import StartWeights
 from audiolm.train.engine import all_sum
 from audiolm.train.objectives.base import Context, Engine, autocast, pinned
-from audiolm.train.objectives.start import load_start, read_start, require_same
+from audiolm.train.objectives.start import start_stage
 
-SHAPE = ("dim", "layers", "heads", "ff", "positions", "gated", "activation", "norm")  # of a StageConfig: what weights fit
 FLASH_WIDTH = 256  # of a head, at most: FlashAttention's limit (2307.08691)
 EVAL_BATCH = 8  # validation rows a forward pass
 
@@ -47,27 +44,8 @@ def lm_objective(config: Mapping[str, Any], inputs: Mapping[str, str], ctx: Cont
     if config.get("text_model"):
         start_from(objective.modules["lm"], shape, config["text_model"])
     if config.get("start"):
-        _start(objective.modules["lm"], stage, shape, config["start"])
+        start_stage(objective.modules["lm"], stage, shape, config["start"])
     return objective
-
-
-def _start(model: Transformer, stage: Stage, shape: StageConfig, start: StartWeights) -> None:
-    """Loads a trained stage's weights. Raises ValueError where shape, vocabulary or layout differ."""
-    weights, about = read_start(start)
-    require_same(start, {"the export's format": (FORMAT, about.get("format", 1))})
-    sizes, theirs, section = TransformerSizes(**about["model"]), stage_from_json(about["stage"]), f"lm.{stage.name}"
-    settings = {f"{section}.{name}": (getattr(shape, name), getattr(sizes, name)) for name in SHAPE}
-    # Of the layout only what the stage's own ids depend on; the tokenizers' sizes as the token stores have them.
-    if stage.needs_semantic:
-        settings |= {"semantic.kmeans.k": (stage.k, theirs.k), "lm.dedupe": (stage.dedupe, theirs.dedupe)}
-    if stage.needs_acoustic:
-        settings |= {"codec.vocab": (stage.vocab, theirs.vocab), "lm.coarse_levels": (stage.n_coarse, theirs.n_coarse)}
-    if stage.name == "fine":
-        settings["codec.n_q"] = (stage.levels[1], theirs.levels[1])
-    if shape.positions == "t5":  # distances share biases by the longest of them
-        settings[f"{section}.crop_s"] = (stage.crop_s, theirs.crop_s)
-    require_same(start, settings)
-    load_start(model, weights, f"stage {stage.name}")
 
 
 def stage_of(config: Mapping[str, Any], inputs: Mapping[str, str]) -> Stage:

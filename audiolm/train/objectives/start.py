@@ -13,11 +13,16 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from audiolm.config.lm import StageConfig
+from audiolm.lm.model import FORMAT
+from audiolm.lm.stages import Stage, stage_from_json
 from audiolm.models.conformer import LAYER_CONVENTION, Encoder
+from audiolm.models.transformer import Transformer, TransformerSizes
 from audiolm.tokenizers.artifact import ArtifactError, read_export
 from audiolm.tokenizers.start import StartWeights
 
 ENCODER_FIELDS = ("dim", "layers", "heads", "ff", "conv_kernel")  # of semantic.model; no weight depends on dropout
+STAGE_FIELDS = ("dim", "layers", "heads", "ff", "positions", "gated", "activation", "norm")  # of a StageConfig
 
 
 def read_start(start: StartWeights) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -83,3 +88,22 @@ def start_encoder(encoder: Encoder, start: StartWeights) -> None:
                          "layer convention": (LAYER_CONVENTION, about.get("layer_convention"))})
     prefix = "encoder."  # a tokenizer's export has z-scores and centroids beside it
     load_start(encoder, {n.removeprefix(prefix): value for n, value in weights.items() if n.startswith(prefix)}, "encoder")
+
+
+def start_stage(model: Transformer, stage: Stage, shape: StageConfig, start: StartWeights) -> None:
+    """Loads a trained stage's weights. Raises ValueError where shape, vocabulary or layout differ."""
+    weights, about = read_start(start)
+    require_same(start, {"the export's format": (FORMAT, about.get("format", 1))})
+    sizes, theirs, section = TransformerSizes(**about["model"]), stage_from_json(about["stage"]), f"lm.{stage.name}"
+    settings = {f"{section}.{name}": (getattr(shape, name), getattr(sizes, name)) for name in STAGE_FIELDS}
+    # Of the layout only what the stage's own ids depend on; the tokenizers' sizes as the token stores have them.
+    if stage.needs_semantic:
+        settings |= {"semantic.kmeans.k": (stage.k, theirs.k), "lm.dedupe": (stage.dedupe, theirs.dedupe)}
+    if stage.needs_acoustic:
+        settings |= {"codec.vocab": (stage.vocab, theirs.vocab), "lm.coarse_levels": (stage.n_coarse, theirs.n_coarse)}
+    if stage.name == "fine":
+        settings["codec.n_q"] = (stage.levels[1], theirs.levels[1])
+    if shape.positions == "t5":  # distances share biases by the longest of them
+        settings[f"{section}.crop_s"] = (stage.crop_s, theirs.crop_s)
+    require_same(start, settings)
+    load_start(model, weights, f"stage {stage.name}")
