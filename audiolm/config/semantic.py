@@ -136,7 +136,8 @@ class IterationConfig(Config):
 
     layer: int | Literal["auto"] = Field("auto", description="block whose output is clustered, from 1; auto: by ABX")
     k: int = Field(500, ge=2)
-    start: Literal["fresh", "previous"] = Field("fresh", description="weights of the encoder at the start")
+    start: Literal["fresh", "previous"] = Field("fresh", description="weights of the encoder at the start: "
+                                                "random, or those of the model before")
     train: TrainConfig | None = Field(None, description="None: as semantic.model.train")
 
 

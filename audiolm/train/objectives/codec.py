@@ -193,7 +193,10 @@ def _soundstream(c: CodecConfig) -> SoundStream:
 
 
 def codec_objective(config: Mapping[str, Any], inputs: Mapping[str, Any], ctx: Context) -> CodecObjective:
-    """Factory. config: codec, corpus; inputs: {"manifest": path}. Raises ValueError for configs that cannot train."""
+    """Factory. config: codec, corpus, and `start` where it starts from an export's weights; inputs: {"manifest": path}.
+
+    Raises ValueError for configs that cannot train, and weights of other sizes.
+    """
     codec, hop = config["codec"], math.prod(config["codec"].strides)
     if hop != ACOUSTIC_HOP:
         raise ValueError(f"codec.strides {codec.strides} make a hop of {hop} samples; their product must be {ACOUSTIC_HOP} "
