@@ -18,11 +18,13 @@ from audiolm.config.external import abx_files_config, semantic_metrics_config  #
 from audiolm.config.lm import StageConfig  # noqa: E402
 from audiolm.config.pipeline import Pipeline  # noqa: E402
 from audiolm.config.semantic import IterationConfig, KMeansConfig, SemanticConfig  # noqa: E402
+from audiolm.config.start import CodecStartConfig, StartConfig  # noqa: E402
 from audiolm.config.training import TrainConfig  # noqa: E402
 from audiolm.dag.step import Step  # noqa: E402
 from audiolm.pipeline.cli import main  # noqa: E402
 from audiolm.pipeline.steps import FUNCTIONS  # noqa: E402
 from audiolm.tokenizers.hf import imported_codec, imported_encoder, text_model  # noqa: E402
+from audiolm.tokenizers.start import refuse_own_run, start_weights  # noqa: E402
 
 # Sampled for the targets of an iteration of HuBERT: 22 hours, thousands of frames for each of their few clusters.
 TARGET_FRAMES = 2_000_000
@@ -32,6 +34,9 @@ def graph(cfg: Pipeline) -> list[Step]:
     """The steps of a run in order: manifest, two tokenizers, their tokens, the stages, samples and results."""
     common = {"seed": cfg.run.seed, "cluster": cfg.cluster, "corpus": cfg.corpus}
     sem, lm, ev = cfg.semantic, cfg.lm, cfg.evaluate
+    refuse_own_run(cfg.store, cfg.run.name, {
+        "codec.start": cfg.codec.start, "semantic.model.start": sem.model.start, "lm.semantic.start": lm.semantic.start,
+        "lm.coarse.start": lm.coarse.start, "lm.fine.start": lm.fine.start})
     manifest = Step("manifest", FUNCTIONS["build_manifest"], common)
 
     # Both tokenizers, frozen before any language model sees their tokens, and how good they are.
@@ -59,7 +64,7 @@ def graph(cfg: Pipeline) -> list[Step]:
     # The language models: no fine stage where all levels are coarse.
     def stage(name: str, size: StageConfig, *stores: Step) -> Step:
         config = {**common, "stage": name, "lm": size, "dedupe": lm.dedupe, "coarse_levels": lm.coarse_levels,
-                  "rows": ev.rows}
+                  "rows": ev.rows, **started(name.replace("_", "."), size.start, name)}
         if size.warm_start:
             config["text_model"] = text_model(size.warm_start.uri)
         return Step(name, FUNCTIONS["train_lm"], config, (manifest, *stores), trains=size.train, version=2)
@@ -81,6 +86,11 @@ def graph(cfg: Pipeline) -> list[Step]:
             tables, report]
 
 
+def started(section: str, start: StartConfig | CodecStartConfig | None, step: str) -> dict:
+    """The weights that a training step starts from, as a part of its config; nothing where it starts from random ones."""
+    return {"start": start_weights(f"{section}.start.uri", start, step)} if start else {}
+
+
 def codec_steps(cfg: Pipeline, common: dict, manifest: Step) -> tuple[Step, Step]:
     """The codec, trained or imported, and its measurement beside shipped codecs."""
     config, ev = cfg.codec, cfg.evaluate
@@ -88,7 +98,8 @@ def codec_steps(cfg: Pipeline, common: dict, manifest: Step) -> tuple[Step, Step
         codec = Step("codec", FUNCTIONS["import_codec"],
                      {"codec": imported_codec(config.pretrained, config.n_q, config.vocab)})
     else:
-        codec = Step("codec", FUNCTIONS["train_codec"], {**common, "codec": config}, (manifest,), trains=config.train)
+        codec = Step("codec", FUNCTIONS["train_codec"],
+                     {**common, "codec": config, **started("codec", config.start, "codec")}, (manifest,), trains=config.train)
     metrics = CodecMetricsConfig(where=config.where, clips=ev.clips, clip_s=ev.clip_s, visqol=ev.visqol,
                                  coarse_levels=cfg.lm.coarse_levels, with_lyra=ev.lyra is not None, lyra=ev.lyra)
     figures = {"cluster": cfg.cluster, "corpus": cfg.corpus, "figures": metrics}
@@ -112,6 +123,8 @@ def semantic_steps(sem: SemanticConfig, common: dict, manifest: Step) -> list[St
 
     def training(name: str, train: TrainConfig, iteration: IterationConfig | None, *inputs: Step) -> Step:
         config = {**common, "model": sem.model, "train": train, "iteration": iteration, "where": sem.where}
+        if iteration is None:  # later ones start as their own `start` says
+            config |= started("semantic.model", sem.model.start, "masked_model")
         return Step(name, FUNCTIONS[f"train_{sem.model.objective}"], config, (manifest, *inputs), trains=train)
 
     if sem.pretrained:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from audiolm.config.base import Config, PathField, Runtime
+from audiolm.config.base import Config, Later, PathField, Runtime
 from audiolm.config.corpus import ClipFilter
+from audiolm.config.start import CodecStartConfig
 from audiolm.config.training import TrainConfig
 
 
@@ -62,6 +63,8 @@ class CodecConfig(Config):
     pretrained: Runtime[PathField | None] = Field(
         None, description="folder or URI of a transformers EnCodec, DAC or Mimi model, imported instead of training one; "
                           "n_q and vocab must fit it")
+    start: Annotated[CodecStartConfig | None, Later(None)] = Field(
+        None, description="weights and codebooks at the start, of a codec of the same sizes; quantize_from is then 0")
     strides: tuple[int, ...] = (2, 4, 5, 8)
     enc_channels: int = 32
     dec_channels: int = 32
@@ -92,6 +95,8 @@ class CodecConfig(Config):
 
     @model_validator(mode="after")
     def _check(self):
+        if self.pretrained and self.start:
+            raise ValueError("pretrained imports a codec that is not trained, start begins a training: drop one of them")
         if self.quantize_from >= self.train.steps:
             raise ValueError(f"quantize_from ({self.quantize_from}) must be below train.steps ({self.train.steps})")
         if self.quantizer == {"soundstream": "fsq", "spectral": "factorised"}[self.family]:

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from audiolm.config.base import Config, Later, PathField, Runtime
 from audiolm.config.corpus import ClipFilter
+from audiolm.config.start import StartConfig
 from audiolm.config.training import TrainConfig
 
 
@@ -35,6 +36,8 @@ class StageConfig(Config):
                                                             "the backward pass")
     warm_start: Annotated[WarmStartConfig | None, Later(None)] = Field(
         None, description="stage 1 alone: take a text model's body")
+    start: Annotated[StartConfig | None, Later(None)] = Field(
+        None, description="weights at the start, of a model of the same stage, shape and vocabulary")
     where: ClipFilter = ClipFilter()
     gates: Runtime[Literal["stop", "warn"]] = Field("stop", description="what a failed gate does: no better than unigrams, "
                                                                         "prefix not used, tokenizer collapsed")
@@ -58,6 +61,8 @@ class LMConfig(Config):
 
     @model_validator(mode="after")
     def _check(self):
+        if self.semantic.warm_start and self.semantic.start:
+            raise ValueError("lm.semantic has warm_start, a text model's body, and start, a whole stage: drop one of them")
         for name in ("coarse", "fine"):
             if getattr(self, name).warm_start:
                 raise ValueError(f"lm.{name}.warm_start is set: text models start lm.semantic alone, leave it out here")

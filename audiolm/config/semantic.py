@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from audiolm.config.base import Config, Later, PathField, Runtime
 from audiolm.config.corpus import ClipFilter
+from audiolm.config.start import StartConfig
 from audiolm.config.training import TrainConfig
 
 
@@ -103,6 +104,9 @@ class MaskedModelConfig(Config):
                                                    "masked, beside 1 on masked ones (HuBERT's alpha); it speeds up the start")
     augment: AugmentConfig = AugmentConfig()
     w2vbert: W2vBertConfig | None = Field(None, description="of objective w2vbert; None: the paper's")
+    start: Annotated[StartConfig | None, Later(None)] = Field(
+        None, description="encoder and input statistics at the start of the first iteration, of a masked model of the same "
+                          "sizes; heads are new. Later iterations: semantic.iterations' start")
     train: TrainConfig = TrainConfig(steps=400_000, batch=2048, lr=2e-3, warmup_steps=25_000, decay_steps=100_000,
                                      weight_decay=0.01, dtype="bfloat16", micro_batch=16)
 
@@ -132,7 +136,8 @@ class IterationConfig(Config):
 
     layer: int | Literal["auto"] = Field("auto", description="block whose output is clustered, from 1; auto: by ABX")
     k: int = Field(500, ge=2)
-    start: Literal["fresh", "previous"] = Field("fresh", description="weights of the encoder at the start")
+    start: Literal["fresh", "previous"] = Field("fresh", description="weights of the encoder at the start: "
+                                                "random, or those of the model before")
     train: TrainConfig | None = Field(None, description="None: as semantic.model.train")
 
 
@@ -184,6 +189,8 @@ class SemanticConfig(Config):
 
     @model_validator(mode="after")
     def _check(self):
+        if self.pretrained and self.model.start:
+            raise ValueError("pretrained imports a model that is not trained, model.start begins a training: drop one of them")
         if self.pretrained and self.iterations:
             raise ValueError("iterations need a model that is trained here: drop pretrained, or iterations")
         if self.iterations and self.model.objective != "hubert":

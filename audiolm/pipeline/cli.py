@@ -28,6 +28,7 @@ from audiolm.dag.run_index import OUTPUTS
 from audiolm.dag.step import Step
 from audiolm.pipeline.ray_cluster import in_ray_job, start_ray, worker_died
 from audiolm.store import check_store, is_local
+from audiolm.tokenizers.start import StartWeights
 from audiolm.train.commits import starting_point
 
 
@@ -132,11 +133,17 @@ def table(rows: list[PlanRow], run: bool) -> str:
     lines = []
     for r in rows:
         verb = ("run " if r.run else "skip") if run else ""
-        reason = r.reason + _goes_on(r) if run else r.state.note
+        reason = _with_start(r, r.reason + _goes_on(r) if run else r.state.note)
         path = r.state.artifact.path if r.state.artifact and not (run and r.run) else ""
         lines.append(f"{verb:5}{r.step.name:{width}}  {r.state.status:8} {r.step.fingerprint}  {reason}  {path}".rstrip())
     n = sum(r.run for r in rows)
     return "\n".join([*lines, f"{n} of {len(rows)} steps to run" if run else f"{len(rows) - n} of {len(rows)} steps done"])
+
+
+def _with_start(row: PlanRow, reason: str) -> str:
+    """The reason and, for a training that starts from an export's weights, which these are."""
+    start = row.step.config.get("start")
+    return "; ".join(filter(None, [reason, f"starts from {start.note}"])) if isinstance(start, StartWeights) else reason
 
 
 def _goes_on(row: PlanRow) -> str:

@@ -208,8 +208,11 @@ class DeepSpeedEngine:
             self._link_moments()
         state = weights(self.module, parameters=False) if first else {}
         for name, p in self.module.named_parameters():
-            whole = {"param": safe_get_full_fp32_param(p),
-                     **{key: safe_get_full_optimizer_state(p, key) for key in MOMENTS if self.updates}}
+            if p.requires_grad:
+                whole = {"param": safe_get_full_fp32_param(p),
+                         **{key: safe_get_full_optimizer_state(p, key) for key in MOMENTS if self.updates}}
+            else:  # a frozen parameter is whole on every rank, and the optimizer does not know it
+                whole = {"param": p, **{key: torch.zeros_like(p) for key in MOMENTS if self.updates}}
             if first:
                 state |= {f"{key}/{name}": value.detach().to("cpu", copy=True) for key, value in whole.items()}
         return state

@@ -19,13 +19,11 @@ from audiolm.tokenizers.base import TokenSpec
 from audiolm.train.objectives.base import Context
 from audiolm.train.objectives.codec import codec_objective
 from audiolm.train.objectives.levels import draw_levels
-from tests.worlds.tiny_codec import run, saved_state, tiny_codec, training, voice
+from tests.worlds.tiny_codec import SPECTRAL, run, saved_state, tiny_codec, training, voice
 
 RECIPES = {"ema": {}, "factorised": {"quantizer": "factorised"},
            "soundstream": {"losses": "soundstream", "weights": {"reconstruction": 1, "feature": 100}},
            "balanced": {"balance": True, "weights": {"reconstruction": 1, "waveform": 1, "feature": 2}}}
-SPECTRAL = {"family": "spectral", "weights": {"reconstruction": 1, "commitment": 0.1},
-            "spectral": {"n_mels": 20, "width": 16, "enc_layers": 1, "dec_layers": 1, "iterations": 4, "fsq": (8, 2)}}
 RECIPES |= {"spectral": SPECTRAL, "fsq": {**SPECTRAL, "quantizer": "fsq"}}
 
 

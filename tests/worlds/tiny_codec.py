@@ -23,6 +23,9 @@ from audiolm.train.objectives.base import Context
 from audiolm.train.objectives.codec import CodecObjective
 from audiolm.train.objectives.spectral import SpectralObjective
 
+SPECTRAL = {"family": "spectral", "weights": {"reconstruction": 1, "commitment": 0.1},
+            "spectral": {"n_mels": 20, "width": 16, "enc_layers": 1, "dec_layers": 1, "iterations": 4, "fsq": (8, 2)}}
+
 
 def tiny_spectral(quantizer: str = "ema", n_q: int = 3, vocab: int = 16) -> SpectralCodec:
     """An untrained spectral codec whose statistics and codes come from voices; its networks are not at zero."""
@@ -72,13 +75,14 @@ def tiny_codec(start_step: int = 1000, steps: int = 40, engine: str = "torch", z
 
 
 def training(codec: CodecConfig, saved: dict | None = None, updates: dict | None = None, rank: int = 0,
-             world: int = 1, compile: bool = False) -> tuple[CodecObjective | SpectralObjective, dict]:
-    """An objective and its engines, from the start or from what `saved_state` gave."""
+             world: int = 1, compile: bool = False,
+             start: dict | None = None) -> tuple[CodecObjective | SpectralObjective, dict]:
+    """An objective and its engines, from the start or from what `saved_state` gave; `start`: an export's weights."""
     torch.manual_seed(0)
     ctx = Context(rank, world, torch.device("cpu"), 0, compile=compile)
     held_out_BT = torch.stack([voice(6400, i) for i in (6, 7, 8)])
     kind = SpectralObjective if codec.family == "spectral" else CodecObjective
-    objective = kind(codec, Voices(), held_out_BT, ctx)
+    objective = kind(codec, Voices(), held_out_BT, ctx, start)
     return objective, {name: make_engine(m, codec.train, ctx, saved and saved[name], updates[name] if saved else 0)
                        for name, m in objective.modules.items()}
 

@@ -23,19 +23,36 @@ from audiolm.models.losses import multi_scale_mel, multi_scale_spectral, wavefor
 from audiolm.models.mel import log_mel
 from audiolm.models.soundstream import SoundStream, SoundStreamSizes
 from audiolm.tokenizers.base import ACOUSTIC_HOP, SAMPLE_RATE
+from audiolm.tokenizers.start import StartWeights
 from audiolm.train.engine import all_sum
 from audiolm.train.gan import Gan, Generator, LossBalancer, quality_sums, rank_batches, training_audio
 from audiolm.train.objectives.base import Context, Engine, pinned
 from audiolm.train.objectives.levels import INIT_FRAMES, draw_levels, first_frames, level_scores, quantized_scores
-from audiolm.train.objectives.spectral import SpectralObjective, spectral_objective
+from audiolm.train.objectives.spectral import SpectralObjective, spectral_settings
+from audiolm.train.objectives.start import load_start, read_start, require_same
+
+# Of codec: what an export's weights depend on, and its config.json says.
+SIZES = ("strides", "enc_channels", "dec_channels", "dim", "n_q", "vocab", "quantizer", "code_dim")
+FROZEN = ("encoder.", "quantizer.")  # with codec.start.train decoder: what gives the tokens
 
 
 class CodecObjective:
     unit = "audio s"
 
-    def __init__(self, codec: CodecConfig, crops: AudioCrops, held_out_BT: torch.Tensor, ctx: Context):
+    def __init__(self, codec: CodecConfig, crops: AudioCrops, held_out_BT: torch.Tensor, ctx: Context,
+                 start: Mapping[str, torch.Tensor] | None = None):
+        """`start`: weights and codebooks of an export, all of which learn or, by codec.start.train, the decoder alone."""
         self.codec, self.crops, self.held_out_BT, self.ctx = codec, crops, held_out_BT, ctx
-        self.generator = Generator(_soundstream(codec), LossBalancer(), codec.balance)
+        net, self._frozen = _soundstream(codec), {}
+        self._quantize_from = 0 if start else codec.quantize_from  # such codebooks need no latents that learned before
+        if start:
+            load_start(net, start, "codec")
+        if start and codec.start and codec.start.train == "decoder":
+            self._frozen = {name: value for name, value in start.items() if name.startswith(FROZEN)}
+            for part in (net.encoder, net.quantizer):
+                part.requires_grad_(False)
+        # After loading, as the average of the weights begins with what they are now.
+        self.generator = Generator(net, LossBalancer(), codec.balance)
         d = codec.disc
         discriminators = Discriminators(codec.losses, d.periods, d.windows, d.channels, d.stft_window)
         self.gan = Gan(codec, codec.losses, self.generator, discriminators, self._distances, ctx)
@@ -56,7 +73,7 @@ class CodecObjective:
 
     def train_step(self, engines: Mapping[str, Engine], batches: list[Any], step: int) -> dict[str, torch.Tensor]:
         """One update of codec, discriminators, codebooks and averages; all ranks take part."""
-        quantize, latents, codes = step >= self.codec.quantize_from, [], []
+        quantize, latents, codes = step >= self._quantize_from, [], []
         if quantize and not self._initialised:
             self._initialise_codebooks()
 
@@ -72,7 +89,7 @@ class CodecObjective:
         metrics = self.gan.train_step(engines, batches, step, forward)
         samples = sum(b["lengths_B"].sum() for b in batches).to(self.ctx.device, torch.float32, non_blocking=True)
         metrics["units"] = all_sum(samples) / SAMPLE_RATE
-        if quantize:
+        if quantize and not self._frozen:
             # Codebooks move before the average takes in the weights, as factorised codes are weights too.
             quantizer = self.generator.net.quantizer
             replaced_Q = quantizer.update(torch.cat(latents), torch.cat(codes), seed=self.ctx.seed, step=step,
@@ -94,6 +111,7 @@ class CodecObjective:
         net, self._initialised = self.generator.net, True
         if int(net.quantizer.initialised):
             return
+
         def latents(wav_BT: torch.Tensor) -> torch.Tensor:
             return net.latents(wav_BT).transpose(1, 2).flatten(0, 1)
 
@@ -139,12 +157,17 @@ class CodecObjective:
 
     def averaged(self) -> SoundStream:
         """The codec with the averaged weights and the present codebooks, on this worker."""
-        return self.generator.averaged(_soundstream(self.codec).to(self.ctx.device))
+        model = self.generator.averaged(_soundstream(self.codec).to(self.ctx.device))
+        # Folding weight norm rounds, on a GPU in another way than on the CPU: frozen parts must keep every bit.
+        model.load_state_dict(self._frozen, strict=False)
+        return model
 
     def export(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        sizes = self.codec.model_dump(include={"enc_channels", "dec_channels", "dim", "n_q", "vocab", "quantizer", "code_dim"})
-        return self.averaged().state_dict(), {
-            "kind": "soundstream", "sample_rate": SAMPLE_RATE, "strides": list(self.codec.strides), **sizes}
+        return self.averaged().state_dict(), {"kind": "soundstream", "sample_rate": SAMPLE_RATE, **_sizes(self.codec)}
+
+
+def _sizes(codec: CodecConfig) -> dict[str, Any]:
+    return {**codec.model_dump(include=set(SIZES)), "strides": list(codec.strides)}
 
 
 def _soundstream(c: CodecConfig) -> SoundStream:
@@ -154,12 +177,28 @@ def _soundstream(c: CodecConfig) -> SoundStream:
 
 def codec_objective(config: Mapping[str, Any], inputs: Mapping[str, Any],
                     ctx: Context) -> CodecObjective | SpectralObjective:
-    """Factory. config: codec, corpus; inputs: {"manifest": path}. Raises ValueError for configs that cannot train."""
-    if config["codec"].family == "spectral":
-        return spectral_objective(config, inputs, ctx)
-    codec, hop = config["codec"], math.prod(config["codec"].strides)
+    """Factory. config: codec, corpus, and `start` where it starts from an export's weights; inputs: {"manifest": path}.
+
+    Raises ValueError for configs that cannot train, and weights of other sizes.
+    """
+    codec, hop, start = config["codec"], math.prod(config["codec"].strides), config.get("start")
     if hop != ACOUSTIC_HOP:
         raise ValueError(f"codec.strides {codec.strides} make a hop of {hop} samples; their product must be {ACOUSTIC_HOP} "
                          f"(50 Hz at {SAMPLE_RATE} Hz)")
     crops, held_out_BT = training_audio("codec", codec, codec.crop_s, config, inputs["manifest"], ctx)
-    return CodecObjective(codec, crops, held_out_BT, ctx)
+    kind = SpectralObjective if codec.family == "spectral" else CodecObjective
+    return kind(codec, crops, held_out_BT, ctx, codec_start(codec, start) if start else None)
+
+
+def codec_start(codec: CodecConfig, start: StartWeights) -> dict[str, torch.Tensor]:
+    """The weights to start from. Raises ValueError where they are of a codec of another family or of other sizes."""
+    weights, about = read_start(start)
+    require_same(start, {"codec.family": (codec.family, about["kind"])})
+    if codec.family == "spectral":
+        require_same(start, spectral_settings(codec, about))
+        return weights
+    ours = _sizes(codec)
+    if codec.quantizer == "ema":
+        del ours["code_dim"]  # of factorised codes only
+    require_same(start, {f"codec.{name}": (value, about.get(name)) for name, value in ours.items()})
+    return weights

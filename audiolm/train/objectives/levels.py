@@ -20,7 +20,8 @@ INIT_FRAMES = 32  # frames a code for the k-means start, so that hardly any clus
 def draw_levels(seed: int, step: int, row: int, n_q: int, p: float) -> int:
     """The number of levels that a row is decoded with (SoundStream, 2107.03312, III-C), from (seed, step, row) alone.
 
-    With probability p it is uniform in 1 .. n_q, else n_q.  p = 1 is SoundStream's; DAC (2306.06546, 3.3) found that 0.5 costs none of the quality with all levels.
+    With probability p it is uniform in 1 .. n_q, else n_q.  p = 1 is SoundStream's; DAC (2306.06546, 3.3) found that 0.5
+    costs none of the quality with all levels.
     """
     draw = rng.generator(seed, "n_q", step, row)
     # The number is drawn first, so that it does not depend on p: a larger p only adds rows that keep theirs.

@@ -23,6 +23,7 @@ from audiolm.lm.stages import Stage, build_stages
 from audiolm.lm.warm_start import start_from
 from audiolm.train.engine import all_sum
 from audiolm.train.objectives.base import Context, Engine, autocast, pinned
+from audiolm.train.objectives.start import start_stage
 
 FLASH_WIDTH = 256  # of a head, at most: FlashAttention's limit (2307.08691)
 EVAL_BATCH = 8  # validation rows a forward pass
@@ -30,8 +31,8 @@ EVAL_BATCH = 8  # validation rows a forward pass
 
 def lm_objective(config: Mapping[str, Any], inputs: Mapping[str, str], ctx: Context) -> LMObjective:
     """Factory. config: stage ("lm_semantic", "lm_coarse" or "lm_fine"), lm (its StageConfig), dedupe, coarse_levels,
-    rows (validation crops), text_model (where it starts from one); inputs: paths of manifest and of the token stores that
-    the stage reads, semantic_tokens and acoustic_tokens.
+    rows (validation crops), text_model or start (where it starts from one, or from a stage's weights); inputs: paths of
+    manifest and of the token stores that the stage reads, semantic_tokens and acoustic_tokens.
 
     Raises TokenError for stores that do not belong together, ValueError for a stage the codec leaves no room for.
     """
@@ -42,6 +43,8 @@ def lm_objective(config: Mapping[str, Any], inputs: Mapping[str, str], ctx: Cont
     objective = LMObjective(stage, shape, train, dev, dev.fixed(config["rows"]), ctx)
     if config.get("text_model"):
         start_from(objective.modules["lm"], shape, config["text_model"])
+    if config.get("start"):
+        start_stage(objective.modules["lm"], stage, shape, config["start"])
     return objective
 
 

@@ -36,6 +36,7 @@ from audiolm.train.objectives.masked_inputs import (
     masked_inputs,
     measure_inputs,
 )
+from audiolm.train.objectives.start import start_encoder
 
 MIN_ENTROPY = 0.1  # of ln k: below it the targets are as good as constant and the loss says nothing (fairseq PR 4521)
 MIN_STD = 1e-3  # of a crop's MFCC, in units of their scale: silence is not blown up
@@ -191,15 +192,19 @@ def teacher(path: str, device: torch.device, dtype: str, pieces: Iterable[Masked
 
 
 def masked_objective(config: Mapping[str, Any], inputs: Mapping[str, str], ctx: Context) -> MaskedObjective:
-    """Factory. config: model, train, iteration (None: the first), where, corpus, seed; inputs: {"manifest": path} and for
-    an iteration beyond the first also masked_model[_N] and targets_N."""
+    """Factory. config: model, train, iteration (None: the first), where, corpus, seed, and `start` where the first
+    starts from an encoder's weights; inputs: {"manifest": path} and for an iteration beyond the first also
+    masked_model[_N] and targets_N."""
     sizes, seed, iteration = config["model"], config["seed"], config["iteration"]
     data, sample = masked_inputs(config, inputs, ctx)
     if iteration is None:
         model = MaskedModel(encoder_sizes(sizes), sizes.targets_k)
         with one_thread():
             sample = list(sample)  # an hour of log-mels: 115 MB
-            measure_inputs(model.encoder, sample)
+            if config.get("start"):
+                start_encoder(model.encoder, config["start"])
+            else:
+                measure_inputs(model.encoder, sample)
             fit_targets(model, [target_features(*mel_and_frames)[0] for mel_and_frames in sample], seed)
         return MaskedObjective(model, data, ctx)
 

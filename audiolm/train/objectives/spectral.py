@@ -22,9 +22,10 @@ from audiolm.models.mel import HOP
 from audiolm.models.spectral.codec import SpectralCodec, SpectralSizes
 from audiolm.tokenizers.base import ACOUSTIC_HOP, SAMPLE_RATE
 from audiolm.train.engine import all_sum
-from audiolm.train.gan import Generator, quality_sums, rank_batches, training_audio
+from audiolm.train.gan import Generator, quality_sums, rank_batches
 from audiolm.train.objectives.base import Context, Engine, pinned
 from audiolm.train.objectives.levels import INIT_FRAMES, draw_levels, first_frames, level_scores, quantized_scores
+from audiolm.train.objectives.start import load_start
 
 LEAST_FRAMES = 4096  # for the statistics and the principal components
 
@@ -32,9 +33,18 @@ LEAST_FRAMES = 4096  # for the statistics and the principal components
 class SpectralObjective:
     unit = "audio s"
 
-    def __init__(self, codec: CodecConfig, crops: AudioCrops, held_out_BT: torch.Tensor, ctx: Context):
+    def __init__(self, codec: CodecConfig, crops: AudioCrops, held_out_BT: torch.Tensor, ctx: Context,
+                 start: Mapping[str, torch.Tensor] | None = None):
+        """`start`: weights and codebooks of an export, all of which learn or, by codec.start.train, the decoder alone."""
         self.codec, self.crops, self.held_out_BT, self.ctx = codec, crops, held_out_BT, ctx
-        self.generator = Generator(spectral_codec(codec))
+        net = spectral_codec(codec)
+        if start:
+            load_start(net, start, "codec")
+        self.frozen = bool(start and codec.start and codec.start.train == "decoder")
+        if self.frozen:  # encoder and codebooks stay, so that a clip keeps its tokens
+            net.encoder.requires_grad_(False)
+        # After loading, as the average of the weights begins with what they are now.
+        self.generator = Generator(net)
         self.modules = {"generator": self.generator}
         self._reading = threading.Lock()
 
@@ -79,10 +89,11 @@ class SpectralObjective:
         metrics = {**dict(zip(sums, means, strict=True)), "grad_norm/generator": norm}
         samples = sum(b["lengths_B"].sum() for b in batches).to(self.ctx.device, torch.float32, non_blocking=True)
         metrics["units"] = all_sum(samples) / SAMPLE_RATE
-        replaced_Q = net.quantizer.update(torch.cat(latents), torch.cat(codes), seed=self.ctx.seed, step=step, reduce=all_sum,
-                                          rank=self.ctx.rank, world=self.ctx.world)
-        metrics["codes_replaced"] = replaced_Q.sum()
-        metrics |= {f"perplexity/q{q:02d}": p for q, p in enumerate(net.quantizer.perplexity())}
+        if not self.frozen:
+            replaced_Q = net.quantizer.update(torch.cat(latents), torch.cat(codes), seed=self.ctx.seed, step=step,
+                                              reduce=all_sum, rank=self.ctx.rank, world=self.ctx.world)
+            metrics["codes_replaced"] = replaced_Q.sum()
+            metrics |= {f"perplexity/q{q:02d}": p for q, p in enumerate(net.quantizer.perplexity())}
         self.generator.ema.update(dict(net.named_parameters()), self.codec.ema, step)
         return metrics
 
@@ -134,19 +145,27 @@ class SpectralObjective:
     def export(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         model = self.averaged()
         sizes = {name: getattr(model.sizes, name) for name in SpectralSizes.EXPORTED}
-        return model.state_dict(), {"kind": model.kind, "sample_rate": SAMPLE_RATE, **sizes}
+        return model.state_dict(), {"kind": model.kind, "sample_rate": SAMPLE_RATE, **sizes, "fsq": list(model.sizes.fsq)}
 
 
-def spectral_codec(c: CodecConfig) -> SpectralCodec:
-    """The untrained codec of a config."""
+def _sizes(c: CodecConfig) -> SpectralSizes:
     s = c.spectral
-    return SpectralCodec(SpectralSizes(c.n_q, c.vocab, s.n_mels, s.window, s.power, ACOUSTIC_HOP // HOP, c.dim, s.width,
-                                       s.enc_layers, s.dec_layers, c.quantizer, s.fsq, s.iterations, c.code_decay,
-                                       c.dead_share))
+    return SpectralSizes(c.n_q, c.vocab, s.n_mels, s.window, s.power, ACOUSTIC_HOP // HOP, c.dim, s.width, s.enc_layers,
+                         s.dec_layers, c.quantizer, s.fsq, s.iterations, c.code_decay, c.dead_share)
 
 
-def spectral_objective(config: Mapping[str, Any], inputs: Mapping[str, Any], ctx: Context) -> SpectralObjective:
-    """Factory. config: codec, corpus; inputs: {"manifest": path}. Raises ValueError for configs that cannot train."""
-    codec = config["codec"]
-    crops, held_out_BT = training_audio("codec", codec, codec.crop_s, config, inputs["manifest"], ctx)
-    return SpectralObjective(codec, crops, held_out_BT, ctx)
+def spectral_codec(codec: CodecConfig) -> SpectralCodec:
+    """The untrained codec of a config."""
+    return SpectralCodec(_sizes(codec))
+
+
+def spectral_settings(codec: CodecConfig, about: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """{config field: (its value, an export's)} of all that the weights depend on."""
+    sizes, settings = _sizes(codec), {}
+    for name in SpectralSizes.EXPORTED:
+        if name in ("iterations", *(() if codec.quantizer == "fsq" else ("fsq", ))):
+            continue  # no weight depends on it
+        section = "codec" if name in type(codec).model_fields else "codec.spectral"
+        ours, theirs = getattr(sizes, name), about.get(name)
+        settings[f"{section}.{name}"] = (ours, tuple(theirs) if isinstance(theirs, list) else theirs)
+    return settings

@@ -29,6 +29,7 @@ from audiolm.train.objectives.masked_inputs import (
     masked_inputs,
     measure_inputs,
 )
+from audiolm.train.objectives.start import start_encoder
 
 SUMS = ("contrastive", "masked", "contrastive_right", "masked_right", "frames")
 MIN_USE = 0.01  # of the codes: a codebook of a lower perplexity has collapsed
@@ -151,8 +152,12 @@ class W2vBertObjective:
 
 
 def w2vbert_objective(config: Mapping[str, Any], inputs: Mapping[str, str], ctx: Context) -> W2vBertObjective:
-    """Factory. config: model, train, where, corpus, seed; inputs: {"manifest": path}."""
+    """Factory. config: model, train, where, corpus, seed, and `start` where it starts from an encoder's weights;
+    inputs: {"manifest": path}."""
     data, sample = masked_inputs(config, inputs, ctx)
     model = w2vbert_model(config["model"])
-    measure_inputs(model.encoder, sample)
+    if config.get("start"):
+        start_encoder(model.encoder, config["start"])
+    else:
+        measure_inputs(model.encoder, sample)
     return W2vBertObjective(model, data, ctx)

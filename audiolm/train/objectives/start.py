@@ -1,0 +1,109 @@
+"""Weights that a training starts from: reading them as planned, comparing sizes, loading them into a module.
+
+Factories load before there are engines, alike on every rank.  A checkpoint of the build, where there is one, replaces
+what was loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from audiolm.config.lm import StageConfig
+from audiolm.lm.model import FORMAT
+from audiolm.lm.stages import Stage, stage_from_json
+from audiolm.models.conformer import LAYER_CONVENTION, Encoder
+from audiolm.models.transformer import Transformer, TransformerSizes
+from audiolm.tokenizers.artifact import ArtifactError, read_export
+from audiolm.tokenizers.start import StartWeights
+
+ENCODER_FIELDS = ("dim", "layers", "heads", "ff", "conv_kernel")  # of semantic.model; no weight depends on dropout
+STAGE_FIELDS = ("dim", "layers", "heads", "ff", "positions", "gated", "activation", "norm")  # of a StageConfig
+
+
+def read_start(start: StartWeights) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """(weights by name, config) of an export. Raises ArtifactError where it is not the planned one any more."""
+    weights, about, digest = read_export(start.uri)
+    if digest != start.digest:
+        raise ArtifactError(f"{start.field}: the export at {start.uri} changed since this run was planned ({start.digest} -> "
+                            f"{digest}): start it again")
+    return weights, about
+
+
+def require_same(start: StartWeights, settings: Mapping[str, tuple[Any, Any]]) -> None:
+    """Raises ValueError where settings, {config field: (its value, the export's)}, differ; it says what to set."""
+    wrong = [f"{field} is {ours!r}: set it to {theirs!r}" for field, (ours, theirs) in settings.items() if ours != theirs]
+    if wrong:
+        raise ValueError(f"{start.field}: {start.uri} holds a model of another shape: {'; '.join(wrong)}")
+
+
+@torch.no_grad()
+def load_start(module: nn.Module, weights: Mapping[str, torch.Tensor], what: str) -> None:
+    """Loads plain weights into a module whose layers may have weight norm, which exports have folded in.
+
+    Raises ArtifactError, naming `what`, where names or shapes differ.
+    """
+    own = {_plain(name): value.shape for name, value in module.state_dict().items() if not name.endswith(".original0")}
+    wrong = sorted(own.keys() ^ weights.keys()) or [name for name, shape in own.items() if weights[name].shape != shape]
+    if wrong:
+        raise ArtifactError(f"the weights to start from do not fit the {what}: {', '.join(wrong[:5])} differ"
+                            f"{' and more' if len(wrong) > 5 else ''}")
+    for name, value in weights.items():
+        owner, _, leaf = name.rpartition(".")
+        layer = module.get_submodule(owner)
+        if parametrize.is_parametrized(layer, leaf):
+            _set_normed(layer, leaf, value)
+        else:
+            getattr(layer, leaf).copy_(value)
+
+
+def _plain(name: str) -> str:
+    """The name of a weight under weight norm, whose direction, original1, has the weight's shape."""
+    return name.replace("parametrizations.", "").removesuffix(".original1")
+
+
+def _set_normed(layer: nn.Module, leaf: str, value: torch.Tensor) -> None:
+    """Sets a weight under weight norm such that the layer computes with exactly this weight."""
+    setattr(layer, leaf, value.clone())  # through the parametrization's right_inverse, which would keep the tensor itself
+    norm = layer.parametrizations[leaf]
+    # right_inverse takes the norms by another sum than the forward pass of dimensions 0 and -1: a last bit of some weights
+    # would change, and with it a code. With the forward pass's own norms weight / norm * norm is the weight.
+    if norm[0].dim in (0, value.ndim - 1):
+        norm.original0.copy_(torch._weight_norm_interface(norm.original1, norm.original0, norm[0].dim)[1])
+
+
+def start_encoder(encoder: Encoder, start: StartWeights) -> None:
+    """Loads weights and input statistics into a masked model's encoder; what is above it stays new.
+
+    Raises ValueError where the sizes differ.
+    """
+    weights, about = read_start(start)
+    ours, theirs = encoder.sizes.to_json(), about["encoder"]
+    require_same(start, {**{f"semantic.model.{name}": (ours[name], theirs.get(name)) for name in ENCODER_FIELDS},
+                         "mel bands": (ours["n_mels"], theirs.get("n_mels")),
+                         "layer convention": (LAYER_CONVENTION, about.get("layer_convention"))})
+    prefix = "encoder."  # a tokenizer's export has z-scores and centroids beside it
+    load_start(encoder, {n.removeprefix(prefix): value for n, value in weights.items() if n.startswith(prefix)}, "encoder")
+
+
+def start_stage(model: Transformer, stage: Stage, shape: StageConfig, start: StartWeights) -> None:
+    """Loads a trained stage's weights. Raises ValueError where shape, vocabulary or layout differ."""
+    weights, about = read_start(start)
+    require_same(start, {"the export's format": (FORMAT, about.get("format", 1))})
+    sizes, theirs, section = TransformerSizes(**about["model"]), stage_from_json(about["stage"]), f"lm.{stage.name}"
+    settings = {f"{section}.{name}": (getattr(shape, name), getattr(sizes, name)) for name in STAGE_FIELDS}
+    # Of the layout only what the stage's own ids depend on; the tokenizers' sizes as the token stores have them.
+    if stage.needs_semantic:
+        settings |= {"semantic.kmeans.k": (stage.k, theirs.k), "lm.dedupe": (stage.dedupe, theirs.dedupe)}
+    if stage.needs_acoustic:
+        settings |= {"codec.vocab": (stage.vocab, theirs.vocab), "lm.coarse_levels": (stage.n_coarse, theirs.n_coarse)}
+    if stage.name == "fine":
+        settings["codec.n_q"] = (stage.levels[1], theirs.levels[1])
+    if shape.positions == "t5":  # distances share biases by the longest of them
+        settings[f"{section}.crop_s"] = (stage.crop_s, theirs.crop_s)
+    require_same(start, settings)
+    load_start(model, weights, f"stage {stage.name}")
