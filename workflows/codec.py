@@ -27,8 +27,9 @@ def parser() -> argparse.ArgumentParser:
     decode = do.add_parser("decode", help="codes files to audio files", description="Writes one 16-bit audio file per codes "
                            "file, at the codec's sample rate and as long as the original.")
     evaluate = do.add_parser("evaluate", help="quality against bit rate, beside Opus and Lyra", description="Prints PESQ, "
-                             "ViSQOL, STOI, SI-SDR and mel distance of the codec at some numbers of levels and of Opus (and "
-                             "Lyra v2 with --lyra) on the same clips.")
+                             "ViSQOL, STOI, SI-SDR, mel distance and WER of the codec at some numbers of levels and of Opus "
+                             "(and Lyra v2 with --lyra) on the same clips. WER is against what the recogniser hears in the "
+                             "original.")
     sounds = f"audio files, or folders to search for {', '.join(AUDIO)}"
     for sub, kind in ((encode, sounds), (decode, "codes files, or folders to search for .safetensors"),
                       (evaluate, f"held-out {sounds}")):
@@ -50,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def evaluate(codec, args: argparse.Namespace) -> int:
+def evaluate(codec, args: argparse.Namespace, device: str) -> int:
     """Prints `eval.codec_quality.compare` of the clips, which are the first --seconds of --clips files."""
     from soundfile import SoundFileError
 
@@ -58,6 +59,7 @@ def evaluate(codec, args: argparse.Namespace) -> int:
     from audiolm.data.audio import SAMPLE_RATE_HZ, start_of
     from audiolm.data.sources import AUDIO
     from audiolm.eval.codec_quality import compare, format_table
+    from audiolm.eval.codec_wer import Spoken
     from audiolm.eval.models.baseline_codecs import baselines
     from audiolm.tokenizers import codec_files
 
@@ -72,7 +74,7 @@ def evaluate(codec, args: argparse.Namespace) -> int:
             print(f"left out: {path}: {e}", file=sys.stderr)  # the table says how many clips it is of
     if not wavs:
         raise ValueError("none of the files can be read: name others")
-    table = compare(codec, wavs, baselines(args.lyra), args.levels)
+    table = compare(codec, wavs, baselines(args.lyra), args.levels, spoken=Spoken(wavs, device=device))
     print(format_table(table))
     if args.json:
         store.put(args.json, json.dumps(table, indent=1).encode())
@@ -98,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
     device = pick_device(args.device)
     codec = codec_files.open_codec(args.codec, device)
     if args.do == "evaluate":
-        return evaluate(codec, args)
+        return evaluate(codec, args, device)
     if args.levels is not None and not 1 <= args.levels <= codec.spec.n_q:
         raise ValueError(f"--levels {args.levels}: this codec has 1 to {codec.spec.n_q}")
     # Encode reads audio and writes codes; decode the other way round.

@@ -90,7 +90,8 @@ def codec_steps(cfg: Pipeline, common: dict, manifest: Step) -> tuple[Step, Step
     else:
         codec = Step("codec", FUNCTIONS["train_codec"], {**common, "codec": config}, (manifest,), trains=config.train)
     metrics = CodecMetricsConfig(where=config.where, clips=ev.clips, clip_s=ev.clip_s, visqol=ev.visqol,
-                                 coarse_levels=cfg.lm.coarse_levels, with_lyra=ev.lyra is not None, lyra=ev.lyra)
+                                 wer=ev.wer, asr=cfg.tables.asr, coarse_levels=cfg.lm.coarse_levels,
+                                 with_lyra=ev.lyra is not None, lyra=ev.lyra)
     figures = {"cluster": cfg.cluster, "corpus": cfg.corpus, "figures": metrics}
     return codec, Step("codec_figures", FUNCTIONS["measure_codec"], figures, (manifest, codec))
 

@@ -88,4 +88,6 @@ class CodecMetricsConfig(Config):
     coarse_levels: int
     with_lyra: bool
     visqol: bool
+    wer: int = 0
+    asr: PathField | None = None
     lyra: Runtime[PathField | None]
