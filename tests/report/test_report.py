@@ -126,6 +126,8 @@ def example(folder: Path) -> dict[str, Artifact]:
 
 def test_a_complete_report(tmp_path):
     inputs = example(tmp_path)
+    put(Path(inputs["codec_figures"].path) / "gates.json", {
+        "wer": {"ok": False, "forced": False, "text": "the codec is not understood", "figures": {}}})
     put(Path(inputs["lm_fine"].path) / "gates.json", {
         "unigram": {"ok": True, "forced": False, "text": "not this", "figures": {}},
         "conditioning": {"ok": False, "forced": True, "text": "the prefix is not used", "figures": {}}})
@@ -139,7 +141,8 @@ def test_a_complete_report(tmp_path):
                  "abcdef012345", "rejected 2 (silent 1, too short 1)", "train.steps", "mean run", "36.80",
                  "Held-out clip 9009-1", "Opus (opusenc), 6 kb/s", "5.87", "4.64", "No ViSQOL: visqol-python is not installed.",
                  "WER %", "91.2", "33.5", "WER: 4 utterances, 57 words, by Whisper tiny.en, against their texts.",
-                 "✗ no gain from 5", "Levels that do not lower the mel distance: 5.",
+                 "✗ a gate failed: the codec is not understood (told only)", "✗ no gain from 5",
+                 "Levels that do not lower the mel distance: 5.",
                  "✗ fine stage, a gate failed: the prefix is not used (forced)"):
         assert text in found.text, text
     sounds = [a for a in found.addresses if a.startswith("data:audio/flac;base64,")]

@@ -18,7 +18,7 @@ from audiolm.config.codec import CodecMetricsConfig
 from audiolm.data.audio import wav_bytes
 from audiolm.data.parallel import cluster_device, parallel_map
 from audiolm.data.sources import roots
-from audiolm.eval import test_sets
+from audiolm.eval import codec_gates, test_sets
 from audiolm.eval.codec_quality import compare, default_levels, reconstructions
 from audiolm.eval.codec_wer import Spoken
 from audiolm.eval.ladder import held_out
@@ -31,14 +31,17 @@ PLAYERS = 2  # clips with players at several numbers of levels
 
 def measure_codec(config: dict[str, Any], inputs: dict[str, Any], out: Any) -> dict[str, Any]:
     """Step function. config: figures (CodecMetricsConfig), corpus, cluster; inputs: manifest, codec. Returns the main
-    figures, flat. Raises ValueError where nothing is held out."""
-    began, cluster = time.monotonic(), config["cluster"]
-    device = cluster_device(cluster, out.inline)
-    paths = {name: artifact.path for name, artifact in inputs.items()}
-    item = (config["figures"], roots(config["corpus"]), paths, out.path, device)
-    table, = parallel_map(codec_part, [item], out=out, cluster=cluster, unit="tables", gpu=device == "cuda")
-    store.put_json(store.join(out.path, "codec.json"), table)
-    return {**flat_facts(table), "seconds": round(time.monotonic() - began, 3)}
+    figures, flat, with those of the gates. Raises ValueError where nothing is held out, GateFailed (codec_gates)."""
+    began, cluster, file = time.monotonic(), config["cluster"], store.join(out.path, "codec.json")
+    # A build that a gate stopped has its table: the rerun, forced or not, only checks it again.
+    if (table := store.get_json(file)) is None:
+        device = cluster_device(cluster, out.inline)
+        paths = {name: artifact.path for name, artifact in inputs.items()}
+        item = (config["figures"], roots(config["corpus"]), paths, out.path, device)
+        table, = parallel_map(codec_part, [item], out=out, cluster=cluster, unit="tables", gpu=device == "cuda")
+        store.put_json(file, table)
+    gates = codec_gates.check_codec(table, config["figures"].gates, out)
+    return {**flat_facts(table), **gates, "seconds": round(time.monotonic() - began, 3)}
 
 
 def codec_part(want: CodecMetricsConfig, source_roots: dict[str, str], paths: dict[str, str], folder: str,
