@@ -30,8 +30,9 @@ def parser() -> argparse.ArgumentParser:
     decode = do.add_parser("decode", help="codes files to audio files", description="Writes one 16-bit audio file per codes "
                            "file, at the codec's sample rate and as long as the original.")
     evaluate = do.add_parser("evaluate", help="quality against bit rate, beside Opus and Lyra", description="Prints PESQ, "
-                             "ViSQOL, STOI, SI-SDR and mel distance of the codec at some numbers of levels and of Opus (and "
-                             "Lyra v2 with --lyra) on the same clips.")
+                             "ViSQOL, STOI, SI-SDR, mel distance and WER of the codec at some numbers of levels and of Opus "
+                             "(and Lyra v2 with --lyra) on the same clips. WER is against what the recogniser hears in the "
+                             "original.")
     add_publish(do.add_parser("publish", help="a trained codec as float16 weights to ship", description="Writes the export of "
                               "a codec build in float16, and its recipe, as a folder that --codec and audiolm.load_codec take. "
                               "Compares its codes with the build's on the INPUTs or on a synthetic sound."))
@@ -89,13 +90,15 @@ def read_clips(inputs: list[str], clips: int, seconds: float) -> list:
     return wavs
 
 
-def evaluate(codec, args: argparse.Namespace) -> int:
+def evaluate(codec, args: argparse.Namespace, device: str) -> int:
     """Prints `eval.codec_quality.compare` of the clips, which are the first --seconds of --clips files."""
     from audiolm import store
     from audiolm.eval.codec_quality import compare, format_table
+    from audiolm.eval.codec_wer import Spoken
     from audiolm.eval.models.baseline_codecs import baselines
 
-    table = compare(codec, read_clips(args.inputs, args.clips, args.seconds), baselines(args.lyra), args.levels)
+    wavs = read_clips(args.inputs, args.clips, args.seconds)
+    table = compare(codec, wavs, baselines(args.lyra), args.levels, spoken=Spoken(wavs, device=device))
     print(format_table(table))
     if args.json:
         store.put(args.json, json.dumps(table, indent=1).encode())
@@ -143,7 +146,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.codec and place != DEFAULT_RUN:
         print(f"there is no {DEFAULT_RUN}: the published codec {place} is used", flush=True)
     if args.do == "evaluate":
-        return evaluate(codec, args)
+        return evaluate(codec, args, device)
     if args.levels is not None and not 1 <= args.levels <= codec.spec.n_q:
         raise ValueError(f"--levels {args.levels}: this codec has 1 to {codec.spec.n_q}")
     # Encode reads audio and writes codes; decode the other way round.

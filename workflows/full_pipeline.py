@@ -67,7 +67,9 @@ def graph(cfg: Pipeline) -> list[Step]:
                   "rows": ev.rows, **started(name.replace("_", "."), size.start, name)}
         if size.warm_start:
             config["text_model"] = text_model(size.warm_start.uri)
-        return Step(name, FUNCTIONS["train_lm"], config, (manifest, *stores), trains=size.train, version=2)
+        # A codec that fails its gates stops the stages that would learn its codes; its figures are no input of theirs.
+        gate = (codec_figures,) if y in stores else ()
+        return Step(name, FUNCTIONS["train_lm"], config, (manifest, *stores), trains=size.train, version=2, after=gate)
 
     stages = [stage("lm_semantic", lm.semantic, z), stage("lm_coarse", lm.coarse, z, y)]
     if cfg.has_fine:
@@ -101,7 +103,8 @@ def codec_steps(cfg: Pipeline, common: dict, manifest: Step) -> tuple[Step, Step
         codec = Step("codec", FUNCTIONS["train_codec"],
                      {**common, "codec": config, **started("codec", config.start, "codec")}, (manifest,), trains=config.train)
     metrics = CodecMetricsConfig(where=config.where, clips=ev.clips, clip_s=ev.clip_s, visqol=ev.visqol,
-                                 coarse_levels=cfg.lm.coarse_levels, with_lyra=ev.lyra is not None, lyra=ev.lyra)
+                                 wer=ev.wer, asr=cfg.tables.asr, coarse_levels=cfg.lm.coarse_levels,
+                                 with_lyra=ev.lyra is not None, lyra=ev.lyra, gates=config.gates)
     figures = {"cluster": cfg.cluster, "corpus": cfg.corpus, "figures": metrics}
     return codec, Step("codec_figures", FUNCTIONS["measure_codec"], figures, (manifest, codec))
 

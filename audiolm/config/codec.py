@@ -89,6 +89,8 @@ class CodecConfig(Config):
     disc: CodecDiscriminatorsConfig = CodecDiscriminatorsConfig()
     ema: float = 0.999  # of the weights: the average is validated and exported
     crop_s: float = 0.48
+    gates: Runtime[Literal["stop", "warn"]] = Field("stop", description="what a failed gate of codec_figures does: words not "
+                                                                        "understood, codes collapsed")
     # Ours: the paper does not say how its codec was trained.
     train: TrainConfig = TrainConfig(steps=400_000, batch=64, lr=1e-4, decay_steps=200_000, betas=(0.8, 0.99),
                                      weight_decay=0.01, clip=10.0, dtype="bfloat16", zero=0)
@@ -123,4 +125,7 @@ class CodecMetricsConfig(Config):
     coarse_levels: int
     with_lyra: bool
     visqol: bool
+    wer: int = 0
+    asr: PathField | None = None
     lyra: Runtime[PathField | None]
+    gates: Runtime[Literal["stop", "warn"]] = "stop"

@@ -14,6 +14,8 @@ class EvaluateConfig(Config):
     clip_s: float = Field(8.0, gt=0, description="seconds of each such clip")
     rows: int = Field(64, ge=1, description="held-out crops a stage's losses are measured on")
     visqol: bool = Field(True, description="score codecs by ViSQOL too: 2 s a clip, codec and number of levels")
+    wer: int = Field(8, ge=0, description="held-out utterances whose words a recogniser (tables.asr) must find again after the "
+                                          "codec: 1 s for each, codec and number of levels; 0: none, as for music")
     lyra: Runtime[PathField | None] = Field(
         None, description="folder or URI of Lyra v2's .tflite models, to set it beside the codec")
 

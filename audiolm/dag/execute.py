@@ -50,11 +50,12 @@ def execute(rows: list[PlanRow], store: str, *, force: Iterable[str] = (), inlin
         results.put((row, _with_retries(run, *again, inline)))
 
     def launch() -> None:
-        """Starts every step whose inputs exist and, for training steps, whose turn it is."""
+        """Starts every step whose inputs exist, that has nothing to wait for and, for training steps, whose turn it is."""
         for row in list(todo):
             inputs = {u.name: built[u.name] for u in row.step.inputs if u.name in built}
             slots_taken = sum(bool(r.step.trains) for r in running) >= slots
-            if len(inputs) < len(row.step.inputs) or (row.step.trains and slots_taken) or (inline and running):
+            waits = {s.name for s in row.step.after} & {r.step.name for r in (*todo, *running)}
+            if len(inputs) < len(row.step.inputs) or waits or (row.step.trains and slots_taken) or (inline and running):
                 continue
             todo.remove(row)
             running.add(row)

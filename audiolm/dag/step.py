@@ -43,6 +43,7 @@ class Step:
     inputs: tuple[Step, ...] = ()
     version: int = 1  # raise it when the meaning of fn changes
     trains: Any = False  # a training step: its TrainConfig; it takes one of the cluster's training slots
+    after: tuple[Step, ...] = ()  # order alone, as behind a gate: waits for these where the same run builds them
 
     @property
     def recipe(self) -> dict:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from audiolm.eval.codec_wer import NO_WER, Spoken, WordErrors, wer_note, word_errors
 from audiolm.eval.metrics.audio_quality import (
     METRICS,
     Scorers,
@@ -71,37 +72,53 @@ def codec_figures(codec: Codec, wavs: list[np.ndarray], levels: Sequence[int] | 
 
 
 def compare(codec: Codec | None, wavs: list[np.ndarray], baselines: Sequence[Baseline] = (),
-            levels: Sequence[int] | None = None, with_visqol: bool = True) -> dict[str, Any]:
+            levels: Sequence[int] | None = None, with_visqol: bool = True, spoken: Spoken | None = None) -> dict[str, Any]:
     """One table of the original against itself, the baselines and the codec at some numbers of levels (None: no codec).
 
-    "rows": codec, n_q (ours alone), kbps, pesq, visqol, stoi, si_sdr (dB), mel, scored; "levels": the same of ours at
-    every number of levels, with gain; "usage": level, used (codes), share, perplexity.  The rest is as in
-    `codec_figures`, "absent" with the baselines'.  Raises ValueError without wavs.
+    "rows": codec, n_q (ours alone), kbps, pesq, visqol, stoi, si_sdr (dB), mel, scored, wer (%) and wer_interval of the
+    clips of `spoken`; "levels": the same of ours at every number of levels, with gain; "usage": level, used (codes), share,
+    perplexity; "wer": clips, words, reference and asr, None where there is no WER.  The rest is as in `codec_figures`,
+    "absent" with the baselines'.  Raises ValueError without wavs.
     """
     if not wavs:
         raise ValueError("compare got no clips: give audio of at least a second")
-    have = scorers(with_visqol)
-    # The original against itself gives the top of each scale.
-    rows = [{"codec": "identity", "n_q": None, "kbps": None, **_reported(measure(wavs, wavs, have.by_name))}]
+    have, words = scorers(with_visqol), word_errors(spoken)
     absent = dict(have.absent)
+    if isinstance(words, str):
+        absent["wer"], words = words, None
+    # The original against itself gives the top of each scale.
+    rows = [{"codec": "identity", "n_q": None, "kbps": None, **_reported(measure(wavs, wavs, have.by_name)),
+             **(words.original() if words else NO_WER)}]
     for baseline in baselines:
         if baseline.round_trip is None:
             absent[baseline.codec] = baseline.absent
             continue
         decoded, bits = zip(*map(baseline.round_trip, wavs), strict=True)
         rows.append({"codec": baseline.codec, "n_q": None, "kbps": sum(bits) / _seconds(wavs) / 1000,
-                     **_reported(measure(wavs, decoded, have.by_name))})
-    table = {"absent": absent, "visqol": have.visqol, "clips": len(wavs), "seconds": _seconds(wavs)}
+                     **_reported(measure(wavs, decoded, have.by_name)),
+                     **(words.of(baseline.round_trip(wav)[0] for wav in words.wavs) if words else NO_WER)})
+    table = {"absent": absent, "visqol": have.visqol, "wer": words and words.about, "clips": len(wavs),
+             "seconds": _seconds(wavs)}
     if codec is None:
         return {"rows": rows, **table}
     levels = default_levels(codec) if levels is None else levels
     figures = codec_figures(codec, wavs, levels, have)
-    ours = [{"n_q": r["n_q"], "kbps": r["bits_per_s"] / 1000, **_reported(r), "gain": r["gain"]} for r in figures["levels"]]
+    wer = _wer_by_levels(codec, words, levels)
+    ours = [{"n_q": r["n_q"], "kbps": r["bits_per_s"] / 1000, **_reported(r), **wer.get(r["n_q"], NO_WER), "gain": r["gain"]}
+            for r in figures["levels"]]
     rows += [{"codec": "this codec", **{k: v for k, v in r.items() if k != "gain"}} for r in ours if r["n_q"] in levels]
     usage = [{"level": r["level"], "used": round(r["used"] * codec.spec.vocab), "share": r["used"],
               "perplexity": r["perplexity"]} for r in figures["codebooks"]]
     return {"rows": rows, "levels": ours, "usage": usage, "mean_spectrum_mel": figures["mean_spectrum_mel"],
             "levels_that_do_not_help": figures["levels_that_do_not_help"], **table}
+
+
+def _wer_by_levels(codec: Codec, words: WordErrors | None, levels: Sequence[int]) -> dict[int, dict[str, Any]]:
+    """The WER of the codec at each number of levels; its clips are encoded once."""
+    if words is None:
+        return {}
+    codes = encode(codec, words.wavs)
+    return {q: words.of(decode(codec, c[:, :q], len(w)) for c, w in zip(codes, words.wavs, strict=True)) for q in levels}
 
 
 def _reported(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -110,24 +127,27 @@ def _reported(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def format_table(table: Mapping[str, Any]) -> str:
     """The rows of `compare` as aligned text, by bit rate, with `notes` below; a metric without any value has no column."""
-    heads = [(name, head, digits) for name, head, digits in HEADS if any(r[name] is not None for r in table["rows"])]
+    heads = [(name, head, digits) for name, head, digits in HEADS if any(r.get(name) is not None for r in table["rows"])]
     lines = [[head for _, head, _ in heads]]
     for row in sorted(table["rows"], key=lambda r: (r["kbps"] is not None, r["kbps"] or 0)):
-        cells = ("-" if row[name] is None else f"{row[name]:.{digits}f}" if digits else str(row[name])
+        cells = ("-" if row.get(name) is None else f"{row[name]:.{digits}f}" if digits else str(row[name])
                  for name, _, digits in heads)
         lines.append(list(cells))
     return text_table(lines, notes(table))
 
 
+# (field, title, digits)
 HEADS = (("codec", "codec", 0), ("n_q", "levels", 0), ("kbps", "kb/s", 2), ("pesq", "PESQ", 2), ("visqol", "ViSQOL", 2),
-         ("stoi", "STOI", 3), ("si_sdr", "SI-SDR dB", 1), ("mel", "mel distance", 3))  # (field, title, digits)
+         ("stoi", "STOI", 3), ("si_sdr", "SI-SDR dB", 1), ("mel", "mel distance", 3), ("wer", "WER %", 1))
 
 
 def notes(table: Mapping[str, Any]) -> list[str]:
-    """Remarks below the table: clips, ViSQOL's mapper, absent metrics, levels that do not help."""
+    """Remarks below the table: clips, WER's reference, ViSQOL's mapper, absent metrics, levels that do not help."""
     labels = {name: head for name, head, _ in HEADS}
     lines = [f"{table['clips']} clips, {table['seconds']:.1f} s; identity is the original against itself; rates count "
              "the packets' bits."]
+    if table.get("wer"):
+        lines.append(wer_note(table["wer"]))
     lines += quality_notes(table, labels)
     if useless := table.get("levels_that_do_not_help"):
         lines.append(f"Levels that do not lower the mel distance: {', '.join(map(str, useless))}.")

@@ -115,8 +115,11 @@ def _path(out: Any) -> str:
     return join(out.path, "gates.json")
 
 
-def _pass(config: Mapping[str, Any], out: Any, verdicts: Mapping[str, Verdict], state: str) -> dict[str, Verdict]:
-    """Writes the verdicts and returns all of the build. Raises GateFailed for a failure that is not forced."""
+def settle(out: Any, verdicts: Mapping[str, Verdict], state: str, gates: str, step: str, field: str) -> dict[str, Verdict]:
+    """Writes the verdicts and returns all of the build. Raises GateFailed for a failure that is not forced.
+
+    `gates`: stop or warn, the value of the config's `field`; `state`: what the failure leaves of the step's work.
+    """
     known = get_json(_path(out)) or {}
     for name, verdict in verdicts.items():
         # --force counts for a failure that an earlier run has listed, not for a new one.
@@ -125,8 +128,13 @@ def _pass(config: Mapping[str, Any], out: Any, verdicts: Mapping[str, Verdict], 
     put_json(_path(out), known)
     stopping = [f"{v['text']}. Look at {v['look']}" for k, v in sorted(known.items())
                 if k in verdicts and not (v["ok"] or v["forced"])]
-    if stopping and config["lm"].gates == "stop":
-        name = config["stage"]
-        raise GateFailed(f"{'. And '.join(stopping)}. To go on all the same ({state}): --force {name}; to be told only: "
-                         f"lm.{name.removeprefix('lm_')}.gates=warn")
+    if stopping and gates == "stop":
+        raise GateFailed(f"{'. And '.join(stopping)}. To go on all the same ({state}): --force {step}; to be told only: "
+                         f"{field}=warn")
     return known
+
+
+def _pass(config: Mapping[str, Any], out: Any, verdicts: Mapping[str, Verdict], state: str) -> dict[str, Verdict]:
+    """`settle` of a language-model stage."""
+    name = config["stage"]
+    return settle(out, verdicts, state, config["lm"].gates, name, f"lm.{name.removeprefix('lm_')}.gates")

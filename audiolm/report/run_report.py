@@ -185,6 +185,7 @@ def _codec(codec: Mapping[str, Any], folder: str, plot: _Plots) -> Section:
             series.setdefault(r["codec"], []).append((r["kbps"], r["pesq"]))
     rates = plots.rate_quality(series, "Quality over bit rate", "PESQ, wide band") if series else None
     return Section("codec", "Codec", "codec.html", {
+        "gates": stage_gates.failures(folder) if folder else [],
         "codecs": _quality(rows, HEADS), "notes": notes(codec) if rows else [],
         "rate_picture": plot.add("codec-rate", rates, "PESQ of each codec over its bit rate") if rates else "",
         "mean_spectrum": mean_spectrum, "beats_mean": None if None in (best, mean_spectrum) else

@@ -257,6 +257,33 @@ def test_training_steps_take_turns_while_others_overlap(store):
     assert most["train"] == 1 and most["all"] >= 2
 
 
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("inline", [False, True])
+def test_a_step_waits_for_the_gate_that_it_comes_after_and_is_the_same_step(store, fails, inline):
+    order = []
+
+    def work(config, inputs, out):
+        time.sleep(0.2 if out.name == "gate" and not inline else 0)
+        if fails and out.name == "gate":
+            raise ValueError("not good enough")
+        order.append(out.name)
+
+    source = Step("source", work)
+    gate = Step("gate", work, {}, (source,))
+    stage = Step("stage", work, {}, (source,), after=(gate,))
+    assert stage.fingerprint == Step("stage", work, {}, (source,)).fingerprint
+    steps = [source, stage, gate]  # its place in the list does not matter
+    if fails:
+        with pytest.raises(StepFailed, match="gate failed: ValueError: not good enough"):
+            execute(plan(steps, store), store, inline=inline)
+        assert order == ["source"]
+        execute(plan(steps, store, only=["stage"]), store, inline=inline)  # a gate that does not run holds nothing up
+        assert order == ["source", "stage"]
+    else:
+        execute(plan(steps, store), store, inline=inline)
+        assert order == ["source", "gate", "stage"]
+
+
 def test_a_step_is_launched_again_only_after_a_worker_died(store):
     tries = []
 

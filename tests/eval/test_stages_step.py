@@ -179,7 +179,7 @@ def test_codec_figures_beside_the_original_and_opus(world, tmp_path):
     assert gains[0] is None and gains[1:] == pytest.approx([mels[0] - mels[1], mels[1] - mels[2]], abs=1e-6)
     assert table["levels_that_do_not_help"] == [q for q, gain in zip((2, 3), gains[1:], strict=True) if gain <= 0]
     assert facts["levels_that_do_not_help"] == len(table["levels_that_do_not_help"])
-    assert table["absent"]["Lyra v2"].startswith("no folder")
+    assert table["absent"]["Lyra v2"].startswith("no folder") and "evaluate.wer" in table["absent"]["wer"]
     assert [p["clip"] for p in table["players"]] == ["a/test-0", "a/test-1"]
     for player in table["players"]:
         labels = [f["label"] for f in player["files"]]
@@ -191,7 +191,7 @@ def test_codec_figures_beside_the_original_and_opus(world, tmp_path):
 
 
 def test_levels_that_do_not_help_are_counted():
-    figures = {"pesq": None, "stoi": None, "si_sdr": 3.0, "mel": 0.5}
+    figures = {"pesq": None, "stoi": None, "si_sdr": 3.0, "mel": 0.5, "wer": None}
     table = {"visqol": None, "mean_spectrum_mel": 1.0, "levels": [{**figures, "mel": 9.0}, figures],
              "levels_that_do_not_help": [2, 4]}
     assert flat_facts(table) == {"si_sdr": 3.0, "mel": 0.5, "mean_spectrum_mel": 1.0, "levels_that_do_not_help": 2.0}

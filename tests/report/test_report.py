@@ -59,15 +59,18 @@ def build(folder: Path, step: str) -> Path:
 def codec_figures(inputs: dict[str, Artifact]) -> dict:
     levels = [{"n_q": q, "kbps": 0.4 * q, "pesq": 1.1 + 0.1 * q if q in (1, 6) else None, "visqol": None, "stoi": 0.5,
                "si_sdr": None if q == 1 else -5.0 + q, "mel": 1.0 - 0.1 * q, "gain": None if q == 1 else 0.1,
+               "wer": {1: 91.25, 6: 33.5}.get(q),
                "scored": {"pesq": 2}} for q in range(1, 7)]
     others = [{"codec": name, "n_q": None, "kbps": kbps, "pesq": pesq, "visqol": None, "stoi": 0.9, "si_sdr": None, "mel": 0.3,
-               "scored": {"pesq": 2}} for name, kbps, pesq in (("identity", None, 4.64), ("Opus (opusenc)", 5.87, 2.17))]
+               "wer": 8.125, "scored": {"pesq": 2}} for name, kbps, pesq in (
+        ("identity", None, 4.64), ("Opus (opusenc)", 5.87, 2.17))]
     labels = ("original", "1 level, 0.4 kb/s", "6 levels, 2.4 kb/s", "Opus (opusenc), 6 kb/s")
     files = [{"label": label, "file": f"ui/codec/9009-1-{i}.wav"} for i, label in enumerate(labels)]
     for i, f in enumerate(files):
         tone(Path(inputs["codec_figures"].path) / f["file"], 1.0, 200.0 + 100 * i)
     return {"levels": levels, "rows": [*others, *({"codec": "this codec", **r} for r in levels if r["pesq"])],
             "levels_that_do_not_help": [5], "absent": {"visqol": "visqol-python is not installed"}, "visqol": None,
+            "wer": {"clips": 4, "words": 57, "reference": "texts", "asr": "Whisper tiny.en"},
             "usage": [{"level": q, "used": 200 - 10 * q, "perplexity": 120.0 - 9 * q} for q in range(1, 7)],
             "mean_spectrum_mel": 1.2, "clips": 2, "seconds": 8.0, "players": [{"clip": "9009-1", "files": files}]}
 
@@ -123,6 +126,8 @@ def example(folder: Path) -> dict[str, Artifact]:
 
 def test_a_complete_report(tmp_path):
     inputs = example(tmp_path)
+    put(Path(inputs["codec_figures"].path) / "gates.json", {
+        "wer": {"ok": False, "forced": False, "text": "the codec is not understood", "figures": {}}})
     put(Path(inputs["lm_fine"].path) / "gates.json", {
         "unigram": {"ok": True, "forced": False, "text": "not this", "figures": {}},
         "conditioning": {"ok": False, "forced": True, "text": "the prefix is not used", "figures": {}}})
@@ -135,7 +140,9 @@ def test_a_complete_report(tmp_path):
                  "(1.1 % over); fine stage (1.9 % over).", "✗ not used", "✓ 0.200 lost without it", "9010-2",
                  "abcdef012345", "rejected 2 (silent 1, too short 1)", "train.steps", "mean run", "36.80",
                  "Held-out clip 9009-1", "Opus (opusenc), 6 kb/s", "5.87", "4.64", "No ViSQOL: visqol-python is not installed.",
-                 "✗ no gain from 5", "Levels that do not lower the mel distance: 5.",
+                 "WER %", "91.2", "33.5", "WER: 4 utterances, 57 words, by Whisper tiny.en, against their texts.",
+                 "✗ a gate failed: the codec is not understood (told only)", "✗ no gain from 5",
+                 "Levels that do not lower the mel distance: 5.",
                  "✗ fine stage, a gate failed: the prefix is not used (forced)"):
         assert text in found.text, text
     sounds = [a for a in found.addresses if a.startswith("data:audio/flac;base64,")]

@@ -257,6 +257,7 @@ def test_evaluate_prints_the_codec_beside_others(tmp_path, built, capsys):
     assert run(*argv) == 0
     text, table = capsys.readouterr().out, stores.get_json(str(tmp_path / "table.json"))
     assert "2 clips, 3.0 s" in text and "SI-SDR" in text and "Lyra" in text  # the last among what is absent, and why
+    assert "WER" in text and ("wer" in table["absent"]) != (table["rows"][0]["wer"] == 0)  # no words in it, or no packages
     ours = [row for row in table["rows"] if row["codec"] == "this codec"]
     assert [(row["n_q"], round(row["kbps"], 2)) for row in ours] == [(1, 0.2), (3, 0.6)]
     assert table["rows"][0]["codec"] == "identity" and table["rows"][0]["mel"] == 0
