@@ -50,7 +50,7 @@ class SpectralConfig(Config):
                                                            "their product is codec.vocab")
     iterations: int = Field(15, ge=1, description="of Griffin-Lim, which finds the phases")
     square: float = Field(0.3, ge=0, description="weight of the squared distance of log-mels beside the absolute one")
-    gain_db: float = Field(6.0, ge=0, description="largest change of loudness in training, up or down")
+    gain_db: float = Field(10.0, ge=0, description="largest change of loudness in training, up or down")
 
 
 class CodecConfig(Config):
