@@ -47,6 +47,9 @@ W2VBERT = ["semantic.iterations=[]", "semantic.model.objective=w2vbert",
 BALANCED = ["codec.balance=true", "codec.weights={reconstruction: 1, waveform: 1, feature: 1, adversarial: 0.3}"]
 PAPER = ["codec.losses=soundstream", "codec.quantizer=factorised", "codec.code_dim=4",
          "codec.weights={reconstruction: 1, feature: 100}"]
+SPECTRAL = ["codec.family=spectral", "codec.quantize_from=0", "codec.weights={commitment: 0.1}", "codec.quantizer_dropout=0.5",
+            "codec.spectral={n_mels: 20, width: 16, enc_layers: 1, dec_layers: 1, iterations: 4}"]
+FSQ = [*SPECTRAL, "codec.quantizer=fsq", "codec.spectral.fsq=[4, 4]"]
 SHIPPED = ("quickstart", "speech", "piano", "paper")
 FRAMES = {"train": [300, 250, 160, 100, 60, 17, 9, 5], "dev": [180, 90, 33, 12]}  # of the planted clips, at 25 Hz
 
@@ -153,6 +156,7 @@ GOLDENS: dict[str, Callable[[str], dict]] = {
     "lm_fine": training("lm_fine"), "masked": training("masked_model"), "masked_2": training("masked_model_2"),
     "w2vbert": training("masked_model", *W2VBERT), "codec": training("codec"),
     "codec_balanced": training("codec", *BALANCED), "codec_paper": training("codec", *PAPER),
+    "codec_spectral": training("codec", *SPECTRAL), "codec_fsq": training("codec", *FSQ),
     "vocoder": training("semantic_vocoder"), "pipeline": pipeline,
     "evaluation": evaluation}
 

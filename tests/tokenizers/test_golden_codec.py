@@ -17,7 +17,7 @@ from audiolm.models import losses
 from audiolm.models.discriminators import Discriminators
 from audiolm.models.soundstream import SoundStream, SoundStreamSizes, fold
 from tests.worlds.basics import ROOT
-from tests.worlds.tiny_codec import voice
+from tests.worlds.tiny_codec import tiny_spectral, voice
 
 GOLDEN = ROOT / "tests" / "golden" / "codec.safetensors"
 
@@ -42,6 +42,12 @@ def numbers() -> dict[str, torch.Tensor]:
         codes_BTQ = model.encode(wav_BT)
         found |= {f"{kind}/x_BDT": model.latents(wav_BT), f"{kind}/codes_BTQ": codes_BTQ,
                   f"{kind}/wav_BT": model.decode(codes_BTQ), f"{kind}/one_level_BT": model.decode(codes_BTQ[..., :1])}
+    for kind in ("spectral", "fsq"):
+        model = tiny_spectral({"spectral": "ema"}.get(kind, kind))
+        codes_BTQ = model.encode(wav_BT)
+        found |= {f"{kind}/x_BDT": model.latents(wav_BT), f"{kind}/codes_BTQ": codes_BTQ,
+                  f"{kind}/frames_BTF": model.expand(model.quantizer.decode(codes_BTQ[..., :2])),
+                  f"{kind}/wav_BT": model.decode(codes_BTQ)}
     other_BT = voice(6400, 2)[None]
     for kind in ("dac", "soundstream"):
         judge = filled(Discriminators(kind, (2, 3), (256,), 2, 256))
@@ -70,7 +76,7 @@ def test_numbers_are_those_recorded(name, found):
 
 def test_everything_computed_is_recorded(found):
     assert set(found) == set(safetensors.torch.load_file(GOLDEN))
-    assert all(len(found[f"{kind}/codes_BTQ"].unique()) > 5 for kind in ("ema", "factorised"))
+    assert all(len(found[f"{kind}/codes_BTQ"].unique()) > 5 for kind in ("ema", "factorised", "spectral", "fsq"))
 
 
 if __name__ == "__main__":
