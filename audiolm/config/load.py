@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from audiolm import pretrained
 from audiolm.config.base import ConfigError, map_paths
 from audiolm.config.pipeline import Pipeline
 
@@ -17,7 +18,8 @@ def load_config(path: str, overrides: list[str] = ()) -> Pipeline:
     """Reads a YAML file and applies `a.b=c` overrides (values are YAML; list items by number: `corpus.sources.0.root=x`).
 
     Relative paths in the file are relative to the file, those in overrides to the working folder; the store and the
-    tracking database always to the working folder. Raises ConfigError.
+    tracking database always to the working folder. A bare name of a published model, where there is no such file, is its
+    folder. Raises ConfigError.
     """
     try:
         data = yaml.safe_load(Path(path).read_text()) or {}
@@ -47,8 +49,13 @@ def apply_overrides(cfg: Pipeline, overrides: list[str]) -> Pipeline:
 
 
 def _resolve_paths(data: dict, folder: Path) -> dict:
-    return map_paths(Pipeline, data,
-                     lambda text: text if "://" in text else os.path.normpath(folder / Path(text).expanduser()))
+    def resolve(text: str) -> str:
+        if "://" in text:
+            return text
+        place = os.path.normpath(folder / Path(text).expanduser())
+        return pretrained.path(text) if text in pretrained.names() and not os.path.exists(place) else place
+
+    return map_paths(Pipeline, data, resolve)
 
 
 def _apply_override(data: dict, item: str) -> None:

@@ -16,11 +16,14 @@ import torch
 
 import audiolm
 from audiolm import pretrained, store
+from audiolm.config.load import load_config
 from audiolm.data.audio import start_of
 from audiolm.models.losses import multi_scale_mel
 from audiolm.tokenizers.artifact import read_export
 from audiolm.tokenizers.publish import without_paths
 from audiolm.tokenizers.semantic import golden_clip
+from audiolm.tokenizers.start import start_weights
+from audiolm.train.objectives.codec import codec_start
 from tests.worlds.basics import ROOT
 from workflows import codec as command
 
@@ -91,3 +94,15 @@ def test_the_commands_take_its_name_without_a_network(tmp_path, monkeypatch, cap
 
 if __name__ == "__main__":
     safetensors.torch.save_file({name: value.contiguous() for name, value in numbers().items()}, GOLDEN)
+
+
+def test_a_training_starts_from_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cfg = load_config(str(ROOT / "workflows" / "speech.yaml"), ["codec.start={uri: speech-16k}"])
+    planned = start_weights("codec.start.uri", cfg.codec.start, "codec")
+    assert (planned.uri, planned.digest) == (pretrained.path(NAME), audiolm.load_codec(NAME, "cpu").hash)
+    weights = codec_start(cfg.codec.model_copy(update={"n_q": audiolm.load_codec(NAME, "cpu").spec.n_q}), planned)
+    assert len(weights) > 20
+    (tmp_path / "speech-16k").mkdir()  # what a user made comes first
+    cfg = load_config(str(ROOT / "workflows" / "speech.yaml"), ["codec.start={uri: speech-16k}"])
+    assert cfg.codec.start.uri == str(tmp_path / "speech-16k")
