@@ -59,7 +59,7 @@ def graph(cfg: Pipeline) -> list[Step]:
                              {**common, "residual": sem.residual, "where": sem.where}, (manifest, kmeans)))
     if sem.vocoder:
         decoders.append(Step("semantic_vocoder", FUNCTIONS["train_vocoder"], {**common, "vocoder": sem.vocoder},
-                             (manifest, kmeans, *decoders), trains=sem.vocoder.train))
+                             (manifest, kmeans, *decoders), trains=sem.vocoder.train, version=2))
 
     # The language models: no fine stage where all levels are coarse.
     def stage(name: str, size: StageConfig, *stores: Step) -> Step:
@@ -67,9 +67,9 @@ def graph(cfg: Pipeline) -> list[Step]:
                   "rows": ev.rows, **started(name.replace("_", "."), size.start, name)}
         if size.warm_start:
             config["text_model"] = text_model(size.warm_start.uri)
-        # A codec that fails its gates stops the stages that would learn its codes; its figures are no input of theirs.
-        gate = (codec_figures,) if y in stores else ()
-        return Step(name, FUNCTIONS["train_lm"], config, (manifest, *stores), trains=size.train, version=2, after=gate)
+        # A codec that fails its gates stops all stages, as nothing of theirs could be heard; its figures are no input.
+        return Step(name, FUNCTIONS["train_lm"], config, (manifest, *stores), trains=size.train, version=3,
+                    after=(codec_figures,))
 
     stages = [stage("lm_semantic", lm.semantic, z), stage("lm_coarse", lm.coarse, z, y)]
     if cfg.has_fine:
@@ -101,7 +101,8 @@ def codec_steps(cfg: Pipeline, common: dict, manifest: Step) -> tuple[Step, Step
                      {"codec": imported_codec(config.pretrained, config.n_q, config.vocab)})
     else:
         codec = Step("codec", FUNCTIONS["train_codec"],
-                     {**common, "codec": config, **started("codec", config.start, "codec")}, (manifest,), trains=config.train)
+                     {**common, "codec": config, **started("codec", config.start, "codec")}, (manifest,),
+                     trains=config.train, version=2)
     metrics = CodecMetricsConfig(where=config.where, clips=ev.clips, clip_s=ev.clip_s, visqol=ev.visqol,
                                  wer=ev.wer, asr=cfg.tables.asr, coarse_levels=cfg.lm.coarse_levels,
                                  with_lyra=ev.lyra is not None, lyra=ev.lyra, gates=config.gates)
@@ -128,7 +129,7 @@ def semantic_steps(sem: SemanticConfig, common: dict, manifest: Step) -> list[St
         config = {**common, "model": sem.model, "train": train, "iteration": iteration, "where": sem.where}
         if iteration is None:  # later ones start as their own `start` says
             config |= started("semantic.model", sem.model.start, "masked_model")
-        return Step(name, FUNCTIONS[f"train_{sem.model.objective}"], config, (manifest, *inputs), trains=train)
+        return Step(name, FUNCTIONS[f"train_{sem.model.objective}"], config, (manifest, *inputs), trains=train, version=2)
 
     if sem.pretrained:
         model = Step("masked_model", FUNCTIONS["import_encoder"], {"encoder": imported_encoder(sem.pretrained.uri)})
