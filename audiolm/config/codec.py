@@ -49,14 +49,14 @@ class SpectralConfig(Config):
     fsq: tuple[int, ...] = Field((8, 5, 5, 5), description="quantizer fsq: values of each dimension of a group of bands; "
                                                            "their product is codec.vocab")
     iterations: int = Field(15, ge=1, description="of Griffin-Lim, which finds the phases")
-    square: float = Field(0.3, ge=0, description="weight of the squared distance of log-mels beside the absolute one")
+    square: float = Field(0.3, ge=0, description="weight of the frames' squared distance beside the absolute one")
     gain_db: float = Field(10.0, ge=0, description="largest change of loudness in training, up or down")
 
 
 class CodecConfig(Config):
     """SoundStream (2107.03312) at 16 kHz: strides 2, 4, 5, 8 -> 50 Hz; 12 x 1024 codes = 6 kb/s (paper IV-B)."""
 
-    family: Literal["soundstream", "spectral"] = Field("soundstream", description="spectral: log-mel frames, whose phases are "
+    family: Literal["soundstream", "spectral"] = Field("soundstream", description="spectral: mel frames, whose phases are "
                                                        "found afterwards; trains on a CPU in minutes")
     spectral: SpectralConfig = SpectralConfig()
     where: ClipFilter = ClipFilter()

@@ -110,7 +110,7 @@ def compare(codec: Codec | None, wavs: list[np.ndarray], baselines: Sequence[Bas
     usage = [{"level": r["level"], "used": round(r["used"] * codec.spec.vocab), "share": r["used"],
               "perplexity": r["perplexity"]} for r in figures["codebooks"]]
     return {"rows": rows, "levels": ours, "usage": usage, "mean_spectrum_mel": figures["mean_spectrum_mel"],
-            "levels_that_do_not_help": figures["levels_that_do_not_help"], **table}
+            "levels_that_do_not_help": figures["levels_that_do_not_help"], "family": codec.spec.name, **table}
 
 
 def _wer_by_levels(codec: Codec, words: WordErrors | None, levels: Sequence[int]) -> dict[int, dict[str, Any]]:
@@ -149,6 +149,8 @@ def notes(table: Mapping[str, Any]) -> list[str]:
     if table.get("wer"):
         lines.append(wer_note(table["wer"]))
     lines += quality_notes(table, labels)
+    if table.get("family") == "spectral":
+        lines.append("This codec finds its phases anew, so SI-SDR says nothing of it.")
     if useless := table.get("levels_that_do_not_help"):
         lines.append(f"Levels that do not lower the mel distance: {', '.join(map(str, useless))}.")
     return lines
