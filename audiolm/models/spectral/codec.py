@@ -46,7 +46,7 @@ class SpectralSizes:
     dec_layers: int = 5
     quantizer: str = "ema"
     fsq: tuple[int, ...] = (8, 5, 5, 5)
-    iterations: int = 15
+    iterations: int = 4
     code_decay: float = 0.99
     dead_share: float = 0.1
 
