@@ -30,7 +30,6 @@ from workflows import codec as command
 NAME = "speech-16k"
 GOLDEN = ROOT / "tests" / "golden" / f"{NAME}.safetensors"
 SPEECH = ROOT / "workflows/quickstart/flac/test/9009/109/9009-109-0000.flac"
-pytestmark = pytest.mark.skipif(NAME not in pretrained.names(), reason=f"audiolm/pretrained/{NAME} is not published yet")
 
 
 def numbers() -> dict[str, torch.Tensor]:
