@@ -20,8 +20,6 @@ class RecordingOut:
 
     name = "step"
 
-    name = "step"
-
     def __init__(self, path):
         self.path, self.inline, self.forced, self.attempt = str(path), True, False, 1
         self.logged, self.seen, self.siblings = [], [], []
