@@ -110,6 +110,13 @@ class CodecConfig(Config):
         if self.quantizer == "fsq" and (points := math.prod(self.spectral.fsq)) != self.vocab:
             raise ValueError(f"spectral.fsq {self.spectral.fsq} makes {points} codes and vocab is {self.vocab}: set vocab to "
                              f"{points}")
+        # A frame has two hops of bands; a group of bands needs as many values as its grid has dimensions.
+        values = 2 * self.spectral.n_mels
+        if self.family == "spectral" and self.quantizer == "ema" and self.dim > values:
+            raise ValueError(f"dim ({self.dim}) exceeds the {values} values of a frame: lower dim or raise spectral.n_mels")
+        if self.quantizer == "fsq" and 2 * (self.spectral.n_mels // self.n_q) < len(self.spectral.fsq):
+            raise ValueError(f"n_q ({self.n_q}) groups of {self.spectral.n_mels} bands have too few for spectral.fsq "
+                             f"{self.spectral.fsq}: lower n_q or raise spectral.n_mels")
         if self.quantizer == "factorised" and self.balance:
             raise ValueError("quantizer factorised with balance: true ended in one code a level wherever it was tried: set "
                              "balance: false with DAC's weights, or quantizer: ema")

@@ -81,7 +81,8 @@ def test_a_spectral_codec_is_understood_at_once_and_learns_on(tmp_path, name):
 
 
 @pytest.mark.parametrize("change", [{"balance": True}, {"quantize_from": 3}, {"quantizer": "factorised"},
-                                    {"vocab": 17, "quantizer": "fsq"}])
+                                    {"vocab": 17, "quantizer": "fsq"}, {"dim": 41}, {"n_q": 11, "quantizer": "fsq", "vocab": 32,
+                                     "spectral": {**SPECTRAL["spectral"], "fsq": (2, 2, 2, 2, 2)}}])
 def test_settings_that_a_spectral_codec_has_not_are_refused(change):
     plain = recipe("spectral").model_dump()
     with pytest.raises(ValueError, match=next(iter(change))):
