@@ -52,8 +52,7 @@ def _resolve_paths(data: dict, folder: Path) -> dict:
     def resolve(text: str) -> str:
         if "://" in text:
             return text
-        place = os.path.normpath(folder / Path(text).expanduser())
-        return pretrained.path(text) if text in pretrained.names() and not os.path.exists(place) else place
+        return os.path.normpath(folder / Path(pretrained.resolve(text, str(folder))).expanduser())
 
     return map_paths(Pipeline, data, resolve)
 

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from audiolm.models.entropy import perplexity
-from audiolm.models.rvq import Reduce, check_levels, nearest
+from audiolm.models.rvq import Reduce, check_levels, follow_shares, nearest
 
 
 class FactorisedVQ(nn.Module):
@@ -85,8 +85,7 @@ class FactorisedVQ(nn.Module):
     def update(self, x_MD: torch.Tensor, codes_MQ: torch.Tensor, *, seed: int, step: int, reduce: Reduce,
                rank: int = 0, world: int = 1) -> torch.Tensor:
         """Moves the shares by one training step; returns zeros, (Q,) int64: no code is ever replaced."""
-        hits_QN = torch.zeros_like(self.share_QN).scatter_add_(1, codes_MQ.T, torch.ones_like(codes_MQ.T, dtype=torch.float32))
-        self.share_QN.lerp_(reduce(hits_QN) / (len(codes_MQ) * world), 1 - self.decay)
+        follow_shares(self.share_QN, codes_MQ, self.decay, reduce, world)
         return torch.zeros(self.n_q, dtype=torch.int64, device=codes_MQ.device)
 
     def perplexity(self) -> torch.Tensor:

@@ -53,6 +53,15 @@ def check_levels(codes_BTQ: torch.Tensor, n_q: int) -> int:
     return levels
 
 
+def follow_shares(share_QN: torch.Tensor, codes_MQ: torch.Tensor, decay: float, reduce: Reduce, world: int) -> None:
+    """Moves each code's share of the frames by one training step, in place, where codes learn otherwise or not at all.
+
+    All ranks take part with the same number of frames.
+    """
+    hits_QN = torch.zeros_like(share_QN).scatter_add_(1, codes_MQ.T, torch.ones_like(codes_MQ.T, dtype=torch.float32))
+    share_QN.lerp_(reduce(hits_QN) / (len(codes_MQ) * world), 1 - decay)
+
+
 class ResidualVQ(nn.Module):
     """`decay` of the moving averages; a code below dead_share x the mean share is replaced."""
 

@@ -25,10 +25,10 @@ def path(name: str) -> str:
     return os.path.join(ROOT, name)
 
 
-def resolve(place: str) -> str:
+def resolve(place: str, folder: str = "") -> str:
     """The folder of a published model where `place` is its bare name, else `place` unchanged.
 
-    A file or folder of that name in the working folder wins: what a user made is never hidden by a name. Everything
+    A file or folder of that name in `folder` (the working folder) wins: what a user made is never hidden by a name. Everything
     with a slash is a path or URI.
     """
-    return path(place) if place in names() and not os.path.exists(place) else place
+    return path(place) if place in names() and not os.path.exists(os.path.join(folder, place)) else place

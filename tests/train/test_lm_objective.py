@@ -18,16 +18,9 @@ from audiolm.train.objectives import lm
 from audiolm.train.objectives.base import Context
 from tests.worlds import token_corpus
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 STEPS = 60
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

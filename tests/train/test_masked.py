@@ -22,16 +22,8 @@ from audiolm.train.objectives.base import Context
 from audiolm.train.objectives.masked_inputs import MaskedInputs
 from tests.worlds.syllables import CTX, RATE, Crops, syllables
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SIZES = EncoderSizes(dim=32, layers=2, heads=2, ff=48)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Layers this small only wait for each other on several threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

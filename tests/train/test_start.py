@@ -32,17 +32,10 @@ from tests.worlds.syllables import CTX, Crops, syllables
 from tests.worlds.tiny_codec import SPECTRAL, run, saved_state, tiny_codec, training, voice
 from workflows import full_pipeline
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
 QUICKSTART = str(ROOT / "workflows" / "quickstart.yaml")
 SOURCES = {"ema": {}, "factorised": {"quantizer": "factorised"}, "spectral": SPECTRAL}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -64,7 +64,7 @@ class SpectralCodec(nn.Module):
         s = self.sizes = sizes
         self.hop, features = s.stack * HOP, s.stack * s.n_mels
         self.quantizer: ResidualVQ | BandFSQ = (
-            BandFSQ(s.n_q, tuple(s.fsq)) if s.quantizer == "fsq"
+            BandFSQ(s.n_q, tuple(s.fsq), s.code_decay) if s.quantizer == "fsq"
             else ResidualVQ(s.dim, s.n_q, s.vocab, s.code_decay, s.dead_share))
         dim = self.quantizer.dim
         self.encoder = Correction(features, dim, s.width, s.enc_layers, causal=True)

@@ -46,7 +46,7 @@ class SpectralObjective:
         # After loading, as the average of the weights begins with what they are now.
         self.generator = Generator(net)
         self.modules = {"generator": self.generator}
-        self._reading = threading.Lock()
+        self._initialised, self._reading = False, threading.Lock()
 
     def load(self, step: int, rows: Sequence[int]) -> dict[str, torch.Tensor]:
         """A batch; a row's gain and number of levels are drawn from (seed, step, row)."""
@@ -66,7 +66,7 @@ class SpectralObjective:
     def train_step(self, engines: Mapping[str, Engine], batches: list[Any], step: int) -> dict[str, torch.Tensor]:
         """One update of codec, codebooks and averages; all ranks take part."""
         net, engine, weights, sums = self.generator.net, engines["generator"], self.codec.weights, {}
-        if not int(net.quantizer.initialised):
+        if not self._initialised:  # asked once, as a flag on the device would be waited for at every step
             self._initialise()
         rows, latents, codes = sum(len(b["wav_BT"]) for b in batches), [], []
         for batch in batches:
@@ -99,8 +99,11 @@ class SpectralObjective:
 
     @torch.no_grad()
     def _initialise(self) -> None:
-        """Statistics, transform and codebooks from the frames of the first batches; all ranks take part."""
-        c, net = self.codec, self.generator.net
+        """Statistics, transform and codebooks from the frames of the first batches, unless a checkpoint or a start brought
+        them; all ranks take part."""
+        c, net, self._initialised = self.codec, self.generator.net, True
+        if int(net.quantizer.initialised):
+            return
 
         def frames(wav_BT: torch.Tensor) -> torch.Tensor:
             return net.frames(wav_BT).flatten(0, 1)
