@@ -14,7 +14,9 @@ from tests.worlds.basics import RecordingOut
 from tests.worlds.encoded_corpus import encoded, world  # noqa: F401
 from tests.worlds.servers import seaweedfs
 
-torch.set_num_threads(1)  # small products on busy cores are far slower on two
+# Small products on busy cores are far slower on two threads: here, and in every process that a test starts.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
