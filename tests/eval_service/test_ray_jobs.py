@@ -48,6 +48,7 @@ def test_an_evaluation_is_one_ray_job(world, encoded, ready, cluster):
     _, build = finish(world, folder)
     uri = tell("sqlite", folder, build).uri
     from mlflow import MlflowClient
+    from ray.job_submission import JobSubmissionClient
 
     client, launcher = MlflowClient(uri), open_launcher(False, cluster, "")
     client.set_model_version_tag(NAME, "2", "evaluate.suites", "stages")
@@ -57,7 +58,7 @@ def test_an_evaluation_is_one_ray_job(world, encoded, ready, cluster):
     assert not RayJobs(cluster).submit(job, ["--help"])  # by another watcher
     client.set_model_version_tag(NAME, "2", "evaluate", "requested")
     assert "at work already" in look(client, launcher)[0]
-    found = until(client, "2", "done", "failed")
+    found = until(client, "2", "done", "failed", log=lambda: JobSubmissionClient(cluster).get_job_logs(job))
     assert found["evaluate"] == "done", found
     assert client.get_run(found["evaluate.run"]).data.tags["audiolm.evaluation"] == job
     while launcher.status(job)[0]:

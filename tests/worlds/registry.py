@@ -21,9 +21,10 @@ def tags(client, version) -> dict[str, str]:
     return dict(client.get_model_version(NAME, version).tags)
 
 
-def until(client, version, *wanted, seconds=120.0) -> dict[str, str]:
-    deadline = time.monotonic() + seconds
+def until(client, version, *wanted, seconds=480.0, log=lambda: "") -> dict[str, str]:
+    """The version's tags once `evaluate` is one of `wanted`; `log`: what a job that never gets there has printed."""
+    deadline = time.monotonic() + seconds  # below pytest's own limit: a busy machine takes many times as long as a free one
     while (found := tags(client, version))["evaluate"] not in wanted:
-        assert time.monotonic() < deadline, found
+        assert time.monotonic() < deadline, f"{found}\n{log()}"
         time.sleep(0.1)
     return found
