@@ -63,12 +63,12 @@ def graph(cfg: Pipeline) -> list[Step]:
 
     # The language models: no fine stage where all levels are coarse.
     def stage(name: str, size: StageConfig, *stores: Step) -> Step:
-        config = {**common, "stage": name, "lm": size, "dedupe": lm.dedupe, "coarse_levels": lm.coarse_levels,
-                  "rows": ev.rows, **started(name.replace("_", "."), size.start, name)}
+        config = {**common, "stage": name, "lm": size, "layout": lm.layout(name), "rows": ev.rows,
+                  **started(name.replace("_", "."), size.start, name)}
         if size.warm_start:
             config["text_model"] = text_model(size.warm_start.uri)
         # A codec that fails its gates stops all stages, as nothing of theirs could be heard; its figures are no input.
-        return Step(name, FUNCTIONS["train_lm"], config, (manifest, *stores), trains=size.train, version=3,
+        return Step(name, FUNCTIONS["train_lm"], config, (manifest, *stores), trains=size.train, version=4,
                     after=(codec_figures,))
 
     stages = [stage("lm_semantic", lm.semantic, z), stage("lm_coarse", lm.coarse, z, y)]

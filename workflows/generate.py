@@ -47,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=0, help="a sample depends on it, its prompt's PATH and its number (default 0)")
     p.add_argument("--whole", action="store_true", help="never end before the seconds asked for")
     p.add_argument("--long", action="store_true", help="beyond what the stages were trained on, in constant memory; one "
-                   "sample at a time, for runs with lm.dedupe=false")
+                   "sample at a time, for runs with lm.lengths=true")
     p.add_argument("--batch", type=int, default=8, metavar="N", help="samples generated together (default %(default)s)")
     p.add_argument("--ray", action="store_true", help="batches as Ray tasks, on this machine or the cluster of RAY_ADDRESS "
                    "(which alone is enough)")

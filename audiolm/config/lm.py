@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -53,7 +53,14 @@ def _stage_training(batch: int) -> TrainConfig:
 class LMConfig(Config):
     """The three stages and the layout of their sequences (paper III-C)."""
 
-    dedupe: bool = Field(True, description="collapse runs of semantic tokens in stages 1 and 2 (paper)")
+    dedupe: bool = Field(True, description="collapse runs of semantic tokens in stage 1, and without lengths in stage 2")
+    lengths: bool = Field(True, description="stage 1 also predicts how long each token lasts, so that stages 2 and 3 know the "
+                                            "token of every frame; the paper's does not")
+    conditioning: Literal["aligned", "prefix"] = Field(
+        "aligned", description="what stages 2 and 3 are told: the prefix alone (paper), or beside it each frame's own token or "
+                               "coarse codes, added to the ids that predict the frame")
+    condition_dropout: float = Field(0.1, ge=0, lt=1, description="share of training documents without prefix and condition; "
+                                                                  "above 0 generation may use guidance")
     coarse_levels: int = Field(4, ge=1, description="Q', levels of the coarse stage")
     semantic: StageConfig = StageConfig(crop_s=30.0, train=_stage_training(256))
     coarse: StageConfig = StageConfig(crop_s=10.0, train=_stage_training(256))
@@ -61,12 +68,25 @@ class LMConfig(Config):
 
     @model_validator(mode="after")
     def _check(self):
+        if self.lengths and not self.dedupe:
+            raise ValueError("lm.lengths counts the frames of deduplicated tokens, and lm.dedupe is false: drop one of them")
+        if self.conditioning == "aligned" and self.dedupe and not self.lengths:
+            raise ValueError("lm.conditioning is aligned, but with lm.dedupe and without lm.lengths no token has a place in "
+                             "time: set lm.lengths=true, lm.dedupe=false or lm.conditioning=prefix")
         if self.semantic.warm_start and self.semantic.start:
             raise ValueError("lm.semantic has warm_start, a text model's body, and start, a whole stage: drop one of them")
         for name in ("coarse", "fine"):
             if getattr(self, name).warm_start:
                 raise ValueError(f"lm.{name}.warm_start is set: text models start lm.semantic alone, leave it out here")
         return self
+
+
+    def layout(self, stage: str) -> dict[str, Any]:
+        """The fields that say how the sequences of a stage (lm_NAME) look, so that others do not train it anew."""
+        if stage == "lm_semantic":
+            return {"dedupe": self.dedupe, "lengths": self.lengths, "conditioning": "prefix"}
+        own = ("conditioning", "condition_dropout", "coarse_levels")
+        return {name: getattr(self, name) for name in (("dedupe", "lengths") if stage == "lm_coarse" else ()) + own}
 
 
 class SamplesConfig(Config):

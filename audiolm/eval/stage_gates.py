@@ -37,7 +37,8 @@ def check_inputs(config: Mapping[str, Any], inputs: Mapping[str, Any], out: Any)
     for which, step in (("semantic", "kmeans"), ("acoustic", "codec")):
         if tokens := inputs.get(f"{which}_tokens"):
             spec = read_meta(join(tokens.path, shard_name(0)))["spec"]
-            levels = config["coarse_levels"] if which == "acoustic" and config["stage"] == "lm_coarse" else spec["n_q"]
+            coarse = which == "acoustic" and config["stage"] == "lm_coarse"
+            levels = config["layout"]["coarse_levels"] if coarse else spec["n_q"]
             verdicts[f"{which}_tokens"] = tokens_verdict(which, step, tokens.facts, spec["vocab"], levels)
     _pass(config, out, verdicts, "nothing was trained yet")
 

@@ -27,7 +27,7 @@ from audiolm.rng import derive
 from audiolm.tokenizers.base import ACOUSTIC_HOP, SAMPLE_RATE, SEMANTIC_HOP, Codec, Tokenizer, padded_samples
 
 MODES = ("continuation", "unconditional", "acoustic", "resynthesis")
-# A deduplicated id does not tell how long it lasts; the paper does not say how it fixes the length.  Ours, untuned:
+# Without lengths a deduplicated id does not tell how long it lasts; the paper does not say how it fixes that. Ours, untuned:
 MAX_ROUNDS = 6  # of stages 1 and 2 in turn; in the last one stage 2 draws all frames that are asked for
 DURATION_FACTOR = 1.5  # stage 2 may stretch or shrink its ids by this against the mean: no EOS far too early or late
 PROMPT_RUN_S = 1.0  # from this length on the prompt's own mean run counts, below it is an average of too few runs
@@ -35,7 +35,7 @@ PROMPT_RUN_S = 1.0  # from this length on the prompt's own mean run counts, belo
 
 @dataclass(frozen=True)
 class Sound:
-    """One generated clip: wav_T, the ids that stage 2 was given (deduplicated where the stage is), all its codes_TQ."""
+    """One generated clip: wav_T, the semantic ids as stage 1 has them (deduplicated where it is), all its codes_TQ."""
 
     wav_T: np.ndarray
     z: np.ndarray
@@ -136,21 +136,20 @@ class AudioLM:
         are deduplicated. Raises ValueError beyond the coarse stage's crop.
         """
         frames = [RATIO * len(z) for z in z_T]
-        zs = [self.stage("coarse").semantic_ids(z) for z in z_T]
         if samples is None and self.stage("coarse").dedupe:
             most = RATIO * self.stage("coarse").crop_frames
-            codes = self.coarse(zs, [max(n, min(most, math.ceil(DURATION_FACTOR * n))) for n in frames], seeds,
+            codes = self.coarse(z_T, [max(n, min(most, math.ceil(DURATION_FACTOR * n))) for n in frames], seeds,
                                 least=[int(n / DURATION_FACTOR) for n in frames])
         else:
-            codes = self.coarse(zs, frames, seeds)
+            codes = self.coarse(z_T, frames, seeds)
         counts = [ACOUSTIC_HOP * len(c) for c in codes] if samples is None else list(samples)
-        return [Sound(self.decode(c, n), z, c)
-                for z, c, n in zip(zs, self.fine(codes, seeds), counts, strict=True)]
+        return [Sound(self.decode(c, n), self._ids(z), c)
+                for z, c, n in zip(z_T, self.fine(codes, seeds), counts, strict=True)]
 
     def resynthesis(self, wavs: Sequence[np.ndarray], levels: int | None = None) -> list[Sound]:
         """wavs through the codec and back, with the first `levels` levels (default all): the upper bound of every mode."""
         codes = [c[:, :levels] for c in self.encode(wavs)]
-        zs = [self.stage("semantic").targets(z) for z in self.tokenize(wavs)]
+        zs = [self._ids(z) for z in self.tokenize(wavs)]
         return [Sound(self.decode(c, len(w)), z, c) for w, z, c in zip(wavs, zs, codes, strict=True)]
 
     # -- stages --------------------------------------------------------------------------------------------------
@@ -178,15 +177,25 @@ class AudioLM:
 
     def semantic(self, z: Sequence[np.ndarray], more: Sequence[int], seeds: Sequence[int],
                  may_end: bool = True) -> tuple[list[np.ndarray], list[bool]]:
-        """Stage 1: (each row's ids `z` and at most `more` beyond them, within the trained crops; True where EOS ended it)."""
-        stage = self.stage("semantic")
-        counts = [max(len(ids), min(len(ids) + n, self._most_ids)) for ids, n in zip(z, more, strict=True)]
+        """Stage 1: (each row's `z` and at most `more` beyond it, within the trained crops; True where EOS ended it).
+
+        z and `more` are frames; where the stage deduplicates without lengths they are deduplicated ids.
+        """
+        stage, most = self.stage("semantic"), self._most_ids
+        more = [max(0, min(n, most - len(ids))) for ids, n in zip(z, more, strict=True)]
+        if stage.lengths:
+            start = time.perf_counter()
+            out = self._samplers["semantic"].runs(z, more, [derive(s, "semantic") for s in seeds], may_end,
+                                                  self.sampling["semantic"])
+            self._spend("semantic", start)
+            return [z_T for z_T, _ in out], [ended for _, ended in out]
+        counts = [len(ids) + n for ids, n in zip(z, more, strict=True)]
         out = self._sample("semantic", [stage.prompt()] * len(z), counts, z, seeds, 0 if may_end else None)
         return [stage.unpack(ids) for ids in out], [bool(len(ids) and ids[-1] == stage.eos) for ids in out]
 
     def coarse(self, z: Sequence[np.ndarray], frames: Sequence[int], seeds: Sequence[int],
                known: Sequence[np.ndarray] | None = None, least: Sequence[int] | None = None) -> list[np.ndarray]:
-        """Stage 2: coarse codes_TQ of `frames` acoustic frames each, for z as the stage takes it.
+        """Stage 2: coarse codes_TQ of `frames` acoustic frames each, for z (deduplicated or not where the stage is).
 
         With `least`, EOS may end them from so many frames on. `known` coarse codes come back first, unchanged.
         Raises ValueError beyond the trained crop.
@@ -194,9 +203,10 @@ class AudioLM:
         stage = self.stage("coarse")
         for ids, n in zip(z, frames, strict=True):
             self._check("coarse", max(len(ids), -(-n // RATIO)))
+        cond = [stage.conditions(ids) for ids in z]
         forced = None if known is None else [stage.targets(c) for c in known]
         out = self._sample("coarse", [stage.prompt(ids) for ids in z], [n * stage.slots for n in frames], forced, seeds,
-                           None if least is None else [n * stage.slots for n in least])
+                           None if least is None else [n * stage.slots for n in least], cond)
         return [stage.unpack(ids) for ids in out]
 
     def fine(self, coarse: Sequence[np.ndarray], seeds: Sequence[int],
@@ -230,7 +240,8 @@ class AudioLM:
         out = self._sample("fine", [stage.prompt(coarse_TQ=coarse[i][a:b]) for i, a, b in spans],
                            [(b - a) * stage.slots for _, a, b in spans],
                            [stage.targets(known[i][a:b]) for i, a, b in spans],
-                           [derive(seeds[i], "chunk", a) for i, a, _ in spans])
+                           [derive(seeds[i], "chunk", a) for i, a, _ in spans],
+                           cond=[stage.conditions(coarse_TQ=coarse[i][a:b]) for i, a, b in spans])
         for (i, a, b), ids in zip(spans, out, strict=True):
             fine[i][a:b] = stage.unpack(ids)
 
@@ -249,6 +260,10 @@ class AudioLM:
 
     # -- the cascade ---------------------------------------------------------------------------------------------
 
+    def _ids(self, z_T: np.ndarray) -> np.ndarray:
+        """Semantic ids as stage 1 has them."""
+        return self.stage("semantic").targets(z_T)
+
     @property
     def _most_ids(self) -> int:
         """Semantic ids that stages 1 and 2 were trained to take."""
@@ -256,21 +271,33 @@ class AudioLM:
 
     def _cascade(self, prompts: Sequence[np.ndarray], samples: Sequence[int], seeds: Sequence[int],
                  codes: Sequence[np.ndarray] | None, may_end: bool) -> list[Sound]:
-        """All stages: sounds of at most `samples` samples, prompts (z_T and all levels of codes_TQ) included.
+        """All stages: sounds of at most `samples` samples, prompts (z_T and all levels of codes_TQ) included."""
+        frames, q = [self._frames(n) for n in samples], self.stage("coarse").levels[1]
+        ys = [np.zeros((0, q), np.int64) for _ in prompts] if codes is None else [c[:, :q] for c in codes]
+        if self.stage("coarse").dedupe:
+            zs, ys, heads, ended = self._by_turns(prompts, frames, seeds, ys, may_end)
+        else:
+            zs, ended = self.semantic(prompts, [n - len(z) for n, z in zip(frames, prompts, strict=True)], seeds, may_end)
+            ys = self.coarse(zs, [RATIO * len(z) for z in zs], seeds, ys)
+            zs, heads = [self._ids(z) for z in zs], [len(self._ids(z)) for z in prompts]
+        # stage 3 and the codec, all clips together
+        all_codes = self.fine(ys, seeds, None if codes is None else [c[:, q:] for c in codes])
+        wavs = [self.decode(c, min(n, ACOUSTIC_HOP * len(c))) for c, n in zip(all_codes, samples, strict=True)]
+        return [Sound(wav, z, c, SEMANTIC_HOP * len(prompt), head, end) for wav, z, c, prompt, head, end
+                in zip(wavs, zs, all_codes, prompts, heads, ended, strict=True)]
+
+    def _by_turns(self, prompts: Sequence[np.ndarray], frames: Sequence[int], seeds: Sequence[int], ys: list[np.ndarray],
+                  may_end: bool) -> tuple[list[np.ndarray], list[np.ndarray], list[int], list[bool]]:
+        """(ids, coarse codes, ids of the prompt, True where EOS ended it) of stages that know no durations.
 
         Stage 1 draws as many ids as are expected to last long enough. Stage 2's EOS decides how long they last. Where that is
         too short stage 1 goes on.
         """
-        # lengths: frames asked for, and the expected frames of an id
-        stage, q = self.stage("semantic"), self.stage("coarse").levels[1]
-        frames = [self._frames(n) for n in samples]
+        stage = self.stage("semantic")
         runs = [len(z) / len(dedupe(z)) if len(z) >= PROMPT_RUN_S * SEMANTIC_HZ else self.mean_run for z in prompts]
-        runs = runs if stage.dedupe else [1.0] * len(runs)
-        # stages 1 and 2 by turns: what a round drew is forced in the next, so the sound goes on where it was
-        heads = [stage.targets(z) for z in prompts]
-        zs, ended = list(heads), [False] * len(heads)
-        ys = [np.zeros((0, q), np.int64) for _ in heads] if codes is None else [c[:, :q] for c in codes]
-        live = list(range(len(heads)))
+        # what a round drew is forced in the next, so the sound goes on where it was
+        zs, ended, ys = [stage.targets(z) for z in prompts], [False] * len(prompts), list(ys)
+        heads, live = [len(z) for z in zs], list(range(len(zs)))
         for turn in range(MAX_ROUNDS):
             more = [math.ceil((frames[i] - len(ys[i]) / RATIO) / runs[i]) for i in live]
             drawn = self.semantic([zs[i] for i in live], more, [seeds[i] for i in live], may_end)
@@ -286,20 +313,13 @@ class AudioLM:
             live = [i for i in live if len(ys[i]) < RATIO * frames[i] and not ended[i]]
             if not live:
                 break
-        # stage 3 and the codec, all clips together
-        all_codes = self.fine(ys, seeds, None if codes is None else [c[:, q:] for c in codes])
-        wavs = [self.decode(c, min(n, ACOUSTIC_HOP * len(c))) for c, n in zip(all_codes, samples, strict=True)]
-        return [Sound(wav, z, c, SEMANTIC_HOP * len(prompt), len(head), end) for wav, z, c, prompt, head, end
-                in zip(wavs, zs, all_codes, prompts, heads, ended, strict=True)]
+        return zs, ys, heads, ended
 
     def _coarse_span(self, frames: int, expected: float, ended: bool, last: bool) -> tuple[int, int]:
         """(least, most) acoustic frames that stage 2 draws, for ids expected to last so many semantic frames.
 
         `frames`: semantic frames asked for. `last`: stage 1 cannot go on, so stage 2 draws all frames.
         """
-        if not self.stage("semantic").dedupe:  # an id is a frame
-            frames = min(frames, int(expected))
-            return RATIO * frames, RATIO * frames
         if ended:
             frames = min(frames, math.ceil(DURATION_FACTOR * expected))
         elif last:
@@ -309,11 +329,12 @@ class AudioLM:
     # -- helpers -------------------------------------------------------------------------------------------------
 
     def _sample(self, name: str, prompts: Sequence[np.ndarray], counts: Sequence[int], forced: Sequence[np.ndarray] | None,
-                seeds: Sequence[int], eos_from: int | Sequence[int] | None = None) -> list[np.ndarray]:
+                seeds: Sequence[int], eos_from: int | Sequence[int] | None = None,
+                cond: Sequence[np.ndarray] | None = None) -> list[np.ndarray]:
         """Target ids of one stage; each stage has its own stream of every seed."""
         start = time.perf_counter()
         out = self._samplers[name](prompts, counts, forced=forced, eos_from=eos_from, params=self.sampling[name],
-                                   seeds=[derive(s, name) for s in seeds])
+                                   seeds=[derive(s, name) for s in seeds], cond=cond)
         self._spend(name, start)
         return out
 

@@ -1,7 +1,7 @@
 """Sound of any length in constant memory: slide and prompt (AudioLM baseline of SoundStorm, 2305.09636).
 
 Windows of 10 s; each is prompted with the last 3 s of the one before, in all three stages.  The cut goes through the
-semantic tokens in time, so the stages must be trained with `lm.dedupe: false`: a deduplicated token has no duration.
+semantic tokens in time, so stage 2 must know how long each lasts: `lm.lengths`, or no deduplication.
 Shapes: wav_T float32 mono at 16 kHz, z_T at 25 Hz, codes_TQ at 50 Hz.
 """
 
@@ -28,9 +28,10 @@ def stream(lm: AudioLM, prompt_T: np.ndarray | None, seconds: float, seed: int, 
 
     Raises ValueError for deduplicated stages, a prompt that fills the window, and an overlap that leaves nothing new.
     """
-    if lm.stage("semantic").dedupe:
-        raise ValueError("the stages were trained with lm.dedupe: true, whose tokens do not tell how long they last, so "
-                         "windows cannot slide over them: train with lm.dedupe=false, or ask for at most the trained crop")
+    if lm.stage("coarse").dedupe:
+        raise ValueError("the stages were trained with lm.lengths: false, so deduplicated tokens do not tell how long they "
+                         "last and windows cannot slide over them: train with lm.lengths=true, or ask for at most the trained "
+                         "crop")
     prompt_T = None if prompt_T is None else whole_frames(prompt_T)
     head = 0 if prompt_T is None else len(prompt_T) // SEMANTIC_HOP
     window = min(int(window_s * SEMANTIC_HZ), *(lm.stage(name).crop_frames for name in ("semantic", "coarse")))

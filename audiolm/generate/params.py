@@ -18,6 +18,7 @@ class SamplingParams:
 
     `window`: an id that makes up more than `repeats` of the last `window` ids of its slot is drawn again, without top_k
     and top_p (repetition-aware sampling: VALL-E 2, 2406.05370, section 3.3).
+    `guidance`: above 1 moves the scores away from those without the condition (2207.12598); stages 2 and 3 alone.
     """
 
     temperature: float = 1.0
@@ -25,12 +26,14 @@ class SamplingParams:
     top_p: float | None = None
     window: int | None = None
     repeats: float = 0.1  # 2406.05370
+    guidance: float = 1.0
 
     def __post_init__(self):
         for name, legal, text in (("temperature", self.temperature >= 0, "be 0 or more"),
                                   ("top_k", self.top_k is None or self.top_k >= 1, "be at least 1, or None"),
                                   ("top_p", self.top_p is None or 0 < self.top_p <= 1, "lie in (0, 1], or be None"),
                                   ("window", self.window is None or self.window >= 1, "be at least 1, or None"),
+                                  ("guidance", self.guidance > 0, "be above 0; 1 is none"),
                                   ("repeats", 0 <= self.repeats < 1, "lie in [0, 1)")):
             if not legal:
                 raise ValueError(f"{name} ({getattr(self, name)}) must {text}")

@@ -6,20 +6,24 @@ is one CUDA graph, one for each run of keys; both are kept for the next call.
 `sample_ids` inverts the cumulative distribution at a uniform number.
 Shapes: S draws, B rows, W ids of the widest slot, R ids that repetition-aware sampling looks back at.  scores_BW float32
 over a slot's own ids, -inf where an id may not be drawn; noise_B2 float64 in [0, 1), the second number for a draw that is
-repeated; ids_BW; recent_BR the row's last ids.  Prompts and targets are 1-D int64 ids in the stage's layout.
+repeated; ids_BW; recent_BR the row's last ids.  Prompts and targets are 1-D int64 ids in the stage's layout; cond_NC,
+cond_TC and length_T as lm.stages.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from audiolm.generate.params import SamplingParams
-from audiolm.lm.stages import Stage
-from audiolm.models.transformer import ROWS, Transformer
+from audiolm.lm.stages import Stage, run_lengths
+from audiolm.models.cache import KVCache
+from audiolm.models.transformer import ROWS, Transformer, pad_rows
+from audiolm.rng import derive
 
 ONE_THREAD_DIM = 512  # models up to this width sample on one CPU thread
 CHECK_EVERY = 16  # draws between two looks at a GPU's ids for samples that have ended: a look waits for the GPU
@@ -29,20 +33,44 @@ LENGTH_STEP = 512  # a kept buffer's length is a multiple of this, so that calls
 PLAIN = SamplingParams()
 
 
-class Buffers:
-    """Device tensors of a group of rows: KV cache, and tables by step, so that a step needs nothing from the host."""
+@dataclass
+class Request:
+    """One row to draw: ids_T of prompt and forced targets, and what is to follow."""
 
-    def __init__(self, model: Transformer, rows: int, length: int, back: int):
+    ids: np.ndarray
+    start: int  # forced targets
+    steps: int  # targets to draw, at most
+    seed: int
+    eos_from: int  # target from which EOS may be drawn
+    cond_TC: np.ndarray  # of ids and of those to draw
+    plain: np.ndarray  # ids without the condition, for guidance
+    length_T: np.ndarray  # frames of ids where the stage has run lengths
+    frames: int = 0  # to draw where it has: the row ends with the id that fills them
+    first: int = -1  # the first id to draw where it is known, its length at least `least`: a prompt cuts its last run
+    least: int = 1
+
+
+class Buffers:
+    """Device tensors of a group of rows: KV cache, and tables by step, so that a step needs nothing from the host.
+
+    With guidance the cache has the rows without a condition behind the others.
+    """
+
+    def __init__(self, model: Transformer, stage: Stage, rows: int, length: int, back: int, guided: bool):
         device = model.embed.weight.device
-        self.length, self.back = length, back
-        self.cache = model.cache(rows, length)
-        self.last_B = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.recent_BR = torch.full((rows, back), -1, device=device)
+        self.length, self.back, self.copies = length, back, 2 if guided else 1
+        self.cache = model.cache(self.copies * rows, length)
         self.at = torch.zeros(1, dtype=torch.int64, device=device)
+        self.recent_BR = torch.full((rows, back), -1, device=device)
         self.noise_SB2 = torch.zeros(length, rows, 2, dtype=torch.float64, device=device)
-        self.slot_SB = torch.zeros(length, rows, dtype=torch.int64, device=device)
         self.eos_SB = torch.zeros(length, rows, dtype=torch.bool, device=device)  # where EOS may be drawn
-        self.out_SB = torch.zeros(length, rows, dtype=torch.int64, device=device)
+        self.cond_SBC = torch.full((length, self.copies * rows, stage.n_cond), stage.no_cond, device=device)
+        ids = {"last_B": self.copies * rows, "length_B": rows, "first_B": rows, "least_B": rows, "frames_B": rows}
+        for name, size in ids.items():
+            setattr(self, name, torch.zeros(size, dtype=torch.int64, device=device))
+        for name in ("slot_SB", "out_SB", "runs_SB"):
+            setattr(self, name, torch.zeros(length, rows, dtype=torch.int64, device=device))
+        self.length_noise_SB = torch.zeros(length, rows, dtype=torch.float64, device=device)
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}  # by the number of keys that a step attends to
         self.warmed = 0
 
@@ -62,103 +90,191 @@ class Sampler:
 
     def __call__(self, prompts: Sequence[np.ndarray], n_target: Sequence[int] | int, *, seeds: Sequence[int],
                  forced: Sequence[np.ndarray] | None = None, eos_from: int | Sequence[int] | None = None,
-                 params: SamplingParams = PLAIN) -> list[np.ndarray]:
+                 params: SamplingParams = PLAIN, cond: Sequence[np.ndarray] | None = None) -> list[np.ndarray]:
         """Target ids of each prompt (`Stage.prompt`), `n_target` of them; those in `forced` come back first, unchanged.
 
         A sample may end sooner, with EOS as its last id, from `eos_from` targets on (for all, or each); None: no EOS.
+        `cond`: cond_NC of each row's targets (`Stage.conditions`), for a stage that has them.
         Raises ValueError where the lists differ in length or more ids are forced than asked for.
         """
-        B = len(prompts)
+        B, stage = len(prompts), self.stage
         counts = [int(n_target)] * B if np.isscalar(n_target) else [int(n) for n in n_target]
         given = [np.zeros(0, np.int64)] * B if forced is None else [np.asarray(f, np.int64) for f in forced]
-        if not B == len(counts) == len(given) == len(seeds):
-            raise ValueError(f"{B} prompts need as many n_target, forced and seeds, got {len(counts)}, {len(given)}, "
-                             f"{len(seeds)}")
-        for n, f in zip(counts, given, strict=True):
+        conds = [np.zeros((0, stage.n_cond), np.int64)] * B if cond is None else list(cond)
+        if not B == len(counts) == len(given) == len(seeds) == len(conds):
+            raise ValueError(f"{B} prompts need as many n_target, forced, cond and seeds, got {len(counts)}, {len(given)}, "
+                             f"{len(conds)}, {len(seeds)}")
+        for n, f, c in zip(counts, given, conds, strict=True):
             if len(f) > n:
                 raise ValueError(f"{len(f)} ids are forced but n_target is {n}: ask for at least the forced ones")
+            if cond is not None and stage.aligned and len(c) < n:
+                raise ValueError(f"{len(c)} conditions for {n} targets: give one for each target")
         ends = np.broadcast_to(counts if eos_from is None else eos_from, B)
-        out = list(given)
-        todo = [i for i in range(B) if counts[i] > len(given[i])]
+        requests = []
+        for i in range(B):
+            ids, steps = np.concatenate([prompts[i], given[i]]).astype(np.int64), counts[i] - len(given[i])
+            plain = np.concatenate([stage.no_prompt(), given[i]]).astype(np.int64)
+            requests.append(Request(ids, len(given[i]), steps, seeds[i], int(ends[i]),
+                                    stage.place_conditions(len(ids) + max(steps - 1, 0), len(prompts[i]), conds[i]), plain,
+                                    np.zeros(0, np.int64)))
+        return [np.concatenate([f, ids]) for f, (ids, _) in zip(given, self._draw(requests, params), strict=True)]
+
+    def runs(self, z: Sequence[np.ndarray], frames: Sequence[int], seeds: Sequence[int], may_end: bool = True,
+             params: SamplingParams = PLAIN) -> list[tuple[np.ndarray, bool]]:
+        """(z_T of each undeduplicated prompt and `frames` beyond it, True where EOS ended it), of a stage with run lengths.
+
+        A prompt's last run goes on for as long as the stage draws, given the frames that the prompt has of it.
+        """
+        requests, heads = [], []
+        for prompt, more, seed in zip(z, frames, seeds, strict=True):
+            (ids, lengths), stage = run_lengths(prompt), self.stage
+            known = max(len(ids) - 1, 0)  # the last one's length is drawn anew
+            first, least = (int(ids[-1]), int(lengths[-1])) if len(ids) else (-1, 1)
+            row = np.append(stage.bos, ids[:known]).astype(np.int64)
+            more = int(more) + (least if len(ids) else 0)
+            requests.append(Request(row, known, int(more) if more else 0, seed, known + 1 if may_end else known + more + 1,
+                                    np.zeros((len(row) + more, 0), np.int64), row, np.append(0, lengths[:known]), more,
+                                    first, least))
+            heads.append(np.repeat(ids[:known], lengths[:known]))
+        out = []
+        for head, request, (ids, lengths) in zip(heads, requests, self._draw(requests, params), strict=True):
+            ended = bool(len(ids) and ids[-1] == self.stage.eos)
+            ids, lengths = (x[:len(x) - ended] for x in (ids, lengths))
+            out.append((np.concatenate([head, np.repeat(ids, lengths)[:request.frames]]), ended))
+        return out
+
+    def _draw(self, requests: list[Request], params: SamplingParams) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(ids, their lengths where the stage has them) drawn for each request."""
+        if params.guidance != 1 and not self.stage.dropped:
+            raise ValueError(f"guidance {params.guidance:g} needs a {self.stage.name} stage that was also trained without its "
+                             "condition: train with lm.condition_dropout above 0, or leave guidance at 1")
+        out = [(np.zeros(0, np.int64), np.zeros(0, np.int64)) for _ in requests]
         # rows that end together run together; on a CPU in groups of ROWS, whose products all have one shape
-        todo.sort(key=lambda i: counts[i] - len(given[i]))
-        size = max(1, len(todo)) if self.static else ROWS
+        todo = sorted((i for i, r in enumerate(requests) if r.steps > 0), key=lambda i: requests[i].steps)
+        size = max(1, len(todo)) if self.static else ROWS // (2 if params.guidance != 1 else 1)
         with _threads(self.model), torch.inference_mode():
             for start in range(0, len(todo), size):
                 group = todo[start:start + size]
-                drawn = self._group([np.concatenate([prompts[i], given[i]]).astype(np.int64) for i in group],
-                                    [len(given[i]) for i in group], [counts[i] - len(given[i]) for i in group],
-                                    ends[group], params, [seeds[i] for i in group])
-                for i, ids in zip(group, drawn, strict=True):
-                    out[i] = np.concatenate([given[i], ids])
+                for i, drawn in zip(group, self._group([requests[i] for i in group], params), strict=True):
+                    out[i] = drawn
         return out
 
-    def _group(self, rows: list[np.ndarray], starts: list[int], steps: list[int], ends_B: np.ndarray, params: SamplingParams,
-               seeds: Sequence[int]) -> list[np.ndarray]:
-        """The ids that follow each row, steps[b] of them, the first as target starts[b]; EOS from target ends_B[b] on."""
-        stage, B, S = self.stage, len(rows), max(steps)
-        m = self._buffers(B, max(map(len, rows)) + S - 1, params)
-        # tables of the whole call, copied to the device once: slots, where EOS is legal, noise by target position
-        n_SB = np.arange(S)[:, None] + np.array(starts)
-        m.slot_SB[:S, :B] = torch.from_numpy(n_SB % stage.slots)
-        m.eos_SB[:S, :B] = torch.from_numpy(stage.eos_legal(n_SB) & (n_SB >= ends_B))
-        m.noise_SB2[:S, :B] = torch.stack([uniform_noise(seed, n, n + S) for seed, n in zip(seeds, starts, strict=True)], 1)
-        m.at.zero_()
-        m.last_B[:B] = torch.tensor([row[-1] for row in rows])
-        if m.back:
-            tails = [row[-min(m.back, n):] if n else row[:0] for row, n in zip(rows, starts, strict=True)]
-            m.recent_BR[:B] = torch.from_numpy(np.stack([np.pad(t, (m.back - len(t), 0), constant_values=-1) for t in tails]))
-        # keys of all ids but the last, which is the first step's input; then an id a step, until all rows have ended
-        self._prefill(m, [row[:-1] for row in rows])
-        may_end = (ends_B < np.array(starts) + steps).any()
+    def _group(self, rows: list[Request], params: SamplingParams) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Draws a group of rows, each from its own first target on."""
+        S, stage = max(r.steps for r in rows), self.stage
+        m = self._fill(rows, S, params)
+        n_SB = np.arange(S)[:, None] + np.array([r.start for r in rows])
+        may_end = stage.lengths or any(r.eos_from < r.start + r.steps for r in rows)
         for s in range(S):
             if self.static:
                 self._replay(m, params)
             else:
                 self._step(m, params, (n_SB[s] % stage.slots).tolist())
             if may_end and (not self.static or s % CHECK_EVERY == CHECK_EVERY - 1):
-                ended_B = (m.out_SB[:s + 1, :B] == stage.eos).any(0).cpu().numpy()
-                if (ended_B | (s + 1 >= np.array(steps))).all():
+                if all(n <= s + 1 for n in self._ends(m, rows, s + 1)):
                     break
-        # each row up to its own number of steps, or its EOS
-        ids_BS = m.out_SB[:s + 1, :B].T.cpu().numpy()
-        out = []
-        for ids, n in zip(ids_BS, steps, strict=True):
-            ids = ids[:n]
-            ends = np.flatnonzero(ids == stage.eos)
-            out.append(ids[:ends[0] + 1] if len(ends) else ids)
-        return out
+        ends, ids_BS, runs_BS = self._ends(m, rows, s + 1), m.out_SB.T.cpu().numpy(), m.runs_SB.T.cpu().numpy()
+        return [(ids_BS[b, :n].copy(), runs_BS[b, :n].copy()) for b, n in enumerate(ends)]
+
+    def _ends(self, m: Buffers, rows: list[Request], drawn: int) -> list[int]:
+        """Targets of each row up to its EOS, its frames or its steps, of the first `drawn`."""
+        ids_BS, runs_BS = (x[:drawn, :len(rows)].T.cpu().numpy() for x in (m.out_SB, m.runs_SB))
+        ends = []
+        for row, ids, runs in zip(rows, ids_BS, runs_BS, strict=True):
+            over = ids == self.stage.eos
+            if self.stage.lengths:
+                over = over | (runs.cumsum() >= row.frames)
+            at = np.flatnonzero(over)
+            ends.append(min(row.steps, int(at[0]) + 1 if len(at) else drawn + (drawn < row.steps)))
+        return ends
+
+    def _fill(self, rows: list[Request], S: int, params: SamplingParams) -> Buffers:
+        """Buffers with the tables of the whole call, copied to the device once, and the keys of all ids but the last."""
+        stage, B, starts = self.stage, len(rows), [r.start for r in rows]
+        m = self._buffers(B, max(len(r.ids) for r in rows) + S - 1, params)
+        n_SB = np.arange(S)[:, None] + np.array(starts)
+        m.slot_SB[:S, :B] = torch.from_numpy(n_SB % stage.slots)
+        m.eos_SB[:S, :B] = torch.from_numpy(stage.eos_legal(n_SB) & (n_SB >= np.array([r.eos_from for r in rows])))
+        m.noise_SB2[:S, :B] = torch.stack([uniform_noise(r.seed, r.start, r.start + S) for r in rows], 1)
+        m.at.zero_()
+        half = m.cache.lengths_B.shape[0] // m.copies
+        m.last_B[:B] = torch.tensor([r.ids[-1] for r in rows])
+        if stage.aligned:
+            m.cond_SBC.fill_(stage.no_cond)
+            for b, r in enumerate(rows):
+                own = r.cond_TC[len(r.ids) - 1:][:S]
+                m.cond_SBC[:len(own), b] = torch.from_numpy(own)
+        if stage.lengths:
+            m.length_B[:B] = torch.tensor([r.length_T[-1] for r in rows])
+            m.first_B[:B], m.least_B[:B] = (torch.tensor([getattr(r, n) for r in rows]) for n in ("first", "least"))
+            m.length_noise_SB[:S, :B] = torch.stack([uniform_noise(derive(r.seed, "lengths"), r.start, r.start + S)[:, 0]
+                                                     for r in rows], 1)
+        if m.back:
+            tails = [r.ids[-min(m.back, r.start):] if r.start else r.ids[:0] for r in rows]
+            m.recent_BR[:B] = torch.from_numpy(np.stack([np.pad(t, (m.back - len(t), 0), constant_values=-1) for t in tails]))
+        self._prefill(m, 0, [(r.ids[:-1], r.cond_TC[:len(r.ids) - 1], r.length_T[:-1]) for r in rows])
+        if m.copies == 2:
+            m.last_B[half:half + B] = m.last_B[:B]
+            self._prefill(m, half, [(r.plain[:-1], np.full((len(r.plain) - 1, stage.n_cond), stage.no_cond), r.length_T[:-1])
+                                    for r in rows])
+        return m
 
     def _buffers(self, rows: int, length: int, params: SamplingParams) -> Buffers:
         """New buffers on a CPU; on a GPU kept ones, with their graphs, where rows and parameters are the same."""
         back = (params.window or 0) * self.stage.slots  # a slot's window spans that many frames
+        guided = params.guidance != 1
         if not self.static:
-            return Buffers(self.model, rows, length, back)
+            return Buffers(self.model, self.stage, rows, length, back, guided)
         rows = 1 << (rows - 1).bit_length()  # powers of two: batches of similar size share buffers; spare rows are ignored
         kept = self._kept.pop((rows, params), None)
         if kept is None or kept.length < length:
             while len(self._kept) >= KEPT_BUFFERS:
                 self._kept.pop(next(iter(self._kept)))
-            kept = Buffers(self.model, rows, -(-length // LENGTH_STEP) * LENGTH_STEP, back)
+            kept = Buffers(self.model, self.stage, rows, -(-length // LENGTH_STEP) * LENGTH_STEP, back, guided)
         self._kept[rows, params] = kept  # the newest is last
         kept.cache.clear()
         return kept
 
     def _step(self, m: Buffers, params: SamplingParams, slots: list[int] | None) -> None:
         """Draws one id in every row. `slots`: this step's on a CPU, which then scores those alone; None in a CUDA graph."""
-        slot_B, may_end_B, noise_B2 = (x.index_select(0, m.at)[0] for x in (m.slot_SB, m.eos_SB, m.noise_SB2))
-        h_BD = self.model.advance(m.last_B[:, None], m.cache)[:, 0]
+        slot_B, may_end_B, noise_B2, cond_BC = (x.index_select(0, m.at)[0] for x in (m.slot_SB, m.eos_SB, m.noise_SB2,
+                                                                                     m.cond_SBC))
+        length_Bt = m.length_B[:, None] if self.stage.lengths else None
+        h_BD = self.model.advance(m.last_B[:, None], m.cache, cond_BC[:, None] if self.stage.aligned else None, length_Bt)[:, 0]
         ids_BW = self._ids_SW[slot_B]
         barred_BW = (ids_BW == self.stage.eos) & ~may_end_B[:, None]
         if self.stage.no_repeat:
             barred_BW = barred_BW | (ids_BW == m.last_B[:, None])
-        scores_BW = self.model.scores(h_BD, slot_B if slots is None else slots).masked_fill(barred_BW, -torch.inf)
-        drawn_B = sample_ids(scores_BW, noise_B2, params, ids_BW, m.recent_BR)
-        m.last_B.copy_(drawn_B)
+        if m.copies == 2:
+            scores = self.model.scores(h_BD, slot_B.repeat(2) if slots is None else 2 * slots)
+            scores_BW = guided(*scores.chunk(2), params.guidance)
+        else:
+            scores_BW = self.model.scores(h_BD, slot_B if slots is None else slots)
+        drawn_B = sample_ids(scores_BW.masked_fill(barred_BW, -torch.inf), noise_B2, params, ids_BW, m.recent_BR)
+        if self.stage.lengths:
+            drawn_B = self._draw_lengths(m, h_BD, drawn_B)
+        m.last_B.copy_(drawn_B.repeat(m.copies))
         m.out_SB.index_copy_(0, m.at, drawn_B[None])
         if m.back:  # repetition-aware sampling: the last `window` ids of every slot
             m.recent_BR.copy_(torch.cat([m.recent_BR[:, 1:], drawn_B[:, None]], 1))
         m.at += 1
+
+    def _draw_lengths(self, m: Buffers, h_BD: torch.Tensor, drawn_B: torch.Tensor) -> torch.Tensor:
+        """Draws how many frames each id lasts, at temperature 1 so that sounds keep their rate; returns the ids.
+
+        The first id of a row may be known, with the frames that its prompt has of it.
+        """
+        known_B = (m.at == 0) & (m.first_B >= 0)
+        drawn_B = torch.where(known_B, m.first_B, drawn_B)
+        scores_BL = self.model.lengths.scores(pad_rows(h_BD), pad_rows(drawn_B))[:len(drawn_B)]
+        length_L = torch.arange(1, scores_BL.shape[1] + 1, device=scores_BL.device)
+        scores_BL = scores_BL.masked_fill(known_B[:, None] & (length_L < m.least_B[:, None]), -torch.inf)
+        run_B = _invert_cdf(scores_BL.softmax(1), m.length_noise_SB.index_select(0, m.at)[0],
+                            length_L.expand(len(drawn_B), -1))
+        run_B = torch.where(drawn_B == self.stage.eos, 0, run_B)
+        m.length_B.copy_(run_B)
+        m.runs_SB.index_copy_(0, m.at, run_B[None])
+        return drawn_B
 
     def _replay(self, m: Buffers, params: SamplingParams) -> None:
         """`_step` as a CUDA graph, captured when the cache first reaches a run of keys (models/cache.py)."""
@@ -174,25 +290,34 @@ class Sampler:
         m.graphs[keys].replay()
         m.cache.longest = held + 1  # the host's count: a replay does not run its code
 
-    def _prefill(self, m: Buffers, rows: list[np.ndarray]) -> None:
-        """Fills the cache with prompts of any lengths; equal ones are computed once and their keys copied."""
-        unique = {row.tobytes(): row for row in rows}
+    def _prefill(self, m: Buffers, first: int, rows: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> None:
+        """Fills the cache's rows from `first` on with (ids, cond_TC, length_T) of any lengths.
+
+        Equal ones are computed once and their keys copied.
+        """
+        unique = {b"".join(part.tobytes() for part in row): row for row in rows}
         numbers = {key: u for u, key in enumerate(unique)}
         different, cache = list(unique.values()), m.cache
-        longest = max(map(len, different))
+        longest = max(len(ids) for ids, *_ in different)
         if not longest:
             return
         if self.static:  # one padded batch; `truncate` forgets the padding's keys
-            padded = np.stack([np.pad(row, (0, longest - len(row))) for row in different])
-            self.model.advance(torch.from_numpy(padded).to(self.device), cache.rows(0, len(different)))
-            cache.truncate(torch.tensor([len(row) for row in different]), longest)
+            parts = [[np.pad(part, ((0, longest - len(part)), *((0, 0),) * (part.ndim - 1))) if len(part) else part
+                      for part in row] for row in different]
+            part = cache.rows(first, first + len(different))
+            self._advance(part, *(np.stack(p) for p in zip(*parts, strict=True)))
+            part.truncate(torch.tensor([len(ids) for ids, *_ in different]), longest)
         else:  # one by one: a prompt's rounding must not depend on the others' lengths
             for u, row in enumerate(different):
-                if len(row):
-                    self.model.advance(torch.from_numpy(row)[None], cache.rows(u, u + 1))
-            cache.longest = longest
+                if len(row[0]):
+                    self._advance(cache.rows(first + u, first + u + 1), *(part[None] for part in row))
+        cache.longest = max(cache.longest, longest)
         if len(different) < len(rows):
-            cache.spread([numbers[row.tobytes()] for row in rows])
+            cache.spread([numbers[b"".join(part.tobytes() for part in row)] for row in rows], first)
+
+    def _advance(self, cache: KVCache, ids_Bt: np.ndarray, cond_BtC: np.ndarray, length_Bt: np.ndarray) -> None:
+        stage, (ids, cond, length) = self.stage, (torch.from_numpy(x).to(self.device) for x in (ids_Bt, cond_BtC, length_Bt))
+        self.model.advance(ids, cache, cond if stage.aligned else None, length if stage.lengths else None)
 
 
 @contextmanager
@@ -210,6 +335,12 @@ def _threads(model: Transformer) -> Iterator[None]:
 def uniform_noise(seed: int, first: int, last: int) -> torch.Tensor:
     """noise_S2 of the target positions [first, last), from the sample's own generator."""
     return torch.rand(last, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)[first:]
+
+
+def guided(with_BW: torch.Tensor, without_BW: torch.Tensor, guidance: float) -> torch.Tensor:
+    """Scores moved away from those without the condition (classifier-free guidance, 2207.12598); 1: as they are."""
+    log_with, log_without = with_BW.log_softmax(1), without_BW.log_softmax(1)
+    return torch.where(with_BW.isneginf(), with_BW, log_without + guidance * (log_with - log_without))
 
 
 def sample_ids(scores_BW: torch.Tensor, noise_B2: torch.Tensor, params: SamplingParams, ids_BW: torch.Tensor,

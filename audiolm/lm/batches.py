@@ -5,8 +5,8 @@ cut; another row takes the rest (lm.row_plan).  Validation takes plain crops, on
 lengths; only the stage's columns of a shard are read, ahead of their use, into a bounded cache.
 
 Shapes: z_T semantic ids at 25 Hz; codes_TQ at 50 Hz; ids_BT int64; target_BT bool, True where the id carries loss;
-doc_BT int64, the document's number within its row, the padding at a row's end one more.  T is stage.max_len, in `collate`
-the longest row's length.
+doc_BT int64, the document's number within its row, the padding at a row's end one more; cond_BTC and length_BT where the
+stage has them (lm.stages).  T is stage.max_len, in `collate` the longest row's length.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -22,15 +23,14 @@ from audiolm import rng
 from audiolm.config.corpus import ClipFilter
 from audiolm.data.clips import Clip, token_clips
 from audiolm.data.parallel import thread_map
-from audiolm.data.tokens import RATIO, TokenStore, check_pair, run_starts
+from audiolm.data.tokens import RATIO, TokenStore, check_pair
 from audiolm.lm.clip_lengths import read_lengths
 from audiolm.lm.row_plan import PackingPlan
 from audiolm.lm.shard_cache import ShardCache
-from audiolm.lm.stages import SEMANTIC_HZ, Stage
+from audiolm.lm.stages import MAX_RUN, SEMANTIC_HZ, Packed, Stage, id_starts
 
 EvalCrop = tuple[int, int]  # (clip number, start in semantic frames)
 ClipSpan = tuple[int, int, int]  # (clip number, start, stop) in semantic frames
-Packed = tuple[np.ndarray, np.ndarray]  # (ids_T, target_T) of a document
 # The shortest span that a cut may leave at a row's start or end: 1 s, an eighth of the crop or a quarter of the clip,
 # whichever is least.  Shorter ones would be mostly special ids and prefix; longer ones would leave rows unfilled.
 MIN_SPAN, MIN_CROP_PART, MIN_CLIP_PART = 1 * SEMANTIC_HZ, 8, 4
@@ -98,13 +98,20 @@ class TokenBatches:
     # -- training rows -------------------------------------------------------------------------------------------
 
     def batch(self, step: int, rows: Iterable[int]) -> dict[str, torch.Tensor]:
-        """ids_BT, target_BT, doc_BT of some rows of step's global batch; decided by (seed, step, row) alone."""
+        """ids_BT, target_BT, doc_BT and what else the stage has of some rows of step's global batch; decided by (seed, step,
+        row) alone."""
         rows, plan = list(rows), self.plan
         # the reader threads start on this step's shards, then on those that the same rows need a window later
         now, later = (self._shards(plan.address(s, i)[:2] for i in rows) for s in (step, step + plan.ahead))
         self.cache.expect(now, later)
-        documents = [[self.stage.pack(*self.read(*span)) for span in self.spans(step, i)] for i in rows]
-        return self._rows(documents, self.stage.max_len)
+        return pack_rows(self.stage, [self.documents(step, i) for i in rows], self.stage.max_len)
+
+    def documents(self, step: int, i: int) -> list[Packed]:
+        """The packed spans of a row, a share of them without their condition."""
+        spans, dropped = self.spans(step, i), self.stage.dropped
+        drop = (rng.generator(self.seed, "condition", *self.plan.address(step, i)).random(len(spans)) < dropped if dropped
+                else np.zeros(len(spans), bool))
+        return [self.stage.pack(*self.read(*span), bool(d)) for span, d in zip(spans, drop, strict=True)]
 
     def spans(self, step: int, i: int) -> list[ClipSpan]:
         """The documents of a row: from its start on the ring, clip by clip, until it is full."""
@@ -151,20 +158,6 @@ class TokenBatches:
             start = stop
         return spans, room, False
 
-    def _rows(self, documents: Sequence[Sequence[Packed]], length: int) -> dict[str, torch.Tensor]:
-        """Rows of packed documents, padded at the right with BOS, which carries no loss and which no earlier id sees."""
-        shape = len(documents), length
-        ids_BT, target_BT = np.full(shape, self.stage.bos, np.int64), np.zeros(shape, bool)
-        doc_BT = np.empty(shape, np.int64)
-        for b, row in enumerate(documents):
-            at = 0
-            for doc, (ids, target) in enumerate(row):
-                end = at + len(ids)
-                ids_BT[b, at:end], target_BT[b, at:end], doc_BT[b, at:end] = ids, target, doc
-                at = end
-            doc_BT[b, at:] = len(row)  # no id of a document attends to the padding, nor the padding to it
-        return {k: torch.from_numpy(v) for k, v in (("ids_BT", ids_BT), ("target_BT", target_BT), ("doc_BT", doc_BT))}
-
     # -- validation rows and crops -------------------------------------------------------------------------------
 
     def fixed(self, n: int) -> list[EvalCrop]:
@@ -185,12 +178,12 @@ class TokenBatches:
         return self.read(clip, start, min(start + self.stage.crop_frames, int(self.frames[clip])))
 
     def packed(self, clip: int, start: int) -> Packed:
-        """(ids_T, target_T) of one crop."""
+        """One crop in the stage's layout."""
         return self.stage.pack(*self.crop(clip, start))
 
     def collate(self, rows: Sequence[Packed]) -> dict[str, torch.Tensor]:
         """A batch of packed crops, one a row, as long as the longest."""
-        return self._rows([[row] for row in rows], max(len(ids) for ids, _ in rows))
+        return pack_rows(self.stage, [[row] for row in rows], max(len(row.ids) for row in rows))
 
     # -- shards --------------------------------------------------------------------------------------------------
 
@@ -224,12 +217,32 @@ class TokenBatches:
         ids = np.full(int(firsts[-1]) + 1, self.stage.frame_ids, np.int64)
         ids[0] = 0
         if z_T is not None and self.stage.dedupe:
-            starts = run_starts(z_T)
-            starts[firsts[:-1]] = True  # a clip begins a run, whatever the clip before ended with
-            ids[1:] += starts
+            longest = MAX_RUN if self.stage.lengths else None
+            ids[1:] += np.concatenate([id_starts(z_T[a:b], longest) for a, b in pairwise(firsts)] or [np.zeros(0, bool)])
         elif z_T is not None:
             ids[1:] += 1
         return ShardTokens(firsts, z_T, codes_TQ, np.cumsum(ids, out=ids))
+
+
+def pack_rows(stage: Stage, documents: Sequence[Sequence[Packed]], length: int) -> dict[str, torch.Tensor]:
+    """Rows of packed documents, padded at the right with BOS, which carries no loss and which no earlier id sees."""
+    shape = len(documents), length
+    rows = {"ids": np.full(shape, stage.bos, np.int64), "target": np.zeros(shape, bool),
+            "cond": np.full((*shape, stage.n_cond), stage.no_cond, np.int64), "length": np.zeros(shape, np.int64)}
+    doc_BT = np.empty(shape, np.int64)
+    for b, row in enumerate(documents):
+        at = 0
+        for doc, packed in enumerate(row):
+            end = at + len(packed.ids)
+            doc_BT[b, at:end] = doc
+            for name, values in rows.items():
+                if (own := getattr(packed, name)) is not None:
+                    values[b, at:end] = own
+            at = end
+        doc_BT[b, at:] = len(row)  # no id of a document attends to the padding, nor the padding to it
+    out = {"ids_BT": rows["ids"], "target_BT": rows["target"], "doc_BT": doc_BT}
+    out |= ({"cond_BTC": rows["cond"]} if stage.aligned else {}) | ({"length_BT": rows["length"]} if stage.lengths else {})
+    return {k: torch.from_numpy(v) for k, v in out.items()}
 
 
 def _frame_at(ids_before: np.ndarray, ids: int) -> int:

@@ -2,8 +2,8 @@
 
 A target's probability is over the ids that its slot may take.  `prepare` finds the targets on the CPU, so no step waits
 for the device; the tensors' sizes depend on the batch's shape alone, so nothing is compiled twice.
-Shapes: ids_BT, target_BT (the id carries loss), doc_BT as lm.batches; index_SN, label_SN, nats_SN as models.heads: S slots,
-N places of targets.
+Shapes: ids_BT, target_BT (the id carries loss), doc_BT, cond_BTC, length_BT as lm.batches; index_SN, label_SN, nats_SN as
+models.heads: S slots, N places of targets.  Where the stage has run lengths they are one more slot, the last.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from audiolm.models.attention import ALONE, Documents, documents
 from audiolm.models.heads import NO_TARGET
 
 Inputs = dict[str, torch.Tensor]
+EXTRA = ("cond_BTC", "length_BT")  # of a batch, where the stage has them
 
 
 def prepare(stage: Stage, batch: Mapping[str, torch.Tensor], flash: bool = False) -> Inputs:
@@ -44,27 +45,46 @@ def prepare(stage: Stage, batch: Mapping[str, torch.Tensor], flash: bool = False
     label_SN = torch.full((stage.slots, size), NO_TARGET)
     for s, own in enumerate(each):
         index_SN[s, :len(own)], label_SN[s, :len(own)] = at_N[own], label_N[own]
+    if stage.lengths:  # a length is predicted where its id is
+        length_N = batch["length_BT"].flatten()[at_N + 1]
+        own = torch.full((1, size), NO_TARGET)
+        own[0, :len(at_N)] = torch.where(length_N > 0, length_N - 1, NO_TARGET)
+        index_SN, label_SN = index_SN.repeat(2, 1), torch.cat([label_SN, own])
     # rows of one document need no mask: causal attention is enough, padding comes last
     docs = documents(doc_BT, flash) if flash or (target_BT & (doc_BT > 0)).any() else ALONE
     rows_B = torch.where(target_BT, torch.arange(1, ids_BT.shape[1] + 1), 0).amax(1)  # a row ends with its last target
     count_2 = torch.tensor([len(ids_N), int(rows_B.sum())])
     return {"ids_BT": ids_BT, "index_SN": index_SN, "label_SN": label_SN, "count_2": count_2,
+            **{name: batch[name] for name in EXTRA if name in batch},
             **{name: x for name, x in docs._asdict().items() if x is not None}}
 
 
 def inputs_of(tensors: Inputs) -> tuple:
-    """The model's arguments: ids_BT, its documents, index_SN, label_SN."""
+    """The model's arguments: ids_BT, its documents, index_SN, label_SN, cond_BTC, length_BT."""
     docs = Documents(*(tensors.get(name) for name in Documents._fields))
-    return tensors["ids_BT"], docs, tensors["index_SN"], tensors["label_SN"]
+    return tensors["ids_BT"], docs, tensors["index_SN"], tensors["label_SN"], *(tensors.get(name) for name in EXTRA)
 
 
 def level_sums(stage: Stage, nats_SN: torch.Tensor, label_SN: torch.Tensor) -> torch.Tensor:
-    """float64 (2, levels + 1): nats and number of targets, summed at level + 1 (0: semantic); add them up, then divide."""
-    sums = torch.zeros(2, stage.levels[1] + 1, dtype=torch.float64, device=nats_SN.device)
+    """float64 (2, n_sums): nats and number of targets, summed at level + 1 (0: semantic); add them up, then divide.
+
+    Stage 1's run lengths, where it has them, stand at 1.
+    """
+    sums = torch.zeros(2, n_sums(stage), dtype=torch.float64, device=nats_SN.device)
     first = 0 if stage.name == "semantic" else stage.levels[0] + 1
     sums[0, first:] = nats_SN.double().sum(1)
     sums[1, first:] = (label_SN != NO_TARGET).sum(1)
     return sums
+
+
+def n_sums(stage: Stage) -> int:
+    """Columns of `level_sums`."""
+    return stage.levels[1] + 1 + int(stage.lengths)
+
+
+def mean_loss(stage: Stage, sums: torch.Tensor) -> torch.Tensor:
+    """Nats per target token of level sums; a run length's nats belong to its id."""
+    return sums[0].sum() / (sums[1, 0] if stage.lengths else sums[1].sum())
 
 
 def batch_sums(model: torch.nn.Module, stage: Stage, batch: Mapping[str, torch.Tensor],

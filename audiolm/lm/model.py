@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 
 from audiolm import store
 from audiolm.config import lm
-from audiolm.lm.stages import Stage, stage_from_json
+from audiolm.lm.stages import MAX_RUN, Stage, stage_from_json
 from audiolm.models.transformer import Transformer, TransformerSizes
 
-FORMAT = 2  # 1 had one head over all ids
+FORMAT = 3  # 1 had one head over all ids, 2 no conditions
 
 
 def build_lm(stage: Stage, shape: lm.StageConfig) -> Transformer:
@@ -29,6 +29,7 @@ def build_lm(stage: Stage, shape: lm.StageConfig) -> Transformer:
 
 def _arguments(stage: Stage, shape: lm.StageConfig) -> dict[str, Any]:
     return {"vocab": stage.vocab_size, "slots": [len(ids) for ids in stage.slot_ids()], "longest": stage.max_len,
+            "no_cond": stage.no_cond, "run": MAX_RUN if stage.lengths else 0,
             **shape.model_dump(include={"dim", "layers", "heads", "ff", "dropout", "positions", "gated", "norm", "activation"})}
 
 

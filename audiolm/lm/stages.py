@@ -1,17 +1,21 @@
 """Token layouts of the three stages (2209.03143 III-C): one `Stage` value each, shared by packing, loss and sampling.
 
     semantic   BOS z z z ... [EOS]            loss on z and EOS; EOS only where the crop reaches its clip's end
-    coarse     BOS z z z ... SEP y y y ... EOS    loss on y and EOS; y: levels 1 to Q', frame by frame
+    coarse     BOS z z z ... SEP y y y ... [EOS]  loss on y and EOS; y: levels 1 to Q', frame by frame
     fine       BOS c c c ... SEP f f f ...    loss on f; c: levels 1 to Q', f: levels Q' + 1 to Q, frame by frame
 
 Targets are the ids with loss, counted from 0; target n stands in slot n % slots of its frame, and each slot is one level.
 Ids: semantic, then the codes of each level (offset by level: III-B), then BOS, EOS, SEP.  `fine` has no semantic ids.
-Shapes: z_T int64 semantic ids at 25 Hz, undeduplicated; codes_TQ int64 at 50 Hz, a column a level; ids int64.
+`lengths`: each deduplicated z also has the number of frames that it lasts, a second target of its place; stages 2 and 3
+then know the frame of every id.  `aligned`: a target's condition is the semantic id (stage 2) or the coarse codes (stage
+3) of its own frame.
+Shapes: z_T int64 semantic ids at 25 Hz, undeduplicated; codes_TQ int64 at 50 Hz, a column a level; ids int64; cond_TC ids.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,6 +25,32 @@ from audiolm.data.tokens import RATIO, run_starts
 SEMANTIC_HZ = 25
 NO_LEVEL = -2  # of BOS and SEP in level_table
 FINE_MIN_S = 1.0  # shortest random crop of stage 3, ours: the last chunk of a generated sound is shorter than the crop
+MAX_RUN = 50  # frames that one id may last, 2 s; a longer run is several ids
+
+
+class Packed(NamedTuple):
+    """A crop in a stage's layout."""
+
+    ids: np.ndarray  # ids_T
+    target: np.ndarray  # target_T: True where ids[t] carries loss
+    cond: np.ndarray  # cond_TC: condition of the target at t + 1; C = 0 where the stage has none
+    length: np.ndarray | None = None  # length_T: frames that ids[t] lasts, 0 where that is not known
+
+
+def id_starts(z_T: np.ndarray, longest: int | None = None) -> np.ndarray:
+    """True where an id of the deduplicated sequence begins; with `longest` a run of more frames is several ids."""
+    starts = run_starts(z_T)
+    if longest is None or not len(z_T):
+        return starts
+    at = np.arange(len(z_T))
+    return (at - np.maximum.accumulate(np.where(starts, at, 0))) % longest == 0
+
+
+def run_lengths(z_T: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(ids, frames that each lasts, at most MAX_RUN); np.repeat is the inverse."""
+    z_T = np.asarray(z_T, np.int64)
+    starts = np.flatnonzero(id_starts(z_T, MAX_RUN))
+    return z_T[starts], np.diff(np.append(starts, len(z_T)))
 
 
 def dedupe(z_T: np.ndarray) -> np.ndarray:
@@ -41,6 +71,9 @@ class Stage:
     dedupe: bool
     crop_s: float
     min_crop_s: float = 0.0  # rows are cut further, into random crops of at least this; 0: only at a row's or clip's end
+    lengths: bool = False  # stage 1 predicts how many frames an id lasts
+    aligned: bool = False  # targets have the condition of their own frame, beside the prefix
+    dropped: float = 0.0  # share of training documents without prefix and condition, which guidance needs
 
     # -- vocabulary: [semantic ids | level 1 | level 2 | ... | BOS EOS SEP] -----------------------
 
@@ -81,13 +114,28 @@ class Stage:
     def level_table(self) -> np.ndarray:
         """levels_V: each id's acoustic level from 0, or -1 for semantic ids; BOS and SEP have NO_LEVEL.
 
-        EOS has the level of the slot that predicts it: -1 in stage 1, the first target level in stage 2.
+        EOS has the level of the slot that predicts it: -1 in stage 1, the first target level in a stage 2 that has it.
         """
         table = np.full(self.vocab_size, NO_LEVEL, np.int64)
         table[:self.offset] = -1
         table[self.offset:self.bos] = np.repeat(np.array(self.columns, np.int64), self.vocab)
-        table[self.eos] = -1 if self.name == "semantic" else self.levels[0]
+        table[self.eos] = -1 if self.name == "semantic" else self.levels[0] if self.ends else NO_LEVEL
         return table
+
+    @property
+    def n_cond(self) -> int:
+        """Conditions of a target; 0 where there are none."""
+        return 0 if not self.aligned else 1 if self.name == "coarse" else self.n_coarse
+
+    @property
+    def no_cond(self) -> int:
+        """Id that stands for no condition."""
+        return self.bos
+
+    @property
+    def ends(self) -> bool:
+        """True where EOS ends a crop: in stage 1, and in a stage 2 that does not know how long its prefix lasts."""
+        return self.name == "semantic" or (self.name == "coarse" and self.dedupe)
 
     # -- lengths ----------------------------------------------------------------------------------
 
@@ -109,7 +157,7 @@ class Stage:
     @property
     def n_special(self) -> int:
         """Special ids of a packed crop: BOS, SEP and EOS where the layout has them."""
-        return 3 if self.name == "coarse" else 2
+        return 1 + int(self.ends) + int(self.name != "semantic")
 
     @property
     def frame_ids(self) -> int:
@@ -128,8 +176,8 @@ class Stage:
             return 1.0
         if self.name == "fine":
             return 1 / len(self.columns)
-        # densest in slot 0, where n semantic frames deduplicate to one id: 2n + 1 (EOS) targets of 4 + 2n slots ids
-        return max(1 / self.slots, 3 / (4 + 2 * self.slots))
+        # densest in slot 0, where n semantic frames deduplicate to one id or none: 2n + 1 (EOS) targets
+        return max(1 / self.slots, 3 / ((3 if self.dropped else 4) + 2 * self.slots))
 
     # -- tokens to ids ----------------------------------------------------------------------------
 
@@ -139,6 +187,10 @@ class Stage:
             return np.array([self.bos], np.int64)
         body = self.semantic_ids(z_T) if self.needs_semantic else self._acoustic_ids(coarse_TQ, 0, self.n_coarse)
         return np.concatenate([[self.bos], body, [self.sep]]).astype(np.int64)
+
+    def no_prompt(self) -> np.ndarray:
+        """`prompt` of a crop whose condition is dropped."""
+        return np.array([self.bos, self.sep], np.int64)
 
     def targets(self, codes: np.ndarray) -> np.ndarray:
         """Target ids without EOS, of z_T (stage 1) or of codes_TQ with the columns levels[0] to levels[1]."""
@@ -150,7 +202,25 @@ class Stage:
         if z_T.ndim != 1 or not _within(z_T, self.k):
             raise ValueError(f"{self.name}: z_T must be (T,) with ids in [0, {self.k}), got shape {z_T.shape}; "
                              "are the token store and the stage of one tokenizer?")
+        if self.lengths:
+            return run_lengths(z_T)[0]
         return dedupe(z_T) if self.dedupe else z_T
+
+    def conditions(self, z_T: np.ndarray | None = None, coarse_TQ: np.ndarray | None = None) -> np.ndarray:
+        """cond_NC of all targets of a crop: ids of z_T in stage 2, of coarse_TQ in stage 3."""
+        if not self.aligned:
+            return np.zeros((0, 0), np.int64)
+        if self.name == "coarse":
+            return np.repeat(np.asarray(z_T, np.int64), RATIO * self.slots)[:, None]
+        return np.repeat(self._acoustic_ids(coarse_TQ, 0, self.n_coarse).reshape(-1, self.n_coarse), self.slots, 0)
+
+    def place_conditions(self, ids: int, first: int, cond_NC: np.ndarray) -> np.ndarray:
+        """cond_TC of a sequence of `ids` ids whose target 0 is id `first`: the id before a target has its condition."""
+        cond_TC = np.full((ids, self.n_cond), self.no_cond, np.int64)
+        if self.aligned and len(cond_NC):
+            n = min(len(cond_NC), ids - first + 1)
+            cond_TC[first - 1:first - 1 + n] = cond_NC[:n]
+        return cond_TC
 
     def _acoustic_ids(self, codes_TQ: np.ndarray, first: int, last: int) -> np.ndarray:
         """Ids of the levels [first, last), frame after frame, the levels of a frame side by side (III-B)."""
@@ -163,14 +233,14 @@ class Stage:
                              f"{codes_TQ.max()}; are the token store and the stage of one codec?")
         return (codes_TQ + self.offset + self.vocab * np.arange(first, last)).reshape(-1)
 
-    def pack(self, z_T: np.ndarray | None, codes_TQ: np.ndarray | None, at_end: bool) -> tuple[np.ndarray, np.ndarray]:
-        """(ids, target_mask) of one crop: z_T its semantic ids, codes_TQ its codes of all `columns`; None if unused.
+    def pack(self, z_T: np.ndarray | None, codes_TQ: np.ndarray | None, at_end: bool, drop: bool = False) -> Packed:
+        """One crop: z_T its semantic ids, codes_TQ its codes of all `columns`; None if unused.
 
-        `at_end`: the crop reaches its clip's end. target_mask[t] is True where ids[t] carries loss.
+        `at_end`: the crop reaches its clip's end. `drop`: without prefix and condition.
         Raises ValueError for shapes or ids that do not belong to the stage.
         """
         if self.name == "semantic":
-            prefix, targets, has_eos = self.prompt(), self.targets(z_T), at_end
+            prefix, targets, cond_NC = self.prompt(), self.targets(z_T), self.conditions()
         else:
             codes_TQ = np.asarray(codes_TQ)
             if codes_TQ.ndim != 2 or codes_TQ.shape[1] != len(self.columns):
@@ -178,11 +248,25 @@ class Stage:
             if self.needs_semantic and len(codes_TQ) != RATIO * len(z_T):
                 raise ValueError(f"coarse: {len(codes_TQ)} acoustic frames do not match {len(z_T)} semantic ones "
                                  f"(x {RATIO}): are both stores of one manifest?")
-            prefix, targets = self.prompt(z_T, codes_TQ[:, :self.n_coarse]), self.targets(codes_TQ[:, self.levels[0]:])
-            # stage 2 ends every crop with EOS: after deduplication it alone knows how long its prefix lasts
-            has_eos = self.name == "coarse"
+            coarse_TQ = codes_TQ[:, :self.n_coarse]
+            prefix = self.no_prompt() if drop else self.prompt(z_T, coarse_TQ)
+            targets = self.targets(codes_TQ[:, self.levels[0]:])
+            cond_NC = np.zeros((0, self.n_cond), np.int64) if drop else self.conditions(z_T, coarse_TQ)
+        # stage 2, after deduplication, ends every crop with EOS: it alone knows how long its prefix lasts
+        has_eos = self.ends and (at_end or self.name == "coarse")
         ids = np.concatenate([prefix, targets, [self.eos] if has_eos else []]).astype(np.int64)
-        return ids, np.arange(len(ids)) >= len(prefix)
+        cond_TC = self.place_conditions(len(ids), len(prefix), cond_NC)
+        return Packed(ids, np.arange(len(ids)) >= len(prefix), cond_TC, self._lengths(ids, z_T, at_end))
+
+    def _lengths(self, ids: np.ndarray, z_T: np.ndarray | None, at_end: bool) -> np.ndarray | None:
+        """length_T of a packed crop; the last id's is not known where the crop may cut it."""
+        if not self.lengths:
+            return None
+        length_T, own = np.zeros(len(ids), np.int64), run_lengths(z_T)[1]
+        length_T[1:1 + len(own)] = own
+        if not at_end:
+            length_T[len(own)] = 0
+        return length_T
 
     # -- ids to tokens ----------------------------------------------------------------------------
 
@@ -217,18 +301,18 @@ class Stage:
         if self.name == "semantic":
             return [np.append(np.arange(self.k), self.eos)]
         ids = [self.offset + level * self.vocab + np.arange(self.vocab) for level in range(*self.levels)]
-        if self.name == "coarse":
+        if self.ends:
             ids[0] = np.append(ids[0], self.eos)
         return ids
 
     def eos_legal(self, n_target: int | np.ndarray) -> bool | np.ndarray:
-        """True where EOS may be target `n_target`: after whole frames, at least one; never in stage 3."""
-        return (n_target > 0) & (n_target % self.slots == 0) & (self.name != "fine")
+        """True where EOS may be target `n_target`: after whole frames, at least one, in a stage that has it."""
+        return (n_target > 0) & (n_target % self.slots == 0) & self.ends
 
     @property
     def no_repeat(self) -> bool:
-        """True where the id before may not be drawn again: deduplicated semantic ids never repeat at once."""
-        return self.name == "semantic" and self.dedupe
+        """True where the id before may not be drawn again: deduplicated ids never repeat, but after MAX_RUN frames."""
+        return self.name == "semantic" and self.dedupe and not self.lengths
 
     def to_json(self) -> dict:
         return {**asdict(self), "levels": list(self.levels)}
@@ -251,7 +335,10 @@ def build_stages(config: LMConfig, codec_n_q: int, codec_vocab: int, k: int) -> 
     for name, levels in (("semantic", (0, 0)), ("coarse", (0, coarse)), ("fine", (coarse, codec_n_q))):
         if name == "fine" and coarse == codec_n_q:
             continue  # the coarse stage predicts all levels
-        shape = getattr(config, name)
+        shape, first = getattr(config, name), name == "semantic"
         min_crop_s = FINE_MIN_S if shape.min_crop_s is None and name == "fine" else shape.min_crop_s or 0.0
-        stages[f"lm_{name}"] = Stage(name, k, codec_vocab, levels, coarse, config.dedupe, shape.crop_s, min_crop_s)
+        stages[f"lm_{name}"] = Stage(name, k, codec_vocab, levels, coarse, config.dedupe and (first or not config.lengths),
+                                     shape.crop_s, min_crop_s, lengths=first and config.lengths,
+                                     aligned=not first and config.conditioning == "aligned",
+                                     dropped=0.0 if first else config.condition_dropout)
     return stages

@@ -40,12 +40,12 @@ class KVCache:
         self.lengths_B[:len(lengths_B)] = lengths_B
         self.longest = longest
 
-    def spread(self, of: list[int]) -> None:
-        """Copies row of[b] to row b, for the first rows: samples of a prompt share its keys and values."""
-        n = self.longest
-        for t in (*self.k, *self.v):
-            t[:len(of), :, :n] = t[of, :, :n]
-        self.lengths_B[:len(of)] = self.lengths_B[of]
+    def spread(self, of: list[int], first: int = 0) -> None:
+        """Copies row of[b] to row b, counted from `first`: samples of a prompt share its keys and values."""
+        n, own = self.longest, self.rows(first, first + len(of))
+        for t in (*own.k, *own.v):
+            t[:, :, :n] = t[of, :, :n]
+        own.lengths_B[:] = own.lengths_B[of]
 
     def keys(self, t: int) -> int:
         """Number of keys that t new tokens are compared with, in whole runs."""

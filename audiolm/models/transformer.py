@@ -1,7 +1,8 @@
 """The decoder-only Transformer of all three stages (paper III-C, IV-B): pre-norm, rotary or T5 positions, no biases.
 
 Shapes: ids_BT int64; docs of models.attention: documents of a row never attend to each other and their positions start at
-0; h_BTD; scores over the ids of a slot (models.heads).
+0; h_BTD; scores over the ids of a slot (models.heads).  cond_BTC: ids whose embeddings are added to the one at their place;
+length_BT: frames that an id lasts (models.run_lengths).
 `advance` with a cache equals `hidden` up to rounding; rows of a batch may have different lengths.
 On a CPU single tokens run in rows of 8 and keys in runs of 64, so a row's bits do not depend on its batch.
 """
@@ -20,6 +21,7 @@ from audiolm.models.attention import ALONE, Documents, attend, mask_of
 from audiolm.models.cache import KEYS, KVCache, Places, places
 from audiolm.models.heads import LevelHeads
 from audiolm.models.positions import RelativePositionBias, Rope, apply_rope, rope_table
+from audiolm.models.run_lengths import RunLengths
 
 ROWS = 8  # rows of a CPU matrix product while sampling; a product's rounding depends on its shape
 EPS = 1e-5
@@ -34,7 +36,8 @@ class TransformerSizes:
     """Architecture of a Transformer: dim and ff in channels, `gated`: ff each of value and gate.
 
     slots: the ids of each slot of a frame (None: one slot of `vocab` ids); positions: rotary or t5; `longest` distance
-    in tokens, for t5; norm: layer or rms; activation: gelu or silu.
+    in tokens, for t5; norm: layer or rms; activation: gelu or silu; no_cond: the id that is no condition, run: the longest
+    run length (0: there are none).
     Raises ValueError where dim does not split into even heads, or t5 has no longest distance.
     """
 
@@ -50,6 +53,8 @@ class TransformerSizes:
     gated: bool = False
     norm: str = "layer"
     activation: str = "gelu"
+    no_cond: int = 0
+    run: int = 0
 
     def __post_init__(self):
         if self.dim % self.heads or (self.dim // self.heads) % 2:
@@ -132,26 +137,34 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(s) for _ in range(s.layers))
         self.norm = _norm(s)
         self.head = LevelHeads(s.dim, s.slots or (s.vocab,))
+        self.lengths = RunLengths(s.vocab, s.dim, s.run) if s.run else None
         for name, p in self.named_parameters():
             if p.ndim == 2:
                 # residual branches shrink with depth, so that the sum over 2 x layers of them keeps its scale
                 deep = (2 * s.layers) ** -0.5 if name.endswith(("out.weight", "down.weight")) else 1.0
                 # 0.02 as GPT-2 for embeddings and heads; other weights keep the variance of their input
-                small = name in ("embed.weight", "head.weight", "bias.table")
+                small = name.endswith(("embed.weight", "given.weight", "head.weight", "bias.table"))
                 nn.init.normal_(p, std=0.02 if small else deep * p.shape[1] ** -0.5)
 
     def forward(self, ids_BT: torch.Tensor, docs: Documents = ALONE, index_SN: torch.Tensor | None = None,
-                label_SN: torch.Tensor | None = None) -> torch.Tensor:
+                label_SN: torch.Tensor | None = None, cond_BTC: torch.Tensor | None = None,
+                length_BT: torch.Tensor | None = None) -> torch.Tensor:
         """nats_SN of the targets (models.heads), N over B x T; without targets the scores (B, T, ids), slots side by side.
 
-        Entry t predicts ids_BT[:, t + 1] from the ids up to t of the same document.
+        Entry t predicts ids_BT[:, t + 1] from the ids up to t of the same document. Run lengths are the last row of SN.
         """
         if label_SN is None:
-            return F.linear(self.hidden(ids_BT, docs), self.head.weight)
-        return (self._compiled if self._compiled and self.training else self._nats)(ids_BT, docs, index_SN, label_SN)
+            return F.linear(self.hidden(ids_BT, docs, cond_BTC, length_BT), self.head.weight)
+        nats = self._compiled if self._compiled and self.training else self._nats
+        return nats(ids_BT, docs, index_SN, label_SN, cond_BTC, length_BT)
 
-    def _nats(self, ids_BT, docs, index_SN, label_SN) -> torch.Tensor:
-        return self.head(self.hidden(ids_BT, docs).flatten(0, 1), index_SN, label_SN)
+    def _nats(self, ids_BT, docs, index_SN, label_SN, cond_BTC, length_BT) -> torch.Tensor:
+        h_ND = self.hidden(ids_BT, docs, cond_BTC, length_BT).flatten(0, 1)
+        if self.lengths is None:
+            return self.head(h_ND, index_SN, label_SN)
+        nats_SN, at_N = self.head(h_ND, index_SN[:-1], label_SN[:-1]), index_SN[-1]
+        next_N = ids_BT.flatten()[(at_N + 1).clamp_max(ids_BT.numel() - 1)]  # the last place has no target
+        return torch.cat([nats_SN, self.lengths.nats(h_ND[at_N], next_N, label_SN[-1])[None]])
 
     def compile_training(self, backend: str = "inductor") -> None:
         """Compiles the training pass, for shapes that stay the same; evaluation, whose shapes vary, stays as it is."""
@@ -171,7 +184,16 @@ class Transformer(nn.Module):
         weights = sum(p.numel() for p in self.blocks.parameters() if p.ndim == 2) + max(self.head.sizes) * self.dim
         return 6.0 * weights + 6.0 * len(self.blocks) * self.dim * length
 
-    def hidden(self, ids_BT: torch.Tensor, docs: Documents = ALONE) -> torch.Tensor:
+    def _embed(self, ids: torch.Tensor, cond: torch.Tensor | None, length: torch.Tensor | None) -> torch.Tensor:
+        """(B, T, D) of ids (B, T), conditions (B, T, C) and lengths (B, T)."""
+        h = self.embed(ids)
+        if cond is not None:
+            bag = F.embedding_bag(cond.flatten(0, 1), self.embed.weight, mode="sum", padding_idx=self.sizes.no_cond)
+            h = h + bag.view_as(h)
+        return h if length is None else h + self.lengths.embed(length)
+
+    def hidden(self, ids_BT: torch.Tensor, docs: Documents = ALONE, cond_BTC: torch.Tensor | None = None,
+               length_BT: torch.Tensor | None = None) -> torch.Tensor:
         """h_BTD, the input of the heads. Raises ValueError for T5 positions on documents that were laid out for flash."""
         # Positions are rotary angles or a bias that joins the document mask; flash takes documents by their bounds.
         T, rope, mask = ids_BT.shape[1], None, None
@@ -187,7 +209,7 @@ class Transformer(nn.Module):
             mask = (bias if mask is None else bias.masked_fill(~mask, -torch.inf)).to(_dtype(self.embed.weight))
             # rows begin at multiples of 8, else a GPU's kernel copies the mask in each layer
             mask = F.pad(mask, (0, -T % 8))[..., :T]
-        h_BTD = F.dropout(self.embed(ids_BT), self.dropout, self.training)
+        h_BTD = F.dropout(self._embed(ids_BT, cond_BTC, length_BT), self.dropout, self.training)
         for block in self.blocks:
             if self.checkpointing and torch.is_grad_enabled():  # keeps a block's input alone, runs it again backwards
                 h_BTD = checkpoint(block, h_BTD, rope, mask, docs.bounds_N, use_reentrant=False)
@@ -210,16 +232,17 @@ class Transformer(nn.Module):
         rope = None if self.bias else self._rope_table(torch.arange(shape[2], device=device))
         return KVCache(k, v, torch.zeros(batch, dtype=torch.int64, device=device), rope)
 
-    def advance(self, ids_Bt: torch.Tensor, cache: KVCache) -> torch.Tensor:
-        """Appends t >= 1 tokens to each row; rerope h_BtD. Use under torch.no_grad() and in eval mode.
+    def advance(self, ids_Bt: torch.Tensor, cache: KVCache, cond_BtC: torch.Tensor | None = None,
+                length_Bt: torch.Tensor | None = None) -> torch.Tensor:
+        """Appends t >= 1 tokens to each row; returns h_BtD. Use under torch.no_grad() and in eval mode.
 
         Raises ValueError where the cache is full.
         """
         t = ids_Bt.shape[1]
         at = places(cache, t, self.bias)
-        h = self.embed(ids_Bt)
-        if t == 1 and h.device.type == "cpu":  # a matrix product's bits depend on its number of rows
-            h = F.pad(h, (0, 0, 0, 0, 0, -len(h) % ROWS))
+        h = self._embed(ids_Bt, cond_BtC, length_Bt)
+        if t == 1:
+            h = pad_rows(h)
         for block, k, v in zip(self.blocks, cache.k, cache.v, strict=True):
             h = block.step(h, k, v, at)
         cache.lengths_B += t
@@ -228,9 +251,14 @@ class Transformer(nn.Module):
 
     def scores(self, h_BD: torch.Tensor, slots: Sequence[int] | torch.Tensor) -> torch.Tensor:
         """scores_BW float32 of one token a row, in slot slots[b] (models.heads); on a CPU in rows of 8, as `advance`."""
-        if h_BD.device.type == "cpu":
-            h_BD = F.pad(h_BD, (0, 0, 0, -len(h_BD) % ROWS))
-        return self.head.scores(h_BD, slots)
+        return self.head.scores(pad_rows(h_BD), slots)
+
+
+def pad_rows(x: torch.Tensor) -> torch.Tensor:
+    """On a CPU zero rows up to a multiple of ROWS: a matrix product's bits depend on its number of rows."""
+    if x.device.type != "cpu":
+        return x
+    return F.pad(x, (*(0,) * (2 * x.ndim - 1), -len(x) % ROWS))
 
 
 def _dtype(weight: torch.Tensor) -> torch.dtype:

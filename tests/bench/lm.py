@@ -21,7 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from audiolm.config.lm import LMConfig, StageConfig
 from audiolm.config.training import TrainConfig  # noqa: E402
+from audiolm.data.tokens import RATIO  # noqa: E402
 from audiolm.lm import stages  # noqa: E402
+from audiolm.lm.batches import pack_rows  # noqa: E402
 from audiolm.train.engine import make_engine  # noqa: E402
 from audiolm.train.objectives.base import Context  # noqa: E402
 from audiolm.train.objectives.lm import LMObjective  # noqa: E402
@@ -36,19 +38,16 @@ class Random:
 
     def __init__(self, stage: stages.Stage, rows: int, clip_s: float):
         draw, T = np.random.default_rng(0), stage.max_len
-        self.made = {"ids_BT": torch.full((rows, T), stage.bos), "target_BT": torch.zeros(rows, T, dtype=torch.bool),
-                     "doc_BT": torch.zeros(rows, T, dtype=torch.int64)}
-        ids_BT, target_BT, doc_BT = self.made.values()
-        each = (T - 2) // stage.crop_frames  # ids of a semantic frame
-        for b in range(rows):
-            at = doc = 0
+        each, made = (T - 2) // stage.crop_frames, []  # ids of a semantic frame
+        for _ in range(rows):
+            at, documents = 0, []
             while (fits := (T - at - 3) // each) > 4:
                 frames = min(int(draw.uniform(0.3, 1) * clip_s * stages.SEMANTIC_HZ), fits)
-                codes_TQ = draw.integers(0, stage.vocab, (stages.FRAMES * frames, len(stage.columns)))
-                ids, target = map(torch.from_numpy, stage.pack(draw.integers(0, stage.k, frames), codes_TQ, True))
-                ids_BT[b, at:at + len(ids)], target_BT[b, at:at + len(ids)] = ids, target
-                doc_BT[b, at:at + len(ids)], doc, at = doc, doc + 1, at + len(ids)
-            doc_BT[b, at:] = doc
+                codes_TQ = draw.integers(0, stage.vocab, (RATIO * frames, len(stage.columns)))
+                documents.append(stage.pack(draw.integers(0, stage.k, frames), codes_TQ, True))
+                at += len(documents[-1].ids)
+            made.append(documents)
+        self.made = pack_rows(stage, made, T)
 
     def batch(self, step, rows):
         return {name: x[list(rows)] for name, x in self.made.items()}

@@ -88,12 +88,11 @@ def test_training_uses_the_copies_and_validation_does_not(world, copied, name):
     used = {train.clips[clip].id for step in range(60) for i in range(2) for clip, *_ in train.spans(step, i)}
     assert used == {c.id for c in token_clips(manifest, SPEEDS, "train")}
     for i, clip in enumerate(train.clips):
-        ids, _ = train.packed(i, 0)
-        assert len(ids) and train.frames[i] == padded_samples(clip.samples) // 640
+        assert len(train.packed(i, 0).ids) and train.frames[i] == padded_samples(clip.samples) // 640
     rows = [dev.packed(*c) for c in dev.fixed(9)]
     both = [likelihood.sums(stage, list(likelihood.train_rows(train, copies=c)), rows) for c in (False, True)]
     lowest, counted = likelihood.lowest(train, rows)
     assert all((s[0] == np.minimum(both[0][n][0], both[1][n][0])).all() for n, s in lowest.items())
     assert any((both[0][n][0] != both[1][n][0]).any() for n in lowest)
-    assert counted == sum(t.sum() for i, c in enumerate(train.clips) if c.speed == 1
-                          for start in range(0, train.frames[i], 25) for t in train.packed(i, start)[1:])
+    assert counted == sum(train.packed(i, start).target.sum() for i, c in enumerate(train.clips) if c.speed == 1
+                          for start in range(0, train.frames[i], 25))

@@ -18,6 +18,7 @@ from audiolm.lm.stages import build_stages
 from audiolm.models.attention_maps import attention_maps
 from audiolm.models.transformer import Transformer, TransformerSizes
 from audiolm.render import plots
+from tests.worlds.layouts import PAPER
 from tests.worlds.tiny_system import COARSE, RUN, build, voice
 
 K = 40
@@ -39,7 +40,7 @@ def test_what_is_listened_to_gives_what_the_model_gives(shape):
 def aligned(dedupe: bool):
     """A coarse stage of one layer and one level that looks at the token whose number its last code has."""
     shape = StageConfig(crop_s=10.0, train=TrainConfig(steps=1, batch=1, lr=1e-3))
-    lm = LMConfig(dedupe=dedupe, coarse_levels=1, semantic=shape, coarse=shape, fine=shape)
+    lm = LMConfig(**PAPER, dedupe=dedupe, coarse_levels=1, semantic=shape, coarse=shape, fine=shape)
     stage = build_stages(lm, 1, K, K)["lm_coarse"]
     model = Transformer(TransformerSizes(stage.vocab_size, 2 * K, 1, 1, 8, 0.0, slots=[K + 1], positions="t5",
                                          longest=stage.max_len)).eval()

@@ -14,6 +14,7 @@ from audiolm.eval.metrics.token_statistics import sampled_statistics
 from audiolm.lm.batches import TokenBatches
 from audiolm.lm.stages import build_stages
 from tests.worlds import token_corpus
+from tests.worlds.layouts import PAPER
 from tests.worlds.token_corpus import STAY, VOCAB, K
 
 TRUE = STAY + (1 - STAY) / K  # chance of the semantic chain's next token
@@ -27,7 +28,7 @@ def corpus(tmp_path_factory):
 
 def stage(name, dedupe=False):
     shape = StageConfig(crop_s=1.0, train=TrainConfig(steps=1, batch=4, lr=1e-3))
-    return build_stages(LMConfig(dedupe=dedupe, coarse_levels=2, semantic=shape, coarse=shape, fine=shape),
+    return build_stages(LMConfig(**PAPER, dedupe=dedupe, coarse_levels=2, semantic=shape, coarse=shape, fine=shape),
                         token_corpus.N_Q, VOCAB, K)[name]
 
 

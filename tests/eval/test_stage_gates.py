@@ -22,6 +22,7 @@ from audiolm.pipeline import steps
 from audiolm.pipeline.run_observer import headline
 from audiolm.store import get, get_json, join, names
 from tests.worlds import token_corpus
+from tests.worlds.layouts import PAPER
 
 
 @pytest.mark.parametrize(("vocab", "frames", "used", "bits", "collapsed"), [
@@ -81,8 +82,8 @@ def graph(corpus, steps_=2, used=None, **shape):
     inputs = [Step(n, copied(n), {"used": used}) for n in ("manifest", "semantic_tokens", "acoustic_tokens")]
     train = TrainConfig(steps=steps_, batch=8, lr=1e-2, warmup_steps=2, engine="torch", eval_every=steps_, export="best")
     lm = StageConfig(crop_s=0.8, dim=32, layers=2, heads=2, ff=64, dropout=0.0, train=train, **shape)
-    config = {"seed": 0, "cluster": ClusterConfig(device="cpu", threads=1), "stage": "lm_coarse", "lm": lm, "dedupe": False,
-              "coarse_levels": 1, "rows": 16}
+    config = {"seed": 0, "cluster": ClusterConfig(device="cpu", threads=1), "stage": "lm_coarse", "lm": lm, "rows": 16,
+              "layout": {**PAPER, "dedupe": False, "coarse_levels": 1}}
     return [*inputs, Step("lm_coarse", steps.train_lm, config, tuple(inputs), trains=train)]
 
 

@@ -22,11 +22,12 @@ from audiolm.lm.model import build_lm, export_lm, load_lm
 from audiolm.lm.stages import build_stages
 from audiolm.tokenizers.semantic import load_semantic
 from tests.worlds import token_corpus
+from tests.worlds.layouts import PAPER
 from tests.worlds.tiny_system import COARSE, TRAIN, VOCAB, K, Q, build, export
 
 WORDS = 16
 SHAPE = lm.StageConfig(crop_s=4.0, dim=32, layers=2, heads=2, ff=64, dropout=0.0, train=TRAIN)
-STAGE = build_stages(LMConfig(coarse_levels=COARSE, semantic=SHAPE), Q, VOCAB, K)["lm_semantic"]
+STAGE = build_stages(LMConfig(**PAPER, coarse_levels=COARSE, semantic=SHAPE), Q, VOCAB, K)["lm_semantic"]
 
 
 def sound(number: int) -> np.ndarray:

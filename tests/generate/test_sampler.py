@@ -8,7 +8,7 @@ import torch
 
 from audiolm.generate.params import SamplingParams
 from audiolm.generate.sampler import Sampler, sample_ids
-from audiolm.lm.stages import Stage
+from audiolm.lm.stages import MAX_RUN, Stage
 from audiolm.models.transformer import Transformer, TransformerSizes
 from tests.worlds.token_corpus import legal_ids
 
@@ -17,13 +17,17 @@ STAGES = {
     "semantic": Stage("semantic", K, VOCAB, (0, 0), 2, True, 4.0),
     "coarse": Stage("coarse", K, VOCAB, (0, 2), 2, True, 4.0),
     "fine": Stage("fine", 0, VOCAB, (2, 5), 2, True, 2.0),
+    "aligned coarse": Stage("coarse", K, VOCAB, (0, 2), 2, False, 4.0, aligned=True, dropped=0.1),
+    "aligned fine": Stage("fine", 0, VOCAB, (2, 5), 2, True, 2.0, aligned=True, dropped=0.1),
 }
+TIMED = Stage("semantic", K, VOCAB, (0, 0), 2, True, 4.0, lengths=True)
 
 
 def build(stage: Stage, dropout: float) -> Transformer:
     positions = "t5" if stage.name == "coarse" else "rotary"
     return Transformer(TransformerSizes(stage.vocab_size, 32, 2, 4, 64, dropout, positions=positions, longest=stage.max_len,
-                                        slots=[len(ids) for ids in stage.slot_ids()])).eval()
+                                        slots=[len(ids) for ids in stage.slot_ids()], no_cond=stage.no_cond,
+                                        run=MAX_RUN if stage.lengths else 0)).eval()
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +45,14 @@ def models() -> dict[str, Transformer]:
 def prompt(name: str, frames: int, seed: int) -> np.ndarray:
     rng = np.random.default_rng(seed)
     return STAGES[name].prompt(rng.integers(0, K, frames), rng.integers(0, VOCAB, (2 * frames, 2)))
+
+
+def conditions(name: str, counts: list[int]) -> list[np.ndarray]:
+    """A condition for each target of each row."""
+    stage, draw = STAGES[name], np.random.default_rng(9)
+    z = [draw.integers(0, K, n) for n in counts]
+    codes = [draw.integers(0, VOCAB, (n, 2)) for n in counts]
+    return [stage.conditions(*parts)[:n] for *parts, n in zip(z, codes, counts, strict=True)]
 
 
 @pytest.mark.parametrize("name", list(STAGES))
@@ -75,12 +87,13 @@ def test_a_sample_is_the_same_whatever_the_batch(models, name):
     prompts = [prompt(name, 3 + 5 * i % 17, i) for i in range(n)]
     counts = [6 * stage.slots + 9 * i % 40 * stage.slots for i in range(n)]
     seeds = list(range(100, 100 + n))
-    batch = Sampler(models[name], stage)(prompts, counts, params=SamplingParams(1.0), seeds=seeds)
+    cond, how = conditions(name, counts), SamplingParams(1.0, guidance=1.5 if stage.dropped else 1.0)
+    batch = Sampler(models[name], stage)(prompts, counts, params=how, seeds=seeds, cond=cond)
     for i in range(n):
-        alone = Sampler(models[name], stage)([prompts[i]], [counts[i]], params=SamplingParams(1.0), seeds=[seeds[i]])[0]
+        alone = Sampler(models[name], stage)([prompts[i]], [counts[i]], params=how, seeds=[seeds[i]], cond=[cond[i]])[0]
         np.testing.assert_array_equal(batch[i], alone)
         assert len(alone) == counts[i]
-    back = Sampler(models[name], stage)(prompts[::-1], counts[::-1], params=SamplingParams(1.0), seeds=seeds[::-1])[::-1]
+    back = Sampler(models[name], stage)(prompts[::-1], counts[::-1], params=how, seeds=seeds[::-1], cond=cond[::-1])[::-1]
     assert all(np.array_equal(a, b) for a, b in zip(batch, back, strict=True))
 
 
@@ -91,12 +104,13 @@ def test_the_gpus_way_draws_the_same_ids(models, name, monkeypatch):
     plain, static = Sampler(model, stage), Sampler(model, stage)
     static.static = True
     monkeypatch.setattr(static, "_replay", lambda m, params: static._step(m, params, None))
-    how = SamplingParams(1.0, top_p=0.9, window=3, repeats=0.4)
+    how = SamplingParams(1.0, top_p=0.9, window=3, repeats=0.4, guidance=1.5 if stage.dropped else 1.0)
     for n in (3, 5, 4):  # 4 and 8 rows; the last call finds its memory used
         prompts = [prompt(name, 3 + 5 * i % 17, i % 3) for i in range(n)]
         counts = [(6 + 9 * i % 40) * stage.slots for i in range(n)]
         for eos_from in (0, 12, None):
-            one, two = (s(prompts, counts, eos_from=eos_from, params=how, seeds=range(n)) for s in (plain, static))
+            one, two = (s(prompts, counts, eos_from=eos_from, params=how, seeds=range(n), cond=conditions(name, counts))
+                        for s in (plain, static))
             assert all(np.array_equal(a, b) for a, b in zip(one, two, strict=True))
     assert len(static._kept) == 2
 

@@ -19,6 +19,7 @@ from audiolm.data.clips import clips_parquet, read_clips
 from audiolm.lm.batches import TokenBatches
 from audiolm.lm.stages import build_stages
 from tests.worlds import token_corpus
+from tests.worlds.layouts import PAPER
 
 TRAIN = TrainConfig(steps=1, batch=4, lr=1e-3)
 FRAMES = {"train": [70, 30, 9, 25, 50, 41, 26, 12], "dev": [33, 80, 20, 25]}
@@ -26,7 +27,7 @@ FRAMES = {"train": [70, 30, 9, 25, 50, 41, 26, 12], "dev": [33, 80, 20, 25]}
 
 def stages(dedupe=True):
     shape = {"dim": 16, "layers": 1, "heads": 2, "ff": 32, "train": TRAIN}
-    config = LMConfig(dedupe=dedupe, coarse_levels=2, semantic=StageConfig(crop_s=2.0, **shape),
+    config = LMConfig(**PAPER, dedupe=dedupe, coarse_levels=2, semantic=StageConfig(crop_s=2.0, **shape),
                       coarse=StageConfig(crop_s=1.0, **shape), fine=StageConfig(crop_s=0.4, **shape))
     return build_stages(config, token_corpus.N_Q, token_corpus.VOCAB, token_corpus.K)
 
@@ -72,7 +73,7 @@ def test_documents_are_the_stages_packing_of_their_clips(corpus, name, dedupe):
                 at_end = stop == len(z)
                 expected = d.stage.pack(z[start:stop] if d.semantic else None,
                                         codes[2 * start:2 * stop, d.stage.columns] if d.acoustic else None, at_end)
-                assert np.array_equal(ids, expected[0]) and np.array_equal(target, expected[1])
+                assert np.array_equal(ids, expected.ids) and np.array_equal(target, expected.target)
                 if name == "lm_semantic":
                     assert (ids[-1] == d.stage.eos) == at_end
                     assert not dedupe or start == 0 or z[start] != z[start - 1]  # a run is not cut
@@ -89,7 +90,8 @@ def speech(tmp_path_factory):
 
 
 def paper_stage(corpus, name, dedupe=True, batch=1, seed=0):
-    stage = build_stages(LMConfig(dedupe=dedupe, coarse_levels=2), token_corpus.N_Q, token_corpus.VOCAB, token_corpus.K)[name]
+    config = LMConfig(**PAPER, dedupe=dedupe, coarse_levels=2)
+    stage = build_stages(config, token_corpus.N_Q, token_corpus.VOCAB, token_corpus.K)[name]
     paths = [corpus.paths[n] for n in ("manifest", "semantic_tokens", "acoustic_tokens")]
     return TokenBatches(*paths, stage, "train", None, batch, seed)
 

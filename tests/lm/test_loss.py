@@ -10,35 +10,26 @@ import torch
 import torch.nn.functional as F
 
 from audiolm.config import lm, training
+from audiolm.lm.batches import pack_rows
 from audiolm.lm.loss import batch_sums, inputs_of, level_sums, prepare
 from audiolm.lm.model import build_lm
-from audiolm.lm.stages import Stage
+from audiolm.lm.stages import Packed, Stage
 from audiolm.models.heads import NO_TARGET, LevelHeads
 
 K, VOCAB, Q = 11, 7, 5
 STAGES = {"semantic": Stage("semantic", K, VOCAB, (0, 0), 2, True, 2.0),
           "coarse": Stage("coarse", K, VOCAB, (0, 2), 2, True, 2.0),
-          "fine": Stage("fine", 0, VOCAB, (2, Q), 2, True, 2.0)}
+          "fine": Stage("fine", 0, VOCAB, (2, Q), 2, True, 2.0),
+          "semantic with lengths": Stage("semantic", K, VOCAB, (0, 0), 2, True, 2.0, lengths=True),
+          "aligned coarse": Stage("coarse", K, VOCAB, (0, 2), 2, False, 2.0, aligned=True, dropped=0.1),
+          "aligned fine": Stage("fine", 0, VOCAB, (2, Q), 2, True, 2.0, aligned=True, dropped=0.1)}
 SHAPE = lm.StageConfig(crop_s=2.0, dim=32, layers=2, heads=2, ff=64, dropout=0.0,
                      train=training.TrainConfig(steps=1, batch=1, lr=1e-3))
 
 
-def crops(stage: Stage, lengths: list[int]) -> list[tuple[np.ndarray, np.ndarray]]:
+def crops(stage: Stage, lengths: list[int]) -> list[Packed]:
     draw = np.random.default_rng(0)
     return [stage.pack(draw.integers(0, K, n), draw.integers(0, VOCAB, (2 * n, len(stage.columns))), True) for n in lengths]
-
-
-def rows(stage: Stage, packed: list[list[tuple[np.ndarray, np.ndarray]]], length: int) -> dict[str, torch.Tensor]:
-    """Documents side by side in rows, as lm.batches makes them."""
-    ids_BT = torch.full((len(packed), length), stage.bos)
-    target_BT, doc_BT = torch.zeros_like(ids_BT, dtype=torch.bool), torch.zeros_like(ids_BT)
-    for b, documents in enumerate(packed):
-        at = 0
-        for d, (ids, target) in enumerate(documents):
-            ids_BT[b, at:at + len(ids)], target_BT[b, at:at + len(ids)] = torch.from_numpy(ids), torch.from_numpy(target)
-            doc_BT[b, at:at + len(ids)], at = d, at + len(ids)
-        doc_BT[b, at:] = len(documents)
-    return {"ids_BT": ids_BT, "target_BT": target_BT, "doc_BT": doc_BT}
 
 
 def model_of(stage: Stage, positions: str = "rotary"):
@@ -53,20 +44,21 @@ def model_of(stage: Stage, positions: str = "rotary"):
 def test_a_packed_row_costs_what_its_documents_cost(name, positions):
     stage, model = STAGES[name], model_of(STAGES[name], positions)
     parts = crops(stage, [3, 1, 5, 4])
-    length = sum(len(ids) for ids, _ in parts[:3]) + 2
+    length = sum(len(p.ids) for p in parts[:3]) + 2
     sums, grads = [], []
-    for batch in (rows(stage, [parts[:3], parts[3:]], length), rows(stage, [[p] for p in parts], length)):
+    for batch in (pack_rows(stage, [parts[:3], parts[3:]], length), pack_rows(stage, [[p] for p in parts], length)):
         tensors = prepare(stage, batch)
         nats_SN = model(*inputs_of(tensors))
         nats_SN.sum().backward()
         grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
         model.zero_grad()
         sums.append(level_sums(stage, nats_SN.detach(), tensors["label_SN"]))
-        assert tensors["count_2"].tolist() == [sum(t.sum() for _, t in parts), sum(len(ids) for ids, _ in parts)]
+        assert tensors["count_2"].tolist() == [sum(p.target.sum() for p in parts), sum(len(p.ids) for p in parts)]
     torch.testing.assert_close(sums[0], sums[1], atol=1e-4, rtol=1e-6)
     torch.testing.assert_close(grads[0], grads[1], atol=1e-4, rtol=1e-4)
     levels_V = stage.level_table()
-    counts = [sum(int((levels_V[ids[t]] == level).sum()) for ids, t in parts) for level in range(-1, stage.levels[1])]
+    counts = [sum(int((levels_V[p.ids[p.target]] == level).sum()) for p in parts) for level in range(-1, stage.levels[1])]
+    counts += [sum(int((p.length > 0).sum()) for p in parts)] if stage.lengths else []
     assert sums[0][1].tolist() == counts
 
 
@@ -74,20 +66,21 @@ def test_a_packed_row_costs_what_its_documents_cost(name, positions):
 def test_probabilities_are_over_the_slots_own_ids(name):
     """Every legal id in turn as one target: its probabilities sum to 1, and an id of another slot is refused."""
     stage, model = STAGES[name], model_of(STAGES[name]).requires_grad_(False)
-    ids, target = crops(stage, [3])[0]
-    first = int(np.flatnonzero(target)[0])
+    part = crops(stage, [3])[0]
+    ids = part.ids
+    first = int(np.flatnonzero(part.target)[0])
     for n in range(2 * stage.slots):
         legal, chances = stage.slot_ids()[n % stage.slots], []
         for i in legal:
             changed = ids.copy()
             changed[first + n] = i
             only = np.arange(len(ids)) == first + n
-            sums = batch_sums(model, stage, rows(stage, [[(changed, only)]], len(ids)), "cpu")
-            chances.append(math.exp(-float(sums[0].sum())))
+            sums = batch_sums(model, stage, pack_rows(stage, [[part._replace(ids=changed, target=only)]], len(ids)), "cpu")
+            chances.append(math.exp(-float(sums[0, 0 if stage.lengths else slice(None)].sum())))
         assert sum(chances) == pytest.approx(1.0, abs=1e-5)
     ids[first] = stage.bos
-    with pytest.raises(ValueError, match=f"{name}: id {stage.bos} is marked as a target"):
-        prepare(stage, rows(stage, [[(ids, target)]], len(ids)))
+    with pytest.raises(ValueError, match=f"{stage.name}: id {stage.bos} is marked as a target"):
+        prepare(stage, pack_rows(stage, [[part]], len(ids)))
 
 
 @pytest.mark.parametrize("name", list(STAGES))
@@ -96,11 +89,11 @@ def test_what_the_model_is_given_has_one_shape_whatever_is_packed(name):
     seen = set()
     for lengths in ([1] * 200, [2] * 200, [5, 1, 30, 7] * 9, [50] * 3):
         parts, row, at = crops(stage, lengths), [], 0
-        for ids, target in parts:
-            if at + len(ids) > stage.max_len:
+        for part in parts:
+            if at + len(part.ids) > stage.max_len:
                 break
-            row, at = [*row, (ids, target)], at + len(ids)
-        tensors = prepare(stage, rows(stage, [row, row], stage.max_len), flash=True)
+            row, at = [*row, part], at + len(part.ids)
+        tensors = prepare(stage, pack_rows(stage, [row, row], stage.max_len), flash=True)
         seen.add(tuple((k, x.shape) for k, x in tensors.items() if k != "bounds_N"))
         assert len(tensors["bounds_N"]) in (33, 65, 129, 257)
     assert len(seen) == 1

@@ -11,6 +11,7 @@ from audiolm.config import lm as lm_config
 from audiolm.config import training
 from audiolm.lm.model import build_lm, export_lm, load_lm
 from audiolm.lm.stages import NO_LEVEL, build_stages, dedupe
+from tests.worlds.layouts import PAPER
 from tests.worlds.token_corpus import legal_ids
 
 K, VOCAB, Q, COARSE = 11, 7, 5, 2
@@ -19,7 +20,7 @@ SHAPE = lm_config.StageConfig(crop_s=1.0, dim=16, layers=1, heads=2, ff=32, trai
 
 
 def stages(dedupe: bool = True, coarse: int = COARSE):
-    lm = lm_config.LMConfig(dedupe=dedupe, coarse_levels=coarse, semantic=SHAPE, coarse=SHAPE, fine=SHAPE)
+    lm = lm_config.LMConfig(**PAPER, dedupe=dedupe, coarse_levels=coarse, semantic=SHAPE, coarse=SHAPE, fine=SHAPE)
     return build_stages(lm, Q, VOCAB, K)
 
 
@@ -56,7 +57,7 @@ def test_id_ranges_are_disjoint_and_specials_lie_outside(name):
 def test_round_trip_and_loss_on_targets_only(name):
     stage = stages()[name]
     z_T, codes_TQ = crop()
-    ids, target = packed(stage)
+    ids, target, *_ = packed(stage)
     prompt, targets = stage.split(ids)
     back = stage.unpack(targets)
     if name == "lm_semantic":
@@ -85,7 +86,7 @@ def test_layouts():
 @pytest.mark.parametrize("name", ["lm_semantic", "lm_coarse", "lm_fine"])
 def test_what_is_packed_may_be_drawn_and_nothing_else(name, dedup):
     stage = stages(dedup)[name]
-    ids, target = packed(stage)
+    ids, target, *_ = packed(stage)
     first = int(np.flatnonzero(target)[0])
     for n, at in enumerate(range(first, len(ids))):
         mask_V = legal_ids(stage, n, int(ids[at - 1]))
@@ -107,7 +108,7 @@ def test_eos_and_repeats():
 
 def test_levels_of_targets():
     stage = stages()["lm_coarse"]
-    ids, target = packed(stage)
+    ids, target, *_ = packed(stage)
     assert stage.level_table()[ids[target]].tolist() == [0, 1] * 24 + [0]  # EOS stands in a level-1 slot
     assert (stage.level_table()[ids[1:np.flatnonzero(target)[0] - 1]] == -1).all()
 
@@ -119,7 +120,7 @@ def test_no_fine_stage_where_all_levels_are_coarse():
 
 
 def test_paper_sizes():
-    s = build_stages(lm_config.LMConfig(), 12, 1024, 1024)
+    s = build_stages(lm_config.LMConfig(**PAPER), 12, 1024, 1024)
     assert [x.crop_frames for x in s.values()] == [750, 250, 75]
     assert [x.max_len for x in s.values()] == [750 + 2, 250 + 2000 + 3, 600 + 1200 + 2]
     assert [x.vocab_size for x in s.values()] == [1024 + 3, 1024 + 4 * 1024 + 3, 12 * 1024 + 3]

@@ -17,6 +17,7 @@ from audiolm.train.engine import make_engine
 from audiolm.train.objectives import lm
 from audiolm.train.objectives.base import Context
 from tests.worlds import token_corpus
+from tests.worlds.layouts import PAPER
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 STEPS = 60
@@ -32,7 +33,7 @@ def corpus(tmp_path_factory):
 def objective(corpus, stage="lm_coarse", rank=0, world=1, seed=0, **changed):
     train = TrainConfig(steps=STEPS, batch=8, lr=1e-2, warmup_steps=5, engine="torch", **changed)
     shape = StageConfig(crop_s=0.8, dim=32, layers=2, heads=2, ff=64, dropout=0.0, train=train)
-    config = {"stage": stage, "seed": seed, "lm": shape, "dedupe": False, "coarse_levels": 2, "rows": 6}
+    config = {"stage": stage, "seed": seed, "lm": shape, "layout": {**PAPER, "dedupe": False, "coarse_levels": 2}, "rows": 6}
     return lm.lm_objective(config, corpus.paths, Context(rank, world, CPU, seed))
 
 
@@ -141,6 +142,6 @@ def test_the_export_is_the_model(corpus, tmp_path):
 
 
 def test_a_stage_that_the_codec_leaves_no_room_for_is_named(corpus):
-    config = {"stage": "lm_fine", "lm": objective(corpus).shape, "dedupe": True, "coarse_levels": 3}
+    config = {"stage": "lm_fine", "lm": objective(corpus).shape, "layout": {**PAPER, "coarse_levels": 3}}
     with pytest.raises(ValueError, match="stage is 'lm_fine'.*coarse_levels 3"):
         lm.stage_of(config, corpus.paths)

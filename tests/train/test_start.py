@@ -28,6 +28,7 @@ from audiolm.train.objectives.codec import codec_start
 from audiolm.train.objectives.masked_inputs import MaskedInputs
 from tests.worlds import token_corpus
 from tests.worlds.basics import ROOT
+from tests.worlds.layouts import PAPER
 from tests.worlds.syllables import CTX, Crops, syllables
 from tests.worlds.tiny_codec import SPECTRAL, run, saved_state, tiny_codec, training, voice
 from workflows import full_pipeline
@@ -185,7 +186,8 @@ def stage(corpus, name: str, seed: int, start=None, dedupe=False, coarse=2, **ch
     train = TrainConfig(steps=40, batch=8, lr=1e-2, warmup_steps=5, engine="torch")
     sizes = {"dim": 32, "layers": 2, "heads": 2, "ff": 64, **changes}
     shape = StageConfig(crop_s=0.8, dropout=0.0, train=train, **sizes)
-    config = {"stage": name, "seed": seed, "lm": shape, "dedupe": dedupe, "coarse_levels": coarse, "rows": 6,
+    config = {"stage": name, "seed": seed, "lm": shape, "rows": 6,
+              "layout": {**PAPER, "dedupe": dedupe, "coarse_levels": coarse},
               **({"start": start} if start else {})}
     return lm.lm_objective(config, corpus.paths, Context(0, 1, CPU, seed))
 

@@ -18,6 +18,7 @@ from audiolm.train.commits import commits, path_of
 from audiolm.train.loop import train
 from audiolm.train.objectives.lm import lm_objective
 from tests.worlds import token_corpus
+from tests.worlds.layouts import PAPER
 from tests.worlds.training import SPOILED, build, training_step
 
 
@@ -127,7 +128,8 @@ def test_a_language_model_of_100_then_200_steps_is_that_of_200_at_once_and_each_
         run = TrainConfig(steps=steps, batch=4, lr=1e-2, warmup_steps=5, decay_steps=20, eval_every=40, save_every=70,
                           engine="torch", export="best")
         size = StageConfig(crop_s=0.8, dim=16, layers=1, heads=2, ff=32, dropout=0.1, train=run)
-        config = {"stage": "lm_coarse", "seed": 0, "lm": size, "dedupe": False, "coarse_levels": 2, "rows": 4}
+        config = {"stage": "lm_coarse", "seed": 0, "lm": size, "rows": 4,
+                  "layout": {**PAPER, "dedupe": False, "coarse_levels": 2}}
         inputs = {name: Artifact(path, "0001", {}) for name, path in corpus.paths.items()}
 
         def fn(config, _, out):

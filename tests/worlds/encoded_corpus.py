@@ -27,12 +27,13 @@ from audiolm.tokenizers import encode
 from audiolm.tokenizers.extractor import ConformerExtractor, Window
 from audiolm.tokenizers.semantic import save_semantic
 from tests.worlds.basics import RecordingOut
+from tests.worlds.layouts import PAPER
 
 RATE, K, N_Q, VOCAB = 16_000, 8, 3, 16
 SECONDS = {"train": (1.3, 0.9, 1.04, 1.1), "dev": (0.8, 1.2), "test": (1.5, 1.21, 0.6)}
 SIZES = {"strides": (2, 4, 5, 8), "enc_channels": 2, "dec_channels": 2, "dim": 8, "n_q": N_Q, "vocab": VOCAB}
 SHAPE = StageConfig(crop_s=1.0, dim=16, layers=1, heads=2, ff=32, train=TrainConfig(steps=1, batch=2, lr=1e-3))
-STAGES = LMConfig(coarse_levels=2, semantic=SHAPE, coarse=SHAPE, fine=SHAPE)
+STAGES = LMConfig(**PAPER, coarse_levels=2, semantic=SHAPE, coarse=SHAPE, fine=SHAPE)
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from audiolm.models.conformer import Encoder, EncoderSizes
 from audiolm.models.soundstream import SoundStream, SoundStreamSizes
 from audiolm.tokenizers.extractor import ConformerExtractor, Window
 from audiolm.tokenizers.semantic import save_semantic
+from tests.worlds.layouts import PAPER
 
 K, VOCAB, Q, COARSE = 12, 16, 4, 2
 TRAIN = training.TrainConfig(steps=1, batch=1, lr=1e-3)
@@ -36,7 +37,7 @@ def build(folder: str, coarse: int = COARSE, dedupe: bool = True) -> dict[str, s
         "dim": 8, "n_q": Q, "vocab": VOCAB, "quantizer": "ema", "code_dim": 8})
     shapes = {name: lm_config.StageConfig(crop_s=crop_s, dim=16, layers=2, heads=2, ff=32, train=TRAIN)
               for name, crop_s in CROPS_S.items()}
-    stages = build_stages(lm_config.LMConfig(coarse_levels=coarse, dedupe=dedupe, **shapes), Q, VOCAB, K)
+    stages = build_stages(lm_config.LMConfig(**PAPER, coarse_levels=coarse, dedupe=dedupe, **shapes), Q, VOCAB, K)
     for step, stage in stages.items():
         model = build_lm(stage, shapes[stage.name])
         torch.nn.init.normal_(model.head.weight, std=0.5)

@@ -20,11 +20,10 @@ from audiolm.eval.metrics import ngram
 from audiolm.lm.batches import EvalCrop, TokenBatches
 from audiolm.lm.loss import batch_sums
 from audiolm.lm.model import load_lm
-from audiolm.lm.stages import Stage
+from audiolm.lm.stages import Packed, Stage
 
 COUNTED = 4_000_000  # targets of a level that the baselines count, about: 22 hours, in about 1 GB
 
-Packed = tuple[np.ndarray, np.ndarray]  # (ids_T, target_T)
 View = tuple[int, np.ndarray, np.ndarray]  # (order, x_N, depth_N)
 
 
@@ -36,7 +35,7 @@ def lowest(data: TokenBatches, held_out: Sequence[Packed],
     to be below the better baseline.
     """
     rows = list(train_rows(data))
-    totals, counted = sums(data.stage, rows, held_out, only), int(sum(target.sum() for _, target in rows))
+    totals, counted = sums(data.stage, rows, held_out, only), int(sum(row.target.sum() for row in rows))
     if any(c.speed != 1 for c in data.clips):
         more = sums(data.stage, list(train_rows(data, copies=True)), held_out, only)
         totals = {name: np.minimum(s, more[name]) for name, s in totals.items()}  # the numbers of targets are the same
@@ -60,8 +59,8 @@ def train_rows(data: TokenBatches, most: int = COUNTED, copies: bool = False) ->
         clips = {i: data.clips[i] for i in shards[(2 * k + 1) * len(shards) // (2 * n)]}
         for i in sorted(clips, key=lambda i: (clips[i].parts[0].uri, clips[i].parts[0].start, clips[i].speed)):
             for start in range(0, data.frames[i], step):
-                ids, target = data.packed(i, start)
-                yield ids.astype(np.int32), target
+                row = data.packed(i, start)
+                yield Packed(row.ids.astype(np.int32), row.target, row.cond[:0], row.length)  # half the memory
 
 
 def sums(stage: Stage, train: Sequence[Packed], held_out: Sequence[Packed],
@@ -105,10 +104,10 @@ def views(stage: Stage, rows: Sequence[Packed], level: int) -> dict[str, View]:
     the code of the level below.
     """
     if level < 0:
-        own = ngram.sequence([np.append(stage.bos, ids[target]) for ids, target in rows])
+        own = ngram.sequence([np.append(stage.bos, row.ids[row.target]) for row in rows])
         return {"unigram": (1, *own), "bigram": (2, *own), "fivegram": (5, *own)}
     slot, columns, pairs = level - stage.levels[0], [], []
-    for ids, _ in rows:
+    for ids in (row.ids for row in rows):
         prompt, targets = stage.split(ids)
         codes_TS = targets.reshape(-1, stage.slots)
         # the end of a clip is predicted in the first slot alone

@@ -17,7 +17,7 @@ from audiolm import rng
 from audiolm.config.lm import LMConfig, StageConfig
 from audiolm.data.tokens import TokenStore
 from audiolm.lm.batches import EvalCrop, TokenBatches
-from audiolm.lm.loss import batch_sums, inputs_of, level_sums, prepare
+from audiolm.lm.loss import batch_sums, inputs_of, level_sums, mean_loss, n_sums, prepare
 from audiolm.lm.model import build_lm, export_lm
 from audiolm.lm.stages import Stage, build_stages
 from audiolm.lm.warm_start import start_from
@@ -30,9 +30,9 @@ EVAL_BATCH = 8  # validation rows a forward pass
 
 
 def lm_objective(config: Mapping[str, Any], inputs: Mapping[str, str], ctx: Context) -> LMObjective:
-    """Factory. config: stage ("lm_semantic", "lm_coarse" or "lm_fine"), lm (its StageConfig), dedupe, coarse_levels,
-    rows (validation crops), text_model or start (where it starts from one, or from a stage's weights); inputs: paths of
-    manifest and of the token stores that the stage reads, semantic_tokens and acoustic_tokens.
+    """Factory. config: stage ("lm_semantic", "lm_coarse" or "lm_fine"), lm (its StageConfig), layout (LMConfig.layout), rows
+    (validation crops), text_model or start (where it starts from one, or from a stage's weights); inputs: paths of manifest
+    and of the token stores that the stage reads, semantic_tokens and acoustic_tokens.
 
     Raises TokenError for stores that do not belong together, ValueError for a stage the codec leaves no room for.
     """
@@ -52,10 +52,10 @@ def stage_of(config: Mapping[str, Any], inputs: Mapping[str, str]) -> Stage:
     """The stage's layout; sizes come from the token stores it reads. Raises ValueError where there is no such stage."""
     specs = {name: TokenStore(inputs[name]).spec for name in ("semantic_tokens", "acoustic_tokens") if name in inputs}
     k = specs["semantic_tokens"]["vocab"] if "semantic_tokens" in specs else 0
-    name, coarse = config["stage"], config["coarse_levels"]
+    name = config["stage"]
+    lm = LMConfig.model_validate({**config["layout"], name.removeprefix("lm_"): config["lm"]})
+    coarse = lm.coarse_levels
     acoustic = specs.get("acoustic_tokens", {"n_q": coarse, "vocab": 0})
-    own = {name.removeprefix("lm_"): config["lm"]}
-    lm = LMConfig.model_validate({"dedupe": config["dedupe"], "coarse_levels": coarse, **own})
     stages = build_stages(lm, acoustic["n_q"], acoustic["vocab"], k)
     if name not in stages:
         raise ValueError(f"stage is {name!r}; with lm.coarse_levels {coarse} and codec.n_q {acoustic['n_q']} there are "
@@ -95,7 +95,7 @@ class LMObjective:
         batches = [{name: x.to(device, non_blocking=True) for name, x in batch.items()} for batch in batches]
         # The loss is a mean over the global batch's targets, so their number is needed before the first backward.
         targets, tokens = all_sum(torch.stack([batch["count_2"] for batch in batches]).sum(0).double())
-        sums = torch.zeros(2, self.stage.levels[1] + 1, dtype=torch.float64, device=device)  # nats, tokens by level
+        sums = torch.zeros(2, n_sums(self.stage), dtype=torch.float64, device=device)  # nats, tokens by level
         for batch in batches:
             nats_SN = engine(*inputs_of(batch))
             # Engines average over ranks: times the world, over all targets, each target weighs the same.
@@ -112,7 +112,7 @@ class LMObjective:
         """Nats per target token on fixed dev rows, shared out over ranks; all ranks take part."""
         module, device = self.modules["lm"], self.ctx.device
         module.eval()
-        sums = torch.zeros(2, self.stage.levels[1] + 1, dtype=torch.float64, device=device)
+        sums = torch.zeros(2, n_sums(self.stage), dtype=torch.float64, device=device)
         # The same rows at every validation and for every world size, so that losses compare.
         own = self.rows[self.ctx.rank::self.ctx.world]
         for i in range(0, len(own), EVAL_BATCH):
@@ -121,12 +121,15 @@ class LMObjective:
                 sums += batch_sums(module, self.stage, batch, device)
         module.train()
         sums = all_sum(sums)
-        loss = sums[0].sum() / sums[1].sum()
+        loss = mean_loss(self.stage, sums)
         return {k: float(v) for k, v in {"loss": loss, "tokens": sums[1].sum(), **self._per_level(sums)}.items()}
 
     def export(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         return export_lm(self.modules["lm"], self.stage, self.shape)
 
     def _per_level(self, sums: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Loss of each target level, counted from 1 as in the paper; {} for the semantic stage."""
-        return {f"loss.level{q + 1}": sums[0, q + 1] / sums[1, q + 1].clamp_min(1) for q in range(*self.stage.levels)}
+        """Loss of each target level, counted from 1 as in the paper; of ids and of their lengths where stage 1 has both."""
+        means = sums[0] / sums[1].clamp_min(1)
+        if self.stage.lengths:
+            return {"loss.ids": means[0], "loss.lengths": means[1]}
+        return {f"loss.level{q + 1}": means[q + 1] for q in range(*self.stage.levels)}
