@@ -71,9 +71,10 @@ def graph(cfg: Pipeline) -> list[Step]:
         return Step(name, FUNCTIONS["train_lm"], config, (manifest, *stores), trains=size.train, version=4,
                     after=(codec_figures,))
 
-    stages = [stage("lm_semantic", lm.semantic, z), stage("lm_coarse", lm.coarse, z, y)]
+    books = (codec,) if lm.tied else ()
+    stages = [stage("lm_semantic", lm.semantic, z), stage("lm_coarse", lm.coarse, z, y, *books)]
     if cfg.has_fine:
-        stages.append(stage("lm_fine", lm.fine, y))
+        stages.append(stage("lm_fine", lm.fine, y, *books))
 
     # Sound and results of the whole system.
     system = (manifest, kmeans, codec, z, y, *stages)

@@ -61,6 +61,8 @@ class LMConfig(Config):
                                "coarse codes, added to the ids that predict the frame")
     condition_dropout: float = Field(0.1, ge=0, lt=1, description="share of training documents without prefix and condition; "
                                                                   "above 0 generation may use guidance")
+    tied: bool = Field(True, description="tie stages 2's and 3's embeddings and heads to the codec's code vectors; the paper's "
+                                         "are free")
     coarse_levels: int = Field(4, ge=1, description="Q', levels of the coarse stage")
     semantic: StageConfig = StageConfig(crop_s=30.0, train=_stage_training(256))
     coarse: StageConfig = StageConfig(crop_s=10.0, train=_stage_training(256))
@@ -84,8 +86,8 @@ class LMConfig(Config):
     def layout(self, stage: str) -> dict[str, Any]:
         """The fields that say how the sequences of a stage (lm_NAME) look, so that others do not train it anew."""
         if stage == "lm_semantic":
-            return {"dedupe": self.dedupe, "lengths": self.lengths, "conditioning": "prefix"}
-        own = ("conditioning", "condition_dropout", "coarse_levels")
+            return {"dedupe": self.dedupe, "lengths": self.lengths, "conditioning": "prefix", "tied": False}
+        own = ("conditioning", "condition_dropout", "tied", "coarse_levels")
         return {name: getattr(self, name) for name in (("dedupe", "lengths") if stage == "lm_coarse" else ()) + own}
 
 

@@ -7,6 +7,7 @@ and the shape: {"kind": "lm", "format": FORMAT, "stage": Stage, "model": Transfo
 from __future__ import annotations
 
 import tempfile
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -20,24 +21,31 @@ from audiolm.models.transformer import Transformer, TransformerSizes
 FORMAT = 3  # 1 had one head over all ids, 2 no conditions
 
 
-def build_lm(stage: Stage, shape: lm.StageConfig) -> Transformer:
-    """The untrained model of a stage; draws its weights from torch's current generator."""
-    model = Transformer(TransformerSizes(**_arguments(stage, shape)))
+def build_lm(stage: Stage, shape: lm.StageConfig, codes_QVE: torch.Tensor | None = None) -> Transformer:
+    """The untrained model of a stage; draws its weights from torch's current generator.
+
+    `codes_QVE`: the codec's code vectors (tokenizers.base.code_vectors), which an acoustic stage's tables are tied to.
+    """
+    width = 0 if codes_QVE is None else codes_QVE.shape[2]
+    model = Transformer(TransformerSizes(**_arguments(stage, shape, width)))
     model.checkpointing = shape.checkpointing
+    if codes_QVE is not None:
+        model.tied.set_codes(codes_QVE[:len(stage.columns)])
     return model
 
 
-def _arguments(stage: Stage, shape: lm.StageConfig) -> dict[str, Any]:
-    return {"vocab": stage.vocab_size, "slots": [len(ids) for ids in stage.slot_ids()], "longest": stage.max_len,
+def _arguments(stage: Stage, shape: lm.StageConfig, code_width: int) -> dict[str, Any]:
+    tied = [len(stage.columns), stage.vocab, code_width, stage.offset] if code_width else None
+    return {"tied": tied, "vocab": stage.vocab_size, "slots": [len(ids) for ids in stage.slot_ids()], "longest": stage.max_len,
             "no_cond": stage.no_cond, "run": MAX_RUN if stage.lengths else 0,
             **shape.model_dump(include={"dim", "layers", "heads", "ff", "dropout", "positions", "gated", "norm", "activation"})}
 
 
-def export_lm(module: Transformer, stage: Stage, shape: lm.StageConfig) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def export_lm(module: Transformer, stage: Stage) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """(float32 weights on the CPU by name, JSON config) of a stage."""
     weights = {name: t.detach().to("cpu", torch.float32, copy=True).contiguous()
                for name, t in module.state_dict().items()}
-    return weights, {"kind": "lm", "format": FORMAT, "stage": stage.to_json(), "model": _arguments(stage, shape)}
+    return weights, {"kind": "lm", "format": FORMAT, "stage": stage.to_json(), "model": asdict(module.sizes)}
 
 
 def load_lm(path: str, device: str | torch.device = "cpu") -> tuple[Transformer, Stage]:
@@ -57,4 +65,5 @@ def load_lm(path: str, device: str | torch.device = "cpu") -> tuple[Transformer,
     with tempfile.TemporaryDirectory() as folder:
         weights = load_file(store.local_copy(store.join(path, "export", "model.safetensors"), folder))
         model.load_state_dict(weights)
+    model.fold_tied()
     return model.to(device).eval().requires_grad_(False), stage_from_json(about["stage"])

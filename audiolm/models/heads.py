@@ -16,26 +16,37 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 NO_TARGET = -100
+Table = tuple[torch.Tensor, torch.Tensor | None]  # of a slot: weight (ids, D), bias (ids)
 PIECE = 8192  # targets scored at once: 32 MB at 1,024 ids in float32
 
 
 class LevelHeads(nn.Module):
-    """Linear heads of `sizes` ids each."""
+    """Linear heads of `sizes` ids each. `bias` is None, or a bias of every id, set where tied tables were folded in."""
 
     def __init__(self, dim: int, sizes: Sequence[int]):
         super().__init__()
         self.sizes = tuple(sizes)
         self.weight = nn.Parameter(torch.empty(sum(sizes), dim))
+        self.register_buffer("bias", None, persistent=False)
 
-    def forward(self, h_ND: torch.Tensor, index_SN: torch.Tensor, label_SN: torch.Tensor, piece: int = PIECE) -> torch.Tensor:
-        """nats_SN float32 of the targets, 0 for empty places."""
-        return torch.stack([torch.cat([self._nats(h_ND, weight, *part) for part in
+    def _apply(self, fn, recurse=True):
+        bias = self.bias
+        super()._apply(fn, recurse)
+        if bias is not None:  # follows a cast to its device, unrounded
+            self.bias = bias.to(self.weight.device)
+        return self
+
+    def forward(self, h_ND: torch.Tensor, index_SN: torch.Tensor, label_SN: torch.Tensor, piece: int = PIECE,
+                tables: Sequence[Table] | None = None) -> torch.Tensor:
+        """nats_SN float32 of the targets, 0 for empty places. `tables`: in place of the module's own."""
+        return torch.stack([torch.cat([self._nats(h_ND, *table, *part) for part in
                                        zip(index_N.split(piece), label_N.split(piece), strict=True)])
-                            for weight, index_N, label_N in zip(self.by_slot(), index_SN, label_SN, strict=True)])
+                            for table, index_N, label_N in zip(tables or self.by_slot(), index_SN, label_SN, strict=True)])
 
-    def by_slot(self) -> tuple[torch.Tensor, ...]:
-        """Each slot's rows."""
-        return self.weight.split(self.sizes)
+    def by_slot(self) -> list[Table]:
+        """Each slot's table."""
+        biases = [None] * len(self.sizes) if self.bias is None else self.bias.split(self.sizes)
+        return list(zip(self.weight.split(self.sizes), biases, strict=True))
 
     def _nats(self, *args: torch.Tensor) -> torch.Tensor:
         if not torch.is_grad_enabled():
@@ -50,8 +61,9 @@ class LevelHeads(nn.Module):
         Slots that only the device knows (a tensor, as in a CUDA graph) cost the products of all slots.
         """
         known = not isinstance(slots, torch.Tensor)
-        by_slot = {s: F.pad(F.linear(h_BD, self.by_slot()[s]).float(), (0, max(self.sizes) - self.sizes[s]), value=-torch.inf)
-                for s in (sorted(set(slots)) if known else range(len(self.sizes)))}
+        own, widest = self.by_slot(), max(self.sizes)
+        by_slot = {s: F.pad(_scores(h_BD, *own[s]), (0, widest - self.sizes[s]), value=-torch.inf)
+                   for s in (sorted(set(slots)) if known else range(len(self.sizes)))}
         if len(by_slot) == 1:  # all rows in one slot, the usual case of a batch in step
             return next(iter(by_slot.values()))[:len(slots)]
         if known:
@@ -61,6 +73,11 @@ class LevelHeads(nn.Module):
         return torch.stack(list(by_slot.values()))[slots, rows_B]
 
 
-def _nats(h_ND: torch.Tensor, weight: torch.Tensor, index_N: torch.Tensor, label_N: torch.Tensor) -> torch.Tensor:
-    scores = F.linear(h_ND[index_N], weight).float()
-    return F.cross_entropy(scores, label_N, ignore_index=NO_TARGET, reduction="none")
+def _scores(h_ND: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    scores = F.linear(h_ND, weight).float()
+    return scores if bias is None else scores + bias.float()  # in float32: a bfloat16 bias of 16 is off by 0.06
+
+
+def _nats(h_ND: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, index_N: torch.Tensor,
+          label_N: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(_scores(h_ND[index_N], weight, bias), label_N, ignore_index=NO_TARGET, reduction="none")

@@ -19,9 +19,10 @@ from torch.utils.checkpoint import checkpoint
 
 from audiolm.models.attention import ALONE, Documents, attend, mask_of
 from audiolm.models.cache import KEYS, KVCache, Places, places
-from audiolm.models.heads import LevelHeads
+from audiolm.models.heads import LevelHeads, Table
 from audiolm.models.positions import RelativePositionBias, Rope, apply_rope, rope_table
 from audiolm.models.run_lengths import RunLengths
+from audiolm.models.tied import TiedCodes
 
 ROWS = 8  # rows of a CPU matrix product while sampling; a product's rounding depends on its shape
 EPS = 1e-5
@@ -38,6 +39,7 @@ class TransformerSizes:
     slots: the ids of each slot of a frame (None: one slot of `vocab` ids); positions: rotary or t5; `longest` distance
     in tokens, for t5; norm: layer or rms; activation: gelu or silu; no_cond: the id that is no condition, run: the longest
     run length (0: there are none).
+    tied: (levels, vocab, width, id of the first code) of a codec's code vectors that embeddings and heads are tied to.
     Raises ValueError where dim does not split into even heads, or t5 has no longest distance.
     """
 
@@ -55,6 +57,7 @@ class TransformerSizes:
     activation: str = "gelu"
     no_cond: int = 0
     run: int = 0
+    tied: Sequence[int] | None = None
 
     def __post_init__(self):
         if self.dim % self.heads or (self.dim // self.heads) % 2:
@@ -138,6 +141,7 @@ class Transformer(nn.Module):
         self.norm = _norm(s)
         self.head = LevelHeads(s.dim, s.slots or (s.vocab,))
         self.lengths = RunLengths(s.vocab, s.dim, s.run) if s.run else None
+        self.tied = TiedCodes(*s.tied[:3], len(s.slots), s.dim) if s.tied else None
         for name, p in self.named_parameters():
             if p.ndim == 2:
                 # residual branches shrink with depth, so that the sum over 2 x layers of them keeps its scale
@@ -145,6 +149,9 @@ class Transformer(nn.Module):
                 # 0.02 as GPT-2 for embeddings and heads; other weights keep the variance of their input
                 small = name.endswith(("embed.weight", "given.weight", "head.weight", "bias.table"))
                 nn.init.normal_(p, std=0.02 if small else deep * p.shape[1] ** -0.5)
+        if self.tied:  # free terms beside the tied ones start at zero
+            nn.init.zeros_(self.embed.weight[self._codes])
+            nn.init.zeros_(self.head.weight)
 
     def forward(self, ids_BT: torch.Tensor, docs: Documents = ALONE, index_SN: torch.Tensor | None = None,
                 label_SN: torch.Tensor | None = None, cond_BTC: torch.Tensor | None = None,
@@ -154,14 +161,15 @@ class Transformer(nn.Module):
         Entry t predicts ids_BT[:, t + 1] from the ids up to t of the same document. Run lengths are the last row of SN.
         """
         if label_SN is None:
-            return F.linear(self.hidden(ids_BT, docs, cond_BTC, length_BT), self.head.weight)
+            h_BTD = self.hidden(ids_BT, docs, cond_BTC, length_BT)
+            return torch.cat([F.linear(h_BTD, *table) for table in self._heads()], -1)
         nats = self._compiled if self._compiled and self.training else self._nats
         return nats(ids_BT, docs, index_SN, label_SN, cond_BTC, length_BT)
 
     def _nats(self, ids_BT, docs, index_SN, label_SN, cond_BTC, length_BT) -> torch.Tensor:
         h_ND = self.hidden(ids_BT, docs, cond_BTC, length_BT).flatten(0, 1)
         if self.lengths is None:
-            return self.head(h_ND, index_SN, label_SN)
+            return self.head(h_ND, index_SN, label_SN, tables=self._heads())
         nats_SN, at_N = self.head(h_ND, index_SN[:-1], label_SN[:-1]), index_SN[-1]
         next_N = ids_BT.flatten()[(at_N + 1).clamp_max(ids_BT.numel() - 1)]  # the last place has no target
         return torch.cat([nats_SN, self.lengths.nats(h_ND[at_N], next_N, label_SN[-1])[None]])
@@ -184,11 +192,44 @@ class Transformer(nn.Module):
         weights = sum(p.numel() for p in self.blocks.parameters() if p.ndim == 2) + max(self.head.sizes) * self.dim
         return 6.0 * weights + 6.0 * len(self.blocks) * self.dim * length
 
+    @property
+    def _codes(self) -> slice:
+        """Ids of the codes that tied tables have."""
+        levels, vocab, _, first = self.sizes.tied
+        return slice(first, first + levels * vocab)
+
+    def _table(self) -> torch.Tensor:
+        """Embeddings of all ids."""
+        if self.tied is None:
+            return self.embed.weight
+        with torch.autocast(self.embed.weight.device.type, enabled=False):
+            at, table = self._codes, self.embed.weight
+            return torch.cat([table[:at.start], table[at] + self.tied.embeddings(), table[at.stop:]])
+
+    def _heads(self) -> list[Table]:
+        """Each slot's table; ids behind a level's codes, such as EOS, have free rows alone."""
+        own = self.head.by_slot()
+        if self.tied is None:
+            return own
+        with torch.autocast(self.embed.weight.device.type, enabled=False):
+            return [(free + F.pad(weight, (0, 0, 0, len(free) - len(weight))), F.pad(bias, (0, len(free) - len(bias))))
+                    for (free, _), (weight, bias) in zip(own, self.tied.heads(), strict=True)]
+
+    @torch.no_grad()
+    def fold_tied(self) -> None:
+        """Turns tied tables into plain ones, so that a token costs a lookup: for sampling, not for training."""
+        if self.tied:
+            table, heads = self._table(), self._heads()
+            self.embed.weight.copy_(table)
+            self.head.weight.copy_(torch.cat([weight for weight, _ in heads]))
+            self.head.bias, self.tied = torch.cat([bias for _, bias in heads]), None
+
     def _embed(self, ids: torch.Tensor, cond: torch.Tensor | None, length: torch.Tensor | None) -> torch.Tensor:
         """(B, T, D) of ids (B, T), conditions (B, T, C) and lengths (B, T)."""
-        h = self.embed(ids)
+        table = self._table()
+        h = F.embedding(ids, table)
         if cond is not None:
-            bag = F.embedding_bag(cond.flatten(0, 1), self.embed.weight, mode="sum", padding_idx=self.sizes.no_cond)
+            bag = F.embedding_bag(cond.flatten(0, 1), table, mode="sum", padding_idx=self.sizes.no_cond)
             h = h + bag.view_as(h)
         return h if length is None else h + self.lengths.embed(length)
 

@@ -28,6 +28,7 @@ from audiolm.tokenizers.base import (
     check_codes,
     check_finite,
     clip_lengths,
+    code_vectors,
     padded_samples,
 )
 
@@ -105,6 +106,11 @@ class AcousticTokenizer:
             wav_BT = wav_BT[:, :(before + own) * hop]
             yield wav_BT[:, before * hop:].cpu()
             known_BT = wav_BT[:, -model.decoder_context * hop:]
+
+    @torch.inference_mode()
+    def code_vectors(self) -> torch.Tensor:
+        """codes_QVE float32: what each code adds to the latent."""
+        return code_vectors(lambda codes_BTQ: self.model.quantizer.decode(codes_BTQ.to(self.device)), self.spec)
 
     def _check(self, codes_BTQ: torch.Tensor) -> torch.Tensor:
         check_codes(codes_BTQ, self.spec)

@@ -8,7 +8,7 @@ cut to it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -55,6 +55,20 @@ def pad_rows(wavs: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
     for row, wav in zip(wav_BT, wavs, strict=True):
         row[:len(wav)] = torch.from_numpy(wav)
     return wav_BT, lengths_B
+
+
+def code_vectors(latents: Callable[[torch.Tensor], torch.Tensor], spec: TokenSpec) -> torch.Tensor:
+    """codes_QVE float32 on the CPU: what each code of a level adds to the latent. `latents`: codes_BTQ of any prefix of the
+    levels to x_BDT."""
+    import torch
+
+    vectors = []
+    for level in range(spec.n_q):
+        codes_BTQ = torch.zeros(1, spec.vocab, level + 1, dtype=torch.int64)
+        codes_BTQ[0, :, level] = torch.arange(spec.vocab)
+        x_VE = latents(codes_BTQ)[0].T.float().cpu()
+        vectors.append(x_VE - latents(codes_BTQ[:, :1, :level])[0].T.float().cpu() if level else x_VE)
+    return torch.stack(vectors)
 
 
 def clip_lengths(wav_BT, lengths_B) -> list[int]:

@@ -23,6 +23,7 @@ from audiolm.tokenizers.base import (
     check_codes,
     check_finite,
     clip_lengths,
+    code_vectors,
     padded_samples,
 )
 
@@ -83,6 +84,12 @@ class PretrainedCodec:
             decoded_BT = decoded_BT[:, :wav_BT.shape[1]]
             wav_BT[:, :decoded_BT.shape[1]] = decoded_BT
         return wav_BT
+
+
+    def code_vectors(self):
+        """codes_QVE float32: what each code adds to the latent."""
+        with torch.inference_mode():
+            return code_vectors(lambda codes_BTQ: _latents(self.kind, self.model, codes_BTQ.to(self.device)), self.spec)
 
 
 def load_pretrained_codec(path: str, device: str = "cpu") -> PretrainedCodec:
@@ -194,6 +201,14 @@ def _encode(kind: str, model, wav_11T, n_q: int):
     if kind == "dac":
         return model.encode(wav_11T, n_quantizers=n_q).audio_codes
     return model.encode(wav_11T, num_quantizers=max(n_q, model.config.num_semantic_quantizers)).audio_codes
+
+
+def _latents(kind: str, model, codes_BTQ):
+    """x_BDT of any prefix of the levels."""
+    codes_BQT = codes_BTQ.transpose(1, 2)
+    if kind == "encodec":
+        return model.quantizer.decode(codes_BQT.transpose(0, 1))
+    return model.quantizer.from_codes(codes_BQT)[0] if kind == "dac" else model.quantizer.decode(codes_BQT)
 
 
 def _decode(kind: str, model, codes_BQT):

@@ -128,7 +128,7 @@ def test_a_tokenizer_that_breaks_the_length_contract_is_named(world, tmp_path, m
 def test_evaluate_fills_every_table(world, encoded, tmp_path):
     torch.manual_seed(1)
     for name, stage in build_stages(STAGES, N_Q, VOCAB, K).items():
-        weights, about = export_lm(build_lm(stage, SHAPE), stage, SHAPE)
+        weights, about = export_lm(build_lm(stage, SHAPE), stage)
         store.put(str(world.root / name / "export" / "model.safetensors"), safetensors.torch.save(weights))
         store.put_json(str(world.root / name / "export" / "config.json"), about)
     names = ("manifest", "kmeans", "codec", "semantic_tokens", "acoustic_tokens", "lm_semantic", "lm_coarse", "lm_fine")

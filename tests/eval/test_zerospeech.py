@@ -80,7 +80,7 @@ def test_who_learnt_the_right_words_wins_and_shuffled_tokens_give_chance(steps, 
         optimizer.zero_grad()
         (nats / number).backward()
         optimizer.step()
-    export(str(tmp_path), *export_lm(model, stage, SHAPE))
+    export(str(tmp_path), *export_lm(model, stage))
     seen = []
     rows = zerospeech.measure_probes({"sWUGGY": words}, {**steps, "lm_semantic": str(tmp_path)},
                                  progress=lambda *at: seen.append(at))

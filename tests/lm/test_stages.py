@@ -144,7 +144,7 @@ def test_what_does_not_belong_is_refused():
 def test_export_is_loaded_alike_and_others_are_refused(tmp_path):
     stage = stages()["lm_coarse"]
     module = build_lm(stage, SHAPE)
-    weights, about = export_lm(module, stage, SHAPE)
+    weights, about = export_lm(module, stage)
     path = str(tmp_path / "build")
     store.put(store.join(path, "export", "model.safetensors"), save(weights))
     store.put_json(store.join(path, "export", "config.json"), about)

@@ -30,7 +30,7 @@ def finish(world, folder: str) -> tuple[str, str]:
     build = f"{folder}/lm_semantic/abcdef/0001"
     for name, stage in build_stages(STAGES, N_Q, VOCAB, K).items():
         for step in (2, 1, 3) if name == "lm_semantic" else (0,):
-            weights, about = export_lm(build_lm(stage, SHAPE), stage, SHAPE)
+            weights, about = export_lm(build_lm(stage, SHAPE), stage)
             at = f"{build}/checkpoints/{step:08d}-0001" if step else paths[name]
             store.put(f"{at}/export/model.safetensors", safetensors.torch.save(weights))
             store.put_json(f"{at}/export/config.json", about)

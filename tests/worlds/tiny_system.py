@@ -41,7 +41,7 @@ def build(folder: str, coarse: int = COARSE, dedupe: bool = True) -> dict[str, s
     for step, stage in stages.items():
         model = build_lm(stage, shapes[stage.name])
         torch.nn.init.normal_(model.head.weight, std=0.5)
-        export(paths[step], *export_lm(model, stage, shapes[stage.name]))
+        export(paths[step], *export_lm(model, stage))
     return {name: path for name, path in paths.items() if not name.startswith("lm_") or name in stages}
 
 

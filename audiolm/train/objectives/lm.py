@@ -21,6 +21,7 @@ from audiolm.lm.loss import batch_sums, inputs_of, level_sums, mean_loss, n_sums
 from audiolm.lm.model import build_lm, export_lm
 from audiolm.lm.stages import Stage, build_stages
 from audiolm.lm.warm_start import start_from
+from audiolm.tokenizers.acoustic import load_codec
 from audiolm.train.engine import all_sum
 from audiolm.train.objectives.base import Context, Engine, autocast, pinned
 from audiolm.train.objectives.start import start_stage
@@ -32,7 +33,7 @@ EVAL_BATCH = 8  # validation rows a forward pass
 def lm_objective(config: Mapping[str, Any], inputs: Mapping[str, str], ctx: Context) -> LMObjective:
     """Factory. config: stage ("lm_semantic", "lm_coarse" or "lm_fine"), lm (its StageConfig), layout (LMConfig.layout), rows
     (validation crops), text_model or start (where it starts from one, or from a stage's weights); inputs: paths of manifest
-    and of the token stores that the stage reads, semantic_tokens and acoustic_tokens.
+    and of the token stores that the stage reads, semantic_tokens and acoustic_tokens, and of the codec where tables are tied.
 
     Raises TokenError for stores that do not belong together, ValueError for a stage the codec leaves no room for.
     """
@@ -40,7 +41,8 @@ def lm_objective(config: Mapping[str, Any], inputs: Mapping[str, str], ctx: Cont
     paths = [inputs["manifest"], inputs.get("semantic_tokens"), inputs.get("acoustic_tokens")]
     train, dev = (TokenBatches(*paths, stage, split, shape.where, shape.train.batch, ctx.seed, cache_mb)
                   for split, cache_mb in (("train", 256), ("dev", 64)))
-    objective = LMObjective(stage, shape, train, dev, dev.fixed(config["rows"]), ctx)
+    codes_QVE = load_codec(inputs["codec"]).code_vectors() if config["layout"].get("tied") else None
+    objective = LMObjective(stage, shape, train, dev, dev.fixed(config["rows"]), ctx, codes_QVE)
     if config.get("text_model"):
         start_from(objective.modules["lm"], shape, config["text_model"])
     if config.get("start"):
@@ -69,12 +71,12 @@ class LMObjective:
     unit, exported = "tokens", "lm"
 
     def __init__(self, stage: Stage, shape: StageConfig, train: TokenBatches, dev: TokenBatches, rows: list[EvalCrop],
-                 ctx: Context):
+                 ctx: Context, codes_QVE: torch.Tensor | None = None):
         self.stage, self.shape, self.data, self.dev, self.rows, self.ctx = stage, shape, train, dev, rows, ctx
         # A seed of its own for each stage; the generator that everybody shares is left as it was.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(rng.derive(ctx.seed, f"init lm_{stage.name}"))
-            self.modules: dict[str, nn.Module] = {"lm": build_lm(stage, shape)}
+            self.modules: dict[str, nn.Module] = {"lm": build_lm(stage, shape, codes_QVE)}
         # FlashAttention takes packed rows without padding, in bfloat16, and no bias of distances.
         width = shape.dim // shape.heads
         self.flash = (ctx.device.type == "cuda" and shape.train.dtype == "bfloat16" and shape.positions == "rotary"
@@ -125,7 +127,7 @@ class LMObjective:
         return {k: float(v) for k, v in {"loss": loss, "tokens": sums[1].sum(), **self._per_level(sums)}.items()}
 
     def export(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        return export_lm(self.modules["lm"], self.stage, self.shape)
+        return export_lm(self.modules["lm"], self.stage)
 
     def _per_level(self, sums: torch.Tensor) -> dict[str, torch.Tensor]:
         """Loss of each target level, counted from 1 as in the paper; of ids and of their lengths where stage 1 has both."""

@@ -1,0 +1,53 @@
+"""Embeddings and heads tied to a codec's codebooks: codes are geometry, which a free table has to learn from few examples.
+
+A code's embedding is its latent vector e through a linear layer.  Its score is scale x (mu . e - |e|^2 / 2), the
+log-density of e around a predicted vector mu up to a constant; free tables of the model are added to both.
+Shapes: codes_QVE float32, the latent vector that each code adds; Q levels that are read, of which the last S are
+predicted; D width of the model.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+READ_STD = 0.02  # of an embedding's values at the start, as of a free table
+MU_SHARE = 0.1  # of the codes' size that a predicted vector has at the start
+
+
+class TiedCodes(nn.Module):
+    """The tied part of a stage's tables; `set_codes` before training."""
+
+    def __init__(self, levels: int, vocab: int, width: int, predicted: int, dim: int):
+        super().__init__()
+        self.register_buffer("codes_QVE", torch.zeros(levels, vocab, width))
+        self.read_QED = nn.Parameter(torch.zeros(levels, width, dim))
+        self.mu_SED = nn.Parameter(torch.zeros(predicted, width, dim))
+        self.scale_S = nn.Parameter(torch.zeros(predicted))
+
+    @torch.no_grad()
+    def set_codes(self, codes_QVE: torch.Tensor) -> None:
+        """Takes a codec's code vectors and draws the layers around them; raises ValueError for another shape."""
+        if codes_QVE.shape != self.codes_QVE.shape:
+            raise ValueError(f"the codec has code vectors of shape {tuple(codes_QVE.shape)}, the stage reads "
+                             f"{tuple(self.codes_QVE.shape)}: train the stage on tokens of this codec")
+        self.codes_QVE.copy_(codes_QVE)
+        (_, _, width), dim, predicted = codes_QVE.shape, self.mu_SED.shape[2], len(self.mu_SED)
+        centred_QVE = codes_QVE - codes_QVE.mean(1, keepdim=True)
+        variance_Q = centred_QVE.square().mean((1, 2)).clamp_min(1e-12)
+        size_Q = codes_QVE.square().mean((1, 2)).clamp_min(1e-12).sqrt()
+        self.read_QED.normal_().mul_((READ_STD / (size_Q * width ** 0.5))[:, None, None])
+        self.mu_SED.normal_().mul_(MU_SHARE * size_Q[-predicted:, None, None] * dim ** -0.5)
+        self.scale_S.copy_((0.5 / variance_Q[-predicted:]).log())
+
+    def embeddings(self) -> torch.Tensor:
+        """(Q x V, D) of all codes, level after level."""
+        return torch.bmm(self.codes_QVE, self.read_QED).flatten(0, 1)
+
+    def heads(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """(weight_VD, bias_V) of each predicted level."""
+        codes_SVE = self.codes_QVE[-len(self.scale_S):]
+        weight_SVD = torch.bmm(codes_SVE, self.mu_SED) * self.scale_S.exp()[:, None, None]
+        half_SV = codes_SVE.square().sum(2) / 2
+        bias_SV = (half_SV.mean(1, keepdim=True) - half_SV) * self.scale_S.exp()[:, None]
+        return list(zip(weight_SVD, bias_SV, strict=True))
