@@ -17,7 +17,7 @@ from audiolm.config import lm
 from audiolm.lm.stages import Stage, stage_from_json
 from audiolm.models.transformer import Transformer, TransformerSizes
 
-FORMAT = 2  # 1 had one head over all ids
+FORMAT = 3  # 1 had one head over all ids, 2 buckets of distances up to the longest row
 
 
 def build_lm(stage: Stage, shape: lm.StageConfig) -> Transformer:
@@ -28,7 +28,7 @@ def build_lm(stage: Stage, shape: lm.StageConfig) -> Transformer:
 
 
 def _arguments(stage: Stage, shape: lm.StageConfig) -> dict[str, Any]:
-    return {"vocab": stage.vocab_size, "slots": [len(ids) for ids in stage.slot_ids()], "longest": stage.max_len,
+    return {"vocab": stage.vocab_size, "slots": [len(ids) for ids in stage.slot_ids()],
             **shape.model_dump(include={"dim", "layers", "heads", "ff", "dropout", "positions", "gated", "norm", "activation"})}
 
 

@@ -22,7 +22,7 @@ STAGES = {
 
 def build(stage: Stage, dropout: float) -> Transformer:
     positions = "t5" if stage.name == "coarse" else "rotary"
-    return Transformer(TransformerSizes(stage.vocab_size, 32, 2, 4, 64, dropout, positions=positions, longest=stage.max_len,
+    return Transformer(TransformerSizes(stage.vocab_size, 32, 2, 4, 64, dropout, positions=positions,
                                         slots=[len(ids) for ids in stage.slot_ids()])).eval()
 
 
