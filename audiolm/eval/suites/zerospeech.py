@@ -24,6 +24,7 @@ from audiolm import store
 from audiolm.config.corpus import ClipFilter
 from audiolm.data.audio import SAMPLE_RATE_HZ, decode, resample
 from audiolm.data.sources import AUDIO
+from audiolm.data.tokens import tokenizer_dtype
 from audiolm.eval.metrics import likelihood, ngram
 from audiolm.eval.metrics.stats import bootstrap_interval
 from audiolm.eval.results import Progress, Result, no_progress, not_measured
@@ -134,7 +135,8 @@ def measure_probes(sets: Mapping[str, str], steps: Mapping[str, str], where: Cli
     tokens the bigram counts; `where`: lm.semantic.where.
     Raises as `read_probes`; ValueError where the stage is not the semantic one, or of another tokenizer.
     """
-    tokenizer, (model, stage) = load_semantic(steps["kmeans"], device), load_lm(steps["lm_semantic"], device)
+    tokenizer = load_semantic(steps["kmeans"], device, tokenizer_dtype(steps["semantic_tokens"]))
+    model, stage = load_lm(steps["lm_semantic"], device)
     if stage.name != "semantic" or stage.k != tokenizer.spec.vocab:
         raise ValueError(f"probes need the semantic stage of the tokenizer's {tokenizer.spec.vocab} tokens, got the "
                          f"{stage.name} stage of {stage.k}: take lm_semantic and kmeans of one run")
