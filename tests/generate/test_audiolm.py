@@ -14,11 +14,13 @@ from audiolm.config import lm as lm_config
 from audiolm.config import run
 from audiolm.dag.step import Artifact
 from audiolm.data.clips import Clip, Part
+from audiolm.data.tokens import read_shard, shard_name
 from audiolm.generate.load import load
 from audiolm.generate.params import PAPER_PARAMS, SamplingParams
 from audiolm.generate.prompts import whole_frames
 from audiolm.lm.stages import dedupe
-from tests.worlds.tiny_system import COARSE, RUN, VOCAB, Q, build, voice
+from audiolm.tokenizers import encode
+from tests.worlds.tiny_system import COARSE, RUN, VOCAB, Q, build, token_store, voice
 
 
 @pytest.fixture(scope="module")
@@ -181,8 +183,22 @@ def test_steps_of_different_runs_are_refused(tmp_path):
 
 
 def test_mean_run_is_read_from_the_token_store(paths, tmp_path):
-    store.put_json(store.join(str(tmp_path), "done.json"), {"facts": {"mean_run": 2.25}})
-    assert load({**paths, "semantic_tokens": str(tmp_path)}).mean_run == 2.25
+    assert load({**paths, "semantic_tokens": token_store(str(tmp_path), 2.25)}).mean_run == 2.25
+
+
+def test_prompts_get_the_tokens_of_a_store_in_bfloat16(paths, tmp_path, monkeypatch):
+    speech = {f"c{i}": voice(0.7 + 0.35 * i, i) for i in range(12)}
+    clips = [Clip(name, "o", "o", name, "train", 16_000, len(wav), (Part(name, name, 0, len(wav), 0, None),), 0, row)
+             for row, (name, wav) in enumerate(speech.items())]
+    monkeypatch.setattr(encode, "read_clip", lambda clip, roots: speech[clip.id])
+    job = encode.EncodeJob("semantic", paths["kmeans"], {}, "m.0001", 1, str(tmp_path), 12.0, "cpu", dtype="bfloat16")
+    encode.encode_shard(job, clips, 0)
+    stored = read_shard(store.join(str(tmp_path), shard_name(0)), ["q00"])["q00"]
+    ours, plain = (load(found, mean_run=RUN).tokenize([*speech.values()])
+                   for found in ({**paths, "semantic_tokens": str(tmp_path)}, paths))
+    for row, z_T in enumerate(ours):
+        np.testing.assert_array_equal(z_T, stored[row])
+    assert any((a != b).any() for a, b in zip(ours, plain, strict=True)), "float32 has the same tokens: nothing was tested"
 
 
 def test_samples_step(paths, tmp_path, recording_out, monkeypatch):
@@ -197,7 +213,8 @@ def test_samples_step(paths, tmp_path, recording_out, monkeypatch):
     monkeypatch.setattr(samples, "read_clips", lambda path, split: clips)
     monkeypatch.setattr(samples, "read_clip", lambda clip, roots, start, n: speech[clip.id][start:start + n])
     inputs = {name: Artifact(path, "b", {}, {}) for name, path in paths.items()}
-    inputs |= {"manifest": Artifact("m", "b", {}, {}), "semantic_tokens": Artifact("s", "b", {"mean_run": RUN}, {})}
+    inputs |= {"manifest": Artifact("m", "b", {}, {}),
+               "semantic_tokens": Artifact(token_store(str(tmp_path)), "b", {"mean_run": RUN}, {})}
     corpus = corpus_config.CorpusConfig(name="c", sources=[{"kind": "folder", "name": "o", "root": str(tmp_path)}])
     settings = {"samples": lm_config.SamplesConfig(n=3, prompt_s=0.5, seconds=0.8), "corpus": corpus,
                 "lm": lm_config.LMConfig(), "seed": 0, "cluster": run.ClusterConfig(device="cpu")}

@@ -25,7 +25,7 @@ TIMED = Stage("semantic", K, VOCAB, (0, 0), 2, True, 4.0, lengths=True)
 
 def build(stage: Stage, dropout: float) -> Transformer:
     positions = "t5" if stage.name == "coarse" else "rotary"
-    return Transformer(TransformerSizes(stage.vocab_size, 32, 2, 4, 64, dropout, positions=positions, longest=stage.max_len,
+    return Transformer(TransformerSizes(stage.vocab_size, 32, 2, 4, 64, dropout, positions=positions,
                                         slots=[len(ids) for ids in stage.slot_ids()], no_cond=stage.no_cond,
                                         run=MAX_RUN if stage.lengths else 0)).eval()
 

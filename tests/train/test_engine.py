@@ -92,7 +92,7 @@ def test_weights_of_layers_decay_and_gains_and_tables_do_not():
     assert set(engines.decayed(codec)) == {name for name in names if name.endswith((direction, ".weight"))}
     assert any(name.startswith("quantizer.down.0") for name in engines.decayed(codec))
 
-    lm = Transformer(TransformerSizes(vocab=20, dim=16, layers=1, heads=2, ff=32, dropout=0.0, positions="t5", longest=8,
+    lm = Transformer(TransformerSizes(vocab=20, dim=16, layers=1, heads=2, ff=32, dropout=0.0, positions="t5",
                                       slots=(9, 11)))
     assert spared(lm) == {"embed.weight", "bias.table"}
     assert {"head.weight", "blocks.0.out.weight"} <= set(engines.decayed(lm))

@@ -9,6 +9,7 @@ from safetensors.torch import save
 from audiolm import store
 from audiolm.config import lm as lm_config
 from audiolm.config import training
+from audiolm.data import tokens
 from audiolm.lm.model import build_lm, export_lm
 from audiolm.lm.stages import build_stages
 from audiolm.models.conformer import Encoder, EncoderSizes
@@ -43,6 +44,16 @@ def build(folder: str, coarse: int = COARSE, dedupe: bool = True) -> dict[str, s
         torch.nn.init.normal_(model.head.weight, std=0.5)
         export(paths[step], *export_lm(model, stage))
     return {name: path for name, path in paths.items() if not name.startswith("lm_") or name in stages}
+
+
+def token_store(folder: str, mean_run: float = RUN) -> str:
+    """A finished semantic_tokens step: its facts and one shard of one clip."""
+    path = store.join(folder, "semantic_tokens")
+    meta = {"which": "semantic", "spec": {"name": "semantic", "sample_rate": 16_000, "hop": 640, "n_q": 1, "vocab": K},
+            "hash": "h", "manifest": "m.0001", "shards": 1, "device": "cpu", "dtype": "float32", "versions": {}}
+    store.put(store.join(path, tokens.shard_name(0)), tokens.shard_bytes(["c"], [np.zeros((9, 1), int)], meta, 0, dedup=True))
+    store.put_json(store.join(path, "done.json"), {"facts": {"mean_run": mean_run}})
+    return path
 
 
 def export(path: str, weights: dict, about: dict) -> None:

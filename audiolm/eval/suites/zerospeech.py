@@ -2,8 +2,8 @@
 
 A recording's score is the log-likelihood of its semantic tokens (deduplicated where the stage is) after BOS, without EOS: its
 sum, and its mean per token.  A pair scores 1 for the right one and 0.5 on ties, averaged over voices, then over pairs, as in
-ZeroSpeech 2021.  Recordings get 0.2 s of silence at both ends.  Baselines: Kneser-Ney bigrams of the run's train tokens, phone
-trigrams where the set has them, and the shorter recording.  Legend: F recordings, P pairs of one voice, z_T semantic ids.
+ZeroSpeech 2021.  Baselines: Kneser-Ney bigrams of the run's train tokens, phone trigrams where the set has them, and the
+shorter recording.  Legend: F recordings, P pairs of one voice, z_T semantic ids.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from audiolm import store
 from audiolm.config.corpus import ClipFilter
 from audiolm.data.audio import SAMPLE_RATE_HZ, decode, resample
 from audiolm.data.sources import AUDIO
+from audiolm.data.tokens import tokenizer_dtype
 from audiolm.eval.metrics import likelihood, ngram
 from audiolm.eval.metrics.stats import bootstrap_interval
 from audiolm.eval.results import Progress, Result, no_progress, not_measured
@@ -117,7 +118,6 @@ def _path(gold: str, folder: str, ending: Mapping[str, str], filename: str) -> s
     return store.join(folder, ending[filename])
 
 
-SILENCE_S = 0.2
 BATCH_S = 60.0  # padded audio of a batch
 AT_ONCE = 1024  # recordings in memory
 TOKENS = 8192  # of a forward pass, with the padding
@@ -135,7 +135,8 @@ def measure_probes(sets: Mapping[str, str], steps: Mapping[str, str], where: Cli
     tokens the bigram counts; `where`: lm.semantic.where.
     Raises as `read_probes`; ValueError where the stage is not the semantic one, or of another tokenizer.
     """
-    tokenizer, (model, stage) = load_semantic(steps["kmeans"], device), load_lm(steps["lm_semantic"], device)
+    tokenizer = load_semantic(steps["kmeans"], device, tokenizer_dtype(steps["semantic_tokens"]))
+    model, stage = load_lm(steps["lm_semantic"], device)
     if stage.name != "semantic" or stage.k != tokenizer.spec.vocab:
         raise ValueError(f"probes need the semantic stage of the tokenizer's {tokenizer.spec.vocab} tokens, got the "
                          f"{stage.name} stage of {stage.k}: take lm_semantic and kmeans of one run")
@@ -157,17 +158,16 @@ def measure_probes(sets: Mapping[str, str], steps: Mapping[str, str], where: Cli
 
 def encode_files(files: Sequence[str], tokenizer, device: str = "cpu",
                  progress: Progress = no_progress) -> tuple[list[np.ndarray], np.ndarray]:
-    """(z_T of each file with silence around it, samples_F of each file itself, at 16 kHz); batches of like lengths."""
+    """(z_T of each file, samples_F at 16 kHz); batches of like lengths."""
     codes: list[np.ndarray] = [np.empty(0, np.int64)] * len(files)
-    samples, silence = np.zeros(len(files), np.int64), round(SILENCE_S * SAMPLE_RATE_HZ)
+    samples = np.zeros(len(files), np.int64)
     with ThreadPoolExecutor(READERS) as pool:  # decoding lets other threads run
         for first in range(0, len(files), AT_ONCE):
             wavs = list(pool.map(lambda path: resample(*decode(path), SAMPLE_RATE_HZ), files[first:first + AT_ONCE]))
             samples[first:first + len(wavs)] = [len(w) for w in wavs]
             done = first
-            for batch in plan_batches([len(w) + 2 * silence for w in wavs], BATCH_S):
-                for i, codes_TQ in zip(batch, encode_batch([np.pad(wavs[i], silence) for i in batch], tokenizer, device),
-                                       strict=True):
+            for batch in plan_batches([len(w) for w in wavs], BATCH_S):
+                for i, codes_TQ in zip(batch, encode_batch([wavs[i] for i in batch], tokenizer, device), strict=True):
                     codes[first + i] = codes_TQ[:, 0].numpy()
                 done += len(batch)
                 progress(done, len(files), "recordings")
