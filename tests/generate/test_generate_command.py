@@ -207,7 +207,7 @@ def test_a_model_may_end_a_sound_before(do):
 def test_long_form_is_for_stages_that_keep_repeats(do, tmp_path, monkeypatch):
     options = ("--prompt", "a.wav", *SHORT[2:], "--seconds", "5", "--long", "--out", "out")
     status, _, stderr = do(*options)
-    assert status == 1 and "dedupe: true" in stderr and not sounds("out")
+    assert status == 1 and "lm.lengths: false" in stderr and not sounds("out")
     monkeypatch.setitem(CROPS_S, "coarse", 4.0)  # a window has to hold more than its overlap
     status, stdout, _ = do(*options, of=index(f"{tmp_path}/free", dedupe=False))
     assert status == 0 and "2 files, 10.0 s of audio" in stdout
