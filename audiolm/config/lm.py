@@ -100,3 +100,5 @@ class SamplesConfig(Config):
     temperature_semantic: float = 0.6
     temperature_coarse: float = 0.8
     temperature_fine: float = 0.6
+    guidance: float = Field(1.0, gt=0, description="of the acoustic stages: above 1 moves their scores away from those without "
+                                                   "the condition; needs lm.condition_dropout; 1 = off (paper)")

@@ -143,8 +143,10 @@ class Transformer(nn.Module):
                 # residual branches shrink with depth, so that the sum over 2 x layers of them keeps its scale
                 deep = (2 * s.layers) ** -0.5 if name.endswith(("out.weight", "down.weight")) else 1.0
                 # 0.02 as GPT-2 for embeddings and heads; other weights keep the variance of their input
-                small = name.endswith(("embed.weight", "given.weight", "head.weight", "bias.table"))
+                small = name.endswith(("embed.weight", "head.weight", "bias.table"))
                 nn.init.normal_(p, std=0.02 if small else deep * p.shape[1] ** -0.5)
+        if self.lengths:  # an id's length depends on the id first: features that a few steps can use
+            nn.init.normal_(self.lengths.given.weight)
         if self.tied:  # free terms beside the tied ones start at zero
             nn.init.zeros_(self.embed.weight[self._codes])
             nn.init.zeros_(self.head.weight)
