@@ -64,6 +64,8 @@ class LMConfig(Config):
     tied: bool = Field(True, description="tie stages 2's and 3's embeddings and heads to the codec's code vectors; the paper's "
                                          "are free")
     coarse_levels: int = Field(4, ge=1, description="Q', levels of the coarse stage")
+    ablation: Literal["acoustic"] | None = Field(None, description="acoustic: stage 2 without semantic tokens, the paper's "
+                                                                   "ablation; its sounds keep a voice and say nothing")
     semantic: StageConfig = StageConfig(crop_s=30.0, train=_stage_training(256))
     coarse: StageConfig = StageConfig(crop_s=10.0, train=_stage_training(256))
     fine: StageConfig = StageConfig(crop_s=3.0, train=_stage_training(256))
@@ -75,6 +77,9 @@ class LMConfig(Config):
         if self.conditioning == "aligned" and self.dedupe and not self.lengths:
             raise ValueError("lm.conditioning is aligned, but with lm.dedupe and without lm.lengths no token has a place in "
                              "time: set lm.lengths=true, lm.dedupe=false or lm.conditioning=prefix")
+        if self.ablation and self.dedupe and not self.lengths:
+            raise ValueError("lm.ablation leaves stage 2 without tokens that tell how long a sound lasts: set lm.lengths=true "
+                             "or lm.dedupe=false")
         if self.semantic.warm_start and self.semantic.start:
             raise ValueError("lm.semantic has warm_start, a text model's body, and start, a whole stage: drop one of them")
         for name in ("coarse", "fine"):
@@ -87,7 +92,7 @@ class LMConfig(Config):
         """The fields that say how the sequences of a stage (lm_NAME) look, so that others do not train it anew."""
         if stage == "lm_semantic":
             return {"dedupe": self.dedupe, "lengths": self.lengths, "conditioning": "prefix", "tied": False}
-        own = ("conditioning", "condition_dropout", "tied", "coarse_levels")
+        own = ("conditioning", "condition_dropout", "tied", "coarse_levels", "ablation")
         return {name: getattr(self, name) for name in (("dedupe", "lengths") if stage == "lm_coarse" else ()) + own}
 
 

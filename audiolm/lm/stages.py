@@ -73,13 +73,18 @@ class Stage:
     min_crop_s: float = 0.0  # rows are cut further, into random crops of at least this; 0: only at a row's or clip's end
     lengths: bool = False  # stage 1 predicts how many frames an id lasts
     aligned: bool = False  # targets have the condition of their own frame, beside the prefix
-    dropped: float = 0.0  # share of training documents without prefix and condition, which guidance needs
+    dropped: float = 0.0  # share of training documents without prefix and condition, which guidance needs; 1: all, always
 
     # -- vocabulary: [semantic ids | level 1 | level 2 | ... | BOS EOS SEP] -----------------------
 
     @property
     def needs_semantic(self) -> bool:
-        return self.name != "fine"
+        return self.name == "semantic" or (self.name == "coarse" and self.conditioned)
+
+    @property
+    def conditioned(self) -> bool:
+        """True for an acoustic stage with a prefix; without one where all documents are dropped (lm.ablation)."""
+        return self.name != "semantic" and self.dropped < 1
 
     @property
     def needs_acoustic(self) -> bool:
@@ -185,6 +190,8 @@ class Stage:
         """Ids before the first target: BOS; BOS z... SEP; BOS coarse SEP."""
         if self.name == "semantic":
             return np.array([self.bos], np.int64)
+        if not self.conditioned:
+            return self.no_prompt()
         body = self.semantic_ids(z_T) if self.needs_semantic else self._acoustic_ids(coarse_TQ, 0, self.n_coarse)
         return np.concatenate([[self.bos], body, [self.sep]]).astype(np.int64)
 
@@ -336,9 +343,10 @@ def build_stages(config: LMConfig, codec_n_q: int, codec_vocab: int, k: int) -> 
         if name == "fine" and coarse == codec_n_q:
             continue  # the coarse stage predicts all levels
         shape, first = getattr(config, name), name == "semantic"
+        alone = name == "coarse" and config.ablation == "acoustic"
         min_crop_s = FINE_MIN_S if shape.min_crop_s is None and name == "fine" else shape.min_crop_s or 0.0
         stages[f"lm_{name}"] = Stage(name, k, codec_vocab, levels, coarse, config.dedupe and (first or not config.lengths),
                                      shape.crop_s, min_crop_s, lengths=first and config.lengths,
-                                     aligned=not first and config.conditioning == "aligned",
-                                     dropped=0.0 if first else config.condition_dropout)
+                                     aligned=not (first or alone) and config.conditioning == "aligned",
+                                     dropped=0.0 if first else 1.0 if alone else config.condition_dropout)
     return stages

@@ -59,6 +59,16 @@ def test_continuation_keeps_the_prompt_and_has_the_length(lm):
         np.testing.assert_allclose(sound.wav_T[:len(cut)], lm.resynthesis([cut])[0].wav_T, atol=1e-5)
 
 
+def test_without_semantic_tokens_stage_2_goes_on_with_the_prompt_alone(tmp_path):
+    lm = load(build(str(tmp_path), **TIMED, ablation="acoustic"), mean_run=RUN)
+    prompt = whole_frames(voice(0.5))
+    sound, = lm.continuation([prompt], 0.9, [1], may_end=False)
+    np.testing.assert_array_equal(sound.codes_TQ[:24], lm.encode([prompt])[0])
+    z_T = lm.tokenize([voice(1.0)])[0]
+    one, other = lm.acoustic([z_T, z_T[::-1]], [1, 1])
+    np.testing.assert_array_equal(one.codes_TQ, other.codes_TQ)  # whatever the tokens
+
+
 def test_no_token_of_a_prompt_depends_on_what_follows_the_cut(lm):
     base, other = voice(0.5), voice(0.5)
     other[7680:] = 0.9  # after 12 whole frames

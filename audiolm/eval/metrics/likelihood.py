@@ -138,7 +138,7 @@ def measure_stage(name: str, paths: Mapping[str, str], where: ClipFilter, n: int
     train, dev = (TokenBatches(paths["manifest"], paths.get("semantic_tokens"), paths.get("acoustic_tokens"), stage, split,
                                where, 1, seed) for split in ("train", "dev"))
     crops, used = dev.fixed(n), None
-    if stage.name != "semantic" and len(crops) > 1:
+    if stage.conditioned and len(crops) > 1:
         used = conditioning(model, stage, dev, crops, seed, device)
     return {"figures": stage_figures(model, stage, train, dev, n, device, only), "conditioning": used}
 
@@ -221,8 +221,8 @@ def conditioning(model: torch.nn.Module, stage: Stage, data: TokenBatches, crops
     Stage 2's prefix is semantic, stage 3's the coarse levels. Raises ValueError for stage 1, which has none, and for
     fewer than two rows.
     """
-    if stage.name == "semantic":
-        raise ValueError("the semantic stage has no prefix to shuffle: use the coarse or fine stage")
+    if not stage.conditioned:
+        raise ValueError(f"the {stage.name} stage has no prefix to shuffle: use a coarse or fine stage that has one")
     if len(crops) < 2:
         raise ValueError(f"conditioning needs two held-out rows or more, got {len(crops)}: raise evaluate.rows or give "
                          "the corpus more dev audio")
