@@ -188,12 +188,12 @@ def test_t5_counts_at_every_distance_a_stage_has():
         model(ids(1, 300), documents(torch.zeros(1, 300, dtype=torch.int64), flash=True))
 
 
-def training_pass(model: Transformer, seed: int = 0) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def training_pass(model: Transformer, seed: int = 0, flash: bool = False) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """nats of a packed batch, dropout included, and all gradients."""
     doc_BT = torch.tensor([[0] * 9 + [1] * 6 + [2] * 15, [0] * 20 + [1] * 10])
     index_SN, label_SN = torch.arange(40).view(1, 40), ids(1, 40)
     torch.manual_seed(seed)
-    nats = model(ids(2, 30), documents(doc_BT), index_SN, label_SN)
+    nats = model(ids(2, 30), documents(doc_BT, flash), index_SN, label_SN)
     nats.sum().backward()
     grads = [p.grad for p in model.parameters()]
     model.zero_grad()
@@ -231,6 +231,13 @@ def test_the_flash_path_has_shapes_and_gradients():
     docs = Documents(docs.positions_BT.to("meta"), None, docs.bounds_N.to("meta"))
     model(doc_BT.to("meta"), docs, wanted, wanted).sum().backward()
     assert all(p.grad is not None and p.grad.shape == p.shape for p in model.parameters())
+
+
+def test_documents_one_by_one_equal_dense_attention():
+    """The CPU's way with bounds: the same losses and gradients up to rounding."""
+    torch.manual_seed(0)
+    model = Transformer(TransformerSizes(VOCAB, 32, 2, 4, 64, 0.1)).train()
+    torch.testing.assert_close(training_pass(model, flash=True), training_pass(model), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="flash attention needs a GPU")

@@ -77,10 +77,10 @@ class LMObjective:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(rng.derive(ctx.seed, f"init lm_{stage.name}"))
             self.modules: dict[str, nn.Module] = {"lm": build_lm(stage, shape, codes_QVE)}
-        # FlashAttention takes packed rows without padding, in bfloat16, and no bias of distances.
+        # FlashAttention takes packed rows without padding, in bfloat16 on a GPU, and no bias of distances.
         width = shape.dim // shape.heads
-        self.flash = (ctx.device.type == "cuda" and shape.train.dtype == "bfloat16" and shape.positions == "rotary"
-                      and width % 8 == 0 and width <= FLASH_WIDTH)
+        fits = shape.train.dtype == "bfloat16" and width % 8 == 0 and width <= FLASH_WIDTH
+        self.flash = shape.positions == "rotary" and (fits or ctx.device.type == "cpu")
         # Counted for a row that is one document: of several, attention costs less, so MFU is a little too high for short clips.
         self.flops_per_unit = self.modules["lm"].flops_per_token(stage.max_len)
         if ctx.compile:
