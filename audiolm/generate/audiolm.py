@@ -22,7 +22,7 @@ from audiolm.generate.params import PAPER_PARAMS, SamplingParams
 from audiolm.generate.prompts import prompt_from_array, read_prompt, whole_frames
 from audiolm.generate.sampler import Sampler
 from audiolm.lm.stages import SEMANTIC_HZ, Stage, dedupe
-from audiolm.models.transformer import Transformer
+from audiolm.models.transformer import ROWS, Transformer
 from audiolm.rng import derive
 from audiolm.tokenizers.base import ACOUSTIC_HOP, SAMPLE_RATE, SEMANTIC_HOP, Codec, Tokenizer, padded_samples
 
@@ -90,6 +90,11 @@ class AudioLM:
         """Compiles the products of a single token: worth it for many samples in one process."""
         for model, _ in self.models.values():
             model.compile_sampling()
+
+    def exact_batches(self, on: bool) -> None:
+        """On (the default), a sample's bits on a CPU are the same in any batch; off, one sample alone is faster."""
+        for model, _ in self.models.values():
+            model.rows = ROWS if on else 1
 
     def continue_(self, prompt: str | np.ndarray, seconds: float = 7.0, samples: int = 1, seed: int = 0, prompt_s: float = 3.0,
                   sample_rate: int = SAMPLE_RATE) -> list[Sound]:

@@ -58,6 +58,7 @@ class GenerationJob:
     prompt_s: float | None = None  # 0: all of a file
     whole: bool = False  # EOS of stage 1 is barred
     long: bool = False
+    fast: bool = False  # on a CPU a sample's bits depend on its batch
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def sample_settings(job: GenerationJob, sample: SampleJob) -> dict[str, Any]:
     """All that a sample's sound depends on, as its JSON has it."""
     return {"mode": job.mode, "prompt": sample.prompt, "prompt_hash": sample.digest, "prompt_s": job.prompt_s,
             "sample": sample.number, "seconds": job.seconds, "seed": job.seed, "whole": job.whole, "long": job.long,
-            "draws": {stage: asdict(params) for stage, params in job.sampling}, "models": dict(job.models)}
+            "fast": job.fast, "draws": {stage: asdict(params) for stage, params in job.sampling}, "models": dict(job.models)}
 
 
 def sample_records(folder: str) -> dict[str, dict[str, Any]]:
@@ -153,6 +154,7 @@ def pending_samples(job: GenerationJob, samples: Sequence[SampleJob], folder: st
 def run_task(job: GenerationJob, samples: Sequence[SampleJob], folder: str, device: str) -> list[str]:
     """Makes a batch of samples into `folder`; returns an error line for each prompt that failed."""
     lm = load_system(job.models, device, job.sampling)
+    lm.exact_batches(not job.fast)
     prompts: dict[str, np.ndarray] = {}
     errors: dict[str, str] = {}
     for sample in {s.prompt: s for s in samples if s.prompt}.values():  # each prompt once

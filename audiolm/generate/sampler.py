@@ -266,7 +266,7 @@ class Sampler:
         """
         known_B = (m.at == 0) & (m.first_B >= 0)
         drawn_B = torch.where(known_B, m.first_B, drawn_B)
-        scores_BL = self.model.lengths.scores(pad_rows(h_BD), pad_rows(drawn_B))[:len(drawn_B)]
+        scores_BL = self.model.lengths.scores(*(pad_rows(x, self.model.rows) for x in (h_BD, drawn_B)))[:len(drawn_B)]
         length_L = torch.arange(1, scores_BL.shape[1] + 1, device=scores_BL.device)
         scores_BL = scores_BL.masked_fill(known_B[:, None] & (length_L < m.least_B[:, None]), -torch.inf)
         run_B = _invert_cdf(scores_BL.softmax(1), m.length_noise_SB.index_select(0, m.at)[0],

@@ -131,6 +131,7 @@ class Transformer(nn.Module):
         s = self.sizes = sizes
         self.vocab, self.dim, self.heads, self.dropout = s.vocab, s.dim, s.heads, s.dropout
         self.checkpointing, self._compiled = False, None  # of the training pass alone
+        self.rows = ROWS  # single tokens run in multiples of it on a CPU; 1 is faster, but a row's bits depend on its batch
         self.embed = nn.Embedding(s.vocab, s.dim)
         self.bias = RelativePositionBias(s.heads) if s.positions == "t5" else None
         self.blocks = nn.ModuleList(Block(s) for _ in range(s.layers))
@@ -281,7 +282,7 @@ class Transformer(nn.Module):
         at = places(cache, t, self.bias)
         h = self._embed(ids_Bt, cond_BtC, length_Bt)
         if t == 1:
-            h = pad_rows(h)
+            h = pad_rows(h, self.rows)
         for block, k, v in zip(self.blocks, cache.k, cache.v, strict=True):
             h = block.step(h, k, v, at)
         cache.lengths_B += t
@@ -289,15 +290,15 @@ class Transformer(nn.Module):
         return self.norm(h)[:len(ids_Bt)]
 
     def scores(self, h_BD: torch.Tensor, slots: Sequence[int] | torch.Tensor) -> torch.Tensor:
-        """scores_BW float32 of one token a row, in slot slots[b] (models.heads); on a CPU in rows of 8, as `advance`."""
-        return self.head.scores(pad_rows(h_BD), slots)
+        """scores_BW float32 of one token a row, in slot slots[b] (models.heads); on a CPU in rows of `rows`, as `advance`."""
+        return self.head.scores(pad_rows(h_BD, self.rows), slots)
 
 
-def pad_rows(x: torch.Tensor) -> torch.Tensor:
-    """On a CPU zero rows up to a multiple of ROWS: a matrix product's bits depend on its number of rows."""
+def pad_rows(x: torch.Tensor, rows: int) -> torch.Tensor:
+    """On a CPU zero rows up to a multiple of `rows`: a matrix product's bits depend on its number of rows."""
     if x.device.type != "cpu":
         return x
-    return F.pad(x, (*(0,) * (2 * x.ndim - 1), -len(x) % ROWS))
+    return F.pad(x, (*(0,) * (2 * x.ndim - 1), -len(x) % rows))
 
 
 def _dtype(weight: torch.Tensor) -> torch.dtype:

@@ -13,6 +13,7 @@ import soundfile as sf
 import audiolm
 from audiolm import store
 from audiolm.generate.prompts import read_prompt
+from audiolm.models.transformer import ROWS, Transformer
 from tests.worlds.basics import ROOT
 from tests.worlds.tiny_system import CROPS_S, build, token_store, voice
 from workflows import generate as command
@@ -90,6 +91,15 @@ def test_prompts_become_files_with_a_record(do, run):
     for path in ("a-1.wav", "page/a-1.png", "page/b-prompt.wav", "page/b-prompt.png", "b-2.json"):
         assert f'"{path}"' in page and store.exists(f"out/{path}")
     assert sf.info("out/page/a-prompt.wav").frames == 9600 and store.get("out/page/a-1.png")[:4] == b"\x89PNG"
+
+
+def test_fast_leaves_the_padding_out_for_one_command(do, monkeypatch):
+    rows, draw = [], Transformer.advance
+    monkeypatch.setattr(Transformer, "advance", lambda self, *args: rows.append(self.rows) or draw(self, *args))
+    options = ("--prompt", "a.wav", *SHORT, "--out", "out")
+    for extra, expected in (("--fast",), 1), (("--force",), ROWS):
+        rows.clear()
+        assert do(*options, *extra)[0] == 0 and set(rows) == {expected}
 
 
 def test_what_is_done_is_skipped_and_what_differs_is_refused(do, here):

@@ -98,6 +98,23 @@ def test_a_row_has_the_same_bits_in_any_batch(model):
         assert torch.equal(run([r])[0], batch[r])
 
 
+def test_unpadded_rows_change_rounding_alone(model, monkeypatch):
+    rows, tail = [], ids(3, 6)
+    hook = model.blocks[0].up.register_forward_hook(lambda m, args, out: rows.append(len(out)))
+
+    def run() -> torch.Tensor:
+        cache = model.cache(3, 6)
+        return torch.stack([model.scores(model.advance(tail[:, t:t + 1], cache)[:, 0], [0] * 3) for t in range(6)])
+
+    exact = run()
+    assert set(rows) == {8}
+    rows.clear()
+    monkeypatch.setattr(model, "rows", 1)
+    torch.testing.assert_close(run(), exact, atol=1e-5, rtol=1e-5)
+    assert set(rows) == {3}
+    hook.remove()
+
+
 def test_packed_documents_equal_documents_alone(model):
     parts = [ids(1, n, seed=n) for n in (7, 1, 20)]
     doc_BT = torch.cat([torch.full((1, p.shape[1]), i) for i, p in enumerate(parts)], 1)
