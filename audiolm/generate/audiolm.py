@@ -18,11 +18,12 @@ import numpy as np
 import torch
 
 from audiolm.data.tokens import RATIO
+from audiolm.generate.frame_sampler import FrameSampler
 from audiolm.generate.params import PAPER_PARAMS, SamplingParams
 from audiolm.generate.prompts import prompt_from_array, read_prompt, whole_frames
 from audiolm.generate.sampler import Sampler
+from audiolm.lm.model import Model
 from audiolm.lm.stages import SEMANTIC_HZ, Stage, dedupe
-from audiolm.models.transformer import Transformer
 from audiolm.rng import derive
 from audiolm.tokenizers.base import ACOUSTIC_HOP, SAMPLE_RATE, SEMANTIC_HOP, Codec, Tokenizer, padded_samples
 
@@ -64,7 +65,7 @@ class AudioLM:
 
     tokenizer: Tokenizer
     codec: Codec
-    models: dict[str, tuple[Transformer, Stage]]  # semantic, coarse and (where Q' < Q) fine
+    models: dict[str, tuple[Model, Stage]]  # semantic, coarse and (where Q' < Q) fine
     mean_run: float
     sampling: Mapping[str, SamplingParams] = field(default_factory=lambda: dict(PAPER_PARAMS))  # by stage
     device: str = "cpu"
@@ -77,7 +78,8 @@ class AudioLM:
         if stages != tokenizers:
             raise ValueError(f"the stages were trained for (k, vocab, levels) = {stages}, the tokenizers have {tokenizers}: "
                              "load the tokenizers and stages of one run; no lm_fine only where Q' = Q")
-        self._samplers = {name: Sampler(model, stage) for name, (model, stage) in self.models.items()}
+        self._samplers = {name: (FrameSampler if stage.frames else Sampler)(model, stage)
+                          for name, (model, stage) in self.models.items()}
 
     @property
     def has_fine(self) -> bool:

@@ -128,7 +128,7 @@ def replay(m: Buffers, step: Callable[[], None]) -> None:
 
 def prefill(cache: KVCache, first: int, rows: Sequence[tuple[np.ndarray, ...]], static: bool,
             advance: Callable[..., None]) -> None:
-    """Fills the cache's rows from `first` on with (ids, cond_TC, length_T) of any lengths: advance(cache, *batch of them).
+    """Fills the cache's rows from `first` on with (ids_T, and what goes with them) of any lengths: advance(cache, *batch).
 
     Equal ones are computed once and their keys copied.
     """

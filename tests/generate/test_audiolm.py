@@ -67,7 +67,14 @@ def test_the_prompt_matters(lm):
     assert not np.array_equal(one.codes_TQ[24:], two.codes_TQ[24:])
 
 
-def test_same_seed_same_sound_whatever_the_batch(lm):
+@pytest.fixture(scope="module")
+def by_frames(tmp_path_factory):
+    return load(build(str(tmp_path_factory.mktemp("frames")), dedupe=False, kind="frame"), mean_run=RUN)
+
+
+@pytest.mark.parametrize("system", ["lm", "by_frames"])
+def test_same_seed_same_sound_whatever_the_batch(system, request):
+    lm = request.getfixturevalue(system)
     prompts, seeds = [voice(0.3 + 0.1 * i, i) for i in range(4)], [11, 12, 13, 14]
     batch = lm.continuation(prompts, 0.6, seeds)
     for i in (0, 2):
@@ -148,8 +155,9 @@ def test_resynthesis_takes_fewer_levels(lm):
     assert not np.allclose(full.wav_T, few.wav_T)
 
 
-def test_works_without_a_fine_stage(tmp_path):
-    lm = load(build(str(tmp_path), coarse=Q), mean_run=RUN)
+@pytest.mark.parametrize("kind", ["flat", "frame"])
+def test_works_without_a_fine_stage(tmp_path, kind):
+    lm = load(build(str(tmp_path), coarse=Q, dedupe=kind == "flat", kind=kind), mean_run=RUN)
     sound = lm.continuation([voice(0.4)], 0.5, [0], may_end=False)[0]
     assert len(sound.wav_T) == 14_400 and sound.codes_TQ.shape == (46, Q)
     np.testing.assert_array_equal(sound.codes_TQ[:20], lm.encode([voice(0.4)])[0])

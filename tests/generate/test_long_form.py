@@ -13,9 +13,9 @@ from audiolm.generate.long_form import stream
 from tests.worlds.tiny_system import PLAIN, RUN, build, voice
 
 
-@pytest.fixture(scope="module")
-def lm(tmp_path_factory):
-    return load(build(str(tmp_path_factory.mktemp("plain")), dedupe=False), mean_run=RUN)
+@pytest.fixture(scope="module", params=["flat", "frame"])
+def lm(tmp_path_factory, request):
+    return load(build(str(tmp_path_factory.mktemp("plain")), dedupe=False, kind=request.param), mean_run=RUN)
 
 
 def test_windows_join_to_one_sound_of_the_length_asked_for(lm, monkeypatch):

@@ -23,8 +23,8 @@ CROPS_S = {"semantic": 4.0, "coarse": 2.0, "fine": 0.4}
 RUN = 1.5
 
 
-def build(folder: str, coarse: int = COARSE, dedupe: bool = True) -> dict[str, str]:
-    """A whole system's exports with random weights; returns the steps' paths."""
+def build(folder: str, coarse: int = COARSE, dedupe: bool = True, kind: str = "flat") -> dict[str, str]:
+    """A whole system's exports with random weights; returns the steps' paths. `kind`: of the coarse stage."""
     torch.manual_seed(0)
     paths = {name: store.join(folder, name) for name in ("kmeans", "codec", "lm_semantic", "lm_coarse", "lm_fine")}
     sizes = EncoderSizes(dim=16, layers=1, heads=2, ff=32)
@@ -37,10 +37,15 @@ def build(folder: str, coarse: int = COARSE, dedupe: bool = True) -> dict[str, s
         "dim": 8, "n_q": Q, "vocab": VOCAB, "quantizer": "ema", "code_dim": 8})
     shapes = {name: lm_config.StageConfig(crop_s=crop_s, dim=16, layers=2, heads=2, ff=32, train=TRAIN)
               for name, crop_s in CROPS_S.items()}
-    stages = build_stages(lm_config.LMConfig(**PAPER, coarse_levels=coarse, dedupe=dedupe, **shapes), Q, VOCAB, K)
+    layout = {**PAPER, "coarse_levels": coarse, "dedupe": dedupe}
+    if kind == "frame":
+        depth = lm_config.DepthConfig(dim=8, layers=1, heads=2, ff=16)
+        shapes["coarse"] = shapes["coarse"].model_copy(update={"kind": kind, "depth": depth})
+        layout |= {"conditioning": "aligned", "condition_dropout": 0.1}
+    stages = build_stages(lm_config.LMConfig(**layout, **shapes), Q, VOCAB, K)
     for step, stage in stages.items():
         model = build_lm(stage, shapes[stage.name])
-        torch.nn.init.normal_(model.head.weight, std=0.5)
+        torch.nn.init.normal_((model.depth if stage.frames else model).head.weight, std=0.5)
         export(paths[step], *export_lm(model, stage))
     return {name: path for name, path in paths.items() if not name.startswith("lm_") or name in stages}
 
