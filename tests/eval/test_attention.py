@@ -36,7 +36,8 @@ def test_what_is_listened_to_gives_what_the_model_gives(shape):
     assert len(found) == 3 and all(torch.allclose(share_TT.sum(1), torch.ones(30)) for share_TT, _ in found)
     assert all((share_TT.triu(1) == 0).all() for share_TT, _ in found)
     with torch.no_grad():
-        torch.testing.assert_close(model.norm(found[-1][1]), model.hidden(ids_T[None], cond_BTC=cond_TC[None])[0], atol=1e-5, rtol=1e-5)
+        expected_TD = model.hidden(ids_T[None], cond_BTC=cond_TC[None])[0]
+        torch.testing.assert_close(model.norm(found[-1][1]), expected_TD, atol=1e-5, rtol=1e-5)
 
 
 def aligned(dedupe: bool):
