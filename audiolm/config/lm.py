@@ -16,6 +16,15 @@ class WarmStartConfig(Config):
     uri: Runtime[PathField] = Field(description="folder or URI of a text model in transformers' format (lm/warm_start.py)")
 
 
+class DepthConfig(Config):
+    """The small network over the levels of a frame, in a stage of kind frame (RQ-Transformer, 2203.01941)."""
+
+    dim: int = 256
+    layers: int = 2
+    heads: int = 4
+    ff: int = 1024
+
+
 class StageConfig(Config):
     """One language model: the paper's 12 x 1024 x 16 x 4096 by default."""
 
@@ -32,6 +41,11 @@ class StageConfig(Config):
     gated: Annotated[bool, Later(False)] = Field(False, description="gated feed-forward: three matrices of ff instead of two")
     activation: Annotated[Literal["gelu", "silu"], Later("gelu")] = "gelu"
     norm: Annotated[Literal["layer", "rms"], Later("layer")] = "layer"
+    kind: Annotated[Literal["flat", "frame"], Later("flat")] = Field(
+        "flat", description="of lm.coarse: flat takes every code as a position (paper); frame takes a frame's codes as one "
+                            "(RQ-Transformer, 2203.01941), for 3 (of 4 levels) to 8 times (of 12) fewer positions")
+    depth: Annotated[DepthConfig, Later(DepthConfig().model_dump())] = Field(
+        DepthConfig(), description="of kind frame: the network that predicts a frame's codes one after another")
     checkpointing: Runtime[bool] = Field(False, description="less memory, a third more work: blocks are computed again in "
                                                             "the backward pass")
     warm_start: Annotated[WarmStartConfig | None, Later(None)] = Field(
@@ -82,6 +96,12 @@ class LMConfig(Config):
                              "or lm.dedupe=false")
         if self.semantic.warm_start and self.semantic.start:
             raise ValueError("lm.semantic has warm_start, a text model's body, and start, a whole stage: drop one of them")
+        if self.coarse.kind == "frame" and self.dedupe and not self.lengths:
+            raise ValueError("lm.coarse.kind is frame, but with lm.dedupe and without lm.lengths no frame has a place in time: "
+                             "set lm.lengths=true, lm.dedupe=false or lm.coarse.kind=flat")
+        for name in ("semantic", "fine"):
+            if getattr(self, name).kind == "frame":
+                raise ValueError(f"lm.{name}.kind is frame: only lm.coarse has frames as positions, leave it out here")
         for name in ("coarse", "fine"):
             if getattr(self, name).warm_start:
                 raise ValueError(f"lm.{name}.warm_start is set: text models start lm.semantic alone, leave it out here")

@@ -18,9 +18,11 @@ import numpy as np
 import torch
 
 from audiolm.data.tokens import RATIO
+from audiolm.generate.frame_sampler import FrameSampler
 from audiolm.generate.params import PAPER_PARAMS, SamplingParams
 from audiolm.generate.prompts import prompt_from_array, read_prompt, whole_frames
 from audiolm.generate.sampler import Sampler
+from audiolm.lm.model import Model
 from audiolm.lm.stages import SEMANTIC_HZ, Stage, dedupe
 from audiolm.models.transformer import ROWS, Transformer
 from audiolm.rng import derive
@@ -64,7 +66,7 @@ class AudioLM:
 
     tokenizer: Tokenizer
     codec: Codec
-    models: dict[str, tuple[Transformer, Stage]]  # semantic, coarse and (where Q' < Q) fine
+    models: dict[str, tuple[Model, Stage]]  # semantic, coarse and (where Q' < Q) fine
     mean_run: float
     sampling: Mapping[str, SamplingParams] = field(default_factory=lambda: dict(PAPER_PARAMS))  # by stage
     device: str = "cpu"
@@ -77,7 +79,8 @@ class AudioLM:
         if stages != tokenizers:
             raise ValueError(f"the stages were trained for (k, vocab, levels) = {stages}, the tokenizers have {tokenizers}: "
                              "load the tokenizers and stages of one run; no lm_fine only where Q' = Q")
-        self._samplers = {name: Sampler(model, stage) for name, (model, stage) in self.models.items()}
+        self._samplers = {name: (FrameSampler if stage.frames else Sampler)(model, stage)
+                          for name, (model, stage) in self.models.items()}
 
     @property
     def has_fine(self) -> bool:
@@ -94,7 +97,9 @@ class AudioLM:
     def exact_batches(self, on: bool) -> None:
         """On (the default), a sample's bits on a CPU are the same in any batch; off, one sample alone is faster."""
         for model, _ in self.models.values():
-            model.rows = ROWS if on else 1
+            for part in model.modules():
+                if isinstance(part, Transformer):
+                    part.rows = ROWS if on else 1
 
     def continue_(self, prompt: str | np.ndarray, seconds: float = 7.0, samples: int = 1, seed: int = 0, prompt_s: float = 3.0,
                   sample_rate: int = SAMPLE_RATE) -> list[Sound]:

@@ -12,42 +12,21 @@ cond_TC and length_T as lm.stages.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
 
 from audiolm.generate.params import SamplingParams
+from audiolm.generate.rows import Request, groups, kept_buffers, one_thread, prefill, replay, requests_of
 from audiolm.lm.stages import Stage, run_lengths
 from audiolm.models.cache import KVCache
-from audiolm.models.transformer import ROWS, Transformer, pad_rows
+from audiolm.models.transformer import Transformer, pad_rows
 from audiolm.rng import derive
 
-ONE_THREAD_DIM = 512  # models up to this width sample on one CPU thread
 CHECK_EVERY = 16  # draws between two looks at a GPU's ids for samples that have ended: a look waits for the GPU
-WARM_UP = 3  # tokens before a CUDA graph is captured: libraries allocate their workspaces first
-KEPT_BUFFERS = 2  # of different sizes that a GPU keeps: a batch and its remainder
-LENGTH_STEP = 512  # a kept buffer's length is a multiple of this, so that calls of similar lengths share it
 PLAIN = SamplingParams()
-
-
-@dataclass
-class Request:
-    """One row to draw: ids_T of prompt and forced targets, and what is to follow."""
-
-    ids: np.ndarray
-    start: int  # forced targets
-    steps: int  # targets to draw, at most
-    seed: int
-    eos_from: int  # target from which EOS may be drawn
-    cond_TC: np.ndarray  # of ids and of those to draw
-    plain: np.ndarray  # ids without the condition, for guidance
-    length_T: np.ndarray  # frames of ids where the stage has run lengths
-    frames: int = 0  # to draw where it has: the row ends with the id that fills them
-    first: int = -1  # the first id to draw where it is known, its length at least `least`: a prompt cuts its last run
-    least: int = 1
 
 
 class Buffers:
@@ -97,26 +76,7 @@ class Sampler:
         `cond`: cond_NC of each row's targets (`Stage.conditions`), for a stage that has them.
         Raises ValueError where the lists differ in length or more ids are forced than asked for.
         """
-        B, stage = len(prompts), self.stage
-        counts = [int(n_target)] * B if np.isscalar(n_target) else [int(n) for n in n_target]
-        given = [np.zeros(0, np.int64)] * B if forced is None else [np.asarray(f, np.int64) for f in forced]
-        conds = [np.zeros((0, stage.n_cond), np.int64)] * B if cond is None else list(cond)
-        if not B == len(counts) == len(given) == len(seeds) == len(conds):
-            raise ValueError(f"{B} prompts need as many n_target, forced, cond and seeds, got {len(counts)}, {len(given)}, "
-                             f"{len(conds)}, {len(seeds)}")
-        for n, f, c in zip(counts, given, conds, strict=True):
-            if len(f) > n:
-                raise ValueError(f"{len(f)} ids are forced but n_target is {n}: ask for at least the forced ones")
-            if cond is not None and stage.aligned and len(c) < n:
-                raise ValueError(f"{len(c)} conditions for {n} targets: give one for each target")
-        ends = np.broadcast_to(counts if eos_from is None else eos_from, B)
-        requests = []
-        for i in range(B):
-            ids, steps = np.concatenate([prompts[i], given[i]]).astype(np.int64), counts[i] - len(given[i])
-            plain = np.concatenate([stage.no_prompt(), given[i]]).astype(np.int64)
-            requests.append(Request(ids, len(given[i]), steps, seeds[i], int(ends[i]),
-                                    stage.place_conditions(len(ids) + max(steps - 1, 0), len(prompts[i]), conds[i]), plain,
-                                    np.zeros(0, np.int64)))
+        requests, given = requests_of(self.stage, prompts, n_target, seeds, forced, eos_from, cond)
         return [np.concatenate([f, ids]) for f, (ids, _) in zip(given, self._draw(requests, params), strict=True)]
 
     def runs(self, z: Sequence[np.ndarray], frames: Sequence[int], seeds: Sequence[int], may_end: bool = True,
@@ -133,8 +93,8 @@ class Sampler:
             row = np.append(stage.bos, ids[:known]).astype(np.int64)
             more = int(more) + (least if len(ids) else 0)
             requests.append(Request(row, known, int(more) if more else 0, seed, known + 1 if may_end else known + more + 1,
-                                    np.zeros((len(row) + more, 0), np.int64), row, np.append(0, lengths[:known]), more,
-                                    first, least))
+                                    np.zeros((len(row) + more, 0), np.int64), row, np.zeros((len(row), 0), np.int64),
+                                    np.append(0, lengths[:known]), more, first, least))
             heads.append(np.repeat(ids[:known], lengths[:known]))
         out = []
         for head, request, (ids, lengths) in zip(heads, requests, self._draw(requests, params), strict=True):
@@ -145,16 +105,9 @@ class Sampler:
 
     def _draw(self, requests: list[Request], params: SamplingParams) -> list[tuple[np.ndarray, np.ndarray]]:
         """(ids, their lengths where the stage has them) drawn for each request."""
-        if params.guidance != 1 and not self.stage.dropped:
-            raise ValueError(f"guidance {params.guidance:g} needs a {self.stage.name} stage that was also trained without its "
-                             "condition: train with lm.condition_dropout above 0, or leave guidance at 1")
         out = [(np.zeros(0, np.int64), np.zeros(0, np.int64)) for _ in requests]
-        # rows that end together run together; on a CPU in groups of ROWS, whose products all have one shape
-        todo = sorted((i for i, r in enumerate(requests) if r.steps > 0), key=lambda i: requests[i].steps)
-        size = max(1, len(todo)) if self.static else ROWS // (2 if params.guidance != 1 else 1)
-        with _threads(self.model), torch.inference_mode():
-            for start in range(0, len(todo), size):
-                group = todo[start:start + size]
+        with one_thread(self.model.dim), torch.inference_mode():
+            for group in groups(requests, self.stage, params, self.static):
                 for i, drawn in zip(group, self._group([requests[i] for i in group], params), strict=True):
                     out[i] = drawn
         return out
@@ -212,28 +165,19 @@ class Sampler:
         if m.back:
             tails = [r.ids[-min(m.back, r.start):] if r.start else r.ids[:0] for r in rows]
             m.recent_BR[:B] = torch.from_numpy(np.stack([np.pad(t, (m.back - len(t), 0), constant_values=-1) for t in tails]))
-        self._prefill(m, 0, [(r.ids[:-1], r.cond_TC[:len(r.ids) - 1], r.length_T[:-1]) for r in rows])
+        prefill(m.cache, 0, [(r.ids[:-1], r.cond_TC[:len(r.ids) - 1], r.length_T[:-1]) for r in rows], self.static,
+                self._advance)
         if m.copies == 2:
             m.last_B[half:half + B] = m.last_B[:B]
-            self._prefill(m, half, [(r.plain[:-1], np.full((len(r.plain) - 1, stage.n_cond), stage.no_cond), r.length_T[:-1])
-                                    for r in rows])
+            prefill(m.cache, half, [(r.plain[:-1], r.plain_TC[:-1], r.length_T[:-1]) for r in rows], self.static,
+                    self._advance)
         return m
 
     def _buffers(self, rows: int, length: int, params: SamplingParams) -> Buffers:
         """New buffers on a CPU; on a GPU kept ones, with their graphs, where rows and parameters are the same."""
         back = (params.window or 0) * self.stage.slots  # a slot's window spans that many frames
-        guided = params.guidance != 1
-        if not self.static:
-            return Buffers(self.model, self.stage, rows, length, back, guided)
-        rows = 1 << (rows - 1).bit_length()  # powers of two: batches of similar size share buffers; spare rows are ignored
-        kept = self._kept.pop((rows, params), None)
-        if kept is None or kept.length < length:
-            while len(self._kept) >= KEPT_BUFFERS:
-                self._kept.pop(next(iter(self._kept)))
-            kept = Buffers(self.model, self.stage, rows, -(-length // LENGTH_STEP) * LENGTH_STEP, back, guided)
-        self._kept[rows, params] = kept  # the newest is last
-        kept.cache.clear()
-        return kept
+        make = partial(Buffers, self.model, self.stage, back=back, guided=params.guidance != 1)
+        return kept_buffers(self._kept, rows, length, params, make) if self.static else make(rows, length)
 
     def _step(self, m: Buffers, params: SamplingParams, slots: list[int] | None) -> None:
         """Draws one id in every row. `slots`: this step's on a CPU, which then scores those alone; None in a CUDA graph."""
@@ -277,59 +221,12 @@ class Sampler:
         return drawn_B
 
     def _replay(self, m: Buffers, params: SamplingParams) -> None:
-        """`_step` as a CUDA graph, captured when the cache first reaches a run of keys (models/cache.py)."""
-        if m.warmed < WARM_UP:
-            m.warmed += 1
-            return self._step(m, params, None)
-        held, keys = m.cache.longest, m.cache.keys(1)
-        if keys not in m.graphs:
-            graph, pool = torch.cuda.CUDAGraph(), next((g.pool() for g in m.graphs.values()), None)
-            with torch.cuda.graph(graph, pool=pool):
-                self._step(m, params, None)
-            m.graphs[keys] = graph
-        m.graphs[keys].replay()
-        m.cache.longest = held + 1  # the host's count: a replay does not run its code
-
-    def _prefill(self, m: Buffers, first: int, rows: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> None:
-        """Fills the cache's rows from `first` on with (ids, cond_TC, length_T) of any lengths.
-
-        Equal ones are computed once and their keys copied.
-        """
-        unique = {b"".join(part.tobytes() for part in row): row for row in rows}
-        numbers = {key: u for u, key in enumerate(unique)}
-        different, cache = list(unique.values()), m.cache
-        longest = max(len(ids) for ids, *_ in different)
-        if not longest:
-            return
-        if self.static:  # one padded batch; `truncate` forgets the padding's keys
-            parts = [[np.pad(part, ((0, longest - len(part)), *((0, 0),) * (part.ndim - 1))) for part in row]
-                     for row in different]
-            part = cache.rows(first, first + len(different))
-            self._advance(part, *(np.stack(p) for p in zip(*parts, strict=True)))
-            part.truncate(torch.tensor([len(ids) for ids, *_ in different]), longest)
-        else:  # one by one: a prompt's rounding must not depend on the others' lengths
-            for u, row in enumerate(different):
-                if len(row[0]):
-                    self._advance(cache.rows(first + u, first + u + 1), *(part[None] for part in row))
-        cache.longest = max(cache.longest, longest)
-        if len(different) < len(rows):
-            cache.spread([numbers[b"".join(part.tobytes() for part in row)] for row in rows], first)
+        """`_step` as a CUDA graph."""
+        replay(m, partial(self._step, m, params, None))
 
     def _advance(self, cache: KVCache, ids_Bt: np.ndarray, cond_BtC: np.ndarray, length_Bt: np.ndarray) -> None:
         stage, (ids, cond, length) = self.stage, (torch.from_numpy(x).to(self.device) for x in (ids_Bt, cond_BtC, length_Bt))
         self.model.advance(ids, cache, cond if stage.aligned else None, length if stage.lengths else None)
-
-
-@contextmanager
-def _threads(model: Transformer) -> Iterator[None]:
-    """One thread for a small model: its products of 8 rows gain nothing from more, and wait where cores are busy."""
-    before = torch.get_num_threads()
-    if model.dim <= ONE_THREAD_DIM:
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def uniform_noise(seed: int, first: int, last: int) -> torch.Tensor:

@@ -5,8 +5,8 @@ cut; another row takes the rest (lm.row_plan).  Validation takes plain crops, on
 lengths; only the stage's columns of a shard are read, ahead of their use, into a bounded cache.
 
 Shapes: z_T semantic ids at 25 Hz; codes_TQ at 50 Hz; ids_BT int64; target_BT bool, True where the id carries loss;
-doc_BT int64, the document's number within its row, the padding at a row's end one more; cond_BTC and length_BT where the
-stage has them (lm.stages).  T is stage.max_len, in `collate` the longest row's length.
+doc_BT int64, the document's number within its row, the padding at a row's end one more; cond_BTC (the ids added to each
+position) and length_BT where the stage has them (lm.stages).  T is stage.max_len, in `collate` the longest row's length.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from audiolm.data.clips import Clip, token_clips
 from audiolm.data.parallel import thread_map
 from audiolm.data.tokens import RATIO, TokenStore, check_pair
 from audiolm.lm.clip_lengths import read_lengths
+from audiolm.lm.frames import packed_frames
 from audiolm.lm.row_plan import PackingPlan
 from audiolm.lm.shard_cache import ShardCache
 from audiolm.lm.stages import MAX_RUN, SEMANTIC_HZ, Packed, Stage, id_starts
@@ -43,7 +44,7 @@ class ShardTokens:
     firsts: np.ndarray
     z_T: np.ndarray | None
     codes_TQ: np.ndarray | None
-    ids_before: np.ndarray  # by frame, and at the end: ids of the frames before it in the stage's layout
+    ids_before: np.ndarray  # by frame, and at the end: positions of the frames before it in the stage's layout
 
 
 class TokenBatches:
@@ -66,7 +67,7 @@ class TokenBatches:
             raise ValueError(f"lm.{stage.name}.where leaves no {split} clips (it is {where!r}): widen it, or give the "
                              f"corpus a larger {split} share")
         # bytes of a ShardTokens: ids_before 8, z_T 2 and codes_TQ 2 a code for each frame, firsts 8 for each clip
-        files, width = self.stores[0].files, 8 + 2 * int(stage.needs_semantic) + 2 * stage.frame_ids
+        files, width = self.stores[0].files, 8 + 2 * int(stage.needs_semantic) + 2 * RATIO * len(stage.columns)
         self._sizes = np.array([width * (f["frames"] // ratio) + 8 * f["clips"] for f in files])
         self.cache = ShardCache(self._read_shard, self._sizes, cache_mb * 2**20)
         self._min_span = max(1, min(MIN_SPAN, stage.crop_frames // MIN_CROP_PART))
@@ -183,7 +184,7 @@ class TokenBatches:
 
     def collate(self, rows: Sequence[Packed]) -> dict[str, torch.Tensor]:
         """A batch of packed crops, one a row, as long as the longest."""
-        return pack_rows(self.stage, [[row] for row in rows], max(len(row.ids) for row in rows))
+        return pack_rows(self.stage, [[row] for row in rows])
 
     # -- shards --------------------------------------------------------------------------------------------------
 
@@ -224,11 +225,16 @@ class TokenBatches:
         return ShardTokens(firsts, z_T, codes_TQ, np.cumsum(ids, out=ids))
 
 
-def pack_rows(stage: Stage, documents: Sequence[Sequence[Packed]], length: int) -> dict[str, torch.Tensor]:
-    """Rows of packed documents, padded at the right with BOS, which carries no loss and which no earlier id sees."""
-    shape = len(documents), length
+def pack_rows(stage: Stage, documents: Sequence[Sequence[Packed]], length: int | None = None) -> dict[str, torch.Tensor]:
+    """Rows of `length` positions (None: as long as the longest) of packed documents.
+
+    They are padded at the right with BOS, which carries no loss and which no earlier id sees.
+    """
+    if stage.frames:
+        documents = [[packed_frames(stage, packed) for packed in row] for row in documents]
+    shape = len(documents), length or max(sum(len(packed.ids) for packed in row) for row in documents)
     rows = {"ids": np.full(shape, stage.bos, np.int64), "target": np.zeros(shape, bool),
-            "cond": np.full((*shape, stage.n_cond), stage.no_cond, np.int64), "length": np.zeros(shape, np.int64)}
+            "cond": np.full((*shape, stage.n_added), stage.no_cond, np.int64), "length": np.zeros(shape, np.int64)}
     doc_BT = np.empty(shape, np.int64)
     for b, row in enumerate(documents):
         at = 0
@@ -241,7 +247,7 @@ def pack_rows(stage: Stage, documents: Sequence[Sequence[Packed]], length: int) 
             at = end
         doc_BT[b, at:] = len(row)  # no id of a document attends to the padding, nor the padding to it
     out = {"ids_BT": rows["ids"], "target_BT": rows["target"], "doc_BT": doc_BT}
-    out |= ({"cond_BTC": rows["cond"]} if stage.aligned else {}) | ({"length_BT": rows["length"]} if stage.lengths else {})
+    out |= ({"cond_BTC": rows["cond"]} if stage.n_added else {}) | ({"length_BT": rows["length"]} if stage.lengths else {})
     return {k: torch.from_numpy(v) for k, v in out.items()}
 
 

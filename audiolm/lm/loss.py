@@ -1,7 +1,7 @@
 """Negative log-likelihood of a stage's targets in nats, by level: one rule for training, validation and evaluation.
 
 A target's probability is over the ids that its slot may take.  `prepare` finds the targets on the CPU, so no step waits
-for the device; the tensors' sizes depend on the batch's shape alone, so nothing is compiled twice.
+for the device; the tensors' sizes depend on the batch's shape alone, or are one of few, so little is compiled twice.
 Shapes: ids_BT, target_BT (the id carries loss), doc_BT, cond_BTC, length_BT as lm.batches; index_SN, label_SN, nats_SN as
 models.heads: S slots, N places of targets.  Where the stage has run lengths they are one more slot, the last.
 """
@@ -19,6 +19,7 @@ from audiolm.models.attention import ALONE, Documents, documents
 from audiolm.models.heads import NO_TARGET
 
 Inputs = dict[str, torch.Tensor]
+SIZES = 16  # of the loss tensors on rows of one shape where positions are frames: the depth network runs over empty places
 EXTRA = ("cond_BTC", "length_BT")  # of a batch, where the stage has them
 
 
@@ -34,12 +35,17 @@ def prepare(stage: Stage, batch: Mapping[str, torch.Tensor], flash: bool = False
     at_N += at_N // (ids_BT.shape[1] - 1)
     ids_N = ids_BT.flatten()[at_N + 1]
     slot_V, label_V = _tables(stage)
+    if stage.frames and stage.slots > 1:  # a place predicts all codes of the frame after it
+        others_NR = batch["cond_BTC"].flatten(0, 1)[at_N + 1, stage.n_cond:]
+        ids_N, at_N = torch.cat([ids_N[:, None], others_NR], 1).flatten(), at_N.repeat_interleave(stage.slots)
     slot_N, label_N = slot_V[ids_N], label_V[ids_N]
     if (slot_N < 0).any():
         raise ValueError(f"{stage.name}: id {int(ids_N[slot_N < 0][0])} is marked as a target and belongs in no slot")
-    # group the targets by slot, each group padded to one fixed size
+    # group the targets by slot, each group padded to one fixed size, or to one of a few
     each = [(slot_N == s).nonzero()[:, 0] for s in range(stage.slots)]
-    size = max(math.ceil(stage.target_share * ids_BT.numel()), *map(len, each))
+    part = math.ceil(ids_BT.numel() / SIZES)
+    least = part * math.ceil(max(1, len(each[0])) / part) if stage.frames else math.ceil(stage.target_share * ids_BT.numel())
+    size = max(least, *map(len, each))
     # padded places read different ids: gradients of zero added to one place would wait for each other on a GPU
     index_SN = (torch.arange(size) % ids_BT.numel()).repeat(stage.slots, 1)
     label_SN = torch.full((stage.slots, size), NO_TARGET)

@@ -1,7 +1,8 @@
 """Build, export and load of a stage: safetensors and JSON, loadable with torch and numpy alone; no pickle.
 
 `{path}/export/model.safetensors` holds the float32 weights by parameter name, `{path}/export/config.json` the layout
-and the shape: {"kind": "lm", "format": FORMAT, "stage": Stage, "model": TransformerSizes}.
+and the shape: {"kind": "lm", "format": FORMAT, "stage": Stage, "model": TransformerSizes, or FrameSizes where positions
+are frames}.
 """
 
 from __future__ import annotations
@@ -16,22 +17,37 @@ from safetensors.torch import load_file
 from audiolm import store
 from audiolm.config import lm
 from audiolm.lm.stages import MAX_RUN, Stage, stage_from_json
+from audiolm.models.frame_transformer import FrameSizes, FrameTransformer
 from audiolm.models.transformer import Transformer, TransformerSizes
 
+Model = Transformer | FrameTransformer
 FORMAT = 3  # 1 had one head over all ids, 2 no conditions, and T5 buckets up to the longest row
 
 
-def build_lm(stage: Stage, shape: lm.StageConfig, codes_QVE: torch.Tensor | None = None) -> Transformer:
+def build_lm(stage: Stage, shape: lm.StageConfig, codes_QVE: torch.Tensor | None = None) -> Model:
     """The untrained model of a stage; draws its weights from torch's current generator.
 
     `codes_QVE`: the codec's code vectors (tokenizers.base.code_vectors), which an acoustic stage's tables are tied to.
     """
     width = 0 if codes_QVE is None else codes_QVE.shape[2]
-    model = Transformer(TransformerSizes(**_arguments(stage, shape, width)))
-    model.checkpointing = shape.checkpointing
-    if codes_QVE is not None:
-        model.tied.set_codes(codes_QVE[:len(stage.columns)])
+    sizes = _arguments(stage, shape, width)
+    if stage.frames:
+        model = _model({"backbone": {**sizes, "slots": []}, "depth": _depth_arguments(stage, shape, width)})
+    else:
+        model = _model(sizes)
+    for network in model.modules():
+        if isinstance(network, Transformer):
+            network.checkpointing = shape.checkpointing
+            if codes_QVE is not None:
+                network.tied.set_codes(codes_QVE[:len(stage.columns)])
     return model
+
+
+def _model(sizes: dict[str, Any]) -> Model:
+    """The untrained model of an export's `model`."""
+    if "depth" in sizes:
+        return FrameTransformer(FrameSizes(*(TransformerSizes(**sizes[name]) for name in ("backbone", "depth"))))
+    return Transformer(TransformerSizes(**sizes))
 
 
 def _arguments(stage: Stage, shape: lm.StageConfig, code_width: int) -> dict[str, Any]:
@@ -41,14 +57,21 @@ def _arguments(stage: Stage, shape: lm.StageConfig, code_width: int) -> dict[str
             **shape.model_dump(include={"dim", "layers", "heads", "ff", "dropout", "positions", "gated", "norm", "activation"})}
 
 
-def export_lm(module: Transformer, stage: Stage) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def _depth_arguments(stage: Stage, shape: lm.StageConfig, code_width: int) -> dict[str, Any]:
+    ids = stage.slots * stage.vocab
+    return {"tied": [stage.slots, stage.vocab, code_width, 0] if code_width else None, "vocab": ids + 1,
+            "slots": [stage.vocab] * stage.slots, **shape.depth.model_dump(),
+            **shape.model_dump(include={"dropout", "gated", "norm", "activation"})}
+
+
+def export_lm(module: Model, stage: Stage) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """(float32 weights on the CPU by name, JSON config) of a stage."""
     weights = {name: t.detach().to("cpu", torch.float32, copy=True).contiguous()
                for name, t in module.state_dict().items()}
     return weights, {"kind": "lm", "format": FORMAT, "stage": stage.to_json(), "model": asdict(module.sizes)}
 
 
-def load_lm(path: str, device: str | torch.device = "cpu") -> tuple[Transformer, Stage]:
+def load_lm(path: str, device: str | torch.device = "cpu") -> tuple[Model, Stage]:
     """(model in eval mode, its Stage) from a training step's output folder.
 
     Raises FileNotFoundError where there is no export, ValueError where it is not a language model of this format.
@@ -61,7 +84,7 @@ def load_lm(path: str, device: str | torch.device = "cpu") -> tuple[Transformer,
     if about.get("format", 1) != FORMAT:
         raise ValueError(f"{path} holds a language model of format {about.get('format', 1)}, this code reads {FORMAT}: train "
                          "the stage again with this code, or use the code that made it")
-    model = Transformer(TransformerSizes(**about["model"]))
+    model = _model(about["model"])
     with tempfile.TemporaryDirectory() as folder:
         weights = load_file(store.local_copy(store.join(path, "export", "model.safetensors"), folder))
         model.load_state_dict(weights)

@@ -8,7 +8,7 @@ Targets are the ids with loss, counted from 0; target n stands in slot n % slots
 Ids: semantic, then the codes of each level (offset by level: III-B), then BOS, EOS, SEP.  `fine` has no semantic ids.
 `lengths`: each deduplicated z also has the number of frames that it lasts, a second target of its place; stages 2 and 3
 then know the frame of every id.  `aligned`: a target's condition is the semantic id (stage 2) or the coarse codes (stage
-3) of its own frame.
+3) of its own frame.  `frames`: rows and models of stage 2 hold a frame in one position (lm.frames).
 Shapes: z_T int64 semantic ids at 25 Hz, undeduplicated; codes_TQ int64 at 50 Hz, a column a level; ids int64; cond_TC ids.
 """
 
@@ -74,6 +74,7 @@ class Stage:
     lengths: bool = False  # stage 1 predicts how many frames an id lasts
     aligned: bool = False  # targets have the condition of their own frame, beside the prefix
     dropped: float = 0.0  # share of training documents without prefix and condition, which guidance needs; 1: all, always
+    frames: bool = False  # a frame is one position
 
     # -- vocabulary: [semantic ids | level 1 | level 2 | ... | BOS EOS SEP] -----------------------
 
@@ -133,6 +134,11 @@ class Stage:
         return 0 if not self.aligned else 1 if self.name == "coarse" else self.n_coarse
 
     @property
+    def n_added(self) -> int:
+        """Ids beside a position's own: conditions and, where positions are frames, the other codes of its frame."""
+        return self.n_cond + (self.slots - 1) * self.frames
+
+    @property
     def no_cond(self) -> int:
         """Id that stands for no condition."""
         return self.bos
@@ -166,12 +172,12 @@ class Stage:
 
     @property
     def frame_ids(self) -> int:
-        """Acoustic ids of a semantic frame, prefix and targets together."""
-        return RATIO * len(self.columns)
+        """Acoustic positions of a semantic frame, prefix and targets together: a position is an id, or a frame."""
+        return RATIO * (1 if self.frames else len(self.columns))
 
     @property
     def max_len(self) -> int:
-        """Ids of the longest packed crop, and of every training row."""
+        """Positions of the longest packed crop, and of every training row."""
         return (int(self.needs_semantic) + self.frame_ids) * self.crop_frames + self.n_special
 
     @property
@@ -348,5 +354,6 @@ def build_stages(config: LMConfig, codec_n_q: int, codec_vocab: int, k: int) -> 
         stages[f"lm_{name}"] = Stage(name, k, codec_vocab, levels, coarse, config.dedupe and (first or not config.lengths),
                                      shape.crop_s, min_crop_s, lengths=first and config.lengths,
                                      aligned=not (first or alone) and config.conditioning == "aligned",
-                                     dropped=0.0 if first else 1.0 if alone else config.condition_dropout)
+                                     dropped=0.0 if first else 1.0 if alone else config.condition_dropout,
+                                     frames=shape.kind == "frame")
     return stages

@@ -1,7 +1,8 @@
 """Attention maps of a Transformer, layer by layer, computed again beside the training path.
 
-Shapes: ids_T, cond_TC int64 of one document; share_TT float32, the attention of query i to keys j <= i averaged over heads,
-whose rows sum to 1; h_TD, a layer's output (normed, the last one equals `Transformer.hidden`).
+Shapes: ids_T int64 of one document, cond_TC what is added to them (models.transformer); share_TT float32, the attention of
+query i to keys j <= i averaged over heads, whose rows sum to 1; h_TD, a layer's output (normed, the last one equals
+`Transformer.hidden`).
 """
 
 from __future__ import annotations

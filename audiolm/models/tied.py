@@ -22,8 +22,10 @@ class TiedCodes(nn.Module):
         super().__init__()
         self.register_buffer("codes_QVE", torch.zeros(levels, vocab, width))
         self.read_QED = nn.Parameter(torch.zeros(levels, width, dim))
-        self.mu_SED = nn.Parameter(torch.zeros(predicted, width, dim))
-        self.scale_S = nn.Parameter(torch.zeros(predicted))
+        self.predicted = predicted
+        if predicted:  # a network that predicts nothing has embeddings alone
+            self.mu_SED = nn.Parameter(torch.zeros(predicted, width, dim))
+            self.scale_S = nn.Parameter(torch.zeros(predicted))
 
     @torch.no_grad()
     def set_codes(self, codes_QVE: torch.Tensor) -> None:
@@ -32,13 +34,14 @@ class TiedCodes(nn.Module):
             raise ValueError(f"the codec has code vectors of shape {tuple(codes_QVE.shape)}, the stage reads "
                              f"{tuple(self.codes_QVE.shape)}: train the stage on tokens of this codec")
         self.codes_QVE.copy_(codes_QVE)
-        (_, _, width), dim, predicted = codes_QVE.shape, self.mu_SED.shape[2], len(self.mu_SED)
+        (_, _, width), predicted = codes_QVE.shape, self.predicted
         centred_QVE = codes_QVE - codes_QVE.mean(1, keepdim=True)
         variance_Q = centred_QVE.square().mean((1, 2)).clamp_min(1e-12)
         size_Q = codes_QVE.square().mean((1, 2)).clamp_min(1e-12).sqrt()
         self.read_QED.normal_().mul_((READ_STD / (size_Q * width ** 0.5))[:, None, None])
-        self.mu_SED.normal_().mul_(MU_SHARE * size_Q[-predicted:, None, None] * dim ** -0.5)
-        self.scale_S.copy_((0.5 / variance_Q[-predicted:]).log())
+        if predicted:
+            self.mu_SED.normal_().mul_(MU_SHARE * size_Q[-predicted:, None, None] * self.mu_SED.shape[2] ** -0.5)
+            self.scale_S.copy_((0.5 / variance_Q[-predicted:]).log())
 
     def embeddings(self) -> torch.Tensor:
         """(Q x V, D) of all codes, level after level."""

@@ -2,7 +2,7 @@
 
 Shapes: ids_BT int64; docs of models.attention: documents of a row never attend to each other and their positions start at
 0; h_BTD; scores over the ids of a slot (models.heads).  cond_BTC: ids whose embeddings are added to the one at their place;
-length_BT: frames that an id lasts (models.run_lengths).
+length_BT: frames that an id lasts (models.run_lengths); added_BTD: vectors that are added to the embeddings.
 `advance` with a cache equals `hidden` up to rounding; rows of a batch may have different lengths.
 On a CPU single tokens run in rows of 8 and keys in runs of 64, so a row's bits do not depend on its batch.
 """
@@ -36,8 +36,8 @@ def _norm(s: TransformerSizes) -> nn.Module:
 class TransformerSizes:
     """Architecture of a Transformer: dim and ff in channels, `gated`: ff each of value and gate.
 
-    slots: the ids of each slot of a frame (None: one slot of `vocab` ids); positions: rotary or t5; norm: layer or rms;
-    activation: gelu or silu; no_cond: the id that is no condition, run: the longest run length (0: there are none).
+    slots: the ids of each slot of a frame (None: one slot of `vocab` ids; empty: no heads); positions: rotary or t5; norm:
+    layer or rms; activation: gelu or silu; no_cond: the id that is no condition, run: the longest run length (0: none).
     tied: (levels, vocab, width, id of the first code) of a codec's code vectors that embeddings and heads are tied to.
     Raises ValueError where dim does not split into even heads.
     """
@@ -136,9 +136,10 @@ class Transformer(nn.Module):
         self.bias = RelativePositionBias(s.heads) if s.positions == "t5" else None
         self.blocks = nn.ModuleList(Block(s) for _ in range(s.layers))
         self.norm = _norm(s)
-        self.head = LevelHeads(s.dim, s.slots or (s.vocab,))
+        slots = (s.vocab,) if s.slots is None else s.slots
+        self.head = LevelHeads(s.dim, slots) if slots else None
         self.lengths = RunLengths(s.vocab, s.dim, s.run) if s.run else None
-        self.tied = TiedCodes(*s.tied[:3], len(s.slots), s.dim) if s.tied else None
+        self.tied = TiedCodes(*s.tied[:3], len(slots), s.dim) if s.tied else None
         for name, p in self.named_parameters():
             if p.ndim == 2:
                 # residual branches shrink with depth, so that the sum over 2 x layers of them keeps its scale
@@ -150,7 +151,8 @@ class Transformer(nn.Module):
             nn.init.normal_(self.lengths.given.weight)
         if self.tied:  # free terms beside the tied ones start at zero
             nn.init.zeros_(self.embed.weight[self._codes])
-            nn.init.zeros_(self.head.weight)
+            if self.head:
+                nn.init.zeros_(self.head.weight)
 
     def forward(self, ids_BT: torch.Tensor, docs: Documents = ALONE, index_SN: torch.Tensor | None = None,
                 label_SN: torch.Tensor | None = None, cond_BTC: torch.Tensor | None = None,
@@ -188,7 +190,8 @@ class Transformer(nn.Module):
 
         N counts the weights of matrix products, of the heads one slot's; recomputation by checkpointing does not count.
         """
-        weights = sum(p.numel() for p in self.blocks.parameters() if p.ndim == 2) + max(self.head.sizes) * self.dim
+        weights = sum(p.numel() for p in self.blocks.parameters() if p.ndim == 2)
+        weights += max(self.head.sizes) * self.dim if self.head else 0
         return 6.0 * weights + 6.0 * len(self.blocks) * self.dim * length
 
     @property
@@ -218,22 +221,27 @@ class Transformer(nn.Module):
     def fold_tied(self) -> None:
         """Turns tied tables into plain ones, so that a token costs a lookup: for sampling, not for training."""
         if self.tied:
-            table, heads = self._table(), self._heads()
+            table, heads = self._table(), self._heads() if self.head else []
             self.embed.weight.copy_(table)
-            self.head.weight.copy_(torch.cat([weight for weight, _ in heads]))
-            self.head.bias, self.tied = torch.cat([bias for _, bias in heads]), None
+            if heads:
+                self.head.weight.copy_(torch.cat([weight for weight, _ in heads]))
+                self.head.bias = torch.cat([bias for _, bias in heads])
+            self.tied = None
 
-    def _embed(self, ids: torch.Tensor, cond: torch.Tensor | None, length: torch.Tensor | None) -> torch.Tensor:
-        """(B, T, D) of ids (B, T), conditions (B, T, C) and lengths (B, T)."""
+    def _embed(self, ids: torch.Tensor, cond: torch.Tensor | None, length: torch.Tensor | None,
+               added: torch.Tensor | None = None) -> torch.Tensor:
+        """(B, T, D) of ids (B, T), conditions (B, T, C), lengths (B, T) and added vectors."""
         table = self._table()
         h = F.embedding(ids, table)
         if cond is not None:
             bag = F.embedding_bag(cond.flatten(0, 1), table, mode="sum", padding_idx=self.sizes.no_cond)
             h = h + bag.view_as(h)
+        if added is not None:
+            h = h + added
         return h if length is None else h + self.lengths.embed(length)
 
     def hidden(self, ids_BT: torch.Tensor, docs: Documents = ALONE, cond_BTC: torch.Tensor | None = None,
-               length_BT: torch.Tensor | None = None) -> torch.Tensor:
+               length_BT: torch.Tensor | None = None, added_BTD: torch.Tensor | None = None) -> torch.Tensor:
         """h_BTD, the input of the heads. Raises ValueError for T5 positions on documents that were laid out for flash."""
         # Positions are rotary angles or a bias that joins the document mask; flash takes documents by their bounds.
         T, rope, mask = ids_BT.shape[1], None, None
@@ -249,7 +257,7 @@ class Transformer(nn.Module):
             mask = (bias if mask is None else bias.masked_fill(~mask, -torch.inf)).to(_dtype(self.embed.weight))
             # rows begin at multiples of 8, else a GPU's kernel copies the mask in each layer
             mask = F.pad(mask, (0, -T % 8))[..., :T]
-        h_BTD = F.dropout(self._embed(ids_BT, cond_BTC, length_BT), self.dropout, self.training)
+        h_BTD = F.dropout(self._embed(ids_BT, cond_BTC, length_BT, added_BTD), self.dropout, self.training)
         for block in self.blocks:
             if self.checkpointing and torch.is_grad_enabled():  # keeps a block's input alone, runs it again backwards
                 h_BTD = checkpoint(block, h_BTD, rope, mask, docs.bounds_N, use_reentrant=False)
@@ -273,14 +281,14 @@ class Transformer(nn.Module):
         return KVCache(k, v, torch.zeros(batch, dtype=torch.int64, device=device), rope)
 
     def advance(self, ids_Bt: torch.Tensor, cache: KVCache, cond_BtC: torch.Tensor | None = None,
-                length_Bt: torch.Tensor | None = None) -> torch.Tensor:
+                length_Bt: torch.Tensor | None = None, added_BtD: torch.Tensor | None = None) -> torch.Tensor:
         """Appends t >= 1 tokens to each row; returns h_BtD. Use under torch.no_grad() and in eval mode.
 
         Raises ValueError where the cache is full.
         """
         t = ids_Bt.shape[1]
         at = places(cache, t, self.bias)
-        h = self._embed(ids_Bt, cond_BtC, length_Bt)
+        h = self._embed(ids_Bt, cond_BtC, length_Bt, added_BtD)
         if t == 1:
             h = pad_rows(h, self.rows)
         for block, k, v in zip(self.blocks, cache.k, cache.v, strict=True):

@@ -26,7 +26,6 @@ from audiolm.config.load import load_config  # noqa: E402
 from audiolm.data.tokens import RATIO  # noqa: E402
 from audiolm.generate import audiolm  # noqa: E402
 from audiolm.generate.load import load  # noqa: E402
-from audiolm.generate.sampler import Sampler  # noqa: E402
 from audiolm.lm import stages  # noqa: E402
 from audiolm.lm.model import build_lm  # noqa: E402
 from audiolm.models.conformer import Encoder, EncoderSizes
@@ -40,11 +39,11 @@ ROOT = Path(__file__).resolve().parents[2]
 PROMPT, PROMPT_S, SECONDS = 1152, 3.0, 7.0
 
 
-def random_system(device: str) -> audiolm.AudioLM:
+def random_system(device: str, kind: str) -> audiolm.AudioLM:
     """Of the paper's sizes on a GPU, of the quickstart's elsewhere."""
     cfg = load_config(str(ROOT / "workflows" / ("paper.yaml" if device == "cuda" else "quickstart.yaml")), [])
     m, c = cfg.semantic.model, cfg.codec
-    lm = cfg.lm.model_copy(update={"dedupe": False})
+    lm = cfg.lm.model_copy(update={"dedupe": False, "coarse": cfg.lm.coarse.model_copy(update={"kind": kind})})
     with torch.device(device):
         encoder = Encoder(EncoderSizes(m.dim, m.layers, m.heads, m.ff))
         codec = fold(SoundStream(SoundStreamSizes(c.strides, c.enc_channels, c.dec_channels, c.dim, c.n_q, c.vocab)))
@@ -60,19 +59,21 @@ def random_system(device: str) -> audiolm.AudioLM:
 
 
 def stage_rate(system: audiolm.AudioLM, batch: int, ids: int, repeats: int) -> None:
-    model, stage = system.models["coarse"]
-    room = min(PROMPT, stage.max_len - ids)
+    _, stage = system.models["coarse"]
+    frame = stage.slots if stage.frames else 1  # ids of a position
+    ids -= ids % frame
+    room = min(PROMPT, stage.max_len - ids // frame)
     # the coarse stage: a prefix of semantic ids, then codes up to the length asked for
     frames = (room - 2) // (1 + stage.frame_ids)
     z, codes = np.arange(frames) % stage.k, np.zeros((RATIO * frames, stage.levels[1]), np.int64)
-    prompt, forced, sampler = stage.prompt(z), stage.targets(codes), Sampler(model, stage)
+    prompt, forced, sampler = stage.prompt(z), stage.targets(codes), system._samplers["coarse"]
 
     def draw(n: int) -> None:
         sampler([prompt] * batch, len(forced) + n, forced=[forced] * batch, seeds=range(batch))
 
-    took = best(lambda: draw(ids + 1), repeats, system.device) - best(lambda: draw(1), repeats, system.device)
-    held = len(prompt) + len(forced)
-    print(f"coarse, {held:,} ids in the cache, batch {batch:3}: {batch * ids / took:10,.0f} ids/s", flush=True)
+    took = best(lambda: draw(ids + frame), repeats, system.device) - best(lambda: draw(frame), repeats, system.device)
+    held = len(prompt) + len(forced) // frame
+    print(f"coarse, {held:,} positions in the cache, batch {batch:3}: {batch * ids / took:10,.0f} ids/s", flush=True)
 
 
 def whole(system: audiolm.AudioLM, batch: int, repeats: int) -> None:
@@ -113,6 +114,7 @@ def main() -> None:
     p.add_argument("--run", metavar="FILE", help="a run's index: its models instead of random ones")
     p.add_argument("--batches", type=int, nargs="+", help="of the stage; default 1 4 on a CPU, 1 16 64 on a GPU")
     p.add_argument("--ids", type=int, default=256, help="drawn by the stage")
+    p.add_argument("--kind", choices=("flat", "frame"), default="flat", help="of the coarse stage, where it is random")
     p.add_argument("--compile", action="store_true", help="the products of a single token, by torch.compile")
     p.add_argument("--repeats", type=int, default=3)
     args = p.parse_args()
@@ -122,7 +124,7 @@ def main() -> None:
         steps = store.get_json(args.run)["steps"]
         system = load({name: step["path"] for name, step in steps.items()}, args.device)
     else:
-        system = random_system(args.device)
+        system = random_system(args.device, args.kind)
     if args.compile:
         system.compile_sampling()
     for batch in args.batches or ((1, 16, 64) if gpu else (1, 4)):

@@ -3,7 +3,8 @@
     python tests/bench/lm.py                                          a tiny model on the CPU
     python tests/bench/lm.py --device cuda --engines torch deepspeed  the paper's 12 x 1024, bfloat16, compiled
 
-Rows of 768 tokens are stage 1's, of 2,298 stage 2's, both packed with random clips of --clip-s seconds at most.  A step is
+Rows of 768 tokens are stage 1's, of 2,298 stage 2's (767 where positions are frames: --kinds frame), all packed with random
+clips of --clip-s seconds at most.  Targets are codes, of which a frame's position predicts several.  A step is
 what is left of the fastest of --repeats; FLOPs are counted as 6 N + 6 L d T and set beside the measured rate of a matmul.
 """
 
@@ -24,6 +25,7 @@ from audiolm.config.training import TrainConfig  # noqa: E402
 from audiolm.data.tokens import RATIO  # noqa: E402
 from audiolm.lm import stages  # noqa: E402
 from audiolm.lm.batches import pack_rows  # noqa: E402
+from audiolm.lm.frames import packed_frames  # noqa: E402
 from audiolm.train.engine import make_engine  # noqa: E402
 from audiolm.train.objectives.base import Context  # noqa: E402
 from audiolm.train.objectives.lm import LMObjective  # noqa: E402
@@ -45,7 +47,7 @@ class Random:
                 frames = min(int(draw.uniform(0.3, 1) * clip_s * stages.SEMANTIC_HZ), fits)
                 codes_TQ = draw.integers(0, stage.vocab, (RATIO * frames, len(stage.columns)))
                 documents.append(stage.pack(draw.integers(0, stage.k, frames), codes_TQ, True))
-                at += len(documents[-1].ids)
+                at += len((packed_frames(stage, documents[-1]) if stage.frames else documents[-1]).ids)
             made.append(documents)
         self.made = pack_rows(stage, made, T)
 
@@ -60,12 +62,12 @@ def matmul_rate(device: str) -> float:
     return 2 * n**3 / best(lambda: a @ b, 10, device)
 
 
-def training(name: str, args: argparse.Namespace, positions: str, engine: str, rate: float) -> None:
+def training(name: str, kind: str, args: argparse.Namespace, positions: str, engine: str, rate: float) -> None:
     gpu = args.device == "cuda"
     train = TrainConfig(steps=1, batch=args.rows, lr=1e-4, engine=engine, zero=args.zero,
                         dtype="bfloat16" if gpu else "float32")
     shape = StageConfig(crop_s=CROPS_S[name], positions=positions, train=train, checkpointing=args.checkpointing,
-                        gated=args.gated, **(PAPER if gpu or args.paper else TINY))
+                        gated=args.gated, kind=kind, **(PAPER if gpu or args.paper else TINY))
     stage = stages.build_stages(LMConfig(**{name.removeprefix("lm_"): shape}), 12, 1024, 1024)[name]
     ctx = Context(0, 1, torch.device(args.device), 0, compile=gpu and not args.eager)
     objective = LMObjective(stage, shape, Random(stage, args.rows, args.clip_s), None, [], ctx)
@@ -75,11 +77,12 @@ def training(name: str, args: argparse.Namespace, positions: str, engine: str, r
     if gpu:
         torch.cuda.reset_peak_memory_stats()
     took = best(lambda: objective.train_step({"lm": lm}, [batch], 0), args.repeats, args.device)
-    tokens = int(batch["count_2"][1])
+    targets, tokens = batch["count_2"].tolist()
     peak = torch.cuda.max_memory_allocated() if gpu else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     parameters = sum(p.numel() for p in objective.modules["lm"].parameters())
-    print(f"{name:12} {args.rows} x {stage.max_len:5,} {positions:7} {engine:10} {parameters / 1e6:7.1f} M parameters "
-          f"{tokens / took:11,.0f} tokens/s ({tokens / args.rows / stage.max_len:.1%} of the slots)  {peak / 2**30:5.1f} GiB  "
+    print(f"{name:12} {kind:5} {args.rows} x {stage.max_len:5,} {positions:7} {engine:10} {parameters / 1e6:7.1f} M parameters "
+          f"{tokens / took:11,.0f} tokens/s ({tokens / args.rows / stage.max_len:.1%} of the slots)  "
+          f"{targets / took:11,.0f} targets/s  {peak / 2**30:5.1f} GiB  "
           f"MFU {objective.flops_per_unit * tokens / took / rate:.1%}", flush=True)
 
 
@@ -90,6 +93,7 @@ def main() -> None:
     p.add_argument("--rows", type=int, help="of a step; default 16 on a GPU, 2 on a CPU")
     p.add_argument("--clip-s", type=float, default=15.0, help="longest clip; above 31 every row is one")
     p.add_argument("--positions", nargs="+", choices=("rotary", "t5"), default=["rotary", "t5"])
+    p.add_argument("--kinds", nargs="+", choices=("flat", "frame"), default=["flat"], help="of stage 2")
     p.add_argument("--engines", nargs="+", choices=("torch", "deepspeed"), default=["torch"])
     p.add_argument("--zero", type=int, default=1)
     p.add_argument("--repeats", type=int, default=5)
@@ -103,8 +107,8 @@ def main() -> None:
     print(f"torch {torch.__version__}, {name}, matmul {rate / 1e12:.3g} TFLOP/s", flush=True)
     for engine in args.engines:
         for positions in args.positions:
-            for stage in CROPS_S:
-                training(stage, args, positions, engine, rate)
+            for stage, kind in (("lm_semantic", "flat"), *(("lm_coarse", kind) for kind in args.kinds)):
+                training(stage, kind, args, positions, engine, rate)
 
 
 if __name__ == "__main__":

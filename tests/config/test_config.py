@@ -66,10 +66,12 @@ def test_runtime_fields_leave_no_trace_and_later_ones_only_when_they_differ():
     ("tokens.speeds=[0.9, 0.9]", "names one twice"),
     ("corpus.sources.3.root=x", "'3' is not one of the 1 items there"),
     ("codec", "not of the form a.b=c"),
+    ("lm.fine.kind=frame", "lm.fine.kind is frame: only lm.coarse has frames as positions"),
+    ("lm.coarse.kind=frame lm.lengths=false lm.conditioning=prefix", "frame, but with lm.dedupe .*: set lm.lengths=true"),
 ])
 def test_mistakes_are_named(override, message):
     with pytest.raises(ConfigError, match=message):
-        load_config(QUICKSTART, [override])
+        load_config(QUICKSTART, re.split(r" (?=lm\.)", override))
 
 
 def test_paths_in_a_file_are_relative_to_it_and_those_of_overrides_to_the_working_folder(monkeypatch, tmp_path):

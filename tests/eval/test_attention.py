@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,12 +31,13 @@ K = 40
 def test_what_is_listened_to_gives_what_the_model_gives(shape):
     torch.manual_seed(0)
     model = Transformer(TransformerSizes(20, 16, 3, 4, 32, 0.1, **shape)).eval()
-    ids_T = torch.randint(20, (30,))
-    found = list(attention_maps(model, ids_T))
+    ids_T, cond_TC = torch.randint(20, (30,)), torch.randint(20, (30, 2))
+    found = list(attention_maps(model, ids_T, cond_TC))
     assert len(found) == 3 and all(torch.allclose(share_TT.sum(1), torch.ones(30)) for share_TT, _ in found)
     assert all((share_TT.triu(1) == 0).all() for share_TT, _ in found)
     with torch.no_grad():
-        torch.testing.assert_close(model.norm(found[-1][1]), model.hidden(ids_T[None])[0], atol=1e-5, rtol=1e-5)
+        expected_TD = model.hidden(ids_T[None], cond_BTC=cond_TC[None])[0]
+        torch.testing.assert_close(model.norm(found[-1][1]), expected_TD, atol=1e-5, rtol=1e-5)
 
 
 def aligned(dedupe: bool):
@@ -52,9 +55,11 @@ def aligned(dedupe: bool):
     return model, stage
 
 
-@pytest.mark.parametrize("dedupe", [True, False])
-def test_a_planted_alignment_is_seen(dedupe):
+@pytest.mark.parametrize(("dedupe", "kind"), [(True, "flat"), (False, "flat"), (False, "frame")])
+def test_a_planted_alignment_is_seen(dedupe, kind):
     model, stage = aligned(dedupe)
+    if kind == "frame":  # of one level: the same places
+        model, stage = SimpleNamespace(backbone=model), replace(stage, frames=True)
     z_T = np.repeat(np.arange(K), 3)  # each token 0.12 s
     share_LNS = attention.prefix_attention(model, stage, z_T, np.repeat(z_T, 2)[:, None])
     near_NS = attention.near_prefix(stage, z_T, 6 * K)
@@ -76,9 +81,10 @@ def test_nearness_by_hand():
     assert near_NS[31].tolist() == [False, False, False, True]
 
 
-@pytest.fixture(scope="module")
-def lm(tmp_path_factory):
-    return load(build(str(tmp_path_factory.mktemp("system"))), mean_run=RUN)
+@pytest.fixture(scope="module", params=["flat", "frame"])
+def lm(tmp_path_factory, request):
+    kind = request.param
+    return load(build(str(tmp_path_factory.mktemp("system")), dedupe=kind == "flat", kind=kind), mean_run=RUN)
 
 
 @pytest.fixture(scope="module")

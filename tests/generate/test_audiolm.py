@@ -24,7 +24,7 @@ from tests.worlds.layouts import PAPER, TIMED
 from tests.worlds.tiny_system import COARSE, RUN, VOCAB, Q, build, token_store, voice
 
 
-@pytest.fixture(scope="module", params=[PAPER, TIMED], ids=["paper", "timed"])
+@pytest.fixture(scope="module", params=[PAPER, TIMED, {**TIMED, "kind": "frame"}], ids=["paper", "timed", "frame-wise"])
 def paths(request, tmp_path_factory) -> dict[str, str]:
     return build(str(tmp_path_factory.mktemp("system")), **request.param)
 
@@ -167,8 +167,9 @@ def test_resynthesis_takes_fewer_levels(lm):
     assert not np.allclose(full.wav_T, few.wav_T)
 
 
-def test_works_without_a_fine_stage(tmp_path):
-    lm = load(build(str(tmp_path), coarse=Q), mean_run=RUN)
+@pytest.mark.parametrize("kind", ["flat", "frame"])
+def test_works_without_a_fine_stage(tmp_path, kind):
+    lm = load(build(str(tmp_path), coarse=Q, dedupe=kind == "flat", kind=kind), mean_run=RUN)
     sound = lm.continuation([voice(0.4)], 0.5, [0], may_end=False)[0]
     assert len(sound.wav_T) == 14_400 and sound.codes_TQ.shape == (46, Q)
     np.testing.assert_array_equal(sound.codes_TQ[:20], lm.encode([voice(0.4)])[0])

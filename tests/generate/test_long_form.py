@@ -14,7 +14,8 @@ from tests.worlds.layouts import TIMED
 from tests.worlds.tiny_system import PLAIN, RUN, build, voice
 
 
-@pytest.fixture(scope="module", params=[{"dedupe": False}, TIMED], ids=["frames", "lengths"])
+@pytest.fixture(scope="module", params=[{"dedupe": False}, {"dedupe": False, "kind": "frame"}, TIMED],
+                ids=["frames", "frame-wise", "lengths"])
 def lm(request, tmp_path_factory):
     return load(build(str(tmp_path_factory.mktemp("plain")), **request.param), mean_run=RUN)
 

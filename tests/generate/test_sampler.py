@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+
 import numpy as np
 import pytest
 import torch
 
+from audiolm.config.lm import DepthConfig, StageConfig
+from audiolm.config.training import TrainConfig
+from audiolm.generate import rows
+from audiolm.generate.frame_sampler import FrameSampler
 from audiolm.generate.params import SamplingParams
 from audiolm.generate.sampler import Sampler, sample_ids
+from audiolm.lm.batches import pack_rows
+from audiolm.lm.loss import inputs_of, prepare
+from audiolm.lm.model import build_lm
 from audiolm.lm.stages import MAX_RUN, Stage
-from audiolm.models.transformer import Transformer, TransformerSizes
+from audiolm.models.frame_transformer import FrameTransformer
+from audiolm.models.transformer import Transformer
 from tests.worlds.token_corpus import legal_ids
 
 K, VOCAB = 12, 10
@@ -19,15 +30,21 @@ STAGES = {
     "fine": Stage("fine", 0, VOCAB, (2, 5), 2, True, 2.0),
     "aligned coarse": Stage("coarse", K, VOCAB, (0, 2), 2, False, 4.0, aligned=True, dropped=0.1),
     "aligned fine": Stage("fine", 0, VOCAB, (2, 5), 2, True, 2.0, aligned=True, dropped=0.1),
+    "frames": Stage("coarse", K, VOCAB, (0, 3), 3, False, 4.0, frames=True),
+    "aligned frames": Stage("coarse", K, VOCAB, (0, 2), 2, False, 4.0, aligned=True, dropped=0.1, frames=True),
 }
 TIMED = Stage("semantic", K, VOCAB, (0, 0), 2, True, 4.0, lengths=True)
 
 
-def build(stage: Stage, dropout: float) -> Transformer:
-    positions = "t5" if stage.name == "coarse" else "rotary"
-    return Transformer(TransformerSizes(stage.vocab_size, 32, 2, 4, 64, dropout, positions=positions,
-                                        slots=[len(ids) for ids in stage.slot_ids()], no_cond=stage.no_cond,
-                                        run=MAX_RUN if stage.lengths else 0)).eval()
+def build(stage: Stage, dropout: float) -> Transformer | FrameTransformer:
+    shape = StageConfig(crop_s=stage.crop_s, dim=32, layers=2, heads=4, ff=64, dropout=dropout,
+                        positions="t5" if stage.name == "coarse" and not stage.frames else "rotary",
+                        depth=DepthConfig(dim=16, layers=2, heads=2, ff=32), train=TrainConfig(steps=1, batch=1, lr=1e-3))
+    return build_lm(stage, shape).eval()
+
+
+def sampler(model, stage: Stage) -> Sampler | FrameSampler:
+    return (FrameSampler if stage.frames else Sampler)(model, stage)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +54,7 @@ def models() -> dict[str, Transformer]:
         torch.manual_seed(0)
         for name, stage in STAGES.items():
             model = build(stage, 0.1).requires_grad_(False)
-            model.head.weight.mul_(20.0)
+            (model.depth if stage.frames else model).head.weight.mul_(20.0)
             out[name] = model
     return out
 
@@ -59,7 +76,7 @@ def conditions(name: str, counts: list[int]) -> list[np.ndarray]:
 def test_every_id_is_legal(models, name):
     stage = STAGES[name]
     for temperature, top_k, top_p in ((1, None, None), (50, None, None), (1, 3, None), (1, None, 0.5), (0, None, None)):
-        out = Sampler(models[name], stage)([prompt(name, 9, s) for s in range(3)], 60, eos_from=0, seeds=[1, 2, 3],
+        out = sampler(models[name], stage)([prompt(name, 9, s) for s in range(3)], 60, eos_from=0, seeds=[1, 2, 3],
                                            params=SamplingParams(temperature, top_k, top_p))
         for ids in out:
             assert 0 < len(ids) <= 60
@@ -88,12 +105,12 @@ def test_a_sample_is_the_same_whatever_the_batch(models, name):
     counts = [6 * stage.slots + 9 * i % 40 * stage.slots for i in range(n)]
     seeds = list(range(100, 100 + n))
     cond, how = conditions(name, counts), SamplingParams(1.0, guidance=1.5 if stage.dropped else 1.0)
-    batch = Sampler(models[name], stage)(prompts, counts, params=how, seeds=seeds, cond=cond)
+    batch = sampler(models[name], stage)(prompts, counts, params=how, seeds=seeds, cond=cond)
     for i in range(n):
-        alone = Sampler(models[name], stage)([prompts[i]], [counts[i]], params=how, seeds=[seeds[i]], cond=[cond[i]])[0]
+        alone = sampler(models[name], stage)([prompts[i]], [counts[i]], params=how, seeds=[seeds[i]], cond=[cond[i]])[0]
         np.testing.assert_array_equal(batch[i], alone)
         assert len(alone) == counts[i]
-    back = Sampler(models[name], stage)(prompts[::-1], counts[::-1], params=how, seeds=seeds[::-1], cond=cond[::-1])[::-1]
+    back = sampler(models[name], stage)(prompts[::-1], counts[::-1], params=how, seeds=seeds[::-1], cond=cond[::-1])[::-1]
     assert all(np.array_equal(a, b) for a, b in zip(batch, back, strict=True))
 
 
@@ -101,9 +118,9 @@ def test_a_sample_is_the_same_whatever_the_batch(models, name):
 def test_the_gpus_way_draws_the_same_ids(models, name, monkeypatch):
     """All of it but the capture: tables on the device, all slots scored, prompts padded together, memory kept."""
     stage, model = STAGES[name], models[name]
-    plain, static = Sampler(model, stage), Sampler(model, stage)
+    plain, static = sampler(model, stage), sampler(model, stage)
     static.static = True
-    monkeypatch.setattr(static, "_replay", lambda m, params: static._step(m, params, None))
+    monkeypatch.setattr(rows, "WARM_UP", math.inf)  # steps run at once
     how = SamplingParams(1.0, top_p=0.9, window=3, repeats=0.4, guidance=1.5 if stage.dropped else 1.0)
     for n in (3, 5, 4):  # 4 and 8 rows; the last call finds its memory used
         prompts = [prompt(name, 3 + 5 * i % 17, i % 3) for i in range(n)]
@@ -130,15 +147,22 @@ def test_seeds_differ_and_repeat(models):
     assert np.array_equal(a, c) and not np.array_equal(a, b)
 
 
-def test_forced_ids_come_back_and_the_rest_follows_them(models):
-    stage, p = STAGES["coarse"], prompt("coarse", 10, 0)
-    whole = Sampler(models["coarse"], stage)([p], 40, seeds=[3])[0]
-    forced = [whole[:16], whole[:0], whole]
-    out = Sampler(models["coarse"], stage)([p] * 3, [40, 40, 40], forced=forced, seeds=[3, 3, 3])
+@pytest.mark.parametrize("name", ["coarse", "aligned coarse", "frames", "aligned frames"])
+def test_forced_ids_come_back_and_the_rest_follows_them(models, name):
+    stage, p = STAGES[name], prompt(name, 10, 0)
+    n, draw = 20 * stage.slots, sampler(models[name], stage)
+    how = {"params": SamplingParams(1.0, window=4, guidance=1.5 if stage.dropped else 1.0)}
+    cond = conditions(name, [n])
+    whole = draw([p], n, seeds=[3], cond=cond, **how)[0]
+    forced = [whole[:8 * stage.slots], whole[:0], whole]
+    out = draw([p] * 3, [n] * 3, forced=forced, seeds=[3, 3, 3], cond=cond * 3, **how)
     # the draw at a position depends on the seed and the position, so the sample goes on as it did
     assert all(np.array_equal(ids, whole) for ids in out)
     with pytest.raises(ValueError, match="forced"):
-        Sampler(models["coarse"], stage)([p], 10, forced=[whole], seeds=[3])
+        draw([p], stage.slots, forced=[whole], seeds=[3])
+    if stage.frames:
+        with pytest.raises(ValueError, match=f"1 ids are forced and 5 asked for beyond them, in frames of {stage.slots}"):
+            draw([p], 6, forced=[whole[:1]], seeds=[3])
 
 
 def test_no_repeat_at_the_prompts_boundary(models):
@@ -157,6 +181,26 @@ def test_cached_sampling_equals_the_whole_model_at_each_step(models):
         scores_W = model.head.by_slot()[n % stage.slots][0] @ h_D
         chosen = stage.slot_ids()[n % stage.slots].tolist().index(ids[n])
         assert scores_W[chosen] >= scores_W.max() - 1e-5
+
+
+@pytest.mark.parametrize("name", ["frames", "aligned frames"])
+def test_the_most_likely_frames_are_those_of_the_whole_model(models, name):
+    """Each drawn code has the fewest nats of its slot, given all before it, in the training pass."""
+    stage, model, draw = STAGES[name], models[name], np.random.default_rng(2)
+    z_T, n = draw.integers(0, K, 8), 16 * stage.slots
+    how = {"params": SamplingParams(0.0), "seeds": [0], "cond": [stage.conditions(z_T)]}
+    ids = sampler(model, stage)([stage.prompt(z_T)], n, **how)[0]
+    codes_TQ = stage.unpack(ids)
+
+    def nats(codes_TQ: np.ndarray) -> np.ndarray:
+        tensors = prepare(stage, pack_rows(stage, [[stage.pack(z_T, codes_TQ, True)]]))
+        return model(*inputs_of(tensors))[:, :16].numpy()
+
+    own_QN = nats(codes_TQ)
+    for t, q in itertools.product(range(16), range(stage.slots)):
+        other_TQ = codes_TQ.copy()
+        other_TQ[t, q] = (other_TQ[t, q] + 1 + draw.integers(VOCAB - 1)) % VOCAB
+        assert nats(other_TQ)[q, t] >= own_QN[q, t] - 1e-4
 
 
 def test_draws_follow_the_distribution():

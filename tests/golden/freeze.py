@@ -50,6 +50,8 @@ PAPER = ["codec.losses=soundstream", "codec.quantizer=factorised", "codec.code_d
 SPECTRAL = ["codec.family=spectral", "codec.quantize_from=0", "codec.weights={commitment: 0.1}", "codec.quantizer_dropout=0.5",
             "codec.spectral={n_mels: 20, width: 16, enc_layers: 1, dec_layers: 1, iterations: 4}"]
 FSQ = [*SPECTRAL, "codec.quantizer=fsq", "codec.spectral.fsq=[4, 4]"]
+BY_FRAME = ["lm.lengths=true", "lm.conditioning=aligned", "lm.condition_dropout=0.1", "lm.coarse.kind=frame",
+            "lm.coarse.depth={dim: 16, layers: 2, heads: 2, ff: 32}"]
 SHIPPED = ("quickstart", "speech", "piano", "paper")
 FRAMES = {"train": [300, 250, 160, 100, 60, 17, 9, 5], "dev": [180, 90, 33, 12]}  # of the planted clips, at 25 Hz
 
@@ -153,6 +155,7 @@ def _recipe(step) -> Iterator[tuple[str, str]]:
 
 GOLDENS: dict[str, Callable[[str], dict]] = {
     "fingerprints": fingerprints, "lm_semantic": training("lm_semantic"), "lm_coarse": training("lm_coarse"),
+    "lm_coarse_frame": training("lm_coarse", *BY_FRAME),
     "lm_fine": training("lm_fine"), "masked": training("masked_model"), "masked_2": training("masked_model_2"),
     "w2vbert": training("masked_model", *W2VBERT), "codec": training("codec"),
     "codec_balanced": training("codec", *BALANCED), "codec_paper": training("codec", *PAPER),
@@ -223,7 +226,7 @@ def main() -> int:
             differences, note = compare(name, found, args.files)
             failed += bool(differences)
             how = verdict(differences, note, args.write)
-            print(f"{name:15}{how:9}{time.monotonic() - began:5.1f} s  {note}".rstrip(), flush=True)
+            print(f"{name:16}{how:9}{time.monotonic() - began:5.1f} s  {note}".rstrip(), flush=True)
             for line in differences[:SHOWN] + ([f"and {len(differences) - SHOWN} more"] if len(differences) > SHOWN else []):
                 print(f"    {line}")
     return 1 if failed else 0

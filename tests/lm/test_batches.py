@@ -25,10 +25,14 @@ TRAIN = TrainConfig(steps=1, batch=4, lr=1e-3)
 FRAMES = {"train": [70, 30, 9, 25, 50, 41, 26, 12], "dev": [33, 80, 20, 25]}
 
 
-def stages(dedupe=True):
+ALIGNED = {**PAPER, "conditioning": "aligned", "condition_dropout": 0.1}
+
+
+def stages(dedupe=True, kind="flat"):
     shape = {"dim": 16, "layers": 1, "heads": 2, "ff": 32, "train": TRAIN}
-    config = LMConfig(**PAPER, dedupe=dedupe, coarse_levels=2, semantic=StageConfig(crop_s=2.0, **shape),
-                      coarse=StageConfig(crop_s=1.0, **shape), fine=StageConfig(crop_s=0.4, **shape))
+    config = LMConfig(**(PAPER if kind == "flat" else ALIGNED), dedupe=dedupe, coarse_levels=2,
+                      semantic=StageConfig(crop_s=2.0, **shape), coarse=StageConfig(crop_s=1.0, kind=kind, **shape),
+                      fine=StageConfig(crop_s=0.4, **shape))
     return build_stages(config, token_corpus.N_Q, token_corpus.VOCAB, token_corpus.K)
 
 
@@ -37,9 +41,9 @@ def corpus(tmp_path_factory):
     return token_corpus.make(tmp_path_factory.mktemp("corpus"), FRAMES, sources=("a", "b"))
 
 
-def data(corpus, name="lm_coarse", split="train", where=None, batch=4, seed=0, dedupe=True, **options):
+def data(corpus, name="lm_coarse", split="train", where=None, batch=4, seed=0, dedupe=True, kind="flat", **options):
     paths = [corpus.paths[n] for n in ("manifest", "semantic_tokens", "acoustic_tokens")]
-    return TokenBatches(*paths, stages(dedupe)[name], split, where, batch, seed, **options)
+    return TokenBatches(*paths, stages(dedupe and kind == "flat", kind)[name], split, where, batch, seed, **options)
 
 
 def documents(d, row, i=0):
@@ -81,6 +85,29 @@ def test_documents_are_the_stages_packing_of_their_clips(corpus, name, dedupe):
     assert ends == {True, False}
 
 
+def test_documents_of_frames_are_the_packed_crops_a_position_a_frame(corpus):
+    d = data(corpus, kind="frame")
+    dropped = 0
+    for step in range(20):
+        batch = d.batch(step, range(4))
+        assert batch["ids_BT"].shape == (4, d.stage.max_len) == batch["cond_BTC"].shape[:2] and d.stage.max_len == 25 * 3 + 2
+        for i in range(4):
+            packed, (parts, _) = d.documents(step, i), documents(d, batch, i)
+            ends = np.cumsum([len(ids) for ids, _ in parts])
+            added = np.split(batch["cond_BTC"][i].numpy(), ends)[:len(packed)]
+            for (ids, target), cond, flat, (clip, start, stop) in zip(parts, added, packed, d.spans(step, i), strict=True):
+                codes, first = flat.ids[flat.target].reshape(-1, 2), int(flat.target.argmax())
+                assert ids.tolist() == [*flat.ids[:first], *codes[:, 0]] and target.tolist() == [n >= first for n in
+                                                                                                 range(len(ids))]
+                assert cond[first:, 1].tolist() == codes[:, 1].tolist() and (cond[:first, 1] == d.stage.no_cond).all()
+                z = corpus.z[d.clips[clip].id][start:stop].repeat(2)
+                given = first > 2 or len(z) == 2
+                dropped += not given
+                assert cond[first - 1:-1, 0].tolist() == (z.tolist() if given else [d.stage.no_cond] * len(z))
+                assert (cond[:first - 1, 0] == d.stage.no_cond).all() and cond[-1, 0] == d.stage.no_cond
+    assert dropped
+
+
 @pytest.fixture(scope="module")
 def speech(tmp_path_factory):
     """Clips of 0.5 to 30 s with runs of about 1.5 frames: 13 minutes."""
@@ -89,17 +116,19 @@ def speech(tmp_path_factory):
     return token_corpus.make(tmp_path_factory.mktemp("speech"), {"train": frames, "dev": [30]}, per_shard=10, runs=True)
 
 
-def paper_stage(corpus, name, dedupe=True, batch=1, seed=0):
-    config = LMConfig(**PAPER, dedupe=dedupe, coarse_levels=2)
+def paper_stage(corpus, name, dedupe=True, batch=1, seed=0, kind="flat"):
+    coarse = LMConfig().coarse.model_copy(update={"kind": kind})
+    config = LMConfig(**PAPER, dedupe=dedupe, coarse_levels=2, coarse=coarse)
     stage = build_stages(config, token_corpus.N_Q, token_corpus.VOCAB, token_corpus.K)[name]
     paths = [corpus.paths[n] for n in ("manifest", "semantic_tokens", "acoustic_tokens")]
     return TokenBatches(*paths, stage, "train", None, batch, seed)
 
 
-@pytest.mark.parametrize("name, dedupe", [("lm_semantic", True), ("lm_semantic", False), ("lm_coarse", True),
-                                          ("lm_coarse", False), ("lm_fine", True)])
-def test_rows_are_full_and_an_epoch_sees_every_frame_about_once(speech, name, dedupe):
-    d = paper_stage(speech, name, dedupe)
+@pytest.mark.parametrize("name, dedupe, kind", [
+    ("lm_semantic", True, "flat"), ("lm_semantic", False, "flat"), ("lm_coarse", True, "flat"), ("lm_coarse", False, "flat"),
+    ("lm_coarse", False, "frame"), ("lm_fine", True, "flat")])
+def test_rows_are_full_and_an_epoch_sees_every_frame_about_once(speech, name, dedupe, kind):
+    d = paper_stage(speech, name, dedupe, kind=kind)
     rows, full = d.plan.rows, []
     seen = [np.zeros(n, int) for n in d.frames]
     for epoch in range(4):
@@ -129,11 +158,12 @@ def test_fine_rows_hold_one_to_three_seconds(speech):
     assert whole.min_crop_frames == 0 and build_stages(LMConfig(), 12, 16, 12)["lm_coarse"].min_crop_frames == 0
 
 
-@pytest.mark.parametrize("name", ["lm_semantic", "lm_coarse", "lm_fine"])
+@pytest.mark.parametrize("name, kind", [("lm_semantic", "flat"), ("lm_coarse", "flat"), ("lm_coarse", "frame"),
+                                        ("lm_fine", "flat")])
 @pytest.mark.parametrize("world", [2, 4])
-def test_workers_together_hold_the_batches_of_one(corpus, name, world):
-    one, share = data(corpus, name), 4 // world
-    ranks = [data(corpus, name) for _ in range(world)]
+def test_workers_together_hold_the_batches_of_one(corpus, name, kind, world):
+    one, share = data(corpus, name, kind=kind), 4 // world
+    ranks = [data(corpus, name, kind=kind) for _ in range(world)]
     for step in range(8):
         whole = one.batch(step, range(4))
         parts = [rank.batch(step, range(r * share, (r + 1) * share)) for r, rank in enumerate(ranks)]
@@ -153,8 +183,8 @@ def test_any_step_is_read_directly_and_neither_cache_nor_threads_change_it(corpu
 
 
 def test_the_cache_knows_what_its_shards_take(corpus):
-    for name in ("lm_semantic", "lm_coarse", "lm_fine"):
-        d = data(corpus, name, cache_mb=0)
+    for name, kind in (("lm_semantic", "flat"), ("lm_coarse", "flat"), ("lm_coarse", "frame"), ("lm_fine", "flat")):
+        d = data(corpus, name, kind=kind, cache_mb=0)
         for step in range(10):
             d.batch(step, range(4))
             assert len(d.cache) == 1

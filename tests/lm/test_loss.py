@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 
 from audiolm.config import lm, training
 from audiolm.lm.batches import pack_rows
+from audiolm.lm.frames import packed_frames
 from audiolm.lm.loss import batch_sums, inputs_of, level_sums, prepare
 from audiolm.lm.model import build_lm
 from audiolm.lm.stages import Packed, Stage
@@ -22,9 +24,12 @@ STAGES = {"semantic": Stage("semantic", K, VOCAB, (0, 0), 2, True, 2.0),
           "fine": Stage("fine", 0, VOCAB, (2, Q), 2, True, 2.0),
           "semantic with lengths": Stage("semantic", K, VOCAB, (0, 0), 2, True, 2.0, lengths=True),
           "aligned coarse": Stage("coarse", K, VOCAB, (0, 2), 2, False, 2.0, aligned=True, dropped=0.1),
-          "aligned fine": Stage("fine", 0, VOCAB, (2, Q), 2, True, 2.0, aligned=True, dropped=0.1)}
+          "aligned fine": Stage("fine", 0, VOCAB, (2, Q), 2, True, 2.0, aligned=True, dropped=0.1),
+          "frames": Stage("coarse", K, VOCAB, (0, 3), 3, False, 2.0, frames=True),
+          "aligned frames": Stage("coarse", K, VOCAB, (0, 2), 2, False, 2.0, aligned=True, dropped=0.1, frames=True)}
 SHAPE = lm.StageConfig(crop_s=2.0, dim=32, layers=2, heads=2, ff=64, dropout=0.0,
-                     train=training.TrainConfig(steps=1, batch=1, lr=1e-3))
+                       depth=lm.DepthConfig(dim=16, layers=2, heads=2, ff=32),
+                       train=training.TrainConfig(steps=1, batch=1, lr=1e-3))
 
 
 def crops(stage: Stage, lengths: list[int]) -> list[Packed]:
@@ -35,7 +40,7 @@ def crops(stage: Stage, lengths: list[int]) -> list[Packed]:
 def model_of(stage: Stage, positions: str = "rotary"):
     torch.manual_seed(0)
     model = build_lm(stage, SHAPE.model_copy(update={"positions": positions}))
-    torch.nn.init.normal_(model.head.weight)
+    torch.nn.init.normal_((model.depth if stage.frames else model).head.weight)
     return model
 
 
@@ -44,7 +49,8 @@ def model_of(stage: Stage, positions: str = "rotary"):
 def test_a_packed_row_costs_what_its_documents_cost(name, positions):
     stage, model = STAGES[name], model_of(STAGES[name], positions)
     parts = crops(stage, [3, 1, 5, 4])
-    length = sum(len(p.ids) for p in parts[:3]) + 2
+    sizes = [len(packed_frames(stage, p).ids) if stage.frames else len(p.ids) for p in parts]
+    length = sum(sizes[:3]) + 2
     sums, grads = [], []
     for batch in (pack_rows(stage, [parts[:3], parts[3:]], length), pack_rows(stage, [[p] for p in parts], length)):
         tensors = prepare(stage, batch)
@@ -53,7 +59,7 @@ def test_a_packed_row_costs_what_its_documents_cost(name, positions):
         grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
         model.zero_grad()
         sums.append(level_sums(stage, nats_SN.detach(), tensors["label_SN"]))
-        assert tensors["count_2"].tolist() == [sum(p.target.sum() for p in parts), sum(len(p.ids) for p in parts)]
+        assert tensors["count_2"].tolist() == [sum(p.target.sum() for p in parts), sum(sizes)]
     torch.testing.assert_close(sums[0], sums[1], atol=1e-4, rtol=1e-6)
     torch.testing.assert_close(grads[0], grads[1], atol=1e-4, rtol=1e-4)
     levels_V = stage.level_table()
@@ -62,7 +68,10 @@ def test_a_packed_row_costs_what_its_documents_cost(name, positions):
     assert sums[0][1].tolist() == counts
 
 
-@pytest.mark.parametrize("name", list(STAGES))
+FLAT = [name for name, stage in STAGES.items() if not stage.frames]
+
+
+@pytest.mark.parametrize("name", FLAT)
 def test_probabilities_are_over_the_slots_own_ids(name):
     """Every legal id in turn as one target: its probabilities sum to 1, and an id of another slot is refused."""
     stage, model = STAGES[name], model_of(STAGES[name]).requires_grad_(False)
@@ -83,7 +92,41 @@ def test_probabilities_are_over_the_slots_own_ids(name):
         prepare(stage, pack_rows(stage, [[part]], len(ids)))
 
 
-@pytest.mark.parametrize("name", list(STAGES))
+def test_a_frames_probability_is_the_product_over_its_slots():
+    """All codes of one frame in turn: the probabilities sum to 1, and each slot's sum to 1 given the slots before it."""
+    stage = Stage("coarse", K, 3, (0, 3), 3, False, 2.0, aligned=True, frames=True)
+    model, draw = model_of(stage).requires_grad_(False), np.random.default_rng(0)
+    z_T, codes_TQ, at = draw.integers(0, K, 3), draw.integers(0, 3, (6, 3)), 4
+    every, nats = list(itertools.product(range(3), repeat=3)), []
+    for frame in every:
+        changed = codes_TQ.copy()
+        changed[at] = frame
+        part = stage.pack(z_T, changed, True)
+        target = (np.arange(len(part.ids)) - (len(part.ids) - 18)) // 3 == at
+        nats.append(batch_sums(model, stage, pack_rows(stage, [[part._replace(target=target)]]), "cpu")[0, 1:].numpy())
+    chances = np.exp(-np.array(nats)).reshape(3, 3, 3, 3)  # codes of the frame, slot
+    assert chances.prod(3).sum() == pytest.approx(1.0, abs=1e-5)
+    assert np.ptp(chances[..., 0], (1, 2)).max() < 1e-6 and np.ptp(chances[..., 1], 2).max() < 1e-6  # no look-ahead
+    assert np.ptp(chances[..., 1], 0).max() > 1e-3 and np.ptp(chances[..., 2], 1).max() > 1e-3
+    for slot, chance in enumerate((chances[:, 0, 0, 0], chances[0, :, 0, 1], chances[0, 0, :, 2])):
+        assert chance.sum() == pytest.approx(1.0, abs=1e-5), slot
+
+
+def test_a_frame_is_the_sum_of_its_codes_and_is_predicted_from_its_condition_and_what_is_before():
+    stage = STAGES["aligned frames"]
+    model, (part,) = model_of(stage).requires_grad_(False), crops(stage, [4])
+    batch = pack_rows(stage, [[part]])
+    own = {name: x for name, x in prepare(stage, batch).items() if name in ("ids_BT", "cond_BTC")}
+    table, backbone = model.backbone.embed.weight, model.backbone
+    first = len(stage.split(part.ids)[0])
+    frames_NS, z_N = part.ids[first:].reshape(-1, 2), part.cond[first - 1:-1:2, 0]
+    h_PD = table[torch.from_numpy(np.append(part.ids[:first], frames_NS[:, 0]))]
+    h_PD[first:] += table[torch.from_numpy(frames_NS[:, 1])]
+    h_PD[first - 1:-1] += table[torch.from_numpy(z_N)]
+    torch.testing.assert_close(backbone._embed(own["ids_BT"], own["cond_BTC"], None)[0], h_PD)
+
+
+@pytest.mark.parametrize("name", FLAT)
 def test_what_the_model_is_given_has_one_shape_whatever_is_packed(name):
     stage = STAGES[name]
     seen = set()

@@ -10,8 +10,9 @@ import safetensors.torch
 import torch
 
 from audiolm import store
-from audiolm.config.lm import StageConfig
+from audiolm.config.lm import DepthConfig, StageConfig
 from audiolm.config.training import TrainConfig
+from audiolm.lm.loss import inputs_of
 from audiolm.lm.model import load_lm
 from audiolm.train.engine import make_engine
 from audiolm.train.objectives import lm
@@ -31,9 +32,12 @@ def corpus(tmp_path_factory):
 
 
 def objective(corpus, stage="lm_coarse", rank=0, world=1, seed=0, **changed):
-    train = TrainConfig(steps=STEPS, batch=8, lr=1e-2, warmup_steps=5, engine="torch", **changed)
-    shape = StageConfig(crop_s=0.8, dim=32, layers=2, heads=2, ff=64, dropout=0.0, train=train)
-    config = {"stage": stage, "seed": seed, "lm": shape, "layout": {**PAPER, "dedupe": False, "coarse_levels": 2}, "rows": 6}
+    train = TrainConfig(steps=STEPS, batch=8, lr=1e-2, warmup_steps=5, **{"engine": "torch", **changed})
+    stage, _, kind = stage.partition(" ")
+    shape = StageConfig(crop_s=0.8, dim=32, layers=2, heads=2, ff=64, dropout=0.0, train=train, kind=kind or "flat",
+                        depth=DepthConfig(dim=16, layers=2, heads=2, ff=32))
+    layout = {**PAPER, "dedupe": False, "coarse_levels": 2, "conditioning": "aligned" if kind else "prefix"}
+    config = {"stage": stage, "seed": seed, "lm": shape, "layout": layout, "rows": 6}
     return lm.lm_objective(config, corpus.paths, Context(rank, world, CPU, seed))
 
 
@@ -55,7 +59,10 @@ class Gradients:
         return float(self.taken.norm())
 
 
-@pytest.mark.parametrize("stage", ["lm_semantic", "lm_coarse", "lm_fine"])
+STAGES = ["lm_semantic", "lm_coarse", "lm_coarse frame", "lm_fine"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
 def test_it_learns(corpus, stage):
     o = objective(corpus, stage)
     engines = {"lm": make_engine(o.modules["lm"], o.shape.train, o.ctx)}
@@ -82,25 +89,27 @@ def test_levels_add_up_to_the_loss(corpus):
     assert {"loss.level3"} == {k for k in objective(corpus, "lm_fine").evaluate() if "level" in k}
 
 
-def test_micro_batches_and_padding_do_not_change_a_step(corpus):
+@pytest.mark.parametrize("stage", ["lm_coarse", "lm_coarse frame"])
+def test_micro_batches_and_padding_do_not_change_a_step(corpus, stage):
     results = []
     for parts in ([range(8)], [range(0, 3), range(3, 8)], [[i] for i in range(8)]):
-        o = objective(corpus)
+        o = objective(corpus, stage)
         engine = Gradients(o.modules["lm"])
         batches = [o.load(2, rows) for rows in parts]
         results.append((float(o.train_step({"lm": engine}, batches, 2)["loss"]), engine.taken))
-    lengths = {int((objective(corpus).load(2, [i])["label_SN"] >= 0).sum()) for i in range(8)}
+    lengths = {int((objective(corpus, stage).load(2, [i])["label_SN"] >= 0).sum()) for i in range(8)}
     assert len(lengths) > 1  # else an unweighted mean would pass
     for loss, gradient in results[1:]:
         assert loss == pytest.approx(results[0][0], rel=1e-6)
         assert torch.allclose(gradient, results[0][1], rtol=1e-4, atol=1e-7)
 
 
-def test_two_workers_take_the_step_of_one(corpus, monkeypatch):
-    whole = objective(corpus)
+@pytest.mark.parametrize("stage", ["lm_coarse", "lm_coarse frame"])
+def test_two_workers_take_the_step_of_one(corpus, stage, monkeypatch):
+    whole = objective(corpus, stage)
     one = Gradients(whole.modules["lm"])
     loss = float(whole.train_step({"lm": one}, [whole.load(1, range(8))], 1)["loss"])
-    ranks = [objective(corpus, rank=r, world=2) for r in range(2)]
+    ranks = [objective(corpus, stage, rank=r, world=2) for r in range(2)]
     parts = [[o.load(1, range(4 * r, 4 * r + 4))] for r, o in enumerate(ranks)]
     count_2 = sum(b["count_2"] for p in parts for b in p).double()
     monkeypatch.setattr(lm, "all_sum", lambda x: count_2 if x.ndim == 1 else x)
@@ -130,15 +139,34 @@ def test_weights_come_from_the_seed_alone(corpus):
     assert not torch.equal(a["embed.weight"], objective(corpus, seed=5).modules["lm"].state_dict()["embed.weight"])
 
 
-def test_the_export_is_the_model(corpus, tmp_path):
-    o = objective(corpus)
+@pytest.mark.parametrize("stage", ["lm_coarse", "lm_coarse frame"])
+def test_the_export_is_the_model(corpus, stage, tmp_path):
+    o = objective(corpus, stage)
     tensors, about = o.export()
     store.put(str(tmp_path / "export" / "model.safetensors"), safetensors.torch.save(tensors))
     store.put_json(str(tmp_path / "export" / "config.json"), json.loads(json.dumps(about)))
-    model, stage = load_lm(str(tmp_path))
-    ids_BT = o.load(0, [0])["ids_BT"]
-    assert stage == o.stage
-    assert torch.equal(model(ids_BT), o.modules["lm"].eval()(ids_BT))
+    model, loaded = load_lm(str(tmp_path))
+    inputs = inputs_of(o.load(0, [0]))
+    assert loaded == o.stage
+    assert torch.equal(model(*inputs), o.modules["lm"].eval()(*inputs))
+
+
+@pytest.mark.parametrize("stage, engine", [*((stage, "torch") for stage in STAGES), ("lm_coarse frame", "deepspeed")])
+def test_a_resumed_training_goes_on_bit_for_bit(corpus, stage, engine, monkeypatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+
+    def training(*saved):
+        o = objective(corpus, stage, engine=engine, zero=1)
+        return o, make_engine(o.modules["lm"], o.shape.train, o.ctx, *saved)
+
+    def run(o, engine, *steps):
+        engine.set_lr(1e-2)
+        return [float(o.train_step({"lm": engine}, [o.load(s, range(8))], s)["loss"]) for s in steps]
+
+    whole = training()
+    run(*whole, 0, 1)
+    again = training(whole[1].state(), whole[1].updates)
+    assert run(*again, 2, 3) == run(*whole, 2, 3)
 
 
 def test_a_stage_that_the_codec_leaves_no_room_for_is_named(corpus):

@@ -182,9 +182,13 @@ def corpus(tmp_path_factory):
     return token_corpus.make(tmp_path_factory.mktemp("corpus"), {"train": [60] * 8, "dev": [40, 33]})
 
 
+DEPTH = {"dim": 16, "layers": 2, "heads": 2, "ff": 32}
+
+
 def stage(corpus, name: str, seed: int, start=None, dedupe=False, coarse=2, **changes) -> lm.LMObjective:
     train = TrainConfig(steps=40, batch=8, lr=1e-2, warmup_steps=5, engine="torch")
-    sizes = {"dim": 32, "layers": 2, "heads": 2, "ff": 64, **changes}
+    name, _, kind = name.partition(" ")
+    sizes = {"dim": 32, "layers": 2, "heads": 2, "ff": 64, "kind": kind or "flat", "depth": DEPTH, **changes}
     shape = StageConfig(crop_s=0.8, dropout=0.0, train=train, **sizes)
     config = {"stage": name, "seed": seed, "lm": shape, "rows": 6,
               "layout": {**PAPER, "dedupe": dedupe, "coarse_levels": coarse},
@@ -192,17 +196,22 @@ def stage(corpus, name: str, seed: int, start=None, dedupe=False, coarse=2, **ch
     return lm.lm_objective(config, corpus.paths, Context(0, 1, CPU, seed))
 
 
-@pytest.mark.parametrize("name", ["lm_semantic", "lm_coarse", "lm_fine"])
+@pytest.mark.parametrize("name", ["lm_semantic", "lm_coarse", "lm_coarse frame", "lm_fine"])
 def test_a_stage_begins_as_the_export(corpus, name, tmp_path):
     first = stage(corpus, name, 1)
     engines = {"lm": make_engine(first.modules["lm"], first.shape.train, first.ctx)}
     for step in range(25 if name == "lm_coarse" else 1):
         first.train_step(engines, [first.load(step, range(8))], step)
     write_export(str(tmp_path), *first.export())
-    field = f"lm.{name.removeprefix('lm_')}.start.uri"
-    planned = start_weights(field, StartConfig(uri=str(tmp_path)), name)
+    step = name.split()[0]
+    planned = start_weights(f"lm.{step.removeprefix('lm_')}.start.uri", StartConfig(uri=str(tmp_path)), step)
     second = stage(corpus, name, 2, planned)
     assert same(second.export()[0], first.export()[0])
+    if name == "lm_coarse frame":
+        with pytest.raises(ValueError, match=r"lm\.coarse\.kind is 'flat': set it to 'frame'$"):
+            stage(corpus, "lm_coarse", 2, planned)
+        with pytest.raises(ValueError, match=r"lm\.coarse\.depth\.layers is 1: set it to 2; lm\.coarse\.dim is 64: .* 32$"):
+            stage(corpus, name, 2, planned, dim=64, depth={**DEPTH, "layers": 1})
     if name == "lm_coarse":
         assert second.evaluate()["loss"] == first.evaluate()["loss"] < 0.97 * stage(corpus, name, 2).evaluate()["loss"]
         with pytest.raises(ValueError, match=r"lm\.coarse\.layers is 3: set it to 2; lm\.dedupe is True: set it to False; "

@@ -24,8 +24,9 @@ CROPS_S = {"semantic": 4.0, "coarse": 2.0, "fine": 0.4}
 RUN = 1.5
 
 
-def build(folder: str, coarse: int = COARSE, dedupe: bool = True, **layout) -> dict[str, str]:
-    """A whole system's exports with random weights; returns the steps' paths. `layout`: LMConfig's fields, else the paper's."""
+def build(folder: str, coarse: int = COARSE, dedupe: bool = True, kind: str = "flat", **layout) -> dict[str, str]:
+    """A whole system's exports with random weights; returns the steps' paths. `kind`: of the coarse stage; `layout`: LMConfig's
+    fields, else the paper's."""
     torch.manual_seed(0)
     paths = {name: store.join(folder, name) for name in ("kmeans", "codec", "lm_semantic", "lm_coarse", "lm_fine")}
     sizes = EncoderSizes(dim=16, layers=1, heads=2, ff=32)
@@ -38,10 +39,15 @@ def build(folder: str, coarse: int = COARSE, dedupe: bool = True, **layout) -> d
         "dim": 8, "n_q": Q, "vocab": VOCAB, "quantizer": "ema", "code_dim": 8})
     shapes = {name: lm_config.StageConfig(crop_s=crop_s, dim=16, layers=2, heads=2, ff=32, train=TRAIN)
               for name, crop_s in CROPS_S.items()}
-    stages = build_stages(lm_config.LMConfig(**{**PAPER, **layout}, coarse_levels=coarse, dedupe=dedupe, **shapes), Q, VOCAB, K)
+    layout = {**PAPER, "coarse_levels": coarse, "dedupe": dedupe, **layout}
+    if kind == "frame":
+        depth = lm_config.DepthConfig(dim=8, layers=1, heads=2, ff=16)
+        shapes["coarse"] = shapes["coarse"].model_copy(update={"kind": kind, "depth": depth})
+        layout |= {"conditioning": "aligned", "condition_dropout": 0.1}
+    stages = build_stages(lm_config.LMConfig(**layout, **shapes), Q, VOCAB, K)
     for step, stage in stages.items():
         model = build_lm(stage, shapes[stage.name])
-        torch.nn.init.normal_(model.head.weight, std=0.5)
+        torch.nn.init.normal_((model.depth if stage.frames else model).head.weight, std=0.5)
         if stage.lengths:  # about RUN frames an id, whatever it is
             model.lengths.mix.weight.data.zero_()
             model.lengths.given.weight.data.fill_(2.0)

@@ -21,6 +21,7 @@ from audiolm.eval.metrics.stats import bootstrap_interval
 from audiolm.eval.results import Progress, Result, no_progress
 from audiolm.eval.suites.base import SuiteContext, ladder_clips, load_audiolm, save_sounds
 from audiolm.generate.audiolm import AudioLM
+from audiolm.lm.frames import frame_positions
 from audiolm.lm.stages import SEMANTIC_HZ, Stage
 from audiolm.models.attention_maps import attention_maps
 from audiolm.models.transformer import Transformer
@@ -66,14 +67,17 @@ def prefix_attention(model: Transformer, stage: Stage, z_T: np.ndarray, codes_TQ
                      device: str = "cpu") -> np.ndarray:
     """share_LNS of the attention that predicts each coarse code of a clip; the rest to 1 falls on BOS, SEP and earlier codes.
 
-    Raises ValueError for codes that are not the stage's."""
+    Codes of a frame that is one position have its attention. Raises ValueError for codes that are not the stage's."""
     prompt, targets = stage.prompt(z_T), stage.targets(codes_TQ)  # BOS z... SEP, which predicts the first code
-    ids = np.concatenate([prompt, targets])[:-1]
-    cond_TC = stage.place_conditions(len(ids), len(prompt), stage.conditions(z_T))
-    ids_T, cond_TC = (torch.from_numpy(x).to(device) for x in (ids, cond_TC))
+    ids_T = np.concatenate([prompt, targets])
+    cond_TC = stage.place_conditions(len(ids_T), len(prompt), stage.conditions(z_T))
+    if stage.frames:
+        model, (ids_T, cond_TC) = model.backbone, frame_positions(stage, ids_T, len(prompt), cond_TC)
+    inputs = [torch.from_numpy(x[:-1]).to(device) for x in (ids_T, cond_TC)] if stage.n_added else [
+        torch.from_numpy(ids_T[:-1]).to(device)]
     rows, columns = slice(len(prompt) - 1, None), slice(1, len(prompt) - 1)
-    maps = attention_maps(model, ids_T, cond_TC if stage.aligned else None)
-    return np.stack([share_TT[rows, columns].cpu().numpy() for share_TT, _ in maps])
+    share_LNS = np.stack([share_TT[rows, columns].cpu().numpy() for share_TT, _ in attention_maps(model, *inputs)])
+    return share_LNS.repeat(stage.slots, 1) if stage.frames else share_LNS
 
 
 def spans_of(stage: Stage, z_T: np.ndarray) -> np.ndarray:

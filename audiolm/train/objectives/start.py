@@ -14,10 +14,9 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from audiolm.config.lm import StageConfig
-from audiolm.lm.model import FORMAT
+from audiolm.lm.model import FORMAT, Model
 from audiolm.lm.stages import Stage, stage_from_json
 from audiolm.models.conformer import LAYER_CONVENTION, Encoder
-from audiolm.models.transformer import Transformer, TransformerSizes
 from audiolm.tokenizers.artifact import ArtifactError, read_export
 from audiolm.tokenizers.start import StartWeights
 
@@ -90,12 +89,17 @@ def start_encoder(encoder: Encoder, start: StartWeights) -> None:
     load_start(encoder, {n.removeprefix(prefix): value for n, value in weights.items() if n.startswith(prefix)}, "encoder")
 
 
-def start_stage(model: Transformer, stage: Stage, shape: StageConfig, start: StartWeights) -> None:
+def start_stage(model: Model, stage: Stage, shape: StageConfig, start: StartWeights) -> None:
     """Loads a trained stage's weights. Raises ValueError where shape, vocabulary or layout differ."""
     weights, about = read_start(start)
     require_same(start, {"the export's format": (FORMAT, about.get("format", 1))})
-    sizes, theirs, section = TransformerSizes(**about["model"]), stage_from_json(about["stage"]), f"lm.{stage.name}"
-    settings = {f"{section}.{name}": (getattr(shape, name), getattr(sizes, name)) for name in STAGE_FIELDS}
+    sizes, theirs, section = about["model"], stage_from_json(about["stage"]), f"lm.{stage.name}"
+    require_same(start, {f"{section}.kind": (shape.kind, "frame" if theirs.frames else "flat")})
+    settings = {}
+    if stage.frames:
+        depth, sizes = sizes["depth"], sizes["backbone"]
+        settings = {f"{section}.depth.{name}": (value, depth[name]) for name, value in shape.depth.model_dump().items()}
+    settings |= {f"{section}.{name}": (getattr(shape, name), sizes[name]) for name in STAGE_FIELDS}
     # Of the layout only what the stage's own ids depend on; the tokenizers' sizes as the token stores have them.
     if stage.needs_semantic:
         settings |= {"semantic.kmeans.k": (stage.k, theirs.k), "lm.dedupe": (stage.dedupe, theirs.dedupe)}

@@ -1,0 +1,36 @@
+"""Frames as positions: from a stage's ids, a code each, to rows in which the codes of a frame share one position.
+
+A position has an id of its own and others whose embeddings are added to it.  A prefix position has its id; a frame has
+the id of its first code and, as added ones, its other codes.  The position before a frame also has the condition of it.
+Shapes: P positions; ids_P; added_PA: conditions, then other codes; cond_TC of lm.stages; S slots of a frame.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from audiolm.lm.stages import Packed, Stage
+
+
+def last_ids(stage: Stage, first: int, ids: int) -> np.ndarray:
+    """last_P, the place of each position's last id among so many, of which target 0 is `first`."""
+    return np.append(np.arange(first), np.arange(first + stage.slots - 1, ids, stage.slots))
+
+
+def frame_positions(stage: Stage, ids: np.ndarray, first: int, cond_TC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(ids_P, added_PA) of ids whose target 0 is id `first`.
+
+    cond_TC may be longer than ids, with conditions of frames that are to be drawn; added_PA is longer then too.
+    """
+    frames_NS, cond_PC = ids[first:].reshape(-1, stage.slots), cond_TC[last_ids(stage, first, len(cond_TC))]
+    added_PA = np.full((len(cond_PC), stage.n_added), stage.no_cond, np.int64)
+    added_PA[:, :stage.n_cond] = cond_PC
+    added_PA[first:first + len(frames_NS), stage.n_cond:] = frames_NS[:, 1:]
+    return np.append(ids[:first], frames_NS[:, 0]), added_PA
+
+
+def packed_frames(stage: Stage, packed: Packed) -> Packed:
+    """A packed crop with its frames as positions."""
+    first = len(stage.split(packed.ids)[0])
+    ids_P, added_PA = frame_positions(stage, packed.ids, first, packed.cond)
+    return Packed(ids_P, packed.target[last_ids(stage, first, len(packed.ids))], added_PA)
