@@ -88,7 +88,7 @@ class FrameSampler:
         return [out_BSQ[b, :r.steps].reshape(-1) for b, r in enumerate(rows)]
 
     def _fill(self, rows: list[Request], params: SamplingParams) -> FrameBuffers:
-        """Buffers with the tables of the whole call, copied to the device once, and the keys of all positions but the last."""
+        """Buffers with the tables of the whole call and the keys of all positions but the last."""
         stage, B, S, slots = self.stage, len(rows), max(r.steps for r in rows), self.stage.slots
         make = partial(FrameBuffers, self.model, stage, window=params.window or 0, guided=params.guidance != 1)
         length = max(len(r.ids) for r in rows) + S - 1
@@ -96,8 +96,9 @@ class FrameSampler:
         m.at.zero_()
         m.cond_SBC.fill_(stage.no_cond)
         m.recent_BWQ.fill_(-1)
+        noise_BN2 = torch.stack([uniform_noise(r.seed, r.start * slots, (r.start + S) * slots) for r in rows])
+        m.noise_SBQ2[:S, :B] = noise_BN2.view(B, S, slots, 2).transpose(0, 1)
         for b, r in enumerate(rows):
-            m.noise_SBQ2[:S, b] = uniform_noise(r.seed, r.start * slots, (r.start + S) * slots).view(S, slots, 2)
             own_SC = torch.from_numpy(r.cond_TC[len(r.ids) - 1:, :stage.n_cond])[:S]
             m.cond_SBC[:len(own_SC), b] = own_SC
             held_PQ = torch.from_numpy(np.concatenate([r.ids[:, None], r.cond_TC[:len(r.ids), stage.n_cond:]], 1))

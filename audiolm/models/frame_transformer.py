@@ -9,6 +9,7 @@ frame (lm.frames); N frames that are predicted; S slots; D and d the widths of b
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -84,10 +85,11 @@ class FrameTransformer(nn.Module):
         for network in (self.backbone, self.depth):
             network.fold_tied()
 
-    def draw_frame(self, h_BD: torch.Tensor, cache: KVCache, draw) -> list[torch.Tensor]:
-        """code_B of each slot, drawn one after another: draw(slot, scores_BW) returns them.
+    def draw_frame(self, h_BD: torch.Tensor, cache: KVCache,
+                   draw: Callable[[int, torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
+        """code_B of each slot, drawn one after another: code_B = draw(slot, scores_BW).
 
-        `cache`: of the depth network, for B rows. Rows are padded as in `advance`. Use under torch.no_grad().
+        h_BD as the backbone's `advance` returns it; `cache`: of the depth network, for B rows, cleared here.
         """
         added_B1d = self.read(pad_rows(h_BD, self.backbone.rows))[:len(h_BD), None]
         id_B, codes = torch.full((len(h_BD),), self.begin, device=h_BD.device), []

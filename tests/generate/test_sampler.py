@@ -132,13 +132,14 @@ def test_the_gpus_way_draws_the_same_ids(models, name, monkeypatch):
     assert len(static._kept) == 2
 
 
-def test_compiled_products_draw_the_same_ids(models):
-    stage = STAGES["fine"]
+@pytest.mark.parametrize("name", ["fine", "frames"])
+def test_compiled_products_draw_the_same_ids(models, name):
+    stage = STAGES[name]
     model = build(stage, 0.0)
-    model.load_state_dict(models["fine"].state_dict())
-    plain = Sampler(model, stage)([prompt("fine", 6, 0)], 30, seeds=[1])[0]
+    model.load_state_dict(models[name].state_dict())
+    plain = sampler(model, stage)([prompt(name, 6, 0)], 30, seeds=[1])[0]
     model.compile_sampling(backend="aot_eager")
-    np.testing.assert_array_equal(Sampler(model, stage)([prompt("fine", 6, 0)], 30, seeds=[1])[0], plain)
+    np.testing.assert_array_equal(sampler(model, stage)([prompt(name, 6, 0)], 30, seeds=[1])[0], plain)
 
 
 def test_seeds_differ_and_repeat(models):

@@ -142,6 +142,19 @@ def test_what_the_model_is_given_has_one_shape_whatever_is_packed(name):
     assert len(seen) == 1
 
 
+def test_a_frame_models_losses_have_one_of_few_sizes():
+    stage, places = STAGES["aligned frames"], set()
+    for lengths in ([50], [1] * 30, [3, 30, 10], [49]):
+        for drop in (False, True):
+            draw = np.random.default_rng(0)
+            row = [stage.pack(draw.integers(0, K, n), draw.integers(0, VOCAB, (2 * n, 2)), True, drop) for n in lengths]
+            tensors = prepare(stage, pack_rows(stage, [row, row], stage.max_len))
+            places.add(tensors["label_SN"].shape[1])
+            targets = int((tensors["label_SN"][0] != NO_TARGET).sum())
+            assert targets == 4 * sum(lengths) and targets <= max(places) and tensors["label_SN"].shape[1] - targets < 19
+    assert len(places) > 1 and all(n % 19 == 0 for n in places)  # 2 rows of 152 positions in 16 parts
+
+
 @pytest.mark.parametrize("piece", [1, 7, 64])
 def test_pieces_give_the_losses_and_gradients_of_the_whole(piece):
     torch.manual_seed(0)

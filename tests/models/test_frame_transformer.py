@@ -17,15 +17,20 @@ from audiolm.tokenizers.artifact import write_export
 K, VOCAB, Q = 6, 9, 3
 
 
+def shape_of(**changes) -> StageConfig:
+    return StageConfig(**{"crop_s": 2.0, "dim": 32, "layers": 2, "heads": 2, "ff": 64, "dropout": 0.0,
+                          "depth": DepthConfig(dim=16, layers=2, heads=2, ff=32),
+                          "train": TrainConfig(steps=1, batch=1, lr=1e-3), **changes})
+
+
 @pytest.mark.parametrize("positions", ["rotary", "t5"])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("aligned", [False, True])
 def test_drawn_codes_have_the_probabilities_of_the_training_pass(tied, aligned, positions, tmp_path):
     torch.manual_seed(0)
     stage, draw = Stage("coarse", K, VOCAB, (0, Q), Q, False, 2.0, aligned=aligned, frames=True), np.random.default_rng(0)
-    shape = StageConfig(crop_s=2.0, dim=32, layers=2, heads=2, ff=64, dropout=0.0, positions=positions,
-                        depth=DepthConfig(dim=16, layers=2, heads=2, ff=32), train=TrainConfig(steps=1, batch=1, lr=1e-3))
-    model = build_lm(stage, shape, torch.randn(Q, VOCAB, 5) if tied else None).eval().requires_grad_(False)
+    codes_QVE = torch.randn(Q, VOCAB, 5) if tied else None
+    model = build_lm(stage, shape_of(positions=positions), codes_QVE).eval().requires_grad_(False)
     for p in (model.read.weight, model.backbone.embed.weight, model.depth.embed.weight, model.depth.head.weight):
         p.add_(0.5 * torch.randn_like(p))  # free terms count beside tied ones, and all of it matters
     packed = stage.pack(draw.integers(0, K, 5), draw.integers(0, VOCAB, (10, Q)), True)
@@ -50,3 +55,29 @@ def test_drawn_codes_have_the_probabilities_of_the_training_pass(tied, aligned, 
             model.draw_frame(h_BD, depth, force)
             found.append(torch.stack(own))
     torch.testing.assert_close(torch.stack(found, 1), nats_SN, atol=1e-4, rtol=1e-5)
+
+
+def test_checkpointing_and_compilation_change_nothing():
+    torch.manual_seed(0)
+    stage, draw = Stage("coarse", K, VOCAB, (0, Q), Q, False, 2.0, aligned=True, frames=True), np.random.default_rng(0)
+    model = build_lm(stage, shape_of(checkpointing=True), torch.randn(Q, VOCAB, 5)).train()
+    row = [stage.pack(draw.integers(0, K, n), draw.integers(0, VOCAB, (2 * n, Q)), True) for n in (5, 9, 4)]
+    inputs = inputs_of(prepare(stage, pack_rows(stage, [row], stage.max_len)))
+
+    def training_pass():
+        nats_SN = model(*inputs)
+        nats_SN.sum().backward()
+        grads = [p.grad for p in model.parameters()]
+        model.zero_grad()
+        return [nats_SN.detach(), *grads]
+
+    again = training_pass()
+    model.backbone.checkpointing = model.depth.checkpointing = False
+    plain = training_pass()
+    assert all(map(torch.equal, plain, again))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model.compile_training("aot_eager")
+    compiled = training_pass()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1 and not torch._dynamo.utils.counters["graph_break"]
+    torch.testing.assert_close(plain, compiled, atol=1e-5, rtol=1e-4)
