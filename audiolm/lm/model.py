@@ -1,7 +1,8 @@
 """Build, export and load of a stage: safetensors and JSON, loadable with torch and numpy alone; no pickle.
 
 `{path}/export/model.safetensors` holds the float32 weights by parameter name, `{path}/export/config.json` the layout
-and the shape: {"kind": "lm", "format": FORMAT, "stage": Stage, "model": TransformerSizes}.
+and the shape: {"kind": "lm", "format": FORMAT, "stage": Stage, "model": TransformerSizes}.  The parallel decoder, which
+replaces the acoustic stages, has kind "parallel" and ParallelSizes.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from safetensors.torch import load_file
 from audiolm import store
 from audiolm.config import lm
 from audiolm.lm.stages import MAX_RUN, Stage, stage_from_json
+from audiolm.models.parallel_decoder import ParallelDecoder, ParallelSizes
 from audiolm.models.transformer import Transformer, TransformerSizes
 
 FORMAT = 3  # 1 had one head over all ids, 2 no conditions
+KINDS = {"lm": (Transformer, TransformerSizes), "parallel": (ParallelDecoder, ParallelSizes)}
 
 
 def build_lm(stage: Stage, shape: lm.StageConfig, codes_QVE: torch.Tensor | None = None) -> Transformer:
@@ -41,14 +44,25 @@ def _arguments(stage: Stage, shape: lm.StageConfig, code_width: int) -> dict[str
             **shape.model_dump(include={"dim", "layers", "heads", "ff", "dropout", "positions", "gated", "norm", "activation"})}
 
 
-def export_lm(module: Transformer, stage: Stage) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def build_parallel(stage: Stage, shape: lm.ParallelConfig, codes_QVE: torch.Tensor | None = None) -> ParallelDecoder:
+    """`build_lm` of the parallel decoder."""
+    model = ParallelDecoder(ParallelSizes(
+        stage.k, stage.vocab, stage.slots, code_width=0 if codes_QVE is None else codes_QVE.shape[2],
+        **shape.model_dump(include={"dim", "layers", "heads", "ff", "conv_kernel", "dropout"})))
+    if codes_QVE is not None:
+        model.tied.set_codes(codes_QVE)
+    return model
+
+
+def export_lm(module: Transformer | ParallelDecoder, stage: Stage) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """(float32 weights on the CPU by name, JSON config) of a stage."""
     weights = {name: t.detach().to("cpu", torch.float32, copy=True).contiguous()
                for name, t in module.state_dict().items()}
-    return weights, {"kind": "lm", "format": FORMAT, "stage": stage.to_json(), "model": asdict(module.sizes)}
+    kind = next(name for name, (model, _) in KINDS.items() if isinstance(module, model))
+    return weights, {"kind": kind, "format": FORMAT, "stage": stage.to_json(), "model": asdict(module.sizes)}
 
 
-def load_lm(path: str, device: str | torch.device = "cpu") -> tuple[Transformer, Stage]:
+def load_lm(path: str, device: str | torch.device = "cpu") -> tuple[Transformer | ParallelDecoder, Stage]:
     """(model in eval mode, its Stage) from a training step's output folder.
 
     Raises FileNotFoundError where there is no export, ValueError where it is not a language model of this format.
@@ -56,12 +70,14 @@ def load_lm(path: str, device: str | torch.device = "cpu") -> tuple[Transformer,
     about = store.get_json(store.join(path, "export", "config.json"))
     if about is None:
         raise FileNotFoundError(f"no export/config.json under {path}: is its training step done?")
-    if about.get("kind") != "lm":
-        raise ValueError(f"{path} holds a {about.get('kind')!r} export, expected 'lm': pass an lm_* step's output")
+    if about.get("kind") not in KINDS:
+        raise ValueError(f"{path} holds a {about.get('kind')!r} export, expected one of {', '.join(KINDS)}: pass an lm_* "
+                         "step's output")
     if about.get("format", 1) != FORMAT:
         raise ValueError(f"{path} holds a language model of format {about.get('format', 1)}, this code reads {FORMAT}: train "
                          "the stage again with this code, or use the code that made it")
-    model = Transformer(TransformerSizes(**about["model"]))
+    kind, sizes = KINDS[about["kind"]]
+    model = kind(sizes(**about["model"]))
     with tempfile.TemporaryDirectory() as folder:
         weights = load_file(store.local_copy(store.join(path, "export", "model.safetensors"), folder))
         model.load_state_dict(weights)

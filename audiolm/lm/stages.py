@@ -63,7 +63,7 @@ def dedupe(z_T: np.ndarray) -> np.ndarray:
 class Stage:
     """Layout of one stage: which ids exist, in which order they are packed, which may be drawn at a position."""
 
-    name: str  # semantic, coarse or fine
+    name: str  # semantic, coarse, fine or parallel (lm.parallel; packed as coarse only to plan rows and count baselines)
     k: int  # semantic vocabulary
     vocab: int  # codes of an acoustic level
     levels: tuple[int, int]  # target levels [from, to), counted from 0; (0, 0) in stage 1
@@ -327,12 +327,15 @@ def stage_from_json(data: dict) -> Stage:
 
 
 def build_stages(config: LMConfig, codec_n_q: int, codec_vocab: int, k: int) -> dict[str, Stage]:
-    """The run's stages by step name; no lm_fine where Q' = Q (piano). Raises ValueError where Q' > Q."""
-    coarse = config.coarse_levels
-    if coarse > codec_n_q:
+    """The run's stages by step name; no lm_fine where Q' = Q (piano). Raises ValueError where Q' > Q.
+
+    Where the acoustic part is parallel, lm_parallel replaces lm_coarse and lm_fine (lm.parallel).
+    """
+    coarse, parallel = config.coarse_levels, config.acoustic == "parallel"
+    if coarse > codec_n_q and not parallel:
         raise ValueError(f"lm.coarse_levels ({coarse}) exceeds codec.n_q ({codec_n_q}): lower it or raise codec.n_q")
     stages = {}
-    for name, levels in (("semantic", (0, 0)), ("coarse", (0, coarse)), ("fine", (coarse, codec_n_q))):
+    for name, levels in (("semantic", (0, 0)), ("coarse", (0, coarse)), ("fine", (coarse, codec_n_q)))[:1 if parallel else 3]:
         if name == "fine" and coarse == codec_n_q:
             continue  # the coarse stage predicts all levels
         shape, first = getattr(config, name), name == "semantic"
@@ -341,4 +344,7 @@ def build_stages(config: LMConfig, codec_n_q: int, codec_vocab: int, k: int) -> 
                                      shape.crop_s, min_crop_s, lengths=first and config.lengths,
                                      aligned=not first and config.conditioning == "aligned",
                                      dropped=0.0 if first else config.condition_dropout)
+    if parallel:
+        stages["lm_parallel"] = Stage("parallel", k, codec_vocab, (0, codec_n_q), codec_n_q, False, config.parallel.crop_s,
+                                      dropped=config.condition_dropout)
     return stages

@@ -18,6 +18,7 @@ from audiolm.train.objectives import lm
 from audiolm.train.objectives.base import Context
 from tests.worlds import token_corpus
 from tests.worlds.layouts import PAPER
+from tests.worlds.training import Gradients
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 STEPS = 60
@@ -35,24 +36,6 @@ def objective(corpus, stage="lm_coarse", rank=0, world=1, seed=0, **changed):
     shape = StageConfig(crop_s=0.8, dim=32, layers=2, heads=2, ff=64, dropout=0.0, train=train)
     config = {"stage": stage, "seed": seed, "lm": shape, "layout": {**PAPER, "dedupe": False, "coarse_levels": 2}, "rows": 6}
     return lm.lm_objective(config, corpus.paths, Context(rank, world, CPU, seed))
-
-
-class Gradients:
-    """An engine that keeps the gradients and changes nothing."""
-
-    def __init__(self, module):
-        self.module = module
-
-    def __call__(self, *args):
-        return self.module(*args)
-
-    def backward(self, loss):
-        loss.backward()
-
-    def step(self):
-        self.taken = torch.cat([p.grad.flatten() for p in self.module.parameters()])
-        self.module.zero_grad()
-        return float(self.taken.norm())
 
 
 @pytest.mark.parametrize("stage", ["lm_semantic", "lm_coarse", "lm_fine"])
