@@ -20,6 +20,7 @@ from audiolm.eval.metrics import ngram
 from audiolm.lm.batches import EvalCrop, TokenBatches
 from audiolm.lm.loss import batch_sums
 from audiolm.lm.model import load_lm
+from audiolm.lm.parallel import whole_level_sums
 from audiolm.lm.stages import Packed, Stage
 
 COUNTED = 4_000_000  # targets of a level that the baselines count, about: 22 hours, in about 1 GB
@@ -150,7 +151,11 @@ def stage_figures(model: torch.nn.Module, stage: Stage, train: TokenBatches, dev
     """
     rows = [dev.packed(*c) for c in dev.fixed(n)]
     totals, counted = lowest(train, rows, only)
-    sums = {"loss": loss_sums(model, stage, dev, rows, device), **totals}
+    if stage.name == "parallel":  # a level is masked as a whole, so its own neighbours do not help as they help `previous`
+        loss = whole_level_sums(model, stage, (dev.crop(*c)[:2] for c in dev.fixed(n)), device).cpu().numpy()
+    else:
+        loss = loss_sums(model, stage, dev, rows, device)
+    sums = {"loss": loss, **totals}
     levels = [{"level": q + 1, **beside({name: ratio(s[:, q + 1]) for name, s in sums.items()})} for q in range(*stage.levels)]
     tokens = sums["loss"][1]
     # A baseline that misses some targets (the level below has none under level 1) has no figure of the whole stage.
@@ -202,8 +207,8 @@ def conditioning(model: torch.nn.Module, stage: Stage, data: TokenBatches, crops
     """Loss with each row's own prefix ("true") and with another clip's ("shuffled"), on the same targets.
 
     "se": the standard error over rows of shuffled - true, a ratio of sums, in which rows of more targets weigh more.
-    Stage 2's prefix is semantic, stage 3's the coarse levels. Raises ValueError for stage 1, which has none, and for
-    fewer than two rows.
+    Stage 2's prefix and the parallel decoder's condition are semantic, stage 3's prefix the coarse levels. Raises ValueError
+    for stage 1, which has none, and for fewer than two rows.
     """
     if stage.name == "semantic":
         raise ValueError("the semantic stage has no prefix to shuffle: use the coarse or fine stage")
@@ -216,13 +221,19 @@ def conditioning(model: torch.nn.Module, stage: Stage, data: TokenBatches, crops
         rest = [j for j in range(len(crops)) if j != i]
         others = [j for j in rest if crops[j][0] != crops[i][0]] or rest  # of other clips, where there are any
         other_z, other_codes, _ = parts[others[int(rng.generator(seed, "conditioning", i).integers(len(others)))]]
-        true.append(stage.pack(z_T, codes_TQ, at_end))
-        if stage.name == "coarse":  # a shorter prefix is repeated to the crop's length
-            shuffled.append(stage.pack(np.resize(other_z, len(z_T)), codes_TQ, at_end))
+        true.append((z_T, codes_TQ, at_end))
+        if stage.name != "fine":  # a shorter prefix is repeated to the crop's length
+            shuffled.append((np.resize(other_z, len(z_T)), codes_TQ, at_end))
         else:
             prefix = np.resize(other_codes[:, :stage.n_coarse], (len(codes_TQ), stage.n_coarse))
-            shuffled.append(stage.pack(z_T, np.concatenate([prefix, codes_TQ[:, stage.n_coarse:]], 1), at_end))
-    (true_R, number_R), (shuffled_R, _) = (np.stack([loss_sums(model, stage, data, [row], device).sum(1) for row in rows], 1)
+            shuffled.append((z_T, np.concatenate([prefix, codes_TQ[:, stage.n_coarse:]], 1), at_end))
+
+    def row_sums(z_T: np.ndarray | None, codes_TQ: np.ndarray, at_end: bool) -> np.ndarray:
+        if stage.name == "parallel":
+            return whole_level_sums(model, stage, [(z_T, codes_TQ)], device).cpu().numpy()
+        return loss_sums(model, stage, data, [stage.pack(z_T, codes_TQ, at_end)], device)
+
+    (true_R, number_R), (shuffled_R, _) = (np.stack([row_sums(*row).sum(1) for row in rows], 1)
                                            for rows in (true, shuffled))  # row by row, for the spread over rows
     # Linearised standard error of a ratio of sums (Cochran 1977, 6.4), with n / (n - 1) for few rows.
     number, gain_R = number_R.sum(), shuffled_R - true_R
