@@ -59,19 +59,6 @@ def test_it_learns_the_law(trained):
     assert after["loss"] == pytest.approx(np.mean([after[f"loss.level{q}"] for q in (1, 2, 3)]), rel=1e-6)
 
 
-def test_the_law_between_frames_is_learned_from_codes_that_are_known(corpus, trained):
-    o, _ = trained
-    z_T, codes_TQ, _ = o.dev.crop(0, 0)
-    from audiolm.lm.parallel import collate, document
-    whole, every_second = np.ones(len(codes_TQ), bool), np.arange(len(codes_TQ)) % 2 == 1
-    losses = []
-    for own_T in (whole, every_second):  # level 2 repeats itself, so its neighbours say what it is
-        batch = collate(o.stage, [[document(o.stage, z_T, codes_TQ, 1, own_T)]], 0)
-        nats_SN = o.modules["lm"].eval()(*inputs_of(batch))
-        losses.append(float(nats_SN[1, batch["label_SN"][1] != NO_TARGET].mean()))
-    assert losses[1] < 0.9 * losses[0]
-
-
 def test_levels_add_up_to_the_loss(corpus):
     o = objective(corpus)
     batch = o.load(0, range(8))
@@ -83,12 +70,12 @@ def test_levels_add_up_to_the_loss(corpus):
 
 
 def test_micro_batches_and_padding_do_not_change_a_step(corpus):
-    results = []
+    o, results = objective(corpus), []
+    step = next(s for s in range(20) if len({o.load(s, [i])["doc_BT"].shape[1] for i in range(8)}) > 1)  # rows get padding
     for parts in ([range(8)], [range(0, 3), range(3, 8)], [[i] for i in range(8)]):
-        o = objective(corpus)
         engine = Gradients(o.modules["lm"])
-        results.append((float(o.train_step({"lm": engine}, [o.load(2, rows) for rows in parts], 2)["loss"]), engine.taken))
-    assert len({objective(corpus).load(2, [i])["doc_BT"].shape[1] for i in range(8)}) > 1  # rows are padded to others
+        result = o.train_step({"lm": engine}, [o.load(step, rows) for rows in parts], step)
+        results.append((float(result["loss"]), engine.taken))
     for loss, gradient in results[1:]:
         assert loss == pytest.approx(results[0][0], rel=1e-6)
         assert torch.allclose(gradient, results[0][1], rtol=1e-4, atol=1e-6)
