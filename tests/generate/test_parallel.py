@@ -35,14 +35,15 @@ def test_more_passes_are_never_worse(model, sounds):
     """One pass cannot agree on a voice; a fault in what is masked again would show in level 2, or in fewer agreements."""
     z, shares = [z_T for z_T, _ in sounds], []
     for passes in (1, 4, 16):
-        codes = ParallelSampler(model, STAGE)(z, range(len(z)), None, WARM, WARM, passes)
+        codes = ParallelSampler(model, STAGE)(z, range(len(z)), passes=passes)
         voice = np.mean([np.bincount(c[:, 0] // K).max() / len(c) for c in codes])
         content = np.mean([(c[:, 0] % K == np.repeat(z_T, 2)).mean() for c, z_T in zip(codes, z, strict=True)])
         finer = np.mean([((c[:, 1] - c[:, 0]) % VOCAB == 3).mean() for c in codes])
         shares.append((voice, finer))
-        assert content > 0.98
-    assert shares[0][0] < 0.5 and shares[1][0] > shares[0][0] + 0.15 and shares[2][0] > 0.9
-    assert shares[0][1] <= shares[1][1] + 0.02 <= shares[2][1] + 0.04 and shares[2][1] > 0.95
+        assert content > 0.95
+    (voice_1, finer_1), (voice_4, finer_4), (voice_16, finer_16) = shares
+    assert voice_1 < 0.5 and voice_1 + 0.15 < voice_4 < voice_16 and voice_16 > 0.85
+    assert finer_1 < finer_4 < finer_16 and finer_16 > 0.93
 
 
 def test_the_voice_of_a_prompt_goes_on_and_its_codes_come_back(model, sounds):
