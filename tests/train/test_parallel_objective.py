@@ -11,10 +11,15 @@ import torch
 
 from audiolm import store
 from audiolm.config.lm import ParallelConfig
+from audiolm.config.start import StartConfig
 from audiolm.config.training import TrainConfig
+from audiolm.eval import stage_gates
+from audiolm.eval.metrics import likelihood
 from audiolm.lm.model import load_lm
 from audiolm.lm.parallel import inputs_of
 from audiolm.models.heads import NO_TARGET
+from audiolm.tokenizers.artifact import write_export
+from audiolm.tokenizers.start import start_weights
 from audiolm.train.engine import make_engine
 from audiolm.train.objectives import lm, parallel
 from audiolm.train.objectives.base import Context
@@ -32,10 +37,11 @@ def corpus(tmp_path_factory):
     return token_corpus.make(tmp_path_factory.mktemp("corpus"), frames)
 
 
-def objective(corpus, rank=0, world=1, seed=0):
+def objective(corpus, rank=0, world=1, seed=0, start=None, **changes):
     train = TrainConfig(steps=STEPS, batch=8, lr=5e-3, warmup_steps=5, engine="torch")
-    shape = ParallelConfig(crop_s=0.8, dim=32, layers=2, heads=2, ff=64, dropout=0.0, train=train)
-    config = {"stage": "lm_parallel", "seed": seed, "lm": shape, "layout": LAYOUT, "rows": 6}
+    shape = ParallelConfig(**{"crop_s": 0.8, "dim": 32, "layers": 2, "heads": 2, "ff": 64, "dropout": 0.0, **changes},
+                           train=train)
+    config = {"stage": "lm_parallel", "seed": seed, "lm": shape, "layout": LAYOUT, "rows": 6, "start": start}
     return parallel.parallel_objective(config, corpus.paths, Context(rank, world, torch.device("cpu"), seed))
 
 
@@ -57,6 +63,30 @@ def test_it_learns_the_law(trained):
     assert after["loss.level1"] < 0.8 * uniform and after["loss.level3"] < 0.8 * uniform
     assert after["loss.level2"] == pytest.approx(uniform, rel=0.05)
     assert after["loss"] == pytest.approx(np.mean([after[f"loss.level{q}"] for q in (1, 2, 3)]), rel=1e-6)
+
+
+def test_evaluation_is_the_validation_beside_baselines_and_what_the_condition_is_worth(trained):
+    o, _ = trained
+    o.modules["lm"].eval()
+    figures, validation = likelihood.stage_figures(o.modules["lm"], o.stage, o.data, o.dev, 6), o.evaluate()
+    for row in figures["levels"]:
+        assert row["loss"] == pytest.approx(validation[f"loss.level{row['level']}"], rel=1e-6)
+    by_level = {row["level"]: row for row in figures["levels"]}
+    assert by_level[1]["below"] is None and by_level[1]["loss"] < by_level[1]["unigram"] - 0.5
+    assert by_level[2]["better"] == "previous"  # the law of level 2, which a level that is masked as a whole cannot follow
+    used = likelihood.conditioning(o.modules["lm"].eval(), o.stage, o.dev, o.rows, 0)
+    assert used["true"] == pytest.approx(validation["loss"], rel=1e-6)
+    verdict = stage_gates.conditioning_verdict("lm_parallel", used)
+    assert verdict["ok"] and verdict["figures"]["conditioning"] > 0.3
+
+
+def test_it_begins_as_the_export_it_starts_from(corpus, trained, tmp_path):
+    o, _ = trained
+    write_export(str(tmp_path), *o.export())
+    planned = start_weights("lm.parallel.start.uri", StartConfig(uri=str(tmp_path)), "lm_parallel")
+    assert objective(corpus, seed=3, start=planned).evaluate() == o.evaluate()
+    with pytest.raises(ValueError, match=r"lm\.parallel\.layers is 3: set it to 2; lm\.parallel\.conv_kernel is 3: set it to"):
+        objective(corpus, start=planned, layers=3, conv_kernel=3)
 
 
 def test_levels_add_up_to_the_loss(corpus):
