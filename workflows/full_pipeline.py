@@ -73,13 +73,10 @@ def graph(cfg: Pipeline) -> list[Step]:
                     after=(codec_figures,))
 
     books = (codec,) if lm.tied else ()
-    stages = [stage("lm_semantic", lm.semantic, z)]
-    if lm.acoustic == "parallel":
-        stages.append(stage("lm_parallel", lm.parallel, z, y, *books))
-    else:
-        stages.append(stage("lm_coarse", lm.coarse, z, y, *books))
-        if cfg.has_fine:
-            stages.append(stage("lm_fine", lm.fine, y, *books))
+    first = "parallel" if lm.acoustic == "parallel" else "coarse"
+    stages = [stage("lm_semantic", lm.semantic, z), stage(f"lm_{first}", getattr(lm, first), z, y, *books)]
+    if cfg.has_fine:
+        stages.append(stage("lm_fine", lm.fine, y, *books))
 
     # Sound and results of the whole system.
     system = (manifest, kmeans, codec, z, y, *stages)

@@ -49,4 +49,4 @@ class Pipeline(Config):
 
     @property
     def has_fine(self) -> bool:
-        return self.lm.coarse_levels < self.codec.n_q
+        return self.lm.acoustic == "stages" and self.lm.coarse_levels < self.codec.n_q
