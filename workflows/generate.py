@@ -44,6 +44,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--top-p", nargs="+", metavar="P", help="draw among the most likely that sum up to P; by stage as above")
     p.add_argument("--window", nargs="+", metavar="N", help="draw an id again, among all, that makes up more than a tenth of "
                    "its level's last N; by stage as above (repetition-aware sampling; default: off)")
+    p.add_argument("--guidance", type=float, metavar="G", help="of the acoustic stages: above 1 moves what they draw away from "
+                   "what they would draw without semantic tokens; at twice the work (default 1, off)")
     p.add_argument("--seed", type=int, default=0, help="a sample depends on it, its prompt's PATH and its number (default 0)")
     p.add_argument("--whole", action="store_true", help="never end before the seconds asked for")
     p.add_argument("--long", action="store_true", help="beyond what the stages were trained on, in constant memory; one "
@@ -78,6 +80,8 @@ def sampling_params(args: argparse.Namespace) -> tuple:
         if texts := getattr(args, name):
             for stage, value in by_stage(f"--{name.replace('_', '-')}", texts, kind).items():
                 params[stage] = replace(params[stage], **{name: value})
+    if args.guidance is not None:
+        params |= {stage: replace(own, guidance=args.guidance) for stage, own in params.items() if stage != "semantic"}
     return tuple(params.items())
 
 

@@ -83,6 +83,8 @@ class LMConfig(Config):
     tied: bool = Field(True, description="tie stages 2's and 3's embeddings and heads to the codec's code vectors; the paper's "
                                          "are free")
     coarse_levels: int = Field(4, ge=1, description="Q', levels of the coarse stage")
+    ablation: Literal["acoustic"] | None = Field(None, description="acoustic: stage 2 without semantic tokens, the paper's "
+                                                                   "ablation; its sounds keep a voice and say nothing")
     semantic: StageConfig = StageConfig(crop_s=30.0, train=_stage_training(256))
     coarse: StageConfig = StageConfig(crop_s=10.0, train=_stage_training(256))
     fine: StageConfig = StageConfig(crop_s=3.0, train=_stage_training(256))
@@ -98,6 +100,11 @@ class LMConfig(Config):
         if self.conditioning == "aligned" and self.dedupe and not self.lengths:
             raise ValueError("lm.conditioning is aligned, but with lm.dedupe and without lm.lengths no token has a place in "
                              "time: set lm.lengths=true, lm.dedupe=false or lm.conditioning=prefix")
+        if self.ablation and self.acoustic == "parallel":
+            raise ValueError("lm.ablation is of stage 2, and lm.acoustic is parallel, which has none: drop one of them")
+        if self.ablation and self.dedupe and not self.lengths:
+            raise ValueError("lm.ablation leaves stage 2 without tokens that tell how long a sound lasts: set lm.lengths=true "
+                             "or lm.dedupe=false")
         if self.semantic.warm_start and self.semantic.start:
             raise ValueError("lm.semantic has warm_start, a text model's body, and start, a whole stage: drop one of them")
         for name in ("coarse", "fine"):
@@ -111,8 +118,8 @@ class LMConfig(Config):
         if stage == "lm_semantic":
             return {"dedupe": self.dedupe, "lengths": self.lengths, "conditioning": "prefix", "tied": False}
         if stage == "lm_parallel":
-            return {name: getattr(self, name) for name in ("acoustic", "condition_dropout", "tied")}
-        own = ("conditioning", "condition_dropout", "tied", "coarse_levels")
+            return {name: getattr(self, name) for name in ("condition_dropout", "tied")}
+        own = ("conditioning", "condition_dropout", "tied", "coarse_levels", "ablation")
         return {name: getattr(self, name) for name in (("dedupe", "lengths") if stage == "lm_coarse" else ()) + own}
 
 
@@ -125,3 +132,5 @@ class SamplesConfig(Config):
     temperature_semantic: float = 0.6
     temperature_coarse: float = 0.8
     temperature_fine: float = 0.6
+    guidance: float = Field(1.0, gt=0, description="of the acoustic stages: above 1 moves their scores away from those without "
+                                                   "the condition; needs lm.condition_dropout; 1 = off (paper)")

@@ -111,6 +111,11 @@ def read_meta(path: str) -> dict[str, Any]:
     return json.loads(found)
 
 
+def tokenizer_dtype(path: str) -> str:
+    """The number format that a store's tokenizer computed in: "float32" or "bfloat16". Raises as `read_meta`."""
+    return read_meta(store.join(path, shard_name(0)))["dtype"]
+
+
 def open_columns(path: str, columns: Sequence[str]) -> Any:
     """An open shard file to read these columns from; from an object store only their bytes are fetched, in parallel."""
     fs, p = store.open_fs(path)

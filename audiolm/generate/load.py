@@ -49,9 +49,11 @@ def load(paths: Mapping[str, str], device: str = "cpu", mean_run: float | None =
     """The system from the steps' output folders: kmeans, codec, lm_semantic, lm_coarse and (where Q' < Q) lm_fine, or
     lm_parallel in their place.
 
-    `mean_run` defaults to the fact of that name of the `semantic_tokens` folder. The stages run in bfloat16 on a GPU.
+    `mean_run` defaults to the fact of that name of the `semantic_tokens` folder. The tokenizer computes as it did for that
+    store, in float32 without one. The stages run in bfloat16 on a GPU.
     Raises ValueError for a missing step and for stages that were trained on another tokenizer's tokens.
     """
+    from audiolm.data.tokens import tokenizer_dtype
     from audiolm.generate.audiolm import AudioLM
     from audiolm.generate.params import PAPER_PARAMS, STAGES
     from audiolm.lm.model import load_lm
@@ -67,7 +69,8 @@ def load(paths: Mapping[str, str], device: str = "cpu", mean_run: float | None =
               if f"lm_{name}" in paths}
     if device != "cpu":
         models = {name: (model.bfloat16(), stage) for name, (model, stage) in models.items()}
-    return AudioLM(load_semantic(paths["kmeans"], device), load_codec(paths["codec"], device), models, float(mean_run),
+    dtype = tokenizer_dtype(paths["semantic_tokens"]) if "semantic_tokens" in paths else "float32"
+    return AudioLM(load_semantic(paths["kmeans"], device, dtype), load_codec(paths["codec"], device), models, float(mean_run),
                    dict(sampling or PAPER_PARAMS), device=device)
 
 

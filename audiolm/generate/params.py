@@ -41,7 +41,8 @@ class SamplingParams:
 
 def params_from_config(samples: SamplesConfig) -> dict[str, SamplingParams]:
     """Sampling parameters by stage of a run's config."""
-    return {stage: SamplingParams(getattr(samples, f"temperature_{stage}")) for stage in STAGES}
+    return {stage: SamplingParams(getattr(samples, f"temperature_{stage}"),
+                                  guidance=1.0 if stage == "semantic" else samples.guidance) for stage in STAGES}
 
 
 PAPER_PARAMS = params_from_config(SamplesConfig())  # 0.6, 0.8, 0.6: 2209.03143 III-D

@@ -302,8 +302,8 @@ class Sampler:
         if not longest:
             return
         if self.static:  # one padded batch; `truncate` forgets the padding's keys
-            parts = [[np.pad(part, ((0, longest - len(part)), *((0, 0),) * (part.ndim - 1))) if len(part) else part
-                      for part in row] for row in different]
+            parts = [[np.pad(part, ((0, longest - len(part)), *((0, 0),) * (part.ndim - 1))) for part in row]
+                     for row in different]
             part = cache.rows(first, first + len(different))
             self._advance(part, *(np.stack(p) for p in zip(*parts, strict=True)))
             part.truncate(torch.tensor([len(ids) for ids, *_ in different]), longest)

@@ -20,7 +20,7 @@ from audiolm.lm.stages import MAX_RUN, Stage, stage_from_json
 from audiolm.models.parallel_decoder import ParallelDecoder, ParallelSizes
 from audiolm.models.transformer import Transformer, TransformerSizes
 
-FORMAT = 3  # 1 had one head over all ids, 2 no conditions
+FORMAT = 3  # 1 had one head over all ids, 2 no conditions, and T5 buckets up to the longest row
 KINDS = {"lm": (Transformer, TransformerSizes), "parallel": (ParallelDecoder, ParallelSizes)}
 
 
@@ -39,7 +39,7 @@ def build_lm(stage: Stage, shape: lm.StageConfig, codes_QVE: torch.Tensor | None
 
 def _arguments(stage: Stage, shape: lm.StageConfig, code_width: int) -> dict[str, Any]:
     tied = [len(stage.columns), stage.vocab, code_width, stage.offset] if code_width else None
-    return {"tied": tied, "vocab": stage.vocab_size, "slots": [len(ids) for ids in stage.slot_ids()], "longest": stage.max_len,
+    return {"tied": tied, "vocab": stage.vocab_size, "slots": [len(ids) for ids in stage.slot_ids()],
             "no_cond": stage.no_cond, "run": MAX_RUN if stage.lengths else 0,
             **shape.model_dump(include={"dim", "layers", "heads", "ff", "dropout", "positions", "gated", "norm", "activation"})}
 

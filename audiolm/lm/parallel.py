@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from audiolm.config.lm import LMConfig
 from audiolm.data.tokens import RATIO
 from audiolm.lm.loss import level_sums
 from audiolm.lm.stages import Stage
@@ -23,6 +24,12 @@ from audiolm.models.heads import NO_TARGET
 from audiolm.models.parallel_decoder import ParallelDecoder
 
 PROMPTED = 0.5  # share of training documents with a prompt: sounds are also generated without one
+
+
+def parallel_stage(config: LMConfig, codec_n_q: int, codec_vocab: int, k: int) -> Stage:
+    """The decoder's vocabularies and crop. It is packed, as stage 2 without EOS, to plan rows and to count baselines alone."""
+    return Stage("parallel", k, codec_vocab, (0, codec_n_q), codec_n_q, False, config.parallel.crop_s,
+                 dropped=config.condition_dropout)
 
 
 class Document(NamedTuple):

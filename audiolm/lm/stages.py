@@ -63,7 +63,7 @@ def dedupe(z_T: np.ndarray) -> np.ndarray:
 class Stage:
     """Layout of one stage: which ids exist, in which order they are packed, which may be drawn at a position."""
 
-    name: str  # semantic, coarse, fine or parallel (lm.parallel; packed as coarse only to plan rows and count baselines)
+    name: str  # semantic, coarse, fine; or parallel (lm.parallel)
     k: int  # semantic vocabulary
     vocab: int  # codes of an acoustic level
     levels: tuple[int, int]  # target levels [from, to), counted from 0; (0, 0) in stage 1
@@ -73,13 +73,18 @@ class Stage:
     min_crop_s: float = 0.0  # rows are cut further, into random crops of at least this; 0: only at a row's or clip's end
     lengths: bool = False  # stage 1 predicts how many frames an id lasts
     aligned: bool = False  # targets have the condition of their own frame, beside the prefix
-    dropped: float = 0.0  # share of training documents without prefix and condition, which guidance needs
+    dropped: float = 0.0  # share of training documents without prefix and condition, which guidance needs; 1: all, always
 
     # -- vocabulary: [semantic ids | level 1 | level 2 | ... | BOS EOS SEP] -----------------------
 
     @property
     def needs_semantic(self) -> bool:
-        return self.name != "fine"
+        return self.name == "semantic" or (self.name != "fine" and self.conditioned)
+
+    @property
+    def conditioned(self) -> bool:
+        """True for an acoustic stage with a prefix; without one where all documents are dropped (lm.ablation)."""
+        return self.name != "semantic" and self.dropped < 1
 
     @property
     def needs_acoustic(self) -> bool:
@@ -185,6 +190,8 @@ class Stage:
         """Ids before the first target: BOS; BOS z... SEP; BOS coarse SEP."""
         if self.name == "semantic":
             return np.array([self.bos], np.int64)
+        if not self.conditioned:
+            return self.no_prompt()
         body = self.semantic_ids(z_T) if self.needs_semantic else self._acoustic_ids(coarse_TQ, 0, self.n_coarse)
         return np.concatenate([[self.bos], body, [self.sep]]).astype(np.int64)
 
@@ -327,24 +334,19 @@ def stage_from_json(data: dict) -> Stage:
 
 
 def build_stages(config: LMConfig, codec_n_q: int, codec_vocab: int, k: int) -> dict[str, Stage]:
-    """The run's stages by step name; no lm_fine where Q' = Q (piano). Raises ValueError where Q' > Q.
-
-    Where the acoustic part is parallel, lm_parallel replaces lm_coarse and lm_fine (lm.parallel).
-    """
-    coarse, parallel = config.coarse_levels, config.acoustic == "parallel"
-    if coarse > codec_n_q and not parallel:
+    """The run's stages by step name; no lm_fine where Q' = Q (piano). Raises ValueError where Q' > Q."""
+    coarse = config.coarse_levels
+    if coarse > codec_n_q:
         raise ValueError(f"lm.coarse_levels ({coarse}) exceeds codec.n_q ({codec_n_q}): lower it or raise codec.n_q")
     stages = {}
-    for name, levels in (("semantic", (0, 0)), ("coarse", (0, coarse)), ("fine", (coarse, codec_n_q)))[:1 if parallel else 3]:
+    for name, levels in (("semantic", (0, 0)), ("coarse", (0, coarse)), ("fine", (coarse, codec_n_q))):
         if name == "fine" and coarse == codec_n_q:
             continue  # the coarse stage predicts all levels
         shape, first = getattr(config, name), name == "semantic"
+        alone = name == "coarse" and config.ablation == "acoustic"
         min_crop_s = FINE_MIN_S if shape.min_crop_s is None and name == "fine" else shape.min_crop_s or 0.0
         stages[f"lm_{name}"] = Stage(name, k, codec_vocab, levels, coarse, config.dedupe and (first or not config.lengths),
                                      shape.crop_s, min_crop_s, lengths=first and config.lengths,
-                                     aligned=not first and config.conditioning == "aligned",
-                                     dropped=0.0 if first else config.condition_dropout)
-    if parallel:
-        stages["lm_parallel"] = Stage("parallel", k, codec_vocab, (0, codec_n_q), codec_n_q, False, config.parallel.crop_s,
-                                      dropped=config.condition_dropout)
+                                     aligned=not (first or alone) and config.conditioning == "aligned",
+                                     dropped=0.0 if first else 1.0 if alone else config.condition_dropout)
     return stages

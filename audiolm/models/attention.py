@@ -3,6 +3,7 @@
 Dense, on any device: SDPA, causal alone where every row is one document, else with a mask.
 Flash, for half precision on CUDA: one call over all documents of a batch.  Their bounds are counted on the CPU, before
 the batch reaches the device, and padded to a few lengths: nothing waits for the device, nothing is compiled twice.
+On a CPU a causal call for each document takes flash's place: with a mask all pairs of a row are computed.
 Shapes: doc_BT int64, equal within a document of a row; q, k, v (B, T, H, E); bounds_N int32, the start of each document
 in B x T, padded with B x T.
 """
@@ -74,6 +75,11 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
         a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         return a.transpose(1, 2).reshape(B, T, H * E)
     q, k, v = (x.reshape(B * T, H, E) for x in (q, k, v))
+    if q.device.type == "cpu":
+        lengths = [n for n in bounds_N.diff().tolist() if n]
+        each = zip(*(x.transpose(0, 1)[None].split(lengths, 2) for x in (q, k, v)), strict=True)
+        a = torch.cat([F.scaled_dot_product_attention(*qkv, is_causal=True) for qkv in each], 2)
+        return a.transpose(1, 2).reshape(B, T, H * E)
     # The operator below torch.nn.attention.varlen, because that function changed its arguments from release to release.
     # Queries and keys have the same bounds; 0.0: no dropout, True: causal, False: no debug mask.
     a = torch.ops.aten._flash_attention_forward(q, k, v, bounds_N, bounds_N, T, T, 0.0, True, False)[0]

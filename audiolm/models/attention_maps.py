@@ -1,7 +1,7 @@
 """Attention maps of a Transformer, layer by layer, computed again beside the training path.
 
-Shapes: ids_T int64 of one document; share_TT float32, the attention of query i to keys j <= i averaged over heads, whose
-rows sum to 1; h_TD, a layer's output (normed, the last one equals `Transformer.hidden`).
+Shapes: ids_T, cond_TC int64 of one document; share_TT float32, the attention of query i to keys j <= i averaged over heads,
+whose rows sum to 1; h_TD, a layer's output (normed, the last one equals `Transformer.hidden`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from audiolm.models.transformer import Transformer
 
 
 @torch.no_grad()
-def attention_maps(model: Transformer, ids_T: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def attention_maps(model: Transformer, ids_T: torch.Tensor,
+                   cond_TC: torch.Tensor | None = None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """(share_TT, h_TD) of each layer of a model in eval mode. Heads are computed one at a time, to bound memory."""
     T, rope = len(ids_T), None
     bias_HTT = torch.full((T, T), -torch.inf, device=ids_T.device).triu(1).expand(model.heads, -1, -1)
@@ -22,7 +23,7 @@ def attention_maps(model: Transformer, ids_T: torch.Tensor) -> Iterator[tuple[to
         rope = tuple(x[None, :, None, None] for x in model._rope_table(torch.arange(T, device=ids_T.device)))
     else:
         bias_HTT = model.bias(T)
-    h_BTD = model.embed(ids_T[None])
+    h_BTD = model._embed(ids_T[None], None if cond_TC is None else cond_TC[None], None)
     for block in model.blocks:
         mean_TT, values = torch.zeros(T, T, device=ids_T.device), []
         for q_TE, k_TE, v_TE, bias_TT in zip(*(x[0].unbind(1) for x in block.project(h_BTD, rope)), bias_HTT, strict=True):

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 
 from audiolm import rng
+from audiolm.models.precision import no_tf32
 
 CHUNK = 65_536  # rows at once: bounds memory, and is part of the order of summation
 PART = 131_072  # rows of a part (0.5 GB at D = 1024) unless one shard has more; part of the order of summation too
@@ -38,21 +38,9 @@ class KMeans:
     iterations: int  # of the best restart; passes over the points with minibatches
 
 
-@contextmanager
-def _exact_matmul(device: torch.device) -> Iterator[None]:
-    """Products of float32 in float32: no TF32 and no autocast, whatever the training run chose."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
-
-
 def assign(x_ND: torch.Tensor, centroids_KD: torch.Tensor) -> torch.Tensor:
     """labels_N (int64): the nearest centroid, Euclidean, in float32; the lowest index wins a tie."""
-    with _exact_matmul(x_ND.device):
+    with no_tf32(), torch.autocast(x_ND.device.type, enabled=False):
         c = centroids_KD.float()
         # |x - c|^2 / 2 without |x|^2 / 2, which is the same for all centroids: one matrix product
         offset_K = 0.5 * c.square().sum(-1)

@@ -1,8 +1,8 @@
 """Token positions (paper III-C): rotary position embeddings (2104.09864), or T5's learned bias by distance.
 
 Shapes: positions (...) int64 from 0 within a document; cos, sin (..., width of a head); bias_HTT float32, added to the
-scores of head h, query i and key j.  One bias table serves all layers and knows every distance below `longest`: half of
-its buckets hold one distance each, the others grow evenly in the logarithm; distances beyond share the last bucket.
+scores of head h, query i and key j.  One bias table serves all layers.  Half of its buckets hold one distance each, the
+others grow evenly in the logarithm up to MAX_DISTANCE; distances beyond share the last bucket (T5, 1910.10683, 2.1).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 ROTARY_BASE = 10_000.0  # 2104.09864
-BUCKETS = 32  # as T5
+BUCKETS, MAX_DISTANCE = 32, 128  # as T5; the distance in tokens
 
 Rope = tuple[torch.Tensor, torch.Tensor]  # cosines and signed sines, (..., width) each
 
@@ -36,20 +36,20 @@ def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, fused: boo
     return (torch.addcmul(y * cos, other, sin) if fused else y * cos + other * sin).to(x.dtype)
 
 
-def distance_buckets(longest: int) -> torch.Tensor:
-    """The bucket of every distance 0 .. longest - 1."""
+def distance_buckets() -> torch.Tensor:
+    """The bucket of every distance 0 .. MAX_DISTANCE - 1."""
     exact = BUCKETS // 2
-    grown = [int(math.log(d / exact) / math.log(longest / exact) * (BUCKETS - exact)) for d in range(exact, longest)]
-    return torch.tensor([*range(min(exact, longest)), *(min(exact + g, BUCKETS - 1) for g in grown)])
+    growth = (BUCKETS - exact) / math.log(MAX_DISTANCE / exact)
+    return torch.tensor([*range(exact), *(exact + int(math.log(d / exact) * growth) for d in range(exact, MAX_DISTANCE))])
 
 
 class RelativePositionBias(nn.Module):
-    """Learned bias of every head at each distance; `longest` in tokens."""
+    """Learned bias of every head at each distance in tokens."""
 
-    def __init__(self, heads: int, longest: int):
+    def __init__(self, heads: int):
         super().__init__()
         self.table = nn.Parameter(torch.empty(BUCKETS, heads))
-        self.register_buffer("bucket_L", distance_buckets(longest), persistent=False)
+        self.register_buffer("bucket_L", distance_buckets(), persistent=False)
 
     def forward(self, length: int) -> torch.Tensor:
         """bias_HTT, -inf where a key comes after the query."""

@@ -36,11 +36,10 @@ def _norm(s: TransformerSizes) -> nn.Module:
 class TransformerSizes:
     """Architecture of a Transformer: dim and ff in channels, `gated`: ff each of value and gate.
 
-    slots: the ids of each slot of a frame (None: one slot of `vocab` ids); positions: rotary or t5; `longest` distance
-    in tokens, for t5; norm: layer or rms; activation: gelu or silu; no_cond: the id that is no condition, run: the longest
-    run length (0: there are none).
+    slots: the ids of each slot of a frame (None: one slot of `vocab` ids); positions: rotary or t5; norm: layer or rms;
+    activation: gelu or silu; no_cond: the id that is no condition, run: the longest run length (0: there are none).
     tied: (levels, vocab, width, id of the first code) of a codec's code vectors that embeddings and heads are tied to.
-    Raises ValueError where dim does not split into even heads, or t5 has no longest distance.
+    Raises ValueError where dim does not split into even heads.
     """
 
     vocab: int
@@ -51,7 +50,6 @@ class TransformerSizes:
     dropout: float
     slots: Sequence[int] | None = None
     positions: str = "rotary"
-    longest: int = 0
     gated: bool = False
     norm: str = "layer"
     activation: str = "gelu"
@@ -62,8 +60,6 @@ class TransformerSizes:
     def __post_init__(self):
         if self.dim % self.heads or (self.dim // self.heads) % 2:
             raise ValueError(f"dim ({self.dim}) must be an even multiple of heads ({self.heads}), for rotary positions")
-        if self.positions == "t5" and self.longest < 1:
-            raise ValueError(f"positions t5 need the longest distance, got longest {self.longest}: pass the stage's max_len")
 
 
 class Block(nn.Module):
@@ -136,7 +132,7 @@ class Transformer(nn.Module):
         self.vocab, self.dim, self.heads, self.dropout = s.vocab, s.dim, s.heads, s.dropout
         self.checkpointing, self._compiled = False, None  # of the training pass alone
         self.embed = nn.Embedding(s.vocab, s.dim)
-        self.bias = RelativePositionBias(s.heads, s.longest) if s.positions == "t5" else None
+        self.bias = RelativePositionBias(s.heads) if s.positions == "t5" else None
         self.blocks = nn.ModuleList(Block(s) for _ in range(s.layers))
         self.norm = _norm(s)
         self.head = LevelHeads(s.dim, s.slots or (s.vocab,))
@@ -147,8 +143,10 @@ class Transformer(nn.Module):
                 # residual branches shrink with depth, so that the sum over 2 x layers of them keeps its scale
                 deep = (2 * s.layers) ** -0.5 if name.endswith(("out.weight", "down.weight")) else 1.0
                 # 0.02 as GPT-2 for embeddings and heads; other weights keep the variance of their input
-                small = name.endswith(("embed.weight", "given.weight", "head.weight", "bias.table"))
+                small = name.endswith(("embed.weight", "head.weight", "bias.table"))
                 nn.init.normal_(p, std=0.02 if small else deep * p.shape[1] ** -0.5)
+        if self.lengths:  # an id's length depends on the id first: features that a few steps can use
+            nn.init.normal_(self.lengths.given.weight)
         if self.tied:  # free terms beside the tied ones start at zero
             levels, vocab, _, first = s.tied
             nn.init.zeros_(self.embed.weight[first:first + levels * vocab])

@@ -134,15 +134,17 @@ def _stages(stages: Mapping[str, Mapping], over: Sequence[Mapping[str, Any]], pa
         "summary": summary, "gates": failed})
 
 
-def _stage_title(name: str, level: int | None) -> str:
-    return STAGE_TITLES.get(name, name) + (f", level {level}" if level else "")
+def _stage_title(name: str, level: int | str | None) -> str:
+    part = f", {'' if isinstance(level, str) else 'level '}{level}" if level else ""
+    return STAGE_TITLES.get(name, name) + part
 
 
 def _losses(stages: Mapping[str, Mapping], columns: Sequence[str], against: Sequence[str]) -> dict[str, Any]:
     """Loss and baselines of each stage and level; `against` names the baselines it is compared with, in percent."""
     rows = []
     for name, stage in stages.items():
-        for s in (stage, *(stage.get("levels") or ())):
+        lengths = stage.get("lengths")
+        for s in (stage, *([{**lengths, "level": "run lengths"}] if lengths else ()), *(stage.get("levels") or ())):
             marks = []
             for base in map(s.get, against):
                 if s.get("loss") is None or base is None:

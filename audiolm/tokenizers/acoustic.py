@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import torch
 
+from audiolm.models.precision import no_tf32
 from audiolm.models.soundstream import SoundStream, SoundStreamSizes
 from audiolm.models.spectral.codec import SpectralCodec, SpectralSizes
 from audiolm.tokenizers import hf_codec
@@ -95,7 +96,9 @@ class AcousticTokenizer:
                                           model.encoder_lookahead * hop):
             # Drop the frames of the history, which the chunk before gave, and of the lookahead. At
             # both ends the model pads with zeros itself.
-            yield model.encode(wav_BT.to(self.device))[:, before // hop:][:, :own // hop].cpu()
+            with no_tf32():  # not around `yield`, as the caller's own work goes on there
+                codes_BTQ = model.encode(wav_BT.to(self.device))
+            yield codes_BTQ[:, before // hop:][:, :own // hop].cpu()
 
     def _waves(self, parts_BTQ: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
         model, hop, known_BT = self.model, self.model.hop, None

@@ -14,6 +14,7 @@ from dataclasses import replace
 
 import torch
 
+from audiolm.models.precision import no_tf32
 from audiolm.tokenizers import hf
 from audiolm.tokenizers.artifact import CONFIG, ArtifactError, write_export
 from audiolm.tokenizers.base import (
@@ -58,7 +59,7 @@ class PretrainedCodec:
         numbers.
         """
         codes, hop = [], self.spec.hop
-        with torch.inference_mode():
+        with torch.inference_mode(), no_tf32():
             for wav_T, n in zip(wav_BT, clip_lengths(wav_BT, lengths_B), strict=True):
                 frames = _frames(self.spec, n)
                 wav_11T = torch.zeros(1, 1, frames * hop, device=self.device)  # the last frame is filled with zeros

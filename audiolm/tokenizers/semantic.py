@@ -16,6 +16,7 @@ import torch
 
 from audiolm.models import kmeans
 from audiolm.models.conformer import LAYER_CONVENTION, Encoder, EncoderSizes
+from audiolm.models.precision import no_tf32
 from audiolm.tokenizers import hf_encoder
 from audiolm.tokenizers.artifact import MASKED_FORMAT, ArtifactError, read_export, write_export
 from audiolm.tokenizers.base import SAMPLE_RATE, SEMANTIC_HOP, TokenSpec
@@ -58,6 +59,7 @@ class SemanticTokenizer:
         self.spec = TokenSpec("semantic", SAMPLE_RATE, SEMANTIC_HOP, 1, len(centroids_KD))
 
     @torch.no_grad()
+    @no_tf32()
     def features(self, wav_BT: torch.Tensor, lengths_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Z-scored features_BTD (float32, on the tokenizer's device) and frames_B."""
         (x_BTD,), frames_B = windowed(self.extractor, wav_BT.to(self.device), lengths_B, [self.layer], self.window)

@@ -24,7 +24,7 @@ from tests.worlds.tiny_system import COARSE, RUN, build, voice
 K = 40
 
 
-@pytest.mark.parametrize("shape", [{}, {"positions": "t5", "longest": 40},
+@pytest.mark.parametrize("shape", [{}, {"positions": "t5"},
                                    {"gated": True, "norm": "rms", "activation": "silu"}])
 def test_what_is_listened_to_gives_what_the_model_gives(shape):
     torch.manual_seed(0)
@@ -42,8 +42,7 @@ def aligned(dedupe: bool):
     shape = StageConfig(crop_s=10.0, train=TrainConfig(steps=1, batch=1, lr=1e-3))
     lm = LMConfig(**PAPER, dedupe=dedupe, coarse_levels=1, semantic=shape, coarse=shape, fine=shape)
     stage = build_stages(lm, 1, K, K)["lm_coarse"]
-    model = Transformer(TransformerSizes(stage.vocab_size, 2 * K, 1, 1, 8, 0.0, slots=[K + 1], positions="t5",
-                                         longest=stage.max_len)).eval()
+    model = Transformer(TransformerSizes(stage.vocab_size, 2 * K, 1, 1, 8, 0.0, slots=[K + 1], positions="t5")).eval()
     with torch.no_grad():
         model.bias.table.zero_()
         model.embed.weight.zero_()

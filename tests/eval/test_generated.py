@@ -12,7 +12,7 @@ from audiolm import store
 from audiolm.data.clips import Clip, Part, clips_parquet
 from audiolm.eval import generated, test_sets
 from audiolm.eval.generated import make_samples, missing_batches, plan_samples, shuffled
-from tests.worlds.tiny_system import RUN, build, voice
+from tests.worlds.tiny_system import build, token_store, voice
 
 SR = 16_000
 
@@ -25,9 +25,7 @@ def clip(name: str, seconds: float, speaker: str = "s") -> Clip:
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("system"))
-    tokens = store.join(folder, "semantic_tokens")
-    store.put_json(store.join(tokens, "done.json"), {"facts": {"mean_run": RUN}})
-    return {**build(folder), "semantic_tokens": tokens}
+    return {**build(folder), "semantic_tokens": token_store(folder)}
 
 
 CLIPS = [(clip("a", 1.2), voice(1.2)), (clip("b", 0.8, "t"), voice(0.8, 1))]

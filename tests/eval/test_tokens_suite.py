@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -84,6 +85,23 @@ def test_one_command_prints_both_kinds_at_all_their_rates(made, tmp_path, capsys
         lo, hi = row["interval_across"]
         assert 0 <= lo <= row["across"] <= hi <= 100 and set(row["by_speaker_within"]) == {"s0", "s1"}
     assert found["rows"][1]["mel"] != found["rows"][2]["mel"]
+
+
+def test_every_row_of_the_suite_has_the_papers_figures_beside_it(made):
+    paths, items, sound = made
+    config = SimpleNamespace(semantic=SimpleNamespace(abx=SimpleNamespace(items=items, audio=[sound], speakers=None)),
+                             tables=SimpleNamespace(sounds=1), evaluate=SimpleNamespace(clip_s=1.2),
+                             run=SimpleNamespace(seed=0))
+    steps = {step: paths[option] for option, step in tokens.BUILDS.items()}
+    rows = tokens.tokens_suite(SimpleNamespace(config=config, steps=steps, device="cpu"))
+    found = {(row.item.split(" b/s")[0], row.metric.split()[1]): (row.paper, row.note) for row in rows}
+    assert found == {
+        ("semantic, 1 levels, 90", "within"): (6.7, "the paper's tokens have 250 b/s"),
+        ("semantic, 1 levels, 90", "across"): (7.6, "the paper's tokens have 250 b/s"),
+        ("semantic, 3 levels, 269", "within"): (5.6, "the paper's tokens have 6000 b/s"),
+        ("semantic, 3 levels, 269", "across"): (6.2, "the paper's tokens have 6000 b/s"),
+        ("acoustic, 3 levels, 600", "within"): (22.4, "the paper's tokens have 2000 b/s"),
+        ("acoustic, 3 levels, 600", "across"): (28.7, "the paper's tokens have 2000 b/s")}
 
 
 def test_the_features_are_the_sums_of_the_vectors_of_the_levels(made, codec):

@@ -14,7 +14,7 @@ import audiolm
 from audiolm import store
 from audiolm.generate.prompts import read_prompt
 from tests.worlds.basics import ROOT
-from tests.worlds.tiny_system import CROPS_S, RUN, build, voice
+from tests.worlds.tiny_system import CROPS_S, build, token_store, voice
 from workflows import generate as command
 
 SHORT = ("--seconds", "0.6", "--prompt-s", "0.6", "--whole", "--samples", "2")
@@ -27,8 +27,7 @@ def run(tmp_path_factory) -> str:
 
 
 def index(folder: str, dedupe: bool = True) -> str:
-    paths = {**build(folder, dedupe=dedupe), "semantic_tokens": f"{folder}/semantic_tokens"}
-    store.put_json(f"{folder}/semantic_tokens/done.json", {"facts": {"mean_run": RUN}})
+    paths = {**build(folder, dedupe=dedupe), "semantic_tokens": token_store(folder)}
     store.put_json(f"{folder}/runs/tiny.json", {"run": "tiny", "steps": {n: {"path": p} for n, p in paths.items()}})
     return f"{folder}/runs/tiny.json"
 
@@ -208,7 +207,7 @@ def test_a_model_may_end_a_sound_before(do):
 def test_long_form_is_for_stages_that_keep_repeats(do, tmp_path, monkeypatch):
     options = ("--prompt", "a.wav", *SHORT[2:], "--seconds", "5", "--long", "--out", "out")
     status, _, stderr = do(*options)
-    assert status == 1 and "dedupe: true" in stderr and not sounds("out")
+    assert status == 1 and "lm.lengths: false" in stderr and not sounds("out")
     monkeypatch.setitem(CROPS_S, "coarse", 4.0)  # a window has to hold more than its overlap
     status, stdout, _ = do(*options, of=index(f"{tmp_path}/free", dedupe=False))
     assert status == 0 and "2 files, 10.0 s of audio" in stdout

@@ -10,12 +10,13 @@ import pytest
 
 from audiolm.generate.load import load
 from audiolm.generate.long_form import stream
+from tests.worlds.layouts import TIMED
 from tests.worlds.tiny_system import PLAIN, RUN, build, voice
 
 
-@pytest.fixture(scope="module")
-def lm(tmp_path_factory):
-    return load(build(str(tmp_path_factory.mktemp("plain")), dedupe=False), mean_run=RUN)
+@pytest.fixture(scope="module", params=[{"dedupe": False}, TIMED], ids=["frames", "lengths"])
+def lm(request, tmp_path_factory):
+    return load(build(str(tmp_path_factory.mktemp("plain")), **request.param), mean_run=RUN)
 
 
 def test_windows_join_to_one_sound_of_the_length_asked_for(lm, monkeypatch):
@@ -41,7 +42,7 @@ def test_the_same_seed_gives_the_same_sound_and_eos_ends_it(lm):
 
 
 def test_refusals(lm, tmp_path):
-    with pytest.raises(ValueError, match="dedupe: true"):
+    with pytest.raises(ValueError, match="lm.lengths: false"):
         stream(load(build(str(tmp_path)), mean_run=RUN), None, 20.0, 0)
     with pytest.raises(ValueError, match=r"fills the window of 2 s"):
         stream(lm, voice(2.1), 4.0, 0, overlap_s=1.0)
@@ -54,6 +55,7 @@ def test_refusals(lm, tmp_path):
 def test_60_seconds_take_the_memory_of_10(tmp_path):
     code = f"""
 import resource
+from tests.worlds.layouts import TIMED
 from tests.worlds.tiny_system import PLAIN, RUN, build
 from audiolm.generate.load import load
 from audiolm.generate.long_form import stream

@@ -25,7 +25,7 @@ TIMED = Stage("semantic", K, VOCAB, (0, 0), 2, True, 4.0, lengths=True)
 
 def build(stage: Stage, dropout: float) -> Transformer:
     positions = "t5" if stage.name == "coarse" else "rotary"
-    return Transformer(TransformerSizes(stage.vocab_size, 32, 2, 4, 64, dropout, positions=positions, longest=stage.max_len,
+    return Transformer(TransformerSizes(stage.vocab_size, 32, 2, 4, 64, dropout, positions=positions,
                                         slots=[len(ids) for ids in stage.slot_ids()], no_cond=stage.no_cond,
                                         run=MAX_RUN if stage.lengths else 0)).eval()
 
@@ -189,3 +189,78 @@ def test_bad_settings_are_refused():
                             ((1.0, None, None, 0), "window"), ((1.0, None, None, 5, 1.0), "repeats")):
         with pytest.raises(ValueError, match=field):
             SamplingParams(*settings)
+
+
+@pytest.fixture(scope="module")
+def timed() -> Transformer:
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = build(TIMED, 0.0).requires_grad_(False)
+        model.head.weight.mul_(20.0)
+        model.lengths.head.weight.mul_(20.0)
+    return model
+
+
+def heads() -> list[np.ndarray]:
+    """Prompts in frames, also empty ones and one whose last run is long."""
+    draw = np.random.default_rng(4)
+    return [np.repeat(draw.integers(0, K, n), draw.integers(1, 5, n)) for n in (0, 1, 7, 3, 0, 12, 5, 2, 9)] + [np.full(60, 3)]
+
+
+def test_runs_fill_the_frames_and_go_on_where_the_prompt_was(timed):
+    z, frames = heads(), [40, 1, 0, 25, 3, 60, 33, 12, 50, 20]
+    out = Sampler(timed, TIMED).runs(z, frames, range(10), may_end=False)
+    for prompt, n, (z_T, ended) in zip(z, frames, out, strict=True):
+        assert len(z_T) == len(prompt) + n and not ended
+        np.testing.assert_array_equal(z_T[:len(prompt)], prompt)
+        assert 0 <= z_T.min(initial=0) and z_T.max(initial=0) < K
+    free = Sampler(timed, TIMED).runs([np.zeros(0, np.int64)] * 30, [80] * 30, range(30), params=SamplingParams(4.0))
+    ended = [z_T for z_T, end in free if end]
+    assert ended and min(map(len, ended)) < 80 and all(len(z_T) == 80 for z_T, end in free if not end)
+
+
+def test_a_cut_run_lasts_at_least_as_long_as_the_prompt_has_of_it(timed):
+    """Lengths follow p(length | id, length >= seen), counted over many seeds."""
+    prompt = np.repeat([2, 5], [3, 2])
+    out = Sampler(timed, TIMED).runs([prompt] * 400, [MAX_RUN + 5] * 400, range(400), may_end=False)
+    more = [int((np.append(z_T[3:], -1) != 5).argmax()) for z_T, _ in out]
+    assert min(more) >= 2
+    ids, length = torch.tensor([[TIMED.bos, 2]]), torch.tensor([[0, 3]])
+    scores_L = timed.lengths.scores(timed.hidden(ids, length_BT=length)[0, -1], torch.tensor(5))
+    chances_L = scores_L[1:].softmax(0)  # a length of 1 is not possible
+    # another 5 may follow, so runs are at least as long as the first length: compare the shortest
+    assert np.mean(np.array(more) == 2) == pytest.approx(float(chances_L[0]), abs=0.1)
+
+
+def test_runs_are_the_same_whatever_the_batch_and_on_the_gpus_way(timed, monkeypatch):
+    z, frames, how = heads(), [40, 1, 0, 25, 3, 60, 33, 12, 50, 20], SamplingParams(1.5, top_p=0.9)
+    batch = Sampler(timed, TIMED).runs(z, frames, range(10), params=how)
+    static = Sampler(timed, TIMED)
+    static.static = True
+    monkeypatch.setattr(static, "_replay", lambda m, params: static._step(m, params, None))
+    for i, (z_T, ended) in enumerate(batch):
+        alone = Sampler(timed, TIMED).runs([z[i]], [frames[i]], [i], params=how)[0]
+        np.testing.assert_array_equal(alone[0], z_T)
+        assert alone[1] == ended
+    for (a, _), (b, _) in zip(batch, static.runs(z, frames, range(10), params=how), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_cached_sampling_of_aligned_conditions_equals_the_whole_model(models, guidance):
+    name, n = "aligned coarse", 24
+    stage, model = STAGES[name], models[name]
+    p, cond = prompt(name, 6, 1), conditions(name, [n])[0]
+    ids = Sampler(model, stage)([p], n, params=SamplingParams(0.0, guidance=guidance), seeds=[0], cond=[cond])[0]
+    for i in range(n):
+        scores = []
+        for head, own in ((p, cond), (stage.no_prompt(), cond[:0])):
+            row = np.concatenate([head, ids[:i]])
+            cond_TC = torch.from_numpy(stage.place_conditions(len(row), len(head), own))
+            h_D = model.hidden(torch.from_numpy(row)[None], cond_BTC=cond_TC[None])[0, -1]
+            scores.append((model.head.by_slot()[i % stage.slots][0] @ h_D).log_softmax(0))
+        scores_W = scores[1] + guidance * (scores[0] - scores[1])
+        chosen = stage.slot_ids()[i % stage.slots].tolist().index(ids[i])
+        assert scores_W[chosen] >= scores_W.max() - 1e-4
+    with pytest.raises(ValueError, match="guidance 2 needs a coarse stage that was also trained without its condition"):
+        Sampler(models["coarse"], STAGES["coarse"])([prompt("coarse", 3, 0)], 4, seeds=[0], params=SamplingParams(guidance=2.0))

@@ -10,7 +10,7 @@ from audiolm import store
 from audiolm.config import lm as lm_config
 from audiolm.config import training
 from audiolm.lm.model import build_lm, export_lm, load_lm
-from audiolm.lm.stages import NO_LEVEL, build_stages, dedupe
+from audiolm.lm.stages import MAX_RUN, NO_LEVEL, build_stages, dedupe, run_lengths
 from tests.worlds.layouts import PAPER
 from tests.worlds.token_corpus import legal_ids
 
@@ -157,3 +157,43 @@ def test_export_is_loaded_alike_and_others_are_refused(tmp_path):
         load_lm(path)
     with pytest.raises(FileNotFoundError, match="training step"):
         load_lm(str(tmp_path / "nothing"))
+
+
+def test_run_lengths_say_all_that_was_there():
+    draw = np.random.default_rng(0)
+    z_T = np.repeat(draw.integers(0, K, 40), draw.integers(1, 2 * MAX_RUN + 9, 40))
+    ids, lengths = run_lengths(z_T)
+    np.testing.assert_array_equal(np.repeat(ids, lengths), z_T)
+    assert lengths.max() == MAX_RUN and (lengths[:-1][ids[1:] == ids[:-1]] == MAX_RUN).all()  # only a long run is several ids
+    stage = build_stages(lm_config.LMConfig(semantic=SHAPE), 4, VOCAB, K)["lm_semantic"]
+    for at_end in (True, False):
+        part = stage.pack(z_T, None, at_end)
+        known = part.length > 0
+        np.testing.assert_array_equal(part.ids[1:len(ids) + 1], ids)
+        np.testing.assert_array_equal(part.length[known], lengths if at_end else lengths[:-1])  # a cut run's is not known
+        assert part.length[0] == 0 and (part.ids[-1] == stage.eos) == at_end
+
+
+def test_a_target_has_the_condition_of_its_own_frame():
+    s = build_stages(lm_config.LMConfig(coarse_levels=COARSE, semantic=SHAPE, coarse=SHAPE, fine=SHAPE), 4, VOCAB, K)
+    z_T, codes_TQ = crop()
+    coarse, fine = s["lm_coarse"], s["lm_fine"]
+    for stage, expected in ((coarse, np.repeat(z_T, 2)[:, None]),
+                            (fine, codes_TQ[:, :COARSE] + VOCAB * np.arange(COARSE))):
+        part = stage.pack(z_T if stage is coarse else None, codes_TQ[:, :len(stage.columns)], True)
+        at = np.flatnonzero(part.target) - 1  # the ids that predict
+        np.testing.assert_array_equal(part.cond[at], np.repeat(expected, stage.slots, 0))
+        assert (np.delete(part.cond, at, 0) == stage.no_cond).all()
+        dropped = stage.pack(z_T if stage is coarse else None, codes_TQ[:, :len(stage.columns)], True, drop=True)
+        assert dropped.ids[:2].tolist() == [stage.bos, stage.sep] and (dropped.cond == stage.no_cond).all()
+        np.testing.assert_array_equal(dropped.ids[2:], part.ids[part.target])
+
+
+def test_the_acoustic_ablation_has_no_semantic_ids():
+    config = lm_config.LMConfig(coarse_levels=COARSE, ablation="acoustic", semantic=SHAPE, coarse=SHAPE, fine=SHAPE)
+    stage, codes_TQ = build_stages(config, 4, VOCAB, K)["lm_coarse"], crop()[1]
+    part = stage.pack(None, codes_TQ[:, :COARSE], True)
+    assert part.ids[:2].tolist() == [stage.bos, stage.sep] and stage.vocab_size == COARSE * VOCAB + 3
+    np.testing.assert_array_equal(stage.unpack(part.ids[part.target]), codes_TQ[:, :COARSE])
+    with pytest.raises(ValueError, match="lm.ablation leaves stage 2 without"):
+        lm_config.LMConfig(ablation="acoustic", lengths=False, conditioning="prefix")

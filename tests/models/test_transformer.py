@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 
 from audiolm.models.attention import Documents, documents, positions_of
-from audiolm.models.positions import BUCKETS, RelativePositionBias, distance_buckets
+from audiolm.models.positions import RelativePositionBias, distance_buckets
 from audiolm.models.transformer import Transformer, TransformerSizes
 
 VOCAB = 50
-KINDS = {"rotary": {}, "t5": {"positions": "t5", "longest": 100}, "gated": {"gated": True},
+KINDS = {"rotary": {}, "t5": {"positions": "t5"}, "gated": {"gated": True},
          "llama": {"gated": True, "activation": "silu", "norm": "rms"}}
 
 
@@ -153,35 +153,34 @@ def test_clear_errors(model):
     model.advance(ids(1, 64), cache)
     with pytest.raises(ValueError, match="full"):
         model.advance(ids(1, 1), cache)
-    with pytest.raises(ValueError, match="longest"):
-        Transformer(TransformerSizes(VOCAB, 32, 1, 4, 64, 0.0, positions="t5"))
 
 
-def test_buckets_reach_the_longest_distance_and_near_ones_are_exact():
-    for longest in (1, 5, 16, 17, 100, 2304):
-        result = distance_buckets(longest).tolist()
-        assert len(result) == longest and result[:16] == list(range(min(16, longest)))
-        assert all(a <= b <= a + 1 or longest < 200 for a, b in zip(result, result[1:], strict=False))
-        assert longest < 40 or result[-1] == BUCKETS - 1
-    far = distance_buckets(2304)
-    assert len(far.unique()) == BUCKETS and (far == BUCKETS - 1).sum() > 300  # evenly in the logarithm, not cut at 128
+def test_buckets_are_t5s_at_every_distance():
+    attention = pytest.importorskip("transformers.models.t5.modeling_t5").T5Attention
+    distance = torch.arange(3000)
+    theirs = attention._relative_position_bucket(-distance, bidirectional=False, num_buckets=32, max_distance=128)
+    ours = distance_buckets()
+    assert torch.equal(ours[distance.clamp(max=len(ours) - 1)], theirs)
+    bias = RelativePositionBias(2)
+    torch.nn.init.normal_(bias.table)
+    assert torch.equal(bias.at(distance), bias.table[theirs])
 
 
 def test_the_bias_is_the_tables_value_at_each_distance_and_learns():
     torch.manual_seed(0)
-    bias = RelativePositionBias(3, 40)
+    bias = RelativePositionBias(3).double()  # so that no long sum rounds
     torch.nn.init.normal_(bias.table)
-    i, j = torch.arange(50)[:, None], torch.arange(50)
+    i, j = torch.arange(200)[:, None], torch.arange(200)
     expected = bias.at(i - j).permute(2, 0, 1).masked_fill(j > i, -torch.inf)
-    assert torch.equal(bias(50), expected)
-    weight = torch.randn(3, 50, 50)
-    grads = [torch.autograd.grad((b.masked_fill(j > i, 0) * weight).sum(), bias.table)[0] for b in (bias(50), expected)]
+    assert torch.equal(bias(200), expected)
+    weight = torch.randn(3, 200, 200, dtype=torch.float64)
+    grads = [torch.autograd.grad((b.masked_fill(j > i, 0) * weight).sum(), bias.table)[0] for b in (bias(200), expected)]
     torch.testing.assert_close(*grads)
 
 
 def test_t5_counts_at_every_distance_a_stage_has():
     torch.manual_seed(0)
-    model = Transformer(TransformerSizes(VOCAB, 32, 1, 4, 64, 0.0, positions="t5", longest=300)).requires_grad_(False)
+    model = Transformer(TransformerSizes(VOCAB, 32, 1, 4, 64, 0.0, positions="t5")).requires_grad_(False)
     before = model(ids(1, 300))[0, -1]
     model.bias.table[-1] += 3.0  # of the most distant tokens alone
     assert (model(ids(1, 300))[0, -1] - before).abs().max() > 1e-5
@@ -189,12 +188,12 @@ def test_t5_counts_at_every_distance_a_stage_has():
         model(ids(1, 300), documents(torch.zeros(1, 300, dtype=torch.int64), flash=True))
 
 
-def training_pass(model: Transformer, seed: int = 0) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def training_pass(model: Transformer, seed: int = 0, flash: bool = False) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """nats of a packed batch, dropout included, and all gradients."""
     doc_BT = torch.tensor([[0] * 9 + [1] * 6 + [2] * 15, [0] * 20 + [1] * 10])
     index_SN, label_SN = torch.arange(40).view(1, 40), ids(1, 40)
     torch.manual_seed(seed)
-    nats = model(ids(2, 30), documents(doc_BT), index_SN, label_SN)
+    nats = model(ids(2, 30), documents(doc_BT, flash), index_SN, label_SN)
     nats.sum().backward()
     grads = [p.grad for p in model.parameters()]
     model.zero_grad()
@@ -232,6 +231,13 @@ def test_the_flash_path_has_shapes_and_gradients():
     docs = Documents(docs.positions_BT.to("meta"), None, docs.bounds_N.to("meta"))
     model(doc_BT.to("meta"), docs, wanted, wanted).sum().backward()
     assert all(p.grad is not None and p.grad.shape == p.shape for p in model.parameters())
+
+
+def test_documents_one_by_one_equal_dense_attention():
+    """The CPU's way with bounds: the same losses and gradients up to rounding."""
+    torch.manual_seed(0)
+    model = Transformer(TransformerSizes(VOCAB, 32, 2, 4, 64, 0.1)).train()
+    torch.testing.assert_close(training_pass(model, flash=True), training_pass(model), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="flash attention needs a GPU")

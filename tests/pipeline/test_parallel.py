@@ -17,8 +17,7 @@ from tests.worlds.tiny_system import voice
 from workflows.full_pipeline import graph
 
 TRAIN = "{steps: 8, batch: 4, lr: 2.0e-3, eval_every: 4, save_every: 4, log_every: 1, export: best, engine: torch}"
-PARALLEL = ["tracking=none", "cluster={workers: 1, device: cpu, threads: 1}", "lm.acoustic=parallel", "lm.lengths=false",
-            "lm.dedupe=false",
+PARALLEL = ["tracking=none", "cluster={workers: 1, device: cpu, threads: 1}", "lm.acoustic=parallel",
             f"lm.parallel={{crop_s: 2.0, dim: 32, layers: 2, heads: 2, ff: 64, gates: warn, train: {TRAIN}}}",
             "lm.semantic.train.engine=torch", "semantic.model.train.engine=torch", "codec.train.engine=torch",
             "tables.suites=[attention, temperatures]", "tables.temperatures=[0.8]", "tables.utterances=1"]

@@ -24,16 +24,14 @@ from audiolm.tracking.lookup import index_of
 from audiolm.tracking.registry import save
 from audiolm.tracking.tracker import Tracker
 from tests.worlds.basics import ROOT, free_port
-from tests.worlds.tiny_system import RUN, build, voice
+from tests.worlds.tiny_system import build, token_store, voice
 
 
 @pytest.fixture(scope="module")
 def steps(tmp_path_factory) -> dict[str, str]:
     """A whole system's folders."""
     folder = str(tmp_path_factory.mktemp("system"))
-    tokens = store.join(folder, "semantic_tokens")
-    store.put_json(store.join(tokens, "done.json"), {"facts": {"mean_run": RUN}})
-    return {**build(folder), "semantic_tokens": tokens}
+    return {**build(folder), "semantic_tokens": token_store(folder)}
 
 
 @pytest.fixture(scope="module")

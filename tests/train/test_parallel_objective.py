@@ -28,7 +28,7 @@ from tests.worlds.training import Gradients
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 STEPS = 60
-LAYOUT = {"acoustic": "parallel", "condition_dropout": 0.2, "tied": False}
+LAYOUT = {"condition_dropout": 0.2, "tied": False}
 
 
 @pytest.fixture(scope="module")

@@ -130,7 +130,7 @@ def test_a_language_model_of_100_then_200_steps_is_that_of_200_at_once_and_each_
         run = TrainConfig(steps=steps, batch=4, lr=1e-2, warmup_steps=5, decay_steps=20, eval_every=40, save_every=70,
                           engine="torch", export="best")
         kind, factory, layout = {"lm_coarse": (StageConfig, lm_objective, {"dedupe": False, "coarse_levels": 2}),
-                                 "lm_parallel": (ParallelConfig, parallel_objective, {"acoustic": "parallel"})}[name]
+                                 "lm_parallel": (ParallelConfig, parallel_objective, {})}[name]
         size = kind(crop_s=0.8, dim=16, layers=1, heads=2, ff=32, dropout=0.1, train=run)
         config = {"stage": name, "seed": 0, "lm": size, "rows": 4, "layout": {**PAPER, "dedupe": False, **layout}}
         inputs = {name: Artifact(path, "0001", {}) for name, path in corpus.paths.items()}

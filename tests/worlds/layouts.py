@@ -1,3 +1,4 @@
-"""Layouts of the language models' sequences for tests: the paper's, whose stages have nothing but their prefix."""
+"""Layouts of the language models' sequences for tests, as fields of LMConfig."""
 
-PAPER = {"lengths": False, "conditioning": "prefix", "condition_dropout": 0.0, "tied": False}  # of LMConfig
+PAPER = {"lengths": False, "conditioning": "prefix", "condition_dropout": 0.0, "tied": False}
+TIMED = {**PAPER, "lengths": True, "conditioning": "aligned", "condition_dropout": 0.1}  # the token of every frame is known

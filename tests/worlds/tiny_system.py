@@ -9,8 +9,9 @@ from safetensors.torch import save
 from audiolm import store
 from audiolm.config import lm as lm_config
 from audiolm.config import training
+from audiolm.data import tokens
 from audiolm.lm.model import build_lm, export_lm
-from audiolm.lm.stages import build_stages
+from audiolm.lm.stages import MAX_RUN, build_stages
 from audiolm.models.conformer import Encoder, EncoderSizes
 from audiolm.models.soundstream import SoundStream, SoundStreamSizes
 from audiolm.tokenizers.extractor import ConformerExtractor, Window
@@ -23,8 +24,8 @@ CROPS_S = {"semantic": 4.0, "coarse": 2.0, "fine": 0.4}
 RUN = 1.5
 
 
-def build(folder: str, coarse: int = COARSE, dedupe: bool = True) -> dict[str, str]:
-    """A whole system's exports with random weights; returns the steps' paths."""
+def build(folder: str, coarse: int = COARSE, dedupe: bool = True, **layout) -> dict[str, str]:
+    """A whole system's exports with random weights; returns the steps' paths. `layout`: LMConfig's fields, else the paper's."""
     torch.manual_seed(0)
     paths = {name: store.join(folder, name) for name in ("kmeans", "codec", "lm_semantic", "lm_coarse", "lm_fine")}
     sizes = EncoderSizes(dim=16, layers=1, heads=2, ff=32)
@@ -37,12 +38,26 @@ def build(folder: str, coarse: int = COARSE, dedupe: bool = True) -> dict[str, s
         "dim": 8, "n_q": Q, "vocab": VOCAB, "quantizer": "ema", "code_dim": 8})
     shapes = {name: lm_config.StageConfig(crop_s=crop_s, dim=16, layers=2, heads=2, ff=32, train=TRAIN)
               for name, crop_s in CROPS_S.items()}
-    stages = build_stages(lm_config.LMConfig(**PAPER, coarse_levels=coarse, dedupe=dedupe, **shapes), Q, VOCAB, K)
+    stages = build_stages(lm_config.LMConfig(**{**PAPER, **layout}, coarse_levels=coarse, dedupe=dedupe, **shapes), Q, VOCAB, K)
     for step, stage in stages.items():
         model = build_lm(stage, shapes[stage.name])
         torch.nn.init.normal_(model.head.weight, std=0.5)
+        if stage.lengths:  # about RUN frames an id, whatever it is
+            model.lengths.mix.weight.data.zero_()
+            model.lengths.given.weight.data.fill_(2.0)
+            model.lengths.head.weight.data = -torch.arange(1.0, MAX_RUN + 1)[:, None].expand(-1, 16) / 30
         export(paths[step], *export_lm(model, stage))
     return {name: path for name, path in paths.items() if not name.startswith("lm_") or name in stages}
+
+
+def token_store(folder: str, mean_run: float = RUN) -> str:
+    """A finished semantic_tokens step: its facts and one shard of one clip."""
+    path = store.join(folder, "semantic_tokens")
+    meta = {"which": "semantic", "spec": {"name": "semantic", "sample_rate": 16_000, "hop": 640, "n_q": 1, "vocab": K},
+            "hash": "h", "manifest": "m.0001", "shards": 1, "device": "cpu", "dtype": "float32", "versions": {}}
+    store.put(store.join(path, tokens.shard_name(0)), tokens.shard_bytes(["c"], [np.zeros((9, 1), int)], meta, 0, dedup=True))
+    store.put_json(store.join(path, "done.json"), {"facts": {"mean_run": mean_run}})
+    return path
 
 
 def export(path: str, weights: dict, about: dict) -> None:

@@ -7,7 +7,7 @@ figures, as in the paper.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,11 +18,12 @@ from audiolm.config.corpus import ClipFilter
 from audiolm.data.tokens import RATIO
 from audiolm.eval.metrics import ngram
 from audiolm.lm.batches import EvalCrop, TokenBatches
-from audiolm.lm.loss import batch_sums
+from audiolm.lm.loss import batch_sums, n_sums
 from audiolm.lm.model import load_lm
 from audiolm.lm.parallel import whole_level_sums
-from audiolm.lm.stages import Packed, Stage
+from audiolm.lm.stages import MAX_RUN, Packed, Stage
 
+LENGTH_PRIOR = 20.0  # runs of all ids that count for an id's lengths, beside its own
 COUNTED = 4_000_000  # targets of a level that the baselines count, about: 22 hours, in about 1 GB
 
 View = tuple[int, np.ndarray, np.ndarray]  # (order, x_N, depth_N)
@@ -138,7 +139,7 @@ def measure_stage(name: str, paths: Mapping[str, str], where: ClipFilter, n: int
     train, dev = (TokenBatches(paths["manifest"], paths.get("semantic_tokens"), paths.get("acoustic_tokens"), stage, split,
                                where, 1, seed) for split in ("train", "dev"))
     crops, used = dev.fixed(n), None
-    if stage.name != "semantic" and len(crops) > 1:
+    if stage.conditioned and len(crops) > 1:
         used = conditioning(model, stage, dev, crops, seed, device)
     return {"figures": stage_figures(model, stage, train, dev, n, device, only), "conditioning": used}
 
@@ -152,10 +153,10 @@ def stage_figures(model: torch.nn.Module, stage: Stage, train: TokenBatches, dev
     rows = [dev.packed(*c) for c in dev.fixed(n)]
     totals, counted = lowest(train, rows, only)
     if stage.name == "parallel":  # a level is masked as a whole, so its own neighbours do not help as they help `previous`
-        loss = whole_level_sums(model, stage, (dev.crop(*c)[:2] for c in dev.fixed(n)), device).cpu().numpy()
+        own = whole_level_sums(model, stage, (dev.crop(*c)[:2] for c in dev.fixed(n)), device).cpu().numpy()
     else:
-        loss = loss_sums(model, stage, dev, rows, device)
-    sums = {"loss": loss, **totals}
+        own = loss_sums(model, stage, dev, rows, device)
+    sums = {"loss": own[:, :stage.levels[1] + 1], **totals}  # without run lengths, which have figures of their own
     levels = [{"level": q + 1, **beside({name: ratio(s[:, q + 1]) for name, s in sums.items()})} for q in range(*stage.levels)]
     tokens = sums["loss"][1]
     # A baseline that misses some targets (the level below has none under level 1) has no figure of the whole stage.
@@ -163,7 +164,21 @@ def stage_figures(model: torch.nn.Module, stage: Stage, train: TokenBatches, dev
     if levels:
         whole["baseline"] = float(sum(row["baseline"] * tokens[row["level"]] for row in levels) / tokens.sum())
         whole |= {"better": "by level", "difference_percent": percent(whole["loss"], whole["baseline"]), "levels": levels}
+    if stage.lengths and not only:
+        whole["lengths"] = beside({"loss": ratio(own[:, -1]), "by id": lengths_by_id(stage, train_rows(train), rows)})
     return {**whole, "tokens": int(tokens.sum()), "counted": counted}
+
+
+def lengths_by_id(stage: Stage, train: Iterable[Packed], held_out: Sequence[Packed]) -> float:
+    """Nats per run length by counting: p(length | id), smoothed with the lengths of all ids."""
+    count_KL = np.zeros((stage.k, MAX_RUN))
+    for row in train:
+        known = row.length > 0
+        np.add.at(count_KL, (row.ids[known], row.length[known] - 1), 1)
+    all_L = (count_KL.sum(0) + 1) / (count_KL.sum() + MAX_RUN)
+    p_KL = (count_KL + LENGTH_PRIOR * all_L) / (count_KL.sum(1, keepdims=True) + LENGTH_PRIOR)
+    ids, lengths = (np.concatenate([getattr(row, name)[row.length > 0] for row in held_out]) for name in ("ids", "length"))
+    return float(-np.log(p_KL[ids, lengths - 1]).mean())
 
 
 def beside(values: Mapping[str, float | None]) -> dict[str, Any]:
@@ -195,8 +210,8 @@ def above_baseline(stages: Mapping[str, Mapping[str, Any]]) -> list[dict[str, An
 @torch.no_grad()
 def loss_sums(model: torch.nn.Module, stage: Stage, data: TokenBatches, rows: Sequence[Packed],
               device: str | torch.device = "cpu") -> np.ndarray:
-    """(2, levels + 1): nats and number of targets at level + 1. The model is in eval mode and on `device`."""
-    sums = torch.zeros(2, stage.levels[1] + 1, dtype=torch.float64, device=device)
+    """(2, n_sums): nats and number of targets as lm.loss.level_sums. The model is in eval mode and on `device`."""
+    sums = torch.zeros(2, n_sums(stage), dtype=torch.float64, device=device)
     for i in range(0, len(rows), BATCH):
         sums += batch_sums(model, stage, data.collate(rows[i:i + BATCH]), device)
     return sums.cpu().numpy()
@@ -210,8 +225,8 @@ def conditioning(model: torch.nn.Module, stage: Stage, data: TokenBatches, crops
     Stage 2's prefix and the parallel decoder's condition are semantic, stage 3's prefix the coarse levels. Raises ValueError
     for stage 1, which has none, and for fewer than two rows.
     """
-    if stage.name == "semantic":
-        raise ValueError("the semantic stage has no prefix to shuffle: use the coarse or fine stage")
+    if not stage.conditioned:
+        raise ValueError(f"the {stage.name} stage has no prefix to shuffle: use a coarse or fine stage that has one")
     if len(crops) < 2:
         raise ValueError(f"conditioning needs two held-out rows or more, got {len(crops)}: raise evaluate.rows or give "
                          "the corpus more dev audio")

@@ -70,9 +70,12 @@ def prefix_attention(model: Transformer, stage: Stage, z_T: np.ndarray, codes_TQ
 
     Raises ValueError for codes that are not the stage's."""
     prompt, targets = stage.prompt(z_T), stage.targets(codes_TQ)  # BOS z... SEP, which predicts the first code
-    ids_T = torch.from_numpy(np.concatenate([prompt, targets])[:-1]).to(device)
+    ids = np.concatenate([prompt, targets])[:-1]
+    cond_TC = stage.place_conditions(len(ids), len(prompt), stage.conditions(z_T))
+    ids_T, cond_TC = (torch.from_numpy(x).to(device) for x in (ids, cond_TC))
     rows, columns = slice(len(prompt) - 1, None), slice(1, len(prompt) - 1)
-    return np.stack([share_TT[rows, columns].cpu().numpy() for share_TT, _ in attention_maps(model, ids_T)])
+    maps = attention_maps(model, ids_T, cond_TC if stage.aligned else None)
+    return np.stack([share_TT[rows, columns].cpu().numpy() for share_TT, _ in maps])
 
 
 def spans_of(stage: Stage, z_T: np.ndarray) -> np.ndarray:

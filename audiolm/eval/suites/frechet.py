@@ -12,45 +12,38 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from audiolm import rng
 from audiolm.eval.generated import LABELS, of_mode
-from audiolm.eval.metrics.frechet import EMBEDDER, embed_logmel, frechet
-from audiolm.eval.metrics.stats import RESAMPLES, interval
+from audiolm.eval.metrics.frechet import EMBEDDER, embed_logmel, unbiased_frechet
+from audiolm.eval.metrics.stats import bootstrap_interval
 from audiolm.eval.results import Result
 from audiolm.eval.suites.base import SuiteContext, continuations
 
 HALVES = "held-out clips, one half against the other"
-RESAMPLED = RESAMPLES // 10  # fewer than other intervals: each draw needs eigenvalues
 SCORED = ("resynthesis", "acoustic", "continuation")
 PLAN = dict.fromkeys(("original", *SCORED), 1)  # samples of each mode a clip
 
 
 def frechet_results(held_out: Sequence[np.ndarray], sets: Mapping[str, Sequence[np.ndarray]], seed: int = 0) -> list[Result]:
-    """Distance of each set of audio {name: wavs} to held-out clips, with intervals by bootstrap over the set's clips.
+    """Distance of each set of audio {name: wavs} to held-out clips, with intervals by bootstrap over the clips.
 
-    Ceiling: sets whose name begins with codec, and the clips' two halves against each other, which show the error that so few
-    clips allow."""
-    reference = np.concatenate([embed_logmel(w) for w in held_out])
-    compared = {name: (wavs, reference) for name, wavs in sets.items()}
-    if len(held_out) > 3:
-        compared = {HALVES: (held_out[::2], np.concatenate([embed_logmel(w) for w in held_out[1::2]])), **compared}
-    rows = []
-    for item, (wavs, other) in compared.items():
+    All sets are cut to the size of the smallest, so that the distances compare.  Ceiling: sets whose name begins with codec,
+    and the set HALVES, whose distance is 0 but for the error that so few clips allow."""
+    n = min(map(len, (held_out, *sets.values())))
+    reference, rows = [embed_logmel(w) for w in held_out[:n]], []
+    for item, wavs in sets.items():
         began = time.perf_counter()
-        parts = [embed_logmel(w) for w in wavs]
-        draw = rng.generator(seed, f"fad {item}")
-        resampled = [frechet(np.concatenate([parts[i] for i in draw.integers(len(parts), size=len(parts))]), other)
-                     for _ in range(RESAMPLED)]
+        values_N = unbiased_frechet([embed_logmel(w) for w in wavs[:n]], reference)
         role = "ceiling" if item.startswith(("codec", HALVES)) else "ours"
-        rows.append(Result("FAD", item, f"FAD ({EMBEDDER})", frechet(np.concatenate(parts), other), *interval(resampled),
-                           len(wavs), role=role, seconds=time.perf_counter() - began))
+        rows.append(Result("FAD", item, f"FAD ({EMBEDDER})", *bootstrap_interval(values_N, range(n), seed), n, role=role,
+                           seconds=time.perf_counter() - began))
     return rows
 
 
 def frechet_suite(context: SuiteContext) -> list[Result]:
-    """Distance of the audio after the prompts to held-out clips, beside the codec's."""
+    """Distance of the audio after the prompts to held-out clips, beside the codec's and the originals' own."""
     samples = continuations(context, PLAN)
     # Every other clip against the others: no sample is compared with its own original.
-    held_out = [s.after_T for s in of_mode(samples, "original")[::2]]
-    sets = {LABELS[mode]: [s.after_T for s in of_mode(samples, mode)[1::2]] for mode in SCORED}
-    return frechet_results(held_out, sets, context.seed)
+    held_out, others = (of_mode(samples, "original")[half::2] for half in (0, 1))
+    scored = {HALVES: others, **{LABELS[mode]: of_mode(samples, mode)[1::2] for mode in SCORED}}
+    sets = {name: [s.after_T for s in chosen] for name, chosen in scored.items()}
+    return frechet_results([s.after_T for s in held_out], sets, context.seed)

@@ -2,8 +2,8 @@
 
 A recording's score is the log-likelihood of its semantic tokens (deduplicated where the stage is) after BOS, without EOS: its
 sum, and its mean per token.  A pair scores 1 for the right one and 0.5 on ties, averaged over voices, then over pairs, as in
-ZeroSpeech 2021.  Recordings get 0.2 s of silence at both ends.  Baselines: Kneser-Ney bigrams of the run's train tokens, phone
-trigrams where the set has them, and the shorter recording.  Legend: F recordings, P pairs of one voice, z_T semantic ids.
+ZeroSpeech 2021.  Baselines: Kneser-Ney bigrams of the run's train tokens, phone trigrams where the set has them, and the
+shorter recording.  Legend: F recordings, P pairs of one voice, z_T semantic ids.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ from audiolm import store
 from audiolm.config.corpus import ClipFilter
 from audiolm.data.audio import SAMPLE_RATE_HZ, decode, resample
 from audiolm.data.sources import AUDIO
+from audiolm.data.tokens import tokenizer_dtype
 from audiolm.eval.metrics import likelihood, ngram
 from audiolm.eval.metrics.stats import bootstrap_interval
 from audiolm.eval.results import Progress, Result, no_progress, not_measured
 from audiolm.eval.suites.base import SuiteContext
-from audiolm.lm.batches import TokenBatches
+from audiolm.lm.batches import TokenBatches, pack_rows
 from audiolm.lm.loss import inputs_of, prepare
 from audiolm.lm.model import load_lm
 from audiolm.lm.stages import Stage
@@ -117,7 +118,6 @@ def _path(gold: str, folder: str, ending: Mapping[str, str], filename: str) -> s
     return store.join(folder, ending[filename])
 
 
-SILENCE_S = 0.2
 BATCH_S = 60.0  # padded audio of a batch
 AT_ONCE = 1024  # recordings in memory
 TOKENS = 8192  # of a forward pass, with the padding
@@ -135,7 +135,8 @@ def measure_probes(sets: Mapping[str, str], steps: Mapping[str, str], where: Cli
     tokens the bigram counts; `where`: lm.semantic.where.
     Raises as `read_probes`; ValueError where the stage is not the semantic one, or of another tokenizer.
     """
-    tokenizer, (model, stage) = load_semantic(steps["kmeans"], device), load_lm(steps["lm_semantic"], device)
+    tokenizer = load_semantic(steps["kmeans"], device, tokenizer_dtype(steps["semantic_tokens"]))
+    model, stage = load_lm(steps["lm_semantic"], device)
     if stage.name != "semantic" or stage.k != tokenizer.spec.vocab:
         raise ValueError(f"probes need the semantic stage of the tokenizer's {tokenizer.spec.vocab} tokens, got the "
                          f"{stage.name} stage of {stage.k}: take lm_semantic and kmeans of one run")
@@ -145,28 +146,28 @@ def measure_probes(sets: Mapping[str, str], steps: Mapping[str, str], where: Cli
         began = time.monotonic()
         files = [path for p in probes.pairs for path in (p.right, p.wrong)]
         z, samples = encode_files(files, tokenizer, device, progress)
-        ids = [stage.targets(z_T) for z_T in z]
+        ids = z if stage.lengths else [stage.targets(z_T) for z_T in z]  # as the stage reads them
         long = sum(len(z_T) > stage.crop_frames for z_T in z)
         note = f"{long} of {len(z)} recordings exceed the {stage.crop_s:g} s the stage was trained on" if long else ""
         scores = {"stage 1": by_sequence(ids, lambda some: log_likelihoods(model, stage, some, device)),
                   "Kneser-Ney bigram": by_sequence(ids, lambda some: bigram_scores(bigram, stage, some))}
-        rows += rows_of(name, probes, scores, [len(i) for i in ids], samples, seed, time.monotonic() - began, note)
+        tokens = [len(stage.targets(row)) for row in ids]
+        rows += rows_of(name, probes, scores, tokens, samples, seed, time.monotonic() - began, note)
     return rows
 
 
 def encode_files(files: Sequence[str], tokenizer, device: str = "cpu",
                  progress: Progress = no_progress) -> tuple[list[np.ndarray], np.ndarray]:
-    """(z_T of each file with silence around it, samples_F of each file itself, at 16 kHz); batches of like lengths."""
+    """(z_T of each file, samples_F at 16 kHz); batches of like lengths."""
     codes: list[np.ndarray] = [np.empty(0, np.int64)] * len(files)
-    samples, silence = np.zeros(len(files), np.int64), round(SILENCE_S * SAMPLE_RATE_HZ)
+    samples = np.zeros(len(files), np.int64)
     with ThreadPoolExecutor(READERS) as pool:  # decoding lets other threads run
         for first in range(0, len(files), AT_ONCE):
             wavs = list(pool.map(lambda path: resample(*decode(path), SAMPLE_RATE_HZ), files[first:first + AT_ONCE]))
             samples[first:first + len(wavs)] = [len(w) for w in wavs]
             done = first
-            for batch in plan_batches([len(w) + 2 * silence for w in wavs], BATCH_S):
-                for i, codes_TQ in zip(batch, encode_batch([np.pad(wavs[i], silence) for i in batch], tokenizer, device),
-                                       strict=True):
+            for batch in plan_batches([len(w) for w in wavs], BATCH_S):
+                for i, codes_TQ in zip(batch, encode_batch([wavs[i] for i in batch], tokenizer, device), strict=True):
                     codes[first + i] = codes_TQ[:, 0].numpy()
                 done += len(batch)
                 progress(done, len(files), "recordings")
@@ -183,17 +184,14 @@ def by_sequence(ids: Sequence[np.ndarray], score: Callable[[list[np.ndarray]], n
 @torch.no_grad()
 def log_likelihoods(model: torch.nn.Module, stage: Stage, rows: Sequence[np.ndarray],
                     device: str | torch.device = "cpu") -> np.ndarray:
-    """Log-likelihood in nats of each row of target ids under the semantic stage, after BOS and without EOS."""
-    out = np.zeros(len(rows))
-    for batch in _batches([len(r) + 1 for r in rows]):
-        length = max(len(rows[i]) for i in batch) + 1
-        ids_BT = torch.full((len(batch), length), stage.bos)
-        target_BT = torch.zeros(len(batch), length, dtype=torch.bool)
-        for b, i in enumerate(batch):
-            n = len(rows[i])
-            ids_BT[b, 1:n + 1], target_BT[b, 1:n + 1] = torch.from_numpy(rows[i]), True
-        doc_BT = torch.zeros_like(ids_BT)  # attention is causal, so the padding needs no document of its own
-        tensors = prepare(stage, {"ids_BT": ids_BT, "target_BT": target_BT, "doc_BT": doc_BT})
+    """Log-likelihood in nats of each row of semantic ids under stage 1, after BOS and without EOS.
+
+    Where the stage has run lengths it reads them, from undeduplicated rows, and they are not scored.
+    """
+    out, packed = np.zeros(len(rows)), [stage.pack(row, None, False) for row in rows]
+    for batch in _batches([len(p.ids) for p in packed]):
+        length = max(len(packed[i].ids) for i in batch)
+        tensors = prepare(stage, pack_rows(stage, [[packed[i]] for i in batch], length))
         nats_N = model(*inputs_of({name: x.to(device) for name, x in tensors.items()}))[0].double().cpu()
         out[batch] = -np.bincount(tensors["index_SN"][0].numpy() // length, nats_N.numpy(), minlength=len(batch))
     return out
@@ -220,8 +218,8 @@ def bigram_of(data: TokenBatches) -> ngram.KneserNey:
 
 def bigram_scores(model: ngram.KneserNey, stage: Stage, rows: Sequence[np.ndarray]) -> np.ndarray:
     """As `log_likelihoods`, by the bigram; a deduplicated id has no probability of repeating."""
-    nats_N = model.nats(*ngram.sequence([np.append(stage.bos, r) for r in rows]), stage.no_repeat)
-    row_N = np.repeat(np.arange(len(rows)), [len(r) for r in rows])
+    nats_N = model.nats(*ngram.sequence([np.append(stage.bos, r) for r in map(stage.targets, rows)]), stage.no_repeat)
+    row_N = np.repeat(np.arange(len(rows)), [len(stage.targets(r)) for r in rows])
     return -np.bincount(row_N, nats_N, minlength=len(rows))
 
 

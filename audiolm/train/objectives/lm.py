@@ -19,6 +19,7 @@ from audiolm.data.tokens import TokenStore
 from audiolm.lm.batches import EvalCrop, TokenBatches
 from audiolm.lm.loss import batch_sums, inputs_of, level_sums, mean_loss, n_sums, prepare
 from audiolm.lm.model import build_lm, export_lm
+from audiolm.lm.parallel import parallel_stage
 from audiolm.lm.stages import Stage, build_stages
 from audiolm.lm.warm_start import start_from
 from audiolm.tokenizers.acoustic import load_codec
@@ -58,6 +59,8 @@ def stage_of(config: Mapping[str, Any], inputs: Mapping[str, str]) -> Stage:
     lm = LMConfig.model_validate({**config["layout"], name.removeprefix("lm_"): config["lm"]})
     coarse = lm.coarse_levels
     acoustic = specs.get("acoustic_tokens", {"n_q": coarse, "vocab": 0})
+    if name == "lm_parallel":
+        return parallel_stage(lm, acoustic["n_q"], acoustic["vocab"], k)
     stages = build_stages(lm, acoustic["n_q"], acoustic["vocab"], k)
     if name not in stages:
         raise ValueError(f"stage is {name!r}; with lm.coarse_levels {coarse} and codec.n_q {acoustic['n_q']} there are "
@@ -77,10 +80,10 @@ class LMObjective:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(rng.derive(ctx.seed, f"init lm_{stage.name}"))
             self.modules: dict[str, nn.Module] = {"lm": build_lm(stage, shape, codes_QVE)}
-        # FlashAttention takes packed rows without padding, in bfloat16, and no bias of distances.
+        # FlashAttention takes packed rows without padding, in bfloat16 on a GPU, and no bias of distances.
         width = shape.dim // shape.heads
-        self.flash = (ctx.device.type == "cuda" and shape.train.dtype == "bfloat16" and shape.positions == "rotary"
-                      and width % 8 == 0 and width <= FLASH_WIDTH)
+        fits = shape.train.dtype == "bfloat16" and width % 8 == 0 and width <= FLASH_WIDTH
+        self.flash = shape.positions == "rotary" and (fits or ctx.device.type == "cpu")
         # Counted for a row that is one document: of several, attention costs less, so MFU is a little too high for short clips.
         self.flops_per_unit = self.modules["lm"].flops_per_token(stage.max_len)
         if ctx.compile:

@@ -104,8 +104,6 @@ def start_stage(model: Transformer, stage: Stage, shape: StageConfig, start: Sta
         settings |= {"codec.vocab": (stage.vocab, theirs.vocab), "lm.coarse_levels": (stage.n_coarse, theirs.n_coarse)}
     if stage.name == "fine":
         settings["codec.n_q"] = (stage.levels[1], theirs.levels[1])
-    if shape.positions == "t5":  # distances share biases by the longest of them
-        settings[f"{section}.crop_s"] = (stage.crop_s, theirs.crop_s)
     require_same(start, settings)
     load_start(model, weights, f"stage {stage.name}")
 
