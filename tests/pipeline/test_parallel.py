@@ -9,6 +9,7 @@ from audiolm import store
 from audiolm.config.load import load_config
 from audiolm.dag.execute import execute
 from audiolm.dag.plan import plan
+from audiolm.dag.run_index import SYSTEM_STEPS, missing_of
 from audiolm.eval.stage_gates import failures
 from audiolm.generate.load import load
 from audiolm.generate.long_form import stream
@@ -34,6 +35,8 @@ def run(tmp_path_factory):
 
 def test_it_ends_in_samples_and_a_report(run):
     assert "lm_parallel" in run and not {"lm_coarse", "lm_fine"} & run.keys()
+    assert missing_of(SYSTEM_STEPS, run) == []
+    assert missing_of(SYSTEM_STEPS, run.keys() - {"lm_parallel", "codec"}) == ["codec", "lm_coarse"]
     samples = store.get_json(store.join(run["samples"].path, "samples.json"))
     assert [s["mode"] for s in samples[::2]] == ["unconditional", "acoustic", "continuation", "resynthesis"]
     assert all(s["seconds"] > 0 for s in samples if s["mode"] != "unconditional")
