@@ -15,7 +15,7 @@ sys.path.insert(0, str(HERE.parent))  # a submitted job runs the code that was s
 
 from audiolm.config.codec import CodecMetricsConfig  # noqa: E402
 from audiolm.config.external import abx_files_config, semantic_metrics_config  # noqa: E402
-from audiolm.config.lm import StageConfig  # noqa: E402
+from audiolm.config.lm import ParallelConfig, StageConfig  # noqa: E402
 from audiolm.config.pipeline import Pipeline  # noqa: E402
 from audiolm.config.semantic import IterationConfig, KMeansConfig, SemanticConfig  # noqa: E402
 from audiolm.config.start import CodecStartConfig, StartConfig  # noqa: E402
@@ -36,7 +36,8 @@ def graph(cfg: Pipeline) -> list[Step]:
     sem, lm, ev = cfg.semantic, cfg.lm, cfg.evaluate
     refuse_own_run(cfg.store, cfg.run.name, {
         "codec.start": cfg.codec.start, "semantic.model.start": sem.model.start, "lm.semantic.start": lm.semantic.start,
-        "lm.coarse.start": lm.coarse.start, "lm.fine.start": lm.fine.start})
+        "lm.coarse.start": lm.coarse.start, "lm.fine.start": lm.fine.start,
+        "lm.parallel.start": lm.parallel.start})
     manifest = Step("manifest", FUNCTIONS["build_manifest"], common)
 
     # Both tokenizers, frozen before any language model sees their tokens, and how good they are.
@@ -61,18 +62,19 @@ def graph(cfg: Pipeline) -> list[Step]:
         decoders.append(Step("semantic_vocoder", FUNCTIONS["train_vocoder"], {**common, "vocoder": sem.vocoder},
                              (manifest, kmeans, *decoders), trains=sem.vocoder.train, version=2))
 
-    # The language models: no fine stage where all levels are coarse.
-    def stage(name: str, size: StageConfig, *stores: Step) -> Step:
+    # The language models: no fine stage where all levels are coarse; one parallel decoder may replace the acoustic ones.
+    def stage(name: str, size: StageConfig | ParallelConfig, *stores: Step) -> Step:
         config = {**common, "stage": name, "lm": size, "layout": lm.layout(name), "rows": ev.rows,
                   **started(name.replace("_", "."), size.start, name)}
-        if size.warm_start:
+        if name == "lm_semantic" and size.warm_start:
             config["text_model"] = text_model(size.warm_start.uri)
         # A codec that fails its gates stops all stages, as nothing of theirs could be heard; its figures are no input.
         return Step(name, FUNCTIONS["train_lm"], config, (manifest, *stores), trains=size.train, version=4,
                     after=(codec_figures,))
 
     books = (codec,) if lm.tied else ()
-    stages = [stage("lm_semantic", lm.semantic, z), stage("lm_coarse", lm.coarse, z, y, *books)]
+    first = "parallel" if lm.acoustic == "parallel" else "coarse"
+    stages = [stage("lm_semantic", lm.semantic, z), stage(f"lm_{first}", getattr(lm, first), z, y, *books)]
     if cfg.has_fine:
         stages.append(stage("lm_fine", lm.fine, y, *books))
 

@@ -58,6 +58,22 @@ class StageConfig(Config):
     train: TrainConfig
 
 
+class ParallelConfig(Config):
+    """The parallel decoder (SoundStorm, 2305.09636): a Conformer on acoustic frames, of the paper's size by default."""
+
+    crop_s: float = 10.0
+    dim: int = 1024
+    layers: int = 12
+    heads: int = 16
+    ff: int = 4096
+    conv_kernel: int = 5
+    dropout: float = 0.1
+    start: StartConfig | None = Field(None, description="weights at the start, of a decoder of the same shape and vocabulary")
+    where: ClipFilter = ClipFilter()
+    gates: Runtime[Literal["stop", "warn"]] = Field("stop", description="as of the stages")
+    train: TrainConfig
+
+
 # The paper gives neither optimizer nor learning rate; batch 256 and 1 M steps are its own.
 def _stage_training(batch: int) -> TrainConfig:
     return TrainConfig(steps=1_000_000, batch=batch, lr=3e-4, warmup_steps=2000, decay_steps=200_000, dtype="bfloat16",
@@ -67,6 +83,9 @@ def _stage_training(batch: int) -> TrainConfig:
 class LMConfig(Config):
     """The three stages and the layout of their sequences (paper III-C)."""
 
+    acoustic: Literal["stages", "parallel"] = Field(
+        "stages", description="what predicts the codes: stages coarse and fine (paper), or one parallel decoder of all levels "
+                              "(SoundStorm), which is many times as fast")
     dedupe: bool = Field(True, description="collapse runs of semantic tokens in stage 1, and without lengths in stage 2")
     lengths: bool = Field(True, description="stage 1 also predicts how long each token lasts, so that stages 2 and 3 know the "
                                             "token of every frame; the paper's does not")
@@ -83,14 +102,20 @@ class LMConfig(Config):
     semantic: StageConfig = StageConfig(crop_s=30.0, train=_stage_training(256))
     coarse: StageConfig = StageConfig(crop_s=10.0, train=_stage_training(256))
     fine: StageConfig = StageConfig(crop_s=3.0, train=_stage_training(256))
+    parallel: ParallelConfig = ParallelConfig(train=_stage_training(256))
 
     @model_validator(mode="after")
     def _check(self):
         if self.lengths and not self.dedupe:
             raise ValueError("lm.lengths counts the frames of deduplicated tokens, and lm.dedupe is false: drop one of them")
+        if self.acoustic == "parallel" and self.dedupe and not self.lengths:
+            raise ValueError("lm.acoustic is parallel, which needs the token of every frame, but lm.dedupe is true and "
+                             "lm.lengths false: set lm.lengths=true or lm.dedupe=false")
         if self.conditioning == "aligned" and self.dedupe and not self.lengths:
             raise ValueError("lm.conditioning is aligned, but with lm.dedupe and without lm.lengths no token has a place in "
                              "time: set lm.lengths=true, lm.dedupe=false or lm.conditioning=prefix")
+        if self.ablation and self.acoustic == "parallel":
+            raise ValueError("lm.ablation is of stage 2, and lm.acoustic is parallel, which has none: drop one of them")
         if self.ablation and self.dedupe and not self.lengths:
             raise ValueError("lm.ablation leaves stage 2 without tokens that tell how long a sound lasts: set lm.lengths=true "
                              "or lm.dedupe=false")
@@ -112,6 +137,8 @@ class LMConfig(Config):
         """The fields that say how the sequences of a stage (lm_NAME) look, so that others do not train it anew."""
         if stage == "lm_semantic":
             return {"dedupe": self.dedupe, "lengths": self.lengths, "conditioning": "prefix", "tied": False}
+        if stage == "lm_parallel":
+            return {name: getattr(self, name) for name in ("condition_dropout", "tied")}
         own = ("conditioning", "condition_dropout", "tied", "coarse_levels", "ablation")
         return {name: getattr(self, name) for name in (("dedupe", "lengths") if stage == "lm_coarse" else ()) + own}
 

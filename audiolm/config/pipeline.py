@@ -34,13 +34,14 @@ class Pipeline(Config):
 
     @model_validator(mode="after")
     def _check(self):
-        if self.lm.coarse_levels > self.codec.n_q:
+        if self.lm.acoustic == "stages" and self.lm.coarse_levels > self.codec.n_q:
             raise ValueError(f"lm.coarse_levels ({self.lm.coarse_levels}) exceeds codec.n_q ({self.codec.n_q})")
         known = {s.name for s in self.corpus.sources}
         sounds = self.semantic.vocoder.where if self.semantic.vocoder else ClipFilter()
         for field, where in (("semantic.where", self.semantic.where), ("semantic.vocoder.where", sounds),
                              ("codec.where", self.codec.where), ("lm.semantic.where", self.lm.semantic.where),
-                             ("lm.coarse.where", self.lm.coarse.where), ("lm.fine.where", self.lm.fine.where)):
+                             ("lm.coarse.where", self.lm.coarse.where), ("lm.fine.where", self.lm.fine.where),
+                             ("lm.parallel.where", self.lm.parallel.where)):
             if unknown := set(where.source or ()) - known:
                 if not any(isinstance(s, ManifestSource) for s in self.corpus.sources):
                     raise ValueError(f"{field}.source names {sorted(unknown)}; corpus.sources are {sorted(known)}")
@@ -48,4 +49,4 @@ class Pipeline(Config):
 
     @property
     def has_fine(self) -> bool:
-        return self.lm.coarse_levels < self.codec.n_q
+        return self.lm.acoustic == "stages" and self.lm.coarse_levels < self.codec.n_q

@@ -5,19 +5,27 @@ Steps are addressed by recipe, runs by name: the index leads from the one to the
 
 from __future__ import annotations
 
+from collections.abc import Container, Iterable
+
 from audiolm import store
 from audiolm.config.pipeline import Pipeline
 from audiolm.store import get_json, hide_credentials_in, put_json
 
 OUTPUTS = "./outputs"
 # What a system is loaded from: its models, and the tokens whose mean run length turns seconds into tokens.
+# A parallel decoder takes the place of the coarse stage; a codec all of whose levels are coarse has no fine stage.
 SYSTEM_STEPS = ("kmeans", "codec", "semantic_tokens", "lm_semantic", "lm_coarse")
-GENERATION_STEPS = (*SYSTEM_STEPS, "lm_fine")  # a codec all of whose levels are coarse has no fine stage
+GENERATION_STEPS = (*SYSTEM_STEPS, "lm_fine", "lm_parallel")
 
 
 def index_path(folder: str, run: str) -> str:
     """The index of a run by its name, in a store."""
     return store.join(folder, "runs", f"{run}.json")
+
+
+def missing_of(needed: Iterable[str], steps: Container[str]) -> list[str]:
+    """The needed steps that `steps` lacks."""
+    return [name for name in needed if name not in steps and not (name == "lm_coarse" and "lm_parallel" in steps)]
 
 
 def steps_of(index: str) -> dict[str, str]:

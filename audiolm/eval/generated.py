@@ -80,7 +80,8 @@ def plan_samples(clips: Clips, modes: Mapping[str, int], prompt_s: float = 3.0) 
 
 def longest_s(paths: Mapping[str, str]) -> float:
     """The longest clip, in seconds, that the stages at `paths` can generate; read from their exports, without loading them."""
-    exports = [store.get_json(store.join(paths[step], "export", "config.json")) for step in ("lm_semantic", "lm_coarse")]
+    exports = [store.get_json(store.join(paths[step], "export", "config.json")) for step in ("lm_semantic", "lm_coarse")
+               if step in paths]  # a parallel decoder draws sounds of any length
     return min(about["stage"]["crop_s"] for about in exports)
 
 

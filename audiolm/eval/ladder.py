@@ -19,6 +19,7 @@ from audiolm.data.audio import wav_bytes
 from audiolm.data.clips import Clip, read_clip, read_clips
 from audiolm.eval.metrics.audio_quality import mel_distance
 from audiolm.generate.audiolm import AudioLM, Sound
+from audiolm.lm.stages import SEMANTIC_HZ
 from audiolm.tokenizers.base import SAMPLE_RATE, SEMANTIC_HOP
 
 
@@ -42,7 +43,7 @@ def held_out(manifest: str, roots: dict[str, str], n: int, seconds: float,
 
 def seconds_within(lm: AudioLM, seconds: float) -> float:
     """`seconds`, or the crop that the stages were trained on where that is shorter."""
-    return min(seconds, lm.stage("semantic").crop_s, lm.stage("coarse").crop_s)
+    return min(seconds, lm.longest / SEMANTIC_HZ)
 
 
 def ladder(lm: AudioLM, clips: Sequence[tuple[Clip, np.ndarray]], prompt_s: float, seed: int,
@@ -50,14 +51,15 @@ def ladder(lm: AudioLM, clips: Sequence[tuple[Clip, np.ndarray]], prompt_s: floa
     """Rungs as [{"rung", "mel", "files": [{"clip", "file"}]}], wavs under {folder}/wav/."""
     wavs = [wav for _, wav in clips]
     seeds = [rng.derive(seed, "ladder", i) for i in range(len(wavs))]
-    q = lm.stage("coarse").levels[1]
+    q = lm.acoustic_stage.levels[1]
     codes, semantic = lm.encode(wavs), lm.tokenize(wavs)
     rungs = [("original", wavs), (f"codec, {lm.codec.spec.n_q} levels", decoded(lm, codes, wavs))]
     if lm.has_fine:  # else all levels are coarse, and these two rungs equal the codec
         coarse = [c[:, :q] for c in codes]
         rungs += [(f"codec, {q} levels", decoded(lm, coarse, wavs)),
                   ("fine from true coarse", decoded(lm, lm.fine(coarse, seeds), wavs))]
-    rungs.append(("coarse from true semantic", [s.wav_T for s in lm.acoustic(semantic, seeds, [len(w) for w in wavs])]))
+    sounds = lm.acoustic(semantic, seeds, [len(w) for w in wavs])
+    rungs.append((f"{lm.acoustic_stage.name} from true semantic", [s.wav_T for s in sounds]))
     prompts = [prompt_samples(w, prompt_s) for w in wavs]
     rungs.append(("continuation", [s.wav_T for s in continued(lm, wavs, prompts, seeds)]))
     table = []

@@ -50,7 +50,8 @@ def not_measured(table: str, item: str, metric: str, why: str, paper: float | No
     return Result(table, item, metric, None, paper=paper, note=why)
 
 
-STAGE_TITLES = {"lm_semantic": "semantic stage", "lm_coarse": "coarse stage", "lm_fine": "fine stage", "codec": "codec",
+STAGE_TITLES = {"lm_semantic": "semantic stage", "lm_coarse": "coarse stage", "lm_fine": "fine stage",
+                "lm_parallel": "parallel decoder", "codec": "codec",
                 "masked_model": "masked audio model"}
 BASELINE_TITLES = {"unigram": "unigram", "bigram": "Kneser-Ney 2", "fivegram": "Kneser-Ney 5", "previous": "previous frame",
                    "below": "level below", "baseline": "the better"}

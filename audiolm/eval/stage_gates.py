@@ -89,7 +89,7 @@ def unigram_verdict(figures: Mapping[str, float]) -> Verdict:
 def conditioning_verdict(name: str, losses: Mapping[str, float]) -> Verdict:
     """The verdict on the losses of metrics.likelihood.conditioning."""
     gain, needed = losses["shuffled"] - losses["true"], needed_gain(losses)
-    prefix = {"lm_coarse": "semantic tokens", "lm_fine": "coarse levels"}[name]
+    prefix = {"lm_coarse": "semantic tokens", "lm_fine": "coarse levels", "lm_parallel": "semantic tokens"}[name]
     return {"ok": gain > needed, "figures": {"conditioning": gain, "conditioning.needed": needed},
             "text": f"the prefix is not used: the loss is {losses['true']:.3f} after a clip's own {prefix} and "
                     f"{losses['shuffled']:.3f} after another's, {gain:.3f} more where {needed:.3f} is wanted",

@@ -2,7 +2,7 @@
 
 Modes: unconditional, acoustic generation from true semantic tokens, continuation of a prompt, codec resynthesis.  A wav is
 at most as long as asked for, shorter where stage 1 drew EOS.  The prompt's codes come back unchanged.  Without a fine
-stage (Q' = Q) the coarse codes are all codes.
+stage (Q' = Q) the coarse codes are all codes.  A parallel decoder, where there is one, draws all codes in place of both stages.
 Seeds: one int a sample; a sample depends on its seed and inputs, never on the others of its batch.
 Shapes: wav_T float32 mono at 16 kHz; z_T int64 at 25 Hz; codes_TQ int64 at 50 Hz.
 """
@@ -19,11 +19,13 @@ import torch
 
 from audiolm.data.tokens import RATIO
 from audiolm.generate.frame_sampler import FrameSampler
+from audiolm.generate.parallel import ParallelSampler
 from audiolm.generate.params import PAPER_PARAMS, SamplingParams
 from audiolm.generate.prompts import prompt_from_array, read_prompt, whole_frames
 from audiolm.generate.sampler import Sampler
 from audiolm.lm.model import Model
 from audiolm.lm.stages import SEMANTIC_HZ, Stage, dedupe
+from audiolm.models.parallel_decoder import ParallelDecoder
 from audiolm.models.transformer import ROWS, Transformer
 from audiolm.rng import derive
 from audiolm.tokenizers.base import ACOUSTIC_HOP, SAMPLE_RATE, SEMANTIC_HOP, Codec, Tokenizer, padded_samples
@@ -61,26 +63,25 @@ class Sound:
 class AudioLM:
     """Tokenizers and stages of one run. `mean_run`: semantic frames per deduplicated token in training.
 
-    `spent_s` adds up the wall-clock seconds of tokenize, semantic, coarse, fine and decode.
+    `spent_s` adds up the wall-clock seconds of tokenize, semantic, coarse, fine (or parallel) and decode.
     """
 
     tokenizer: Tokenizer
     codec: Codec
-    models: dict[str, tuple[Model, Stage]]  # semantic, coarse and (where Q' < Q) fine
+    models: dict[str, tuple[Model, Stage]]  # semantic, coarse and (where Q' < Q) fine, or parallel
     mean_run: float
     sampling: Mapping[str, SamplingParams] = field(default_factory=lambda: dict(PAPER_PARAMS))  # by stage
     device: str = "cpu"
     spent_s: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self):
-        coarse = self.models["coarse"][1]
-        stages = (coarse.k, coarse.vocab, self.models["fine"][1].levels[1] if self.has_fine else coarse.levels[1])
+        first = self.acoustic_stage
+        stages = (first.k, first.vocab, self.stage("fine").levels[1] if self.has_fine else first.levels[1])
         tokenizers = (self.tokenizer.spec.vocab, self.codec.spec.vocab, self.codec.spec.n_q)
         if stages != tokenizers:
             raise ValueError(f"the stages were trained for (k, vocab, levels) = {stages}, the tokenizers have {tokenizers}: "
                              "load the tokenizers and stages of one run; no lm_fine only where Q' = Q")
-        self._samplers = {name: (FrameSampler if stage.frames else Sampler)(model, stage)
-                          for name, (model, stage) in self.models.items()}
+        self._samplers = {name: _sampler(name, stage)(model, stage) for name, (model, stage) in self.models.items()}
 
     @property
     def has_fine(self) -> bool:
@@ -89,10 +90,21 @@ class AudioLM:
     def stage(self, name: str) -> Stage:
         return self.models[name][1]
 
+    @property
+    def acoustic_stage(self) -> Stage:
+        """The stage that follows stage 1: coarse or parallel."""
+        return self.stage("parallel" if "parallel" in self.models else "coarse")
+
+    @property
+    def longest(self) -> int:
+        """Semantic frames, or ids, of the longest sound that the stages were trained for; a parallel decoder has no bound."""
+        return min(self.stage(name).crop_frames for name in ("semantic", "coarse") if name in self.models)
+
     def compile_sampling(self) -> None:
         """Compiles the products of a single token: worth it for many samples in one process."""
         for model, _ in self.models.values():
-            model.compile_sampling()
+            if not isinstance(model, ParallelDecoder):
+                model.compile_sampling()
 
     def exact_batches(self, on: bool) -> None:
         """On (the default), a sample's bits on a CPU are the same in any batch; off, one sample alone is faster."""
@@ -145,16 +157,14 @@ class AudioLM:
         With `samples` each wav has exactly as many, at most all of its frames. Without, stage 2's EOS ends it where tokens
         are deduplicated. Raises ValueError beyond the coarse stage's crop.
         """
-        frames = [RATIO * len(z) for z in z_T]
-        if samples is None and self.stage("coarse").dedupe:
-            most = RATIO * self.stage("coarse").crop_frames
-            codes = self.coarse(z_T, [max(n, min(most, math.ceil(DURATION_FACTOR * n))) for n in frames], seeds,
-                                least=[int(n / DURATION_FACTOR) for n in frames])
+        if samples is None and self.acoustic_stage.dedupe:
+            frames, most = [RATIO * len(z) for z in z_T], RATIO * self.stage("coarse").crop_frames
+            codes = self.fine(self.coarse(z_T, [max(n, min(most, math.ceil(DURATION_FACTOR * n))) for n in frames], seeds,
+                                          least=[int(n / DURATION_FACTOR) for n in frames]), seeds)
         else:
-            codes = self.coarse(z_T, frames, seeds)
+            codes = self.codes(z_T, seeds)
         counts = [ACOUSTIC_HOP * len(c) for c in codes] if samples is None else list(samples)
-        return [Sound(self.decode(c, n), self._ids(z), c)
-                for z, c, n in zip(z_T, self.fine(codes, seeds), counts, strict=True)]
+        return [Sound(self.decode(c, n), self._ids(z), c) for z, c, n in zip(z_T, codes, counts, strict=True)]
 
     def resynthesis(self, wavs: Sequence[np.ndarray], levels: int | None = None) -> list[Sound]:
         """wavs through the codec and back, with the first `levels` levels (default all): the upper bound of every mode."""
@@ -191,7 +201,7 @@ class AudioLM:
 
         z and `more` are frames; where the stage deduplicates without lengths they are deduplicated ids.
         """
-        stage, most = self.stage("semantic"), self._most_ids
+        stage, most = self.stage("semantic"), self.longest
         more = [max(0, min(n, most - len(ids))) for ids, n in zip(z, more, strict=True)]
         if stage.lengths:
             start = time.perf_counter()
@@ -202,6 +212,22 @@ class AudioLM:
         counts = [len(ids) + n for ids, n in zip(z, more, strict=True)]
         out = self._sample("semantic", [stage.prompt()] * len(z), counts, z, seeds, 0 if may_end else None)
         return [stage.unpack(ids) for ids in out], [bool(len(ids) and ids[-1] == stage.eos) for ids in out]
+
+    def codes(self, z: Sequence[np.ndarray], seeds: Sequence[int],
+              known: Sequence[np.ndarray] | None = None) -> list[np.ndarray]:
+        """codes_TQ of all levels, RATIO frames for each id of z. Codes of all levels in `known` come back first, unchanged.
+
+        The acoustic stages one after the other, or the parallel decoder. Raises ValueError beyond the coarse stage's crop.
+        """
+        if "parallel" in self.models:
+            start = time.perf_counter()
+            out = self._samplers["parallel"](z, [derive(s, "parallel") for s in seeds], known, self.sampling["coarse"],
+                                             self.sampling["fine"])
+            self._spend("parallel", start)
+            return out
+        q = self.stage("coarse").levels[1]
+        coarse = self.coarse(z, [RATIO * len(ids) for ids in z], seeds, known and [c[:, :q] for c in known])
+        return self.fine(coarse, seeds, known and [c[:, q:] for c in known])
 
     def coarse(self, z: Sequence[np.ndarray], frames: Sequence[int], seeds: Sequence[int],
                known: Sequence[np.ndarray] | None = None, least: Sequence[int] | None = None) -> list[np.ndarray]:
@@ -274,39 +300,33 @@ class AudioLM:
         """Semantic ids as stage 1 has them."""
         return self.stage("semantic").targets(z_T)
 
-    @property
-    def _most_ids(self) -> int:
-        """Semantic ids that stages 1 and 2 were trained to take."""
-        return min(self.stage("semantic").crop_frames, self.stage("coarse").crop_frames)
-
     def _cascade(self, prompts: Sequence[np.ndarray], samples: Sequence[int], seeds: Sequence[int],
                  codes: Sequence[np.ndarray] | None, may_end: bool) -> list[Sound]:
         """All stages: sounds of at most `samples` samples, prompts (z_T and all levels of codes_TQ) included."""
-        frames, q = [self._frames(n) for n in samples], self.stage("coarse").levels[1]
-        ys = [np.zeros((0, q), np.int64) for _ in prompts] if codes is None else [c[:, :q] for c in codes]
-        if self.stage("coarse").dedupe:
-            zs, ys, heads, ended = self._by_turns(prompts, frames, seeds, ys, may_end)
+        frames = [self._frames(n) for n in samples]
+        if self.acoustic_stage.dedupe:
+            zs, all_codes, heads, ended = self._by_turns(prompts, frames, seeds, codes, may_end)
         else:
             zs, ended = self.semantic(prompts, [n - len(z) for n, z in zip(frames, prompts, strict=True)], seeds, may_end)
-            ys = self.coarse(zs, [RATIO * len(z) for z in zs], seeds, ys)
+            all_codes = self.codes(zs, seeds, codes)
             zs, heads = [self._ids(z) for z in zs], [len(self._ids(z)) for z in prompts]
-        # stage 3 and the codec, all clips together
-        all_codes = self.fine(ys, seeds, None if codes is None else [c[:, q:] for c in codes])
         wavs = [self.decode(c, min(n, ACOUSTIC_HOP * len(c))) for c, n in zip(all_codes, samples, strict=True)]
         return [Sound(wav, z, c, SEMANTIC_HOP * len(prompt), head, end) for wav, z, c, prompt, head, end
                 in zip(wavs, zs, all_codes, prompts, heads, ended, strict=True)]
 
-    def _by_turns(self, prompts: Sequence[np.ndarray], frames: Sequence[int], seeds: Sequence[int], ys: list[np.ndarray],
+    def _by_turns(self, prompts: Sequence[np.ndarray], frames: Sequence[int], seeds: Sequence[int],
+                  codes: Sequence[np.ndarray] | None,
                   may_end: bool) -> tuple[list[np.ndarray], list[np.ndarray], list[int], list[bool]]:
-        """(ids, coarse codes, ids of the prompt, True where EOS ended it) of stages that know no durations.
+        """(ids, codes, ids of the prompt, True where EOS ended it) of stages that know no durations.
 
         Stage 1 draws as many ids as are expected to last long enough. Stage 2's EOS decides how long they last. Where that is
         too short stage 1 goes on.
         """
-        stage = self.stage("semantic")
+        stage, q = self.stage("semantic"), self.stage("coarse").levels[1]
+        ys = [np.zeros((0, q), np.int64) for _ in prompts] if codes is None else [c[:, :q] for c in codes]
         runs = [len(z) / len(dedupe(z)) if len(z) >= PROMPT_RUN_S * SEMANTIC_HZ else self.mean_run for z in prompts]
         # what a round drew is forced in the next, so the sound goes on where it was
-        zs, ended, ys = [stage.targets(z) for z in prompts], [False] * len(prompts), list(ys)
+        zs, ended = [stage.targets(z) for z in prompts], [False] * len(prompts)
         heads, live = [len(z) for z in zs], list(range(len(zs)))
         for turn in range(MAX_ROUNDS):
             more = [math.ceil((frames[i] - len(ys[i]) / RATIO) / runs[i]) for i in live]
@@ -314,7 +334,7 @@ class AudioLM:
             for i, ids, end in zip(live, *drawn, strict=True):
                 zs[i], ended[i] = ids, end
             last = turn == MAX_ROUNDS - 1
-            spans = [self._coarse_span(frames[i], len(zs[i]) * runs[i], ended[i], last or len(zs[i]) >= self._most_ids)
+            spans = [self._coarse_span(frames[i], len(zs[i]) * runs[i], ended[i], last or len(zs[i]) >= self.longest)
                      for i in live]
             y = self.coarse([zs[i] for i in live], [max(most, len(ys[i])) for i, (_, most) in zip(live, spans, strict=True)],
                             [seeds[i] for i in live], [ys[i] for i in live], [least for least, _ in spans])
@@ -323,7 +343,7 @@ class AudioLM:
             live = [i for i in live if len(ys[i]) < RATIO * frames[i] and not ended[i]]
             if not live:
                 break
-        return zs, ys, heads, ended
+        return zs, self.fine(ys, seeds, None if codes is None else [c[:, q:] for c in codes]), heads, ended
 
     def _coarse_span(self, frames: int, expected: float, ended: bool, last: bool) -> tuple[int, int]:
         """(least, most) acoustic frames that stage 2 draws, for ids expected to last so many semantic frames.
@@ -356,8 +376,9 @@ class AudioLM:
         if samples < 1:
             raise ValueError(f"seconds must ask for at least one sample, got {samples}")
         frames = padded_samples(samples) // SEMANTIC_HOP
-        self._check("semantic", frames)
-        self._check("coarse", frames)
+        for name in ("semantic", "coarse"):
+            if name in self.models:
+                self._check(name, frames)
         return frames
 
     def _check(self, name: str, frames: int) -> None:
@@ -366,3 +387,8 @@ class AudioLM:
             raise ValueError(f"{frames / SEMANTIC_HZ:g} s (prompt and continuation together) exceed the "
                              f"{stage.crop_s:g} s the {name} stage was trained on: ask for at most that, or raise "
                              f"lm.{name}.crop_s and train")
+
+
+def _sampler(name: str, stage: Stage) -> type[Sampler] | type[FrameSampler] | type[ParallelSampler]:
+    """The sampler of a stage."""
+    return ParallelSampler if name == "parallel" else FrameSampler if stage.frames else Sampler

@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from audiolm import store
-from audiolm.dag.run_index import GENERATION_STEPS, SYSTEM_STEPS, steps_of
+from audiolm.dag.run_index import GENERATION_STEPS, SYSTEM_STEPS, missing_of, steps_of
 
 if TYPE_CHECKING:
     from audiolm.generate.audiolm import AudioLM
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 def system_steps(index_path: str) -> dict[str, str]:
     """Folders by step that a system is loaded from. Raises ValueError that names the steps which are not finished."""
     steps = steps_of(index_path)
-    missing = [name for name in SYSTEM_STEPS if name not in steps]
-    if not missing and "lm_fine" not in steps and _needs_fine(steps):
+    missing = missing_of(SYSTEM_STEPS, steps)
+    if not missing and "lm_coarse" in steps and "lm_fine" not in steps and _needs_fine(steps):
         missing = ["lm_fine"]
     if missing:
         raise ValueError(f"--run: {index_path} names no finished step {', '.join(missing)}; the command that began the run "
@@ -46,7 +46,8 @@ def load_system(steps: tuple[tuple[str, str], ...], device: str,
 
 def load(paths: Mapping[str, str], device: str = "cpu", mean_run: float | None = None,
          sampling: Mapping[str, SamplingParams] | None = None) -> AudioLM:
-    """The system from the steps' output folders: kmeans, codec, lm_semantic, lm_coarse and (where Q' < Q) lm_fine.
+    """The system from the steps' output folders: kmeans, codec, lm_semantic, lm_coarse and (where Q' < Q) lm_fine, or
+    lm_parallel in their place.
 
     `mean_run` defaults to the fact of that name of the `semantic_tokens` folder. The tokenizer computes as it did for that
     store, in float32 without one. The stages run in bfloat16 on a GPU.
@@ -59,13 +60,13 @@ def load(paths: Mapping[str, str], device: str = "cpu", mean_run: float | None =
     from audiolm.tokenizers.acoustic import load_codec
     from audiolm.tokenizers.semantic import load_semantic
 
-    for name in ("kmeans", "codec", "lm_semantic", "lm_coarse"):
-        if name not in paths:
-            raise ValueError(f"step {name} is missing, there are {sorted(paths)}: run the pipeline up to it")
+    if missing := missing_of(("kmeans", "codec", "lm_semantic", "lm_coarse"), paths):
+        raise ValueError(f"step {missing[0]} is missing, there are {sorted(paths)}: run the pipeline up to it")
     _check_one_run(paths)
     if mean_run is None:
         mean_run = _mean_run(paths)
-    models = {name: load_lm(paths[f"lm_{name}"], device) for name in STAGES if f"lm_{name}" in paths}
+    models = {name: load_lm(paths[f"lm_{name}"], device) for name in (*STAGES, "parallel")
+              if f"lm_{name}" in paths}
     if device != "cpu":
         models = {name: (model.bfloat16(), stage) for name, (model, stage) in models.items()}
     dtype = tokenizer_dtype(paths["semantic_tokens"]) if "semantic_tokens" in paths else "float32"
@@ -87,7 +88,7 @@ def _check_one_run(paths: Mapping[str, str]) -> None:
     """Raises ValueError where a finished step's record names other inputs than these."""
     # a step's folder is STEP/FINGERPRINT/BUILD; records name their inputs as FINGERPRINT.BUILD
     ids = {name: ".".join(path.rstrip("/").split("/")[-2:]) for name, path in paths.items()}
-    for name in paths.keys() & {"semantic_tokens", "lm_semantic", "lm_coarse", "lm_fine"}:
+    for name in paths.keys() & {"semantic_tokens", "lm_semantic", "lm_coarse", "lm_fine", "lm_parallel"}:
         inputs = (store.get_json(store.join(paths[name], "done.json")) or {}).get("inputs", {})
         for other in ids.keys() & inputs.keys():
             if inputs[other] != ids[other]:

@@ -1,6 +1,6 @@
 """Sound of any length in constant memory: slide and prompt (AudioLM baseline of SoundStorm, 2305.09636).
 
-Windows of 10 s; each is prompted with the last 3 s of the one before, in all three stages.  The cut goes through the
+Windows of 10 s; each is prompted with the last 3 s of the one before, in all stages.  The cut goes through the
 semantic tokens in time, so stage 2 must know how long each lasts: `lm.lengths`, or no deduplication.
 Shapes: wav_T float32 mono at 16 kHz, z_T at 25 Hz, codes_TQ at 50 Hz.
 """
@@ -28,13 +28,13 @@ def stream(lm: AudioLM, prompt_T: np.ndarray | None, seconds: float, seed: int, 
 
     Raises ValueError for deduplicated stages, a prompt that fills the window, and an overlap that leaves nothing new.
     """
-    if lm.stage("coarse").dedupe:
+    if lm.acoustic_stage.dedupe:
         raise ValueError("the stages were trained with lm.lengths: false, so deduplicated tokens do not tell how long they "
                          "last and windows cannot slide over them: train with lm.lengths=true, or ask for at most the trained "
                          "crop")
     prompt_T = None if prompt_T is None else whole_frames(prompt_T)
     head = 0 if prompt_T is None else len(prompt_T) // SEMANTIC_HOP
-    window = min(int(window_s * SEMANTIC_HZ), *(lm.stage(name).crop_frames for name in ("semantic", "coarse")))
+    window = min(int(window_s * SEMANTIC_HZ), lm.longest)
     overlap = int(OVERLAP * window if overlap_s is None else overlap_s * SEMANTIC_HZ)
     if not HOLD < overlap < window:
         raise ValueError(f"the overlap ({overlap / SEMANTIC_HZ:g} s) must lie between {HOLD / SEMANTIC_HZ:g} s and the window "
@@ -51,17 +51,16 @@ def stream(lm: AudioLM, prompt_T: np.ndarray | None, seconds: float, seed: int, 
 def _windows(lm: AudioLM, prompt_T: np.ndarray | None, samples: int, seed: int, may_end: bool, window: int,
              overlap: int) -> Iterator[np.ndarray]:
     """The pieces: z_T and codes_TQ hold one window, whose end is semantic frame `done` of the sound."""
-    q, total = lm.stage("coarse").levels[1], padded_samples(samples) // SEMANTIC_HOP
+    total = padded_samples(samples) // SEMANTIC_HOP
     z_T, codes_TQ = np.zeros(0, np.int64), np.zeros((0, lm.codec.spec.n_q), np.int64)
     if prompt_T is not None:
         z_T, codes_TQ = lm.tokenize([prompt_T])[0], lm.encode([prompt_T])[0]
     done, yielded, ended, number = len(z_T), 0, False, 0  # semantic frames; samples
     while done < total and not ended:
-        # the three stages continue what the window holds; each window has a seed of its own
+        # all stages continue what the window holds; each window has a seed of its own
         held, seeds = len(z_T), [derive(seed, "window", number)]
         (z_T,), (ended,) = lm.semantic([z_T], [min(window - held, total - done)], seeds, may_end)
-        coarse = lm.coarse([z_T], [RATIO * len(z_T)], seeds, [codes_TQ[:, :q]])
-        codes_TQ = lm.fine(coarse, seeds, [codes_TQ[:, q:]])[0]
+        codes_TQ = lm.codes([z_T], seeds, [codes_TQ])[0]
         done, number = done + len(z_T) - held, number + 1
         # the whole window is decoded, so that the codec has its context; only what is new and final is yielded
         wav_T = lm.decode(codes_TQ, SEMANTIC_HOP * len(z_T))

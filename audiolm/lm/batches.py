@@ -101,11 +101,16 @@ class TokenBatches:
     def batch(self, step: int, rows: Iterable[int]) -> dict[str, torch.Tensor]:
         """ids_BT, target_BT, doc_BT and what else the stage has of some rows of step's global batch; decided by (seed, step,
         row) alone."""
-        rows, plan = list(rows), self.plan
+        rows = list(rows)
+        self.expect(step, rows)
+        return pack_rows(self.stage, [self.documents(step, i) for i in rows], self.stage.max_len)
+
+    def expect(self, step: int, rows: Sequence[int]) -> None:
+        """Has the shards of some rows of a step read in the background."""
+        plan = self.plan
         # the reader threads start on this step's shards, then on those that the same rows need a window later
         now, later = (self._shards(plan.address(s, i)[:2] for i in rows) for s in (step, step + plan.ahead))
         self.cache.expect(now, later)
-        return pack_rows(self.stage, [self.documents(step, i) for i in rows], self.stage.max_len)
 
     def documents(self, step: int, i: int) -> list[Packed]:
         """The packed spans of a row, a share of them without their condition."""

@@ -2,7 +2,7 @@
 
 `{path}/export/model.safetensors` holds the float32 weights by parameter name, `{path}/export/config.json` the layout
 and the shape: {"kind": "lm", "format": FORMAT, "stage": Stage, "model": TransformerSizes, or FrameSizes where positions
-are frames}.
+are frames}.  The parallel decoder, which replaces the acoustic stages, has kind "parallel" and ParallelSizes.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ from audiolm import store
 from audiolm.config import lm
 from audiolm.lm.stages import MAX_RUN, Stage, stage_from_json
 from audiolm.models.frame_transformer import FrameSizes, FrameTransformer
+from audiolm.models.parallel_decoder import ParallelDecoder, ParallelSizes
 from audiolm.models.transformer import Transformer, TransformerSizes
 
-Model = Transformer | FrameTransformer
+Model = Transformer | FrameTransformer | ParallelDecoder
 FORMAT = 3  # 1 had one head over all ids, 2 no conditions, and T5 buckets up to the longest row
+KINDS = ("lm", "parallel")
 
 
 def build_lm(stage: Stage, shape: lm.StageConfig, codes_QVE: torch.Tensor | None = None) -> Model:
@@ -34,7 +36,7 @@ def build_lm(stage: Stage, shape: lm.StageConfig, codes_QVE: torch.Tensor | None
     if stage.frames:
         model = _model({"backbone": {**sizes, "slots": []}, "depth": _depth_arguments(stage, shape, width)})
     else:
-        model = _model(sizes)
+        model = _model("lm", sizes)
     for network in model.modules():
         if isinstance(network, Transformer):
             network.checkpointing = shape.checkpointing
@@ -43,8 +45,10 @@ def build_lm(stage: Stage, shape: lm.StageConfig, codes_QVE: torch.Tensor | None
     return model
 
 
-def _model(sizes: dict[str, Any]) -> Model:
+def _model(kind: str, sizes: dict[str, Any]) -> Model:
     """The untrained model of an export's `model`."""
+    if kind == "parallel":
+        return ParallelDecoder(ParallelSizes(**sizes))
     if "depth" in sizes:
         return FrameTransformer(FrameSizes(*(TransformerSizes(**sizes[name]) for name in ("backbone", "depth"))))
     return Transformer(TransformerSizes(**sizes))
@@ -64,11 +68,22 @@ def _depth_arguments(stage: Stage, shape: lm.StageConfig, code_width: int) -> di
             **shape.model_dump(include={"dropout", "gated", "norm", "activation"})}
 
 
+def build_parallel(stage: Stage, shape: lm.ParallelConfig, codes_QVE: torch.Tensor | None = None) -> ParallelDecoder:
+    """`build_lm` of the parallel decoder."""
+    model = ParallelDecoder(ParallelSizes(
+        stage.k, stage.vocab, stage.slots, code_width=0 if codes_QVE is None else codes_QVE.shape[2],
+        **shape.model_dump(include={"dim", "layers", "heads", "ff", "conv_kernel", "dropout"})))
+    if codes_QVE is not None:
+        model.tied.set_codes(codes_QVE)
+    return model
+
+
 def export_lm(module: Model, stage: Stage) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """(float32 weights on the CPU by name, JSON config) of a stage."""
     weights = {name: t.detach().to("cpu", torch.float32, copy=True).contiguous()
                for name, t in module.state_dict().items()}
-    return weights, {"kind": "lm", "format": FORMAT, "stage": stage.to_json(), "model": asdict(module.sizes)}
+    kind = KINDS[isinstance(module, ParallelDecoder)]
+    return weights, {"kind": kind, "format": FORMAT, "stage": stage.to_json(), "model": asdict(module.sizes)}
 
 
 def load_lm(path: str, device: str | torch.device = "cpu") -> tuple[Model, Stage]:
@@ -79,12 +94,13 @@ def load_lm(path: str, device: str | torch.device = "cpu") -> tuple[Model, Stage
     about = store.get_json(store.join(path, "export", "config.json"))
     if about is None:
         raise FileNotFoundError(f"no export/config.json under {path}: is its training step done?")
-    if about.get("kind") != "lm":
-        raise ValueError(f"{path} holds a {about.get('kind')!r} export, expected 'lm': pass an lm_* step's output")
+    if about.get("kind") not in KINDS:
+        raise ValueError(f"{path} holds a {about.get('kind')!r} export, expected one of {', '.join(KINDS)}: pass an lm_* "
+                         "step's output")
     if about.get("format", 1) != FORMAT:
         raise ValueError(f"{path} holds a language model of format {about.get('format', 1)}, this code reads {FORMAT}: train "
                          "the stage again with this code, or use the code that made it")
-    model = _model(about["model"])
+    model = _model(about["kind"], about["model"])
     with tempfile.TemporaryDirectory() as folder:
         weights = load_file(store.local_copy(store.join(path, "export", "model.safetensors"), folder))
         model.load_state_dict(weights)

@@ -63,7 +63,7 @@ def dedupe(z_T: np.ndarray) -> np.ndarray:
 class Stage:
     """Layout of one stage: which ids exist, in which order they are packed, which may be drawn at a position."""
 
-    name: str  # semantic, coarse or fine
+    name: str  # semantic, coarse, fine; or parallel (lm.parallel)
     k: int  # semantic vocabulary
     vocab: int  # codes of an acoustic level
     levels: tuple[int, int]  # target levels [from, to), counted from 0; (0, 0) in stage 1
@@ -80,7 +80,7 @@ class Stage:
 
     @property
     def needs_semantic(self) -> bool:
-        return self.name == "semantic" or (self.name == "coarse" and self.conditioned)
+        return self.name == "semantic" or (self.name != "fine" and self.conditioned)
 
     @property
     def conditioned(self) -> bool:

@@ -80,11 +80,11 @@ class Attention(nn.Module):
         self.norm, self.drop = nn.LayerNorm(s.dim), nn.Dropout(s.dropout)
         self.qkv, self.out = nn.Linear(s.dim, 3 * s.dim), nn.Linear(s.dim, s.dim)
 
-    def forward(self, x_BTD, valid_BT, rope):
+    def forward(self, x_BTD, mask_B1TT, rope):
         b, t, d = x_BTD.shape
         q, k, v = self.qkv(self.norm(x_BTD)).view(b, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
         q, k = (apply_rope(x, *rope, fused=False) for x in (q, k))
-        y_BHTE = F.scaled_dot_product_attention(q, k, v, attn_mask=valid_BT[:, None, None])
+        y_BHTE = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_B1TT)
         return self.drop(self.out(y_BHTE.transpose(1, 2).reshape(b, t, d)))
 
 
@@ -114,10 +114,11 @@ class Block(nn.Module):
             FeedForward(s), Attention(s), Convolution(s), FeedForward(s))
         self.norm = nn.LayerNorm(s.dim)
 
-    def forward(self, x_BTD, valid_BT, rope):
+    def forward(self, x_BTD, valid_BT, rope, mask_B1TT=None):
+        """`mask_B1TT`: the frames that each may attend to, in place of all valid ones."""
         # 0.5: the two feed-forward layers are halves of one (Macaron, 1906.02762)
         x_BTD = x_BTD + 0.5 * self.first(x_BTD)
-        x_BTD = x_BTD + self.attention(x_BTD, valid_BT, rope)
+        x_BTD = x_BTD + self.attention(x_BTD, valid_BT[:, None, None] if mask_B1TT is None else mask_B1TT, rope)
         x_BTD = x_BTD + self.convolution(x_BTD, valid_BT)
         return self.norm(x_BTD + 0.5 * self.last(x_BTD))
 

@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.nn import functional as F
+
+from audiolm.models.heads import LevelHeads, Table
 
 READ_STD = 0.02  # of an embedding's values at the start, as of a free table
 MU_SHARE = 0.1  # of the codes' size that a predicted vector has at the start
@@ -54,3 +57,33 @@ class TiedCodes(nn.Module):
         half_SV = codes_SVE.square().sum(2) / 2
         bias_SV = (half_SV.mean(1, keepdim=True) - half_SV) * self.scale_S.exp()[:, None]
         return list(zip(weight_SVD, bias_SV, strict=True))
+
+
+def embedding_table(embed: nn.Embedding, tied: TiedCodes | None, first: int) -> torch.Tensor:
+    """(V, D) of all ids: the free table, with the tied one added from the id of the `first` code on."""
+    if tied is None:
+        return embed.weight
+    with torch.autocast(embed.weight.device.type, enabled=False):
+        table, codes = embed.weight, tied.embeddings()
+        stop = first + len(codes)
+        return torch.cat([table[:first], table[first:stop] + codes, table[stop:]])
+
+
+def head_tables(head: LevelHeads, tied: TiedCodes | None) -> list[Table]:
+    """Each slot's table; ids behind a level's codes, such as EOS, have free rows alone."""
+    own = head.by_slot()
+    if tied is None:
+        return own
+    with torch.autocast(head.weight.device.type, enabled=False):
+        return [(free + F.pad(weight, (0, 0, 0, len(free) - len(weight))), F.pad(bias, (0, len(free) - len(bias))))
+                for (free, _), (weight, bias) in zip(own, tied.heads(), strict=True)]
+
+
+@torch.no_grad()
+def fold_tables(embed: nn.Embedding, head: LevelHeads | None, tied: TiedCodes, first: int) -> None:
+    """Writes the tied tables into the free ones, which are then all that the model needs."""
+    embed.weight.copy_(embedding_table(embed, tied, first))
+    if head:
+        weights, biases = zip(*head_tables(head, tied), strict=True)
+        head.weight.copy_(torch.cat(weights))
+        head.bias = torch.cat(biases)

@@ -22,7 +22,7 @@ from audiolm.models.cache import KEYS, KVCache, Places, places
 from audiolm.models.heads import LevelHeads, Table
 from audiolm.models.positions import RelativePositionBias, Rope, apply_rope, rope_table
 from audiolm.models.run_lengths import RunLengths
-from audiolm.models.tied import TiedCodes
+from audiolm.models.tied import TiedCodes, embedding_table, fold_tables, head_tables
 
 ROWS = 8  # rows of a CPU matrix product while sampling; a product's rounding depends on its shape
 EPS = 1e-5
@@ -150,7 +150,8 @@ class Transformer(nn.Module):
         if self.lengths:  # an id's length depends on the id first: features that a few steps can use
             nn.init.normal_(self.lengths.given.weight)
         if self.tied:  # free terms beside the tied ones start at zero
-            nn.init.zeros_(self.embed.weight[self._codes])
+            levels, vocab, _, first = s.tied
+            nn.init.zeros_(self.embed.weight[first:first + levels * vocab])
             if self.head:
                 nn.init.zeros_(self.head.weight)
 
@@ -194,38 +195,23 @@ class Transformer(nn.Module):
         weights += max(self.head.sizes) * self.dim if self.head else 0
         return 6.0 * weights + 6.0 * len(self.blocks) * self.dim * length
 
-    @property
-    def _codes(self) -> slice:
-        """Ids of the codes that tied tables have."""
-        levels, vocab, _, first = self.sizes.tied
-        return slice(first, first + levels * vocab)
-
     def _table(self) -> torch.Tensor:
         """Embeddings of all ids."""
-        if self.tied is None:
-            return self.embed.weight
-        with torch.autocast(self.embed.weight.device.type, enabled=False):
-            at, table = self._codes, self.embed.weight
-            return torch.cat([table[:at.start], table[at] + self.tied.embeddings(), table[at.stop:]])
+        return embedding_table(self.embed, self.tied, self._first_code)
 
     def _heads(self) -> list[Table]:
-        """Each slot's table; ids behind a level's codes, such as EOS, have free rows alone."""
-        own = self.head.by_slot()
-        if self.tied is None:
-            return own
-        with torch.autocast(self.embed.weight.device.type, enabled=False):
-            return [(free + F.pad(weight, (0, 0, 0, len(free) - len(weight))), F.pad(bias, (0, len(free) - len(bias))))
-                    for (free, _), (weight, bias) in zip(own, self.tied.heads(), strict=True)]
+        """Each slot's table."""
+        return head_tables(self.head, self.tied)
 
-    @torch.no_grad()
+    @property
+    def _first_code(self) -> int:
+        """Id of the first code that tied tables have."""
+        return self.sizes.tied[3] if self.sizes.tied else 0
+
     def fold_tied(self) -> None:
         """Turns tied tables into plain ones, so that a token costs a lookup: for sampling, not for training."""
         if self.tied:
-            table, heads = self._table(), self._heads() if self.head else []
-            self.embed.weight.copy_(table)
-            if heads:
-                self.head.weight.copy_(torch.cat([weight for weight, _ in heads]))
-                self.head.bias = torch.cat([bias for _, bias in heads])
+            fold_tables(self.embed, self.head, self.tied, self._first_code)
             self.tied = None
 
     def _embed(self, ids: torch.Tensor, cond: torch.Tensor | None, length: torch.Tensor | None,

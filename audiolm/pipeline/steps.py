@@ -18,11 +18,12 @@ def train_objective(objective: str, config: dict, inputs: dict, out) -> dict:
 
 
 def train_lm(config: dict, inputs: dict, out) -> dict:
-    """Trains a language-model stage, config["stage"], between its gates: tokens before, losses after (paper III-C)."""
+    """Trains a stage or the parallel decoder, config["stage"], between its gates: tokens before, losses after (paper III-C)."""
     from audiolm.eval import stage_gates
 
     stage_gates.check_inputs(config, inputs, out)
-    facts = train_objective("audiolm.train.objectives.lm:lm_objective", config, inputs, out)
+    kind = "parallel" if config["stage"] == "lm_parallel" else "lm"
+    facts = train_objective(f"audiolm.train.objectives.{kind}:{kind}_objective", config, inputs, out)
     return stage_gates.check_stage(config, inputs, out, facts)
 
 

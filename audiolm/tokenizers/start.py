@@ -98,4 +98,4 @@ def _fits(step: str, about: dict) -> bool:
         return about.get("kind") in CODEC_KINDS
     if step == "masked_model":
         return about.get("family") == MASKED_FAMILY
-    return about.get("kind") == "lm" and about["stage"]["name"] == step.removeprefix("lm_")
+    return about.get("kind") in ("lm", "parallel") and about["stage"]["name"] == step.removeprefix("lm_")

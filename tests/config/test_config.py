@@ -74,6 +74,13 @@ def test_mistakes_are_named(override, message):
         load_config(QUICKSTART, re.split(r" (?=lm\.)", override))
 
 
+def test_a_parallel_decoder_needs_the_token_of_every_frame_and_no_coarse_levels():
+    assert load_config(QUICKSTART, ["lm.acoustic=parallel", "lm.coarse_levels=9"]).lm.acoustic == "parallel"
+    load_config(QUICKSTART, ["lm.acoustic=parallel", "lm.lengths=false", "lm.dedupe=false"])
+    with pytest.raises(ConfigError, match="lm.acoustic is parallel.*set lm.lengths=true or lm.dedupe=false"):
+        load_config(QUICKSTART, ["lm.acoustic=parallel", "lm.lengths=false", "lm.conditioning=prefix"])
+
+
 def test_paths_in_a_file_are_relative_to_it_and_those_of_overrides_to_the_working_folder(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert load_config(QUICKSTART).corpus.sources[0].root == str(ROOT / "workflows" / "quickstart" / "flac")

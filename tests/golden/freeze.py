@@ -49,6 +49,9 @@ PAPER = ["codec.losses=soundstream", "codec.quantizer=factorised", "codec.code_d
          "codec.weights={reconstruction: 1, feature: 100}"]
 SPECTRAL = ["codec.family=spectral", "codec.quantize_from=0", "codec.weights={commitment: 0.1}", "codec.quantizer_dropout=0.5",
             "codec.spectral={n_mels: 20, width: 16, enc_layers: 1, dec_layers: 1, iterations: 4}"]
+PARALLEL = ["lm.acoustic=parallel", "lm.dedupe=false", "lm.condition_dropout=0.1",
+            "lm.parallel={crop_s: 2.0, dim: 32, layers: 2, heads: 2, ff: 64, gates: warn, train: {steps: 20, batch: 4, "
+            "lr: 5.0e-3, warmup_steps: 5, decay_steps: 5, eval_every: 10, save_every: 10, log_every: 1, engine: torch}}"]
 FSQ = [*SPECTRAL, "codec.quantizer=fsq", "codec.spectral.fsq=[4, 4]"]
 BY_FRAME = ["lm.lengths=true", "lm.conditioning=aligned", "lm.condition_dropout=0.1", "lm.coarse.kind=frame",
             "lm.coarse.depth={dim: 16, layers: 2, heads: 2, ff: 32}"]
@@ -155,8 +158,9 @@ def _recipe(step) -> Iterator[tuple[str, str]]:
 
 GOLDENS: dict[str, Callable[[str], dict]] = {
     "fingerprints": fingerprints, "lm_semantic": training("lm_semantic"), "lm_coarse": training("lm_coarse"),
-    "lm_coarse_frame": training("lm_coarse", *BY_FRAME),
-    "lm_fine": training("lm_fine"), "masked": training("masked_model"), "masked_2": training("masked_model_2"),
+    "lm_coarse_frame": training("lm_coarse", *BY_FRAME), "lm_fine": training("lm_fine"),
+    "lm_parallel": training("lm_parallel", *PARALLEL),
+    "masked": training("masked_model"), "masked_2": training("masked_model_2"),
     "w2vbert": training("masked_model", *W2VBERT), "codec": training("codec"),
     "codec_balanced": training("codec", *BALANCED), "codec_paper": training("codec", *PAPER),
     "codec_spectral": training("codec", *SPECTRAL), "codec_fsq": training("codec", *FSQ),

@@ -19,6 +19,7 @@ from audiolm.train.objectives import lm
 from audiolm.train.objectives.base import Context
 from tests.worlds import token_corpus
 from tests.worlds.layouts import PAPER
+from tests.worlds.training import Gradients
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 STEPS = 60
@@ -39,24 +40,6 @@ def objective(corpus, stage="lm_coarse", rank=0, world=1, seed=0, **changed):
     layout = {**PAPER, "dedupe": False, "coarse_levels": 2, "conditioning": "aligned" if kind else "prefix"}
     config = {"stage": stage, "seed": seed, "lm": shape, "layout": layout, "rows": 6}
     return lm.lm_objective(config, corpus.paths, Context(rank, world, CPU, seed))
-
-
-class Gradients:
-    """An engine that keeps the gradients and changes nothing."""
-
-    def __init__(self, module):
-        self.module = module
-
-    def __call__(self, *args):
-        return self.module(*args)
-
-    def backward(self, loss):
-        loss.backward()
-
-    def step(self):
-        self.taken = torch.cat([p.grad.flatten() for p in self.module.parameters()])
-        self.module.zero_grad()
-        return float(self.taken.norm())
 
 
 STAGES = ["lm_semantic", "lm_coarse", "lm_coarse frame", "lm_fine"]

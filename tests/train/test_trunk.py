@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from audiolm.config.lm import StageConfig
+from audiolm.config.lm import ParallelConfig, StageConfig
 from audiolm.config.run import ClusterConfig
 from audiolm.config.training import TrainConfig
 from audiolm.dag.execute import StepFailed, execute
@@ -17,6 +17,7 @@ from audiolm.store import get, get_json, join, names, remove
 from audiolm.train.commits import commits, path_of
 from audiolm.train.loop import train
 from audiolm.train.objectives.lm import lm_objective
+from audiolm.train.objectives.parallel import parallel_objective
 from tests.worlds import token_corpus
 from tests.worlds.layouts import PAPER
 from tests.worlds.training import SPOILED, build, training_step
@@ -121,21 +122,23 @@ def test_another_recipe_is_another_trunk(tmp_path):
     assert names(join(store, "tiny")) == [training_step().fingerprint]
 
 
-def test_a_language_model_of_100_then_200_steps_is_that_of_200_at_once_and_each_checkpoint_is_an_export(tmp_path):
+@pytest.mark.parametrize("name", ["lm_coarse", "lm_parallel"])
+def test_a_language_model_of_100_then_200_steps_is_that_of_200_at_once_and_each_checkpoint_is_an_export(tmp_path, name):
     corpus = token_corpus.make(tmp_path / "corpus", {"train": [60] * 8 + [17, 9], "dev": [40, 33]})
 
     def stage(steps):
         run = TrainConfig(steps=steps, batch=4, lr=1e-2, warmup_steps=5, decay_steps=20, eval_every=40, save_every=70,
                           engine="torch", export="best")
-        size = StageConfig(crop_s=0.8, dim=16, layers=1, heads=2, ff=32, dropout=0.1, train=run)
-        config = {"stage": "lm_coarse", "seed": 0, "lm": size, "rows": 4,
-                  "layout": {**PAPER, "dedupe": False, "coarse_levels": 2}}
+        kind, factory, layout = {"lm_coarse": (StageConfig, lm_objective, {"dedupe": False, "coarse_levels": 2}),
+                                 "lm_parallel": (ParallelConfig, parallel_objective, {})}[name]
+        size = kind(crop_s=0.8, dim=16, layers=1, heads=2, ff=32, dropout=0.1, train=run)
+        config = {"stage": name, "seed": 0, "lm": size, "rows": 4, "layout": {**PAPER, "dedupe": False, **layout}}
         inputs = {name: Artifact(path, "0001", {}) for name, path in corpus.paths.items()}
 
         def fn(config, _, out):
-            return train(lm_objective, config, run, inputs, out, cluster=ClusterConfig(threads=1, device="cpu"))
+            return train(factory, config, run, inputs, out, cluster=ClusterConfig(threads=1, device="cpu"))
 
-        return Step("lm_coarse", fn, config, trains=run)
+        return Step(name, fn, config, trains=run)
 
     at_once = build(stage(200), str(tmp_path / "a"))
     build(stage(100), str(tmp_path / "b"))

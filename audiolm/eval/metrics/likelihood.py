@@ -20,6 +20,7 @@ from audiolm.eval.metrics import ngram
 from audiolm.lm.batches import EvalCrop, TokenBatches
 from audiolm.lm.loss import batch_sums, n_sums
 from audiolm.lm.model import load_lm
+from audiolm.lm.parallel import whole_level_sums
 from audiolm.lm.stages import MAX_RUN, Packed, Stage
 
 LENGTH_PRIOR = 20.0  # runs of all ids that count for an id's lengths, beside its own
@@ -151,7 +152,10 @@ def stage_figures(model: torch.nn.Module, stage: Stage, train: TokenBatches, dev
     """
     rows = [dev.packed(*c) for c in dev.fixed(n)]
     totals, counted = lowest(train, rows, only)
-    own = loss_sums(model, stage, dev, rows, device)
+    if stage.name == "parallel":  # a level is masked as a whole, so its own neighbours do not help as they help `previous`
+        own = whole_level_sums(model, stage, (dev.crop(*c)[:2] for c in dev.fixed(n)), device).cpu().numpy()
+    else:
+        own = loss_sums(model, stage, dev, rows, device)
     sums = {"loss": own[:, :stage.levels[1] + 1], **totals}  # without run lengths, which have figures of their own
     levels = [{"level": q + 1, **beside({name: ratio(s[:, q + 1]) for name, s in sums.items()})} for q in range(*stage.levels)]
     tokens = sums["loss"][1]
@@ -218,8 +222,8 @@ def conditioning(model: torch.nn.Module, stage: Stage, data: TokenBatches, crops
     """Loss with each row's own prefix ("true") and with another clip's ("shuffled"), on the same targets.
 
     "se": the standard error over rows of shuffled - true, a ratio of sums, in which rows of more targets weigh more.
-    Stage 2's prefix is semantic, stage 3's the coarse levels. Raises ValueError for stage 1, which has none, and for
-    fewer than two rows.
+    Stage 2's prefix and the parallel decoder's condition are semantic, stage 3's prefix the coarse levels. Raises ValueError
+    for stage 1, which has none, and for fewer than two rows.
     """
     if not stage.conditioned:
         raise ValueError(f"the {stage.name} stage has no prefix to shuffle: use a coarse or fine stage that has one")
@@ -232,13 +236,19 @@ def conditioning(model: torch.nn.Module, stage: Stage, data: TokenBatches, crops
         rest = [j for j in range(len(crops)) if j != i]
         others = [j for j in rest if crops[j][0] != crops[i][0]] or rest  # of other clips, where there are any
         other_z, other_codes, _ = parts[others[int(rng.generator(seed, "conditioning", i).integers(len(others)))]]
-        true.append(stage.pack(z_T, codes_TQ, at_end))
-        if stage.name == "coarse":  # a shorter prefix is repeated to the crop's length
-            shuffled.append(stage.pack(np.resize(other_z, len(z_T)), codes_TQ, at_end))
+        true.append((z_T, codes_TQ, at_end))
+        if stage.name != "fine":  # a shorter prefix is repeated to the crop's length
+            shuffled.append((np.resize(other_z, len(z_T)), codes_TQ, at_end))
         else:
             prefix = np.resize(other_codes[:, :stage.n_coarse], (len(codes_TQ), stage.n_coarse))
-            shuffled.append(stage.pack(z_T, np.concatenate([prefix, codes_TQ[:, stage.n_coarse:]], 1), at_end))
-    (true_R, number_R), (shuffled_R, _) = (np.stack([loss_sums(model, stage, data, [row], device).sum(1) for row in rows], 1)
+            shuffled.append((z_T, np.concatenate([prefix, codes_TQ[:, stage.n_coarse:]], 1), at_end))
+
+    def row_sums(z_T: np.ndarray | None, codes_TQ: np.ndarray, at_end: bool) -> np.ndarray:
+        if stage.name == "parallel":
+            return whole_level_sums(model, stage, [(z_T, codes_TQ)], device).cpu().numpy()
+        return loss_sums(model, stage, data, [stage.pack(z_T, codes_TQ, at_end)], device)
+
+    (true_R, number_R), (shuffled_R, _) = (np.stack([row_sums(*row).sum(1) for row in rows], 1)
                                            for rows in (true, shuffled))  # row by row, for the spread over rows
     # Linearised standard error of a ratio of sums (Cochran 1977, 6.4), with n / (n - 1) for few rows.
     number, gain_R = number_R.sum(), shuffled_R - true_R

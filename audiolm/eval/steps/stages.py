@@ -21,7 +21,7 @@ from audiolm.eval.metrics import likelihood, token_statistics
 from audiolm.generate.load import load
 from audiolm.generate.params import params_from_config
 
-STAGES = ("lm_semantic", "lm_coarse", "lm_fine")
+STAGES = ("lm_semantic", "lm_coarse", "lm_fine", "lm_parallel")
 BASELINES = ("unigram", "bigram", "fivegram", "previous", "below")
 
 
@@ -66,7 +66,7 @@ def evaluate_part(part: str, config: dict[str, Any], paths: dict[str, str], fold
 
 def ladder_filter(lm: LMConfig, steps: Container[str]) -> ClipFilter:
     """The clips that the last acoustic stage may learn from; the ladder's are held-out ones of these."""
-    return lm.fine.where if "lm_fine" in steps else lm.coarse.where
+    return next(getattr(lm, name).where for name in ("parallel", "fine", "coarse") if f"lm_{name}" in steps)
 
 
 def flat_facts(table: dict[str, Any]) -> dict[str, float]:

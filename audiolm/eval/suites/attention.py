@@ -39,6 +39,8 @@ def attention_results(lm: AudioLM, clips: Sequence[tuple[Clip, np.ndarray]], fol
     `clips` as eval.ladder.held_out returns them, within the coarse stage's crop.
     """
     began, files, near, even, prefix = time.monotonic(), [], [], [], []
+    if "coarse" not in lm.models:
+        raise ValueError("the parallel decoder has no prefix to attend to: this table is of lm.acoustic=stages alone")
     model, stage = lm.models["coarse"]
     wavs = [wav for _, wav in clips]
     for n, ((clip, _), z_T, codes_TQ) in enumerate(zip(clips, lm.tokenize(wavs), lm.encode(wavs), strict=True), 1):

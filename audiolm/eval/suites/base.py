@@ -20,6 +20,7 @@ import numpy as np
 
 from audiolm import store
 from audiolm.config.pipeline import Pipeline
+from audiolm.dag.run_index import missing_of
 from audiolm.data.audio import wav_bytes
 from audiolm.data.clips import Clip
 from audiolm.data.parallel import parallel_map
@@ -78,7 +79,7 @@ class SuiteReport:
 
 def missing_steps(context: SuiteContext, needed: Sequence[str]) -> str | None:
     """The note of a row that cannot be measured yet, None where all needed steps have finished."""
-    missing = [step for step in needed if step not in context.steps]
+    missing = missing_of(needed, context.steps)
     return f"the run has not finished {', '.join(missing)} yet" if missing else None
 
 

@@ -36,7 +36,7 @@ def sweep(lm: AudioLM, clips: Sequence[tuple[Clip, np.ndarray]], prompt_s: float
 
     `clips` as eval.ladder.held_out returns them, within the trained crops."""
     wavs, names = [wav for _, wav in clips], [clip.id for clip, _ in clips]
-    seeds, q = [rng.derive(seed, "sweep", i) for i in range(len(wavs))], lm.stage("coarse").levels[1]
+    seeds, q = [rng.derive(seed, "sweep", i) for i in range(len(wavs))], lm.acoustic_stage.levels[1]
     semantic, prompts, whole = lm.tokenize(wavs), [prompt_samples(w, prompt_s) for w in wavs], [0] * len(wavs)
     rows, rungs = [], []
 

@@ -54,7 +54,7 @@ class Objective(Protocol):
     """
 
     modules: dict[str, nn.Module]  # one engine and optimizer each; built from (config, seed) alike on every rank
-    unit: str  # what `units` counts: "audio s" or "tokens"
+    unit: str  # what `units` counts: "audio s", "tokens" or "frames"
 
     def load(self, step: int, rows: Sequence[int]) -> Any:
         """Rows of step's global batch as CPU tensors. Depends on (seed, step, row) alone, never on rank or total steps.

@@ -7,7 +7,7 @@ values of one Stage type.  A batch is a dict of tensors from lm.loss.prepare.  S
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from audiolm.data.tokens import TokenStore
 from audiolm.lm.batches import EvalCrop, TokenBatches
 from audiolm.lm.loss import batch_sums, inputs_of, level_sums, mean_loss, n_sums, prepare
 from audiolm.lm.model import build_lm, export_lm
+from audiolm.lm.parallel import parallel_stage
 from audiolm.lm.stages import Stage, build_stages
 from audiolm.lm.warm_start import start_from
 from audiolm.tokenizers.acoustic import load_codec
@@ -58,6 +59,8 @@ def stage_of(config: Mapping[str, Any], inputs: Mapping[str, str]) -> Stage:
     lm = LMConfig.model_validate({**config["layout"], name.removeprefix("lm_"): config["lm"]})
     coarse = lm.coarse_levels
     acoustic = specs.get("acoustic_tokens", {"n_q": coarse, "vocab": 0})
+    if name == "lm_parallel":
+        return parallel_stage(lm, acoustic["n_q"], acoustic["vocab"], k)
     stages = build_stages(lm, acoustic["n_q"], acoustic["vocab"], k)
     if name not in stages:
         raise ValueError(f"stage is {name!r}; with lm.coarse_levels {coarse} and codec.n_q {acoustic['n_q']} there are "
@@ -92,22 +95,7 @@ class LMObjective:
     def train_step(self, engines: Mapping[str, Engine], batches: list[dict[str, torch.Tensor]],
                    step: int) -> dict[str, torch.Tensor]:
         """One update; all ranks take part."""
-        engine, device = engines["lm"], self.ctx.device
-        engine.module.train()
-        batches = [{name: x.to(device, non_blocking=True) for name, x in batch.items()} for batch in batches]
-        # The loss is a mean over the global batch's targets, so their number is needed before the first backward.
-        targets, tokens = all_sum(torch.stack([batch["count_2"] for batch in batches]).sum(0).double())
-        sums = torch.zeros(2, n_sums(self.stage), dtype=torch.float64, device=device)  # nats, tokens by level
-        for batch in batches:
-            nats_SN = engine(*inputs_of(batch))
-            # Engines average over ranks: times the world, over all targets, each target weighs the same.
-            engine.backward(nats_SN.sum() * (self.ctx.world / targets.float()))
-            sums += level_sums(self.stage, nats_SN.detach(), batch["label_SN"])
-        # Sums, not means, are reduced: ranks hold different numbers of targets.
-        sums = all_sum(sums)
-        loss = sums[0].sum() / targets
-        norm = engine.step()
-        return {"loss": loss, "units": tokens, "grad_norm": norm, **self._per_level(sums)}
+        return update(engines["lm"], self.stage, batches, inputs_of, self.ctx)
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -124,14 +112,35 @@ class LMObjective:
         module.train()
         sums = all_sum(sums)
         loss = mean_loss(self.stage, sums)
-        return {k: float(v) for k, v in {"loss": loss, "tokens": sums[1].sum(), **self._per_level(sums)}.items()}
+        return {k: float(v) for k, v in {"loss": loss, "tokens": sums[1].sum(), **by_level(self.stage, sums)}.items()}
 
     def export(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         return export_lm(self.modules["lm"], self.stage)
 
-    def _per_level(self, sums: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Loss of each target level, counted from 1 as in the paper; of ids and of their lengths where stage 1 has both."""
-        means = sums[0] / sums[1].clamp_min(1)
-        if self.stage.lengths:
-            return {"loss.ids": means[0], "loss.lengths": means[1]}
-        return {f"loss.level{q + 1}": means[q + 1] for q in range(*self.stage.levels)}
+
+def update(engine: Engine, stage: Stage, batches: list[dict[str, torch.Tensor]],
+           arguments: Callable[[dict[str, torch.Tensor]], tuple], ctx: Context) -> dict[str, torch.Tensor]:
+    """One update on batches whose `arguments` the module turns into nats_SN; all ranks take part."""
+    engine.module.train()
+    batches = [{name: x.to(ctx.device, non_blocking=True) for name, x in batch.items()} for batch in batches]
+    # The loss is a mean over the global batch's targets, so their number is needed before the first backward.
+    targets, tokens = all_sum(torch.stack([batch["count_2"] for batch in batches]).sum(0).double())
+    sums = torch.zeros(2, n_sums(stage), dtype=torch.float64, device=ctx.device)  # nats, tokens by level
+    for batch in batches:
+        nats_SN = engine(*arguments(batch))
+        # Engines average over ranks: times the world, over all targets, each target weighs the same.
+        engine.backward(nats_SN.sum() * (ctx.world / targets.float()))
+        sums += level_sums(stage, nats_SN.detach(), batch["label_SN"])
+    # Sums, not means, are reduced: ranks hold different numbers of targets.
+    sums = all_sum(sums)
+    loss = sums[0].sum() / targets
+    norm = engine.step()
+    return {"loss": loss, "units": tokens, "grad_norm": norm, **by_level(stage, sums)}
+
+
+def by_level(stage: Stage, sums: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Loss of each target level, counted from 1 as in the paper; of ids and of their lengths where stage 1 has both."""
+    means = sums[0] / sums[1].clamp_min(1)
+    if stage.lengths:
+        return {"loss.ids": means[0], "loss.lengths": means[1]}
+    return {f"loss.level{q + 1}": means[q + 1] for q in range(*stage.levels)}

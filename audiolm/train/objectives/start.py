@@ -13,10 +13,11 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from audiolm.config.lm import StageConfig
+from audiolm.config.lm import ParallelConfig, StageConfig
 from audiolm.lm.model import FORMAT, Model
 from audiolm.lm.stages import Stage, stage_from_json
 from audiolm.models.conformer import LAYER_CONVENTION, Encoder
+from audiolm.models.parallel_decoder import ParallelDecoder
 from audiolm.tokenizers.artifact import ArtifactError, read_export
 from audiolm.tokenizers.start import StartWeights
 
@@ -109,3 +110,17 @@ def start_stage(model: Model, stage: Stage, shape: StageConfig, start: StartWeig
         settings["codec.n_q"] = (stage.levels[1], theirs.levels[1])
     require_same(start, settings)
     load_start(model, weights, f"stage {stage.name}")
+
+
+def start_parallel(model: ParallelDecoder, shape: ParallelConfig, start: StartWeights) -> None:
+    """Loads a trained parallel decoder's weights. Raises ValueError where shape or vocabulary differ."""
+    weights, about = read_start(start)
+    require_same(start, {"the export's format": (FORMAT, about.get("format", 1))})
+    theirs = about["model"]
+    settings = {f"lm.parallel.{name}": (getattr(shape, name), theirs[name]) for name in
+                ("dim", "layers", "heads", "ff", "conv_kernel")}
+    ours = model.sizes
+    require_same(start, settings | {"semantic.kmeans.k": (ours.k, theirs["k"]), "codec.vocab": (ours.vocab, theirs["vocab"]),
+                                    "codec.n_q": (ours.levels, theirs["levels"]),
+                                    "the width of the codes that tables are tied to": (ours.code_width, theirs["code_width"])})
+    load_start(model, weights, "parallel decoder")
