@@ -65,8 +65,10 @@ def curves_section(paths: Mapping[str, str], stages: Mapping[str, Any], mean_spe
         if not rows:
             without.append(title_of(name))
             continue
+        # the parallel decoder trains on levels that are masked in part, and is validated on whole ones
+        training = "training, masked in part" if name == "lm_parallel" else "training"
         curves = _codec_curves(rows, mean_spectrum) if name == "codec" else [
-            Curve(f"loss-{name}", title_of(name), "loss", {"training": "loss", "validation": "val.loss"},
+            Curve(f"loss-{name}", title_of(name), "loss", {training: "loss", "validation": "val.loss"},
                   _baselines(stages.get(name, {})))]
         pictures += [picture for curve in curves for picture in curve.draw(rows, add)]
     return Section("curves", "Training", "curves.html", {"pictures": pictures, "without": without})
