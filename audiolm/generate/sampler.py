@@ -20,7 +20,8 @@ import torch
 
 from audiolm.generate.params import SamplingParams
 from audiolm.generate.rows import Request, groups, kept_buffers, one_thread, prefill, replay, requests_of
-from audiolm.lm.stages import Stage, run_lengths
+from audiolm.lm.run_lengths import run_lengths
+from audiolm.lm.stages import Stage
 from audiolm.models.cache import KVCache
 from audiolm.models.transformer import Transformer, pad_rows
 from audiolm.rng import derive

@@ -27,8 +27,9 @@ from audiolm.data.tokens import RATIO, TokenStore, check_pair
 from audiolm.lm.clip_lengths import read_lengths
 from audiolm.lm.frames import packed_frames
 from audiolm.lm.row_plan import PackingPlan
+from audiolm.lm.run_lengths import MAX_RUN, id_starts
 from audiolm.lm.shard_cache import ShardCache
-from audiolm.lm.stages import MAX_RUN, SEMANTIC_HZ, Packed, Stage, id_starts
+from audiolm.lm.stages import SEMANTIC_HZ, Packed, Stage
 
 EvalCrop = tuple[int, int]  # (clip number, start in semantic frames)
 ClipSpan = tuple[int, int, int]  # (clip number, start, stop) in semantic frames

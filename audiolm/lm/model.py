@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 
 from audiolm import store
 from audiolm.config import lm
-from audiolm.lm.stages import MAX_RUN, Stage, stage_from_json
+from audiolm.lm.run_lengths import MAX_RUN
+from audiolm.lm.stages import Stage, stage_from_json
 from audiolm.models.frame_transformer import FrameSizes, FrameTransformer
 from audiolm.models.parallel_decoder import ParallelDecoder, ParallelSizes
 from audiolm.models.transformer import Transformer, TransformerSizes
@@ -34,7 +35,7 @@ def build_lm(stage: Stage, shape: lm.StageConfig, codes_QVE: torch.Tensor | None
     width = 0 if codes_QVE is None else codes_QVE.shape[2]
     sizes = _arguments(stage, shape, width)
     if stage.frames:
-        model = _model({"backbone": {**sizes, "slots": []}, "depth": _depth_arguments(stage, shape, width)})
+        model = _model("lm", {"backbone": {**sizes, "slots": []}, "depth": _depth_arguments(stage, shape, width)})
     else:
         model = _model("lm", sizes)
     for network in model.modules():

@@ -20,12 +20,12 @@ from typing import NamedTuple
 import numpy as np
 
 from audiolm.config.lm import LMConfig
-from audiolm.data.tokens import RATIO, run_starts
+from audiolm.data.tokens import RATIO
+from audiolm.lm.run_lengths import dedupe, run_lengths
 
 SEMANTIC_HZ = 25
 NO_LEVEL = -2  # of BOS and SEP in level_table
 FINE_MIN_S = 1.0  # shortest random crop of stage 3, ours: the last chunk of a generated sound is shorter than the crop
-MAX_RUN = 50  # frames that one id may last, 2 s; a longer run is several ids
 
 
 class Packed(NamedTuple):
@@ -35,28 +35,6 @@ class Packed(NamedTuple):
     target: np.ndarray  # target_T: True where ids[t] carries loss
     cond: np.ndarray  # cond_TC: condition of the target at t + 1; C = 0 where the stage has none
     length: np.ndarray | None = None  # length_T: frames that ids[t] lasts, 0 where that is not known
-
-
-def id_starts(z_T: np.ndarray, longest: int | None = None) -> np.ndarray:
-    """True where an id of the deduplicated sequence begins; with `longest` a run of more frames is several ids."""
-    starts = run_starts(z_T)
-    if longest is None or not len(z_T):
-        return starts
-    at = np.arange(len(z_T))
-    return (at - np.maximum.accumulate(np.where(starts, at, 0))) % longest == 0
-
-
-def run_lengths(z_T: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(ids, frames that each lasts, at most MAX_RUN); np.repeat is the inverse."""
-    z_T = np.asarray(z_T, np.int64)
-    starts = np.flatnonzero(id_starts(z_T, MAX_RUN))
-    return z_T[starts], np.diff(np.append(starts, len(z_T)))
-
-
-def dedupe(z_T: np.ndarray) -> np.ndarray:
-    """Runs of equal ids collapsed to one id (2209.03143 III-B, after GSLM)."""
-    z_T = np.asarray(z_T)
-    return z_T[run_starts(z_T)]
 
 
 @dataclass(frozen=True)

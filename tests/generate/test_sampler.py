@@ -18,7 +18,8 @@ from audiolm.generate.sampler import Sampler, sample_ids
 from audiolm.lm.batches import pack_rows
 from audiolm.lm.loss import inputs_of, prepare
 from audiolm.lm.model import build_lm
-from audiolm.lm.stages import MAX_RUN, Stage
+from audiolm.lm.run_lengths import MAX_RUN
+from audiolm.lm.stages import Stage
 from audiolm.models.frame_transformer import FrameTransformer
 from audiolm.models.transformer import Transformer
 from tests.worlds.token_corpus import legal_ids

@@ -10,7 +10,8 @@ from audiolm import store
 from audiolm.config import lm as lm_config
 from audiolm.config import training
 from audiolm.lm.model import build_lm, export_lm, load_lm
-from audiolm.lm.stages import MAX_RUN, NO_LEVEL, build_stages, dedupe, run_lengths
+from audiolm.lm.run_lengths import MAX_RUN, dedupe, run_lengths
+from audiolm.lm.stages import NO_LEVEL, build_stages
 from tests.worlds.layouts import PAPER
 from tests.worlds.token_corpus import legal_ids
 

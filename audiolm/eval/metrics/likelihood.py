@@ -21,7 +21,8 @@ from audiolm.lm.batches import EvalCrop, TokenBatches
 from audiolm.lm.loss import batch_sums, n_sums
 from audiolm.lm.model import load_lm
 from audiolm.lm.parallel import whole_level_sums
-from audiolm.lm.stages import MAX_RUN, Packed, Stage
+from audiolm.lm.run_lengths import MAX_RUN
+from audiolm.lm.stages import Packed, Stage
 
 LENGTH_PRIOR = 20.0  # runs of all ids that count for an id's lengths, beside its own
 COUNTED = 4_000_000  # targets of a level that the baselines count, about: 22 hours, in about 1 GB
