@@ -20,8 +20,11 @@ DURATION_FACTOR = 1.5  # stage 2 may stretch or shrink its ids by this against t
 PROMPT_RUN_S = 1.0  # from this length on the prompt's own mean run counts, below it is an average of too few runs
 
 
+Drawn = tuple[list[np.ndarray], list[np.ndarray], list[int], list[bool]]
+
+
 def by_turns(lm: Any, prompts: Sequence[np.ndarray], frames: Sequence[int], seeds: Sequence[int],
-             codes: Sequence[np.ndarray] | None, may_end: bool) -> tuple[list[np.ndarray], list[np.ndarray], list[int], list[bool]]:
+             codes: Sequence[np.ndarray] | None, may_end: bool) -> Drawn:
     """(ids, codes, ids of the prompt, True where EOS ended it) of `lm`, an AudioLM whose stages know no durations.
 
     Stage 1 draws as many ids as are expected to last long enough. Stage 2's EOS decides how long they last. Where that is
