@@ -65,7 +65,7 @@ def _arguments(stage: Stage, shape: lm.StageConfig, code_width: int) -> dict[str
 def _depth_arguments(stage: Stage, shape: lm.StageConfig, code_width: int) -> dict[str, Any]:
     ids = stage.slots * stage.vocab
     return {"tied": [stage.slots, stage.vocab, code_width, 0] if code_width else None, "vocab": ids + 1,
-            "slots": [stage.vocab] * stage.slots, **shape.depth.model_dump(),
+            "slots": [stage.vocab] * stage.slots, **shape.depth_sizes.model_dump(),
             **shape.model_dump(include={"dropout", "gated", "norm", "activation"})}
 
 

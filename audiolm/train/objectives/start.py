@@ -99,7 +99,7 @@ def start_stage(model: Model, stage: Stage, shape: StageConfig, start: StartWeig
     settings = {}
     if stage.frames:
         depth, sizes = sizes["depth"], sizes["backbone"]
-        settings = {f"{section}.depth.{name}": (value, depth[name]) for name, value in shape.depth.model_dump().items()}
+        settings = {f"{section}.depth.{name}": (value, depth[name]) for name, value in dict(shape.depth_sizes).items()}
     settings |= {f"{section}.{name}": (getattr(shape, name), sizes[name]) for name in STAGE_FIELDS}
     # Of the layout only what the stage's own ids depend on; the tokenizers' sizes as the token stores have them.
     if stage.needs_semantic:
