@@ -27,8 +27,9 @@ from audiolm.generate.sampler import Sampler
 from audiolm.generate.sound import Sound
 from audiolm.lm.model import Model
 from audiolm.lm.stages import SEMANTIC_HZ, Stage
-from audiolm.models.parallel_decoder import ParallelDecoder
-from audiolm.models.transformer import ROWS, Transformer
+from audiolm.models.lm.block import ROWS
+from audiolm.models.lm.parallel_decoder import ParallelDecoder
+from audiolm.models.lm.transformer import Transformer
 from audiolm.rng import derive
 from audiolm.tokenizers.base import ACOUSTIC_HOP, SAMPLE_RATE, SEMANTIC_HOP, Codec, Tokenizer, padded_samples
 

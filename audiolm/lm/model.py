@@ -16,11 +16,13 @@ from safetensors.torch import load_file
 
 from audiolm import store
 from audiolm.config import lm
+from audiolm.lm.layouts import stage_from_json
 from audiolm.lm.run_lengths import MAX_RUN
-from audiolm.lm.stages import Stage, stage_from_json
-from audiolm.models.frame_transformer import FrameSizes, FrameTransformer
-from audiolm.models.parallel_decoder import ParallelDecoder, ParallelSizes
-from audiolm.models.transformer import Transformer, TransformerSizes
+from audiolm.lm.stages import Stage
+from audiolm.models.lm.block import TransformerSizes
+from audiolm.models.lm.frame_transformer import FrameSizes, FrameTransformer
+from audiolm.models.lm.parallel_decoder import ParallelDecoder, ParallelSizes
+from audiolm.models.lm.transformer import Transformer
 
 Model = Transformer | FrameTransformer | ParallelDecoder
 FORMAT = 3  # 1 had one head over all ids, 2 no conditions, and T5 buckets up to the longest row

@@ -77,7 +77,7 @@ def sums(stage: Stage, train: Sequence[Packed], held_out: Sequence[Packed],
     cut = len(train) // 10
     for level in range(*stage.levels) if stage.needs_acoustic else (-1,):
         held, counted, tenth, rest = (views(stage, rows, level) for rows in (held_out, train, train[:cut], train[cut:]))
-        support = (stage.vocab if level >= 0 else stage.k) + (stage.level_table()[stage.eos] == level and stage.name != "fine")
+        support = (stage.vocab if level >= 0 else stage.k) + (stage.ends and level in (-1, stage.levels[0]))  # EOS
         for name, (order, *places) in held.items():
             if only is not None and name not in only:
                 continue

@@ -23,8 +23,8 @@ from audiolm.eval.suites.base import SuiteContext, ladder_clips, load_audiolm, s
 from audiolm.generate.audiolm import AudioLM
 from audiolm.lm.frames import frame_positions
 from audiolm.lm.stages import SEMANTIC_HZ, Stage
-from audiolm.models.attention_maps import attention_maps
-from audiolm.models.transformer import Transformer
+from audiolm.models.lm.attention_maps import attention_maps
+from audiolm.models.lm.transformer import Transformer
 from audiolm.render import plots
 
 NEAR_S = 0.2

@@ -14,10 +14,11 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from audiolm.config.lm import ParallelConfig, StageConfig
+from audiolm.lm.layouts import stage_from_json
 from audiolm.lm.model import FORMAT, Model
-from audiolm.lm.stages import Stage, stage_from_json
+from audiolm.lm.stages import Stage
 from audiolm.models.conformer import LAYER_CONVENTION, Encoder
-from audiolm.models.parallel_decoder import ParallelDecoder
+from audiolm.models.lm.parallel_decoder import ParallelDecoder
 from audiolm.tokenizers.artifact import ArtifactError, read_export
 from audiolm.tokenizers.start import StartWeights
 
