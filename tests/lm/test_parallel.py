@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from audiolm import rng
+from audiolm.lm.model import build_parallel
 from audiolm.lm.parallel import collate, document, draw_document, frame_ids, inputs_of, whole_level_sums
 from audiolm.lm.stages import Stage
 from audiolm.models.lm.heads import NO_TARGET
-from tests.worlds.voices import GAP, LEVELS, STAGE, VOCAB, sound, untrained
+from tests.worlds.voices import GAP, LEVELS, SHAPE, STAGE, VOCAB, sound, untrained
 
 DEEP = Stage("parallel", 4, 16, (0, 4), 4, False, 1.0, dropped=0.25)
 
@@ -100,3 +101,16 @@ def test_each_level_is_scored_as_a_whole_with_true_coarser_levels():
         np.testing.assert_array_equal(masks_of(STAGE, d.ids_TC), np.arange(LEVELS)[None] >= level + 0 * codes_TQ)
         nats_SN = model(*inputs_of(collate(STAGE, [[d]], 0)))
         assert float(sums[0, 1 + level]) == pytest.approx(float(nats_SN.sum().detach()), rel=1e-6)
+
+
+def test_tied_tables_fold_into_plain_ones():
+    torch.manual_seed(0)
+    model = build_parallel(STAGE, SHAPE, torch.randn(LEVELS, VOCAB, 6)).eval()
+    batch = collate(STAGE, [[draw_document(STAGE, *sound(rng.generator(0, "test", n)), rng.generator(1, "test", n))]
+                            for n in range(3)], GAP)
+    with torch.no_grad():
+        tied = model(*inputs_of(batch))
+        model.fold_tied()
+        assert model.tied is None and torch.equal(model(*inputs_of(batch)), tied)
+        batch["ids_BTC"] = torch.where(batch["ids_BTC"] > STAGE.no_cond, batch["ids_BTC"], STAGE.no_cond)
+        assert not torch.allclose(model(*inputs_of(batch)), tied)  # codes and conditions are read
