@@ -68,7 +68,7 @@ def test_no_circle_of_imports():
 
 
 def test_models_import_torch_only():
-    for path in (PACKAGE / "models").glob("*.py"):
+    for path in (PACKAGE / "models").rglob("*.py"):
         for name in imported(path):
             own = name.startswith(("audiolm.models", "audiolm.rng"))
             assert own or name.split(".")[0] in {"torch", "numpy", *sys.stdlib_module_names}, f"{path.name} imports {name}"

@@ -44,8 +44,9 @@ class StageConfig(Config):
     kind: Annotated[Literal["flat", "frame"], Later("flat")] = Field(
         "flat", description="of lm.coarse: flat takes every code as a position (paper); frame takes a frame's codes as one "
                             "(RQ-Transformer, 2203.01941), for 3 (of 4 levels) to 8 times (of 12) fewer positions")
-    depth: Annotated[DepthConfig, Later(DepthConfig().model_dump())] = Field(
-        DepthConfig(), description="of kind frame: the network that predicts a frame's codes one after another")
+    depth: Annotated[DepthConfig | None, Later(None)] = Field(
+        None, description="of kind frame: the network that predicts a frame's codes one after another; None = 2 layers of a "
+                          "quarter of dim, 64 at least")
     checkpointing: Runtime[bool] = Field(False, description="less memory, a third more work: blocks are computed again in "
                                                             "the backward pass")
     warm_start: Annotated[WarmStartConfig | None, Later(None)] = Field(
@@ -56,6 +57,12 @@ class StageConfig(Config):
     gates: Runtime[Literal["stop", "warn"]] = Field("stop", description="what a failed gate does: no better than unigrams, "
                                                                         "prefix not used, tokenizer collapsed")
     train: TrainConfig
+
+    @property
+    def depth_sizes(self) -> DepthConfig:
+        """`depth`, or what None stands for."""
+        dim = max(64, self.dim // 32 * 8)  # a multiple of twice its heads
+        return self.depth or DepthConfig(dim=dim, ff=4 * dim)
 
 
 class ParallelConfig(Config):

@@ -18,7 +18,8 @@ from audiolm.config.corpus import ClipFilter
 from audiolm.data.audio import wav_bytes
 from audiolm.data.clips import Clip, read_clip, read_clips
 from audiolm.eval.metrics.audio_quality import mel_distance
-from audiolm.generate.audiolm import AudioLM, Sound
+from audiolm.generate.audiolm import AudioLM
+from audiolm.generate.sound import Sound
 from audiolm.lm.stages import SEMANTIC_HZ
 from audiolm.tokenizers.base import SAMPLE_RATE, SEMANTIC_HOP
 

@@ -18,45 +18,22 @@ import numpy as np
 import torch
 
 from audiolm.data.tokens import RATIO
+from audiolm.generate.by_turns import DURATION_FACTOR, by_turns
 from audiolm.generate.frame_sampler import FrameSampler
 from audiolm.generate.parallel import ParallelSampler
 from audiolm.generate.params import PAPER_PARAMS, SamplingParams
 from audiolm.generate.prompts import prompt_from_array, read_prompt, whole_frames
 from audiolm.generate.sampler import Sampler
+from audiolm.generate.sound import Sound
 from audiolm.lm.model import Model
-from audiolm.lm.stages import SEMANTIC_HZ, Stage, dedupe
-from audiolm.models.parallel_decoder import ParallelDecoder
-from audiolm.models.transformer import ROWS, Transformer
+from audiolm.lm.stages import SEMANTIC_HZ, Stage
+from audiolm.models.lm.block import ROWS
+from audiolm.models.lm.parallel_decoder import ParallelDecoder
+from audiolm.models.lm.transformer import Transformer
 from audiolm.rng import derive
 from audiolm.tokenizers.base import ACOUSTIC_HOP, SAMPLE_RATE, SEMANTIC_HOP, Codec, Tokenizer, padded_samples
 
 MODES = ("continuation", "unconditional", "acoustic", "resynthesis")
-# Without lengths a deduplicated id does not tell how long it lasts; the paper does not say how it fixes that. Ours, untuned:
-MAX_ROUNDS = 6  # of stages 1 and 2 in turn; in the last one stage 2 draws all frames that are asked for
-DURATION_FACTOR = 1.5  # stage 2 may stretch or shrink its ids by this against the mean: no EOS far too early or late
-PROMPT_RUN_S = 1.0  # from this length on the prompt's own mean run counts, below it is an average of too few runs
-
-
-@dataclass(frozen=True)
-class Sound:
-    """One generated clip: wav_T, the semantic ids as stage 1 has them (deduplicated where it is), all its codes_TQ."""
-
-    wav_T: np.ndarray
-    z: np.ndarray
-    codes_TQ: np.ndarray
-    prompt: int = 0  # samples of wav_T that are the prompt's
-    z_prompt: int = 0  # ids of z that are the prompt's
-    ended: bool = False  # stage 1 drew EOS
-
-    @property
-    def new_s(self) -> float:
-        """Seconds beyond the prompt."""
-        return (len(self.wav_T) - self.prompt) / SAMPLE_RATE
-
-    @property
-    def semantic_per_s(self) -> float | None:
-        """Semantic ids a second beyond the prompt; None where there is nothing beyond it."""
-        return round((len(self.z) - self.z_prompt) / self.new_s, 3) if self.new_s else None
 
 
 @dataclass
@@ -305,7 +282,7 @@ class AudioLM:
         """All stages: sounds of at most `samples` samples, prompts (z_T and all levels of codes_TQ) included."""
         frames = [self._frames(n) for n in samples]
         if self.acoustic_stage.dedupe:
-            zs, all_codes, heads, ended = self._by_turns(prompts, frames, seeds, codes, may_end)
+            zs, all_codes, heads, ended = by_turns(self, prompts, frames, seeds, codes, may_end)
         else:
             zs, ended = self.semantic(prompts, [n - len(z) for n, z in zip(frames, prompts, strict=True)], seeds, may_end)
             all_codes = self.codes(zs, seeds, codes)
@@ -313,48 +290,6 @@ class AudioLM:
         wavs = [self.decode(c, min(n, ACOUSTIC_HOP * len(c))) for c, n in zip(all_codes, samples, strict=True)]
         return [Sound(wav, z, c, SEMANTIC_HOP * len(prompt), head, end) for wav, z, c, prompt, head, end
                 in zip(wavs, zs, all_codes, prompts, heads, ended, strict=True)]
-
-    def _by_turns(self, prompts: Sequence[np.ndarray], frames: Sequence[int], seeds: Sequence[int],
-                  codes: Sequence[np.ndarray] | None,
-                  may_end: bool) -> tuple[list[np.ndarray], list[np.ndarray], list[int], list[bool]]:
-        """(ids, codes, ids of the prompt, True where EOS ended it) of stages that know no durations.
-
-        Stage 1 draws as many ids as are expected to last long enough. Stage 2's EOS decides how long they last. Where that is
-        too short stage 1 goes on.
-        """
-        stage, q = self.stage("semantic"), self.stage("coarse").levels[1]
-        ys = [np.zeros((0, q), np.int64) for _ in prompts] if codes is None else [c[:, :q] for c in codes]
-        runs = [len(z) / len(dedupe(z)) if len(z) >= PROMPT_RUN_S * SEMANTIC_HZ else self.mean_run for z in prompts]
-        # what a round drew is forced in the next, so the sound goes on where it was
-        zs, ended = [stage.targets(z) for z in prompts], [False] * len(prompts)
-        heads, live = [len(z) for z in zs], list(range(len(zs)))
-        for turn in range(MAX_ROUNDS):
-            more = [math.ceil((frames[i] - len(ys[i]) / RATIO) / runs[i]) for i in live]
-            drawn = self.semantic([zs[i] for i in live], more, [seeds[i] for i in live], may_end)
-            for i, ids, end in zip(live, *drawn, strict=True):
-                zs[i], ended[i] = ids, end
-            last = turn == MAX_ROUNDS - 1
-            spans = [self._coarse_span(frames[i], len(zs[i]) * runs[i], ended[i], last or len(zs[i]) >= self.longest)
-                     for i in live]
-            y = self.coarse([zs[i] for i in live], [max(most, len(ys[i])) for i, (_, most) in zip(live, spans, strict=True)],
-                            [seeds[i] for i in live], [ys[i] for i in live], [least for least, _ in spans])
-            for i, c in zip(live, y, strict=True):
-                ys[i] = c
-            live = [i for i in live if len(ys[i]) < RATIO * frames[i] and not ended[i]]
-            if not live:
-                break
-        return zs, self.fine(ys, seeds, None if codes is None else [c[:, q:] for c in codes]), heads, ended
-
-    def _coarse_span(self, frames: int, expected: float, ended: bool, last: bool) -> tuple[int, int]:
-        """(least, most) acoustic frames that stage 2 draws, for ids expected to last so many semantic frames.
-
-        `frames`: semantic frames asked for. `last`: stage 1 cannot go on, so stage 2 draws all frames.
-        """
-        if ended:
-            frames = min(frames, math.ceil(DURATION_FACTOR * expected))
-        elif last:
-            return RATIO * frames, RATIO * frames
-        return RATIO * min(frames, int(expected / DURATION_FACTOR)), RATIO * frames
 
     # -- helpers -------------------------------------------------------------------------------------------------
 

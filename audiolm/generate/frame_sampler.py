@@ -20,8 +20,8 @@ from audiolm.generate.rows import Request, groups, kept_buffers, one_thread, pre
 from audiolm.generate.sampler import PLAIN, guided, sample_ids, uniform_noise
 from audiolm.lm.frames import frame_positions
 from audiolm.lm.stages import Stage
-from audiolm.models.cache import KVCache
-from audiolm.models.frame_transformer import FrameTransformer
+from audiolm.models.lm.cache import KVCache
+from audiolm.models.lm.frame_transformer import FrameTransformer
 
 
 class FrameBuffers:

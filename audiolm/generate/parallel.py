@@ -5,7 +5,8 @@ A pass draws all masked codes of a level at once and keeps the most confident on
 until their turn, and take one pass each.
 A sound beyond the trained crop is drawn in windows, each prompted by the end of the one before.  On a CPU rows run alone, so
 a sample's bits do not depend on its batch.
-Shapes: z_T int64 at 25 Hz, undeduplicated; codes_TQ int64 at 50 Hz; ids_BTC, doc_BT as models.parallel_decoder; BT masks bool.
+Shapes: z_T int64 at 25 Hz, undeduplicated; codes_TQ int64 at 50 Hz; ids_BTC, doc_BT as models.lm.parallel_decoder; masks
+(B, T) bool.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from audiolm.generate.params import SamplingParams
 from audiolm.generate.sampler import PLAIN, guided, sample_ids, uniform_noise
 from audiolm.lm.parallel import frame_ids
 from audiolm.lm.stages import Stage
-from audiolm.models.parallel_decoder import ParallelDecoder
+from audiolm.models.lm.parallel_decoder import ParallelDecoder
 from audiolm.rng import derive
 
 PASSES = 16  # of level 1, as SoundStorm; finer levels take one each

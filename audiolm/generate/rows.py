@@ -15,8 +15,8 @@ import torch
 
 from audiolm.generate.params import SamplingParams
 from audiolm.lm.stages import Stage
-from audiolm.models.cache import KVCache
-from audiolm.models.transformer import ROWS
+from audiolm.models.lm.block import ROWS
+from audiolm.models.lm.cache import KVCache
 
 ONE_THREAD_DIM = 512  # models up to this width sample on one CPU thread
 WARM_UP = 3  # steps before a CUDA graph is captured: libraries allocate their workspaces first
@@ -112,7 +112,7 @@ def kept_buffers(kept: dict[tuple, B], rows: int, length: int, params: SamplingP
 
 
 def replay(m: Buffers, step: Callable[[], None]) -> None:
-    """`step` as a CUDA graph, captured when the cache first reaches a run of keys (models/cache.py)."""
+    """`step` as a CUDA graph, captured when the cache first reaches a run of keys (models/lm/cache.py)."""
     if m.warmed < WARM_UP:
         m.warmed += 1
         return step()

@@ -1,7 +1,7 @@
 """Sampling from a stage with a KV cache (2209.03143 III-D): only legal ids are drawn, each sample has its own seed.
 
 A draw depends on (seed, target position) alone, so a sample does not depend on its neighbours; on a CPU the logits' bits
-do not either (models/transformer.py).  Samples of one prompt share its prefill.  On a GPU the cache is static and a token
+do not either (models/lm/transformer.py).  Samples of one prompt share its prefill.  On a GPU the cache is static and a token
 is one CUDA graph, one for each run of keys; both are kept for the next call.
 `sample_ids` inverts the cumulative distribution at a uniform number.
 Shapes: S draws, B rows, W ids of the widest slot, R ids that repetition-aware sampling looks back at.  scores_BW float32
@@ -20,9 +20,11 @@ import torch
 
 from audiolm.generate.params import SamplingParams
 from audiolm.generate.rows import Request, groups, kept_buffers, one_thread, prefill, replay, requests_of
-from audiolm.lm.stages import Stage, run_lengths
-from audiolm.models.cache import KVCache
-from audiolm.models.transformer import Transformer, pad_rows
+from audiolm.lm.run_lengths import run_lengths
+from audiolm.lm.stages import Stage
+from audiolm.models.lm.block import pad_rows
+from audiolm.models.lm.cache import KVCache
+from audiolm.models.lm.transformer import Transformer
 from audiolm.rng import derive
 
 CHECK_EVERY = 16  # draws between two looks at a GPU's ids for samples that have ended: a look waits for the GPU

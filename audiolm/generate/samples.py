@@ -18,10 +18,10 @@ from audiolm.data.audio import wav_bytes
 from audiolm.data.clips import Clip, read_clip, read_clips
 from audiolm.data.parallel import cluster_device, parallel_map
 from audiolm.data.sources import roots
-from audiolm.generate.audiolm import Sound
 from audiolm.generate.load import load
 from audiolm.generate.params import params_from_config
 from audiolm.generate.prompts import SILENT_PEAK, whole_frames
+from audiolm.generate.sound import Sound
 from audiolm.tokenizers.base import SAMPLE_RATE
 
 MODES = ("unconditional", "acoustic", "continuation", "resynthesis")

@@ -25,10 +25,11 @@ from audiolm.data.clips import Clip, token_clips
 from audiolm.data.parallel import thread_map
 from audiolm.data.tokens import RATIO, TokenStore, check_pair
 from audiolm.lm.clip_lengths import read_lengths
-from audiolm.lm.frames import packed_frames
+from audiolm.lm.pack_rows import pack_rows
 from audiolm.lm.row_plan import PackingPlan
+from audiolm.lm.run_lengths import MAX_RUN, id_starts
 from audiolm.lm.shard_cache import ShardCache
-from audiolm.lm.stages import MAX_RUN, SEMANTIC_HZ, Packed, Stage, id_starts
+from audiolm.lm.stages import SEMANTIC_HZ, Packed, Stage
 
 EvalCrop = tuple[int, int]  # (clip number, start in semantic frames)
 ClipSpan = tuple[int, int, int]  # (clip number, start, stop) in semantic frames
@@ -228,32 +229,6 @@ class TokenBatches:
         elif z_T is not None:
             ids[1:] += 1
         return ShardTokens(firsts, z_T, codes_TQ, np.cumsum(ids, out=ids))
-
-
-def pack_rows(stage: Stage, documents: Sequence[Sequence[Packed]], length: int | None = None) -> dict[str, torch.Tensor]:
-    """Rows of `length` positions (None: as long as the longest) of packed documents.
-
-    They are padded at the right with BOS, which carries no loss and which no earlier id sees.
-    """
-    if stage.frames:
-        documents = [[packed_frames(stage, packed) for packed in row] for row in documents]
-    shape = len(documents), length or max(sum(len(packed.ids) for packed in row) for row in documents)
-    rows = {"ids": np.full(shape, stage.bos, np.int64), "target": np.zeros(shape, bool),
-            "cond": np.full((*shape, stage.n_added), stage.no_cond, np.int64), "length": np.zeros(shape, np.int64)}
-    doc_BT = np.empty(shape, np.int64)
-    for b, row in enumerate(documents):
-        at = 0
-        for doc, packed in enumerate(row):
-            end = at + len(packed.ids)
-            doc_BT[b, at:end] = doc
-            for name, values in rows.items():
-                if (own := getattr(packed, name)) is not None:
-                    values[b, at:end] = own
-            at = end
-        doc_BT[b, at:] = len(row)  # no id of a document attends to the padding, nor the padding to it
-    out = {"ids_BT": rows["ids"], "target_BT": rows["target"], "doc_BT": doc_BT}
-    out |= ({"cond_BTC": rows["cond"]} if stage.n_added else {}) | ({"length_BT": rows["length"]} if stage.lengths else {})
-    return {k: torch.from_numpy(v) for k, v in out.items()}
 
 
 def _frame_at(ids_before: np.ndarray, ids: int) -> int:

@@ -3,7 +3,7 @@
 A target's probability is over the ids that its slot may take.  `prepare` finds the targets on the CPU, so no step waits
 for the device; the tensors' sizes depend on the batch's shape alone, or are one of few, so little is compiled twice.
 Shapes: ids_BT, target_BT (the id carries loss), doc_BT, cond_BTC, length_BT as lm.batches; index_SN, label_SN, nats_SN as
-models.heads: S slots, N places of targets.  Where the stage has run lengths they are one more slot, the last.
+models.lm.heads: S slots, N places of targets.  Where the stage has run lengths they are one more slot, the last.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from audiolm.lm.stages import Stage
-from audiolm.models.attention import ALONE, Documents, documents
-from audiolm.models.heads import NO_TARGET
+from audiolm.models.lm.attention import ALONE, Documents, documents
+from audiolm.models.lm.heads import NO_TARGET
 
 Inputs = dict[str, torch.Tensor]
 SIZES = 16  # of the loss tensors on rows of one shape where positions are frames: the depth network runs over empty places

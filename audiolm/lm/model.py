@@ -16,10 +16,13 @@ from safetensors.torch import load_file
 
 from audiolm import store
 from audiolm.config import lm
-from audiolm.lm.stages import MAX_RUN, Stage, stage_from_json
-from audiolm.models.frame_transformer import FrameSizes, FrameTransformer
-from audiolm.models.parallel_decoder import ParallelDecoder, ParallelSizes
-from audiolm.models.transformer import Transformer, TransformerSizes
+from audiolm.lm.layouts import stage_from_json
+from audiolm.lm.run_lengths import MAX_RUN
+from audiolm.lm.stages import Stage
+from audiolm.models.lm.block import TransformerSizes
+from audiolm.models.lm.frame_transformer import FrameSizes, FrameTransformer
+from audiolm.models.lm.parallel_decoder import ParallelDecoder, ParallelSizes
+from audiolm.models.lm.transformer import Transformer
 
 Model = Transformer | FrameTransformer | ParallelDecoder
 FORMAT = 3  # 1 had one head over all ids, 2 no conditions, and T5 buckets up to the longest row
@@ -34,7 +37,7 @@ def build_lm(stage: Stage, shape: lm.StageConfig, codes_QVE: torch.Tensor | None
     width = 0 if codes_QVE is None else codes_QVE.shape[2]
     sizes = _arguments(stage, shape, width)
     if stage.frames:
-        model = _model({"backbone": {**sizes, "slots": []}, "depth": _depth_arguments(stage, shape, width)})
+        model = _model("lm", {"backbone": {**sizes, "slots": []}, "depth": _depth_arguments(stage, shape, width)})
     else:
         model = _model("lm", sizes)
     for network in model.modules():
@@ -64,7 +67,7 @@ def _arguments(stage: Stage, shape: lm.StageConfig, code_width: int) -> dict[str
 def _depth_arguments(stage: Stage, shape: lm.StageConfig, code_width: int) -> dict[str, Any]:
     ids = stage.slots * stage.vocab
     return {"tied": [stage.slots, stage.vocab, code_width, 0] if code_width else None, "vocab": ids + 1,
-            "slots": [stage.vocab] * stage.slots, **shape.depth.model_dump(),
+            "slots": [stage.vocab] * stage.slots, **shape.depth_sizes.model_dump(),
             **shape.model_dump(include={"dropout", "gated", "norm", "activation"})}
 
 

@@ -4,7 +4,7 @@ A document is a crop of a clip at 50 Hz; each semantic id counts for the RATIO f
 drawn: after the prompt, in which all codes are known, a share of its codes is masked, all codes of finer levels are, and those
 of coarser levels are known.  Masked codes of the drawn level carry the loss, no others.
 Validation and evaluation mask each level as a whole instead, with the coarser levels true, so that their figures compare.
-Shapes: z_T int64 at 25 Hz, codes_TQ int64 at 50 Hz, masked_TQ bool; ids_TC and batches as models.parallel_decoder.
+Shapes: z_T int64 at 25 Hz, codes_TQ int64 at 50 Hz, masked_TQ bool; ids_TC and batches as models.lm.parallel_decoder.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from audiolm.config.lm import LMConfig
 from audiolm.data.tokens import RATIO
 from audiolm.lm.loss import level_sums
 from audiolm.lm.stages import Stage
-from audiolm.models.heads import NO_TARGET
-from audiolm.models.parallel_decoder import ParallelDecoder
+from audiolm.models.lm.heads import NO_TARGET
+from audiolm.models.lm.parallel_decoder import ParallelDecoder
 
 PROMPTED = 0.5  # share of training documents with a prompt: sounds are also generated without one
 

@@ -19,13 +19,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from audiolm.config.lm import LMConfig
-from audiolm.data.tokens import RATIO, run_starts
+from audiolm.data.tokens import RATIO
+from audiolm.lm.run_lengths import dedupe, run_lengths
 
 SEMANTIC_HZ = 25
-NO_LEVEL = -2  # of BOS and SEP in level_table
-FINE_MIN_S = 1.0  # shortest random crop of stage 3, ours: the last chunk of a generated sound is shorter than the crop
-MAX_RUN = 50  # frames that one id may last, 2 s; a longer run is several ids
 
 
 class Packed(NamedTuple):
@@ -35,28 +32,6 @@ class Packed(NamedTuple):
     target: np.ndarray  # target_T: True where ids[t] carries loss
     cond: np.ndarray  # cond_TC: condition of the target at t + 1; C = 0 where the stage has none
     length: np.ndarray | None = None  # length_T: frames that ids[t] lasts, 0 where that is not known
-
-
-def id_starts(z_T: np.ndarray, longest: int | None = None) -> np.ndarray:
-    """True where an id of the deduplicated sequence begins; with `longest` a run of more frames is several ids."""
-    starts = run_starts(z_T)
-    if longest is None or not len(z_T):
-        return starts
-    at = np.arange(len(z_T))
-    return (at - np.maximum.accumulate(np.where(starts, at, 0))) % longest == 0
-
-
-def run_lengths(z_T: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(ids, frames that each lasts, at most MAX_RUN); np.repeat is the inverse."""
-    z_T = np.asarray(z_T, np.int64)
-    starts = np.flatnonzero(id_starts(z_T, MAX_RUN))
-    return z_T[starts], np.diff(np.append(starts, len(z_T)))
-
-
-def dedupe(z_T: np.ndarray) -> np.ndarray:
-    """Runs of equal ids collapsed to one id (2209.03143 III-B, after GSLM)."""
-    z_T = np.asarray(z_T)
-    return z_T[run_starts(z_T)]
 
 
 @dataclass(frozen=True)
@@ -117,17 +92,6 @@ class Stage:
     def vocab_size(self) -> int:
         return self.bos + 3
 
-    def level_table(self) -> np.ndarray:
-        """levels_V: each id's acoustic level from 0, or -1 for semantic ids; BOS and SEP have NO_LEVEL.
-
-        EOS has the level of the slot that predicts it: -1 in stage 1, the first target level in a stage 2 that has it.
-        """
-        table = np.full(self.vocab_size, NO_LEVEL, np.int64)
-        table[:self.offset] = -1
-        table[self.offset:self.bos] = np.repeat(np.array(self.columns, np.int64), self.vocab)
-        table[self.eos] = -1 if self.name == "semantic" else self.levels[0] if self.ends else NO_LEVEL
-        return table
-
     @property
     def n_cond(self) -> int:
         """Conditions of a target; 0 where there are none."""
@@ -147,8 +111,6 @@ class Stage:
     def ends(self) -> bool:
         """True where EOS ends a crop: in stage 1, and in a stage 2 that does not know how long its prefix lasts."""
         return self.name == "semantic" or (self.name == "coarse" and self.dedupe)
-
-    # -- lengths ----------------------------------------------------------------------------------
 
     @property
     def slots(self) -> int:
@@ -281,8 +243,6 @@ class Stage:
             length_T[len(own)] = 0
         return length_T
 
-    # -- ids to tokens ----------------------------------------------------------------------------
-
     def split(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """A packed crop as (prompt ids up to and with BOS or SEP, target ids without EOS)."""
         ids = np.asarray(ids, np.int64)
@@ -333,27 +293,3 @@ class Stage:
 
 def _within(ids: np.ndarray, vocab: int) -> bool:
     return not ids.size or 0 <= ids.min() <= ids.max() < vocab
-
-
-def stage_from_json(data: dict) -> Stage:
-    return Stage(**{**data, "levels": tuple(data["levels"])})
-
-
-def build_stages(config: LMConfig, codec_n_q: int, codec_vocab: int, k: int) -> dict[str, Stage]:
-    """The run's stages by step name; no lm_fine where Q' = Q (piano). Raises ValueError where Q' > Q."""
-    coarse = config.coarse_levels
-    if coarse > codec_n_q:
-        raise ValueError(f"lm.coarse_levels ({coarse}) exceeds codec.n_q ({codec_n_q}): lower it or raise codec.n_q")
-    stages = {}
-    for name, levels in (("semantic", (0, 0)), ("coarse", (0, coarse)), ("fine", (coarse, codec_n_q))):
-        if name == "fine" and coarse == codec_n_q:
-            continue  # the coarse stage predicts all levels
-        shape, first = getattr(config, name), name == "semantic"
-        alone = name == "coarse" and config.ablation == "acoustic"
-        min_crop_s = FINE_MIN_S if shape.min_crop_s is None and name == "fine" else shape.min_crop_s or 0.0
-        stages[f"lm_{name}"] = Stage(name, k, codec_vocab, levels, coarse, config.dedupe and (first or not config.lengths),
-                                     shape.crop_s, min_crop_s, lengths=first and config.lengths,
-                                     aligned=not (first or alone) and config.conditioning == "aligned",
-                                     dropped=0.0 if first else 1.0 if alone else config.condition_dropout,
-                                     frames=shape.kind == "frame")
-    return stages

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from audiolm.config import lm
+from audiolm.models.lm.block import EPS
+from audiolm.models.lm.transformer import Transformer
 from audiolm.models.positions import ROTARY_BASE
-from audiolm.models.transformer import EPS, Transformer
 from audiolm.tokenizers import hf
 
 URI_FIELD = hf.TEXT_MODEL.field

@@ -26,7 +26,7 @@ from audiolm.config.load import load_config  # noqa: E402
 from audiolm.data.tokens import RATIO  # noqa: E402
 from audiolm.generate import audiolm  # noqa: E402
 from audiolm.generate.load import load  # noqa: E402
-from audiolm.lm import stages  # noqa: E402
+from audiolm.lm.layouts import build_stages  # noqa: E402
 from audiolm.lm.model import build_lm  # noqa: E402
 from audiolm.models.conformer import Encoder, EncoderSizes
 from audiolm.models.soundstream import SoundStream, SoundStreamSizes, fold
@@ -48,7 +48,7 @@ def random_system(device: str, kind: str) -> audiolm.AudioLM:
         encoder = Encoder(EncoderSizes(m.dim, m.layers, m.heads, m.ff))
         codec = fold(SoundStream(SoundStreamSizes(c.strides, c.enc_channels, c.dec_channels, c.dim, c.n_q, c.vocab)))
         models = {}
-        for stage in stages.build_stages(lm, c.n_q, c.vocab, cfg.semantic.kmeans.k).values():
+        for stage in build_stages(lm, c.n_q, c.vocab, cfg.semantic.kmeans.k).values():
             model = build_lm(stage, getattr(lm, stage.name)).eval().requires_grad_(False)
             models[stage.name] = model.bfloat16() if device == "cuda" else model, stage
     torch.nn.init.normal_(codec.quantizer.codebook_QND, std=0.1)

@@ -26,6 +26,7 @@ from audiolm.data.tokens import RATIO  # noqa: E402
 from audiolm.lm import stages  # noqa: E402
 from audiolm.lm.batches import pack_rows  # noqa: E402
 from audiolm.lm.frames import packed_frames  # noqa: E402
+from audiolm.lm.layouts import build_stages  # noqa: E402
 from audiolm.train.engine import make_engine  # noqa: E402
 from audiolm.train.objectives.base import Context  # noqa: E402
 from audiolm.train.objectives.lm import LMObjective  # noqa: E402
@@ -68,7 +69,7 @@ def training(name: str, kind: str, args: argparse.Namespace, positions: str, eng
                         dtype="bfloat16" if gpu else "float32")
     shape = StageConfig(crop_s=CROPS_S[name], positions=positions, train=train, checkpointing=args.checkpointing,
                         gated=args.gated, kind=kind, **(PAPER if gpu or args.paper else TINY))
-    stage = stages.build_stages(LMConfig(**{name.removeprefix("lm_"): shape}), 12, 1024, 1024)[name]
+    stage = build_stages(LMConfig(**{name.removeprefix("lm_"): shape}), 12, 1024, 1024)[name]
     ctx = Context(0, 1, torch.device(args.device), 0, compile=gpu and not args.eager)
     objective = LMObjective(stage, shape, Random(stage, args.rows, args.clip_s), None, [], ctx)
     lm = make_engine(objective.modules["lm"], train, ctx)

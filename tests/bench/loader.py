@@ -86,7 +86,7 @@ def measure(folder: str, name: str, batch: int, seconds: float, threads: int) ->
 
     from audiolm.config.lm import LMConfig
     from audiolm.lm.batches import TokenBatches
-    from audiolm.lm.stages import build_stages
+    from audiolm.lm.layouts import build_stages
 
     torch.set_num_threads(1)
     stage = build_stages(LMConfig(), N_Q, VOCAB, K)[f"lm_{name}"]

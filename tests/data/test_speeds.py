@@ -11,7 +11,7 @@ from audiolm.data.clips import Clip, Part, read_clips, token_clips
 from audiolm.eval.metrics import likelihood
 from audiolm.eval.metrics import token_statistics as ts
 from audiolm.lm.batches import TokenBatches
-from audiolm.lm.stages import build_stages
+from audiolm.lm.layouts import build_stages
 from audiolm.tokenizers.base import padded_samples
 from tests.worlds.basics import RecordingOut
 from tests.worlds.encoded_corpus import N_Q, STAGES, VOCAB, K, run_encode

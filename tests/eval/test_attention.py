@@ -16,9 +16,10 @@ from audiolm.config.training import TrainConfig
 from audiolm.data.clips import Clip, Part
 from audiolm.eval.suites import attention, temperatures
 from audiolm.generate.load import load
-from audiolm.lm.stages import build_stages
-from audiolm.models.attention_maps import attention_maps
-from audiolm.models.transformer import Transformer, TransformerSizes
+from audiolm.lm.layouts import build_stages
+from audiolm.models.lm.attention_maps import attention_maps
+from audiolm.models.lm.block import TransformerSizes
+from audiolm.models.lm.transformer import Transformer
 from audiolm.render import plots
 from tests.worlds.layouts import PAPER
 from tests.worlds.tiny_system import COARSE, RUN, build, voice

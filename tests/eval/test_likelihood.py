@@ -12,7 +12,7 @@ from audiolm.config.training import TrainConfig
 from audiolm.eval.metrics import likelihood
 from audiolm.eval.metrics.token_statistics import sampled_statistics
 from audiolm.lm.batches import TokenBatches
-from audiolm.lm.stages import build_stages
+from audiolm.lm.layouts import build_stages
 from tests.worlds import token_corpus
 from tests.worlds.layouts import PAPER
 from tests.worlds.token_corpus import STAY, VOCAB, K

@@ -22,8 +22,8 @@ from audiolm.data import clips as clips_data
 from audiolm.data import tokens
 from audiolm.eval.steps.codec import flat_facts, measure_codec
 from audiolm.eval.steps.stages import run_evaluate
+from audiolm.lm.layouts import build_stages
 from audiolm.lm.model import build_lm, export_lm
-from audiolm.lm.stages import build_stages
 from audiolm.tokenizers import encode
 from audiolm.tokenizers.base import TokenSpec, padded_samples
 from tests.worlds.basics import RecordingOut

@@ -17,9 +17,10 @@ from audiolm.eval.metrics import ngram
 from audiolm.eval.suites import zerospeech
 from audiolm.eval.suites.zerospeech import Pair, ProbeSet, band_of, read_probes
 from audiolm.lm.batches import TokenBatches
+from audiolm.lm.layouts import build_stages
 from audiolm.lm.loss import batch_sums
 from audiolm.lm.model import build_lm, export_lm, load_lm
-from audiolm.lm.stages import build_stages, dedupe
+from audiolm.lm.run_lengths import dedupe
 from audiolm.tokenizers.semantic import load_semantic
 from tests.worlds import token_corpus
 from tests.worlds.layouts import PAPER

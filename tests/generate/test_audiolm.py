@@ -18,7 +18,7 @@ from audiolm.data.tokens import read_shard, shard_name
 from audiolm.generate.load import load
 from audiolm.generate.params import PAPER_PARAMS, SamplingParams
 from audiolm.generate.prompts import whole_frames
-from audiolm.lm.stages import dedupe
+from audiolm.lm.run_lengths import dedupe
 from audiolm.tokenizers import encode
 from tests.worlds.layouts import PAPER, TIMED
 from tests.worlds.tiny_system import COARSE, RUN, VOCAB, Q, build, token_store, voice

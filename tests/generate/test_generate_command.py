@@ -13,7 +13,8 @@ import soundfile as sf
 import audiolm
 from audiolm import store
 from audiolm.generate.prompts import read_prompt
-from audiolm.models.transformer import ROWS, Transformer
+from audiolm.models.lm.block import ROWS
+from audiolm.models.lm.transformer import Transformer
 from tests.worlds.basics import ROOT
 from tests.worlds.tiny_system import CROPS_S, build, token_store, voice
 from workflows import generate as command

@@ -15,12 +15,13 @@ from audiolm.generate import rows
 from audiolm.generate.frame_sampler import FrameSampler
 from audiolm.generate.params import SamplingParams
 from audiolm.generate.sampler import Sampler, sample_ids
-from audiolm.lm.batches import pack_rows
 from audiolm.lm.loss import inputs_of, prepare
 from audiolm.lm.model import build_lm
-from audiolm.lm.stages import MAX_RUN, Stage
-from audiolm.models.frame_transformer import FrameTransformer
-from audiolm.models.transformer import Transformer
+from audiolm.lm.pack_rows import pack_rows
+from audiolm.lm.run_lengths import MAX_RUN
+from audiolm.lm.stages import Stage
+from audiolm.models.lm.frame_transformer import FrameTransformer
+from audiolm.models.lm.transformer import Transformer
 from tests.worlds.token_corpus import legal_ids
 
 K, VOCAB = 12, 10

@@ -17,7 +17,7 @@ from audiolm.config.training import TrainConfig
 from audiolm.data import tokens
 from audiolm.data.clips import clips_parquet, read_clips
 from audiolm.lm.batches import TokenBatches
-from audiolm.lm.stages import build_stages
+from audiolm.lm.layouts import build_stages
 from tests.worlds import token_corpus
 from tests.worlds.layouts import PAPER
 

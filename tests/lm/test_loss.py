@@ -11,12 +11,13 @@ import torch
 import torch.nn.functional as F
 
 from audiolm.config import lm, training
-from audiolm.lm.batches import pack_rows
 from audiolm.lm.frames import packed_frames
 from audiolm.lm.loss import batch_sums, inputs_of, level_sums, prepare
 from audiolm.lm.model import build_lm
+from audiolm.lm.pack_rows import pack_rows
 from audiolm.lm.stages import Packed, Stage
-from audiolm.models.heads import NO_TARGET, LevelHeads
+from audiolm.models.lm.heads import NO_TARGET, LevelHeads
+from tests.worlds.token_corpus import level_table
 
 K, VOCAB, Q = 11, 7, 5
 STAGES = {"semantic": Stage("semantic", K, VOCAB, (0, 0), 2, True, 2.0),
@@ -62,7 +63,7 @@ def test_a_packed_row_costs_what_its_documents_cost(name, positions):
         assert tensors["count_2"].tolist() == [sum(p.target.sum() for p in parts), sum(sizes)]
     torch.testing.assert_close(sums[0], sums[1], atol=1e-4, rtol=1e-6)
     torch.testing.assert_close(grads[0], grads[1], atol=1e-4, rtol=1e-4)
-    levels_V = stage.level_table()
+    levels_V = level_table(stage)
     counts = [sum(int((levels_V[p.ids[p.target]] == level).sum()) for p in parts) for level in range(-1, stage.levels[1])]
     counts += [sum(int((p.length > 0).sum()) for p in parts)] if stage.lengths else []
     assert sums[0][1].tolist() == counts

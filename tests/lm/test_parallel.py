@@ -10,7 +10,7 @@ from audiolm import rng
 from audiolm.lm.model import build_parallel
 from audiolm.lm.parallel import collate, document, draw_document, frame_ids, inputs_of, whole_level_sums
 from audiolm.lm.stages import Stage
-from audiolm.models.heads import NO_TARGET
+from audiolm.models.lm.heads import NO_TARGET
 from tests.worlds.voices import GAP, LEVELS, SHAPE, STAGE, VOCAB, sound, untrained
 
 DEEP = Stage("parallel", 4, 16, (0, 4), 4, False, 1.0, dropped=0.25)

@@ -9,10 +9,11 @@ from safetensors.torch import save
 from audiolm import store
 from audiolm.config import lm as lm_config
 from audiolm.config import training
+from audiolm.lm.layouts import build_stages
 from audiolm.lm.model import build_lm, export_lm, load_lm
-from audiolm.lm.stages import MAX_RUN, NO_LEVEL, build_stages, dedupe, run_lengths
+from audiolm.lm.run_lengths import MAX_RUN, dedupe, run_lengths
 from tests.worlds.layouts import PAPER
-from tests.worlds.token_corpus import legal_ids
+from tests.worlds.token_corpus import NO_LEVEL, legal_ids, level_table
 
 K, VOCAB, Q, COARSE = 11, 7, 5, 2
 TRAIN = training.TrainConfig(steps=1, batch=1, lr=1e-3)
@@ -43,7 +44,7 @@ def test_dedupe():
 @pytest.mark.parametrize("name", ["lm_semantic", "lm_coarse", "lm_fine"])
 def test_id_ranges_are_disjoint_and_specials_lie_outside(name):
     stage = stages()[name]
-    levels_V = stage.level_table()
+    levels_V = level_table(stage)
     n_semantic = K if stage.needs_semantic else 0
     assert (levels_V[:n_semantic] == -1).all()
     for q in stage.columns:
@@ -91,7 +92,7 @@ def test_what_is_packed_may_be_drawn_and_nothing_else(name, dedup):
     for n, at in enumerate(range(first, len(ids))):
         mask_V = legal_ids(stage, n, int(ids[at - 1]))
         assert mask_V[ids[at]]
-        legal = set(stage.level_table()[np.flatnonzero(mask_V & (np.arange(len(mask_V)) < stage.bos))].tolist())
+        legal = set(level_table(stage)[np.flatnonzero(mask_V & (np.arange(len(mask_V)) < stage.bos))].tolist())
         assert legal == {-1 if name == "lm_semantic" else stage.levels[0] + n % stage.slots}
         assert not mask_V[[stage.bos, stage.sep]].any()
 
@@ -109,8 +110,8 @@ def test_eos_and_repeats():
 def test_levels_of_targets():
     stage = stages()["lm_coarse"]
     ids, target, *_ = packed(stage)
-    assert stage.level_table()[ids[target]].tolist() == [0, 1] * 24 + [0]  # EOS stands in a level-1 slot
-    assert (stage.level_table()[ids[1:np.flatnonzero(target)[0] - 1]] == -1).all()
+    assert level_table(stage)[ids[target]].tolist() == [0, 1] * 24 + [0]  # EOS stands in a level-1 slot
+    assert (level_table(stage)[ids[1:np.flatnonzero(target)[0] - 1]] == -1).all()
 
 
 def test_no_fine_stage_where_all_levels_are_coarse():

@@ -12,7 +12,7 @@ from audiolm.config.base import identity
 from audiolm.lm.model import build_lm
 from audiolm.lm.stages import Stage
 from audiolm.lm.warm_start import start_from
-from audiolm.models.transformer import Transformer
+from audiolm.models.lm.transformer import Transformer
 from audiolm.tokenizers.hf import text_model
 
 STAGE = Stage("semantic", 20, 0, (0, 0), 4, True, 4.0)

@@ -8,9 +8,9 @@ import torch
 
 from audiolm.config.lm import DepthConfig, StageConfig
 from audiolm.config.training import TrainConfig
-from audiolm.lm.batches import pack_rows
 from audiolm.lm.loss import inputs_of, prepare
 from audiolm.lm.model import build_lm, export_lm, load_lm
+from audiolm.lm.pack_rows import pack_rows
 from audiolm.lm.stages import Stage
 from audiolm.tokenizers.artifact import write_export
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from audiolm.config import lm, training
-from audiolm.lm.batches import pack_rows
 from audiolm.lm.loss import batch_sums
 from audiolm.lm.model import build_lm, export_lm, load_lm
+from audiolm.lm.pack_rows import pack_rows
 from audiolm.lm.stages import Stage
-from audiolm.models.tied import TiedCodes
+from audiolm.models.lm.tied import TiedCodes
 from audiolm.tokenizers.artifact import write_export
 from audiolm.tokenizers.base import TokenSpec, code_vectors
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from audiolm.models.attention import Documents, documents, positions_of
+from audiolm.models.lm.attention import Documents, documents, positions_of
+from audiolm.models.lm.block import TransformerSizes
+from audiolm.models.lm.transformer import Transformer
 from audiolm.models.positions import RelativePositionBias, distance_buckets
-from audiolm.models.transformer import Transformer, TransformerSizes
 
 VOCAB = 50
 KINDS = {"rotary": {}, "t5": {"positions": "t5"}, "gated": {"gated": True},

@@ -14,8 +14,9 @@ from torch.nn import functional as F
 
 from audiolm import rng
 from audiolm.config.training import TrainConfig
+from audiolm.models.lm.block import TransformerSizes
+from audiolm.models.lm.transformer import Transformer
 from audiolm.models.soundstream import SoundStream, SoundStreamSizes
-from audiolm.models.transformer import Transformer, TransformerSizes
 from audiolm.train import engine as engines
 from audiolm.train.engine import learning_rate, make_engine
 from audiolm.train.objectives.base import Context

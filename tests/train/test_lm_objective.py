@@ -19,6 +19,7 @@ from audiolm.train.objectives import lm
 from audiolm.train.objectives.base import Context
 from tests.worlds import token_corpus
 from tests.worlds.layouts import PAPER
+from tests.worlds.token_corpus import level_table
 from tests.worlds.training import Gradients
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -62,7 +63,7 @@ def test_levels_add_up_to_the_loss(corpus):
     o = objective(corpus)
     result = o.train_step({"lm": Gradients(o.modules["lm"])}, [o.load(0, range(8))], 0)
     ids_BT, target_BT = (o.data.batch(0, range(8))[k] for k in ("ids_BT", "target_BT"))
-    levels = o.stage.level_table()[ids_BT[target_BT].numpy()]
+    levels = level_table(o.stage)[ids_BT[target_BT].numpy()]
     counts = [int((levels == q).sum()) for q in range(2)]
     last_B = torch.where(target_BT, torch.arange(target_BT.shape[1]), 0).amax(1)
     assert float(result["units"]) == (last_B + 1).sum() > sum(counts)  # the prefix is work too, padding is none

@@ -17,7 +17,7 @@ from audiolm.eval import stage_gates
 from audiolm.eval.metrics import likelihood
 from audiolm.lm.model import load_lm
 from audiolm.lm.parallel import inputs_of
-from audiolm.models.heads import NO_TARGET
+from audiolm.models.lm.heads import NO_TARGET
 from audiolm.tokenizers.artifact import write_export
 from audiolm.tokenizers.start import start_weights
 from audiolm.train.engine import make_engine

@@ -15,8 +15,8 @@ from audiolm.config.evaluation import EvaluateConfig
 from audiolm.config.lm import SamplesConfig
 from audiolm.config.pipeline import Pipeline
 from audiolm.config.run import ClusterConfig
+from audiolm.lm.layouts import build_stages
 from audiolm.lm.model import build_lm, export_lm
-from audiolm.lm.stages import build_stages
 from audiolm.tracking.tracker import Tracker
 from tests.worlds.encoded_corpus import N_Q, SHAPE, STAGES, VOCAB, K
 

@@ -10,8 +10,9 @@ from audiolm import store
 from audiolm.config import lm as lm_config
 from audiolm.config import training
 from audiolm.data import tokens
+from audiolm.lm.layouts import build_stages
 from audiolm.lm.model import build_lm, export_lm
-from audiolm.lm.stages import MAX_RUN, build_stages
+from audiolm.lm.run_lengths import MAX_RUN
 from audiolm.models.conformer import Encoder, EncoderSizes
 from audiolm.models.soundstream import SoundStream, SoundStreamSizes
 from audiolm.tokenizers.extractor import ConformerExtractor, Window

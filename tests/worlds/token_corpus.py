@@ -76,3 +76,19 @@ def legal_ids(stage: Stage, n_target: int, previous_id: int | None = None) -> np
     if stage.no_repeat and previous_id is not None:
         mask_V[previous_id] = False
     return mask_V
+
+
+NO_LEVEL = -2  # of BOS and SEP in level_table
+
+
+def level_table(stage: Stage) -> np.ndarray:
+    """levels_V: each id's acoustic level from 0, or -1 for semantic ids; BOS, SEP and an EOS that is not used have NO_LEVEL.
+
+    EOS has the level of the slot that predicts it.
+    """
+    table = np.full(stage.vocab_size, NO_LEVEL, np.int64)
+    table[:stage.offset] = -1
+    table[stage.offset:stage.bos] = np.repeat(np.array(stage.columns, np.int64), stage.vocab)
+    if stage.ends:
+        table[stage.eos] = -1 if stage.name == "semantic" else stage.levels[0]
+    return table

@@ -15,7 +15,8 @@ from audiolm.config.training import TrainConfig
 from audiolm.dag.execute import execute
 from audiolm.dag.plan import plan
 from audiolm.dag.step import Step
-from audiolm.models.transformer import Transformer, TransformerSizes
+from audiolm.models.lm.block import TransformerSizes
+from audiolm.models.lm.transformer import Transformer
 from audiolm.train.engine import all_sum
 from audiolm.train.loop import train
 

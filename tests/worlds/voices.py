@@ -15,7 +15,7 @@ from audiolm.data.tokens import RATIO
 from audiolm.lm.model import build_parallel
 from audiolm.lm.parallel import collate, draw_document, inputs_of
 from audiolm.lm.stages import Stage
-from audiolm.models.parallel_decoder import ParallelDecoder
+from audiolm.models.lm.parallel_decoder import ParallelDecoder
 
 K, VOCAB, LEVELS = 4, 16, 2
 STAGE = Stage("parallel", K, VOCAB, (0, LEVELS), LEVELS, False, 1.0, dropped=0.1)

@@ -21,7 +21,8 @@ from audiolm.lm.batches import EvalCrop, TokenBatches
 from audiolm.lm.loss import batch_sums, n_sums
 from audiolm.lm.model import load_lm
 from audiolm.lm.parallel import whole_level_sums
-from audiolm.lm.stages import MAX_RUN, Packed, Stage
+from audiolm.lm.run_lengths import MAX_RUN
+from audiolm.lm.stages import Packed, Stage
 
 LENGTH_PRIOR = 20.0  # runs of all ids that count for an id's lengths, beside its own
 COUNTED = 4_000_000  # targets of a level that the baselines count, about: 22 hours, in about 1 GB
@@ -76,7 +77,7 @@ def sums(stage: Stage, train: Sequence[Packed], held_out: Sequence[Packed],
     cut = len(train) // 10
     for level in range(*stage.levels) if stage.needs_acoustic else (-1,):
         held, counted, tenth, rest = (views(stage, rows, level) for rows in (held_out, train, train[:cut], train[cut:]))
-        support = (stage.vocab if level >= 0 else stage.k) + (stage.level_table()[stage.eos] == level and stage.name != "fine")
+        support = (stage.vocab if level >= 0 else stage.k) + (stage.ends and level in (-1, stage.levels[0]))  # EOS
         for name, (order, *places) in held.items():
             if only is not None and name not in only:
                 continue

@@ -23,8 +23,8 @@ from audiolm.eval.suites.base import SuiteContext, ladder_clips, load_audiolm, s
 from audiolm.generate.audiolm import AudioLM
 from audiolm.lm.frames import frame_positions
 from audiolm.lm.stages import SEMANTIC_HZ, Stage
-from audiolm.models.attention_maps import attention_maps
-from audiolm.models.transformer import Transformer
+from audiolm.models.lm.attention_maps import attention_maps
+from audiolm.models.lm.transformer import Transformer
 from audiolm.render import plots
 
 NEAR_S = 0.2
@@ -75,10 +75,10 @@ def prefix_attention(model: Transformer, stage: Stage, z_T: np.ndarray, codes_TQ
     cond_TC = stage.place_conditions(len(ids_T), len(prompt), stage.conditions(z_T))
     if stage.frames:
         model, (ids_T, cond_TC) = model.backbone, frame_positions(stage, ids_T, len(prompt), cond_TC)
-    inputs = [torch.from_numpy(x[:-1]).to(device) for x in (ids_T, cond_TC)] if stage.n_added else [
-        torch.from_numpy(ids_T[:-1]).to(device)]
+    ids_T, cond_TC = (torch.from_numpy(x[:-1]).to(device) for x in (ids_T, cond_TC))
     rows, columns = slice(len(prompt) - 1, None), slice(1, len(prompt) - 1)
-    share_LNS = np.stack([share_TT[rows, columns].cpu().numpy() for share_TT, _ in attention_maps(model, *inputs)])
+    maps = attention_maps(model, ids_T, cond_TC if stage.n_added else None)
+    share_LNS = np.stack([share_TT[rows, columns].cpu().numpy() for share_TT, _ in maps])
     return share_LNS.repeat(stage.slots, 1) if stage.frames else share_LNS
 
 

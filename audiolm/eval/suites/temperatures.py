@@ -22,7 +22,8 @@ from audiolm.eval.metrics.audio_quality import mel_distance
 from audiolm.eval.metrics.stats import bootstrap_interval
 from audiolm.eval.results import Progress, Result, no_progress
 from audiolm.eval.suites.base import SuiteContext, ladder_clips, load_audiolm, save_rungs
-from audiolm.generate.audiolm import AudioLM, Sound
+from audiolm.generate.audiolm import AudioLM
+from audiolm.generate.sound import Sound
 from audiolm.tokenizers.base import ACOUSTIC_HOP
 
 TEMPERATURES = (0.4, 0.6, 0.8, 1.0)  # around the paper's: 0.6, 0.8 and 0.6 by stage

@@ -29,9 +29,10 @@ from audiolm.eval.metrics import likelihood, ngram
 from audiolm.eval.metrics.stats import bootstrap_interval
 from audiolm.eval.results import Progress, Result, no_progress, not_measured
 from audiolm.eval.suites.base import SuiteContext
-from audiolm.lm.batches import TokenBatches, pack_rows
+from audiolm.lm.batches import TokenBatches
 from audiolm.lm.loss import inputs_of, prepare
 from audiolm.lm.model import load_lm
+from audiolm.lm.pack_rows import pack_rows
 from audiolm.lm.stages import Stage
 from audiolm.tokenizers.encode import READERS, encode_batch, plan_batches
 from audiolm.tokenizers.semantic import load_semantic

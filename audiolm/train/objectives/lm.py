@@ -17,10 +17,11 @@ from audiolm import rng
 from audiolm.config.lm import LMConfig, StageConfig
 from audiolm.data.tokens import TokenStore
 from audiolm.lm.batches import EvalCrop, TokenBatches
+from audiolm.lm.layouts import build_stages
 from audiolm.lm.loss import batch_sums, inputs_of, level_sums, mean_loss, n_sums, prepare
 from audiolm.lm.model import build_lm, export_lm
 from audiolm.lm.parallel import parallel_stage
-from audiolm.lm.stages import Stage, build_stages
+from audiolm.lm.stages import Stage
 from audiolm.lm.warm_start import start_from
 from audiolm.tokenizers.acoustic import load_codec
 from audiolm.train.engine import all_sum

@@ -14,10 +14,11 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from audiolm.config.lm import ParallelConfig, StageConfig
+from audiolm.lm.layouts import stage_from_json
 from audiolm.lm.model import FORMAT, Model
-from audiolm.lm.stages import Stage, stage_from_json
+from audiolm.lm.stages import Stage
 from audiolm.models.conformer import LAYER_CONVENTION, Encoder
-from audiolm.models.parallel_decoder import ParallelDecoder
+from audiolm.models.lm.parallel_decoder import ParallelDecoder
 from audiolm.tokenizers.artifact import ArtifactError, read_export
 from audiolm.tokenizers.start import StartWeights
 
@@ -99,7 +100,7 @@ def start_stage(model: Model, stage: Stage, shape: StageConfig, start: StartWeig
     settings = {}
     if stage.frames:
         depth, sizes = sizes["depth"], sizes["backbone"]
-        settings = {f"{section}.depth.{name}": (value, depth[name]) for name, value in shape.depth.model_dump().items()}
+        settings = {f"{section}.depth.{name}": (value, depth[name]) for name, value in dict(shape.depth_sizes).items()}
     settings |= {f"{section}.{name}": (getattr(shape, name), sizes[name]) for name in STAGE_FIELDS}
     # Of the layout only what the stage's own ids depend on; the tokenizers' sizes as the token stores have them.
     if stage.needs_semantic:

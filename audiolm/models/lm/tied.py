@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from audiolm.models.heads import LevelHeads, Table
+from audiolm.models.lm.heads import LevelHeads, Table
 
 READ_STD = 0.02  # of an embedding's values at the start, as of a free table
 MU_SHARE = 0.1  # of the codes' size that a predicted vector has at the start

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from audiolm.models.heads import NO_TARGET
+from audiolm.models.lm.heads import NO_TARGET
 
 
 class RunLengths(nn.Module):

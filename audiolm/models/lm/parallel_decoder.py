@@ -4,8 +4,8 @@ A frame at 50 Hz is a set of ids: its semantic id, or the id of no condition, an
 Their embeddings are added up and normalised; a head for each level scores its codes.
 Ids: semantic, the codes of each level, no condition, a mask for each level.
 Shapes: ids_BTC int64, C = 1 + Q ids of a frame; doc_BT int64, the document of a frame, -1 for padding; index_SN, label_SN,
-nats_SN as models.heads, a slot a level.  No document sees another: frames attend within theirs, and at least conv_kernel // 2
-frames of padding part two of them.
+nats_SN as models.lm.heads, a slot a level.  No document sees another: frames attend within theirs, and at least
+conv_kernel // 2 frames of padding part two of them.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from audiolm.models.conformer import Block, EncoderSizes
-from audiolm.models.heads import LevelHeads
+from audiolm.models.lm.heads import LevelHeads
+from audiolm.models.lm.tied import TiedCodes, embedding_table, fold_tables, head_tables
 from audiolm.models.positions import rope_table
-from audiolm.models.tied import TiedCodes, embedding_table, fold_tables, head_tables
 
 
 @dataclass(frozen=True)

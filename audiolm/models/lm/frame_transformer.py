@@ -3,7 +3,7 @@
 The probability of a frame is the flat stage's product over its codes.  A position of the backbone is a prefix id or a
 whole frame, the sum of its codes' embeddings; its output is the depth network's input at every step of the next frame.
 Step s also reads the code of slot s - 1, and its output goes to the head of slot s.
-Shapes: ids_BT, docs, index_SN, label_SN, nats_SN, cond_BTC as models.transformer, cond_BTC with the other codes of a
+Shapes: ids_BT, docs, index_SN, label_SN, nats_SN, cond_BTC as models.lm.transformer, cond_BTC with the other codes of a
 frame (lm.frames); N frames that are predicted; S slots; D and d the widths of backbone and depth network.
 """
 
@@ -16,9 +16,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from audiolm.models.attention import ALONE, Documents
-from audiolm.models.cache import KVCache
-from audiolm.models.transformer import Transformer, TransformerSizes, pad_rows
+from audiolm.models.lm.attention import ALONE, Documents
+from audiolm.models.lm.block import TransformerSizes, pad_rows
+from audiolm.models.lm.cache import KVCache
+from audiolm.models.lm.transformer import Transformer
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class FrameTransformer(nn.Module):
 
     def forward(self, ids_BT: torch.Tensor, docs: Documents, index_SN: torch.Tensor, label_SN: torch.Tensor,
                 cond_BTC: torch.Tensor | None = None, length_BT: None = None) -> torch.Tensor:
-        """nats_SN of the targets (models.heads), N over B x T; a frame is predicted at one place, so index_SN's rows are
+        """nats_SN of the targets (models.lm.heads), N over B x T; a frame is predicted at one place, so index_SN's rows are
         equal where there are targets."""
         nats = self._compiled if self._compiled and self.training else self._nats
         return nats(ids_BT, docs, index_SN, label_SN, cond_BTC)
@@ -65,12 +66,12 @@ class FrameTransformer(nn.Module):
         return self.depth.head(h_NSd.flatten(0, 1), at_SN, label_SN, tables=self.depth._heads())
 
     def compile_training(self, backend: str = "inductor") -> None:
-        """As models.transformer."""
+        """As models.lm.transformer."""
         torch._dynamo.config.recompile_limit = 64
         self._compiled = torch.compile(self._nats, backend=backend, dynamic=False)
 
     def compile_sampling(self, backend: str = "inductor") -> None:
-        """As models.transformer, of both networks."""
+        """As models.lm.transformer, of both networks."""
         for network in (self.backbone, self.depth):
             network.compile_sampling(backend)
 
@@ -81,7 +82,7 @@ class FrameTransformer(nn.Module):
                 + 6.0 * self.read.weight.numel())
 
     def fold_tied(self) -> None:
-        """As models.transformer, of both networks."""
+        """As models.lm.transformer, of both networks."""
         for network in (self.backbone, self.depth):
             network.fold_tied()
 

@@ -1,6 +1,6 @@
 """Attention maps of a Transformer, layer by layer, computed again beside the training path.
 
-Shapes: ids_T int64 of one document, cond_TC what is added to them (models.transformer); share_TT float32, the attention of
+Shapes: ids_T int64 of one document, cond_TC what is added to them (models.lm.transformer); share_TT float32, the attention of
 query i to keys j <= i averaged over heads, whose rows sum to 1; h_TD, a layer's output (normed, the last one equals
 `Transformer.hidden`).
 """
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import torch
 
-from audiolm.models.transformer import Transformer
+from audiolm.models.lm.transformer import Transformer
 
 
 @torch.no_grad()
