@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from audiolm.models.lm.heads import LevelHeads, Table
 
 READ_STD = 0.02  # of an embedding's values at the start, as of a free table
+SCALE = 0.1  # of a head at the start, over the codes' variance; at 0.5 the first losses lie 2 nats above a guess
 MU_SHARE = 0.1  # of the codes' size that a predicted vector has at the start
 
 
@@ -44,7 +45,7 @@ class TiedCodes(nn.Module):
         self.read_QED.normal_().mul_((READ_STD / (size_Q * width ** 0.5))[:, None, None])
         if predicted:
             self.mu_SED.normal_().mul_(MU_SHARE * size_Q[-predicted:, None, None] * self.mu_SED.shape[2] ** -0.5)
-            self.scale_S.copy_((0.5 / variance_Q[-predicted:]).log())
+            self.scale_S.copy_((SCALE / variance_Q[-predicted:]).log())
 
     def embeddings(self) -> torch.Tensor:
         """(Q x V, D) of all codes, level after level."""
