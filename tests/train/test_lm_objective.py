@@ -10,10 +10,11 @@ import safetensors.torch
 import torch
 
 from audiolm import store
-from audiolm.config.lm import DepthConfig, StageConfig
+from audiolm.config.lm import DepthConfig, LMConfig, StageConfig
 from audiolm.config.training import TrainConfig
 from audiolm.lm.loss import inputs_of
-from audiolm.lm.model import load_lm
+from audiolm.lm.model import build_lm, load_lm
+from audiolm.train import engine as engines
 from audiolm.train.engine import make_engine
 from audiolm.train.objectives import lm
 from audiolm.train.objectives.base import Context
@@ -157,3 +158,27 @@ def test_a_stage_that_the_codec_leaves_no_room_for_is_named(corpus):
     config = {"stage": "lm_fine", "lm": objective(corpus).shape, "layout": {**PAPER, "coarse_levels": 3}}
     with pytest.raises(ValueError, match="stage is 'lm_fine'.*coarse_levels 3"):
         lm.stage_of(config, corpus.paths)
+
+
+@pytest.mark.parametrize("stage", ["lm_semantic", "lm_coarse", "lm_coarse frame", "lm_fine"])
+@pytest.mark.parametrize("zero", [2, 3])
+def test_weights_used_in_several_places_train_alike_on_partitioned_engines(corpus, stage, zero, monkeypatch):
+    """Tied tables, conditions and run lengths read weights outside of the layer that owns them."""
+    monkeypatch.setattr(engines, "WHOLE_NUMEL", 0)  # else ZeRO 3 leaves a model of this size whole
+    codes_QVE = torch.randn(2 if "coarse" in stage else 3, token_corpus.VOCAB, 4, generator=torch.Generator().manual_seed(0))
+    losses = {}
+    for engine in ("torch", "deepspeed"):
+        name, _, kind = stage.partition(" ")
+        train = TrainConfig(steps=STEPS, batch=8, lr=1e-2, warmup_steps=2, engine=engine, zero=zero)
+        shape = StageConfig(crop_s=0.8, dim=32, layers=2, heads=2, ff=64, dropout=0.0, train=train, kind=kind or "flat")
+        layout = LMConfig(**{"coarse_levels": 2, name.removeprefix("lm_"): shape}).layout(name)
+        o = lm.lm_objective({"stage": name, "lm": shape, "layout": {**layout, "tied": False, "coarse_levels": 2}, "rows": 6},
+                            corpus.paths,
+                            Context(0, 1, CPU, 0))
+        if name != "lm_semantic":
+            torch.manual_seed(0)
+            o.modules["lm"] = build_lm(o.stage, shape, codes_QVE)
+        engine_of = {"lm": make_engine(o.modules["lm"], train, o.ctx)}
+        losses[engine] = [float(o.train_step(engine_of, [o.load(s, range(8))], s)["loss"]) for s in range(4)]
+    assert losses["deepspeed"] == pytest.approx(losses["torch"], rel=1e-5)
+    assert len(set(losses["torch"])) == 4
