@@ -17,6 +17,7 @@ from pathlib import Path
 
 from tests.worlds.basics import free_port
 
+START_S = 240.0  # a server starts in seconds, on a busy machine in minutes
 # For every process of a test's own Ray cluster: a token nobody else has, and (the last, on Linux too) loopback alone.
 CLOSED = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 
@@ -44,7 +45,7 @@ def seaweedfs(folder: Path):
     keep = {k: os.environ.get(k) for k in settings}
     os.environ.update(settings)
     s3fs.S3FileSystem.clear_instance_cache()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + START_S
     while True:
         try:
             boto3.client("s3").create_bucket(Bucket="tests")
@@ -80,7 +81,8 @@ class MLflowServer:
              "--artifacts-destination", str(self.folder / "artifacts"), "--host", "127.0.0.1", "--port", str(self.port),
              "--workers", "1"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
             env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"})
-        for _ in range(600):
+        deadline = time.monotonic() + START_S
+        while time.monotonic() < deadline:
             try:
                 urllib.request.urlopen(f"{self.url}/health", timeout=1)
                 return
