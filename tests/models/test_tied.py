@@ -11,7 +11,7 @@ from audiolm.lm.loss import batch_sums
 from audiolm.lm.model import build_lm, export_lm, load_lm
 from audiolm.lm.pack_rows import pack_rows
 from audiolm.lm.stages import Stage
-from audiolm.models.lm.tied import TiedCodes
+from audiolm.models.lm.tied import SCALE_GAIN, TiedCodes
 from audiolm.tokenizers.artifact import write_export
 from audiolm.tokenizers.base import TokenSpec, code_vectors
 
@@ -30,7 +30,7 @@ def test_a_head_is_a_density_around_a_predicted_vector():
     tied = TiedCodes(3, VOCAB, 5, 2, 16)
     tied.set_codes(codes())
     h_D = torch.randn(16)
-    for (weight, bias), own, mu_ED, scale in zip(tied.heads(), codes()[1:], tied.mu_SED.transpose(1, 2), tied.scale_S.exp(),
+    for (weight, bias), own, mu_ED, scale in zip(tied.heads(), codes()[1:], tied.mu_SED.transpose(1, 2), (SCALE_GAIN * tied.scale_S).exp(),
                                                  strict=True):
         expected = (-scale / 2 * (own - h_D @ mu_ED).square().sum(1)).log_softmax(0)
         torch.testing.assert_close((weight @ h_D + bias).log_softmax(0), expected)

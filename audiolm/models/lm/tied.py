@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from audiolm.models.lm.heads import LevelHeads, Table
 
 READ_STD = 0.02  # of an embedding's values at the start, as of a free table
-SCALE = 0.1  # of a head at the start, over the codes' variance; at 0.5 the first losses lie 2 nats above a guess
+SCALE = 0.2  # of a head at the start, over the codes' variance; at 0.5 the first losses lie 2 nats above a guess
+SCALE_GAIN = 10.0  # of the scale's logarithm over its parameter: a hundred steps of Adam have to reach its place
 MU_SHARE = 0.1  # of the codes' size that a predicted vector has at the start
 
 
@@ -45,7 +46,7 @@ class TiedCodes(nn.Module):
         self.read_QED.normal_().mul_((READ_STD / (size_Q * width ** 0.5))[:, None, None])
         if predicted:
             self.mu_SED.normal_().mul_(MU_SHARE * size_Q[-predicted:, None, None] * self.mu_SED.shape[2] ** -0.5)
-            self.scale_S.copy_((SCALE / variance_Q[-predicted:]).log())
+            self.scale_S.copy_((SCALE / variance_Q[-predicted:]).log() / SCALE_GAIN)
 
     def embeddings(self) -> torch.Tensor:
         """(Q x V, D) of all codes, level after level."""
@@ -54,9 +55,10 @@ class TiedCodes(nn.Module):
     def heads(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """(weight_VD, bias_V) of each predicted level."""
         codes_SVE = self.codes_QVE[-len(self.scale_S):]
-        weight_SVD = torch.bmm(codes_SVE, self.mu_SED) * self.scale_S.exp()[:, None, None]
+        scale_S = (SCALE_GAIN * self.scale_S).exp()
+        weight_SVD = torch.bmm(codes_SVE, self.mu_SED) * scale_S[:, None, None]
         half_SV = codes_SVE.square().sum(2) / 2
-        bias_SV = (half_SV.mean(1, keepdim=True) - half_SV) * self.scale_S.exp()[:, None]
+        bias_SV = (half_SV.mean(1, keepdim=True) - half_SV) * scale_S[:, None]
         return list(zip(weight_SVD, bias_SV, strict=True))
 
 
