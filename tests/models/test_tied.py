@@ -30,8 +30,8 @@ def test_a_head_is_a_density_around_a_predicted_vector():
     tied = TiedCodes(3, VOCAB, 5, 2, 16)
     tied.set_codes(codes())
     h_D = torch.randn(16)
-    for (weight, bias), own, mu_ED, scale in zip(tied.heads(), codes()[1:], tied.mu_SED.transpose(1, 2), (SCALE_GAIN * tied.scale_S).exp(),
-                                                 strict=True):
+    scales, mus = (SCALE_GAIN * tied.scale_S).exp(), tied.mu_SED.transpose(1, 2)
+    for (weight, bias), own, mu_ED, scale in zip(tied.heads(), codes()[1:], mus, scales, strict=True):
         expected = (-scale / 2 * (own - h_D @ mu_ED).square().sum(1)).log_softmax(0)
         torch.testing.assert_close((weight @ h_D + bias).log_softmax(0), expected)
     with pytest.raises(ValueError, match=r"code vectors of shape \(2, 9, 5\), the stage reads \(3, 9, 5\)"):
