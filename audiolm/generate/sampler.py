@@ -46,7 +46,7 @@ class Buffers:
         self.noise_SB2 = torch.zeros(length, rows, 2, dtype=torch.float64, device=device)
         self.eos_SB = torch.zeros(length, rows, dtype=torch.bool, device=device)  # where EOS may be drawn
         self.cond_SBC = torch.full((length, self.copies * rows, stage.n_cond), stage.no_cond, device=device)
-        ids = {"last_B": self.copies * rows, "length_B": rows, "first_B": rows, "least_B": rows, "frames_B": rows}
+        ids = {"last_B": self.copies * rows, "length_B": rows, "first_B": rows, "least_B": rows}
         for name, size in ids.items():
             setattr(self, name, torch.zeros(size, dtype=torch.int64, device=device))
         for name in ("slot_SB", "out_SB", "runs_SB"):
