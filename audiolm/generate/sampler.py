@@ -94,7 +94,7 @@ class Sampler:
             first, least = (int(ids[-1]), int(lengths[-1])) if len(ids) else (-1, 1)
             row = np.append(stage.bos, ids[:known]).astype(np.int64)
             more = int(more) + (least if len(ids) else 0)
-            requests.append(Request(row, known, int(more) if more else 0, seed, known + 1 if may_end else known + more + 1,
+            requests.append(Request(row, known, more, seed, known + 1 if may_end else known + more + 1,
                                     np.zeros((len(row) + more, 0), np.int64), row, np.zeros((len(row), 0), np.int64),
                                     np.append(0, lengths[:known]), more, first, least))
             heads.append(np.repeat(ids[:known], lengths[:known]))
