@@ -16,8 +16,9 @@ from audiolm.lm.loss import inputs_of
 from audiolm.lm.model import build_lm, load_lm
 from audiolm.train import engine as engines
 from audiolm.train.engine import make_engine
-from audiolm.train.objectives import lm
+from audiolm.train.objectives import lm, shared
 from audiolm.train.objectives.base import Context
+from audiolm.train.objectives.shared import stage_of
 from tests.worlds import token_corpus
 from tests.worlds.layouts import PAPER
 from tests.worlds.token_corpus import level_table
@@ -97,7 +98,7 @@ def test_two_workers_take_the_step_of_one(corpus, stage, monkeypatch):
     ranks = [objective(corpus, stage, rank=r, world=2) for r in range(2)]
     parts = [[o.load(1, range(4 * r, 4 * r + 4))] for r, o in enumerate(ranks)]
     count_2 = sum(b["count_2"] for p in parts for b in p).double()
-    monkeypatch.setattr(lm, "all_sum", lambda x: count_2 if x.ndim == 1 else x)
+    monkeypatch.setattr(shared, "all_sum", lambda x: count_2 if x.ndim == 1 else x)
     engines = [Gradients(o.modules["lm"]) for o in ranks]
     losses = [float(o.train_step({"lm": e}, p, 1)["loss"]) for o, e, p in zip(ranks, engines, parts, strict=True)]
     assert sum(losses) == pytest.approx(loss, rel=1e-6)  # each rank holds its share of the sum
@@ -157,7 +158,7 @@ def test_a_resumed_training_goes_on_bit_for_bit(corpus, stage, engine, monkeypat
 def test_a_stage_that_the_codec_leaves_no_room_for_is_named(corpus):
     config = {"stage": "lm_fine", "lm": objective(corpus).shape, "layout": {**PAPER, "coarse_levels": 3}}
     with pytest.raises(ValueError, match="stage is 'lm_fine'.*coarse_levels 3"):
-        lm.stage_of(config, corpus.paths)
+        stage_of(config, corpus.paths)
 
 
 @pytest.mark.parametrize("stage", ["lm_semantic", "lm_coarse", "lm_coarse frame", "lm_fine"])

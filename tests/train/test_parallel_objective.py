@@ -21,7 +21,7 @@ from audiolm.models.lm.heads import NO_TARGET
 from audiolm.tokenizers.artifact import write_export
 from audiolm.tokenizers.start import start_weights
 from audiolm.train.engine import make_engine
-from audiolm.train.objectives import lm, parallel
+from audiolm.train.objectives import parallel, shared
 from audiolm.train.objectives.base import Context
 from tests.worlds import token_corpus
 from tests.worlds.training import Gradients
@@ -118,7 +118,7 @@ def test_two_workers_take_the_step_of_one(corpus, monkeypatch):
     ranks = [objective(corpus, rank=r, world=2) for r in range(2)]
     parts = [[o.load(1, range(4 * r, 4 * r + 4))] for r, o in enumerate(ranks)]
     count_2 = sum(b["count_2"] for p in parts for b in p).double()
-    monkeypatch.setattr(lm, "all_sum", lambda x: count_2 if x.ndim == 1 else x)
+    monkeypatch.setattr(shared, "all_sum", lambda x: count_2 if x.ndim == 1 else x)
     engines = [Gradients(o.modules["lm"]) for o in ranks]
     losses = [float(o.train_step({"lm": e}, p, 1)["loss"]) for o, e, p in zip(ranks, engines, parts, strict=True)]
     assert sum(losses) == pytest.approx(loss, rel=1e-6)

@@ -7,25 +7,22 @@ values of one Stage type.  A batch is a dict of tensors from lm.loss.prepare.  S
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from audiolm import rng
-from audiolm.config.lm import LMConfig, StageConfig
-from audiolm.data.tokens import TokenStore
+from audiolm.config.lm import StageConfig
 from audiolm.lm.batches import EvalCrop, TokenBatches
-from audiolm.lm.layouts import build_stages
-from audiolm.lm.loss import batch_sums, inputs_of, level_sums, mean_loss, n_sums, prepare
+from audiolm.lm.loss import batch_sums, inputs_of, n_sums, prepare
 from audiolm.lm.model import build_lm, export_lm
-from audiolm.lm.parallel import parallel_stage
 from audiolm.lm.stages import Stage
 from audiolm.lm.warm_start import start_from
-from audiolm.tokenizers.acoustic import load_codec
 from audiolm.train.engine import all_sum
 from audiolm.train.objectives.base import Context, Engine, autocast, pinned
+from audiolm.train.objectives.shared import codes_of, data_of, stage_of, update, validation_figures
 from audiolm.train.objectives.start import start_stage
 
 FLASH_WIDTH = 256  # of a head, at most: FlashAttention's limit (2307.08691)
@@ -40,33 +37,12 @@ def lm_objective(config: Mapping[str, Any], inputs: Mapping[str, str], ctx: Cont
     Raises TokenError for stores that do not belong together, ValueError for a stage the codec leaves no room for.
     """
     stage, shape = stage_of(config, inputs), config["lm"]
-    paths = [inputs["manifest"], inputs.get("semantic_tokens"), inputs.get("acoustic_tokens")]
-    train, dev = (TokenBatches(*paths, stage, split, shape.where, shape.train.batch, ctx.seed, cache_mb)
-                  for split, cache_mb in (("train", 256), ("dev", 64)))
-    codes_QVE = load_codec(inputs["codec"]).code_vectors() if config["layout"].get("tied") else None
-    objective = LMObjective(stage, shape, train, dev, dev.fixed(config["rows"]), ctx, codes_QVE)
+    objective = LMObjective(stage, shape, *data_of(config, inputs, stage, ctx), ctx, codes_of(config, inputs))
     if config.get("text_model"):
         start_from(objective.modules["lm"], shape, config["text_model"])
     if config.get("start"):
         start_stage(objective.modules["lm"], stage, shape, config["start"])
     return objective
-
-
-def stage_of(config: Mapping[str, Any], inputs: Mapping[str, str]) -> Stage:
-    """The stage's layout; sizes come from the token stores it reads. Raises ValueError where there is no such stage."""
-    specs = {name: TokenStore(inputs[name]).spec for name in ("semantic_tokens", "acoustic_tokens") if name in inputs}
-    k = specs["semantic_tokens"]["vocab"] if "semantic_tokens" in specs else 0
-    name = config["stage"]
-    lm = LMConfig.model_validate({**config["layout"], name.removeprefix("lm_"): config["lm"]})
-    coarse = lm.coarse_levels
-    acoustic = specs.get("acoustic_tokens", {"n_q": coarse, "vocab": 0})
-    if name == "lm_parallel":
-        return parallel_stage(lm, acoustic["n_q"], acoustic["vocab"], k)
-    stages = build_stages(lm, acoustic["n_q"], acoustic["vocab"], k)
-    if name not in stages:
-        raise ValueError(f"stage is {name!r}; with lm.coarse_levels {coarse} and codec.n_q {acoustic['n_q']} there are "
-                         f"{sorted(stages)}")
-    return stages[name]
 
 
 class LMObjective:
@@ -111,37 +87,7 @@ class LMObjective:
             with autocast(device, self.shape.train.dtype):
                 sums += batch_sums(module, self.stage, batch, device)
         module.train()
-        sums = all_sum(sums)
-        loss = mean_loss(self.stage, sums)
-        return {k: float(v) for k, v in {"loss": loss, "tokens": sums[1].sum(), **by_level(self.stage, sums)}.items()}
+        return validation_figures(self.stage, all_sum(sums))
 
     def export(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         return export_lm(self.modules["lm"], self.stage)
-
-
-def update(engine: Engine, stage: Stage, batches: list[dict[str, torch.Tensor]],
-           arguments: Callable[[dict[str, torch.Tensor]], tuple], ctx: Context) -> dict[str, torch.Tensor]:
-    """One update on batches whose `arguments` the module turns into nats_SN; all ranks take part."""
-    engine.module.train()
-    batches = [{name: x.to(ctx.device, non_blocking=True) for name, x in batch.items()} for batch in batches]
-    # The loss is a mean over the global batch's targets, so their number is needed before the first backward.
-    targets, tokens = all_sum(torch.stack([batch["count_2"] for batch in batches]).sum(0).double())
-    sums = torch.zeros(2, n_sums(stage), dtype=torch.float64, device=ctx.device)  # nats, tokens by level
-    for batch in batches:
-        nats_SN = engine(*arguments(batch))
-        # Engines average over ranks: times the world, over all targets, each target weighs the same.
-        engine.backward(nats_SN.sum() * (ctx.world / targets.float()))
-        sums += level_sums(stage, nats_SN.detach(), batch["label_SN"])
-    # Sums, not means, are reduced: ranks hold different numbers of targets.
-    sums = all_sum(sums)
-    loss = sums[0].sum() / targets
-    norm = engine.step()
-    return {"loss": loss, "units": tokens, "grad_norm": norm, **by_level(stage, sums)}
-
-
-def by_level(stage: Stage, sums: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Loss of each target level, counted from 1 as in the paper; of ids and of their lengths where stage 1 has both."""
-    means = sums[0] / sums[1].clamp_min(1)
-    if stage.lengths:
-        return {"loss.ids": means[0], "loss.lengths": means[1]}
-    return {f"loss.level{q + 1}": means[q + 1] for q in range(*stage.levels)}

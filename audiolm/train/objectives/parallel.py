@@ -16,14 +16,12 @@ from audiolm import rng
 from audiolm.config.lm import ParallelConfig
 from audiolm.data.tokens import RATIO
 from audiolm.lm.batches import EvalCrop, TokenBatches
-from audiolm.lm.loss import mean_loss
 from audiolm.lm.model import build_parallel, export_lm
 from audiolm.lm.parallel import collate, draw_document, inputs_of, whole_level_sums
 from audiolm.lm.stages import Stage
-from audiolm.tokenizers.acoustic import load_codec
 from audiolm.train.engine import all_sum
 from audiolm.train.objectives.base import Context, Engine, autocast, pinned
-from audiolm.train.objectives.lm import by_level, stage_of, update
+from audiolm.train.objectives.shared import codes_of, data_of, stage_of, update, validation_figures
 from audiolm.train.objectives.start import start_parallel
 
 
@@ -34,11 +32,7 @@ def parallel_objective(config: Mapping[str, Any], inputs: Mapping[str, str], ctx
     Raises TokenError for stores that do not belong together.
     """
     stage, shape = stage_of(config, inputs), config["lm"]
-    paths = [inputs[name] for name in ("manifest", "semantic_tokens", "acoustic_tokens")]
-    train, dev = (TokenBatches(*paths, stage, split, shape.where, shape.train.batch, ctx.seed, cache_mb)
-                  for split, cache_mb in (("train", 256), ("dev", 64)))
-    codes_QVE = load_codec(inputs["codec"]).code_vectors() if config["layout"].get("tied") else None
-    objective = ParallelObjective(stage, shape, train, dev, dev.fixed(config["rows"]), ctx, codes_QVE)
+    objective = ParallelObjective(stage, shape, *data_of(config, inputs, stage, ctx), ctx, codes_of(config, inputs))
     if config.get("start"):
         start_parallel(objective.modules["lm"], shape, config["start"])
     return objective
@@ -81,8 +75,7 @@ class ParallelObjective:
         with autocast(device, self.shape.train.dtype):
             sums = all_sum(whole_level_sums(module, self.stage, crops, device))
         module.train()
-        values = {"loss": mean_loss(self.stage, sums), "tokens": sums[1].sum(), **by_level(self.stage, sums)}
-        return {name: float(value) for name, value in values.items()}
+        return validation_figures(self.stage, sums)
 
     def export(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         return export_lm(self.modules["lm"], self.stage)
