@@ -69,7 +69,7 @@ def graph(cfg: Pipeline) -> list[Step]:
         if name == "lm_semantic" and size.warm_start:
             config["text_model"] = text_model(size.warm_start.uri)
         # A codec that fails its gates stops all stages, as nothing of theirs could be heard; its figures are no input.
-        return Step(name, FUNCTIONS["train_lm"], config, (manifest, *stores), trains=size.train, version=5,
+        return Step(name, FUNCTIONS["train_lm"], config, (manifest, *stores), trains=size.train, version=6,
                     after=(codec_figures,))
 
     books = (codec,) if lm.tied else ()

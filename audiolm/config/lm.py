@@ -17,12 +17,11 @@ class WarmStartConfig(Config):
 
 
 class DepthConfig(Config):
-    """The small network over the levels of a frame, in a stage of kind frame (RQ-Transformer, 2203.01941)."""
+    """The small network over the levels of a frame, in a stage of kind frame (models/lm/depth.py)."""
 
     dim: int = 256
-    layers: int = 2
-    heads: int = 4
-    ff: int = 1024
+    layers: int = Field(1, ge=1)
+    ff: int = 512
 
 
 class StageConfig(Config):
@@ -45,8 +44,8 @@ class StageConfig(Config):
         "flat", description="of lm.coarse: flat takes every code as a position (paper); frame takes a frame's codes as one "
                             "(RQ-Transformer, 2203.01941), for 3 (of 4 levels) to 8 times (of 12) fewer positions")
     depth: Annotated[DepthConfig | None, Later(None)] = Field(
-        None, description="of kind frame: the network that predicts a frame's codes one after another; None = 2 layers of a "
-                          "quarter of dim, 64 at least")
+        None, description="of kind frame: the network that predicts a frame's codes one after another; None = one layer of "
+                          "the stage's dim, ff twice that")
     checkpointing: Runtime[bool] = Field(False, description="less memory, a third more work: blocks are computed again in "
                                                             "the backward pass")
     warm_start: Annotated[WarmStartConfig | None, Later(None)] = Field(
@@ -61,8 +60,7 @@ class StageConfig(Config):
     @property
     def depth_sizes(self) -> DepthConfig:
         """`depth`, or what None stands for."""
-        dim = max(64, self.dim // 32 * 8)  # a multiple of twice its heads
-        return self.depth or DepthConfig(dim=dim, ff=4 * dim)
+        return self.depth or DepthConfig(dim=self.dim, ff=2 * self.dim)
 
 
 class ParallelConfig(Config):

@@ -25,13 +25,12 @@ from audiolm.models.lm.frame_transformer import FrameTransformer
 
 
 class FrameBuffers:
-    """Device tensors of a group of rows: both caches, and tables by step, so that a step needs nothing from the host."""
+    """Device tensors of a group of rows: KV cache, and tables by step, so that a step needs nothing from the host."""
 
     def __init__(self, model: FrameTransformer, stage: Stage, rows: int, length: int, window: int, guided: bool):
-        device, slots = model.read.weight.device, stage.slots
+        device, slots = model.backbone.embed.weight.device, stage.slots
         self.length, self.copies = length, 2 if guided else 1
         self.cache = model.backbone.cache(self.copies * rows, length)
-        self.depth = model.depth.cache(self.copies * rows, slots)
         self.at = torch.zeros(1, dtype=torch.int64, device=device)
         self.recent_BWQ = torch.full((rows, window, slots), -1, device=device)
         self.noise_SBQ2 = torch.zeros(length, rows, slots, 2, dtype=torch.float64, device=device)
@@ -47,7 +46,7 @@ class FrameSampler:
 
     def __init__(self, model: FrameTransformer, stage: Stage):
         self.model, self.stage = model, stage
-        self.device = model.read.weight.device
+        self.device = model.backbone.embed.weight.device
         self.static = self.device.type != "cpu"
         self._ids_QV = torch.from_numpy(np.stack(stage.slot_ids())).to(self.device)
         self._kept: dict[tuple[int, SamplingParams], FrameBuffers] = {}
@@ -129,7 +128,7 @@ class FrameSampler:
             drawn_B = sample_ids(scores_BV, noise_BQ2[:, slot], params, ids_BV, m.recent_BWQ[:, :, slot])
             return (drawn_B - self._ids_QV[slot, 0]).repeat(m.copies)
 
-        m.last_BQ.copy_(torch.stack(self.model.draw_frame(h_BD, m.depth, draw), 1) + self._ids_QV[:, 0])
+        m.last_BQ.copy_(torch.stack(self.model.draw_frame(h_BD, draw), 1) + self._ids_QV[:, 0])
         frame_BQ = m.last_BQ[:m.out_SBQ.shape[1]]
         m.out_SBQ.index_copy_(0, m.at, frame_BQ[None])
         if params.window:

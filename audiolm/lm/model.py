@@ -20,12 +20,14 @@ from audiolm.lm.layouts import stage_from_json
 from audiolm.lm.run_lengths import MAX_RUN
 from audiolm.lm.stages import Stage
 from audiolm.models.lm.block import TransformerSizes
+from audiolm.models.lm.depth import DepthSizes
 from audiolm.models.lm.frame_transformer import FrameSizes, FrameTransformer
 from audiolm.models.lm.parallel_decoder import ParallelDecoder, ParallelSizes
+from audiolm.models.lm.tied import TiedCodes
 from audiolm.models.lm.transformer import Transformer
 
 Model = Transformer | FrameTransformer | ParallelDecoder
-FORMAT = 3  # 1 had one head over all ids, 2 no conditions, and T5 buckets up to the longest row
+FORMAT = 4  # 1 had one head over all ids, 2 no conditions, and T5 buckets up to the longest row, 3 a Transformer over levels
 KINDS = ("lm", "parallel")
 
 
@@ -40,11 +42,11 @@ def build_lm(stage: Stage, shape: lm.StageConfig, codes_QVE: torch.Tensor | None
         model = _model("lm", {"backbone": {**sizes, "slots": []}, "depth": _depth_arguments(stage, shape, width)})
     else:
         model = _model("lm", sizes)
-    for network in model.modules():
-        if isinstance(network, Transformer):
-            network.checkpointing = shape.checkpointing
-            if codes_QVE is not None:
-                network.tied.set_codes(codes_QVE[:len(stage.columns)])
+    for part in model.modules():
+        if isinstance(part, Transformer):
+            part.checkpointing = shape.checkpointing
+        if isinstance(part, TiedCodes):
+            part.set_codes(codes_QVE[:len(stage.columns)])
     return model
 
 
@@ -53,7 +55,7 @@ def _model(kind: str, sizes: dict[str, Any]) -> Model:
     if kind == "parallel":
         return ParallelDecoder(ParallelSizes(**sizes))
     if "depth" in sizes:
-        return FrameTransformer(FrameSizes(*(TransformerSizes(**sizes[name]) for name in ("backbone", "depth"))))
+        return FrameTransformer(FrameSizes(TransformerSizes(**sizes["backbone"]), DepthSizes(**sizes["depth"])))
     return Transformer(TransformerSizes(**sizes))
 
 
@@ -65,10 +67,8 @@ def _arguments(stage: Stage, shape: lm.StageConfig, code_width: int) -> dict[str
 
 
 def _depth_arguments(stage: Stage, shape: lm.StageConfig, code_width: int) -> dict[str, Any]:
-    ids = stage.slots * stage.vocab
-    return {"tied": [stage.slots, stage.vocab, code_width, 0] if code_width else None, "vocab": ids + 1,
-            "slots": [stage.vocab] * stage.slots, **shape.depth_sizes.model_dump(),
-            **shape.model_dump(include={"dropout", "gated", "norm", "activation"})}
+    return {"read": shape.dim, "slots": stage.slots, "vocab": stage.vocab, "code_width": code_width, "dropout": shape.dropout,
+            **shape.depth_sizes.model_dump()}
 
 
 def build_parallel(stage: Stage, shape: lm.ParallelConfig, codes_QVE: torch.Tensor | None = None) -> ParallelDecoder:

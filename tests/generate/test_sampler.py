@@ -40,7 +40,7 @@ TIMED = Stage("semantic", K, VOCAB, (0, 0), 2, True, 4.0, lengths=True)
 def build(stage: Stage, dropout: float) -> Transformer | FrameTransformer:
     shape = StageConfig(crop_s=stage.crop_s, dim=32, layers=2, heads=4, ff=64, dropout=dropout,
                         positions="t5" if stage.name == "coarse" and not stage.frames else "rotary",
-                        depth=DepthConfig(dim=16, layers=2, heads=2, ff=32), train=TrainConfig(steps=1, batch=1, lr=1e-3))
+                        depth=DepthConfig(dim=16, layers=2, ff=32), train=TrainConfig(steps=1, batch=1, lr=1e-3))
     return build_lm(stage, shape).eval()
 
 

@@ -54,7 +54,7 @@ PARALLEL = ["lm.acoustic=parallel", "lm.dedupe=false", "lm.condition_dropout=0.1
             "lr: 5.0e-3, warmup_steps: 5, decay_steps: 5, eval_every: 10, save_every: 10, log_every: 1, engine: torch}}"]
 FSQ = [*SPECTRAL, "codec.quantizer=fsq", "codec.spectral.fsq=[4, 4]"]
 BY_FRAME = ["lm.lengths=true", "lm.conditioning=aligned", "lm.condition_dropout=0.1", "lm.coarse.kind=frame",
-            "lm.coarse.depth={dim: 16, layers: 2, heads: 2, ff: 32}"]
+            "lm.coarse.depth={dim: 16, layers: 2, ff: 32}"]
 SHIPPED = ("quickstart", "speech", "piano", "paper")
 FRAMES = {"train": [300, 250, 160, 100, 60, 17, 9, 5], "dev": [180, 90, 33, 12]}  # of the planted clips, at 25 Hz
 

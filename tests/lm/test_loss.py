@@ -29,7 +29,7 @@ STAGES = {"semantic": Stage("semantic", K, VOCAB, (0, 0), 2, True, 2.0),
           "frames": Stage("coarse", K, VOCAB, (0, 3), 3, False, 2.0, frames=True),
           "aligned frames": Stage("coarse", K, VOCAB, (0, 2), 2, False, 2.0, aligned=True, dropped=0.1, frames=True)}
 SHAPE = lm.StageConfig(crop_s=2.0, dim=32, layers=2, heads=2, ff=64, dropout=0.0,
-                       depth=lm.DepthConfig(dim=16, layers=2, heads=2, ff=32),
+                       depth=lm.DepthConfig(dim=16, layers=2, ff=32),
                        train=training.TrainConfig(steps=1, batch=1, lr=1e-3))
 
 

@@ -19,7 +19,7 @@ K, VOCAB, Q = 6, 9, 3
 
 def shape_of(**changes) -> StageConfig:
     return StageConfig(**{"crop_s": 2.0, "dim": 32, "layers": 2, "heads": 2, "ff": 64, "dropout": 0.0,
-                          "depth": DepthConfig(dim=16, layers=2, heads=2, ff=32),
+                          "depth": DepthConfig(dim=16, layers=2, ff=32),
                           "train": TrainConfig(steps=1, batch=1, lr=1e-3), **changes})
 
 
@@ -31,7 +31,7 @@ def test_drawn_codes_have_the_probabilities_of_the_training_pass(tied, aligned, 
     stage, draw = Stage("coarse", K, VOCAB, (0, Q), Q, False, 2.0, aligned=aligned, frames=True), np.random.default_rng(0)
     codes_QVE = torch.randn(Q, VOCAB, 5) if tied else None
     model = build_lm(stage, shape_of(positions=positions), codes_QVE).eval().requires_grad_(False)
-    for p in (model.read.weight, model.backbone.embed.weight, model.depth.embed.weight, model.depth.head.weight):
+    for p in (model.depth.read.weight, model.backbone.embed.weight, model.depth.embed.weight, model.depth.head.weight):
         p.add_(0.5 * torch.randn_like(p))  # free terms count beside tied ones, and all of it matters
     packed = stage.pack(draw.integers(0, K, 5), draw.integers(0, VOCAB, (10, Q)), True)
     tensors = prepare(stage, pack_rows(stage, [[packed]]))
@@ -41,7 +41,7 @@ def test_drawn_codes_have_the_probabilities_of_the_training_pass(tied, aligned, 
     model, loaded = load_lm(str(tmp_path))
     assert loaded == stage and model.depth.tied is None
 
-    cache, depth, found = model.backbone.cache(1, 40), model.depth.cache(1, Q), []
+    cache, found = model.backbone.cache(1, 40), []
     for t in range(tensors["ids_BT"].shape[1] - 1):
         cond_BtC = tensors["cond_BTC"][:, t:t + 1]
         h_BD = model.backbone.advance(tensors["ids_BT"][:, t:t + 1], cache, cond_BtC)[:, 0]
@@ -52,7 +52,7 @@ def test_drawn_codes_have_the_probabilities_of_the_training_pass(tied, aligned, 
                 own.append(-scores_BV.log_softmax(1)[0, codes_Q[slot]])
                 return codes_Q[slot:slot + 1]
 
-            model.draw_frame(h_BD, depth, force)
+            model.draw_frame(h_BD, force)
             found.append(torch.stack(own))
     torch.testing.assert_close(torch.stack(found, 1), nats_SN, atol=1e-4, rtol=1e-5)
 
@@ -72,7 +72,7 @@ def test_checkpointing_and_compilation_change_nothing():
         return [nats_SN.detach(), *grads]
 
     again = training_pass()
-    model.backbone.checkpointing = model.depth.checkpointing = False
+    model.backbone.checkpointing = False
     plain = training_pass()
     assert all(map(torch.equal, plain, again))
     torch._dynamo.reset()

@@ -182,7 +182,7 @@ def corpus(tmp_path_factory):
     return token_corpus.make(tmp_path_factory.mktemp("corpus"), {"train": [60] * 8, "dev": [40, 33]})
 
 
-DEPTH = {"dim": 16, "layers": 2, "heads": 2, "ff": 32}
+DEPTH = {"dim": 16, "layers": 2, "ff": 32}
 
 
 def stage(corpus, name: str, seed: int, start=None, dedupe=False, coarse=2, **changes) -> lm.LMObjective:

@@ -42,7 +42,7 @@ def build(folder: str, coarse: int = COARSE, dedupe: bool = True, kind: str = "f
               for name, crop_s in CROPS_S.items()}
     layout = {**PAPER, "coarse_levels": coarse, "dedupe": dedupe, **layout}
     if kind == "frame":
-        depth = lm_config.DepthConfig(dim=8, layers=1, heads=2, ff=16)
+        depth = lm_config.DepthConfig(dim=8, layers=1, ff=16)
         shapes["coarse"] = shapes["coarse"].model_copy(update={"kind": kind, "depth": depth})
         layout |= {"conditioning": "aligned", "condition_dropout": 0.1}
     stages = build_stages(lm_config.LMConfig(**layout, **shapes), Q, VOCAB, K)

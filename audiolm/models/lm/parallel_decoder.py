@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from audiolm.models.conformer import Block, EncoderSizes
 from audiolm.models.lm.heads import LevelHeads
-from audiolm.models.lm.tied import TiedCodes, embedding_table, fold_tables, head_tables
+from audiolm.models.lm.tied import READ_STD, TiedCodes, embedding_table, fold_tables, head_tables
 from audiolm.models.positions import rope_table
 
 
@@ -57,8 +57,8 @@ class ParallelDecoder(nn.Module):
         self.blocks = nn.ModuleList(Block(block) for _ in range(s.layers))
         self.head = LevelHeads(s.dim, [s.vocab] * s.levels)
         self.tied = TiedCodes(s.levels, s.vocab, s.code_width, s.levels, s.dim) if s.code_width else None
-        for table in (self.embed.weight, self.head.weight):
-            nn.init.normal_(table, std=0.02)
+        nn.init.normal_(self.embed.weight, std=READ_STD if self.tied else 0.02)
+        nn.init.normal_(self.head.weight, std=0.02)
         if self.tied:  # free terms beside the tied ones start at zero
             nn.init.zeros_(self.embed.weight[s.k:s.k + s.levels * s.vocab])
             nn.init.zeros_(self.head.weight)

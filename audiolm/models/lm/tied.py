@@ -1,7 +1,8 @@
 """Embeddings and heads tied to a codec's codebooks: codes are geometry, which a free table has to learn from few examples.
 
-A code's embedding is its latent vector e through a linear layer.  Its score is scale x (mu . e - |e|^2 / 2), the
-log-density of e around a predicted vector mu up to a constant; free tables of the model are added to both.
+A code's embedding is its latent vector e through a linear layer, one for all levels: the embeddings of a frame add up to
+that of its quantized latent.  Its score is scale x (mu . e - |e|^2 / 2), the log-density of e around a predicted vector mu
+up to a constant; free tables of the model are added to both.
 Shapes: codes_QVE float32, the latent vector that each code adds; Q levels that are read, of which the last S are
 predicted; D width of the model.
 """
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 
 from audiolm.models.lm.heads import LevelHeads, Table
 
-READ_STD = 0.02  # of an embedding's values at the start, as of a free table
+READ_STD = 0.3  # of an embedding's values at the start; at 0.02 blocks, whose outputs are as large as 1, cover what is read
 SCALE = 0.2  # of a head at the start, over the codes' variance; at 0.5 the first losses lie 2 nats above a guess
 SCALE_GAIN = 10.0  # of the scale's logarithm over its parameter: a hundred steps of Adam have to reach its place
 MU_SHARE = 0.1  # of the codes' size that a predicted vector has at the start
@@ -26,7 +27,7 @@ class TiedCodes(nn.Module):
     def __init__(self, levels: int, vocab: int, width: int, predicted: int, dim: int):
         super().__init__()
         self.register_buffer("codes_QVE", torch.zeros(levels, vocab, width))
-        self.read_QED = nn.Parameter(torch.zeros(levels, width, dim))
+        self.read_ED = nn.Parameter(torch.zeros(width, dim))
         self.predicted = predicted
         if predicted:  # a network that predicts nothing has embeddings alone
             self.mu_SED = nn.Parameter(torch.zeros(predicted, width, dim))
@@ -43,14 +44,14 @@ class TiedCodes(nn.Module):
         centred_QVE = codes_QVE - codes_QVE.mean(1, keepdim=True)
         variance_Q = centred_QVE.square().mean((1, 2)).clamp_min(1e-12)
         size_Q = codes_QVE.square().mean((1, 2)).clamp_min(1e-12).sqrt()
-        self.read_QED.normal_().mul_((READ_STD / (size_Q * width ** 0.5))[:, None, None])
+        self.read_ED.normal_().mul_(READ_STD / (size_Q[0] * width ** 0.5))
         if predicted:
             self.mu_SED.normal_().mul_(MU_SHARE * size_Q[-predicted:, None, None] * self.mu_SED.shape[2] ** -0.5)
             self.scale_S.copy_((SCALE / variance_Q[-predicted:]).log() / SCALE_GAIN)
 
     def embeddings(self) -> torch.Tensor:
         """(Q x V, D) of all codes, level after level."""
-        return torch.bmm(self.codes_QVE, self.read_QED).flatten(0, 1)
+        return self.codes_QVE.flatten(0, 1) @ self.read_ED
 
     def heads(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """(weight_VD, bias_V) of each predicted level."""

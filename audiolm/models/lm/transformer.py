@@ -21,7 +21,7 @@ from audiolm.models.lm.block import ROWS, Block, TransformerSizes, norm, pad_row
 from audiolm.models.lm.cache import KEYS, KVCache, places
 from audiolm.models.lm.heads import LevelHeads, Table
 from audiolm.models.lm.run_lengths import RunLengths
-from audiolm.models.lm.tied import TiedCodes, embedding_table, fold_tables, head_tables
+from audiolm.models.lm.tied import READ_STD, TiedCodes, embedding_table, fold_tables, head_tables
 from audiolm.models.positions import RelativePositionBias, Rope, rope_table
 
 
@@ -53,6 +53,7 @@ class Transformer(nn.Module):
             nn.init.normal_(self.lengths.given.weight)
         if self.tied:  # free terms beside the tied ones start at zero
             levels, vocab, _, first = s.tied
+            nn.init.normal_(self.embed.weight, std=READ_STD)
             nn.init.zeros_(self.embed.weight[first:first + levels * vocab])
             if self.head:
                 nn.init.zeros_(self.head.weight)
