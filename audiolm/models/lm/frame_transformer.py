@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from audiolm.models.lm.attention import Documents
 from audiolm.models.lm.block import TransformerSizes, pad_rows
