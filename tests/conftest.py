@@ -13,6 +13,7 @@ import torch
 from tests.worlds.basics import RecordingOut
 from tests.worlds.encoded_corpus import encoded, world  # noqa: F401
 from tests.worlds.servers import seaweedfs
+from tests.worlds.whole_run import head  # noqa: F401
 
 # Small products on busy cores are far slower on two threads: here, and in every process that a test starts.
 torch.set_num_threads(1)

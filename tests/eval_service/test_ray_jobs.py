@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import textwrap
 import time
 
 import pytest
@@ -20,27 +16,33 @@ from tests.worlds.tiny_run import finish, tell
 
 
 @pytest.fixture
-def cluster(monkeypatch):
-    """The address of a job server; this process has its token."""
-    port = free_port()
-    code = f"""
-        import ray, sys
-        ray.init(num_cpus=2, include_dashboard=True, dashboard_port={port}, log_to_driver=False)
-        print("up", flush=True)
-        sys.stdin.read()
+def cluster(head, monkeypatch):
+    """The address of a job server; this process has its token.
+
+    A head of `ray start`: where several clusters run, a job of any other one may join the wrong one.
     """
-    env = {**os.environ, **CLOSED, "PATH": os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]}
-    driver = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                              stderr=subprocess.DEVNULL, env=env)
-    assert driver.stdout.readline().strip() == b"up"
     with monkeypatch.context() as settings:
         for name, value in CLOSED.items():
             settings.setenv(name, value)
         read_settings()
-        yield f"http://127.0.0.1:{port}"
+        takes_jobs(head)
+        yield head
     read_settings()
-    driver.stdin.close()  # it ends, and Ray with it
-    driver.wait(60)
+
+
+def takes_jobs(address: str) -> None:
+    """Returns once the head takes jobs, which takes a while after its start."""
+    from ray.job_submission import JobSubmissionClient
+
+    deadline = time.monotonic() + 120
+    while True:
+        try:
+            JobSubmissionClient(address).submit_job(entrypoint="true")
+            return
+        except RuntimeError as e:
+            if "No available agent" not in str(e) or time.monotonic() > deadline:
+                raise
+            time.sleep(1)
 
 
 def test_an_evaluation_is_one_ray_job(world, encoded, ready, cluster):
@@ -59,7 +61,7 @@ def test_an_evaluation_is_one_ray_job(world, encoded, ready, cluster):
     client.set_model_version_tag(NAME, "2", "evaluate", "requested")
     assert "at work already" in look(client, launcher)[0]
     found = until(client, "2", "done", "failed", log=lambda: JobSubmissionClient(cluster).get_job_logs(job))
-    assert found["evaluate"] == "done", found
+    assert found["evaluate"] == "done", (found.get("evaluate.reason"), JobSubmissionClient(cluster).get_job_logs(job)[-3000:])
     assert client.get_run(found["evaluate.run"]).data.tags["audiolm.evaluation"] == job
     while launcher.status(job)[0]:
         time.sleep(0.2)
