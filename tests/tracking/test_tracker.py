@@ -286,7 +286,7 @@ def test_the_parent_run_shows_results_source_and_corpus(ready, tmp_path, monkeyp
 
 def test_an_outage_only_delays(ready, tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
     server, said, folder = MLflowServer(tmp_path), [], str(tmp_path / "store")
     url = f"http://me:secret@127.0.0.1:{server.port}"
     try:
