@@ -25,24 +25,8 @@ def cluster(head, monkeypatch):
         for name, value in CLOSED.items():
             settings.setenv(name, value)
         read_settings()
-        takes_jobs(head)
         yield head
     read_settings()
-
-
-def takes_jobs(address: str) -> None:
-    """Returns once the head takes jobs, which takes a while after its start."""
-    from ray.job_submission import JobSubmissionClient
-
-    deadline = time.monotonic() + 120
-    while True:
-        try:
-            JobSubmissionClient(address).submit_job(entrypoint="true")
-            return
-        except RuntimeError as e:
-            if "No available agent" not in str(e) or time.monotonic() > deadline:
-                raise
-            time.sleep(1)
 
 
 def test_an_evaluation_is_one_ray_job(world, encoded, ready, cluster):

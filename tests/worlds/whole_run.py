@@ -34,7 +34,10 @@ def head():
                     f"--dashboard-agent-grpc-port={agent[1]}", f"--metrics-export-port={agent[2]}"],
                    env=ENV, check=True, capture_output=True, timeout=120)
     pids = [int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit() and _mentions(p, str(temp))]
-    yield f"http://127.0.0.1:{dashboard}"
+    address, deadline = f"http://127.0.0.1:{dashboard}", time.monotonic() + 120
+    while "No available agent to submit job" in str(_submitted(address, "--", "true")) and time.monotonic() < deadline:
+        time.sleep(2.0)  # it has just started
+    yield address
     for pid in pids:  # only what this fixture started
         try:
             os.kill(pid, signal.SIGTERM)
@@ -51,15 +54,13 @@ def _mentions(process: Path, text: str) -> bool:
 
 
 def submit(head, folder, *command):
-    """Submits a script as a user would; a head that has just started may not take jobs yet."""
-    deadline = time.monotonic() + 120
-    while True:
-        done = subprocess.run([f"{BIN}/ray", "job", "submit", "--address", head, "--working-dir", str(folder), "--",
-                               sys.executable, *command],
-                              env=ENV, capture_output=True, text=True, timeout=500)
-        if "No available agent to submit job" not in done.stdout + done.stderr or time.monotonic() > deadline:
-            return done
-        time.sleep(2.0)
+    """Submits a script as a user would."""
+    return _submitted(head, "--working-dir", str(folder), "--", sys.executable, *command)
+
+
+def _submitted(head, *arguments):
+    return subprocess.run([f"{BIN}/ray", "job", "submit", "--address", head, *arguments], env=ENV, capture_output=True,
+                          text=True, timeout=500)
 
 
 @pytest.fixture(scope="session")

@@ -13,10 +13,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from audiolm.models.lm.block import EPS
 from audiolm.models.lm.heads import LevelHeads
 from audiolm.models.lm.tied import TiedCodes, embedding_table, fold_tables, head_tables
 
-EPS = 1e-5
+STD = 0.1  # of free tables that are read, at the start: beside `read`, whose outputs are as large as 1
 
 
 @dataclass(frozen=True)
@@ -62,12 +63,12 @@ class DepthNetwork(nn.Module):
         for p in (self.read.weight, *self.layers.parameters()):
             if p.ndim == 2:
                 nn.init.normal_(p, std=p.shape[1] ** -0.5)
-        nn.init.normal_(self.slot_Sd, std=0.1)
+        nn.init.normal_(self.slot_Sd, std=STD)
         if self.tied:  # free terms beside the tied ones start at zero
             nn.init.zeros_(self.embed.weight)
             nn.init.zeros_(self.head.weight)
         else:
-            nn.init.normal_(self.embed.weight, std=0.1)
+            nn.init.normal_(self.embed.weight, std=STD)
             nn.init.normal_(self.head.weight, std=0.02)
         self.register_buffer("first_S", s.vocab * torch.arange(s.slots), persistent=False)  # id of each slot's code 0
 
