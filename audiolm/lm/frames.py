@@ -7,7 +7,10 @@ Shapes: P positions; ids_P; added_PA: conditions, then other codes; cond_TC of l
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import numpy as np
+import torch
 
 from audiolm.lm.stages import Packed, Stage
 
@@ -34,3 +37,19 @@ def packed_frames(stage: Stage, packed: Packed) -> Packed:
     first = len(stage.split(packed.ids)[0])
     ids_P, added_PA = frame_positions(stage, packed.ids, first, packed.cond)
     return Packed(ids_P, packed.target[last_ids(stage, first, len(packed.ids))], added_PA)
+
+
+def replace_frames(stage: Stage, batch: Mapping[str, torch.Tensor], share: float,
+                   draws: Sequence[np.random.Generator]) -> dict[str, torch.Tensor]:
+    """ids_BT and cond_BTC of a batch in which others of its row stand in the place of some frames, as a model reads them.
+
+    A row's share is uniform between 0 and twice `share`; draws: a generator a row.  Conditions stay, as do the labels, which
+    are taken from the true batch.  Close to scheduled sampling (1506.03099), without a pass that draws.
+    """
+    ids_BT, cond_BTC = batch["ids_BT"].clone(), batch["cond_BTC"].clone()
+    for ids_T, cond_TC, target_T, draw in zip(ids_BT, cond_BTC, batch["target_BT"], draws, strict=True):
+        frames = target_T.nonzero()[:, 0]
+        at = frames[draw.random(len(frames)) < 2 * share * draw.random()]
+        other = frames[draw.integers(len(frames), size=len(at))]
+        ids_T[at], cond_TC[at, stage.n_cond:] = ids_T[other], cond_TC[other, stage.n_cond:]
+    return {"ids_BT": ids_BT, "cond_BTC": cond_BTC}

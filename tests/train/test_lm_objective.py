@@ -35,11 +35,11 @@ def corpus(tmp_path_factory):
     return token_corpus.make(tmp_path_factory.mktemp("corpus"), frames)
 
 
-def objective(corpus, stage="lm_coarse", rank=0, world=1, seed=0, **changed):
+def objective(corpus, stage="lm_coarse", rank=0, world=1, seed=0, replaced=0.0, **changed):
     train = TrainConfig(steps=STEPS, batch=8, lr=1e-2, warmup_steps=5, **{"engine": "torch", **changed})
     stage, _, kind = stage.partition(" ")
     shape = StageConfig(crop_s=0.8, dim=32, layers=2, heads=2, ff=64, dropout=0.0, train=train, kind=kind or "flat",
-                        depth=DepthConfig(dim=16, layers=2, ff=32))
+                        replaced=replaced, depth=DepthConfig(dim=16, layers=2, ff=32))
     layout = {**PAPER, "dedupe": False, "coarse_levels": 2, "conditioning": "aligned" if kind else "prefix"}
     config = {"stage": stage, "seed": seed, "lm": shape, "layout": layout, "rows": 6}
     return lm.lm_objective(config, corpus.paths, Context(rank, world, CPU, seed))
@@ -59,6 +59,26 @@ def test_it_learns(corpus, stage):
     assert first == pytest.approx(uniform, rel=0.1)
     assert np.mean(losses[-5:]) < 0.92 * losses[0]
     assert last["loss"] < 0.97 * first
+
+
+def test_frames_that_are_read_are_replaced_by_others_of_the_row_and_labels_stay(corpus):
+    plain, noisy = (objective(corpus, "lm_coarse frame", replaced=share) for share in (0.0, 0.3))
+    shares = []
+    for step in range(10):
+        a, b, frame_BT = plain.load(step, range(8)), noisy.load(step, range(8)), plain.data.batch(step, range(8))["target_BT"]
+        assert all(torch.equal(a[name], b[name]) for name in a.keys() - {"ids_BT", "cond_BTC"})
+        n_cond = plain.stage.n_cond
+        assert torch.equal(a["cond_BTC"][..., :n_cond], b["cond_BTC"][..., :n_cond])
+        true, read = (torch.cat([x["ids_BT"][..., None], x["cond_BTC"][..., n_cond:]], -1) for x in (a, b))
+        changed_BT = (true != read).any(-1)
+        assert not changed_BT[~frame_BT].any()
+        for row_TC, read_TC, frame_T, changed_T in zip(true, read, frame_BT, changed_BT, strict=True):
+            assert {*map(tuple, read_TC[frame_T].tolist())} <= {*map(tuple, row_TC[frame_T].tolist())}  # whole frames
+            shares.append(float(changed_T.sum() / frame_T.sum()))
+        alone = noisy.load(step, [5])
+        assert torch.equal(alone["ids_BT"][0], b["ids_BT"][5])  # whoever holds the row
+    assert 0.2 < np.mean(shares) < 0.32 and max(shares) > 0.4 and min(shares) < 0.1
+    assert plain.evaluate() == noisy.evaluate()
 
 
 def test_levels_add_up_to_the_loss(corpus):

@@ -16,6 +16,7 @@ from torch import nn
 from audiolm import rng
 from audiolm.config.lm import StageConfig
 from audiolm.lm.batches import EvalCrop, TokenBatches
+from audiolm.lm.frames import replace_frames
 from audiolm.lm.loss import batch_sums, inputs_of, n_sums, prepare
 from audiolm.lm.model import build_lm, export_lm
 from audiolm.lm.stages import Stage
@@ -67,7 +68,12 @@ class LMObjective:
             self.modules["lm"].compile_training()
 
     def load(self, step: int, rows: Sequence[int]) -> dict[str, torch.Tensor]:
-        return pinned(prepare(self.stage, self.data.batch(step, rows), self.flash), self.ctx.device)
+        batch = self.data.batch(step, rows)
+        tensors = prepare(self.stage, batch, self.flash)
+        if self.shape.replaced:
+            draws = [rng.generator(self.ctx.seed, "replaced", step, row) for row in rows]
+            tensors |= replace_frames(self.stage, batch, self.shape.replaced, draws)
+        return pinned(tensors, self.ctx.device)
 
     def train_step(self, engines: Mapping[str, Engine], batches: list[dict[str, torch.Tensor]],
                    step: int) -> dict[str, torch.Tensor]:
