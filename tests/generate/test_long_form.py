@@ -22,7 +22,7 @@ def lm(request, tmp_path_factory):
 
 def test_windows_join_to_one_sound_of_the_length_asked_for(lm, monkeypatch):
     prompt, seen, decode = voice(0.6), [], lm.decode
-    monkeypatch.setattr(lm, "decode", lambda codes, n: seen.append(codes) or decode(codes, n))
+    monkeypatch.setattr(lm, "decode", lambda codes, *rest: seen.append(codes) or decode(codes, *rest))
     pieces = list(stream(lm, prompt, 5.13, 3, **PLAIN))
     wav_T = np.concatenate(pieces)
     assert len(wav_T) == 9_600 + round(5.13 * 16_000) and len(pieces) > 4
