@@ -49,12 +49,10 @@ def graph(cfg: Pipeline) -> list[Step]:
     z = Step("semantic_tokens", FUNCTIONS["encode_tokens"], {**encode, "which": "semantic"}, (manifest, kmeans))
     y = Step("acoustic_tokens", FUNCTIONS["encode_tokens"], {**encode, "which": "acoustic", "tokens": exact},
              (manifest, codec))
-    metrics = semantic_metrics_config(sem.abx, sem.where)
-    semantic_figures = Step("semantic_figures", FUNCTIONS["measure_semantic"], {**common, "figures": metrics},
-                            (manifest, kmeans, z))
+    semantic_figures = Step("semantic_figures", FUNCTIONS["measure_semantic"],
+                            {**common, "figures": semantic_metrics_config(sem.abx, sem.where)}, (manifest, kmeans, z))
 
-    # Decoders of semantic tokens alone: Table I needs them, nothing else does.
-    decoders = []
+    decoders = []  # of semantic tokens alone: Table I needs them, nothing else does
     if sem.residual:
         decoders.append(Step("residual", FUNCTIONS["fit_residual"],
                              {**common, "residual": sem.residual, "where": sem.where}, (manifest, kmeans)))
@@ -77,6 +75,9 @@ def graph(cfg: Pipeline) -> list[Step]:
     stages = [stage("lm_semantic", lm.semantic, z), stage(f"lm_{first}", getattr(lm, first), z, y, *books)]
     if cfg.has_fine:
         stages.append(stage("lm_fine", lm.fine, y, *books))
+    if lm.decoder:
+        stages.append(Step("lm_decoder", FUNCTIONS["train_decoder"], {**common, "lm": lm.decoder, "rows": ev.rows},
+                           (manifest, kmeans, codec, z, y), trains=lm.decoder.train, after=(codec_figures,)))
 
     # Sound and results of the whole system.
     system = (manifest, kmeans, codec, z, y, *stages)

@@ -46,6 +46,9 @@ class StageConfig(Config):
     depth: Annotated[DepthConfig | None, Later(None)] = Field(
         None, description="of kind frame: the network that predicts a frame's codes one after another; None = one layer of "
                           "the stage's dim, ff twice that")
+    replaced: Annotated[float, Later(0.0)] = Field(
+        0.0, ge=0, le=0.5, description="of kind frame: mean share of a training row's frames that others of the row replace "
+                                       "where they are read; a stage that reads its own draws then keeps to its tokens")
     checkpointing: Runtime[bool] = Field(False, description="less memory, a third more work: blocks are computed again in "
                                                             "the backward pass")
     warm_start: Annotated[WarmStartConfig | None, Later(None)] = Field(
@@ -79,6 +82,18 @@ class ParallelConfig(Config):
     train: TrainConfig
 
 
+class DecoderConfig(Config):
+    """The decoder that hears: sound from codes and semantic tokens together (models/spectral/hearing.py)."""
+
+    slow_s: float = Field(0.6, ge=0, description="seconds over which it averages the codes: longer and the words depend on the "
+                                                 "tokens alone, shorter and the voice is closer")
+    crop_s: float = Field(3.0, gt=0)
+    width: int = Field(256, ge=1)
+    layers: int = Field(5, ge=0)
+    where: ClipFilter = ClipFilter()
+    train: TrainConfig
+
+
 # The paper gives neither optimizer nor learning rate; batch 256 and 1 M steps are its own.
 def _stage_training(batch: int) -> TrainConfig:
     return TrainConfig(steps=1_000_000, batch=batch, lr=3e-4, warmup_steps=2000, decay_steps=200_000, dtype="bfloat16",
@@ -108,6 +123,9 @@ class LMConfig(Config):
     coarse: StageConfig = StageConfig(crop_s=10.0, train=_stage_training(256))
     fine: StageConfig = StageConfig(crop_s=3.0, train=_stage_training(256))
     parallel: ParallelConfig = ParallelConfig(train=_stage_training(256))
+    decoder: Annotated[DecoderConfig | None, Later(None)] = Field(
+        None, description="for the spectral codec: a decoder that also hears the semantic tokens makes the generated sound, so "
+                          "that words survive badly drawn codes; None: the codec's own does (paper)")
 
     @model_validator(mode="after")
     def _check(self):
@@ -119,6 +137,11 @@ class LMConfig(Config):
         if self.conditioning == "aligned" and self.dedupe and not self.lengths:
             raise ValueError("lm.conditioning is aligned, but with lm.dedupe and without lm.lengths no token has a place in "
                              "time: set lm.lengths=true, lm.dedupe=false or lm.conditioning=prefix")
+        if self.decoder and self.dedupe and not self.lengths:
+            raise ValueError("lm.decoder hears the token of every frame, which lm.dedupe without lm.lengths does not keep: set "
+                             "lm.lengths=true, lm.dedupe=false or lm.decoder=null")
+        if self.decoder and self.ablation:
+            raise ValueError("lm.ablation makes sound without semantic tokens, and lm.decoder would hear them: drop one")
         if self.ablation and self.acoustic == "parallel":
             raise ValueError("lm.ablation is of stage 2, and lm.acoustic is parallel, which has none: drop one of them")
         if self.ablation and self.dedupe and not self.lengths:
@@ -129,7 +152,12 @@ class LMConfig(Config):
         if self.coarse.kind == "frame" and self.dedupe and not self.lengths:
             raise ValueError("lm.coarse.kind is frame, but with lm.dedupe and without lm.lengths no frame has a place in time: "
                              "set lm.lengths=true, lm.dedupe=false or lm.coarse.kind=flat")
+        if self.coarse.replaced and self.coarse.kind == "flat":
+            raise ValueError(f"lm.coarse.replaced is {self.coarse.replaced}, but a flat stage reads codes of the frame that it "
+                             "predicts among those before it: set lm.coarse.kind=frame or lm.coarse.replaced=0")
         for name in ("semantic", "fine"):
+            if getattr(self, name).replaced:
+                raise ValueError(f"lm.{name}.replaced is set: only lm.coarse has frames as positions, leave it out here")
             if getattr(self, name).kind == "frame":
                 raise ValueError(f"lm.{name}.kind is frame: only lm.coarse has frames as positions, leave it out here")
         for name in ("coarse", "fine"):

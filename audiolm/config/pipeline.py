@@ -37,11 +37,16 @@ class Pipeline(Config):
         if self.lm.acoustic == "stages" and self.lm.coarse_levels > self.codec.n_q:
             raise ValueError(f"lm.coarse_levels ({self.lm.coarse_levels}) exceeds codec.n_q ({self.codec.n_q})")
         known = {s.name for s in self.corpus.sources}
+        if self.lm.decoder and "codec" in self.model_fields_set:  # a part of a run's config may be without
+            if self.codec.family != "spectral" or self.codec.pretrained:
+                raise ValueError("lm.decoder makes frames of the spectral codec, and this run has another: set "
+                                 "codec.family=spectral or lm.decoder=null")
         sounds = self.semantic.vocoder.where if self.semantic.vocoder else ClipFilter()
         for field, where in (("semantic.where", self.semantic.where), ("semantic.vocoder.where", sounds),
                              ("codec.where", self.codec.where), ("lm.semantic.where", self.lm.semantic.where),
                              ("lm.coarse.where", self.lm.coarse.where), ("lm.fine.where", self.lm.fine.where),
-                             ("lm.parallel.where", self.lm.parallel.where)):
+                             ("lm.parallel.where", self.lm.parallel.where),
+                             ("lm.decoder.where", self.lm.decoder.where if self.lm.decoder else ClipFilter())):
             if unknown := set(where.source or ()) - known:
                 if not any(isinstance(s, ManifestSource) for s in self.corpus.sources):
                     raise ValueError(f"{field}.source names {sorted(unknown)}; corpus.sources are {sorted(known)}")

@@ -13,9 +13,10 @@ from audiolm.store import get_json, hide_credentials_in, put_json
 
 OUTPUTS = "./outputs"
 # What a system is loaded from: its models, and the tokens whose mean run length turns seconds into tokens.
-# A parallel decoder takes the place of the coarse stage; a codec all of whose levels are coarse has no fine stage.
+# A parallel decoder takes the place of the coarse stage; a codec all of whose levels are coarse has no fine stage.  A decoder
+# that hears takes the place of the codec's own, where it was trained.
 SYSTEM_STEPS = ("kmeans", "codec", "semantic_tokens", "lm_semantic", "lm_coarse")
-GENERATION_STEPS = (*SYSTEM_STEPS, "lm_fine", "lm_parallel")
+GENERATION_STEPS = (*SYSTEM_STEPS, "lm_fine", "lm_parallel", "lm_decoder")
 
 
 def index_path(folder: str, run: str) -> str:

@@ -51,7 +51,7 @@ def not_measured(table: str, item: str, metric: str, why: str, paper: float | No
 
 
 STAGE_TITLES = {"lm_semantic": "semantic stage", "lm_coarse": "coarse stage", "lm_fine": "fine stage",
-                "lm_parallel": "parallel decoder", "codec": "codec",
+                "lm_parallel": "parallel decoder", "lm_decoder": "hearing decoder", "codec": "codec",
                 "masked_model": "masked audio model"}
 BASELINE_TITLES = {"unigram": "unigram", "bigram": "Kneser-Ney 2", "fivegram": "Kneser-Ney 5", "previous": "previous frame",
                    "below": "level below", "baseline": "the better"}

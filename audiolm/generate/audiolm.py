@@ -32,6 +32,7 @@ from audiolm.models.lm.parallel_decoder import ParallelDecoder
 from audiolm.models.lm.transformer import Transformer
 from audiolm.rng import derive
 from audiolm.tokenizers.base import ACOUSTIC_HOP, SAMPLE_RATE, SEMANTIC_HOP, Codec, Tokenizer, padded_samples
+from audiolm.tokenizers.hearing import HearingCodec
 
 MODES = ("continuation", "unconditional", "acoustic", "resynthesis")
 
@@ -48,6 +49,7 @@ class AudioLM:
     models: dict[str, tuple[Model, Stage]]  # semantic, coarse and (where Q' < Q) fine, or parallel
     mean_run: float
     sampling: Mapping[str, SamplingParams] = field(default_factory=lambda: dict(PAPER_PARAMS))  # by stage
+    hearing: HearingCodec | None = None  # decodes what is drawn, in the codec's place
     device: str = "cpu"
     spent_s: dict[str, float] = field(default_factory=dict)
 
@@ -141,7 +143,7 @@ class AudioLM:
         else:
             codes = self.codes(z_T, seeds)
         counts = [ACOUSTIC_HOP * len(c) for c in codes] if samples is None else list(samples)
-        return [Sound(self.decode(c, n), self._ids(z), c) for z, c, n in zip(z_T, codes, counts, strict=True)]
+        return [Sound(self.decode(c, n, z), self._ids(z), c) for z, c, n in zip(z_T, codes, counts, strict=True)]
 
     def resynthesis(self, wavs: Sequence[np.ndarray], levels: int | None = None) -> list[Sound]:
         """wavs through the codec and back, with the first `levels` levels (default all): the upper bound of every mode."""
@@ -258,12 +260,20 @@ class AudioLM:
         for (i, a, b), ids in zip(spans, out, strict=True):
             fine[i][a:b] = stage.unpack(ids)
 
-    def decode(self, codes_TQ: np.ndarray, samples: int) -> np.ndarray:
-        """wav_T of exactly `samples` samples, at most 320 x T of them. Raises ValueError if it is not finite."""
+    def decode(self, codes_TQ: np.ndarray, samples: int, z_T: np.ndarray | None = None, true: int = 0,
+               voice_TQ: np.ndarray | None = None) -> np.ndarray:
+        """wav_T of exactly `samples` samples, at most 320 x T of them. Raises ValueError if it is not finite.
+
+        z_T: semantic ids of codes that were drawn behind the first `true` frames, for a decoder that hears them, in the voice
+        of voice_TQ.
+        """
         start = time.perf_counter()
-        with torch.inference_mode():
-            wav_BT = self.codec.decode(torch.from_numpy(np.ascontiguousarray(codes_TQ))[None].to(self.device))
-        wav_T = wav_BT[0, :samples].float().cpu().numpy()
+        if self.hearing and z_T is not None:
+            wav_T = self.hearing.decode(codes_TQ, z_T, true, voice_TQ)
+        else:
+            with torch.inference_mode():
+                wav_T = self.codec.decode(torch.from_numpy(np.ascontiguousarray(codes_TQ))[None].to(self.device))[0]
+        wav_T = wav_T[:samples].float().cpu().numpy()
         self._spend("decode", start)
         if len(wav_T) != samples:
             raise ValueError(f"{len(codes_TQ)} frames give {len(wav_T)} samples, {samples} were asked for")
@@ -283,11 +293,13 @@ class AudioLM:
         frames = [self._frames(n) for n in samples]
         if self.acoustic_stage.dedupe:
             zs, all_codes, heads, ended = by_turns(self, prompts, frames, seeds, codes, may_end)
+            heard = [None] * len(zs)  # no token has a place in time
         else:
-            zs, ended = self.semantic(prompts, [n - len(z) for n, z in zip(frames, prompts, strict=True)], seeds, may_end)
-            all_codes = self.codes(zs, seeds, codes)
-            zs, heads = [self._ids(z) for z in zs], [len(self._ids(z)) for z in prompts]
-        wavs = [self.decode(c, min(n, ACOUSTIC_HOP * len(c))) for c, n in zip(all_codes, samples, strict=True)]
+            heard, ended = self.semantic(prompts, [n - len(z) for n, z in zip(frames, prompts, strict=True)], seeds, may_end)
+            all_codes = self.codes(heard, seeds, codes)
+            zs, heads = [self._ids(z) for z in heard], [len(self._ids(z)) for z in prompts]
+        wavs = [self.decode(c, min(n, ACOUSTIC_HOP * len(c)), z, RATIO * len(prompt), c[:RATIO * len(prompt) or None])
+                for c, n, z, prompt in zip(all_codes, samples, heard, prompts, strict=True)]
         return [Sound(wav, z, c, SEMANTIC_HOP * len(prompt), head, end) for wav, z, c, prompt, head, end
                 in zip(wavs, zs, all_codes, prompts, heads, ended, strict=True)]
 

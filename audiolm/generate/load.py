@@ -47,7 +47,7 @@ def load_system(steps: tuple[tuple[str, str], ...], device: str,
 def load(paths: Mapping[str, str], device: str = "cpu", mean_run: float | None = None,
          sampling: Mapping[str, SamplingParams] | None = None) -> AudioLM:
     """The system from the steps' output folders: kmeans, codec, lm_semantic, lm_coarse and (where Q' < Q) lm_fine, or
-    lm_parallel in their place.
+    lm_parallel in their place; lm_decoder where it was trained.
 
     `mean_run` defaults to the fact of that name of the `semantic_tokens` folder. The tokenizer computes as it did for that
     store, in float32 without one. The stages run in bfloat16 on a GPU.
@@ -58,6 +58,7 @@ def load(paths: Mapping[str, str], device: str = "cpu", mean_run: float | None =
     from audiolm.generate.params import PAPER_PARAMS, STAGES
     from audiolm.lm.model import load_lm
     from audiolm.tokenizers.acoustic import load_codec
+    from audiolm.tokenizers.hearing import load_hearing
     from audiolm.tokenizers.semantic import load_semantic
 
     if missing := missing_of(("kmeans", "codec", "lm_semantic", "lm_coarse"), paths):
@@ -70,8 +71,10 @@ def load(paths: Mapping[str, str], device: str = "cpu", mean_run: float | None =
     if device != "cpu":
         models = {name: (model.bfloat16(), stage) for name, (model, stage) in models.items()}
     dtype = tokenizer_dtype(paths["semantic_tokens"]) if "semantic_tokens" in paths else "float32"
-    return AudioLM(load_semantic(paths["kmeans"], device, dtype), load_codec(paths["codec"], device), models, float(mean_run),
-                   dict(sampling or PAPER_PARAMS), device=device)
+    codec = load_codec(paths["codec"], device)
+    hearing = load_hearing(paths["lm_decoder"], codec, device) if "lm_decoder" in paths else None
+    return AudioLM(load_semantic(paths["kmeans"], device, dtype), codec, models, float(mean_run),
+                   dict(sampling or PAPER_PARAMS), hearing, device)
 
 
 def _mean_run(paths: Mapping[str, str]) -> float:
@@ -88,7 +91,7 @@ def _check_one_run(paths: Mapping[str, str]) -> None:
     """Raises ValueError where a finished step's record names other inputs than these."""
     # a step's folder is STEP/FINGERPRINT/BUILD; records name their inputs as FINGERPRINT.BUILD
     ids = {name: ".".join(path.rstrip("/").split("/")[-2:]) for name, path in paths.items()}
-    for name in paths.keys() & {"semantic_tokens", "lm_semantic", "lm_coarse", "lm_fine", "lm_parallel"}:
+    for name in paths.keys() & {"semantic_tokens", "lm_semantic", "lm_coarse", "lm_fine", "lm_parallel", "lm_decoder"}:
         inputs = (store.get_json(store.join(paths[name], "done.json")) or {}).get("inputs", {})
         for other in ids.keys() & inputs.keys():
             if inputs[other] != ids[other]:

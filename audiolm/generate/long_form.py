@@ -55,7 +55,8 @@ def _windows(lm: AudioLM, prompt_T: np.ndarray | None, samples: int, seed: int, 
     z_T, codes_TQ = np.zeros(0, np.int64), np.zeros((0, lm.codec.spec.n_q), np.int64)
     if prompt_T is not None:
         z_T, codes_TQ = lm.tokenize([prompt_T])[0], lm.encode([prompt_T])[0]
-    done, yielded, ended, number = len(z_T), 0, False, 0  # semantic frames; samples
+    head = done = len(z_T)  # semantic frames, of the prompt and in all
+    yielded, ended, number, voice_TQ = 0, False, 0, codes_TQ
     while done < total and not ended:
         # all stages continue what the window holds; each window has a seed of its own
         held, seeds = len(z_T), [derive(seed, "window", number)]
@@ -63,7 +64,8 @@ def _windows(lm: AudioLM, prompt_T: np.ndarray | None, samples: int, seed: int, 
         codes_TQ = lm.codes([z_T], seeds, [codes_TQ])[0]
         done, number = done + len(z_T) - held, number + 1
         # the whole window is decoded, so that the codec has its context; only what is new and final is yielded
-        wav_T = lm.decode(codes_TQ, SEMANTIC_HOP * len(z_T))
+        voice_TQ = voice_TQ if len(voice_TQ) else codes_TQ  # the prompt's, else the first window's
+        wav_T = lm.decode(codes_TQ, SEMANTIC_HOP * len(z_T), z_T, RATIO * max(0, head - (done - len(z_T))), voice_TQ)
         last = ended or done >= total
         start, end = SEMANTIC_HOP * (done - len(z_T)), min(samples, SEMANTIC_HOP * (done if last else done - HOLD))
         yield wav_T[yielded - start:max(yielded, end) - start]

@@ -47,6 +47,7 @@ FUNCTIONS = {
     # tokens, one Parquet file a shard; the language models on them; generation (paper III-D); results
     "encode_tokens": "audiolm.tokenizers.encode:encode_tokens",
     "train_lm": train_lm,
+    "train_decoder": partial(train_objective, "audiolm.train.objectives.hearing:hearing_objective"),
     "make_samples": "audiolm.generate.samples:make_samples",
     "run_evaluate": "audiolm.eval.steps.stages:run_evaluate",
     "measure_tables": "audiolm.eval.steps.tables:measure_tables",

@@ -16,7 +16,7 @@ from audiolm.metrics_log import read_build
 from audiolm.render import plots
 from audiolm.render.html import Section
 
-TRAINED = ("masked_model", "codec", "lm_semantic", "lm_coarse", "lm_fine", "lm_parallel")
+TRAINED = ("masked_model", "codec", "lm_semantic", "lm_coarse", "lm_fine", "lm_parallel", "lm_decoder")
 POINTS = 1000  # training points of a curve: about twice the picture's pixels
 
 Add = Callable[[str, bytes, str], Any]

@@ -57,6 +57,9 @@ def test_runtime_fields_leave_no_trace_and_later_ones_only_when_they_differ():
         identity({"x": {1}})
 
 
+DECODER = "lm.decoder={train: {steps: 1, batch: 1, lr: 0.1}}"
+
+
 @pytest.mark.parametrize(("override", "message"), [
     ("codec.nq=3", "codec.nq: Extra inputs are not permitted"),
     ("lm.coarse_levels=9", r"lm.coarse_levels \(9\) exceeds codec.n_q \(3\)"),
@@ -67,11 +70,16 @@ def test_runtime_fields_leave_no_trace_and_later_ones_only_when_they_differ():
     ("corpus.sources.3.root=x", "'3' is not one of the 1 items there"),
     ("codec", "not of the form a.b=c"),
     ("lm.fine.kind=frame", "lm.fine.kind is frame: only lm.coarse has frames as positions"),
+    ("lm.coarse.replaced=0.2", "lm.coarse.replaced is 0.2, but a flat stage .*: set lm.coarse.kind=frame"),
+    (f"codec.family=soundstream {DECODER}", "lm.decoder makes frames of the spectral codec"),
+    (f"{DECODER} lm.lengths=false lm.conditioning=prefix", "lm.decoder hears the token of every frame"),
+    (f"{DECODER} lm.ablation=acoustic", "lm.ablation makes sound without semantic tokens"),
+    ("lm.semantic.replaced=0.2", "lm.semantic.replaced is set: only lm.coarse has frames"),
     ("lm.coarse.kind=frame lm.lengths=false lm.conditioning=prefix", "frame, but with lm.dedupe .*: set lm.lengths=true"),
 ])
 def test_mistakes_are_named(override, message):
     with pytest.raises(ConfigError, match=message):
-        load_config(QUICKSTART, re.split(r" (?=lm\.)", override))
+        load_config(QUICKSTART, re.split(r" (?=lm\.\w)", override))
 
 
 def test_a_parallel_decoder_needs_the_token_of_every_frame_and_no_coarse_levels():
@@ -159,9 +167,11 @@ def test_the_papers_recipe_trains_what_the_defaults_say():
     assert (paper.semantic, paper.codec, paper.lm) == (SemanticConfig(), codec, lm)
 
 
-@pytest.mark.parametrize("name", ["quickstart", "speech", "piano", "paper"])
+@pytest.mark.parametrize("name", ["quickstart", "small", "speech", "piano", "paper"])
 def test_the_configs_that_ship_pass_a_dry_run(name, tmp_path):
     done = subprocess.run([sys.executable, "workflows/full_pipeline.py", f"workflows/{name}.yaml", "--dry-run",
                            f"store={tmp_path}", "tracking=none"], cwd=ROOT, capture_output=True, text=True, check=True)
     steps = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("run")]
-    assert len(steps) == {"piano": 14, "speech": 17}.get(name, 15) and ("lm_fine" in steps) == (name != "piano")
+    assert len(steps) == {"piano": 14, "small": 17, "speech": 17}.get(name, 15)
+    assert ("lm_fine" in steps) == (name in ("quickstart", "paper"))
+    assert ("lm_decoder" in steps) == (name in ("small", "speech"))

@@ -213,7 +213,7 @@ def test_without_a_recogniser_the_gate_is_silent_and_collapsed_codes_stop_all_th
 def test_the_stages_come_after_the_gate_and_keep_their_recipe():
     cfg = load_config(str(ROOT / "workflows" / "speech.yaml"))
     steps = {s.name: s for s in full_graph(cfg)}
-    assert {name for name, s in steps.items() if s.after} == {"lm_semantic", "lm_coarse", "lm_fine"}
+    assert {name for name, s in steps.items() if s.after} == {"lm_semantic", "lm_coarse", "lm_decoder"}
     assert all(s.after == (steps["codec_figures"],) for s in steps.values() if s.after)
     others = {s.name: s for s in full_graph(cfg.model_copy(update={"evaluate": cfg.evaluate.model_copy(update={"wer": 3})}))}
     assert others["codec_figures"].fingerprint != steps["codec_figures"].fingerprint

@@ -52,10 +52,12 @@ SPECTRAL = ["codec.family=spectral", "codec.quantize_from=0", "codec.weights={co
 PARALLEL = ["lm.acoustic=parallel", "lm.dedupe=false", "lm.condition_dropout=0.1",
             "lm.parallel={crop_s: 2.0, dim: 32, layers: 2, heads: 2, ff: 64, gates: warn, train: {steps: 20, batch: 4, "
             "lr: 5.0e-3, warmup_steps: 5, decay_steps: 5, eval_every: 10, save_every: 10, log_every: 1, engine: torch}}"]
+HEARING = [*SPECTRAL, "lm.dedupe=false", "lm.decoder={crop_s: 1.0, width: 16, layers: 1, train: {steps: 20, batch: 4, "
+           "lr: 5.0e-3, warmup_steps: 5, decay_steps: 5, eval_every: 10, save_every: 10, log_every: 1, engine: torch}}"]
 FSQ = [*SPECTRAL, "codec.quantizer=fsq", "codec.spectral.fsq=[4, 4]"]
 BY_FRAME = ["lm.lengths=true", "lm.conditioning=aligned", "lm.condition_dropout=0.1", "lm.coarse.kind=frame",
             "lm.coarse.depth={dim: 16, layers: 2, ff: 32}"]
-SHIPPED = ("quickstart", "speech", "piano", "paper")
+SHIPPED = ("quickstart", "small", "speech", "piano", "paper")
 FRAMES = {"train": [300, 250, 160, 100, 60, 17, 9, 5], "dev": [180, 90, 33, 12]}  # of the planted clips, at 25 Hz
 
 
@@ -84,7 +86,8 @@ def planted_tokens(folder: str) -> dict[str, Artifact]:
 def training(step: str, *overrides: str) -> Callable[[str], dict]:
     """A golden: the losses of a training step's 20 updates, and the last one's other metrics with its validation."""
     def run(folder: str) -> dict:
-        planted = planted_tokens(folder) if step.startswith("lm_") else {}
+        # a decoder needs a codec that the tokens are of
+        planted = planted_tokens(folder) if step.startswith("lm_") and step != "lm_decoder" else {}
         metrics = _metrics(build(step, folder, list(overrides), planted).path)
         losses = [metrics[n]["loss"] for n in sorted(metrics)]
         return {"machine": machine(), "about": [round(x, 4) for x in losses], "losses": [x.hex() for x in losses],
@@ -159,7 +162,7 @@ def _recipe(step) -> Iterator[tuple[str, str]]:
 GOLDENS: dict[str, Callable[[str], dict]] = {
     "fingerprints": fingerprints, "lm_semantic": training("lm_semantic"), "lm_coarse": training("lm_coarse"),
     "lm_coarse_frame": training("lm_coarse", *BY_FRAME), "lm_fine": training("lm_fine"),
-    "lm_parallel": training("lm_parallel", *PARALLEL),
+    "lm_parallel": training("lm_parallel", *PARALLEL), "lm_decoder": training("lm_decoder", *HEARING),
     "masked": training("masked_model"), "masked_2": training("masked_model_2"),
     "w2vbert": training("masked_model", *W2VBERT), "codec": training("codec"),
     "codec_balanced": training("codec", *BALANCED), "codec_paper": training("codec", *PAPER),

@@ -101,12 +101,13 @@ class SpectralCodec(nn.Module):
             fixed_BTD = y_BTF @ self.analysis_FD
         return (fixed_BTD + self.encoder(y_BTF)).transpose(1, 2)
 
-    def expand(self, x_BDT: torch.Tensor) -> torch.Tensor:
-        """frames_BTF of quantized latents."""
+    def expand(self, x_BDT: torch.Tensor, correction_BTF: torch.Tensor | None = None) -> torch.Tensor:
+        """frames_BTF of quantized latents; correction_BTF: another's than the decoder's."""
         x_BTD = x_BDT.transpose(1, 2)
         with torch.autocast(x_BTD.device.type, enabled=False):
             fixed_BTF = x_BTD.float() @ self.synthesis_DF
-        return (fixed_BTF + self.decoder(x_BTD)) * self.scale + self.mean_F
+        correction_BTF = self.decoder(x_BTD) if correction_BTF is None else correction_BTF
+        return (fixed_BTF + correction_BTF) * self.scale + self.mean_F
 
     def latents(self, wav_BT: torch.Tensor) -> torch.Tensor:
         """x_BDT with T / hop frames. Raises ValueError as `frames` does."""

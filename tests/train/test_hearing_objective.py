@@ -1,0 +1,130 @@
+"""Training the decoder that hears: words come from the ids, its steps do not depend on batching, exports are the model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from audiolm.config.lm import DecoderConfig
+from audiolm.config.training import TrainConfig
+from audiolm.models.conformer import Encoder, EncoderSizes
+from audiolm.models.spectral.codec import SpectralSizes
+from audiolm.tokenizers.acoustic import load_codec
+from audiolm.tokenizers.artifact import ArtifactError, write_export
+from audiolm.tokenizers.base import SAMPLE_RATE
+from audiolm.tokenizers.extractor import ConformerExtractor, Window
+from audiolm.tokenizers.hearing import load_hearing
+from audiolm.tokenizers.semantic import save_semantic
+from audiolm.train.engine import make_engine
+from audiolm.train.objectives import hearing
+from audiolm.train.objectives.base import Context
+from tests.worlds import token_corpus
+from tests.worlds.tiny_codec import built_codec, tiny_spectral
+from tests.worlds.training import Gradients
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+STEPS = 60
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """Token stores whose first level copies the ids, and a codec and clusters with as many codes and ids."""
+    folder = tmp_path_factory.mktemp("hearing")
+    corpus = token_corpus.make(folder, {"train": [60] * 8 + [17, 9, 5, 13], "dev": [40, 33, 12]})
+    paths = {**corpus.paths, "kmeans": str(folder / "kmeans"), "codec": str(folder / "codec"),
+             "soundstream": built_codec(str(folder / "soundstream"))}
+    codec = tiny_spectral(n_q=token_corpus.N_Q, vocab=token_corpus.VOCAB)
+    sizes = {name: getattr(codec.sizes, name) for name in SpectralSizes.EXPORTED}
+    write_export(paths["codec"], codec.state_dict(), {"kind": codec.kind, "sample_rate": SAMPLE_RATE, **sizes})
+    extractor = ConformerExtractor(Encoder(EncoderSizes(dim=16, layers=1, heads=2, ff=32)))
+    save_semantic(paths["kmeans"], extractor, 1, torch.zeros(16), torch.ones(16), torch.randn(token_corpus.K, 16),
+                  Window(400, 50), {})
+    return paths
+
+
+def objective(inputs, rank=0, world=1, **changes):
+    train = TrainConfig(steps=STEPS, batch=8, lr=1e-2, warmup_steps=5, engine="torch")
+    shape = DecoderConfig(**{"crop_s": 0.8, "slow_s": 0.3, "width": 32, "layers": 2, **changes}, train=train)
+    return hearing.hearing_objective({"lm": shape, "rows": 6}, inputs, Context(rank, world, CPU, 0))
+
+
+@pytest.fixture(scope="module")
+def trained(inputs):
+    o = objective(inputs)
+    engines = {"decoder": make_engine(o.modules["decoder"], o.shape.train, o.ctx)}
+    before = o.evaluate()
+    for step in range(STEPS):
+        o.train_step(engines, [o.load(step, range(8))], step)
+    return o, before
+
+
+def test_it_learns(trained):
+    o, before = trained
+    assert o.evaluate()["loss"] < 0.8 * before["loss"]
+
+
+def test_words_come_from_the_ids_and_the_slow_part_from_the_codes(trained):
+    o, _ = trained
+    batch, module = o.load(0, [0]), o.modules["decoder"].eval()  # a crop of 40 frames
+    x_BDT = o.codec.quantizer.decode(batch["codes_BTQ"])
+
+    def heard(x_BDT, z_BN, known_BT=None):
+        return o.codec.expand(*module(x_BDT, x_BDT.mean(2), z_BN, known_BT))
+
+    with torch.no_grad():
+        plain = heard(x_BDT, batch["z_BN"])
+        assert (heard(x_BDT, (batch["z_BN"] + 1) % token_corpus.K) - plain).abs().mean() > 0.1 * plain.abs().mean()
+        mixed = x_BDT.clone()
+        mixed[..., [20, 21]] = mixed[..., [21, 20]]  # both within nearly the same averages
+        near, far = (heard(x, batch["z_BN"]) - plain for x in (mixed, x_BDT.flip(2)))
+        assert near.abs().mean() < 0.2 * far.abs().mean()
+        known_BT = torch.arange(40)[None] < 20  # what stands in the padding is not heard
+        padded, other = x_BDT.clone(), x_BDT.clone()
+        other[..., 20:] = 7.0
+        slow, others = (module._slow(x, known_BT)[..., :20] for x in (padded, other))
+        assert torch.equal(slow, others) and torch.allclose(slow, module._slow(x_BDT[..., :20], known_BT[:, :20]), atol=1e-6)
+
+
+def test_micro_batches_do_not_change_a_step_and_two_workers_take_that_of_one(inputs, monkeypatch):
+    o, results = objective(inputs), []
+    for parts in ([range(8)], [range(0, 3), range(3, 8)], [[i] for i in range(8)]):
+        engine = Gradients(o.modules["decoder"])
+        loss = float(o.train_step({"decoder": engine}, [o.load(1, rows) for rows in parts], 1)["loss"])
+        results.append((loss, engine.taken))
+    for loss, gradient in results[1:]:
+        assert loss == pytest.approx(results[0][0], rel=1e-6)
+        assert torch.allclose(gradient, results[0][1], rtol=1e-4, atol=1e-6)
+    ranks = [objective(inputs, rank=r, world=2) for r in range(2)]
+    parts = [[w.load(1, range(4 * r, 4 * r + 4))] for r, w in enumerate(ranks)]
+    frames = sum(b["known_BT"].sum() for p in parts for b in p).double()
+    assert frames < 8 * 40  # some rows are padded
+    sums = []
+    monkeypatch.setattr(hearing, "all_sum", lambda x: frames if not sums.append(x) and len(sums) % 2 else x)
+    engines = [Gradients(w.modules["decoder"]) for w in ranks]
+    losses = [float(w.train_step({"decoder": e}, p, 1)["loss"]) for w, e, p in zip(ranks, engines, parts, strict=True)]
+    assert sum(losses) == pytest.approx(results[0][0], rel=1e-6)
+    assert torch.allclose((engines[0].taken + engines[1].taken) / 2, results[0][1], rtol=1e-4, atol=1e-6)
+
+
+def test_what_it_exports_makes_the_sound(inputs, trained, tmp_path):
+    o, _ = trained
+    write_export(str(tmp_path), *o.export())
+    codec = load_codec(inputs["codec"])
+    loaded = load_hearing(str(tmp_path), codec)
+    z_N, codes_TQ, _ = o.dev.crop(0, 0)
+    wav_T = loaded.decode(codes_TQ, z_N)
+    assert wav_T.shape == (320 * len(codes_TQ),) and wav_T.isfinite().all()
+    own_T = codec.decode(torch.from_numpy(codes_TQ)[None])[0]
+    assert not torch.allclose(wav_T, own_T, atol=1e-3)
+    assert torch.allclose(loaded.decode(codes_TQ, z_N, len(codes_TQ)), own_T, atol=1e-6)  # all of it was recorded
+    assert not torch.allclose(loaded.decode(codes_TQ, z_N, 0, codes_TQ[:5]), wav_T, atol=1e-3)  # another voice
+    other = load_codec(inputs["codec"])
+    other.hash = "another"
+    with pytest.raises(ArtifactError, match="was trained on the codes of .* give the codec it was trained with"):
+        load_hearing(str(tmp_path), other)
+
+
+def test_another_codec_is_refused(inputs):
+    with pytest.raises(ValueError, match="this one is 'soundstream': set codec.family=spectral or lm.decoder=null"):
+        objective({**inputs, "codec": inputs["soundstream"]})
