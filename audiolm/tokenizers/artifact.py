@@ -33,6 +33,7 @@ def read_export(build: str) -> tuple[dict[str, torch.Tensor], dict, str]:
 
     The digest is of the bytes of both files. Raises ArtifactError.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load
 
     data = []
@@ -47,7 +48,12 @@ def read_export(build: str) -> tuple[dict[str, torch.Tensor], dict, str]:
     if expected is not None and hashlib.sha256(weights).hexdigest() != expected:
         raise ArtifactError(f"{build}/export: model.safetensors is not the file that config.json describes (sha256 "
                             f"{expected[:16]}...); run the step that left it again")
-    return load(weights), config, hashlib.sha256(data[0] + data[1]).hexdigest()[:16]
+    try:
+        tensors = load(weights)
+    except SafetensorError as e:
+        raise ArtifactError(f"{build}/export/{WEIGHTS} is cut or altered ({e}): run the step that left it again with "
+                            "--force") from e
+    return tensors, config, hashlib.sha256(data[0] + data[1]).hexdigest()[:16]
 
 
 def write_export(build: str, weights: Mapping[str, torch.Tensor] | bytes, config: Mapping[str, Any], *,

@@ -15,12 +15,11 @@ from audiolm.tokenizers.base import SAMPLE_RATE
 from audiolm.tokenizers.extractor import ConformerExtractor, Window
 from audiolm.tokenizers.hearing import load_hearing
 from audiolm.tokenizers.semantic import save_semantic
-from audiolm.train.engine import make_engine
 from audiolm.train.objectives import hearing
 from audiolm.train.objectives.base import Context
 from tests.worlds import token_corpus
 from tests.worlds.tiny_codec import built_codec, tiny_spectral
-from tests.worlds.training import Gradients
+from tests.worlds.training import Gradients, learn
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 STEPS = 60
@@ -43,8 +42,8 @@ def inputs(tmp_path_factory):
     return paths
 
 
-def objective(inputs, rank=0, world=1, **changes):
-    train = TrainConfig(steps=STEPS, batch=8, lr=1e-2, warmup_steps=5, engine="torch")
+def objective(inputs, rank=0, world=1, dtype="float32", **changes):
+    train = TrainConfig(steps=STEPS, batch=8, lr=1e-2, warmup_steps=5, engine="torch", dtype=dtype)
     shape = DecoderConfig(**{"crop_s": 0.8, "slow_s": 0.3, "width": 32, "layers": 2, **changes}, train=train)
     return hearing.hearing_objective({"lm": shape, "rows": 6}, inputs, Context(rank, world, CPU, 0))
 
@@ -52,16 +51,19 @@ def objective(inputs, rank=0, world=1, **changes):
 @pytest.fixture(scope="module")
 def trained(inputs):
     o = objective(inputs)
-    engines = {"decoder": make_engine(o.modules["decoder"], o.shape.train, o.ctx)}
     before = o.evaluate()
-    for step in range(STEPS):
-        o.train_step(engines, [o.load(step, range(8))], step)
+    learn(o, STEPS)
     return o, before
 
 
 def test_it_learns(trained):
     o, before = trained
     assert o.evaluate()["loss"] < 0.8 * before["loss"]
+
+
+def test_the_target_is_exact_whatever_the_decoder_computes_in(inputs):
+    # a decoder that adds nothing yet leaves the target's arithmetic alone to differ
+    assert objective(inputs, dtype="bfloat16").evaluate()["loss"] == objective(inputs).evaluate()["loss"]
 
 
 def test_words_come_from_the_ids_and_the_slow_part_from_the_codes(trained):
@@ -123,6 +125,10 @@ def test_what_it_exports_makes_the_sound(inputs, trained, tmp_path):
     other.hash = "another"
     with pytest.raises(ArtifactError, match="was trained on the codes of .* give the codec it was trained with"):
         load_hearing(str(tmp_path), other)
+    weights = tmp_path / "export" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:500])
+    with pytest.raises(ArtifactError, match="model.safetensors is cut or altered .*: run the step that left it again"):
+        load_hearing(str(tmp_path), codec)
 
 
 def test_another_codec_is_refused(inputs):

@@ -22,7 +22,7 @@ from audiolm.train.objectives.shared import stage_of
 from tests.worlds import token_corpus
 from tests.worlds.layouts import PAPER
 from tests.worlds.token_corpus import level_table
-from tests.worlds.training import Gradients
+from tests.worlds.training import Gradients, learn
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 STEPS = 60
@@ -51,9 +51,8 @@ STAGES = ["lm_semantic", "lm_coarse", "lm_coarse frame", "lm_fine"]
 @pytest.mark.parametrize("stage", STAGES)
 def test_it_learns(corpus, stage):
     o = objective(corpus, stage)
-    engines = {"lm": make_engine(o.modules["lm"], o.shape.train, o.ctx)}
     first = o.evaluate()["loss"]
-    losses = [float(o.train_step(engines, [o.load(s, range(8))], s)["loss"]) for s in range(STEPS)]
+    losses = learn(o, STEPS)
     last = o.evaluate()
     uniform = np.log(token_corpus.K + 1 if stage == "lm_semantic" else token_corpus.VOCAB)  # of a slot's own ids
     assert first == pytest.approx(uniform, rel=0.1)

@@ -20,11 +20,10 @@ from audiolm.lm.parallel import inputs_of
 from audiolm.models.lm.heads import NO_TARGET
 from audiolm.tokenizers.artifact import write_export
 from audiolm.tokenizers.start import start_weights
-from audiolm.train.engine import make_engine
 from audiolm.train.objectives import parallel, shared
 from audiolm.train.objectives.base import Context
 from tests.worlds import token_corpus
-from tests.worlds.training import Gradients
+from tests.worlds.training import Gradients, learn
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 STEPS = 60
@@ -48,10 +47,8 @@ def objective(corpus, rank=0, world=1, seed=0, start=None, **changes):
 @pytest.fixture(scope="module")
 def trained(corpus):
     o = objective(corpus)
-    engines = {"lm": make_engine(o.modules["lm"], o.shape.train, o.ctx)}
     before = o.evaluate()
-    for s in range(STEPS):
-        o.train_step(engines, [o.load(s, range(8))], s)
+    learn(o, STEPS)
     return o, before
 
 

@@ -17,7 +17,7 @@ from audiolm.dag.plan import plan
 from audiolm.dag.step import Step
 from audiolm.models.lm.block import TransformerSizes
 from audiolm.models.lm.transformer import Transformer
-from audiolm.train.engine import all_sum
+from audiolm.train.engine import all_sum, make_engine
 from audiolm.train.loop import train
 
 VOCAB, LENGTH = 17, 24
@@ -39,6 +39,12 @@ class Gradients:
         self.taken = torch.cat([p.grad.flatten() for p in self.module.parameters()])
         self.module.zero_grad()
         return float(self.taken.norm())
+
+
+def learn(o, steps):
+    """Trains an objective for some steps on whole batches of 8; returns the losses of its updates."""
+    engines = {name: make_engine(module, o.shape.train, o.ctx) for name, module in o.modules.items()}
+    return [float(o.train_step(engines, [o.load(step, range(8))], step)["loss"]) for step in range(steps)]
 
 
 class TinyLM:

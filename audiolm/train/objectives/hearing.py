@@ -72,7 +72,7 @@ class HearingObjective:
     def _distance(self, decoder: Engine | nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """The distance of the heard frames to the codec's, summed over frames."""
         known_BT = batch["known_BT"]
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(self.ctx.device.type, enabled=False):  # the target is exact in validation too
             x_BDT = self.codec.quantizer.decode(batch["codes_BTQ"])
             true_BTF = self.codec.expand(x_BDT)
             voice_BD = (x_BDT * known_BT[:, None]).sum(2) / known_BT.sum(1, keepdim=True)
