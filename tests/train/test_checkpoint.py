@@ -32,15 +32,21 @@ def build(store):
 
 
 def test_a_checkpoint_is_written_aside_and_a_second_waits_for_it(build, monkeypatch):
-    gate, real = threading.Event(), store_audiolm.put
-    monkeypatch.setattr(checkpoint, "put", lambda *args, **more: gate.wait(30) and real(*args, **more))
+    first, second, real = threading.Event(), threading.Event(), store_audiolm.put
+
+    def gated(path, data, **more):
+        assert (first if "00000001" in path else second).wait(30)
+        real(path, data, **more)
+
+    monkeypatch.setattr(checkpoint, "put", gated)
     with Saver(build, 1, 2, 0, None) as saver:
         saver.save(1, state(1), record(1))
         saver.check()
         assert newest(build) is None  # training goes on meanwhile
-        threading.Timer(0.3, gate.set).start()
+        threading.Timer(0.3, first.set).start()
         saver.save(2, state(2), record(1))
         assert newest(build)["step"] == 1
+        second.set()
     assert [c["step"] for c in commits(build)] == [1, 2]  # the end waits
 
 
