@@ -21,6 +21,9 @@ class ClusterConfig(Config):
     address: Runtime[str | None] = Field(None, description="a Ray cluster to join; None starts one here")
     workers: Runtime[int | None] = Field(None, ge=1, description="data tasks at once; None = the cluster's CPUs")
     device: Runtime[Literal["auto", "cpu", "cuda"]] = "auto"
+    gpus_a_task: Runtime[float] = Field(
+        0.25, gt=0, le=1, description="share of a GPU that a task of the token steps and of kmeans' sample holds; 0.25: four "
+        "tasks share one, and decode, encode and write by turns")
     train_workers: Runtime[int] = Field(1, ge=1, description="training workers (ranks) of one step")
     threads: Runtime[int | None] = Field(None, ge=1, description="torch threads a training worker; None = CPUs / ranks")
     parallel_training: Runtime[int] = Field(1, ge=1, description="training steps at once")

@@ -38,7 +38,7 @@ class TrainConfig(Config):
     rollback: Annotated[RollbackConfig | None, Later(None)] = Field(
         None, description="go back to the newest checkpoint when the loss spikes and skip those rows, three times at most")
     micro_batch: Runtime[Annotated[int, Field(ge=1)] | Literal["auto"] | None] = Field(
-        None, description="rows a forward pass; None = the worker's share; auto = half by half what fits the GPU; "
+        None, description="rows a forward pass; None = the worker's share; auto = measured, as many as fit the GPU; "
                           "changes nothing but rounding and which units dropout hits")
     save_every: Runtime[int] = Field(1000, ge=1)
     keep: Runtime[int] = Field(2, ge=1, description="checkpoints kept besides the best and the trunk's last")

@@ -32,8 +32,11 @@ class Workers:
 
 
 def parallel_map(fn: Callable, items: Sequence[tuple], *, out, cluster: ClusterConfig, unit: str,
-                 sizes: Sequence[float] | None = None, gpu: bool = False) -> list[Any]:
-    """[fn(*item) for item in items]. `out` is a StepContext or Workers; progress counts items, or `sizes` in `unit`."""
+                 sizes: Sequence[float] | None = None, gpu: float = 0) -> list[Any]:
+    """[fn(*item) for item in items]. `out` is a StepContext or Workers; progress counts items, or `sizes` in `unit`.
+
+    `gpu`: the share of a GPU that a Ray task holds; True is a whole one.
+    """
     sizes = list(sizes) if sizes is not None else [1.0] * len(items)
     total, done, results = sum(sizes), 0.0, [None] * len(items)
     out.progress(0, total, unit)
@@ -46,7 +49,7 @@ def parallel_map(fn: Callable, items: Sequence[tuple], *, out, cluster: ClusterC
     import ray
 
     limit = cluster.workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
-    task = ray.remote(num_cpus=1, num_gpus=1 if gpu else 0, max_retries=RETRIES)(_call)
+    task = ray.remote(num_cpus=1, num_gpus=gpu, max_retries=RETRIES)(_call)
     todo, running = list(range(len(items)))[::-1], {}
     try:
         while todo or running:

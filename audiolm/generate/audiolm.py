@@ -20,6 +20,7 @@ import torch
 from audiolm.data.tokens import RATIO
 from audiolm.generate.by_turns import DURATION_FACTOR, by_turns
 from audiolm.generate.frame_sampler import FrameSampler
+from audiolm.generate.graphs import kept_on
 from audiolm.generate.parallel import ParallelSampler
 from audiolm.generate.params import PAPER_PARAMS, SamplingParams
 from audiolm.generate.prompts import prompt_from_array, read_prompt, whole_frames
@@ -28,7 +29,6 @@ from audiolm.generate.sound import Sound
 from audiolm.lm.model import Model
 from audiolm.lm.stages import SEMANTIC_HZ, Stage
 from audiolm.models.lm.block import ROWS
-from audiolm.models.lm.parallel_decoder import ParallelDecoder
 from audiolm.models.lm.transformer import Transformer
 from audiolm.rng import derive
 from audiolm.tokenizers.base import ACOUSTIC_HOP, SAMPLE_RATE, SEMANTIC_HOP, Codec, Tokenizer, padded_samples
@@ -60,7 +60,10 @@ class AudioLM:
         if stages != tokenizers:
             raise ValueError(f"the stages were trained for (k, vocab, levels) = {stages}, the tokenizers have {tokenizers}: "
                              "load the tokenizers and stages of one run; no lm_fine only where Q' = Q")
-        self._samplers = {name: _sampler(name, stage)(model, stage) for name, (model, stage) in self.models.items()}
+        kept = kept_on(torch.device(self.device))
+        self._samplers = {name: ParallelSampler(model, stage) if name == "parallel" else
+                          (FrameSampler if stage.frames else Sampler)(model, stage, kept)
+                          for name, (model, stage) in self.models.items()}
 
     @property
     def has_fine(self) -> bool:
@@ -80,10 +83,14 @@ class AudioLM:
         return min(self.stage(name).crop_frames for name in ("semantic", "coarse") if name in self.models)
 
     def compile_sampling(self) -> None:
-        """Compiles the products of a single token: worth it for many samples in one process."""
-        for model, _ in self.models.values():
-            if not isinstance(model, ParallelDecoder):
-                model.compile_sampling()
+        """Compiles a token's layers and draws, in every stage that draws token by token.
+
+        Worth it for many samples in one process: each number of rows and each run of keys takes seconds, which a few
+        samples do not win back.
+        """
+        for sampler in self._samplers.values():
+            if not isinstance(sampler, ParallelSampler):
+                sampler.compile()
 
     def exact_batches(self, on: bool) -> None:
         """On (the default), a sample's bits on a CPU are the same in any batch; off, one sample alone is faster."""
@@ -334,8 +341,3 @@ class AudioLM:
             raise ValueError(f"{frames / SEMANTIC_HZ:g} s (prompt and continuation together) exceed the "
                              f"{stage.crop_s:g} s the {name} stage was trained on: ask for at most that, or raise "
                              f"lm.{name}.crop_s and train")
-
-
-def _sampler(name: str, stage: Stage) -> type[Sampler] | type[FrameSampler] | type[ParallelSampler]:
-    """The sampler of a stage."""
-    return ParallelSampler if name == "parallel" else FrameSampler if stage.frames else Sampler

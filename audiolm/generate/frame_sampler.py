@@ -15,9 +15,10 @@ from functools import partial
 import numpy as np
 import torch
 
+from audiolm.generate.graphs import Graphs, Kept, kept_on, replay
 from audiolm.generate.params import SamplingParams
-from audiolm.generate.rows import Request, groups, kept_buffers, one_thread, prefill, replay, requests_of
-from audiolm.generate.sampler import PLAIN, guided, sample_ids, uniform_noise
+from audiolm.generate.rows import Request, groups, one_thread, prefill, requests_of
+from audiolm.generate.sampler import PLAIN, Numbers, branches, guided, sample_ids, uniform_noise
 from audiolm.lm.frames import frame_positions
 from audiolm.lm.stages import Stage
 from audiolm.models.lm.cache import KVCache
@@ -27,29 +28,34 @@ from audiolm.models.lm.frame_transformer import FrameTransformer
 class FrameBuffers:
     """Device tensors of a group of rows: KV cache, and tables by step, so that a step needs nothing from the host."""
 
-    def __init__(self, model: FrameTransformer, stage: Stage, rows: int, length: int, window: int, guided: bool):
-        device, slots = model.backbone.embed.weight.device, stage.slots
-        self.length, self.copies = length, 2 if guided else 1
-        self.cache = model.backbone.cache(self.copies * rows, length)
+    def __init__(self, model: FrameTransformer, stage: Stage, rows: int, length: int, device: torch.device | str | None,
+                 window: int, guided: bool):
+        device, slots = device or model.backbone.embed.weight.device, stage.slots
+        self.rows, self.length, self.copies = rows, length, 2 if guided else 1
+        self.cache, self.numbers = model.backbone.cache(self.copies * rows, length, device), Numbers.on(device)
         self.at = torch.zeros(1, dtype=torch.int64, device=device)
         self.recent_BWQ = torch.full((rows, window, slots), -1, device=device)
         self.noise_SBQ2 = torch.zeros(length, rows, slots, 2, dtype=torch.float64, device=device)
         self.cond_SBC = torch.full((length, self.copies * rows, stage.n_cond), stage.no_cond, device=device)
         self.last_BQ = torch.full((self.copies * rows, slots), stage.no_cond, device=device)  # ids of the last position
         self.out_SBQ = torch.zeros(length, rows, slots, dtype=torch.int64, device=device)
-        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self.warmed = 0
+        self.graphs = Graphs()
 
 
 class FrameSampler:
-    """Draws from one trained stage whose positions are frames; `model` in eval mode."""
+    """Draws from one trained stage whose positions are frames; `model` in eval mode, `kept` as Sampler."""
 
-    def __init__(self, model: FrameTransformer, stage: Stage):
+    def __init__(self, model: FrameTransformer, stage: Stage, kept: Kept | None = None):
         self.model, self.stage = model, stage
         self.device = model.backbone.embed.weight.device
         self.static = self.device.type != "cpu"
         self._ids_QV = torch.from_numpy(np.stack(stage.slot_ids())).to(self.device)
-        self._kept: dict[tuple[int, SamplingParams], FrameBuffers] = {}
+        self._kept, self._sample = kept or kept_on(self.device), sample_ids
+
+    def compile(self, backend: str = "inductor") -> None:
+        """Compiles a frame: the layers of both networks, and what draws from their scores."""
+        self.model.compile_sampling(backend)
+        self._sample = torch.compile(sample_ids, backend=backend, dynamic=False)
 
     def __call__(self, prompts: Sequence[np.ndarray], n_target: Sequence[int] | int, *, seeds: Sequence[int],
                  forced: Sequence[np.ndarray] | None = None, eos_from: None = None, params: SamplingParams = PLAIN,
@@ -91,7 +97,8 @@ class FrameSampler:
         stage, B, S, slots = self.stage, len(rows), max(r.steps for r in rows), self.stage.slots
         make = partial(FrameBuffers, self.model, stage, window=params.window or 0, guided=params.guidance != 1)
         length = max(len(r.ids) for r in rows) + S - 1
-        m = kept_buffers(self._kept, B, length, params, make) if self.static else make(B, length)
+        m = self._kept.take((self.model, branches(params)), B, length, make) if self.static else make(B, length, None)
+        m.numbers.set(params)
         m.at.zero_()
         m.cond_SBC.fill_(stage.no_cond)
         m.recent_BWQ.fill_(-1)
@@ -101,14 +108,13 @@ class FrameSampler:
             own_SC = torch.from_numpy(r.cond_TC[len(r.ids) - 1:, :stage.n_cond])[:S]
             m.cond_SBC[:len(own_SC), b] = own_SC
             held_PQ = torch.from_numpy(np.concatenate([r.ids[:, None], r.cond_TC[:len(r.ids), stage.n_cond:]], 1))
-            m.last_BQ[b::len(m.last_BQ) // m.copies] = held_PQ[-1]
+            m.last_BQ[b::m.rows] = held_PQ[-1]
             if params.window and r.start:
                 recent_WQ = held_PQ[-r.start:][-params.window:]
                 m.recent_BWQ[b, -len(recent_WQ):] = recent_WQ
         prefill(m.cache, 0, [(r.ids[:-1], r.cond_TC[:len(r.ids) - 1]) for r in rows], self.static, self._advance)
         if m.copies == 2:
-            half = len(m.last_BQ) // 2
-            prefill(m.cache, half, [(r.plain[:-1], r.plain_TC[:-1]) for r in rows], self.static, self._advance)
+            prefill(m.cache, m.rows, [(r.plain[:-1], r.plain_TC[:-1]) for r in rows], self.static, self._advance)
         return m
 
     def _advance(self, cache: KVCache, ids_Bt: np.ndarray, added_BtA: np.ndarray) -> None:
@@ -120,16 +126,18 @@ class FrameSampler:
         noise_BQ2, cond_BC = (x.index_select(0, m.at)[0] for x in (m.noise_SBQ2, m.cond_SBC))
         added_B1A = torch.cat([cond_BC, m.last_BQ[:, 1:]], 1)[:, None] if self.stage.n_added else None
         h_BD = self.model.backbone.advance(m.last_BQ[:, :1], m.cache, added_B1A)[:, 0]
+        numbers = m.numbers if self.static else params
 
         def draw(slot: int, scores_BV: torch.Tensor) -> torch.Tensor:
             if m.copies == 2:
-                scores_BV = guided(*scores_BV.chunk(2), params.guidance)
+                scores_BV = guided(*scores_BV.chunk(2), numbers.guidance)
             ids_BV = self._ids_QV[slot].expand_as(scores_BV)
-            drawn_B = sample_ids(scores_BV, noise_BQ2[:, slot], params, ids_BV, m.recent_BWQ[:, :, slot])
-            return (drawn_B - self._ids_QV[slot, 0]).repeat(m.copies)
+            drawn_B = self._sample(scores_BV, noise_BQ2[:, slot], params, ids_BV, m.recent_BWQ[:, :, slot], numbers)
+            code_B = drawn_B - self._ids_QV[slot, 0]
+            return code_B if m.copies == 1 else code_B.repeat(2)
 
         m.last_BQ.copy_(torch.stack(self.model.draw_frame(h_BD, draw), 1) + self._ids_QV[:, 0])
-        frame_BQ = m.last_BQ[:m.out_SBQ.shape[1]]
+        frame_BQ = m.last_BQ[:m.rows]
         m.out_SBQ.index_copy_(0, m.at, frame_BQ[None])
         if params.window:
             m.recent_BWQ.copy_(torch.cat([m.recent_BWQ[:, 1:], frame_BQ[:, None]], 1))
@@ -137,4 +145,4 @@ class FrameSampler:
 
     def _replay(self, m: FrameBuffers, params: SamplingParams) -> None:
         """`_step` as a CUDA graph."""
-        replay(m, partial(self._step, m, params))
+        replay(m, partial(self._step, m, branches(params)))

@@ -21,7 +21,6 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import soundfile
 
 import audiolm
 from audiolm import store
@@ -233,6 +232,8 @@ def _facts(lm: AudioLM, prompt_T: np.ndarray | None, ended: bool, seconds: float
 def _publish(folder: str, job: GenerationJob, sample: SampleJob, pieces: Iterable[np.ndarray], prompt: int,
              facts: dict[str, Any]) -> None:
     """Writes a sample's spectrogram, JSON and, last and whole, its wav."""
+    import soundfile
+
     path, picture, room = store.join(folder, f"{sample.file}.wav"), [], round(PICTURE_S * SAMPLE_RATE)
     with codec_files.appearing(path) as temporary:
         with soundfile.SoundFile(temporary, "w", SAMPLE_RATE, 1, "PCM_16", format="WAV") as f:

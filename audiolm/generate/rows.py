@@ -1,4 +1,4 @@
-"""Rows that are drawn together, for every sampler: requests, groups, kept memory, CUDA graphs, prompts.
+"""Rows that are drawn together, for every sampler: requests, groups, prompts.
 
 Shapes: ids_T and cond_TC as lm.stages, of prompt and forced targets; rows of a group may have different lengths.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -19,9 +18,6 @@ from audiolm.models.lm.block import ROWS
 from audiolm.models.lm.cache import KVCache
 
 ONE_THREAD_DIM = 512  # models up to this width sample on one CPU thread
-WARM_UP = 3  # steps before a CUDA graph is captured: libraries allocate their workspaces first
-KEPT_BUFFERS = 2  # of different sizes that a GPU keeps: a batch and its remainder
-LENGTH_STEP = 512  # a kept buffer's length is a multiple of this, so that calls of similar lengths share it
 
 
 @dataclass
@@ -40,18 +36,6 @@ class Request:
     frames: int = 0  # to draw where it has: the row ends with the id that fills them
     first: int = -1  # the first id to draw where it is known, its length at least `least`: a prompt cuts its last run
     least: int = 1
-
-
-class Buffers(Protocol):
-    """Device memory of a group of rows, whose size does not change."""
-
-    length: int
-    cache: KVCache
-    graphs: dict[int, torch.cuda.CUDAGraph]  # by the number of keys that a step attends to
-    warmed: int
-
-
-B = TypeVar("B", bound=Buffers)
 
 
 def requests_of(stage: Stage, prompts: Sequence[np.ndarray], n_target: Sequence[int] | int, seeds: Sequence[int],
@@ -95,35 +79,6 @@ def groups(requests: Sequence[Request], stage: Stage, params: SamplingParams, st
     todo = sorted((i for i, r in enumerate(requests) if r.steps > 0), key=lambda i: requests[i].steps)
     size = max(1, len(todo)) if static else ROWS // (2 if guided else 1)
     return [todo[start:start + size] for start in range(0, len(todo), size)]
-
-
-def kept_buffers(kept: dict[tuple, B], rows: int, length: int, params: SamplingParams, make: Callable[[int, int], B]) -> B:
-    """A GPU's memory for so many rows: kept, with its graphs, where rows and parameters are the same; else make(rows, length).
-    """
-    rows = 1 << (rows - 1).bit_length()  # powers of two: batches of similar size share buffers; spare rows are ignored
-    found = kept.pop((rows, params), None)
-    if found is None or found.length < length:
-        while len(kept) >= KEPT_BUFFERS:
-            kept.pop(next(iter(kept)))
-        found = make(rows, -(-length // LENGTH_STEP) * LENGTH_STEP)
-    kept[rows, params] = found  # the newest is last
-    found.cache.clear()
-    return found
-
-
-def replay(m: Buffers, step: Callable[[], None]) -> None:
-    """`step` as a CUDA graph, captured when the cache first reaches a run of keys (models/lm/cache.py)."""
-    if m.warmed < WARM_UP:
-        m.warmed += 1
-        return step()
-    held, keys = m.cache.longest, m.cache.keys(1)
-    if keys not in m.graphs:
-        graph, pool = torch.cuda.CUDAGraph(), next((g.pool() for g in m.graphs.values()), None)
-        with torch.cuda.graph(graph, pool=pool):
-            step()
-        m.graphs[keys] = graph
-    m.graphs[keys].replay()
-    m.cache.longest = held + 1  # the host's count: a replay does not run its code
 
 
 def prefill(cache: KVCache, first: int, rows: Sequence[tuple[np.ndarray, ...]], static: bool,

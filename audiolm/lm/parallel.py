@@ -76,9 +76,12 @@ def draw_document(stage: Stage, z_T: np.ndarray, codes_TQ: np.ndarray, draw: np.
     return document(stage, z_T, codes_TQ, level, own_T, start, bool(draw.random() < stage.dropped))
 
 
-def collate(stage: Stage, rows: Sequence[Sequence[Document]], gap: int) -> dict[str, torch.Tensor]:
-    """The model's inputs and count_2, targets and frames, of rows of documents with `gap` frames of padding between them."""
-    length = max(sum(len(d.label_T) + gap for d in row) - gap for row in rows)
+def collate(stage: Stage, rows: Sequence[Sequence[Document]], gap: int, multiple: int = 1) -> dict[str, torch.Tensor]:
+    """The model's inputs and count_2, targets and frames, of rows of documents with `gap` frames of padding between them.
+
+    The numbers of frames and of places for targets are rounded up to a multiple.
+    """
+    length = _up(max(sum(len(d.label_T) + gap for d in row) - gap for row in rows), multiple)
     ids_BTC = np.full((len(rows), length, 1 + stage.slots), stage.no_cond, np.int64)
     doc_BT = np.full((len(rows), length), -1, np.int64)
     label_SBT = np.full((stage.slots, len(rows), length), NO_TARGET, np.int64)
@@ -89,7 +92,7 @@ def collate(stage: Stage, rows: Sequence[Sequence[Document]], gap: int) -> dict[
             ids_BTC[b, at:end], doc_BT[b, at:end], label_SBT[d.level, b, at:end] = d.ids_TC, n, d.label_T
             at = end + gap
     places = [np.flatnonzero(label_SBT[s] != NO_TARGET) for s in range(stage.slots)]
-    size = max(map(len, places))
+    size = _up(max(map(len, places)), multiple)
     # padded places read different frames, as in lm.loss
     index_SN = np.tile(np.arange(size) % doc_BT.size, (stage.slots, 1))
     label_SN = np.full((stage.slots, size), NO_TARGET, np.int64)
@@ -98,6 +101,10 @@ def collate(stage: Stage, rows: Sequence[Sequence[Document]], gap: int) -> dict[
     count_2 = np.array([sum(map(len, places)), (doc_BT >= 0).sum()])
     arrays = {"ids_BTC": ids_BTC, "doc_BT": doc_BT, "index_SN": index_SN, "label_SN": label_SN, "count_2": count_2}
     return {name: torch.from_numpy(x) for name, x in arrays.items()}
+
+
+def _up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
 
 
 def inputs_of(batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:

@@ -7,12 +7,14 @@ Every row has its own draws.  Shapes: wav_BT float32 at 16 kHz with zeros past l
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from audiolm.models.mel import log_mel
+from audiolm.models.transfer import send
 
 
 @dataclass(frozen=True)
@@ -53,10 +55,12 @@ def augment(wav_BT: torch.Tensor, lengths_B: torch.Tensor, draws: list[Augmentat
         if d.reverb_s is not None:
             clean = reverberated(clean, d.reverb_s, d.wet, sample_rate, generator)
         if d.snr_db is not None:
-            clean = with_noise(clean, d.snr_db, d.colour, generator)
+            clean = with_noise(clean, d.snr_db, d.colour, sample_rate, generator)
         rows.append(torch.nn.functional.pad(clean, (0, len(wav_T) - n)))
-    ratio_B = torch.tensor([2.0 ** (d.cents / 1200) for d in draws]).to(wav_BT.device, non_blocking=True)
-    return log_mel(torch.stack(rows), sample_rate=sample_rate, ratio_B=ratio_B if any(d.cents for d in draws) else None)
+    ratio_B = None
+    if any(d.cents for d in draws):
+        ratio_B = send(torch.tensor([2.0 ** (d.cents / 1200) for d in draws]), wav_BT.device)
+    return log_mel(torch.stack(rows), sample_rate=sample_rate, ratio_B=ratio_B)
 
 
 def reverberated(wav_T: torch.Tensor, reverb_s: float, wet: float, sample_rate: int,
@@ -73,12 +77,14 @@ def reverberated(wav_T: torch.Tensor, reverb_s: float, wet: float, sample_rate: 
     return wet_T * (wav_T.square().sum() / wet_T.square().sum().clamp_min(1e-12)).sqrt()
 
 
-def with_noise(wav_T: torch.Tensor, snr_db: float, colour: float, generator: torch.Generator) -> torch.Tensor:
+def with_noise(wav_T: torch.Tensor, snr_db: float, colour: float, sample_rate: int,
+               generator: torch.Generator) -> torch.Tensor:
     """Sound with noise at snr_db below it, whose power falls with frequency to the power `colour`."""
-    noise = torch.randn(len(wav_T), device=wav_T.device, generator=generator)
+    size = math.ceil(len(wav_T) / sample_rate) * sample_rate  # whole seconds, as a GPU plans each FFT size anew
+    noise = torch.randn(size, device=wav_T.device, generator=generator)
     spectrum = torch.fft.rfft(noise)
     at = torch.arange(len(spectrum), device=wav_T.device).clamp_min(1) / len(spectrum)
     # below 1 % of the band the spectrum is flat, else pink noise would be all rumble
-    noise = torch.fft.irfft(spectrum * at.clamp_min(0.01) ** (-colour / 2), len(wav_T))
+    noise = torch.fft.irfft(spectrum * at.clamp_min(0.01) ** (-colour / 2), size)[:len(wav_T)]
     power = wav_T.square().mean() * 10.0 ** (-snr_db / 10)
     return wav_T + noise * (power / noise.square().mean().clamp_min(1e-12)).sqrt()

@@ -2,8 +2,9 @@
 
 Legend: B rows, F log-mel bands (100 Hz), T frames at 25 Hz, D width, K target clusters.  mel_BTF holds 4 mel frames for
 each frame; lengths_B counts frames.  Attention and convolutions mask what lies past a row's length, so a row gives the
-same features alone and in a padded batch (to 1e-5).  Input statistics are global buffers, set once before training; no
-normalisation looks across time.  Objective: HuBERT (2106.07447).
+same features alone and in a padded batch (to 1e-5).  Where all rows are full, callers give no lengths: without a mask a GPU has
+a faster attention kernel.  Input statistics are global buffers, set once before training; no normalisation looks across
+time.  Objective: HuBERT (2106.07447).
 Layers: "layer n" is the output of block n, counted from 1, after that block's closing LayerNorm.
 """
 
@@ -17,6 +18,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from audiolm.models.positions import apply_rope, rope_table
+from audiolm.models.stream import LayerNorm
+from audiolm.models.transfer import send
 
 SUBSAMPLE = 4  # 100 Hz -> 25 Hz
 LAYER_CONVENTION = "block output after its closing LayerNorm, counted from 1"
@@ -64,7 +67,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, s: EncoderSizes):
         super().__init__()
-        self.norm, self.drop = nn.LayerNorm(s.dim), nn.Dropout(s.dropout)
+        self.norm, self.drop = LayerNorm(s.dim), nn.Dropout(s.dropout)
         self.up, self.down = nn.Linear(s.dim, s.ff), nn.Linear(s.ff, s.dim)
 
     def forward(self, x_BTD):
@@ -77,7 +80,7 @@ class Attention(nn.Module):
     def __init__(self, s: EncoderSizes):
         super().__init__()
         self.heads = s.heads
-        self.norm, self.drop = nn.LayerNorm(s.dim), nn.Dropout(s.dropout)
+        self.norm, self.drop = LayerNorm(s.dim), nn.Dropout(s.dropout)
         self.qkv, self.out = nn.Linear(s.dim, 3 * s.dim), nn.Linear(s.dim, s.dim)
 
     def forward(self, x_BTD, mask_B1TT, rope):
@@ -93,14 +96,15 @@ class Convolution(nn.Module):
 
     def __init__(self, s: EncoderSizes):
         super().__init__()
-        self.norm, self.drop = nn.LayerNorm(s.dim), nn.Dropout(s.dropout)
+        self.norm, self.drop = LayerNorm(s.dim), nn.Dropout(s.dropout)
         self.up, self.down = nn.Linear(s.dim, 2 * s.dim), nn.Linear(s.dim, s.dim)
         self.depth = nn.Conv1d(s.dim, s.dim, s.conv_kernel, padding=s.conv_kernel // 2, groups=s.dim)
-        self.inner = nn.LayerNorm(s.dim)
+        self.inner = LayerNorm(s.dim)
 
     def forward(self, x_BTD, valid_BT):
-        # zeros past a row's end, as the convolution pads its edges
-        y_BTD = F.glu(self.up(self.norm(x_BTD)), dim=-1) * valid_BT[..., None]
+        y_BTD = F.glu(self.up(self.norm(x_BTD)), dim=-1)
+        if valid_BT is not None:  # zeros past a row's end, as the convolution pads its edges
+            y_BTD = y_BTD * valid_BT[..., None]
         y_BTD = self.depth(y_BTD.transpose(1, 2)).transpose(1, 2)
         return self.drop(self.down(F.silu(self.inner(y_BTD))))
 
@@ -112,13 +116,15 @@ class Block(nn.Module):
         super().__init__()
         self.first, self.attention, self.convolution, self.last = (
             FeedForward(s), Attention(s), Convolution(s), FeedForward(s))
-        self.norm = nn.LayerNorm(s.dim)
+        self.norm = LayerNorm(s.dim)
 
     def forward(self, x_BTD, valid_BT, rope, mask_B1TT=None):
-        """`mask_B1TT`: the frames that each may attend to, in place of all valid ones."""
+        """`valid_BT` None: every row is full. `mask_B1TT`: the frames that each may attend to, in place of all valid ones."""
+        if mask_B1TT is None and valid_BT is not None:
+            mask_B1TT = valid_BT[:, None, None]
         # 0.5: the two feed-forward layers are halves of one (Macaron, 1906.02762)
         x_BTD = x_BTD + 0.5 * self.first(x_BTD)
-        x_BTD = x_BTD + self.attention(x_BTD, valid_BT[:, None, None] if mask_B1TT is None else mask_B1TT, rope)
+        x_BTD = x_BTD + self.attention(x_BTD, mask_B1TT, rope)
         x_BTD = x_BTD + self.convolution(x_BTD, valid_BT)
         return self.norm(x_BTD + 0.5 * self.last(x_BTD))
 
@@ -129,13 +135,14 @@ class Subsample(nn.Module):
     def __init__(self, s: EncoderSizes):
         super().__init__()
         self.one, self.two = nn.Conv1d(s.n_mels, s.dim, 4, 2, 1), nn.Conv1d(s.dim, s.dim, 4, 2, 1)
-        self.norm, self.out, self.drop = nn.LayerNorm(s.dim), nn.Linear(s.dim, s.dim), nn.Dropout(s.dropout)
+        self.norm, self.out, self.drop = LayerNorm(s.dim), nn.Linear(s.dim, s.dim), nn.Dropout(s.dropout)
 
     def forward(self, mel_BTF, lengths_B):
         x_BFT = mel_BTF.transpose(1, 2)
         for conv, rate in ((self.one, 4), (self.two, 2)):  # `rate`: frames at the layer's input for each frame at 25 Hz
-            keep_BT = valid_frames(lengths_B * rate, x_BFT.shape[-1])
-            x_BFT = F.silu(conv(x_BFT * keep_BT[:, None]))
+            if lengths_B is not None:
+                x_BFT = x_BFT * valid_frames(lengths_B * rate, x_BFT.shape[-1])[:, None]
+            x_BFT = F.silu(conv(x_BFT))
         return self.drop(self.out(self.norm(x_BFT.transpose(1, 2))))
 
 
@@ -153,35 +160,47 @@ class Encoder(nn.Module):
         self.statistics.std.fill_(1.0)
         self.subsample = Subsample(s)
         self.mask_embedding = nn.Parameter(0.1 * torch.randn(s.dim))
-        self.blocks = nn.ModuleList(Block(s) for _ in range(s.layers))
+        self.blocks, self._compiled = nn.ModuleList(Block(s) for _ in range(s.layers)), None
 
-    def forward(self, mel_BTF: torch.Tensor, lengths_B: torch.Tensor, mask_BT: torch.Tensor | None = None,
+    def compile_training(self, backend: str = "inductor") -> None:
+        """Compiles the blocks for training, whose rows have one length; evaluation, whose lengths vary, stays as it is."""
+        torch._dynamo.config.recompile_limit = 64  # one graph for each number of rows that the loop tries
+        self._compiled = torch.compile(self._features, backend=backend, dynamic=False)
+
+    def forward(self, mel_BTF: torch.Tensor, lengths_B: torch.Tensor | None, mask_BT: torch.Tensor | None = None,
                 layer: int | None = None) -> torch.Tensor:
-        """features_BTD of block `layer` (None: the last); frames under mask_BT are replaced by the mask embedding."""
+        """features_BTD of block `layer` (None: the last); frames under mask_BT are replaced by the mask embedding.
+
+        `lengths_B` None: every row is full.
+        """
         return self.outputs(mel_BTF, lengths_B, mask_BT, [len(self.blocks) if layer is None else layer])[0]
 
-    def subsampled(self, mel_BTF: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
+    def subsampled(self, mel_BTF: torch.Tensor, lengths_B: torch.Tensor | None) -> torch.Tensor:
         """x_BTD at 25 Hz, the blocks' input before masking. Raises ValueError where the mels are no whole frames."""
         if mel_BTF.shape[1] % SUBSAMPLE:
             raise ValueError(f"the encoder takes a multiple of {SUBSAMPLE} mel frames, got {mel_BTF.shape[1]}; "
                              "pad the audio to whole frames (tokenizers.base.padded_samples)")
         mel_BTF = (mel_BTF.float() - self.statistics.mean) / self.statistics.std
-        return self.subsample(mel_BTF.to(self.mask_embedding.dtype), lengths_B.to(mel_BTF.device))
+        return self.subsample(mel_BTF.to(self.mask_embedding.dtype), _on(lengths_B, mel_BTF))
 
-    def outputs(self, mel_BTF: torch.Tensor, lengths_B: torch.Tensor, mask_BT: torch.Tensor | None,
+    def outputs(self, mel_BTF: torch.Tensor, lengths_B: torch.Tensor | None, mask_BT: torch.Tensor | None,
                 layers: Sequence[int]) -> list[torch.Tensor]:
         """features_BTD of each of `layers`, in one pass that ends with the highest."""
         if wrong := [n for n in layers if not 1 <= n <= len(self.blocks)]:
             raise ValueError(f"layer {wrong[0]} is not one of the {len(self.blocks)} blocks, counted from 1")
-        lengths_B = lengths_B.to(mel_BTF.device)
+        lengths_B = _on(lengths_B, mel_BTF)
         return self.blocks_of(self.subsampled(mel_BTF, lengths_B), lengths_B, mask_BT, layers)
 
-    def blocks_of(self, x_BTD: torch.Tensor, lengths_B: torch.Tensor, mask_BT: torch.Tensor | None,
+    def blocks_of(self, x_BTD: torch.Tensor, lengths_B: torch.Tensor | None, mask_BT: torch.Tensor | None,
                   layers: Sequence[int]) -> list[torch.Tensor]:
         """`outputs` of the result of `subsampled`."""
+        features = self._compiled if self._compiled and self.training else self._features
+        return features(x_BTD, lengths_B, mask_BT, layers)
+
+    def _features(self, x_BTD, lengths_B, mask_BT, layers) -> list[torch.Tensor]:
         if mask_BT is not None:
             x_BTD = torch.where(mask_BT[..., None], self.mask_embedding.to(x_BTD.dtype), x_BTD)
-        valid_BT = valid_frames(lengths_B, x_BTD.shape[1])
+        valid_BT = None if lengths_B is None else valid_frames(lengths_B, x_BTD.shape[1])
         frames = torch.arange(x_BTD.shape[1], device=x_BTD.device)
         rope, features = rope_table(frames, self.sizes.dim // self.sizes.heads), {}
         for n, block in enumerate(self.blocks[:max(layers)], 1):  # blocks above the highest layer are not run
@@ -189,6 +208,10 @@ class Encoder(nn.Module):
             if n in layers:
                 features[n] = x_BTD
         return [features[n] for n in layers]
+
+
+def _on(lengths_B: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor | None:
+    return None if lengths_B is None else send(lengths_B, like.device)
 
 
 class MaskedModel(nn.Module):
@@ -203,7 +226,7 @@ class MaskedModel(nn.Module):
         self.head = nn.Linear(sizes.dim, targets_k)
         self.targets = Float32Buffers({"codebook": (targets_k, target_dim)})
 
-    def forward(self, mel_BTF: torch.Tensor, lengths_B: torch.Tensor,
+    def forward(self, mel_BTF: torch.Tensor, lengths_B: torch.Tensor | None,
                 mask_BT: torch.Tensor | None = None) -> torch.Tensor:
         """logits_BTK for every frame; frames past a row's length are meaningless."""
         return self.head(self.encoder(mel_BTF, lengths_B, mask_BT))

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from audiolm import rng
 from audiolm.models.entropy import perplexity
+from audiolm.models.transfer import send
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]  # sums over workers
 
@@ -137,7 +139,8 @@ class ResidualVQ(nn.Module):
 
         Called once a step; all ranks take part with the same number of frames: x_MD the latents and codes_MQ the codes
         of this rank's rows, in row order. A code is dead below dead_share x the mean share. A random frame of the global
-        batch (that level's input) replaces it, with the mean share, so that it has time to gather frames.
+        batch (that level's input) replaces it, with the mean share, so that it has time to gather frames.  Frames are drawn
+        for all codes: to draw for the dead ones alone, the CPU would have to wait for a GPU to know them.
         """
         # Each level's input and sums, by the codes that the training pass chose.
         inputs, residual_MD = [], x_MD.float()
@@ -147,8 +150,10 @@ class ResidualVQ(nn.Module):
             ones_M1 = torch.ones_like(residual_MD[:, :1])
             stats_QNE[level].index_add_(0, codes_MQ[:, level], torch.cat([residual_MD, ones_M1], 1))
             residual_MD = residual_MD - self.codebook_QND[level][codes_MQ[:, level]]
-        # One reduction for all levels; shares of the global batch, so that its size does not matter.
-        stats_QNE = reduce(stats_QNE) / (len(x_MD) * world)
+        # One reduction for all levels.
+        fresh_QND = self._drawn(inputs, seed, step, rank, world)
+        stats_QNE, fresh_QND = reduce(torch.cat([stats_QNE, fresh_QND], -1)).split([self.dim + 1, self.dim], -1)
+        stats_QNE = stats_QNE / (len(x_MD) * world)  # shares of the global batch, so that its size does not matter
         sum_QND, hit_QN = stats_QNE[..., :-1], stats_QNE[..., -1]
         self.share_QN.lerp_(hit_QN, 1 - self.decay)
         # Equal to the paper's sums / counts, written as a step towards the frames: a code without frames stays put.
@@ -156,22 +161,18 @@ class ResidualVQ(nn.Module):
         self.codebook_QND.add_(pull_QN[..., None] * (sum_QND - hit_QN[..., None] * self.codebook_QND))
 
         dead_QN = self.share_QN < self.dead_share / self.vocab
-        if dead_QN.any():  # the same on all ranks, which hold the same sums
-            self._replace(dead_QN, inputs, seed, step, reduce, rank, world)
+        self.codebook_QND.copy_(torch.where(dead_QN[..., None], fresh_QND, self.codebook_QND))
+        self.share_QN.masked_fill_(dead_QN, 1.0 / self.vocab)
         return dead_QN.sum(1)
 
-    def _replace(self, dead_QN, inputs, seed, step, reduce, rank, world) -> None:
-        # All ranks draw the same frames of the global batch; each adds those it holds, and the sum completes them.
-        frames, mine = len(inputs[0]), []
-        for level, dead_N in enumerate(dead_QN):
-            n = int(dead_N.sum())
-            draw = rng.generator(seed, "dead-code", step, level)
-            index = torch.from_numpy(draw.choice(frames * world, n, replace=n > frames * world)).to(dead_N.device)
-            # a rank holds `frames` frames in a row of the global batch
-            own = index.div(frames, rounding_mode="floor") == rank
-            mine.append(inputs[level][index % frames] * own[:, None])
-        self.codebook_QND[dead_QN] = reduce(torch.cat(mine))
-        self.share_QN[dead_QN] = 1.0 / self.vocab
+    def _drawn(self, inputs: list[torch.Tensor], seed: int, step: int, rank: int, world: int) -> torch.Tensor:
+        """fresh_QND: a random frame of the global batch for each code; 0 where another rank holds it, for a sum over ranks."""
+        frames = len(inputs[0])  # of a rank, in a row of the global batch
+        total, draws = frames * world, [rng.generator(seed, "dead-code", step, level) for level in range(self.n_q)]
+        index_QN = np.stack([draw.choice(total, self.vocab, replace=self.vocab > total) for draw in draws])
+        index_QN = send(torch.from_numpy(index_QN), inputs[0].device)
+        own_QN1 = (index_QN.div(frames, rounding_mode="floor") == rank)[..., None]
+        return torch.stack([x_MD[at_N] for x_MD, at_N in zip(inputs, index_QN % frames, strict=True)]) * own_QN1
 
     def perplexity(self) -> torch.Tensor:
         """exp(entropy) of each level's moving shares, (Q,): N where all codes are used alike, 1 where one is."""

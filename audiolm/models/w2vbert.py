@@ -89,18 +89,18 @@ class W2vBertModel(nn.Module):
             vectors_BMC = (hard_BMV + soft_BMV - soft_BMV.detach()) @ self.code_vectors
             return vectors_BMC, codes_BM, logits_BMV.softmax(-1)
 
-    def probabilities(self, mel_BTF: torch.Tensor, lengths_B: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
+    def probabilities(self, mel_BTF: torch.Tensor, lengths_B: torch.Tensor | None, mask_BT: torch.Tensor) -> torch.Tensor:
         """(V,) sum over the masked frames of the codes' probabilities; runs the subsampling alone, not the blocks."""
         x_BTD = self.encoder.subsampled(mel_BTF, lengths_B)
         return (self.code_logits(x_BTD).softmax(-1) * mask_BT[..., None]).sum((0, 1))
 
-    def forward(self, mel_BTF: torch.Tensor, lengths_B: torch.Tensor, mask_BT: torch.Tensor,
+    def forward(self, mel_BTF: torch.Tensor, lengths_B: torch.Tensor | None, mask_BT: torch.Tensor,
                 negatives_BMK: torch.Tensor, temperature: float, noise_BMV: torch.Tensor | None = None,
                 tau: float = 1.0, clean_BTF: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         """Sums over the masked frames, in float32.
 
-        lengths_B counts frames at 25 Hz; `temperature` divides the cosines; noise_BMV (draw_gumbel) and `tau` are for
-        training; clean_BTF gives the targets where mel_BTF is augmented.
+        lengths_B counts frames at 25 Hz (None: every row is full); `temperature` divides the cosines; noise_BMV
+        (draw_gumbel) and `tau` are for training; clean_BTF gives the targets where mel_BTF is augmented.
         "contrastive", "masked": losses in nats; "probabilities_V": see `quantize`, with a gradient (for `diversity`).
         Without a gradient: "contrastive_right" (never of a frame without a valid negative), "masked_right", "frames",
         "codes_V" and "predicted_V" (counts of targets and of predictions).

@@ -26,6 +26,7 @@ from audiolm.dag.execute import StepFailed, execute
 from audiolm.dag.plan import PlanRow, plan, toposort
 from audiolm.dag.run_index import OUTPUTS
 from audiolm.dag.step import Step
+from audiolm.pipeline.needs import check_installed
 from audiolm.pipeline.ray_cluster import in_ray_job, start_ray, worker_died
 from audiolm.store import check_store, is_local
 from audiolm.tokenizers.start import StartWeights
@@ -81,6 +82,7 @@ def _pipeline(args: argparse.Namespace, graph: Callable[[Pipeline], list[Step]],
     if args.dry_run or args.status:
         print(table(rows, run=args.dry_run))
         return 0
+    check_installed(cfg, [r.step for r in rows if r.run], args.inline)
     quiet()
     try:
         check_store(cfg.store)

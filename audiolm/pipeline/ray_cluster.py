@@ -11,6 +11,7 @@ import sys
 import uuid
 from collections.abc import Callable
 
+from audiolm.config.installed import require
 from audiolm.config.run import ClusterConfig
 from audiolm.dag.execute import StepFailed
 from audiolm.store import get_json, join, put_json, remove
@@ -28,7 +29,8 @@ def wants_ray(option: bool) -> bool:
 
 def start_ray(cluster: ClusterConfig, folder: str, say: Callable[[str], None]) -> None:
     """Joins the cluster of a job, of RAY_ADDRESS or of cluster.address; else starts one for this run alone, which nobody
-    else may use. Raises StepFailed, also for a node that does not see `folder`."""
+    else may use. Raises StepFailed, also for a node that does not see `folder`, and ConfigError where there is no Ray."""
+    require("Ray", ["ray"], "go without Ray")
     address = cluster.address or os.environ.get("RAY_ADDRESS")
     import ray
 

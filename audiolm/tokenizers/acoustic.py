@@ -20,6 +20,7 @@ import torch
 from audiolm.models.precision import no_tf32
 from audiolm.models.soundstream import SoundStream, SoundStreamSizes
 from audiolm.models.spectral.codec import SpectralCodec, SpectralSizes
+from audiolm.models.transfer import send
 from audiolm.tokenizers import hf_codec
 from audiolm.tokenizers.artifact import ArtifactError, fill_module, read_export, require_keys
 from audiolm.tokenizers.base import (
@@ -38,7 +39,7 @@ CHUNK_FRAMES = 3000  # 60 s: history costs little beside it, and activations sta
 
 class AcousticTokenizer:
     def __init__(self, model: SoundStream | SpectralCodec, digest: str, device: str = "cpu", chunk_frames: int = CHUNK_FRAMES):
-        self.model, self.hash, self.device, self.chunk = model.to(device).eval(), digest, device, chunk_frames
+        self.model, self.hash, self.device, self.chunk = model.to(device).eval(), digest, torch.device(device), chunk_frames
         vq = model.quantizer
         self.spec = TokenSpec(model.kind, SAMPLE_RATE, model.hop, vq.n_q, vq.vocab)
 
@@ -51,10 +52,10 @@ class AcousticTokenizer:
         """
         lengths = clip_lengths(wav_BT, lengths_B)
         # Copy the true samples alone: callers may leave anything behind a clip's end.
-        padded_BT = torch.zeros(len(lengths), padded_samples(max(lengths)), device=self.device)
+        padded_BT = torch.zeros(len(lengths), padded_samples(max(lengths)), device=wav_BT.device)
         for row, wav, n in zip(padded_BT, wav_BT, lengths, strict=True):
             row[:n] = wav[:n].float()
-            check_finite(row)
+        check_finite(padded_BT)
         codes_BTQ = torch.cat(list(self._codes([padded_BT])), 1)
         # Clone: a view would keep the codes of the whole batch alive.
         return [row[:padded_samples(n) // self.model.hop].clone() for row, n in zip(codes_BTQ, lengths, strict=True)]
@@ -97,7 +98,7 @@ class AcousticTokenizer:
             # Drop the frames of the history, which the chunk before gave, and of the lookahead. At
             # both ends the model pads with zeros itself.
             with no_tf32():  # not around `yield`, as the caller's own work goes on there
-                codes_BTQ = model.encode(wav_BT.to(self.device))
+                codes_BTQ = model.encode(send(wav_BT, self.device))
             yield codes_BTQ[:, before // hop:][:, :own // hop].cpu()
 
     def _waves(self, parts_BTQ: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:

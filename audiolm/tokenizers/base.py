@@ -76,7 +76,7 @@ def clip_lengths(wav_BT, lengths_B) -> list[int]:
 
     Raises ValueError for wav_BT that is not mono rows and for lengths beyond it.
     """
-    lengths = [int(n) for n in lengths_B]
+    lengths = lengths_B.tolist()
     if wav_BT.ndim != 2 or len(lengths) != len(wav_BT) or not all(0 <= n <= wav_BT.shape[1] for n in lengths):
         raise ValueError(f"encode takes mono wav_BT and lengths_B of at most T samples, got shape "
                          f"{tuple(wav_BT.shape)} and lengths {lengths[:8]}: mix channels down, give true lengths")

@@ -64,13 +64,14 @@ def encode_tokens(config: dict[str, Any], inputs: dict[str, Any], out: Any) -> d
         by_shard.setdefault(clip.shard, []).append(clip)
     if sorted(by_shard) != list(range(len(by_shard))):
         raise tokens.TokenError(f"the manifest's shards are {sorted(by_shard)[:10]}..., expected 0, 1, 2, ...")
+    # Codecs run in float32, without TF32 and not compiled, as for a prompt later: rounded latents get other codes.
     job = EncodeJob(which, inputs[TOKENIZER[which]].path, roots(config["corpus"]), inputs["manifest"].build, len(by_shard),
                     out.path, settings.batch_s, cluster_device(cluster, out.inline),
                     settings.dtype if which == "semantic" else "float32", settings.speeds)
     began = time.monotonic()
     sizes = [sum(c.seconds for c in by_shard[k]) for k in sorted(by_shard)]
     parts = parallel_map(encode_shard, [(job, by_shard[k], k) for k in sorted(by_shard)], out=out, cluster=cluster,
-                         unit="audio s", sizes=sizes, gpu=job.device == "cuda")
+                         unit="audio s", sizes=sizes, gpu=cluster.gpus_a_task if job.device == "cuda" else 0)
     return _facts(which, parts, sizes, time.monotonic() - began)
 
 
@@ -110,22 +111,21 @@ def encode_clips(clips: list[Clip], tokenizer: Any, source_roots: dict[str, str]
     for batch, wavs in zip(batches, _read_ahead(batches, clips, source_roots, readers), strict=True):
         # Check each clip against the contract: one frame off would shift all tokens after it in the
         # stages.
-        encoded = encode_batch(wavs, tokenizer, device)
+        encoded = encode_batch(wavs, tokenizer)
         for i, wav, codes_TQ in zip(batch, wavs, encoded, strict=True):
             expected = padded_samples(len(wav)) // tokenizer.spec.hop
             if tuple(codes_TQ.shape) != (expected, tokenizer.spec.n_q):
                 raise tokens.TokenError(
                     f"clip {clips[i].id}: tokenizer {tokenizer.spec.name!r} gave shape {tuple(codes_TQ.shape)} "
                     f"for {len(wav)} samples, expected {(expected, tokenizer.spec.n_q)} (padded_samples / hop, n_q)")
-            codes[i] = codes_TQ.cpu().numpy()
+            codes[i] = codes_TQ.numpy()
     return codes
 
 
-def encode_batch(wavs: Sequence[np.ndarray], tokenizer: Any, device: str) -> list[torch.Tensor]:
-    """codes_TQ (on the CPU) of each wav_T, encoded as one batch."""
-    wav_BT, lengths_B = pad_rows(wavs)
+def encode_batch(wavs: Sequence[np.ndarray], tokenizer: Any) -> list[torch.Tensor]:
+    """codes_TQ (on the CPU) of each wav_T, encoded as one batch; the tokenizer itself moves the audio to its device."""
     with torch.inference_mode():
-        return tokenizer.encode(wav_BT.to(device), lengths_B.to(device))
+        return tokenizer.encode(*pad_rows(wavs))
 
 
 def _read_ahead(batches: list[list[int]], clips: list[Clip], source_roots: dict[str, str],

@@ -3,7 +3,8 @@
 Long audio goes in overlapping windows, so that no frame depends on more than one window: window k
 starts at frame k (window - 2 overlap) and gives its frames except `overlap` at either side; the
 first and the last keep their ends.
-Legend: wav_BT float32 at 16 kHz, lengths_B true samples, features_BTD float32, frames_B at 25 Hz.
+Legend: wav_BT float32 at 16 kHz, lengths_B true samples (on the CPU, else each call waits for a GPU), features_BTD
+float32, frames_B at 25 Hz.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import torch.nn.functional as F
 
 from audiolm.models.conformer import LAYER_CONVENTION, Encoder, EncoderSizes
 from audiolm.models.mel import log_mel
+from audiolm.models.precision import no_tf32
+from audiolm.models.transfer import send
 from audiolm.tokenizers.base import SAMPLE_RATE, SEMANTIC_HOP, padded_samples
 
 FAMILY = "masked-conformer"
@@ -63,8 +66,10 @@ class ConformerExtractor:
 
     @torch.no_grad()
     def features(self, wav_BT, lengths_B, layers):
-        mel_BTF, frames_B = extractor_mel(wav_BT.to(self.encoder.mask_embedding.device), lengths_B)
-        return [x_BTD.float() for x_BTD in self.encoder.outputs(mel_BTF, frames_B, None, layers)], frames_B
+        mel_BTF, frames_B = extractor_mel(send(wav_BT, self.encoder.mask_embedding.device), lengths_B)
+        same = len(set(frames_of(lengths_B))) == 1
+        outputs = self.encoder.outputs(mel_BTF, None if same else frames_B, None, layers)
+        return [x_BTD.float() for x_BTD in outputs], frames_B
 
     def to(self, device, dtype=torch.float32):
         self.encoder.to(device=device, dtype=dtype)
@@ -96,10 +101,15 @@ def mask_padding(wav_BT: torch.Tensor, lengths_B: torch.Tensor) -> tuple[torch.T
     """wav_BT of whole frames of the longest row, zeros past each length, and frames_B."""
     # Before the lengths move to the device: reading them back would make the CPU wait for the GPU.
     target = padded_samples(int(lengths_B.max()))
-    lengths_B = lengths_B.to(wav_BT.device)
+    lengths_B = send(lengths_B, wav_BT.device)
     wav_BT = F.pad(wav_BT[:, :target].float(), (0, max(0, target - wav_BT.shape[1])))
     inside_BT = torch.arange(target, device=wav_BT.device)[None] < lengths_B[:, None]
     return wav_BT.masked_fill(~inside_BT, 0.0), ((lengths_B + SEMANTIC_HOP - 1) // SEMANTIC_HOP).clamp_min(1)
+
+
+def frames_of(lengths_B: torch.Tensor) -> list[int]:
+    """`mask_padding`'s frames_B as numbers."""
+    return [padded_samples(n) // SEMANTIC_HOP for n in lengths_B.tolist()]
 
 
 @dataclass(frozen=True)
@@ -138,15 +148,17 @@ def window_of(window_s: float, overlap_s: float) -> Window:
 
 
 @torch.no_grad()
+@no_tf32()
 def windowed(extractor: Extractor, wav_BT: torch.Tensor, lengths_B: torch.Tensor, layers: Sequence[int],
              window: Window) -> tuple[list[torch.Tensor], torch.Tensor]:
     """As `Extractor.features`, in windows: the windows of all rows form batches of GROUP."""
-    wav_BT, frames_B = mask_padding(wav_BT, lengths_B)
-    if int(frames_B.max()) <= window.frames:
+    frames = frames_of(lengths_B)
+    if max(frames) <= window.frames:
         return extractor.features(wav_BT, lengths_B, layers)
+    wav_BT, frames_B = mask_padding(wav_BT, lengths_B)
     # Cut the windows; each has its own true length, so the padding of a clip's last window changes
     # nothing.
-    spans = [(row, *span) for row, n in enumerate(frames_B.tolist()) for span in window.spans(n)]
+    spans = [(row, *span) for row, n in enumerate(frames) for span in window.spans(n)]
     pieces = wav_BT.new_zeros(len(spans), window.frames * SEMANTIC_HOP)
     lengths = torch.zeros(len(spans), dtype=torch.int64)
     for i, (row, at, end, _, _) in enumerate(spans):
@@ -156,7 +168,7 @@ def windowed(extractor: Extractor, wav_BT: torch.Tensor, lengths_B: torch.Tensor
     whole: list[torch.Tensor] = []
     for n in range(0, len(spans), GROUP):
         windows, _ = extractor.features(pieces[n:n + GROUP], lengths[n:n + GROUP], layers)
-        whole = whole or [x.new_zeros(len(wav_BT), int(frames_B.max()), x.shape[-1]) for x in windows]
+        whole = whole or [x.new_zeros(len(wav_BT), max(frames), x.shape[-1]) for x in windows]
         for i, (row, at, _, first, end) in enumerate(spans[n:n + GROUP]):
             for x, target in zip(windows, whole, strict=True):
                 target[row, first:end] = x[i, first - at:end - at]

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from audiolm import store
 from audiolm.config.base import Config, Runtime
+from audiolm.config.installed import require
 from audiolm.tokenizers.artifact import CONFIG, WEIGHTS, ArtifactError
 
 if TYPE_CHECKING:
@@ -150,16 +151,14 @@ def build_model(where: str, kind: str, classes: dict[str, tuple[str, str]], sett
 
     `classes`: (config, model) class names by model_type; `prepare` checks or changes the config;
     tensors whose last name is in `unused` may be missing.  Raises ArtifactError where they make no
-    model, ImportError without transformers.
+    model, ConfigError without transformers.
     """
     if kind not in classes:
         raise ArtifactError(f"{where}: config.json has model_type {kind!r}; the models that can be used are "
                             f"{', '.join(classes)}")
-    try:
-        import transformers
-    except ImportError as e:
-        raise ImportError("a pretrained model needs the library transformers: pip install 'audiolm[pretrained]'") from e
+    require("a pretrained model", ["transformers"])
     import torch
+    import transformers
 
     # Loading is quiet: a step's progress board owns the terminal.
     config_class, model_class = (getattr(transformers, name) for name in classes[kind])

@@ -5,8 +5,8 @@ attention, and the encoder's convolutions. The group norm after the first convol
 statistics over all of time: here it runs over each row's own span. The audio's mean and variance:
 here over the true samples. Batch norm ahead of the positional convolution (conv_pos_batch_norm)
 lifts a mask's zeros, so such models take rows of one length at a time.
-Legend: wav_BT float32 at 16 kHz, zeros past a row's length; frames at 25 Hz; rows end on whole
-frames.
+Legend: wav_BT float32 at 16 kHz, zeros past a row's length; frames at 25 Hz, frames_B on the CPU;
+rows end on whole frames.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from audiolm.models.kaldi_fbank import scaled_log_mel
+from audiolm.models.transfer import send
 from audiolm.tokenizers.base import SEMANTIC_HOP
 
 # Zeros at either end, half of a frame's receptive field beyond its hop: (400 - 320) / 2 samples, of
@@ -47,14 +48,14 @@ def wave_inputs(wav_BT: torch.Tensor, lengths_B: torch.Tensor, frames_B: torch.T
         wav_BT = (wav_BT - wav_BT.sum(1, keepdim=True) / n_B1) * inside_BT
         wav_BT = wav_BT / (wav_BT.square().sum(1, keepdim=True) / n_B1 + EPS).sqrt()
     wav_BT = F.pad(wav_BT, (EDGE, EDGE))
-    return wav_BT, _mask(frames_B * SEMANTIC_HOP + 2 * EDGE, wav_BT.shape[1])
+    return wav_BT, _mask(frames_B * SEMANTIC_HOP + 2 * EDGE, wav_BT)
 
 
 def mel_inputs(wav_BT: torch.Tensor, frames_B: torch.Tensor, n_mels: int) -> tuple[torch.Tensor, torch.Tensor | None]:
     """input_features (two mel frames side by side, 50 Hz) and attention_mask of w2v-BERT 2.0."""
-    mel_BTF = scaled_log_mel(F.pad(wav_BT, (MEL_EDGE, MEL_EDGE)), 4 * frames_B, n_mels)
+    mel_BTF = scaled_log_mel(F.pad(wav_BT, (MEL_EDGE, MEL_EDGE)), send(4 * frames_B, wav_BT.device), n_mels)
     mel_BTF = mel_BTF.reshape(len(mel_BTF), -1, 2 * n_mels)
-    return mel_BTF, _mask(2 * frames_B, mel_BTF.shape[1])
+    return mel_BTF, _mask(2 * frames_B, mel_BTF)
 
 
 @contextlib.contextmanager
@@ -85,6 +86,7 @@ def _inside(lengths_B: torch.Tensor, samples: int) -> torch.Tensor:
     return torch.arange(samples, device=lengths_B.device) < lengths_B[:, None]
 
 
-def _mask(spans_B: torch.Tensor, width: int) -> torch.Tensor | None:
+def _mask(spans_B: torch.Tensor, rows_BT: torch.Tensor) -> torch.Tensor | None:
     """None where every row fills the batch: attention is faster without one."""
-    return None if int(spans_B.min()) == width else _inside(spans_B, width)
+    width = rows_BT.shape[1]
+    return None if int(spans_B.min()) == width else _inside(send(spans_B, rows_BT.device), width)

@@ -15,6 +15,7 @@ from dataclasses import replace
 import torch
 
 from audiolm.models.precision import no_tf32
+from audiolm.models.transfer import send
 from audiolm.tokenizers import hf
 from audiolm.tokenizers.artifact import CONFIG, ArtifactError, write_export
 from audiolm.tokenizers.base import (
@@ -45,7 +46,8 @@ class PretrainedCodec:
     """
 
     def __init__(self, model, kind: str, n_q: int, digest: str, device: str = "cpu"):
-        self.model, self.kind, self.hash, self.device = model.to(device).eval().requires_grad_(False), kind, digest, device
+        self.model, self.kind, self.hash = model.to(device).eval().requires_grad_(False), kind, digest
+        self.device = torch.device(device)
         self.history, self.lookahead = HISTORY, LOOKAHEAD
         rate, hop, _, vocab = _sizes(kind, model.config)
         self.spec = TokenSpec(kind, rate, hop, n_q, vocab)
@@ -62,12 +64,14 @@ class PretrainedCodec:
         with torch.inference_mode(), no_tf32():
             for wav_T, n in zip(wav_BT, clip_lengths(wav_BT, lengths_B), strict=True):
                 frames = _frames(self.spec, n)
-                wav_11T = torch.zeros(1, 1, frames * hop, device=self.device)  # the last frame is filled with zeros
+                wav_11T = torch.zeros(1, 1, frames * hop, device=wav_T.device)  # the last frame is filled with zeros
                 wav_11T[0, 0, :n] = wav_T[:n].float()
                 check_finite(wav_11T)
-                codes_1QT = _encode(self.kind, self.model, wav_11T, self.spec.n_q)
-                codes.append(codes_1QT[0, :self.spec.n_q, :frames].T.long().cpu().contiguous())
-        return codes
+                codes_1QT = _encode(self.kind, self.model, send(wav_11T, self.device), self.spec.n_q)
+                codes.append(codes_1QT[0, :self.spec.n_q, :frames].T.long())
+        # One copy a batch: after each clip's the device would wait for the next clip.
+        joined_TQ = torch.cat(codes).cpu()
+        return [codes_TQ.clone() for codes_TQ in joined_TQ.split([len(c) for c in codes])]
 
     def decode(self, codes_BTQ):
         """wav_BT float32 on the CPU, T = frames x hop, of any prefix of the levels.
@@ -158,7 +162,7 @@ def import_codec(config: dict, inputs: dict, out) -> dict:
 
 
 def _build(where: str, settings: dict, weights: dict):
-    """transformers' model in float32. Raises ArtifactError, ImportError."""
+    """transformers' model in float32. Raises ArtifactError, ConfigError."""
     kind = settings.get("model_type")
     return hf.build_model(where, kind, CLASSES, settings, weights,
                           lambda config: _check_kind(kind, config, settings), UNUSED)

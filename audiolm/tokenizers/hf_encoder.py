@@ -16,10 +16,11 @@ from collections.abc import Sequence
 
 import torch
 
+from audiolm.models.transfer import send
 from audiolm.tokenizers import hf
 from audiolm.tokenizers.artifact import CONFIG, MASKED_FORMAT, ArtifactError, write_export
 from audiolm.tokenizers.base import SAMPLE_RATE, SEMANTIC_HOP
-from audiolm.tokenizers.extractor import mask_padding
+from audiolm.tokenizers.extractor import frames_of, mask_padding
 from audiolm.tokenizers.hf_batch import EDGE, group_rows, mel_inputs, per_row_group_norm, wave_inputs
 
 MEL_FAMILY = "wav2vec2-bert"
@@ -64,16 +65,18 @@ class TransformersExtractor:
         Raises ValueError for a layer that the model does not have.
         """
         self._check(layers)
-        wav_BT, frames_B = mask_padding(wav_BT.to(next(self.model.parameters()).device), lengths_B)
-        lengths_B, frames = lengths_B.to(wav_BT.device), frames_B.tolist()
+        device = next(self.model.parameters()).device
+        wav_BT, frames_B = mask_padding(send(wav_BT, device), lengths_B)
+        frames, lengths_B = frames_of(lengths_B), send(lengths_B, device)
         features = [wav_BT.new_zeros(len(wav_BT), 2 * max(frames), self.dim) for _ in layers]
         with torch.no_grad():
             # Most families take all rows at once; each part is cut to its own longest row.
             for rows in group_rows(self.model.config, frames):
                 part = [frames[row] for row in rows]
-                outputs = self._blocks(wav_BT[rows, :max(part) * SEMANTIC_HOP], lengths_B[rows], part, layers)
+                at = slice(None) if len(rows) == len(frames) else rows  # a list of numbers would be copied to the device
+                outputs = self._blocks(wav_BT[at, :max(part) * SEMANTIC_HOP], lengths_B[at], part, layers)
                 for x_BTD, output_BTD in zip(features, outputs, strict=True):
-                    x_BTD[rows, :2 * max(part)] = output_BTD.float()
+                    x_BTD[at, :2 * max(part)] = output_BTD.float()
             # Frames past a row's end hold whatever padding gave: zeros are the same for every
             # batch.
             inside_BT1 = (torch.arange(2 * max(frames), device=wav_BT.device) < 2 * frames_B[:, None])[..., None]
@@ -115,7 +118,7 @@ class TransformersExtractor:
 
         Blocks above the highest layer are not computed.
         """
-        frames_B = torch.tensor(frames, device=wav_BT.device)
+        frames_B = torch.tensor(frames)
         if self.family == MEL_FAMILY:
             inputs, mask = mel_inputs(wav_BT, frames_B, self.preprocessor["num_mel_bins"])
         else:

@@ -92,7 +92,8 @@ def sample_features(source: FeatureSource, clips: Iterable[Clip], max_frames: in
     items = [(source, shards[n], n, quota, out.path) for n, quota in zip(numbers, quotas, strict=True)]
     # For the progress: the audio that a shard's task encodes.
     sizes = [min(f, OVERSAMPLE * q) * SEMANTIC_HOP / SAMPLE_RATE for f, q in zip(frames, quotas, strict=True)]
-    parallel_map(sample_shard, items, out=out, cluster=cluster, unit="audio s", sizes=sizes, gpu=source.device == "cuda")
+    parallel_map(sample_shard, items, out=out, cluster=cluster, unit="audio s", sizes=sizes,
+                 gpu=cluster.gpus_a_task if source.device == "cuda" else 0)
     out.check()
     return numbers
 

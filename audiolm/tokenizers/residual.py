@@ -21,6 +21,7 @@ from audiolm.models import kmeans
 from audiolm.tokenizers import kmeans_fit
 from audiolm.tokenizers.artifact import ArtifactError, read_export, write_export
 from audiolm.tokenizers.base import SAMPLE_RATE, SEMANTIC_HOP, TokenSpec
+from audiolm.tokenizers.extractor import frames_of
 from audiolm.tokenizers.semantic import SemanticTokenizer, load_semantic
 
 FORMAT = "audiolm-residual-1"
@@ -52,8 +53,8 @@ class ResidualTokenizer:
 
     def encode(self, wav_BT: torch.Tensor, lengths_B: torch.Tensor) -> list[torch.Tensor]:
         """codes_TQ (int64, on the CPU) of each row, T = padded_samples(length) / 640."""
-        codes_BTQ, frames_B = self.codes(wav_BT, lengths_B)
-        return [row[:n] for row, n in zip(codes_BTQ.cpu(), frames_B.tolist(), strict=True)]
+        codes_BTQ, _ = self.codes(wav_BT, lengths_B)
+        return [row[:n] for row, n in zip(codes_BTQ.cpu(), frames_of(lengths_B), strict=True)]
 
     def vectors_of(self, codes_TQ: torch.Tensor, levels: int | None = None) -> torch.Tensor:
         """(T, D) float32 on the CPU: the sum of the centroids of the first `levels` levels (None:

@@ -16,11 +16,11 @@ import torch
 
 from audiolm.models import kmeans
 from audiolm.models.conformer import LAYER_CONVENTION, Encoder, EncoderSizes
-from audiolm.models.precision import no_tf32
+from audiolm.models.transfer import send
 from audiolm.tokenizers import hf_encoder
 from audiolm.tokenizers.artifact import MASKED_FORMAT, ArtifactError, read_export, write_export
 from audiolm.tokenizers.base import SAMPLE_RATE, SEMANTIC_HOP, TokenSpec
-from audiolm.tokenizers.extractor import FAMILY, ConformerExtractor, Extractor, Window, windowed
+from audiolm.tokenizers.extractor import FAMILY, ConformerExtractor, Extractor, Window, frames_of, windowed
 
 FORMAT = "audiolm-semantic-2"
 GOLDEN_S = 2.0  # 50 tokens: enough to notice a wrong layer or z-score, and quick on a CPU
@@ -59,18 +59,17 @@ class SemanticTokenizer:
         self.spec = TokenSpec("semantic", SAMPLE_RATE, SEMANTIC_HOP, 1, len(centroids_KD))
 
     @torch.no_grad()
-    @no_tf32()
     def features(self, wav_BT: torch.Tensor, lengths_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Z-scored features_BTD (float32, on the tokenizer's device) and frames_B."""
-        (x_BTD,), frames_B = windowed(self.extractor, wav_BT.to(self.device), lengths_B, [self.layer], self.window)
+        (x_BTD,), frames_B = windowed(self.extractor, send(wav_BT, self.device), lengths_B, [self.layer], self.window)
         # The statistics of the fit, not of this clip: tokens of a clip do not depend on what else
         # it contains.
         return (x_BTD - self.mean_D) / self.std_D, frames_B
 
     def encode(self, wav_BT: torch.Tensor, lengths_B: torch.Tensor) -> list[torch.Tensor]:
         """codes_T1 (int64, on the CPU) of each row, T = padded_samples(length) / 640."""
-        codes_BT, frames_B = self.codes(wav_BT, lengths_B)
-        return [row[:n, None] for row, n in zip(codes_BT.cpu(), frames_B.tolist(), strict=True)]
+        codes_BT, _ = self.codes(wav_BT, lengths_B)
+        return [row[:n, None] for row, n in zip(codes_BT.cpu(), frames_of(lengths_B), strict=True)]
 
     def codes(self, wav_BT: torch.Tensor, lengths_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """codes_BT and frames_B, on the tokenizer's device. Ignore codes past a row's frames.

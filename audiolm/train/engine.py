@@ -13,6 +13,8 @@ import io
 import logging
 import os
 import socket
+from collections import OrderedDict
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -217,13 +219,19 @@ class DeepSpeedEngine:
                 state |= {f"{key}/{name}": value.detach().to("cpu", copy=True) for key, value in whole.items()}
         return state
 
-    def gathered(self) -> contextlib.AbstractContextManager:
-        """Within the block the module's weights are whole, and rank 0 may change them. All ranks take part."""
+    @contextlib.contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Within the block the module's weights are whole, and rank 0 may change them. All ranks take part.
+
+        There a forward pass gathers and splits nothing, so that ranks may make different numbers of them.
+        """
         if self.train.zero < 3:  # stages 1 and 2 split moments and gradients; weights are whole on every rank
-            return contextlib.nullcontext()
+            yield
+            return
         import deepspeed
 
-        return deepspeed.zero.GatheredParameters(list(self.module.parameters()), modifier_rank=0)
+        with deepspeed.zero.GatheredParameters(list(self.module.parameters()), modifier_rank=0), _without_hooks(self.module):
+            yield
 
     def _link_moments(self) -> None:
         """Points the parameters at their moments.
@@ -251,6 +259,19 @@ class DeepSpeedEngine:
         for name, p in self.module.named_parameters():
             for key in MOMENTS:
                 safe_set_full_optimizer_state(p, saved[f"{key}/{name}"].to(p.device), key)
+
+
+@contextlib.contextmanager
+def _without_hooks(module: nn.Module) -> Iterator[None]:
+    """Takes away the hooks of forward passes, which are DeepSpeed's alone, within the block."""
+    kept = [(m, m._forward_pre_hooks, m._forward_hooks) for m in module.modules()]
+    for m, _, _ in kept:
+        m._forward_pre_hooks, m._forward_hooks = OrderedDict(), OrderedDict()
+    try:
+        yield
+    finally:
+        for m, before, after in kept:
+            m._forward_pre_hooks, m._forward_hooks = before, after
 
 
 def weights(module: nn.Module, parameters: bool = True) -> Saved:

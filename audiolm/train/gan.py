@@ -76,8 +76,13 @@ class LossBalancer(nn.Module):
         super().__init__()
         self.register_buffer("total", torch.zeros(len(TERMS)))  # decayed sum of norms, and of ones
         self.register_buffer("count", torch.zeros(len(TERMS)))
+        self._known: set[str] | None = None  # terms that have a norm; None: not read from the buffers yet
         self._terms: set[str] = set()  # this step's terms
         self._seen: dict[str, torch.Tensor] = {}  # this step's norms so far; empty where none are measured
+        self.register_load_state_dict_post_hook(LossBalancer._forget)
+
+    def _forget(self, _) -> None:
+        self._known = None
 
     def norms(self) -> Losses:
         """The running norm of each term's gradient, 0 before its first."""
@@ -94,11 +99,15 @@ class LossBalancer(nn.Module):
         self._terms.update(balanced)
         whole = sum(getattr(weights, name) for name in balanced)
         shares = {name: getattr(weights, name) / whole for name in balanced}
-        # The step and the norms decide, which are the same on all ranks and after a resume.
-        if step % NORM_EVERY == 0 or not all(running[name] > 0 for name in balanced):
+        if self._known is None:  # once, as reading the buffers waits for a GPU; a checkpoint may have brought norms
+            self._known = {name for name, count in zip(TERMS, self.count.tolist(), strict=True) if count}
+        # The step and the terms decide, which are the same on all ranks and after a resume.
+        if step % NORM_EVERY == 0 or not self._known.issuperset(balanced):
             gradient_BT = self._measured(fake_BT, terms, shares, running, share)
         else:  # known scales: the gradient of the weighted sum is the weighted sum of the gradients, in one pass
-            total = sum(shares[name] / running[name].clamp_min(1e-12) * terms[name] for name in balanced)
+            # A term whose gradient was 0 when it was measured waits for the next measurement: it has no scale yet.
+            total = sum(torch.where(running[name] > 0, shares[name] / running[name].clamp_min(1e-12), 0.0) * terms[name]
+                        for name in balanced)
             gradient_BT, = torch.autograd.grad(total, fake_BT)
         # losses inside the generator (commitment, codebook) keep their weights
         plain = sum((getattr(weights, name) * term for name, term in terms.items() if name not in (*TERMS, "discriminator")),
@@ -123,11 +132,12 @@ class LossBalancer(nn.Module):
         """Takes in the norms that a step measured; returns the running norms of its terms. All ranks take part."""
         if self._seen:
             decay = NORM_DECAY ** NORM_EVERY
-            seen = [name in self._seen for name in TERMS]
-            now = torch.stack([torch.as_tensor(self._seen.get(name, 0.0), device=self.total.device) for name in TERMS])
-            mask = torch.tensor(seen, device=self.total.device)
-            self.total.copy_(torch.where(mask, decay * self.total + reduce(now.float()) / world, self.total))
-            self.count.copy_(torch.where(mask, decay * self.count + 1, self.count))
+            now = reduce(torch.stack(list(self._seen.values())).float()) / world
+            for name, norm in zip(self._seen, now, strict=True):
+                at = TERMS.index(name)
+                self.total[at] = decay * self.total[at] + norm
+                self.count[at] = decay * self.count[at] + 1
+            self._known |= self._seen.keys()
         norms = {name: norm for name, norm in self.norms().items() if name in self._terms}
         self._seen.clear()
         self._terms.clear()

@@ -53,9 +53,9 @@ def check_loss(value: float, name: str, done: int, train: TrainConfig) -> None:
 
 def check_weights(modules: Mapping[str, nn.Module], done: int, train: TrainConfig) -> None:
     """The same for weights and buffers. All ranks take part: under ZeRO 3 each holds a part of them."""
-    tensors = [t for m in modules.values() for t in m.state_dict().values() if t.is_floating_point()]
+    tensors = [getattr(t, "ds_tensor", t) for m in modules.values() for t in m.state_dict(keep_vars=True).values()]
     # One sum, and so one read from the device, before each save.
-    broken = all_sum(torch.stack([(~t.isfinite()).any() for t in tensors]).sum())
+    broken = all_sum(torch.stack([(~t.isfinite()).any() for t in tensors if t.is_floating_point()]).sum())
     if broken:
         raise FloatingPointError(f"weights are not finite after step {done}, and are not saved: {_advice(train)}")
 

@@ -168,9 +168,7 @@ def _run(job: TrainJob, rank: int, world: int, check: Callable[[], None], metric
         _train_steps(worker, check)
 
     # Finish: under ZeRO 3 each rank holds a part of the weights, so all ranks gather them and rank 0 exports.
-    with contextlib.ExitStack() as gathered:
-        for engine in worker.engines.values():
-            gathered.enter_context(engine.gathered())
+    with worker.gathered():
         if rank == 0:
             export(worker)
 

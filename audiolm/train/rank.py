@@ -5,9 +5,10 @@ Every method is called by all ranks, as each contains collective operations; wha
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from audiolm import rng
 from audiolm.config.training import TrainConfig
 from audiolm.dag.lease import check_lease
 from audiolm.metrics_log import MetricsFile
+from audiolm.models.compiled import keep_compiled
 from audiolm.store import get_json, join, put_json
 from audiolm.tokenizers.artifact import write_export
 from audiolm.train import checkpoint, guards
@@ -80,6 +82,8 @@ class Worker:
         # ZeRO 3 gathers a layer's weights in hooks around its forward pass, which torch.compile would cut into pieces.
         sharded = cfg.engine == "deepspeed" and cfg.zero == 3
         self.ctx = ctx = Context(rank, world, device, job.seed, job.cache_mb, job.compile and not sharded)
+        if ctx.compile:
+            keep_compiled()
         torch.manual_seed(rng.derive(job.seed, "init"))  # the same weights on every rank
         self.objective = objective = job.factory(job.config, job.inputs, ctx)
         if sharded and len(objective.modules) > 1:
@@ -105,6 +109,14 @@ class Worker:
         cfg, exported = self.job.train, getattr(self.objective, "exported", None)
         return checkpoint.Saver(self.job.build, self.job.attempt, cfg.keep, cfg.trunk_steps,
                                 exported and (exported, self.objective.export()[1]))
+
+    @contextlib.contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Within the block every module's weights are whole (Engine.gathered). All ranks take part."""
+        with contextlib.ExitStack() as stack:
+            for engine in self.engines.values():
+                stack.enter_context(engine.gathered())
+            yield
 
     def load(self, step: int) -> list:
         """This rank's rows of a step's global batch, in micro-batches; called in the loader's thread."""
@@ -145,7 +157,8 @@ class Worker:
     def validate(self) -> bool:
         """Validates on all ranks; True where the loss is the lowest so far."""
         state, cfg = self.state, self.job.train
-        scores = self.objective.evaluate()
+        with self.gathered():  # ranks have different numbers of clips
+            scores = self.objective.evaluate()
         state.validation = {"step": state.done, **scores}
         guards.check_loss(scores.get("loss", 0.0), "validation loss", state.done, cfg)
         improved = scores.get("loss", math.inf) < state.best.best_loss

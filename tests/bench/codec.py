@@ -1,16 +1,18 @@
 """How fast the codec encodes and trains here, in seconds of audio per second; nothing is asserted.
 
     python tests/bench/codec.py                 one CPU thread: encode and decode of both families, and a training step
-    python tests/bench/codec.py --device cuda   bfloat16, compiled: encode, and a training step with all discriminators
+    python tests/bench/codec.py --device cuda   the same, the training step in bfloat16, compiled, with all discriminators
 
-Each figure is the best of --repeats; random audio.  audiolm-pytorch's SoundStream runs beside ours where it is installed.
+Codes and sound are made by the functions that the token steps and generation call, on exports: in float32 without TF32, not
+compiled, from audio in the CPU's memory to codes there.  Each figure is the best of --repeats; random audio.
+audiolm-pytorch's SoundStream runs beside ours where it is installed.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -19,51 +21,55 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from audiolm.config.codec import CodecConfig  # noqa: E402
 from audiolm.config.load import load_config  # noqa: E402
+from audiolm.models.precision import no_tf32  # noqa: E402
 from audiolm.models.soundstream import SoundStream, SoundStreamSizes, fold
-from audiolm.models.spectral.codec import SpectralCodec  # noqa: E402
+from audiolm.models.spectral.codec import SpectralCodec, SpectralSizes  # noqa: E402
+from audiolm.tokenizers.acoustic import AcousticTokenizer, load_codec  # noqa: E402
+from audiolm.tokenizers.artifact import write_export  # noqa: E402
+from audiolm.tokenizers.encode import encode_batch  # noqa: E402
 from audiolm.train.engine import make_engine  # noqa: E402
 from audiolm.train.objectives.base import Context  # noqa: E402
 from audiolm.train.objectives.codec import CodecObjective  # noqa: E402
 from audiolm.train.objectives.spectral import SpectralObjective, spectral_codec  # noqa: E402
+from tests.bench.figures import Figure  # noqa: E402
 from tests.bench.timing import best  # noqa: E402
 
 RATE = 16_000
 SPEECH = str(Path(__file__).resolve().parents[2] / "workflows" / "speech.yaml")
 
 
-def say(what: str, audio_s: float, seconds: float) -> None:
-    print(f"{what:68} {audio_s / seconds:10,.1f} x real time", flush=True)
+UNIT = "x real time"
 
 
-def half(device: str):
-    return torch.autocast(device, torch.bfloat16) if device == "cuda" else contextlib.nullcontext()
+def exported(model: SoundStream | SpectralCodec, sizes: dict, device: str) -> AcousticTokenizer:
+    """The model as later steps load it."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_export(folder, model.state_dict(), {"kind": model.kind, "sample_rate": RATE, **sizes})
+        return load_codec(folder, device)
 
 
-def soundstream(channels: int) -> SoundStream:
-    sizes = CodecConfig(enc_channels=channels, dec_channels=channels)
-    return fold(SoundStream(SoundStreamSizes(sizes.strides, channels, channels, sizes.dim, sizes.n_q, sizes.vocab)))
+def soundstream(channels: int, device: str) -> AcousticTokenizer:
+    c = CodecConfig(enc_channels=channels, dec_channels=channels)
+    sizes = SoundStreamSizes(c.strides, channels, channels, c.dim, c.n_q, c.vocab)
+    names = ("strides", "enc_channels", "dec_channels", "dim", "n_q", "vocab", "quantizer", "code_dim")
+    return exported(fold(SoundStream(sizes)), {name: getattr(sizes, name) for name in names}, device)
 
 
-def spectral() -> SpectralCodec:
-    """At the sizes of speech.yaml; statistics and codes are of noise, which costs the same."""
-    model = spectral_codec(load_config(SPEECH).codec)
+def spectral(device: str, config: CodecConfig | None = None) -> AcousticTokenizer:
+    """By default of the sizes of speech.yaml; statistics and codes are of noise, which costs the same."""
+    model = spectral_codec(config or load_config(SPEECH).codec)
     x_MD = model.initialise(model.frames(0.1 * torch.randn(1, 60 * RATE)).flatten(0, 1))
     model.quantizer.initialise(x_MD, seed=0, reduce=lambda x: x)
-    return model
+    return exported(model, {name: getattr(model.sizes, name) for name in SpectralSizes.EXPORTED}, device)
 
 
-@torch.inference_mode()
-def coding(model: SoundStream | SpectralCodec, what: str, rows: int, seconds: float, repeats: int, device: str) -> None:
-    model = model.eval().to(device)
-    if device == "cuda":
-        model.encoder.compile()
-        model.decoder.compile()
-    wav_BT = 0.1 * torch.randn(rows, round(seconds * RATE), device=device)
-    with half(device):
-        codes_BTQ = model.encode(wav_BT)
-        name = f"{what}, {model.quantizer.n_q} x {model.quantizer.vocab}, {rows} x {seconds:g} s"
-        say(f"encode  {name}", rows * seconds, best(lambda: model.encode(wav_BT), repeats, device))
-        say(f"decode  {name}", rows * seconds, best(lambda: model.decode(codes_BTQ), repeats, device))
+def coding(codec: AcousticTokenizer, what: str, rows: int, seconds: float, repeats: int, device: str) -> list[Figure]:
+    """Encoding by the function of the token steps, and decoding, of a batch."""
+    wavs = list((0.1 * torch.randn(rows, round(seconds * RATE))).numpy())
+    codes_BTQ = torch.stack(encode_batch(wavs, codec))
+    took = {"encode": best(lambda: encode_batch(wavs, codec), repeats, device),
+            "decode": best(lambda: codec.decode(codes_BTQ), repeats, device)}
+    return [Figure(f"{do} codec, {what}", rows * seconds / took_s, UNIT) for do, took_s in took.items()]
 
 
 class _Noise:
@@ -76,7 +82,7 @@ class _Noise:
         return self.wav_BT[:len(rows)], torch.full((len(rows),), self.crop)
 
 
-def training(codec: CodecConfig, what: str, rows: int, engine: str, repeats: int, device: str) -> None:
+def training(codec: CodecConfig, what: str, rows: int, engine: str, repeats: int, device: str) -> Figure:
     """A full step: generator, all discriminators, optimizers, codebooks, moving average.
 
     Balanced, the fastest one: between two measurements of the norms.
@@ -98,10 +104,7 @@ def training(codec: CodecConfig, what: str, rows: int, engine: str, repeats: int
         now = next(step)
         objective.train_step(engines, [objective.load(now, range(rows))], now)
 
-    d = codec.disc
-    name = (f"width {codec.spectral.width}, {rows} x {codec.crop_s} s, {engine}" if codec.family == "spectral" else
-            f"C = {codec.enc_channels}, {rows} x {codec.crop_s} s, {len(d.periods)} + {len(d.windows)} judges, {engine}")
-    say(f"train   {what}, {name}", rows * codec.crop_s, best(work, repeats, device))
+    return Figure(f"train codec, {what}, {engine}", rows * codec.crop_s / best(work, repeats, device), "audio-s/s")
 
 
 @torch.inference_mode()
@@ -113,9 +116,9 @@ def peer(rows: int, seconds: float, repeats: int, device: str) -> None:
         return
     model = Theirs(codebook_size=1024, rq_num_quantizers=12, strides=(2, 4, 5, 8), target_sample_hz=RATE).eval().to(device)
     wav_BT = 0.1 * torch.randn(rows, round(seconds * RATE), device=device)
-    with half(device):
+    with no_tf32():
         took = best(lambda: model(wav_BT, return_codes_only=True), repeats, device)
-    say(f"encode  audiolm-pytorch's SoundStream, {rows} x {seconds:g} s", rows * seconds, took)
+    print(Figure("encode audiolm-pytorch's SoundStream", rows * seconds / took, UNIT))
 
 
 def main() -> None:
@@ -130,13 +133,15 @@ def main() -> None:
     gpu = args.device == "cuda"
     print(f"torch {torch.__version__}, {torch.cuda.get_device_name() if gpu else f'{args.threads} CPU thread(s)'}", flush=True)
     for channels in (32, 16) if gpu else (32, 16, 8):
-        coding(soundstream(channels), f"C = {channels}", 64 if gpu else 1, 10.0, args.repeats, args.device)
-    coding(spectral(), "spectral", 64 if gpu else 1, 10.0, args.repeats, args.device)
+        print(*coding(soundstream(channels, args.device), f"C = {channels}", 64 if gpu else 1, 10.0, args.repeats, args.device),
+              sep="\n", flush=True)
+    print(*coding(spectral(args.device), "spectral", 64 if gpu else 1, 10.0, args.repeats, args.device), sep="\n", flush=True)
     peer(32 if gpu else 1, 10.0, args.repeats, args.device)
     small = {} if gpu else {"enc_channels": 8, "dec_channels": 8, "dim": 64}
-    for what, codec in (("defaults", CodecConfig().model_copy(update=small)), ("speech.yaml", load_config(SPEECH).codec)):
+    soundstreams = CodecConfig().model_copy(update=small)
+    for what, codec in ((f"C = {soundstreams.enc_channels}", soundstreams), ("spectral", load_config(SPEECH).codec)):
         for engine in args.engines:
-            training(codec, what, 64 if gpu else 8, engine, args.repeats, args.device)
+            print(training(codec, what, 64 if gpu else 8, engine, args.repeats, args.device), flush=True)
 
 
 if __name__ == "__main__":

@@ -33,20 +33,22 @@ from audiolm.models.soundstream import SoundStream, SoundStreamSizes, fold
 from audiolm.tokenizers.acoustic import AcousticTokenizer  # noqa: E402
 from audiolm.tokenizers.extractor import ConformerExtractor, Window
 from audiolm.tokenizers.semantic import SemanticTokenizer  # noqa: E402
+from tests.bench.figures import Figure  # noqa: E402
 from tests.bench.timing import best  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPT, PROMPT_S, SECONDS = 1152, 3.0, 7.0
 
 
-def random_system(device: str, kind: str) -> audiolm.AudioLM:
-    """Of the paper's sizes on a GPU, of the quickstart's elsewhere."""
-    cfg = load_config(str(ROOT / "workflows" / ("paper.yaml" if device == "cuda" else "quickstart.yaml")), [])
+def random_system(device: str, kind: str, config: str, channels: int | None = None) -> audiolm.AudioLM:
+    """Of the sizes of a config among the workflows; its codec is a SoundStream, of `channels` in place of the config's."""
+    cfg = load_config(str(ROOT / "workflows" / config), [])
     m, c = cfg.semantic.model, cfg.codec
     lm = cfg.lm.model_copy(update={"dedupe": False, "coarse": cfg.lm.coarse.model_copy(update={"kind": kind})})
     with torch.device(device):
         encoder = Encoder(EncoderSizes(m.dim, m.layers, m.heads, m.ff))
-        codec = fold(SoundStream(SoundStreamSizes(c.strides, c.enc_channels, c.dec_channels, c.dim, c.n_q, c.vocab)))
+        codec = fold(SoundStream(SoundStreamSizes(c.strides, channels or c.enc_channels, channels or c.dec_channels, c.dim,
+                                             c.n_q, c.vocab)))
         models = {}
         for stage in build_stages(lm, c.n_q, c.vocab, cfg.semantic.kmeans.k).values():
             model = build_lm(stage, getattr(lm, stage.name)).eval().requires_grad_(False)
@@ -58,7 +60,8 @@ def random_system(device: str, kind: str) -> audiolm.AudioLM:
     return audiolm.AudioLM(tokenizer, AcousticTokenizer(codec, "", device), models, 1.0, device=device)
 
 
-def stage_rate(system: audiolm.AudioLM, batch: int, ids: int, repeats: int) -> None:
+def stage_rate(system: audiolm.AudioLM, batch: int, ids: int, repeats: int) -> Figure:
+    """Ids a second of the coarse stage with a full cache."""
     _, stage = system.models["coarse"]
     frame = stage.slots if stage.frames else 1  # ids of a position
     ids -= ids % frame
@@ -72,22 +75,22 @@ def stage_rate(system: audiolm.AudioLM, batch: int, ids: int, repeats: int) -> N
         sampler([prompt] * batch, len(forced) + n, forced=[forced] * batch, seeds=range(batch))
 
     took = best(lambda: draw(ids + frame), repeats, system.device) - best(lambda: draw(frame), repeats, system.device)
-    held = len(prompt) + len(forced) // frame
-    print(f"coarse, {held:,} positions in the cache, batch {batch:3}: {batch * ids / took:10,.0f} ids/s", flush=True)
+    return Figure(f"sample coarse{', frames' if stage.frames else ''}, batch {batch}", batch * ids / took, "ids/s")
 
 
-def whole(system: audiolm.AudioLM, batch: int, repeats: int) -> None:
+def whole(system: audiolm.AudioLM, batch: int, repeats: int, seconds: float = SECONDS) -> list[Figure]:
+    """Seconds that continuations of a batch of prompts take, and those of each part."""
     draw = np.random.default_rng(0)
     prompts = [(0.1 * draw.standard_normal(round(16_000 * PROMPT_S))).astype(np.float32) for _ in range(batch)]
 
     def work() -> None:
         system.spent_s.clear()
-        system.continuation(prompts, SECONDS, list(range(batch)), may_end=False)
+        system.continuation(prompts, seconds, list(range(batch)), may_end=False)
 
     took = best(work, repeats, system.device, warm=1)
-    parts = ", ".join(f"{name} {spent:.2f}" for name, spent in system.spent_s.items())
-    print(f"{SECONDS:g} s after {PROMPT_S:g} s, batch {batch:3}: {took:.2f} s, {batch * SECONDS / took:.1f} s of audio a "
-          f"second ({parts})", flush=True)
+    frames = "coarse" in system.models and system.stage("coarse").frames
+    what = f"continue {seconds:g} s{', frames' if frames else ''}, batch {batch}"
+    return [Figure(what, took, "s"), *(Figure(f"{what}: {name}", spent, "s") for name, spent in system.spent_s.items())]
 
 
 def other(device: str, batch: int, ids: int, repeats: int) -> None:
@@ -115,7 +118,7 @@ def main() -> None:
     p.add_argument("--batches", type=int, nargs="+", help="of the stage; default 1 4 on a CPU, 1 16 64 on a GPU")
     p.add_argument("--ids", type=int, default=256, help="drawn by the stage")
     p.add_argument("--kind", choices=("flat", "frame"), default="flat", help="of the coarse stage, where it is random")
-    p.add_argument("--compile", action="store_true", help="the products of a single token, by torch.compile")
+    p.add_argument("--compile", action="store_true", help="a token's layers and draws, by torch.compile")
     p.add_argument("--repeats", type=int, default=3)
     args = p.parse_args()
     gpu = args.device == "cuda"
@@ -124,13 +127,13 @@ def main() -> None:
         steps = store.get_json(args.run)["steps"]
         system = load({name: step["path"] for name, step in steps.items()}, args.device)
     else:
-        system = random_system(args.device, args.kind)
+        system = random_system(args.device, args.kind, "paper.yaml" if gpu else "quickstart.yaml")
     if args.compile:
         system.compile_sampling()
     for batch in args.batches or ((1, 16, 64) if gpu else (1, 4)):
-        stage_rate(system, batch, args.ids, args.repeats)
+        print(stage_rate(system, batch, args.ids, args.repeats), flush=True)
     for batch in (1, 32) if gpu else (1, 4):
-        whole(system, batch, args.repeats)
+        print(*whole(system, batch, args.repeats), sep="\n", flush=True)
     other(args.device, 1, args.ids, 1)
 
 

@@ -4,9 +4,9 @@
     python tests/bench/semantic.py --model hubert             a random HuBERT-base (needs transformers)
     python tests/bench/semantic.py --device cuda --dtype bfloat16 --model hubert --hours 8
 
-"model alone": features and tokens of batches that lie on the device.  "files in, Parquet out": FLAC files on a local disk
-through the step's own task, a shard after the other.  Random weights and noise that is shaped like speech in length only;
-best of --repeats.
+"model alone": batches of audio in the CPU's memory to tokens there, by the function that the step calls.  "files in, Parquet
+out": FLAC files on a local disk through the step's own task, a shard after the other.  Random weights and noise that is
+shaped like speech in length only; best of --repeats.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import argparse
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import soundfile
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -30,27 +30,36 @@ from audiolm.models.conformer import Encoder, EncoderSizes
 from audiolm.tokenizers import encode  # noqa: E402
 from audiolm.tokenizers.extractor import ConformerExtractor, Extractor, window_of
 from audiolm.tokenizers.semantic import load_semantic, save_semantic
+from tests.bench.figures import Figure  # noqa: E402
+from tests.bench.timing import best  # noqa: E402
 
 RATE = 16_000
 ROOT = Path(__file__).resolve().parents[2]
+NAMES = {"conformer": "Conformer", "hubert": "HuBERT-base"}
 
 
-def extractor(kind: str, folder: Path) -> tuple[Extractor, int]:
+def extractor(kind: str, folder: Path, tiny: bool) -> tuple[Extractor, int]:
     """The model with random weights and the layer that is clustered."""
     torch.manual_seed(0)
     if kind == "conformer":
         m = load_config(str(ROOT / "workflows" / "speech.yaml")).semantic.model
-        return ConformerExtractor(Encoder(EncoderSizes(m.dim, m.layers, m.heads, m.ff, m.conv_kernel))), m.layers * 3 // 4
+        sizes = EncoderSizes(32, 4, 2, 64) if tiny else EncoderSizes(m.dim, m.layers, m.heads, m.ff, m.conv_kernel)
+        return ConformerExtractor(Encoder(sizes)), sizes.layers * 3 // 4
     from transformers import HubertConfig, HubertModel
 
     from audiolm.tokenizers.hf_encoder import load_pretrained_encoder
 
-    HubertModel(HubertConfig()).save_pretrained(folder)
-    return load_pretrained_encoder(str(folder)), 9
+    sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64, "conv_dim": (8,) * 7,
+             "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 2} if tiny else {}
+    config = HubertConfig(**sizes)
+    HubertModel(config).save_pretrained(folder)
+    return load_pretrained_encoder(str(folder)), config.num_hidden_layers * 3 // 4
 
 
 def corpus(folder: Path, hours: float, shard_s: float) -> list[list[Clip]]:
     """FLAC files of 2 to 16 s, by shard."""
+    import soundfile
+
     clips, total, g = [], 0.0, rng.generator(0, "bench")
     noise = (0.1 * g.normal(size=20 * RATE)).astype(np.float32)
     while total < hours * 3600:
@@ -62,6 +71,33 @@ def corpus(folder: Path, hours: float, shard_s: float) -> list[list[Clip]]:
                           parts=(part,), shard=int(total / shard_s), row=len(clips)))
         total += n / RATE
     return [[c for c in clips if c.shard == k] for k in range(clips[-1].shard + 1)]
+
+
+def rates(kind: str, device: str, dtype: str, k: int, hours: float, shard_s: float, batch_s: float,
+          repeats: int, tiny: bool = False) -> Iterator[Figure]:
+    """The model alone, and from files to Parquet by the token step's own task, a shard after the other."""
+    with tempfile.TemporaryDirectory() as temp:
+        folder = Path(temp)
+        (folder / "audio").mkdir()
+        model, layer = extractor(kind, folder / "model", tiny)
+        save_semantic(str(folder / "kmeans"), model, layer, torch.zeros(model.dim), torch.ones(model.dim),
+                      torch.randn(k, model.dim), window_of(16.0, 2.0), {})
+        tokenizer = load_semantic(str(folder / "kmeans"), device, dtype)
+        rows = max(1, int(batch_s // 15))
+        wavs = list((0.1 * torch.randn(rows, 15 * RATE)).numpy())
+        took = best(lambda: encode.encode_batch(wavs, tokenizer), repeats, device, warm=1)
+        yield Figure(f"encode {NAMES[kind]}", rows * 15 / took, "x real time")
+        shards = corpus(folder / "audio", hours, shard_s)
+        audio_s, fastest = sum(c.seconds for clips in shards for c in clips), 0.0
+        encode.load_tokenizer("semantic", str(folder / "kmeans"), device, dtype)
+        for i in range(repeats):
+            began = time.perf_counter()
+            for shard, clips in enumerate(shards):
+                job = encode.EncodeJob("semantic", str(folder / "kmeans"), {"s": str(folder / "audio")}, "m", len(shards),
+                                       str(folder / f"out-{i}"), batch_s, device, dtype)
+                encode.encode_shard(job, clips, shard)
+            fastest = max(fastest, audio_s / (time.perf_counter() - began))
+        yield Figure(f"encode {NAMES[kind]}, files to Parquet", fastest, "x real time")
 
 
 def main() -> None:
@@ -77,38 +113,8 @@ def main() -> None:
     args = p.parse_args()
     if args.device == "cpu":
         torch.set_num_threads(1)
-    sync = torch.cuda.synchronize if args.device == "cuda" else lambda: None
-    with tempfile.TemporaryDirectory() as temp:
-        folder = Path(temp)
-        (folder / "audio").mkdir()
-        model, layer = extractor(args.model, folder / "model")
-        save_semantic(str(folder / "kmeans"), model, layer, torch.zeros(model.dim), torch.ones(model.dim),
-                      torch.randn(args.k, model.dim), window_of(16.0, 2.0), {})
-        tokenizer = load_semantic(str(folder / "kmeans"), args.device, args.dtype)
-        rows = max(1, int(args.batch_s // 15))
-        wav_BT = 0.1 * torch.randn(rows, 15 * RATE, device=args.device)
-        lengths_B = torch.full((rows,), 15 * RATE)
-        took = []
-        for _ in range(args.repeats + 1):
-            sync()
-            began = time.perf_counter()
-            tokenizer.encode(wav_BT, lengths_B)
-            sync()
-            took.append(time.perf_counter() - began)
-        what = f"{args.model}, layer {layer}, K = {args.k}, {args.dtype}, {args.device}"
-        print(f"model alone ({what}): {rows * 15 / min(took[1:]):,.0f} x real time, {rows} x 15 s", flush=True)
-        shards = corpus(folder / "audio", args.hours, args.shard_s)
-        audio_s, best = sum(c.seconds for clips in shards for c in clips), 0.0
-        encode.load_tokenizer("semantic", str(folder / "kmeans"), args.device, args.dtype)
-        for i in range(args.repeats):
-            began = time.perf_counter()
-            for k, clips in enumerate(shards):
-                job = encode.EncodeJob("semantic", str(folder / "kmeans"), {"s": str(folder / "audio")}, "m", len(shards),
-                                       str(folder / f"out-{i}"), args.batch_s, args.device, args.dtype)
-                encode.encode_shard(job, clips, k)
-            best = max(best, audio_s / (time.perf_counter() - began))
-        print(f"files in, Parquet out: {best:,.0f} x real time ({best:,.0f} audio hours an hour), "
-              f"{sum(map(len, shards))} files, {audio_s / 3600:.2f} h in {len(shards)} shards")
+    for figure in rates(args.model, args.device, args.dtype, args.k, args.hours, args.shard_s, args.batch_s, args.repeats):
+        print(figure, flush=True)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import torch
 
 from audiolm.config.lm import DepthConfig, StageConfig
 from audiolm.config.training import TrainConfig
-from audiolm.generate import rows
+from audiolm.generate import graphs
 from audiolm.generate.frame_sampler import FrameSampler
 from audiolm.generate.params import SamplingParams
 from audiolm.generate.sampler import Sampler, sample_ids
@@ -46,6 +46,13 @@ def build(stage: Stage, dropout: float) -> Transformer | FrameTransformer:
 
 def sampler(model, stage: Stage) -> Sampler | FrameSampler:
     return (FrameSampler if stage.frames else Sampler)(model, stage)
+
+
+def run_at_once(static: Sampler | FrameSampler, monkeypatch) -> None:
+    """Steps of a sampler that believes to be on a GPU: no graph is captured."""
+    static._kept.limit = math.inf
+    monkeypatch.setattr(graphs, "WARM_UP", math.inf)
+    monkeypatch.setattr(graphs, "run_aside", lambda step: step())
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +128,7 @@ def test_the_gpus_way_draws_the_same_ids(models, name, monkeypatch):
     stage, model = STAGES[name], models[name]
     plain, static = sampler(model, stage), sampler(model, stage)
     static.static = True
-    monkeypatch.setattr(rows, "WARM_UP", math.inf)  # steps run at once
+    run_at_once(static, monkeypatch)
     how = SamplingParams(1.0, top_p=0.9, window=3, repeats=0.4, guidance=1.5 if stage.dropped else 1.0)
     for n in (3, 5, 4):  # 4 and 8 rows; the last call finds its memory used
         prompts = [prompt(name, 3 + 5 * i % 17, i % 3) for i in range(n)]
@@ -130,17 +137,28 @@ def test_the_gpus_way_draws_the_same_ids(models, name, monkeypatch):
             one, two = (s(prompts, counts, eos_from=eos_from, params=how, seeds=range(n), cond=conditions(name, counts))
                         for s in (plain, static))
             assert all(np.array_equal(a, b) for a, b in zip(one, two, strict=True))
-    assert len(static._kept) == 2
+    assert len(static._kept.held) == 2
 
 
-@pytest.mark.parametrize("name", ["fine", "frames"])
-def test_compiled_products_draw_the_same_ids(models, name):
+@pytest.mark.parametrize(("name", "n", "count"), [("fine", 30, 2), ("coarse", 80, 3), ("frames", 30, 3)])
+@pytest.mark.parametrize("static", [False, True])
+def test_compiled_steps_draw_the_same_ids(models, name, n, count, static, monkeypatch):
+    """In whole graphs, which layers and slots share: a layer for each run of keys, a code of the depth network, a draw."""
     stage = STAGES[name]
     model = build(stage, 0.0)
     model.load_state_dict(models[name].state_dict())
-    plain = sampler(model, stage)([prompt(name, 6, 0)], 30, seeds=[1])[0]
-    model.compile_sampling(backend="aot_eager")
-    np.testing.assert_array_equal(sampler(model, stage)([prompt(name, 6, 0)], 30, seeds=[1])[0], plain)
+    plain, compiled = sampler(model, stage), sampler(model, stage)
+    compiled.static = static
+    run_at_once(compiled, monkeypatch)
+    how = {"seeds": [1, 2], "params": SamplingParams(0.9, top_p=0.9)}
+    prompts = [prompt(name, 6, i) for i in range(2)]
+    want = plain(prompts, n, **how)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled.compile(backend="aot_eager")
+    assert all(np.array_equal(a, b) for a, b in zip(compiled(prompts, n, **how), want, strict=True))
+    counted = torch._dynamo.utils.counters
+    assert counted["stats"]["unique_graphs"] == count and not counted["graph_break"]
 
 
 def test_seeds_differ_and_repeat(models):
@@ -283,7 +301,7 @@ def test_runs_are_the_same_whatever_the_batch_and_on_the_gpus_way(timed, monkeyp
     batch = Sampler(timed, TIMED).runs(z, frames, range(10), params=how)
     static = Sampler(timed, TIMED)
     static.static = True
-    monkeypatch.setattr(static, "_replay", lambda m, params: static._step(m, params, None))
+    run_at_once(static, monkeypatch)
     for i, (z_T, ended) in enumerate(batch):
         alone = Sampler(timed, TIMED).runs([z[i]], [frames[i]], [i], params=how)[0]
         np.testing.assert_array_equal(alone[0], z_T)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from audiolm.config import lm, training
 from audiolm.lm.frames import packed_frames
@@ -16,7 +17,8 @@ from audiolm.lm.loss import batch_sums, inputs_of, level_sums, prepare
 from audiolm.lm.model import build_lm
 from audiolm.lm.pack_rows import pack_rows
 from audiolm.lm.stages import Packed, Stage
-from audiolm.models.lm.heads import NO_TARGET, LevelHeads
+from audiolm.models.lm import heads as module
+from audiolm.models.lm.heads import NO_TARGET, LevelHeads, even_piece
 from tests.worlds.token_corpus import level_table
 
 K, VOCAB, Q = 11, 7, 5
@@ -139,7 +141,7 @@ def test_what_the_model_is_given_has_one_shape_whatever_is_packed(name):
             row, at = [*row, part], at + len(part.ids)
         tensors = prepare(stage, pack_rows(stage, [row, row], stage.max_len), flash=True)
         seen.add(tuple((k, x.shape) for k, x in tensors.items() if k != "bounds_N"))
-        assert len(tensors["bounds_N"]) in (33, 65, 129, 257)
+        assert len(tensors["bounds_N"]) in (9, 17, 33, 65, 129, 257)
     assert len(seen) == 1
 
 
@@ -171,6 +173,34 @@ def test_pieces_give_the_losses_and_gradients_of_the_whole(piece):
     grads = [torch.autograd.grad((x * weight_SN).sum(), (h_ND, heads.weight)) for x in (found, whole)]
     torch.testing.assert_close(*grads, atol=1e-6, rtol=1e-5)
     assert (found[:, ::3] == 0).all()
+
+
+def test_pieces_are_whole_tiles_as_even_as_they_can_be():
+    assert even_piece(9012, 8192) == 4608 and even_piece(8193, 8192) == 4224  # not 8,192 and what is left
+    assert even_piece(8192, 8192) == 8192 and even_piece(16383, 8192) == 8192 and even_piece(40, 7) == 7
+    for n in range(1, 40_000, 97):
+        pieces = [len(x) for x in torch.empty(n).split(even_piece(n, 8192))]
+        assert len(pieces) == -(-n // 8192) and max(pieces) <= 8192 and max(pieces) - min(pieces) < 128 * len(pieces)
+
+
+@pytest.mark.parametrize("dtype, near", [(torch.float32, 1e-6), (torch.bfloat16, 0.02)])
+@pytest.mark.parametrize("biased", [False, True])
+def test_added_rows_change_neither_losses_nor_gradients(dtype, near, biased, monkeypatch):
+    """A GPU's way: 9 ids are 64 rows of the product, 64 stay as they are."""
+    torch.manual_seed(0)
+    heads, h_ND = LevelHeads(16, [9, 64]), torch.randn(50, 16, requires_grad=True)
+    torch.nn.init.normal_(heads.weight)
+    heads.bias = torch.randn(73) if biased else None
+    index_SN, label_SN = torch.randint(0, 50, (2, 40)), torch.randint(0, 9, (2, 40))
+    label_SN[:, ::3] = NO_TARGET
+    found = []
+    for align, rows in (({}, 9 + 64), ({"cpu": 64}, 64 + 64)):
+        monkeypatch.setattr(module, "ALIGN", align)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16), FlopCounterMode(display=False) as flops:
+            nats_SN = heads(h_ND, index_SN, label_SN)
+        assert flops.get_total_flops() == 2 * 40 * 16 * rows and nats_SN.dtype == torch.float32
+        found.append([nats_SN.detach(), *torch.autograd.grad(nats_SN.sum(), (h_ND, heads.weight))])
+    torch.testing.assert_close(*found, atol=near, rtol=near)
 
 
 def test_pieces_bound_the_memory():

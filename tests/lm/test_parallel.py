@@ -90,6 +90,11 @@ def test_documents_of_a_row_and_padding_do_not_leak(gap):
         each = sum(model(*inputs_of(collate(STAGE, [[d]], gap))).sum() for row in rows for d in row)
     assert batch["count_2"].tolist() == [sum(int((d.label_T != NO_TARGET).sum()) for row in rows for d in row), 80]
     assert float(nats) == pytest.approx(float(each), rel=1e-5) or gap < GAP
+    padded = collate(STAGE, rows, gap, 64)  # as for a GPU
+    assert padded["doc_BT"].shape == (3, 64) and padded["label_SN"].shape == (LEVELS, 64)
+    assert torch.equal(padded["count_2"], batch["count_2"])
+    with torch.no_grad():
+        assert float(model(*inputs_of(padded)).sum()) == pytest.approx(float(nats), rel=1e-5)
 
 
 def test_each_level_is_scored_as_a_whole_with_true_coarser_levels():

@@ -41,10 +41,18 @@ def test_no_shift_is_the_plain_filterbank_and_no_band_falls_empty():
 @pytest.mark.parametrize("colour", [0.0, 1.0])
 def test_noise_has_the_asked_power(colour):
     wav = speech_like(1)
-    noise = with_noise(wav, 10.0, colour, torch.Generator().manual_seed(3)) - wav
+    noise = with_noise(wav, 10.0, colour, RATE, torch.Generator().manual_seed(3)) - wav
     assert 10 * float(torch.log10(wav.square().mean() / noise.square().mean())) == pytest.approx(10.0, abs=0.01)
     low, high = (torch.fft.rfft(noise).abs()[a:b].square().mean() for a, b in ((100, 1000), (6000, 8000)))
     assert (low / high > 4) == bool(colour)
+
+
+def test_sounds_of_a_second_share_an_fft():
+    """Their noise is the same up to its scale, which it would not be had each length a transform of its own."""
+    wav = speech_like(1)
+    long, short = (with_noise(wav[:n], 10.0, 1.0, RATE, torch.Generator().manual_seed(3)) - wav[:n] for n in (15_998, 9_601))
+    scale = long[:9_601].norm() / short.norm()
+    assert torch.allclose(long[:9_601], scale * short, atol=1e-5)
 
 
 def test_a_room_smears_forward_only_and_stays_as_loud():

@@ -107,6 +107,18 @@ def test_a_dead_code_becomes_a_frame_of_the_batch_and_gets_time():
     assert vq.codebook_QND.abs().max() < 10
 
 
+def test_a_dead_code_s_frame_does_not_depend_on_which_others_are_dead():
+    one, two = ResidualVQ(4, 2, 8, decay=0.5), ResidualVQ(4, 2, 8, decay=0.5)
+    x_MD, codes_MQ = noise(64, 4), torch.arange(64)[:, None].expand(-1, 2) % 6  # 6 and 7 have no frame
+    for vq, dead in ((one, [6]), (two, [6, 7])):
+        vq.codebook_QND.fill_(1e3)
+        vq.share_QN[:, dead] = 1e-3
+        assert vq.update(x_MD, codes_MQ, seed=0, step=0, reduce=alone).tolist() == [len(dead)] * 2
+    assert torch.equal(one.codebook_QND[:, 6], two.codebook_QND[:, 6])
+    assert (two.codebook_QND[0, 6:, None] == x_MD).all(-1).any(-1).all()
+    assert (two.codebook_QND[0, 6] != two.codebook_QND[0, 7]).any()
+
+
 def test_nothing_is_replaced_on_uniform_data():
     vq = ResidualVQ(2, 1, 32, decay=0.99)
     draw = rng.generator(0, "uniform")

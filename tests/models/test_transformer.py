@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from audiolm.models.lm.attention import Documents, documents, positions_of
+from audiolm.models.lm import attention
+from audiolm.models.lm.attention import Documents, documents, flash_refusal, positions_of, takes_flash
 from audiolm.models.lm.block import TransformerSizes
 from audiolm.models.lm.transformer import Transformer
 from audiolm.models.positions import RelativePositionBias, distance_buckets
@@ -114,6 +115,17 @@ def test_unpadded_rows_change_rounding_alone(model, monkeypatch):
     torch.testing.assert_close(run(), exact, atol=1e-5, rtol=1e-5)
     assert set(rows) == {3}
     hook.remove()
+
+
+@torch.no_grad()
+def test_scores_of_all_ids_hold_those_of_each_slot():
+    model = Transformer(TransformerSizes(VOCAB, 32, 1, 4, 64, 0.0, slots=(11, 10, 10)))
+    h_BD = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
+    model.head.bias = torch.arange(31.0)
+    all_BV = model.scores(h_BD, None)
+    assert all_BV.shape == (3, 31)
+    for slot, part in enumerate(all_BV.split((11, 10, 10), 1)):
+        torch.testing.assert_close(model.scores(h_BD, [slot] * 3)[:, :part.shape[1]], part)
 
 
 def test_packed_documents_equal_documents_alone(model):
@@ -242,8 +254,7 @@ def test_the_flash_path_has_shapes_and_gradients():
     """Without a GPU no more can be seen: on the meta device operators compute shapes alone."""
     doc_BT = torch.tensor([[0] * 5 + [1] * 7 + [2] * 4, [0] * 10 + [1] * 6])
     docs = documents(doc_BT, flash=True)
-    assert docs.bounds_N.tolist() == [0, 5, 12, 16, 26] + [32] * 28 and docs.bounds_N.dtype == torch.int32
-    assert len(documents(torch.arange(64)[None], flash=True).bounds_N) == 65
+    assert docs.bounds_N.tolist() == [0, 5, 12, 16, 26] + [32] * 4
     model = Transformer(TransformerSizes(VOCAB, 64, 2, 4, 64, 0.0)).to("meta").bfloat16()
     wanted = torch.zeros(1, 8, dtype=torch.int64, device="meta")
     docs = Documents(docs.positions_BT.to("meta"), None, docs.bounds_N.to("meta"))
@@ -256,6 +267,36 @@ def test_documents_one_by_one_equal_dense_attention():
     torch.manual_seed(0)
     model = Transformer(TransformerSizes(VOCAB, 32, 2, 4, 64, 0.1)).train()
     torch.testing.assert_close(training_pass(model, flash=True), training_pass(model), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("each, rows, room", [(1, 1, 4), (4, 1, 4), (5, 1, 8), (1, 6, 24), (4, 6, 24), (5, 6, 48), (64, 1, 64)])
+def test_bounds_have_one_of_few_lengths(each, rows, room):
+    doc_BT = (torch.arange(64) * each // 64).expand(rows, -1)
+    bounds_N = documents(doc_BT, flash=True).bounds_N
+    assert len(bounds_N) == room + 1 and bounds_N.dtype == torch.int32 and bounds_N.is_contiguous()
+    assert bounds_N.diff().count_nonzero() == each * rows and bounds_N[0] == 0 and bounds_N[-1] == 64 * rows
+
+
+@pytest.mark.parametrize("dtype, width, changed, why", [
+    (torch.float32, 64, {}, "train.dtype"), (torch.bfloat16, 60, {}, "multiple of 8"), (torch.bfloat16, 264, {}, "at most 256"),
+    (torch.bfloat16, 64, {"FLASH": "_no_such_operator"}, "_no_such_operator"),
+    (torch.bfloat16, 64, {"ARGUMENTS": ["query", "value", "key"]}, "query, value, key"),
+    (torch.bfloat16, 64, {"ARGUMENTS": ["query", "key", "value"]}, "query, key, value")])  # cum_seq_q has no default
+def test_dense_attention_where_flash_does_not_fit(dtype, width, changed, why, monkeypatch, caplog):
+    device = torch.device("meta")  # as on a GPU, but for the kernels
+    assert takes_flash(device, torch.bfloat16, 64) and takes_flash(torch.device("cpu"), torch.float32, 60)
+    for name, value in changed.items():
+        monkeypatch.setattr(attention, name, value)
+    attention._warn.cache_clear()
+    assert not takes_flash(device, dtype, width) and not takes_flash(device, dtype, width)
+    (said,) = caplog.messages
+    assert why in said
+
+
+def test_dense_attention_where_a_device_has_no_kernel(monkeypatch):
+    assert flash_refusal(torch.device("meta"), torch.bfloat16, 64) is None
+    # a build that has the operator and no kernel: torch's own for the CPU
+    assert "_flash_attention_forward" in attention._trial(torch.device("cpu"), torch.bfloat16, 64)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="flash attention needs a GPU")

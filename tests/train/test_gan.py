@@ -152,3 +152,33 @@ def test_with_known_norms_one_pass_gives_the_balanced_gradient_and_norms_are_mea
     assert update()["reconstruction"] != norms["reconstruction"]
     assert gradient(9, "adversarial")[1] == 3  # a new term
     assert update()["adversarial"] > 0 and gradient(10, "adversarial")[1] == 1
+
+
+def test_norms_that_a_checkpoint_brings_are_known_and_a_term_without_gradient_has_no_scale_yet():
+    weights, start_BT, passes = CodecLossWeights(reconstruction=1.0, waveform=1.0), noise(4, 50, index=1), []
+
+    def gradient(balance: LossBalancer, step: int, silent: float = 1.0) -> torch.Tensor:
+        fake_BT, made_BT = start_BT.clone().requires_grad_(), start_BT.clone().requires_grad_()
+        shared_BT = fake_BT * 1.0
+        shared_BT.register_hook(lambda g: passes.append(step))
+        terms = {"reconstruction": shared_BT.square().mean(), "waveform": silent * shared_BT.abs().mean()}
+        found_BT, = torch.autograd.grad(balance.target(made_BT, fake_BT, terms, weights, 1.0, step), made_BT)
+        balance.update(lambda x: x, 1)
+        return found_BT
+
+    first, resumed = LossBalancer(), LossBalancer()
+    gradient(first, 8)
+    gradient(resumed, 3, 5.0)  # a trial before the checkpoint is loaded
+    resumed.load_state_dict(first.state_dict())
+    passes.clear()
+    assert torch.equal(gradient(first, 9), gradient(resumed, 9)) and len(passes) == 2
+    resumed.load_state_dict(LossBalancer().state_dict())
+    gradient(resumed, 9)
+    assert len(passes) == 4  # none are known, so both are measured
+
+    late = LossBalancer()
+    gradient(late, 8, 0.0)
+    passes.clear()
+    assert gradient(late, 9).abs().max() < 1 and len(passes) == 1
+    gradient(late, 16)
+    assert late.norms()["waveform"] > 0

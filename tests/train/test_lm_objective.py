@@ -35,14 +35,14 @@ def corpus(tmp_path_factory):
     return token_corpus.make(tmp_path_factory.mktemp("corpus"), frames)
 
 
-def objective(corpus, stage="lm_coarse", rank=0, world=1, seed=0, replaced=0.0, **changed):
+def objective(corpus, stage="lm_coarse", rank=0, world=1, seed=0, replaced=0.0, device=CPU, **changed):
     train = TrainConfig(steps=STEPS, batch=8, lr=1e-2, warmup_steps=5, **{"engine": "torch", **changed})
     stage, _, kind = stage.partition(" ")
     shape = StageConfig(crop_s=0.8, dim=32, layers=2, heads=2, ff=64, dropout=0.0, train=train, kind=kind or "flat",
                         replaced=replaced, depth=DepthConfig(dim=16, layers=2, ff=32))
     layout = {**PAPER, "dedupe": False, "coarse_levels": 2, "conditioning": "aligned" if kind else "prefix"}
     config = {"stage": stage, "seed": seed, "lm": shape, "layout": layout, "rows": 6}
-    return lm.lm_objective(config, corpus.paths, Context(rank, world, CPU, seed))
+    return lm.lm_objective(config, corpus.paths, Context(rank, world, device, seed))
 
 
 STAGES = ["lm_semantic", "lm_coarse", "lm_coarse frame", "lm_fine"]
@@ -58,6 +58,12 @@ def test_it_learns(corpus, stage):
     assert first == pytest.approx(uniform, rel=0.1)
     assert np.mean(losses[-5:]) < 0.92 * losses[0]
     assert last["loss"] < 0.97 * first
+
+
+@pytest.mark.parametrize("dtype, layout", [("float32", "doc_BT"), ("bfloat16", "bounds_N")])
+def test_documents_are_laid_out_for_what_the_device_can_do(corpus, dtype, layout):
+    batch = objective(corpus, device=torch.device("meta"), dtype=dtype).load(0, range(2))
+    assert [name for name in ("doc_BT", "bounds_N") if name in batch] == [layout]
 
 
 def test_frames_that_are_read_are_replaced_by_others_of_the_row_and_labels_stay(corpus):

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from audiolm import rng
 from audiolm.config.semantic import AugmentConfig, MaskedModelConfig
@@ -255,3 +256,33 @@ def test_targets_come_from_clean_audio_and_the_input_is_augmented():
     assert torch.equal(seen[0], clean_BTF) and (seen[1] - clean_BTF).abs().mean() > 0.1
     again = objective(augment=AugmentConfig(pitch=1, noise=1, reverb=1)).load(0, [2, 3])
     assert again.draws == batch.draws[2:]  # a row's own draw, whoever loads it
+
+
+def test_full_rows_are_attended_to_without_a_mask(monkeypatch):
+    o, masks = objective(), []
+    attention = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention",
+                        lambda *qkv, attn_mask: masks.append(attn_mask) or attention(*qkv, attn_mask=attn_mask))
+    full, padded = o.load(0, [0, 3]), o.load(0, [0, 1])
+    assert full.full and not padded.full
+    loss, _ = o._loss(o.model, full)
+    assert masks == [None] * 2
+    o._loss(o.model, padded)
+    assert all(mask is not None for mask in masks[2:]) and len(masks) == 4
+    monkeypatch.setattr(type(full), "full", False)  # with a mask of nothing but true frames
+    assert torch.equal(o._loss(o.model, full)[0], loss)
+
+
+def test_the_compiled_step_is_the_step():
+    plain, compiled = objective(), objective()
+    compiled.model.encoder.compile_training("aot_eager")
+    for rows in ([0, 3], [0, 1]):
+        batch, losses = plain.load(0, rows), []
+        for o in (plain, compiled):
+            losses.append(o._loss(o.model, batch)[0])
+            losses[-1].backward()
+        assert torch.allclose(*losses, rtol=1e-5)
+    for (name, p), q in zip(plain.model.named_parameters(), compiled.model.parameters(), strict=True):
+        assert torch.allclose(p.grad, q.grad, rtol=1e-3, atol=1e-4), name
+    assert list(plain.model.state_dict()) == list(compiled.model.state_dict())
+    assert compiled.evaluate() == pytest.approx(plain.evaluate())  # lengths vary there: nothing is compiled

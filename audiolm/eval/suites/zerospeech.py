@@ -146,7 +146,7 @@ def measure_probes(sets: Mapping[str, str], steps: Mapping[str, str], where: Cli
     for name, probes in probe_sets.items():
         began = time.monotonic()
         files = [path for p in probes.pairs for path in (p.right, p.wrong)]
-        z, samples = encode_files(files, tokenizer, device, progress)
+        z, samples = encode_files(files, tokenizer, progress)
         ids = z if stage.lengths else [stage.targets(z_T) for z_T in z]  # as the stage reads them
         long = sum(len(z_T) > stage.crop_frames for z_T in z)
         note = f"{long} of {len(z)} recordings exceed the {stage.crop_s:g} s the stage was trained on" if long else ""
@@ -157,7 +157,7 @@ def measure_probes(sets: Mapping[str, str], steps: Mapping[str, str], where: Cli
     return rows
 
 
-def encode_files(files: Sequence[str], tokenizer, device: str = "cpu",
+def encode_files(files: Sequence[str], tokenizer,
                  progress: Progress = no_progress) -> tuple[list[np.ndarray], np.ndarray]:
     """(z_T of each file, samples_F at 16 kHz); batches of like lengths."""
     codes: list[np.ndarray] = [np.empty(0, np.int64)] * len(files)
@@ -168,7 +168,7 @@ def encode_files(files: Sequence[str], tokenizer, device: str = "cpu",
             samples[first:first + len(wavs)] = [len(w) for w in wavs]
             done = first
             for batch in plan_batches([len(w) for w in wavs], BATCH_S):
-                for i, codes_TQ in zip(batch, encode_batch([wavs[i] for i in batch], tokenizer, device), strict=True):
+                for i, codes_TQ in zip(batch, encode_batch([wavs[i] for i in batch], tokenizer), strict=True):
                     codes[first + i] = codes_TQ[:, 0].numpy()
                 done += len(batch)
                 progress(done, len(files), "recordings")

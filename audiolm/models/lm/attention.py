@@ -10,12 +10,20 @@ in B x T, padded with B x T.
 
 from __future__ import annotations
 
+import functools
+import logging
 from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
 
-DOCUMENTS = 16  # bounds a row to begin with, doubled until all fit: few lengths, so few compiled graphs
+# Bounds a row to begin with, doubled until all fit: few lengths, so few compiled graphs.  The kernels launch blocks for
+# empty documents too, as many as for long ones, and the backward pass clears memory for each.
+DOCUMENTS = 4
+FLASH_WIDTH = 256  # of a head, at most: FlashAttention's limit (2307.08691)
+FLASH = "_flash_attention_forward"  # the operator that torch.nn.attention.varlen calls
+ARGUMENTS = ["query", "key", "value", "cum_seq_q", "cum_seq_k", "max_q", "max_k", "dropout_p", "is_causal",
+             "return_debug_mask"]  # those that `_flash` gives by place; later ones have defaults
 
 
 class Documents(NamedTuple):
@@ -27,6 +35,50 @@ class Documents(NamedTuple):
 
 
 ALONE = Documents()
+
+
+def takes_flash(device: torch.device, dtype: torch.dtype, width: int) -> bool:
+    """True where batches may be laid out for flash: for heads of `width` channels that compute in `dtype` on `device`.
+
+    Asked once, before the first batch.  Where it is False dense attention works, and one log line a process says why.
+    """
+    why = flash_refusal(device, dtype, width)
+    if why:
+        _warn(why)
+    return not why
+
+
+@functools.cache
+def _warn(why: str) -> None:
+    logging.getLogger(__name__).warning("dense attention with a mask, which is slower: %s", why)
+
+
+def flash_refusal(device: torch.device, dtype: torch.dtype, width: int) -> str | None:
+    """Why `takes_flash` is False, or None."""
+    if device.type == "cpu":  # documents one by one, in any type
+        return None
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"flash attention takes bfloat16, not {dtype}: set train.dtype to bfloat16"
+    if width % 8 or width > FLASH_WIDTH:
+        return f"heads of dim / heads = {width} channels; flash attention takes a multiple of 8, at most {FLASH_WIDTH}"
+    operator = getattr(torch.ops.aten, FLASH, None)
+    arguments = operator.default._schema.arguments if operator else []
+    n = len(ARGUMENTS)
+    if [a.name for a in arguments[:n]] != ARGUMENTS or not all(a.has_default_value() for a in arguments[n:]):
+        return f"torch {torch.__version__} has no aten.{FLASH}({', '.join(ARGUMENTS)})"
+    return _trial(device, dtype, width)
+
+
+def _trial(device: torch.device, dtype: torch.dtype, width: int) -> str | None:
+    """The error of one forward and backward pass: a build or a GPU may have no kernel for them."""
+    q = torch.zeros(8, 1, width, device=device, dtype=dtype, requires_grad=True)
+    bounds_N = torch.tensor([0, 3, 8, 8], dtype=torch.int32, device=device)
+    try:
+        with torch.enable_grad():
+            _flash(q, q, q, bounds_N, 8).sum().backward()
+    except RuntimeError as e:
+        return f"{device} refuses flash attention: {str(e).partition(chr(10))[0]}"
+    return None
 
 
 def documents(doc_BT: torch.Tensor, flash: bool = False) -> Documents:
@@ -80,7 +132,14 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
         each = zip(*(x.transpose(0, 1)[None].split(lengths, 2) for x in (q, k, v)), strict=True)
         a = torch.cat([F.scaled_dot_product_attention(*qkv, is_causal=True) for qkv in each], 2)
         return a.transpose(1, 2).reshape(B, T, H * E)
-    # The operator below torch.nn.attention.varlen, because that function changed its arguments from release to release.
+    return _flash(q, k, v, bounds_N, T).view(B, T, H * E)
+
+
+def _flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds_N: torch.Tensor, longest: int) -> torch.Tensor:
+    """(B x T, H, E) of documents of at most `longest` tokens.
+
+    torch.nn.attention.varlen is not called: after torch 2.10 its argument is_causal became window_size, while the
+    operator's first ten arguments are the same from 2.5 to 2.13.
+    """
     # Queries and keys have the same bounds; 0.0: no dropout, True: causal, False: no debug mask.
-    a = torch.ops.aten._flash_attention_forward(q, k, v, bounds_N, bounds_N, T, T, 0.0, True, False)[0]
-    return a.view(B, T, H * E)
+    return getattr(torch.ops.aten, FLASH).default(q, k, v, bounds_N, bounds_N, longest, longest, 0.0, True, False)[0]

@@ -16,13 +16,14 @@ from torch.nn import functional as F
 from audiolm.models.lm.attention import attend
 from audiolm.models.lm.cache import Places
 from audiolm.models.positions import Rope, apply_rope
+from audiolm.models.stream import LayerNorm, RMSNorm
 
 ROWS = 8  # rows of a CPU matrix product while sampling; a product's rounding depends on its shape
 EPS = 1e-5
 
 
 def norm(s: TransformerSizes) -> nn.Module:
-    return nn.RMSNorm(s.dim, eps=EPS) if s.norm == "rms" else nn.LayerNorm(s.dim, eps=EPS, bias=False)
+    return RMSNorm(s.dim, eps=EPS) if s.norm == "rms" else LayerNorm(s.dim, eps=EPS, bias=False)
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Block(nn.Module):
     def __init__(self, s: TransformerSizes):
         super().__init__()
         self.heads, self.gated, self.silu, self.dropout = s.heads, s.gated, s.activation == "silu", s.dropout
-        self.compiled = None  # (project, feed), see Transformer.compile_sampling
+        self.compiled = None  # `step`, see Transformer.compile_sampling
         self.norm1 = norm(s)
         self.qkv = nn.Linear(s.dim, 3 * s.dim, bias=False)
         self.out = nn.Linear(s.dim, s.dim, bias=False)
@@ -77,10 +78,10 @@ class Block(nn.Module):
         a = F.silu(gate) if self.silu else F.gelu(gate, approximate="tanh")
         return self.down(a if x is None else a * x)
 
-    def project(self, h_BTD: torch.Tensor, rope: Rope | None, rows: int | None = None) -> tuple[torch.Tensor, ...]:
-        """q, k, v (B, T, H, E) of the first `rows`, the others being padding; rope (B or 1, T, 1, 1, E)."""
+    def project(self, h_BTD: torch.Tensor, rope: Rope | None) -> tuple[torch.Tensor, ...]:
+        """q, k, v (B, T, H, E); rope (B or 1, T, 1, 1, E)."""
         B, T, D = h_BTD.shape
-        qkv = self.qkv(self.norm1(h_BTD)).view(B, T, 3, self.heads, D // self.heads)[:rows]
+        qkv = self.qkv(self.norm1(h_BTD)).view(B, T, 3, self.heads, D // self.heads)
         qk = apply_rope(qkv[:, :, :2], *rope) if rope else qkv[:, :, :2]
         return qk[:, :, 0], qk[:, :, 1], qkv[:, :, 2]
 
@@ -90,30 +91,40 @@ class Block(nn.Module):
         h = h_BTD + F.dropout(a, self.dropout, self.training)
         return h + F.dropout(self.feed(h), self.dropout, self.training)
 
-    def step(self, h_RtD: torch.Tensor, k_BHLE: torch.Tensor, v_BHLE: torch.Tensor, at: Places) -> torch.Tensor:
+    def step(self, h_RtD: torch.Tensor, kv_2BHLE: torch.Tensor, at: Places) -> torch.Tensor:
         """One layer over t new tokens of B rows (R >= B rows of h, the rest is padding); writes their keys and values."""
         R, t, D = h_RtD.shape
-        B, _, _, E = k_BHLE.shape
-        project, feed = self.compiled if self.compiled and t == 1 else (self.project, self.feed)
-        q, k, v = (x.transpose(1, 2) for x in project(h_RtD, at.rope, B))
-        # Every (row, head, new token) has its own cache row: one copy writes a whole batch of uneven rows.
-        k_BHLE.view(-1, E).index_copy_(0, at.rows, k.reshape(-1, E))
-        v_BHLE.view(-1, E).index_copy_(0, at.rows, v.reshape(-1, E))
-        if at.seen is None:  # a prompt in an empty cache: its tokens attend to each other alone
+        B, H, _, E = kv_2BHLE.shape[1:]
+        qkv = self.qkv(self.norm1(h_RtD)).view(R, t, 3, H, E)[:B]
+        if at.rope:
+            rotate_(qkv[:, :, :2], *at.rope)
+        kv_2BHLE[:, at.row_B1, :, at.at_Bt] = qkv[:, :, 1:]  # one copy for rows of any lengths
+        q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
+        if at.hidden is None:  # a prompt in an empty cache: its tokens attend to each other alone
             a = F.scaled_dot_product_attention(q, k, v, attn_mask=at.bias, is_causal=at.bias is None)
         else:
-            k, v = k_BHLE[:, :, :at.keys], v_BHLE[:, :, :at.keys]
+            k, v = kv_2BHLE[..., :at.keys, :]
             # A single token is written out: the fused kernels split sums by threads and batch on a CPU, which moves
             # bits, and are slow with a mask on a GPU.
             if t == 1:
-                scores = torch.matmul(q * E ** -0.5, k.transpose(2, 3)).float()
-                scores = scores.masked_fill_(~at.seen, -torch.inf) if at.bias is None else scores + at.bias
+                scores = torch.matmul(q * E ** -0.5, k.transpose(2, 3))
+                # softmax sums in float32, whatever it is given
+                scores = scores.masked_fill_(at.hidden, -torch.inf) if at.bias is None else scores + at.bias
                 a = scores.softmax(-1).to(v.dtype) @ v
             else:
-                a = F.scaled_dot_product_attention(q, k, v, attn_mask=at.seen if at.bias is None else at.bias)
+                a = F.scaled_dot_product_attention(q, k, v, attn_mask=~at.hidden if at.bias is None else at.bias)
         a = a.transpose(1, 2).reshape(B, t, D)
-        h = h_RtD + self.out(F.pad(a, (0, 0, 0, 0, 0, R - B)) if R > B else a)
-        return h + feed(h)
+        if at.room is not None:
+            at.room[:B] = a
+            a = at.room
+        h = h_RtD + self.out(a)
+        return h + self.feed(h)
+
+
+def rotate_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    """`apply_rope` in place, with the same bits."""
+    other = x.roll(x.shape[-1] // 2, -1)
+    x.mul_(cos).addcmul_(other, sin)
 
 
 def pad_rows(x: torch.Tensor, rows: int) -> torch.Tensor:

@@ -19,10 +19,10 @@ GPU_KEYS = 256  # a CUDA graph for each number of keys: reading 128 too many cos
 class KVCache:
     """Keys and values of every layer; row b holds `lengths_B[b]` tokens from position 0"""
 
-    k: list[torch.Tensor]  # per layer (batch, heads, length, width of a head)
-    v: list[torch.Tensor]
+    kv: list[torch.Tensor]  # per layer (2, batch, heads, length, width of a head): keys, values
     lengths_B: torch.Tensor
-    rope: Rope | None  # (length, width) each: rotary cosines and sines, where there are any
+    number_N: torch.Tensor  # 0, 1, ...: positions, and rows
+    rope: torch.Tensor | None  # (length, 2, width): rotary cosines and sines, where there are any
     longest: int = 0  # the longest row, known without asking the device
 
     def clear(self) -> None:
@@ -32,8 +32,7 @@ class KVCache:
 
     def rows(self, first: int, last: int) -> KVCache:
         """A view of some empty rows that shares their memory; set `longest` of the whole afterwards."""
-        part = slice(first, last)
-        return KVCache([t[part] for t in self.k], [t[part] for t in self.v], self.lengths_B[part], self.rope)
+        return KVCache([t[:, first:last] for t in self.kv], self.lengths_B[first:last], self.number_N, self.rope)
 
     def truncate(self, lengths_B: torch.Tensor, longest: int) -> None:
         """Sets the true lengths of the first rows after a right-padded prompt; keys beyond are masked and overwritten."""
@@ -43,41 +42,43 @@ class KVCache:
     def spread(self, of: list[int], first: int = 0) -> None:
         """Copies row of[b] to row b, counted from `first`: samples of a prompt share its keys and values."""
         n, own = self.longest, self.rows(first, first + len(of))
-        for t in (*own.k, *own.v):
-            t[:, :, :n] = t[of, :, :n]
+        for t in own.kv:
+            t[..., :n, :] = t[:, of, :, :n]
         own.lengths_B[:] = own.lengths_B[of]
 
     def keys(self, t: int) -> int:
         """Number of keys that t new tokens are compared with, in whole runs."""
         run = KEYS if self.lengths_B.device.type == "cpu" else GPU_KEYS
-        return min(self.k[0].shape[2], -(-(self.longest + t) // run) * run)
+        return min(self.kv[0].shape[3], -(-(self.longest + t) // run) * run)
 
 
 @dataclass
 class Places:
-    """Cache rows of a step's new tokens, and the keys they attend to; the same for every layer."""
+    """Where a step's new tokens stand in the cache, and the keys they attend to; the same for every layer."""
 
-    rows: torch.Tensor  # of the cache seen as (batch x heads x length, width), for each (row, head, new token)
+    row_B1: torch.Tensor
+    at_Bt: torch.Tensor  # position of each new token in its row
     rope: Rope | None  # (B, t, 1, 1, width)
     keys: int
-    seen: torch.Tensor | None  # (B, 1, t, keys) True where a new token attends to a key; None: causal among themselves
+    hidden: torch.Tensor | None  # (B, 1, t, keys) True where a key comes after a new token; None: causal among themselves
     bias: torch.Tensor | None  # (B or 1, H, t, keys), added to the scores; -inf where a key is masked
+    room: torch.Tensor | None = None  # (R, t, D) zeros where a step has more rows than the cache: models.lm.block.ROWS
 
 
 def places(cache: KVCache, t: int, distance_bias=None) -> Places:
     """Places of t new tokens of every row. Raises ValueError where the cache is full."""
-    B, H, length, _ = cache.k[0].shape
+    B, length, number = cache.kv[0].shape[1], cache.kv[0].shape[3], cache.number_N
     if cache.longest + t > length:
         raise ValueError(f"cache of {length} tokens is full: {cache.longest} held, {t} more; ask for a longer one")
-    device = cache.lengths_B.device
-    at_Bt = cache.lengths_B[:, None] + torch.arange(t, device=device)
-    rows = length * torch.arange(B * H, device=device).view(B, H, 1) + at_Bt[:, None]
+    row_B1, at_Bt = number[:B, None], cache.lengths_B[:, None]
+    at_Bt = at_Bt + number[:t] if t > 1 else at_Bt
     keys = cache.keys(t)
-    rope = cache.rope and tuple(x[at_Bt][:, :, None, None] for x in cache.rope)
+    rope = None if cache.rope is None else cache.rope[at_Bt][:, :, :, None, None].unbind(2)
     if cache.longest == 0 and t > 1:  # a prompt: its tokens attend to each other only
-        return Places(rows.view(-1), rope, keys, None, distance_bias and distance_bias(t)[None])
-    distance = at_Bt[..., None] - torch.arange(keys, device=device)
-    seen, bias = (distance >= 0)[:, None], None
+        return Places(row_B1, at_Bt, rope, keys, None, distance_bias and distance_bias(t)[None])
+    hidden, bias = (at_Bt[..., None] < number[:keys])[:, None], None
     if distance_bias:
-        bias = distance_bias.at(distance).permute(0, 3, 1, 2).masked_fill(~seen, -torch.inf)
-    return Places(rows.view(-1), rope, keys, seen, bias)
+        distance = at_Bt[..., None] - number[:keys]
+        bias = distance_bias.at(distance).permute(0, 3, 1, 2).masked_fill(hidden, -torch.inf)
+        bias = bias.float() if t == 1 else bias  # scores of a single token are added up in float32
+    return Places(row_B1, at_Bt, rope, keys, hidden, bias)

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from audiolm.models.lm.block import EPS
 from audiolm.models.lm.heads import LevelHeads
 from audiolm.models.lm.tied import TiedCodes, embedding_table, fold_tables, head_tables
+from audiolm.models.stream import LayerNorm, to_stream
 
 STD = 0.1  # of free tables that are read, at the start: beside `read`, whose outputs are as large as 1
 
@@ -39,7 +40,7 @@ class Layer(nn.Module):
 
     def __init__(self, s: DepthSizes):
         super().__init__()
-        self.norm, self.dropout = nn.LayerNorm(s.dim, eps=EPS, bias=False), s.dropout
+        self.norm, self.dropout = LayerNorm(s.dim, eps=EPS, bias=False), s.dropout
         self.up, self.down = nn.Linear(s.dim, s.ff, bias=False), nn.Linear(s.ff, s.dim, bias=False)
 
     def forward(self, u: torch.Tensor) -> torch.Tensor:
@@ -53,11 +54,12 @@ class DepthNetwork(nn.Module):
     def __init__(self, sizes: DepthSizes):
         super().__init__()
         s = self.sizes = sizes
+        self.compiled = None  # `_scores`, see compile_sampling
         self.read = nn.Linear(s.read, s.dim, bias=False)
         self.slot_Sd = nn.Parameter(torch.empty(s.slots, s.dim))
         self.embed = nn.Embedding(s.slots * s.vocab, s.dim)
         self.layers = nn.ModuleList(Layer(s) for _ in range(s.layers))
-        self.norm = nn.LayerNorm(s.dim, eps=EPS, bias=False)
+        self.norm = LayerNorm(s.dim, eps=EPS, bias=False)
         self.head = LevelHeads(s.dim, [s.vocab] * s.slots)
         self.tied = TiedCodes(s.slots, s.vocab, s.code_width, s.slots, s.dim) if s.code_width else None
         for p in (self.read.weight, *self.layers.parameters()):
@@ -83,15 +85,24 @@ class DepthNetwork(nn.Module):
         return self.head(u_Nsd.flatten(0, 1), at_SN, label_SN, tables=head_tables(self.head, self.tied))
 
     def _feed(self, u: torch.Tensor) -> torch.Tensor:
-        u = F.dropout(u, self.sizes.dropout, self.training)
+        u = F.dropout(to_stream(u), self.sizes.dropout, self.training)
         for layer in self.layers:
             u = layer(u)
         return self.norm(u)
 
     def scores(self, read_Bd: torch.Tensor, before_Bd: torch.Tensor, slot: int) -> torch.Tensor:
         """scores_BV float32 of a slot's codes; `before_Bd`: the sum of the embeddings of the codes before."""
-        u_Bd = self._feed(read_Bd + before_Bd + self.slot_Sd[slot])
-        return self.head.scores(u_Bd, [slot] * len(u_Bd))
+        scores = self.compiled or self._scores
+        return scores(read_Bd, before_Bd, self.slot_Sd[slot], *self.head.by_slot()[slot])
+
+    def _scores(self, read_Bd: torch.Tensor, before_Bd: torch.Tensor, slot_d: torch.Tensor, weight_Vd: torch.Tensor,
+                bias_V: torch.Tensor | None) -> torch.Tensor:
+        scores_BV = F.linear(self._feed(read_Bd + before_Bd + slot_d), weight_Vd).float()
+        return scores_BV if bias_V is None else scores_BV + bias_V.float()
+
+    def compile_sampling(self, backend: str) -> None:
+        """Compiles the scores of a code, once for all slots."""
+        self.compiled = torch.compile(self._scores, backend=backend, dynamic=False)
 
     def embedded(self, code_B: torch.Tensor, slot: int) -> torch.Tensor:
         """(B, d): what codes of a slot add to `before_Bd`, of folded tables."""

@@ -53,8 +53,9 @@ class FrameTransformer(nn.Module):
         self._compiled = torch.compile(self._nats, backend=backend, dynamic=False)
 
     def compile_sampling(self, backend: str = "inductor") -> None:
-        """As models.lm.transformer, of the backbone."""
+        """As models.lm.transformer, of both networks."""
         self.backbone.compile_sampling(backend)
+        self.depth.compile_sampling(backend)
 
     def flops_per_token(self, length: int) -> float:
         """Training FLOPs a position on rows of `length` positions; as if each predicted a frame."""

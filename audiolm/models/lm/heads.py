@@ -8,6 +8,7 @@ NO_TARGET where a place is empty; W is the widest slot.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -17,7 +18,11 @@ from torch.utils.checkpoint import checkpoint
 
 NO_TARGET = -100
 Table = tuple[torch.Tensor, torch.Tensor | None]  # of a slot: weight (ids, D), bias (ids)
-PIECE = 8192  # targets scored at once: 32 MB at 1,024 ids in float32
+PIECE = 8192  # targets scored at once, at most: 32 MB at 1,024 ids in float32
+TILE = 128  # rows that a GPU's matrix product computes at once
+# Rows of a training product's weights are a multiple of it, by device: tensor cores read whole groups of ids, and 1,024
+# codes with EOS are 1,025.
+ALIGN = {"cuda": 64}
 
 
 class LevelHeads(nn.Module):
@@ -38,7 +43,11 @@ class LevelHeads(nn.Module):
 
     def forward(self, h_ND: torch.Tensor, index_SN: torch.Tensor, label_SN: torch.Tensor, piece: int = PIECE,
                 tables: Sequence[Table] | None = None) -> torch.Tensor:
-        """nats_SN float32 of the targets, 0 for empty places. `tables`: in place of the module's own."""
+        """nats_SN float32 of the targets, 0 for empty places; `piece`: targets scored at once, at most.
+
+        `tables`: in place of the module's own.
+        """
+        piece = even_piece(index_SN.shape[1], piece)
         return torch.stack([torch.cat([self._nats(h_ND, *table, *part) for part in
                                        zip(index_N.split(piece), label_N.split(piece), strict=True)])
                             for table, index_N, label_N in zip(tables or self.by_slot(), index_SN, label_SN, strict=True)])
@@ -54,30 +63,37 @@ class LevelHeads(nn.Module):
         # nothing is random here, so no random state needs to be kept for the second pass
         return checkpoint(_nats, *args, use_reentrant=False, preserve_rng_state=False)
 
-    def scores(self, h_BD: torch.Tensor, slots: Sequence[int] | torch.Tensor) -> torch.Tensor:
-        """scores_BW float32 of row b in slot slots[b], -inf beyond the slot's ids.
+    def scores(self, h_BD: torch.Tensor, slots: Sequence[int] | None) -> torch.Tensor:
+        """scores_BW float32 of row b in slot slots[b], -inf beyond the slot's ids; None: scores_BV of all slots' ids.
 
-        One product a slot, over all rows: its shape, and so its rounding, does not depend on the other rows' slots.
-        Slots that only the device knows (a tensor, as in a CUDA graph) cost the products of all slots.
+        One product a slot, over all rows: its shape, and so its rounding, does not depend on the other rows' slots.  One
+        product of all ids serves where only the device knows the slots, as in a CUDA graph.
         """
-        known = not isinstance(slots, torch.Tensor)
+        if slots is None:
+            return _scores(h_BD, self.weight, self.bias)
         own, widest = self.by_slot(), max(self.sizes)
-        by_slot = {s: F.pad(_scores(h_BD, *own[s]), (0, widest - self.sizes[s]), value=-torch.inf)
-                   for s in (sorted(set(slots)) if known else range(len(self.sizes)))}
+        by_slot = {s: F.pad(_scores(h_BD, *own[s]), (0, widest - self.sizes[s]), value=-torch.inf) for s in sorted(set(slots))}
         if len(by_slot) == 1:  # all rows in one slot, the usual case of a batch in step
             return next(iter(by_slot.values()))[:len(slots)]
-        if known:
-            return torch.stack([by_slot[s][b] for b, s in enumerate(slots)])
-        # a gather on the device, which needs no answer from it
-        rows_B = torch.arange(len(slots), device=slots.device)
-        return torch.stack(list(by_slot.values()))[slots, rows_B]
+        return torch.stack([by_slot[s][b] for b, s in enumerate(slots)])
 
 
-def _scores(h_ND: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    scores = F.linear(h_ND, weight).float()
+def even_piece(n: int, most: int) -> int:
+    """Size of the pieces that n targets are scored in: whole tiles, as few and as even as `most` allows."""
+    even = math.ceil(n / max(1, math.ceil(n / most)))
+    return max(1, min(most, TILE * math.ceil(even / TILE)))
+
+
+def _scores(h_ND: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, align: int = 1) -> torch.Tensor:
+    ids = len(weight)
+    if ids % align:  # zero rows, whose scores are dropped
+        scores = F.linear(h_ND, F.pad(weight, (0, 0, 0, -ids % align)))[:, :ids].float()
+    else:
+        scores = F.linear(h_ND, weight).float()
     return scores if bias is None else scores + bias.float()  # in float32: a bfloat16 bias of 16 is off by 0.06
 
 
 def _nats(h_ND: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, index_N: torch.Tensor,
           label_N: torch.Tensor) -> torch.Tensor:
-    return F.cross_entropy(_scores(h_ND[index_N], weight, bias), label_N, ignore_index=NO_TARGET, reduction="none")
+    scores = _scores(h_ND[index_N], weight, bias, ALIGN.get(h_ND.device.type, 1))
+    return F.cross_entropy(scores, label_N, ignore_index=NO_TARGET, reduction="none")

@@ -20,6 +20,7 @@ from audiolm.models.conformer import Block, EncoderSizes
 from audiolm.models.lm.heads import LevelHeads
 from audiolm.models.lm.tied import READ_STD, TiedCodes, embedding_table, fold_tables, head_tables
 from audiolm.models.positions import rope_table
+from audiolm.models.stream import LayerNorm, to_stream
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class ParallelDecoder(nn.Module):
         super().__init__()
         s = self.sizes = sizes
         self.embed = nn.Embedding(s.k + s.levels * s.vocab + 1 + s.levels, s.dim)
-        self.norm, self.drop = nn.LayerNorm(s.dim), nn.Dropout(s.dropout)
+        self.norm, self.drop = LayerNorm(s.dim), nn.Dropout(s.dropout)
         block = EncoderSizes(s.dim, s.layers, s.heads, s.ff, s.conv_kernel, s.dropout)
         self.blocks = nn.ModuleList(Block(block) for _ in range(s.layers))
         self.head = LevelHeads(s.dim, [s.vocab] * s.levels)
@@ -73,7 +74,7 @@ class ParallelDecoder(nn.Module):
         """h_BTD, the input of the heads; meaningless for padding."""
         table_VD = embedding_table(self.embed, self.tied, self.sizes.k)
         x_BTD = F.embedding_bag(ids_BTC.flatten(0, 1), table_VD, mode="sum").unflatten(0, doc_BT.shape)
-        x_BTD = self.drop(self.norm(x_BTD))
+        x_BTD = self.drop(self.norm(to_stream(x_BTD)))
         mask_B1TT = (doc_BT[:, :, None] == doc_BT[:, None])[:, None]
         rope = rope_table(torch.arange(doc_BT.shape[1], device=doc_BT.device), self.sizes.dim // self.sizes.heads)
         for block in self.blocks:

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from audiolm.models.lm.heads import NO_TARGET
+from audiolm.models.stream import to_stream
 
 
 class RunLengths(nn.Module):
@@ -25,7 +26,7 @@ class RunLengths(nn.Module):
 
     def scores(self, h: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """Scores of the lengths 1, 2, ... of `ids`, which were drawn after h."""
-        return self.head(F.gelu(self.mix(h) + self.given(ids), approximate="tanh")).float()
+        return self.head(F.gelu(self.mix(h) + to_stream(self.given(ids)), approximate="tanh")).float()
 
     def nats(self, h_ND: torch.Tensor, ids_N: torch.Tensor, label_N: torch.Tensor) -> torch.Tensor:
         """nats_N float32 of lengths label_N + 1, 0 for NO_TARGET."""

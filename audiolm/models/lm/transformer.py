@@ -23,6 +23,9 @@ from audiolm.models.lm.heads import LevelHeads, Table
 from audiolm.models.lm.run_lengths import RunLengths
 from audiolm.models.lm.tied import READ_STD, TiedCodes, embedding_table, fold_tables, head_tables
 from audiolm.models.positions import RelativePositionBias, Rope, rope_table
+from audiolm.models.stream import to_stream
+
+RECOMPILES = 256  # of a layer's step: stages x rows x runs of keys; torch goes on uncompiled beyond its limit
 
 
 class Transformer(nn.Module):
@@ -85,9 +88,10 @@ class Transformer(nn.Module):
         self._compiled = torch.compile(self._nats, backend=backend, dynamic=False)
 
     def compile_sampling(self, backend: str = "inductor") -> None:
-        """Compiles what `advance` does with single tokens around the attention, for numbers of rows that stay the same."""
-        for block in self.blocks:
-            block.compiled = tuple(torch.compile(f, backend=backend, dynamic=False) for f in (block.project, block.feed))
+        """Compiles a layer's step over single tokens, once for each number of rows and of keys, and each length of cache."""
+        torch._dynamo.config.recompile_limit = RECOMPILES
+        for block in self.blocks:  # of one class and shape: they share what is compiled
+            block.compiled = torch.compile(block.step, backend=backend, dynamic=False)
 
     def flops_per_token(self, length: int) -> float:
         """Training FLOPs a token on rows of `length` tokens: 6 N + 6 layers x dim x length, for causal attention.
@@ -146,7 +150,8 @@ class Transformer(nn.Module):
             mask = (bias if mask is None else bias.masked_fill(~mask, -torch.inf)).to(_dtype(self.embed.weight))
             # rows begin at multiples of 8, else a GPU's kernel copies the mask in each layer
             mask = F.pad(mask, (0, -T % 8))[..., :T]
-        h_BTD = F.dropout(self._embed(ids_BT, cond_BTC, length_BT, added_BTD), self.dropout, self.training)
+        h_BTD = to_stream(self._embed(ids_BT, cond_BTC, length_BT, added_BTD))
+        h_BTD = F.dropout(h_BTD, self.dropout, self.training)
         for block in self.blocks:
             if self.checkpointing and torch.is_grad_enabled():  # keeps a block's input alone, runs it again backwards
                 h_BTD = checkpoint(block, h_BTD, rope, mask, docs.bounds_N, use_reentrant=False)
@@ -165,9 +170,10 @@ class Transformer(nn.Module):
         device, dtype = device or self.embed.weight.device, dtype or self.embed.weight.dtype
         # whole runs of KEYS, which `KVCache.keys` reads
         shape = (batch, self.heads, -(-length // KEYS) * KEYS, self.dim // self.heads)
-        k, v = ([torch.zeros(shape, device=device, dtype=dtype) for _ in self.blocks] for _ in range(2))
-        rope = None if self.bias else self._rope_table(torch.arange(shape[2], device=device))
-        return KVCache(k, v, torch.zeros(batch, dtype=torch.int64, device=device), rope)
+        kv = [torch.zeros(2, *shape, device=device, dtype=dtype) for _ in self.blocks]
+        number_N = torch.arange(max(batch, shape[2]), device=device)
+        rope = None if self.bias else torch.stack(self._rope_table(number_N[:shape[2]]), 1)
+        return KVCache(kv, torch.zeros(batch, dtype=torch.int64, device=device), number_N, rope)
 
     def advance(self, ids_Bt: torch.Tensor, cache: KVCache, cond_BtC: torch.Tensor | None = None,
                 length_Bt: torch.Tensor | None = None, added_BtD: torch.Tensor | None = None) -> torch.Tensor:
@@ -180,15 +186,17 @@ class Transformer(nn.Module):
         h = self._embed(ids_Bt, cond_BtC, length_Bt, added_BtD)
         if t == 1:
             h = pad_rows(h, self.rows)
-        for block, k, v in zip(self.blocks, cache.k, cache.v, strict=True):
-            h = block.step(h, k, v, at)
+            at.room = torch.zeros_like(h) if len(h) > len(ids_Bt) else None
+        for block, kv in zip(self.blocks, cache.kv, strict=True):
+            step = block.compiled if block.compiled and t == 1 else block.step
+            h = step(h, kv, at)
         cache.lengths_B += t
         cache.longest += t
         return self.norm(h)[:len(ids_Bt)]
 
-    def scores(self, h_BD: torch.Tensor, slots: Sequence[int] | torch.Tensor) -> torch.Tensor:
-        """scores_BW float32 of one token a row, in slot slots[b] (models.lm.heads); on a CPU as `advance`."""
-        return self.head.scores(pad_rows(h_BD, self.rows), slots)
+    def scores(self, h_BD: torch.Tensor, slots: Sequence[int] | None) -> torch.Tensor:
+        """Scores float32 of one token a row, as models.lm.heads has them; on a CPU as `advance`."""
+        return self.head.scores(pad_rows(h_BD, self.rows), slots)[:len(h_BD)]
 
 
 def _dtype(weight: torch.Tensor) -> torch.dtype:

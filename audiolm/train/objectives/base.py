@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from audiolm.models.transfer import pin
 from audiolm.tokenizers.base import SAMPLE_RATE, SEMANTIC_HOP
 
 
@@ -97,4 +98,4 @@ def autocast(device: torch.device, dtype: str) -> torch.autocast:
 
 def pinned(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
     """The batch in page-locked memory on its way to a GPU: such a copy does not wait for the GPU's queue."""
-    return {name: x.pin_memory() for name, x in batch.items()} if device.type == "cuda" else batch
+    return {name: pin(x, device) for name, x in batch.items()}

@@ -87,8 +87,8 @@ class CodecObjective:
             return wav_BT, out["wav_BT"].float(), {name: out[name] for name in ("commitment", "codebook")}
 
         metrics = self.gan.train_step(engines, batches, step, forward)
-        samples = sum(b["lengths_B"].sum() for b in batches).to(self.ctx.device, torch.float32, non_blocking=True)
-        metrics["units"] = all_sum(samples) / SAMPLE_RATE
+        samples = sum(int(b["lengths_B"].sum()) for b in batches)  # lengths are on the CPU
+        metrics["units"] = all_sum(torch.full((), float(samples), device=self.ctx.device)) / SAMPLE_RATE
         if quantize and not self._frozen:
             # Codebooks move before the average takes in the weights, as factorised codes are weights too.
             quantizer = self.generator.net.quantizer

@@ -21,12 +21,12 @@ from audiolm.lm.loss import batch_sums, inputs_of, n_sums, prepare
 from audiolm.lm.model import build_lm, export_lm
 from audiolm.lm.stages import Stage
 from audiolm.lm.warm_start import start_from
+from audiolm.models.lm.attention import takes_flash
 from audiolm.train.engine import all_sum
 from audiolm.train.objectives.base import Context, Engine, autocast, pinned
 from audiolm.train.objectives.shared import codes_of, data_of, stage_of, update, validation_figures
 from audiolm.train.objectives.start import start_stage
 
-FLASH_WIDTH = 256  # of a head, at most: FlashAttention's limit (2307.08691)
 EVAL_BATCH = 8  # validation rows a forward pass
 
 
@@ -58,10 +58,9 @@ class LMObjective:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(rng.derive(ctx.seed, f"init lm_{stage.name}"))
             self.modules: dict[str, nn.Module] = {"lm": build_lm(stage, shape, codes_QVE)}
-        # FlashAttention takes packed rows without padding, in bfloat16 on a GPU, and no bias of distances.
-        width = shape.dim // shape.heads
-        fits = shape.train.dtype == "bfloat16" and width % 8 == 0 and width <= FLASH_WIDTH
-        self.flash = shape.positions == "rotary" and (fits or ctx.device.type == "cpu")
+        # Flash attention has no bias of distances.
+        self.flash = shape.positions == "rotary" and takes_flash(
+            ctx.device, getattr(torch, shape.train.dtype), shape.dim // shape.heads)
         # Counted for a row that is one document: of several, attention costs less, so MFU is a little too high for short clips.
         self.flops_per_unit = self.modules["lm"].flops_per_token(stage.max_len)
         if ctx.compile:

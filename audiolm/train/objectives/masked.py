@@ -22,8 +22,9 @@ from audiolm.models import kmeans
 from audiolm.models.conformer import SUBSAMPLE, Encoder, MaskedModel, valid_frames
 from audiolm.models.entropy import entropy, perplexity
 from audiolm.models.mel import mfcc
+from audiolm.models.transfer import send
 from audiolm.tokenizers.extractor import ConformerExtractor
-from audiolm.tokenizers.semantic import load_extractor, load_semantic
+from audiolm.tokenizers.semantic import SemanticTokenizer, load_extractor, load_semantic
 from audiolm.train.engine import all_sum
 from audiolm.train.objectives.alarms import COLLAPSED, is_constant, with_alarms
 from audiolm.train.objectives.base import Context, Engine
@@ -32,7 +33,6 @@ from audiolm.train.objectives.masked_inputs import (
     MaskedInputs,
     encoder_sizes,
     export_encoder,
-    frames_of,
     masked_inputs,
     measure_inputs,
 )
@@ -74,6 +74,8 @@ class MaskedObjective:
     def __init__(self, model: MaskedModel, inputs: MaskedInputs, ctx: Context, targets: Targets | None = None):
         """`targets` None: the model's own codebook over MFCCs."""
         self.modules = {"model": model.to(ctx.device)}
+        if ctx.compile:
+            model.encoder.compile_training()
         self.inputs, self.ctx, self.targets = inputs, ctx, targets or self._mfcc_targets
         self._before: float | None = None  # loss of the last validation; lost on a resume, which delays an alarm by one
 
@@ -82,7 +84,7 @@ class MaskedObjective:
         return self.modules["model"]
 
     def load(self, step: int, rows: Sequence[int]) -> MaskedBatch:
-        return self.inputs.batch(step, rows)
+        return self.inputs.batch(step, rows).pinned(self.ctx.device)
 
     def _mfcc_targets(self, batch: MaskedBatch, mel_BTF: torch.Tensor, frames_B: torch.Tensor) -> torch.Tensor:
         x_BTC = target_features(mel_BTF, frames_B)
@@ -92,8 +94,8 @@ class MaskedObjective:
         """One update; all ranks take part."""
         device, engine = self.ctx.device, engines["model"]
         # The loss is a mean over the global batch's masked frames, so their number is needed before the first backward.
-        counts = [(int(b.mask_BT.sum()), sum(frames_of(b.lengths_B.tolist()))) for b in batches]
-        masked, frames = all_sum(torch.tensor(counts, dtype=torch.float32, device=device).sum(0))
+        counts = [(int(b.mask_BT.sum()), int(b.frames_B.sum())) for b in batches]
+        masked, frames = all_sum(send(torch.tensor(counts, dtype=torch.float32).sum(0), device))
         totals = 0
         for batch in batches:
             loss, sums = self._loss(engine, batch, self.inputs.sizes.unmasked * masked / (frames - masked).clamp_min(1))
@@ -111,22 +113,25 @@ class MaskedObjective:
         """
         device = self.ctx.device
         clean_BTF, input_BTF, frames_B = self.inputs.mels(batch, device)
-        mask_BT = batch.mask_BT.to(device)
+        mask_BT, masked_N = send(batch.mask_BT, device), send(_places(batch.mask_BT), device)
         # Targets come from clean audio: a target should not depend on the noise.
         with torch.no_grad():
             targets_BT = self.targets(batch, clean_BTF, frames_B)
-        logits_BTK, targets_N = model(input_BTF, frames_B, mask_BT), targets_BT[mask_BT]
-        logits_NK = logits_BTK[mask_BT].float()
+        logits_MK = model(input_BTF, None if batch.full else frames_B, mask_BT).flatten(0, 1)
+        logits_NK, targets_N = logits_MK[masked_N].float(), targets_BT.flatten()[masked_N]
         masked_loss = loss = F.cross_entropy(logits_NK, targets_N, reduction="sum")
         if self.inputs.sizes.unmasked:
-            visible_BT = valid_frames(frames_B, mask_BT.shape[1]) & ~mask_BT
-            loss = loss + unmasked * F.cross_entropy(logits_BTK[visible_BT].float(), targets_BT[visible_BT], reduction="sum")
+            visible_N = send(_places(valid_frames(batch.frames_B, batch.mask_BT.shape[1]) & ~batch.mask_BT), device)
+            loss = loss + unmasked * F.cross_entropy(logits_MK[visible_N].float(), targets_BT.flatten()[visible_N],
+                                                     reduction="sum")
         with torch.no_grad():
             right = (logits_NK.argmax(-1) == targets_N).sum()
             head = torch.stack([masked_loss.detach(), right.float(), mask_BT.sum().float(),
-                                torch.tensor(batch.audio_s, device=device)]).double()
-            sums = torch.cat([head, logits_NK.softmax(-1).sum(0).double(),
-                              torch.bincount(targets_N, minlength=logits_NK.shape[-1]).double()])
+                                torch.full((), batch.audio_s, device=device)]).double()
+            predicted_K = logits_NK.softmax(-1).sum(0).double()
+            # not bincount, which asks a GPU for the largest number
+            counts_K = torch.zeros_like(predicted_K).index_add_(0, targets_N, torch.ones_like(targets_N, dtype=torch.float64))
+            sums = torch.cat([head, predicted_K, counts_K])
         return loss, sums
 
     def _report(self, totals: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -159,6 +164,11 @@ class MaskedObjective:
         return export_encoder(self.model.encoder, "hubert", {"targets_k": self.model.head.out_features})
 
 
+def _places(mask_BT: torch.Tensor) -> torch.Tensor:
+    """The numbers of a mask's places, row after row; on the CPU, as a GPU would be waited for to count them."""
+    return mask_BT.flatten().nonzero()[:, 0]
+
+
 def fit_targets(model: MaskedModel, points: list[torch.Tensor], seed: int) -> float:
     """Sets the codebook of MFCC targets from x_TC of some crops; returns the targets' entropy.
 
@@ -179,16 +189,19 @@ def teacher(path: str, device: torch.device, dtype: str, pieces: Iterable[Masked
     """
     tokenizer = load_semantic(path, str(device), dtype)
 
-    def targets(batch: MaskedBatch, mel_BTF: torch.Tensor, frames_B: torch.Tensor) -> torch.Tensor:
-        return tokenizer.codes(batch.wav_BT.to(device), batch.lengths_B)[0]
-
     k = tokenizer.spec.vocab
     counts_K = torch.zeros(k, dtype=torch.int64, device=device)
     for batch in pieces:
-        labels_BT, frames_B = tokenizer.codes(batch.wav_BT.to(device), batch.lengths_B)
+        labels_BT, frames_B = tokenizer.codes(batch.wav_BT, batch.lengths_B)
         counts_K += torch.bincount(labels_BT[valid_frames(frames_B, labels_BT.shape[1])], minlength=k)
     check_targets(all_sum(counts_K).cpu(), "semantic.iterations' k")
-    return targets, k
+    return lambda batch, mel_BTF, frames_B: tokens_of(tokenizer, batch), k
+
+
+def tokens_of(tokenizer: SemanticTokenizer, batch: MaskedBatch) -> torch.Tensor:
+    """labels_BT of a batch's clean audio, on the tokenizer's device."""
+    labels_BT, _ = tokenizer.codes(batch.wav_BT, batch.lengths_B)
+    return F.pad(labels_BT, (0, batch.mask_BT.shape[1] - labels_BT.shape[1]))  # they end with the longest row
 
 
 def masked_objective(config: Mapping[str, Any], inputs: Mapping[str, str], ctx: Context) -> MaskedObjective:

@@ -9,11 +9,12 @@ Legend: B rows, T frames at 25 Hz, F mel bands at 100 Hz.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from audiolm import rng
 from audiolm.config.semantic import MaskedModelConfig
@@ -23,9 +24,10 @@ from audiolm.data.sources import roots
 from audiolm.models.augment import Augmentation, augment, draw_augmentation
 from audiolm.models.conformer import LAYER_CONVENTION, Encoder, EncoderSizes
 from audiolm.models.mel import log_mel
+from audiolm.models.transfer import pin, send
 from audiolm.tokenizers.artifact import MASKED_FORMAT
 from audiolm.tokenizers.base import SAMPLE_RATE, SEMANTIC_HOP, padded_samples
-from audiolm.tokenizers.extractor import FAMILY, extractor_mel, mask_padding
+from audiolm.tokenizers.extractor import FAMILY, extractor_mel, frames_of
 from audiolm.train.objectives.base import Context, whole_frames
 
 FIT_S = 3600.0  # audio that input statistics and MFCC targets are measured on
@@ -36,10 +38,11 @@ Sample = Iterable[tuple[torch.Tensor, torch.Tensor]]  # (mel_1TF, frames_1)
 
 @dataclass(frozen=True)
 class MaskedBatch:
-    """Rows of audio with the frames to predict, on the CPU."""
+    """Rows of audio with the frames to predict, on the CPU, which so knows all that follows from lengths and masks."""
 
-    wav_BT: torch.Tensor
+    wav_BT: torch.Tensor  # whole frames, zeros past a row's length
     lengths_B: torch.Tensor  # samples
+    frames_B: torch.Tensor
     mask_BT: torch.Tensor  # frames to predict
     step: int  # -1 in validation
     rows: list[int]  # of the step's global batch; in validation the piece's number
@@ -48,6 +51,15 @@ class MaskedBatch:
     @property
     def audio_s(self) -> float:
         return float(self.lengths_B.sum()) / SAMPLE_RATE
+
+    @property
+    def full(self) -> bool:
+        """True where no row has padding."""
+        return bool((self.frames_B == self.mask_BT.shape[1]).all())
+
+    def pinned(self, device: torch.device) -> MaskedBatch:
+        """The batch on its way to a GPU, see `transfer.pin`; called in the loader's thread, as page-locking copies."""
+        return replace(self, wav_BT=pin(self.wav_BT, device), mask_BT=pin(self.mask_BT, device))
 
 
 def span_mask(frames: int, span: int, share: float, generator: np.random.Generator) -> np.ndarray:
@@ -64,10 +76,6 @@ def span_mask(frames: int, span: int, share: float, generator: np.random.Generat
         unmasked = np.flatnonzero(~mask_T[start:start + span])[:left]
         mask_T[start + unmasked] = True
     return mask_T
-
-
-def frames_of(samples: list[int]) -> list[int]:
-    return [padded_samples(n) // SEMANTIC_HOP for n in samples]
 
 
 class MaskedInputs:
@@ -93,16 +101,18 @@ class MaskedInputs:
                                None)
 
     def _masked(self, wav_BT, lengths_B, generators: list, step: int, rows: list[int], draws) -> MaskedBatch:
-        frames = frames_of(lengths_B.tolist())
-        mask_BT = torch.zeros(len(frames), max(frames), dtype=torch.bool)
+        # Crops have one width, whatever their rows' lengths: on a GPU each other one would be compiled anew.
+        frames, width = frames_of(lengths_B), padded_samples(wav_BT.shape[1])
+        mask_BT = torch.zeros(len(frames), width // SEMANTIC_HOP, dtype=torch.bool)
         span = whole_frames(self.sizes.mask_span_s)
         for row, n, generator in zip(mask_BT, frames, generators, strict=True):
             row[:n] = torch.from_numpy(span_mask(n, span, self.sizes.mask_share, generator))
-        return MaskedBatch(wav_BT, lengths_B, mask_BT, step, rows, draws)
+        wav_BT = F.pad(wav_BT, (0, width - wav_BT.shape[1]))
+        return MaskedBatch(wav_BT, lengths_B, torch.tensor(frames), mask_BT, step, rows, draws)
 
     def mels(self, batch: MaskedBatch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(clean mel_BTF, the model's input mel_BTF, frames_B) on the device; one tensor for both without augmentation."""
-        wav_BT, frames_B = mask_padding(batch.wav_BT.to(device), batch.lengths_B)
+        wav_BT, frames_B = send(batch.wav_BT, device), send(batch.frames_B, device)
         clean_BTF = log_mel(wav_BT)
         if batch.draws is None:
             return clean_BTF, clean_BTF, frames_B

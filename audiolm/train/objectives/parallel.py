@@ -24,6 +24,10 @@ from audiolm.train.objectives.base import Context, Engine, autocast, pinned
 from audiolm.train.objectives.shared import codes_of, data_of, stage_of, update, validation_figures
 from audiolm.train.objectives.start import start_parallel
 
+# Frames and places of a batch are a multiple of it, by device: a GPU's memory then has pieces of few sizes, and attention
+# takes the mask as it is, whose rows it would copy in each layer.
+MULTIPLE = {"cuda": 64}
+
 
 def parallel_objective(config: Mapping[str, Any], inputs: Mapping[str, str], ctx: Context) -> ParallelObjective:
     """Factory. config: stage ("lm_parallel"), lm (ParallelConfig), layout (LMConfig.layout), rows (validation crops), start
@@ -59,7 +63,8 @@ class ParallelObjective:
             draw = rng.generator(self.ctx.seed, "parallel", step, i)
             documents.append([draw_document(self.stage, *self.data.read(*span)[:2], draw) for span in self.data.spans(step, i)])
         # as many frames between documents as a convolution reaches to one side
-        return pinned(collate(self.stage, documents, self.shape.conv_kernel // 2), self.ctx.device)
+        device = self.ctx.device
+        return pinned(collate(self.stage, documents, self.shape.conv_kernel // 2, MULTIPLE.get(device.type, 1)), device)
 
     def train_step(self, engines: Mapping[str, Engine], batches: list[dict[str, torch.Tensor]],
                    step: int) -> dict[str, torch.Tensor]:

@@ -87,8 +87,8 @@ class SpectralObjective:
         norm = engine.step()
         means = all_sum(torch.stack([value.float() for value in sums.values()])) / self.ctx.world
         metrics = {**dict(zip(sums, means, strict=True)), "grad_norm/generator": norm}
-        samples = sum(b["lengths_B"].sum() for b in batches).to(self.ctx.device, torch.float32, non_blocking=True)
-        metrics["units"] = all_sum(samples) / SAMPLE_RATE
+        samples = sum(int(b["lengths_B"].sum()) for b in batches)  # lengths are on the CPU
+        metrics["units"] = all_sum(torch.full((), float(samples), device=self.ctx.device)) / SAMPLE_RATE
         if not self.frozen:
             replaced_Q = net.quantizer.update(torch.cat(latents), torch.cat(codes), seed=self.ctx.seed, step=step,
                                               reduce=all_sum, rank=self.ctx.rank, world=self.ctx.world)

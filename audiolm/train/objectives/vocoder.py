@@ -25,7 +25,7 @@ from audiolm.tokenizers.residual import ResidualTokenizer, load_residual
 from audiolm.tokenizers.vocoder import KIND
 from audiolm.train.engine import all_sum
 from audiolm.train.gan import Gan, Generator, quality_means, quality_sums, rank_batches, training_audio
-from audiolm.train.objectives.base import Context, Engine, whole_frames
+from audiolm.train.objectives.base import Context, Engine, pinned, whole_frames
 
 
 class VocoderObjective:
@@ -51,13 +51,17 @@ class VocoderObjective:
             draw = rng.generator(self.ctx.seed, "vocoder", step, row)
             levels.append(int(draw.integers(1, self.vocoder.levels + 1)))
             starts.append(int(draw.integers(max(0, -(-length // SEMANTIC_HOP) - self.frames) + 1)))
-        return {"wav_BT": wav_BT, "lengths_B": lengths_B, "levels_B": torch.tensor(levels), "starts_B": torch.tensor(starts)}
+        batch = {"wav_BT": wav_BT, "levels_B": torch.tensor(levels), "starts_B": torch.tensor(starts)}
+        return {**pinned(batch, self.ctx.device), "lengths_B": lengths_B}
 
     def train_step(self, engines: Mapping[str, Engine], batches: list[Any], step: int) -> dict[str, torch.Tensor]:
         """One update of vocoder, discriminators and average; all ranks take part."""
         device, crop = self.ctx.device, self.frames * SEMANTIC_HOP
+        # Units count true audio, not the silence behind a short clip.
+        samples = sum(int((b["lengths_B"] - b["starts_B"] * SEMANTIC_HOP).clamp(max=crop).sum()) for b in batches)
         # Small enough to be on the device at once: 8 MB for 32 rows of 4 s.
-        batches = [{name: x.to(device) for name, x in batch.items()} for batch in batches]
+        batches = [{name: batch[name].to(device, non_blocking=True) for name in ("wav_BT", "levels_B", "starts_B")}
+                   for batch in batches]
 
         def forward(batch: dict) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
             # The row's crop of the audio is the target; the codes are those of all the audio around it.
@@ -67,9 +71,8 @@ class VocoderObjective:
             return real_BT, fake_BT, {}
 
         metrics = self.gan.train_step(engines, batches, step, forward)
-        # Units count true audio, not the silence behind a short clip.
-        samples = sum((b["lengths_B"] - b["starts_B"] * SEMANTIC_HOP).clamp(max=crop).sum() for b in batches)
-        return {**metrics, "units": all_sum(samples.float()) / SAMPLE_RATE, **self.gan.finish_step(step)}
+        units = all_sum(torch.full((), float(samples), device=device)) / SAMPLE_RATE
+        return {**metrics, "units": units, **self.gan.finish_step(step)}
 
     @torch.no_grad()
     def _codes(self, wav_BT: torch.Tensor) -> torch.Tensor:

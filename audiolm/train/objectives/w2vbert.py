@@ -10,13 +10,14 @@ Gumbel noise and negatives are drawn from (seed, purpose, step, row).  V codes; 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from audiolm.config.semantic import MaskedModelConfig, W2vBertConfig
 from audiolm.models.entropy import perplexity
+from audiolm.models.transfer import pin, send
 from audiolm.models.w2vbert import W2vBertModel, diversity, draw_gumbel, draw_negatives
 from audiolm.train.engine import all_sum
 from audiolm.train.objectives.alarms import COLLAPSED, is_constant, with_alarms
@@ -54,6 +55,8 @@ class W2vBertObjective:
 
     def __init__(self, model: W2vBertModel, inputs: MaskedInputs, ctx: Context):
         self.modules = {"model": model.to(ctx.device)}
+        if ctx.compile:
+            model.encoder.compile_training()
         self.inputs, self.ctx, self.settings = inputs, ctx, inputs.sizes.w2vbert or W2vBertConfig()
         self._before: float | None = None  # loss of the last validation; lost on a resume, which delays an alarm by one
 
@@ -62,7 +65,8 @@ class W2vBertObjective:
         return self.modules["model"]
 
     def load(self, step: int, rows: Sequence[int]) -> W2vBertBatch:
-        return self._with_negatives(self.inputs.batch(step, rows))
+        batch = self._with_negatives(self.inputs.batch(step, rows).pinned(self.ctx.device))
+        return replace(batch, negatives_BMK=pin(batch.negatives_BMK, self.ctx.device))
 
     def _with_negatives(self, b: MaskedBatch) -> W2vBertBatch:
         return W2vBertBatch(b, draw_negatives(b.mask_BT, self.settings.negatives, self.inputs.seed, b.step, b.rows))
@@ -75,7 +79,7 @@ class W2vBertObjective:
     def train_step(self, engines: Mapping[str, Engine], batches: list[W2vBertBatch], step: int) -> dict[str, torch.Tensor]:
         """One update; all ranks take part."""
         device, w, engine, tau = self.ctx.device, self.settings, engines["model"], self.temperature(step)
-        inputs = [(*self.inputs.mels(b.masked, device), b.masked.mask_BT.to(device)) for b in batches]
+        inputs = [self._mels(b.masked) for b in batches]
 
         # First pass, without gradients: the codes' mean use, and the slope of diversity there.
         mean_V, masked = self._mean_use(inputs)
@@ -97,6 +101,11 @@ class W2vBertObjective:
         loss = sum(getattr(w, name) * report[name] for name in ("contrastive", "masked", "diversity"))
         return {"loss": loss, **report, "temperature": torch.tensor(tau), "grad_norm": norm}
 
+    def _mels(self, b: MaskedBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """clean_BTF, input_BTF, frames_B (None: every row is full), mask_BT on the device."""
+        clean_BTF, input_BTF, frames_B = self.inputs.mels(b, self.ctx.device)
+        return clean_BTF, input_BTF, None if b.full else frames_B, send(b.mask_BT, self.ctx.device)
+
     @torch.no_grad()
     def _mean_use(self, inputs: list) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean probabilities of the codes (V,) over the masked frames of the global batch, ready for a gradient, and the
@@ -110,9 +119,9 @@ class W2vBertObjective:
               tau: float) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """The model's losses, and without gradients sums: SUMS, audio s, and V each of codes, predictions, probabilities."""
         clean_BTF, input_BTF, frames_B, mask_BT = mels
-        losses = model(input_BTF, frames_B, mask_BT, batch.negatives_BMK.to(self.ctx.device),
+        losses = model(input_BTF, frames_B, mask_BT, send(batch.negatives_BMK, self.ctx.device),
                        self.settings.temperature, noise_BMV, tau, None if clean_BTF is input_BTF else clean_BTF)
-        audio_s = torch.tensor(batch.masked.audio_s, device=self.ctx.device)
+        audio_s = torch.full((), batch.masked.audio_s, device=self.ctx.device)
         head = torch.stack([*(losses[name].detach().float() for name in SUMS), audio_s])
         counts = [losses[name].detach() for name in ("codes_V", "predicted_V", "probabilities_V")]
         return losses, torch.cat([head, *counts]).double()
@@ -136,8 +145,7 @@ class W2vBertObjective:
         totals = torch.zeros(len(SUMS) + 1 + 3 * w.codes, dtype=torch.float64, device=self.ctx.device)
         self.model.eval()
         for piece in self.inputs.pieces():
-            mels = (*self.inputs.mels(piece, self.ctx.device), piece.mask_BT.to(self.ctx.device))
-            totals += self._sums(self.model, self._with_negatives(piece), mels, None, 1.0)[1]
+            totals += self._sums(self.model, self._with_negatives(piece), self._mels(piece), None, 1.0)[1]
         self.model.train()
         report = {name: float(value) for name, value in self._report(all_sum(totals)).items() if name != "units"}
         used, predicted = report["code_perplexity"], report["prediction_perplexity"]
