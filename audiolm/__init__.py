@@ -14,17 +14,18 @@ __version__ = "0.1.0"
 
 
 def load(run: str, device: str = "auto", sampling: Mapping[str, SamplingParams] | None = None, *,
-         tracking: str | None = None) -> AudioLM:
+         store: str = "./outputs", tracking: str | None = None) -> AudioLM:
     """Loads a trained run's system, ready to generate.
 
-    `run` is the run's index (OUTPUTS/runs/NAME.json), its name below ./outputs, or its MLflow run id, looked up at `tracking`.
-    `sampling` has the sampling parameters by stage (default: the paper's). Raises ValueError for a run that is not finished.
+    `run` is the run's index (STORE/runs/NAME.json), its name in `store`, or its MLflow run id, looked up at `tracking`; such
+    a run lies in `store` too. `sampling` has the sampling parameters by stage (default: the paper's). Raises ValueError for a
+    run that is not finished.
     """
     from audiolm.data.parallel import pick_device
     from audiolm.generate.load import load_system, system_steps
     from audiolm.tracking.lookup import find_run
 
-    steps = system_steps(find_run(run, tracking=tracking))
+    steps = system_steps(find_run(run, store, tracking))
     return load_system(tuple(steps.items()), pick_device(device), tuple(sampling.items()) if sampling else None)
 
 

@@ -5,7 +5,7 @@
     python workflows/evaluate.py tokens --run outputs/runs/speech.json --items dev-clean.item --audio LibriSpeech/dev-clean
     python workflows/evaluate.py abx --items dev-clean.item --audio LibriSpeech/dev-clean --features mfcc
     python workflows/evaluate.py detect calls/ --run speech --json scores.json
-    python workflows/evaluate.py watch --tracking http://mlflow:5000 --job-server http://ray-head:8265
+    python workflows/evaluate.py watch --store s3://bucket --tracking http://mlflow:5000 --job-server http://ray-head:8265
 """
 
 from __future__ import annotations
@@ -36,9 +36,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(sys.argv[1:] if argv is None else argv)
     from audiolm.pipeline.cli import run_command
 
-    if getattr(args, "answer", None):  # a job: its log wants the whole traceback
-        return args.call(args)
-    return run_command(lambda: args.call(args) or 0, "stopped; the same command continues")
+    is_job = bool(getattr(args, "answer", None))  # its log wants the whole traceback
+    return run_command(lambda: args.call(args) or 0, "stopped; the same command continues", trace=is_job)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -60,7 +59,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def add_place_options(p: argparse.ArgumentParser) -> None:
     """--store, --tracking and --device of `run` and `watch`."""
-    p.add_argument("--store", default=OUTPUTS, metavar="URI", help="where a run's name is looked up (default %(default)s)")
+    p.add_argument("--store", default=OUTPUTS, metavar="URI", help="where a run's name is looked up, and what MLflow names "
+                   "must lie in (default %(default)s)")
     p.add_argument("--tracking", metavar="URI", help="MLflow's server; default: MLFLOW_TRACKING_URI, else the store's database")
     p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one")
 
@@ -312,22 +312,24 @@ def watch(args: argparse.Namespace) -> None:
     if args.every <= 0 or args.parallel < 1:
         raise ValueError(f"--every {args.every} and --parallel {args.parallel}: above 0")
     tracking = default_tracking(args.store, args.tracking)
-    if tracking != hide_credentials(tracking):
-        raise ValueError("--tracking holds credentials, and a job's command line is shown by Ray: put them into "
-                         "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, here and on Ray's nodes")
+    if tracking != hide_credentials(tracking) or args.store != hide_credentials(args.store):
+        raise ValueError("--tracking or --store holds credentials, and a job's command line is shown by Ray: put them into "
+                         "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or what the store reads, here and on Ray's "
+                         "nodes")
     quiet()
     client, tracking = connect(tracking)
     launcher, wake = open_launcher(args.inline, args.job_server, args.work), threading.Event()
 
     def say(text: str) -> None:
-        print(f"{time.strftime('%H:%M:%S')} {hide_credentials(text)}", flush=True)
+        print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
 
     if args.webhook is not None:
         webhook.serve(args.webhook_host, args.webhook, os.environ.get(args.secret_env, ""), wake)
         say(f"webhook at http://{args.webhook_host}:{args.webhook}")
     say(f"watching {tracking} for evaluate=requested; jobs {'here' if args.inline else 'on Ray'}")
-    extra = ["--tracking", tracking, "--device", args.device]
-    Watcher(client, launcher, extra, args.parallel, say, check_names).watch(args.every, wake)
+    place = store.absolute(args.store)
+    extra = ["--tracking", tracking, "--store", place, "--device", args.device]
+    Watcher(client, place, launcher, extra, args.parallel, say, check_names).watch(args.every, wake)
 
 
 # Subcommand: its function, its options, its line in the help.

@@ -37,10 +37,18 @@ class ManifestSource(_Source):
 
     kind: Literal["manifest"]
     uri: Runtime[PathField]
-    root: Runtime[PathField | None] = Field(None, description="what relative uris are relative to; None = the Parquet's folder")
+    root: Runtime[PathField | None] = Field(None, description="the folder that all uris lie below, and that relative ones are "
+                                            "relative to; None = the Parquet's")
 
 
 Source = Annotated[FolderSource | LibriSpeechSource | ManifestSource, Field(discriminator="kind")]
+
+
+def _protocols(place: str) -> set[str]:
+    """The protocols that fsspec reads a place by; several where it is chained, as zip://::s3://bucket/corpus.zip."""
+    *outer, inner = place.split("::")
+    found = {part.partition("://")[0] for part in outer} | {inner.partition("://")[0] if "://" in inner else "local"}
+    return {"local" if name == "file" else name for name in found}
 
 
 class CorpusConfig(Config):
@@ -59,9 +67,15 @@ class CorpusConfig(Config):
     max_rejected: float = Field(0.05, ge=0, le=1, description="share of files that may be unusable")
     silence_db: float = Field(-70.0, description="a clip whose peak lies below this (dBFS) is silent")
     changed: Runtime[Literal["stop", "ignore"]] = Field("stop", description="what to do when the files changed")
+    protocols: Runtime[tuple[str, ...]] = Field(("local", "s3", "gs", "hf"), description="of fsspec, by which sources are read")
 
     @model_validator(mode="after")
     def _check(self):
+        for source in self.sources:
+            for place in filter(None, (getattr(source, "root", None), getattr(source, "uri", None))):
+                if unknown := _protocols(place) - set(self.protocols):
+                    raise ValueError(f"source {source.name!r} lies at {place!r}, and protocols are {list(self.protocols)}: "
+                                     f"move it, or add {sorted(unknown)} to corpus.protocols")
         names = [s.name for s in self.sources]
         if len(set(names)) < len(names):
             raise ValueError(f"sources must have different names, got {names}")

@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from audiolm.config.base import Config, Runtime
 
 
+def check_run_name(name: str) -> str:
+    """The name of a run, which names files in the store. Raises ValueError for one that leads out of their folder."""
+    if not name.strip() or name in (".", "..") or re.search(r"[/\\\x00-\x1f]", name):
+        raise ValueError(f"a run is called {name!r}, and its index is STORE/runs/NAME.json: give a name without slashes, such "
+                         "as speech-2")
+    return name
+
+
 class RunConfig(Config):
-    name: Runtime[str] = "quickstart"
+    name: Runtime[str] = Field("quickstart", description="names the run's files in the store; without slashes")
     experiment: Runtime[str] = "audiolm"
     seed: int = 0
+
+    @field_validator("name")
+    @classmethod
+    def _is_a_file_name(cls, name: str) -> str:
+        return check_run_name(name)
 
 
 class ClusterConfig(Config):
     """The machines and their use; no field changes what is computed."""
 
-    address: Runtime[str | None] = Field(None, description="a Ray cluster to join; None starts one here")
+    address: Runtime[str | None] = Field(None, description="a Ray cluster to join; None starts a closed one here")
     workers: Runtime[int | None] = Field(None, ge=1, description="data tasks at once; None = the cluster's CPUs")
     device: Runtime[Literal["auto", "cpu", "cuda"]] = "auto"
     gpus_a_task: Runtime[float] = Field(

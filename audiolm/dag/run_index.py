@@ -9,6 +9,7 @@ from collections.abc import Container, Iterable
 
 from audiolm import store
 from audiolm.config.pipeline import Pipeline
+from audiolm.config.run import check_run_name
 from audiolm.store import get_json, hide_credentials_in, put_json
 
 OUTPUTS = "./outputs"
@@ -20,8 +21,8 @@ GENERATION_STEPS = (*SYSTEM_STEPS, "lm_fine", "lm_parallel", "lm_decoder")
 
 
 def index_path(folder: str, run: str) -> str:
-    """The index of a run by its name, in a store."""
-    return store.join(folder, "runs", f"{run}.json")
+    """The index of a run by its name, in a store. Raises ValueError for a name with slashes."""
+    return store.join(folder, "runs", f"{check_run_name(run)}.json")
 
 
 def missing_of(needed: Iterable[str], steps: Container[str]) -> list[str]:

@@ -28,6 +28,7 @@ UNKNOWN_FRAMES = 1 << 60  # libsndfile reports 2**63 - 1 frames for a length tha
 # main_data_begin), and Opus decoders need 80 ms to converge (RFC 7845, section 4.6).
 PREROLL_S = 1.0
 _BLOCK = 1 << 18  # frames decoded at once: 1 MB of float32 a channel
+BLOCK_SAMPLES = 1 << 22  # of all channels in a block, at most: 16 MB, as a file may have a thousand channels
 
 
 def samples_at(frames: int, from_hz: int, to_hz: int = SAMPLE_RATE_HZ) -> int:
@@ -48,11 +49,9 @@ def read_frames(f: soundfile.SoundFile, start: int, frames: int | None) -> np.nd
     if start:
         early = 0 if f.format in LOSSLESS else min(start, int(PREROLL_S * f.samplerate))
         f.seek(start - early)
-        if early:
-            f.read(early, dtype="float32")
-    if frames is None:  # read to the end of the data: the header's length may be a guess
-        return np.concatenate([*blocks(f), np.zeros(0, np.float32)])
-    return mono(f.read(frames, dtype="float32", always_2d=True))
+        for _ in blocks(f, early):
+            pass
+    return np.concatenate([*blocks(f, frames), np.zeros(0, np.float32)])
 
 
 def resample(wav_T: np.ndarray, from_hz: int, to_hz: int) -> np.ndarray:
@@ -115,9 +114,12 @@ def mono(wav_TC: np.ndarray) -> np.ndarray:
     return wav_TC[:, 0] if wav_TC.shape[1] == 1 else wav_TC.mean(axis=1, dtype=np.float32)
 
 
-def blocks(f: soundfile.SoundFile) -> Iterator[np.ndarray]:
-    """The rest of an open file as mono blocks, until no more frames decode."""
-    while len(wav_TC := f.read(_BLOCK, dtype="float32", always_2d=True)):
+def blocks(f: soundfile.SoundFile, frames: int | None = None) -> Iterator[np.ndarray]:
+    """The next `frames` frames of an open file, or the rest, as mono blocks, until no more frames decode."""
+    # the rest is read to the end of the data: the header's length may be a guess
+    most, left = max(1, min(_BLOCK, BLOCK_SAMPLES // f.channels)), UNKNOWN_FRAMES if frames is None else frames
+    while len(wav_TC := f.read(min(most, left), dtype="float32", always_2d=True)):
+        left -= len(wav_TC)
         yield mono(wav_TC)
 
 

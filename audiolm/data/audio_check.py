@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import mmap
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,9 @@ EDGE = 65_536  # bytes hashed at each end: they hold every header and tag, and a
 MP3_BITRATES_KBPS = {  # layer III, index 1 to 14: version 1, and versions 2 and 2.5 (ISO 11172-3 and 13818-3)
     1: (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
     2: (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160)}
+# Of a frame: 11 sync bits, version 1, 2 or 2.5, layer III, and no reserved bit rate or sample rate.
+MP3_HEADER = re.compile(rb"\xff[\xe2\xe3\xf2\xf3\xfa\xfb][%s]." % re.escape(bytes(
+    b for b in range(256) if b >> 4 not in (0, 15) and b >> 2 & 3 != 3)), re.DOTALL)
 
 
 class Unusable(Exception):
@@ -141,13 +145,10 @@ def mp3_samples(data: bytes | mmap.mmap) -> int:
     at, total = 0, 0
     if data[:3] == b"ID3":  # the tag's size has 7 bits a byte, so that no byte looks like a frame's start
         at = 10 + sum(b << shift for b, shift in zip(data[6:10], (21, 14, 7, 0), strict=True))
-    while 0 <= at <= len(data) - 4:
+    while found := MP3_HEADER.search(data, at):  # skips a tag or garbage between frames
+        at = found.start()
         h = int.from_bytes(data[at:at + 4], "big")
-        version, layer, kbps, hz, pad = h >> 19 & 3, h >> 17 & 3, h >> 12 & 15, h >> 10 & 3, h >> 9 & 1
-        # No frame: the 11 sync bits are missing, or a field has a reserved value, or it is not layer III.
-        if h >> 21 != 0x7FF or version == 1 or layer != 1 or kbps in (0, 15) or hz == 3:
-            at = data.find(b"\xff", at + 1)  # skip a tag or garbage between frames
-            continue
+        version, kbps, hz, pad = h >> 19 & 3, h >> 12 & 15, h >> 10 & 3, h >> 9 & 1
         # Version bits: 3 = MPEG 1, 2 = MPEG 2 (half the rates, half the samples), 0 = MPEG 2.5 (a quarter the rates).
         rate = (44_100, 48_000, 32_000)[hz] >> {3: 0, 2: 1, 0: 2}[version]
         samples = 1152 if version == 3 else 576

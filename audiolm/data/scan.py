@@ -16,7 +16,7 @@ import numpy as np
 from audiolm import store
 from audiolm.config.corpus import CorpusConfig
 from audiolm.data import audio_check
-from audiolm.data.audio import UNKNOWN_FRAMES, mono, open_sound
+from audiolm.data.audio import BLOCK_SAMPLES, UNKNOWN_FRAMES, mono, open_sound
 from audiolm.data.audio_check import Unusable
 from audiolm.data.sources import Found
 
@@ -102,7 +102,8 @@ def measure(path: str, trust_header: bool = True) -> Measured:
             rate, promised = f.samplerate, f.frames if trust_header and f.frames < UNKNOWN_FRAMES else 0
             audio_check.check_rate(rate)
             block = rate // 10  # 0.1 s: short enough for a pause between words
-            while len(wav_TC := f.read(600 * block, dtype="float32", always_2d=True)):  # a minute at a time
+            at_once = block * max(1, min(600, BLOCK_SAMPLES // (block * f.channels)))  # whole blocks, a minute at most
+            while len(wav_TC := f.read(at_once, dtype="float32", always_2d=True)):
                 wav_T = np.abs(mono(wav_TC))
                 frames += len(wav_T)
                 peaks.append(np.maximum.reduceat(wav_T, np.arange(0, len(wav_T), block)))

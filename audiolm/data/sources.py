@@ -2,7 +2,7 @@
 
 `survey(source)` returns one `Found` a file, or a row of the user's Parquet, in natural order of uris.  Uris are
 relative to the source's root, so that a corpus can move.  `listing(source)` names every file that the manifest depends
-on, transcripts and the Parquet included.  Any fsspec place serves; names that start with a dot are skipped.
+on, transcripts and the Parquet included.  Any fsspec place of corpus.protocols serves; names that start with a dot are skipped.
 Raises ConfigError with one line that names the source, the place and the fix.
 """
 
@@ -21,6 +21,7 @@ from audiolm import store
 from audiolm.config.base import ConfigError
 from audiolm.config.corpus import CorpusConfig, FolderSource, LibriSpeechSource, ManifestSource, Source
 from audiolm.data.parallel import thread_map
+from audiolm.places import is_within
 
 AUDIO = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3")
 SPLITS = ("train", "dev", "test")
@@ -62,9 +63,16 @@ def roots(corpus: CorpusConfig) -> dict[str, str]:
     return {s.name: _root(s) for s in corpus.sources}
 
 
-def locate(root: str, uri: str) -> str:
-    """The path of a uri: below its root, unless the user's Parquet gave an absolute one."""
-    return uri if "://" in uri or uri.startswith("/") else store.join(root, uri)
+def locate(root: str, uri: str, follow_links: bool = False) -> str:
+    """The path of a uri, which the user's Parquet may give whole. Raises ValueError for one that is not below its root.
+
+    `follow_links` holds for the place that a local path's symlinks lead to as well.
+    """
+    path = uri if "://" in uri or uri.startswith("/") else store.join(root, uri)
+    if not is_within(root, path, follow_links):
+        raise ValueError(f"{uri!r} lies outside the root {root!r}; name files below the root alone, or set corpus.sources.root "
+                         "to the folder that holds them all")
+    return path
 
 
 def survey(source: Source) -> tuple[list[Found], list[Entry]]:
@@ -222,18 +230,18 @@ def _read_table(source: ManifestSource) -> dict[str, list]:
 
 def _table_entries(source: ManifestSource, columns: dict[str, list]) -> list[Entry]:
     """The Parquet itself and the files it names, missing ones too; sorted by uri."""
-    def entry(place: tuple[str, str]) -> Entry:
-        fs, p = store.open_fs(place[1])
+    def entry(uri: str) -> Entry:
+        # The Parquet is listed under a fixed name: its content is part of the corpus, its place is not.
+        path = source.uri if uri == PARQUET else locate(root, uri, follow_links=True)
+        fs, p = store.open_fs(path)
         try:
-            return _entry(*place, fs.info(p))
+            return _entry(uri, path, fs.info(p))
         except FileNotFoundError:
-            return Entry(*place, -1, "missing")
+            return Entry(uri, path, -1, "missing")
 
     root, uris = _root(source), sorted(set(columns["uri"]))
-    # The Parquet is listed under a fixed name: its content is part of the corpus, its place is not.
-    places = [(PARQUET, source.uri), *((uri, locate(root, uri)) for uri in uris)]
     with _source_errors(source, "uri", source.uri):
-        entries = list(thread_map(entry, places))
+        entries = list(thread_map(entry, [PARQUET, *uris]))
     if all(e.size < 0 for e in entries[1:]):
         raise ConfigError(f"corpus source {source.name!r}: none of the {len(uris)} files of {source.uri!r} exists "
                           f"under {root!r}; set corpus.sources.root to what its uris are relative to")
@@ -270,7 +278,7 @@ def _source_errors(source: Source, field: str, place: str) -> Iterator[None]:
             fault = (f"is denied to these credentials ({e}); give them list and read rights, or set AWS_ACCESS_KEY_ID "
                      "and AWS_SECRET_ACCESS_KEY to others")
         elif isinstance(e, (ImportError, ValueError)):
-            fault = f"cannot be opened: {e}"
+            fault = f"cannot be used: {e}"
         elif name in ("EndpointConnectionError", "ConnectTimeoutError", "ClientConnectorError"):
             fault = f"cannot be reached ({e}); check AWS_ENDPOINT_URL and the network"
         else:

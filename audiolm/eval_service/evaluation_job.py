@@ -88,8 +88,8 @@ def _publish(client: Any, request: Request, run_id: str, report: SuiteReport, at
     for part in mlflow_client.metric_batches((k, v, at_ms, step, version.tags.get(MODEL)) for k, v in results.items()):
         client.log_batch(run_id, part)
     for file in ("report.html", "rows.json"):
-        client.log_text(run_id, store.get(store.join(report.folder, file)).decode(), file)
-    client.log_text(run_id, _csv(report.rows), "rows.csv")
+        client.log_text(run_id, hide_credentials(store.get(store.join(report.folder, file)).decode()), file)
+    client.log_text(run_id, hide_credentials(_csv(report.rows)), "rows.csv")
     client.set_model_version_tag(request.name, request.version, RESULT, run_id)
     experiment = client.get_run(run_id).info.experiment_id
     text = _described(version.description or "", request.number, f"#/experiments/{experiment}/runs/{run_id}", report.rows)

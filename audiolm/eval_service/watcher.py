@@ -31,9 +31,13 @@ from audiolm.tracking.target import refusal
 
 @dataclass
 class Watcher:
-    """`launcher` as in launcher.py; `extra`: further arguments of each job; `check` raises ValueError for unknown suites."""
+    """`launcher` as in launcher.py; `extra`: further arguments of each job; `check` raises ValueError for unknown suites.
+
+    What MLflow's tags name must lie in `store` (tracking/lookup.py).
+    """
 
     client: Any
+    store: str
     launcher: Any
     extra: list[str]
     parallel: int  # jobs at a time
@@ -89,7 +93,7 @@ class Watcher:
             self.check(request.suites)
         except ValueError as e:
             return f"evaluate.suites: {e}"
-        return refusal(request.tags)
+        return refusal(request.tags, self.store, self.client.tracking_uri)
 
     def _submit(self, request: Request) -> bool:
         """Starts the request's job; True where it runs now, whoever started it."""

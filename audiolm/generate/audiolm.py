@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -98,6 +98,11 @@ class AudioLM:
             for part in model.modules():
                 if isinstance(part, Transformer):
                     part.rows = ROWS if on else 1
+
+    def stop_when(self, check: Callable[[], None]) -> None:
+        """Calls `check` before every step of a stage from now on; what it raises ends the call that it is in."""
+        for sampler in self._samplers.values():
+            sampler.check = check
 
     def continue_(self, prompt: str | np.ndarray, seconds: float = 7.0, samples: int = 1, seed: int = 0, prompt_s: float = 3.0,
                   sample_rate: int = SAMPLE_RATE) -> list[Sound]:

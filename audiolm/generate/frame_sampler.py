@@ -51,6 +51,7 @@ class FrameSampler:
         self.static = self.device.type != "cpu"
         self._ids_QV = torch.from_numpy(np.stack(stage.slot_ids())).to(self.device)
         self._kept, self._sample = kept or kept_on(self.device), sample_ids
+        self.check = lambda: None  # before every step: what it raises ends the call
 
     def compile(self, backend: str = "inductor") -> None:
         """Compiles a frame: the layers of both networks, and what draws from their scores."""
@@ -85,6 +86,7 @@ class FrameSampler:
     def _group(self, rows: list[Request], params: SamplingParams) -> list[np.ndarray]:
         m, steps = self._fill(rows, params), max(r.steps for r in rows)
         for _ in range(steps):
+            self.check()
             if self.static:
                 self._replay(m, params)
             else:

@@ -45,6 +45,7 @@ class ParallelSampler:
 
     def __init__(self, model: ParallelDecoder, stage: Stage):
         self.model, self.stage, self.device = model, stage, model.embed.weight.device
+        self.check = lambda: None  # before every step: what it raises ends the call
 
     def __call__(self, z: Sequence[np.ndarray], seeds: Sequence[int], known: Sequence[np.ndarray] | None = None,
                  first: SamplingParams = PLAIN, rest: SamplingParams = PLAIN, passes: int = PASSES) -> list[np.ndarray]:
@@ -111,6 +112,7 @@ class ParallelSampler:
         every_NV = torch.arange(vocab, device=self.device).expand(rows * length, -1)
         left_BT, total_B1 = new_BT.clone(), new_BT.sum(1, keepdim=True)
         for n in range(passes):
+            self.check()
             log_NV = self._scores(ids_BTC, doc_BT, level, params.guidance).flatten(0, 1).log_softmax(1)
             noise_NB2 = [uniform_noise(derive(seed, "pass", level, n), 0, frames) for seed, frames in own]
             noise_BT2 = torch.nn.utils.rnn.pad_sequence(noise_NB2, True, 0.5).to(self.device)

@@ -91,6 +91,7 @@ class Sampler:
         self.device = model.embed.weight.device
         self.static = self.device.type != "cpu"  # else (CPU) a row's bits must not depend on its batch
         self._kept, self._sample = kept or kept_on(self.device), sample_ids
+        self.check = lambda: None  # before every step: what it raises ends the call
         # The ids of each slot, the places of their scores, and those that may not be drawn; row slots + slot is that of a
         # slot where EOS may be drawn.  Padded places have the score behind all others, -inf.
         own = stage.slot_ids()
@@ -159,6 +160,7 @@ class Sampler:
         n_SB = np.arange(S)[:, None] + np.array([r.start for r in rows])
         may_end = stage.lengths or any(r.eos_from < r.start + r.steps for r in rows)
         for s in range(S):
+            self.check()
             if self.static:
                 self._replay(m, params)
             else:

@@ -14,10 +14,13 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 import warnings
 from argparse import ArgumentParser
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import Any
 
 from audiolm.config.base import ConfigError
 from audiolm.config.load import load_config
@@ -28,7 +31,7 @@ from audiolm.dag.run_index import OUTPUTS
 from audiolm.dag.step import Step
 from audiolm.pipeline.needs import check_installed
 from audiolm.pipeline.ray_cluster import in_ray_job, start_ray, worker_died
-from audiolm.store import check_store, is_local
+from audiolm.store import check_store, hide_credentials, is_local
 from audiolm.tokenizers.start import StartWeights
 from audiolm.train.commits import starting_point
 
@@ -40,21 +43,38 @@ def main(graph: Callable[[Pipeline], list[Step]], default: Path) -> None:
         sys.exit(status)
 
 
-def run_command(command: Callable[[], int], stopped: str = "stopped; the same command continues") -> int:
-    """The exit status of a command, its errors in one line on stderr and its Ray shut down.
+def run_command(command: Callable[[], int], stopped: str = "stopped; the same command continues", trace: bool = False) -> int:
+    """The exit status of a command, its errors in one line on stderr (`trace`: with the traceback) and its Ray shut down.
 
-    0 and 1 are the command's own; 2: wrong usage, config or input; 130: Ctrl-C, after the line `stopped`.
+    0 and 1 are the command's own; 2: wrong usage, config or input; 130: Ctrl-C, after the line `stopped`. Whatever it prints
+    is without the credentials that URIs may hold.
     """
-    try:
-        return command()
-    except KeyboardInterrupt:
-        print(f"\n{stopped}", file=sys.stderr)
-        return 130
-    except Exception as e:  # noqa: BLE001  one line that names the fix, whatever a filesystem, MLflow or Ray raised
-        ours = isinstance(e, (ValueError, FileNotFoundError, StepFailed))
-        return _fail(f"{e}" if ours else f"{type(e).__name__}: {e}", 2)
-    finally:
-        _stop_ray()
+    with redirect_stdout(_Masked(sys.stdout)), redirect_stderr(_Masked(sys.stderr)):
+        try:
+            return command()
+        except KeyboardInterrupt:
+            print(f"\n{stopped}", file=sys.stderr)
+            return 130
+        except Exception as e:  # noqa: BLE001  one line that names the fix, whatever a filesystem, MLflow or Ray raised
+            if trace:
+                traceback.print_exc()
+            ours = isinstance(e, (ValueError, FileNotFoundError, StepFailed))
+            return _fail(f"{e}" if ours else f"{type(e).__name__}: {e}", 2)
+        finally:
+            _stop_ray()
+
+
+class _Masked:
+    """A text stream whose texts lose their credentials."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        return self._stream.write(hide_credentials(text))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def _fail(text: str, code: int) -> int:
@@ -232,6 +252,7 @@ def add_run_options(p: ArgumentParser) -> None:
     """--run, --store and --tracking: `find_run`'s arguments."""
     p.add_argument("--run", default=DEFAULT_RUN, metavar="RUN", help="a run's name, its index (OUTPUTS/runs/NAME.json) or its "
                    "MLflow run id (default %(default)s)")
-    p.add_argument("--store", default=OUTPUTS, metavar="URI", help="where a run's name is looked up (default %(default)s)")
+    p.add_argument("--store", default=OUTPUTS, metavar="URI", help="where a run's name is looked up, and what MLflow names "
+                   "must lie in (default %(default)s)")
     p.add_argument("--tracking", metavar="URI", help="the MLflow server of a run id; default: MLFLOW_TRACKING_URI, else the "
                    "store's database")

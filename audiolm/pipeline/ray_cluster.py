@@ -32,6 +32,8 @@ def start_ray(cluster: ClusterConfig, folder: str, say: Callable[[str], None]) -
     else may use. Raises StepFailed, also for a node that does not see `folder`, and ConfigError where there is no Ray."""
     require("Ray", ["ray"], "go without Ray")
     address = cluster.address or os.environ.get("RAY_ADDRESS")
+    if address == "local":  # Ray's own word for a new one, which would be open
+        address = None
     import ray
 
     from audiolm.pipeline.private_ray import guarded, read_settings

@@ -9,13 +9,14 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from audiolm import store
 from audiolm.dag.run_index import OUTPUTS, index_path
+from audiolm.places import is_within
 from audiolm.tracking import client as mlflow_client
 from audiolm.tracking import outbox
 
@@ -57,11 +58,23 @@ def _readable_errors(server: str, missing: str) -> Iterator[None]:
         raise ValueError(f"{server} does not answer ({outbox.first_line(e)}): start it, or name another with --tracking") from e
 
 
-def index_of(run_id: str, tracking: str | None = None) -> str:
+def check_named(paths: Mapping[str, str], folder: str, tracking: str) -> None:
+    """Raises ValueError where MLflow, which others may write to, names a path outside the user's store.
+
+    That is `folder`, and the folder of an SQLite database that the user named. `paths`: by the tag or file that they are from.
+    """
+    own = [folder] + ([os.path.dirname(tracking.removeprefix("sqlite:///"))] if tracking.startswith("sqlite:///") else [])
+    for name, path in paths.items():
+        if not any(is_within(place, path) for place in own):
+            raise ValueError(f"MLflow's {name} is {path!r}, outside {' and '.join(own)}: name the store it lies in with "
+                             "--store if you trust it")
+
+
+def index_of(run_id: str, tracking: str | None = None, folder: str = OUTPUTS) -> str:
     """The path of the index of a pipeline's run, or of the run that a step's run belongs to.
 
-    `tracking` as in `connect`. Raises ValueError with the fix where there is no such MLflow, no such run, or no run of this
-    project.
+    `tracking` as in `connect`; the run's store is `folder` or lies below it. Raises ValueError with the fix where there is no
+    such MLflow, no such run, no run of this project, or one of another store.
     """
     client, uri = connect(tracking)
     server = f"MLflow at {store.hide_credentials(uri)}"
@@ -70,13 +83,14 @@ def index_of(run_id: str, tracking: str | None = None) -> str:
         run = client.get_run(run_id)
         if parent := run.data.tags.get("mlflow.parentRunId"):
             run = client.get_run(parent)
-    folder, name = run.data.tags.get("store"), run.data.params.get("run.name")
-    if not folder or not name:
+    place, name = run.data.tags.get("store"), run.data.params.get("run.name")
+    if not place or not name:
         raise ValueError(f"run {run_id} in {server} is not a run of this pipeline (no tag `store`, no parameter `run.name`)")
-    if store.is_local(folder) and not os.path.isabs(folder.removeprefix("file://")):
-        raise ValueError(f"run {run_id} has the store {folder!r}, relative to the folder it was started in: give its index, "
-                         f"{index_path(folder, name)}, from there")
-    return index_path(folder, name)
+    if store.is_local(place) and not os.path.isabs(place.removeprefix("file://")):
+        raise ValueError(f"run {run_id} has the store {place!r}, relative to the folder it was started in: give its index, "
+                         f"{index_path(place, name)}, from there")
+    check_named({"tag store": place}, folder, uri)
+    return index_path(place, name)
 
 
 def version_of(client: Any, uri: str) -> Any:
@@ -104,5 +118,5 @@ def find_run(run: str, folder: str = OUTPUTS, tracking: str | None = None) -> st
     """The index of a run: a path or URI that ends in .json as it is, an MLflow run id (32 hex digits) by the server
     `tracking` (None: MLFLOW_TRACKING_URI, else the database in `folder`), else a name's below `folder`."""
     if re.fullmatch("[0-9a-f]{32}", run):
-        return index_of(run, default_tracking(folder, tracking))
+        return index_of(run, default_tracking(folder, tracking), folder)
     return run if run.endswith(".json") else index_path(folder, run)

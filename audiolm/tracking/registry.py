@@ -17,6 +17,7 @@ from typing import Any
 
 from audiolm import store
 from audiolm.config.base import flatten
+from audiolm.config.serve import ServeConfig
 from audiolm.store import get_json, hide_credentials, join, names
 from audiolm.tracking.outbox import TrackedRun, key
 
@@ -220,5 +221,5 @@ def save(path: str, system: Mapping[str, Any]) -> None:
         store.put_json(f"{aside}/system.json", system)
         # audiolm is no requirement: it is not published, and whatever took its name on an index would be installed
         mlflow.pyfunc.save_model(path, python_model=str(Path(__file__).with_name("serve.py")), signature=signature,
-                                 artifacts={"system": f"{aside}/system.json"},
+                                 artifacts={"system": f"{aside}/system.json"}, model_config=ServeConfig().model_dump(),
                                  pip_requirements=[f"mlflow=={mlflow.__version__}"])

@@ -13,7 +13,7 @@ from typing import Any
 from audiolm import store
 from audiolm.config.pipeline import Pipeline
 from audiolm.dag.run_index import steps_of
-from audiolm.tracking.lookup import connect, default_tracking, find_run, system_of, version_of
+from audiolm.tracking.lookup import check_named, connect, default_tracking, find_run, system_of, version_of
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,8 @@ class Target:
 
 
 def resolve(text: str, folder: str, tracking: str | None = None) -> Target:
-    """`folder`: where a run's name is looked up, and the default MLflow. Raises ValueError for what cannot be evaluated."""
+    """`folder`: the user's store, where a run's name is looked up, and the default MLflow. Raises ValueError for what cannot
+    be evaluated, and for paths outside it that MLflow names."""
     if not text.startswith("models:/"):
         index = find_run(text, folder, tracking)
         name = index.rsplit("/", 1)[-1].removesuffix(".json")
@@ -35,10 +36,12 @@ def resolve(text: str, folder: str, tracking: str | None = None) -> Target:
     client, uri = connect(default_tracking(folder, tracking))
     version = version_of(client, text)
     title, slug = f"{version.name}, version {version.version}", f"{version.name}-{version.version}"
-    if problem := refusal(version.tags):
+    if problem := refusal(version.tags, folder, uri):
         raise ValueError(f"{text}: {problem}")
     if "audiolm.system" in version.tags:
         system = system_of(version, uri)
+        check_named({"system.json, index": system["index"], **{f"system.json, {n}": p for n, p in system["steps"].items()}},
+                    folder, uri)
         return Target(title, slug, {**_models(system["index"]), **system["steps"]}, config_of(system["index"]))
     tags = version.tags
     steps = _with_checkpoint(text, tags)
@@ -66,8 +69,8 @@ def _models(index: str) -> dict[str, str]:
     return {name: path for name, path in steps_of(index).items() if name not in ("samples", "evaluate", "report")}
 
 
-def refusal(tags: Mapping[str, str]) -> str | None:
-    """The reason why a version with these tags cannot be evaluated; None where it can."""
+def refusal(tags: Mapping[str, str], folder: str, tracking: str) -> str | None:
+    """The reason why a version with these tags cannot be evaluated; None where it can. `folder`: the user's store."""
     if "audiolm.system" in tags:
         return None
     if not {"uri", "audiolm.step", "audiolm.index"} <= tags.keys():
@@ -78,6 +81,10 @@ def refusal(tags: Mapping[str, str]) -> str | None:
     if tags.get("audiolm.export") != "yes":
         return (f"a checkpoint of {tags['audiolm.step']} holds a training's state and no export: only those of the language "
                 "models can be evaluated; give a run or a system's version instead")
+    try:
+        check_named({f"tag {n}": tags[n] for n in ("uri", "audiolm.index", "audiolm.build") if n in tags}, folder, tracking)
+    except ValueError as e:
+        return str(e)
     return None
 
 

@@ -15,11 +15,13 @@ from audiolm.config.external import AbxFilesConfig, SemanticMetricsConfig
 from audiolm.config.lm import LMConfig, StageConfig
 from audiolm.config.load import load_config
 from audiolm.config.pipeline import Pipeline
-from audiolm.config.run import ClusterConfig
+from audiolm.config.run import ClusterConfig, RunConfig
 from audiolm.config.semantic import SemanticConfig
 from audiolm.config.tokens import TokensConfig
 from audiolm.config.training import TrainConfig
+from audiolm.dag.run_index import index_path
 from audiolm.pipeline.cli import place
+from audiolm.tracking.lookup import find_run
 from tests.worlds.basics import ROOT
 
 QUICKSTART = str(ROOT / "workflows" / "quickstart.yaml")
@@ -55,6 +57,17 @@ def test_runtime_fields_leave_no_trace_and_later_ones_only_when_they_differ():
     assert "speeds" not in identity(TokensConfig()) and identity(TokensConfig(speeds=[0.9, 1.1]))["speeds"] == [0.9, 1.1]
     with pytest.raises(TypeError, match="identity of a set"):
         identity({"x": {1}})
+
+
+@pytest.mark.parametrize("name", ["../x", "/x", "a/b", "..", ".", "", " ", "a\\\\b", "a\nb"])
+def test_a_runs_name_is_one_files(name):
+    for call in (lambda: RunConfig(name=name), lambda: index_path("/store", name), lambda: find_run(name, "/store")):
+        with pytest.raises(ValueError, match="a run is called .* give a name without slashes"):
+            call()
+
+
+def test_a_runs_name_may_be_of_any_language():
+    assert RunConfig(name="试验 №1 é a:b").name and index_path("/s", "it's 2.0") == "/s/runs/it's 2.0.json"
 
 
 DECODER = "lm.decoder={train: {steps: 1, batch: 1, lr: 0.1}}"

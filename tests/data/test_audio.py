@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import fsspec
 import numpy as np
 import pytest
 import soundfile as sf
 
-from audiolm.data import audio, clips
+from audiolm.data import audio, clips, scan
+from audiolm.data.audio_check import mp3_samples
 from audiolm.data.clips import Clip, Part
 
 FORMATS = {"wav": {}, "flac": {}, "ogg": {"format": "OGG", "subtype": "VORBIS"},
@@ -57,6 +60,34 @@ def test_channels_are_averaged(tmp_path):
     sf.write(tmp_path / "a.wav", both, 16000, subtype="FLOAT")
     wav_T, _ = audio.decode(str(tmp_path / "a.wav"))
     np.testing.assert_allclose(wav_T, both.mean(1), atol=1e-7)
+
+
+@pytest.mark.timeout(60)  # byte by byte it takes minutes
+def test_garbage_behind_an_mp3_takes_no_time(tmp_path):
+    sf.write(tmp_path / "a.mp3", tone(16_000, 16_000), 16_000, format="MP3")
+    data = (tmp_path / "a.mp3").read_bytes()
+    frames = mp3_samples(data)
+    assert frames >= 16_000 and mp3_samples(data + b"\xff" * 150_000_000) == frames
+
+
+def test_a_thousand_channels_take_no_more_memory_than_two(tmp_path):
+    path = str(tmp_path / "wide.wav")
+    with sf.SoundFile(path, "w", 16_000, 1024, "PCM_U8") as f:
+        for _ in range(8):
+            f.write(np.full((4000, 1024), 0.5, np.float32))  # 2 s in all: 131 MB of float32
+    tracemalloc.start()
+    try:
+        whole_T, _ = audio.decode(path)
+        part_T, _ = audio.decode(path, 100, 31_000)
+        streamed_T, measured = np.concatenate([*audio.stream(path)]), scan.measure(path)
+        peak_mb = tracemalloc.get_traced_memory()[1] / 1e6
+    finally:
+        tracemalloc.stop()
+    assert len(whole_T) == len(streamed_T) == measured.frames == 32_000
+    np.testing.assert_array_equal(part_T, whole_T[100:31_100])
+    np.testing.assert_array_equal(streamed_T, whole_T)
+    np.testing.assert_allclose(measured.peaks, 0.5, atol=0.01)
+    assert peak_mb < 100
 
 
 @pytest.mark.parametrize("rate", [16000, 22050])

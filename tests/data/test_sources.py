@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pyarrow as pa
@@ -27,8 +29,8 @@ def list_files(source) -> list[sources.Found]:
     return sources.survey(source)[0]
 
 
-def folder(root, **more):
-    return FolderSource(kind="folder", name="f", root=str(root), **more)
+def folder(root, name="f", **more):
+    return FolderSource(kind="folder", name=name, root=str(root), **more)
 
 
 def libri(root, splits=None):
@@ -102,9 +104,74 @@ def test_user_parquet(tmp_path):
     absolute = by_uri[str(tmp_path / "a.wav")]
     assert (absolute.path, absolute.source, absolute.start, absolute.split) == (absolute.uri, "mine", 1.0, "dev")
     assert by_uri["gone.wav"].size == -1
-    elsewhere = ManifestSource(kind="manifest", name="mine", uri=source.uri, root=str(tmp_path / "b"))
+    write_rows(tmp_path / "n.parquet", {"uri": ["gone.wav"]})
+    elsewhere = ManifestSource(kind="manifest", name="mine", uri=str(tmp_path / "n.parquet"), root=str(tmp_path / "b"))
     touch(tmp_path / "b" / "gone.wav")
     assert {f.uri: f.size for f in list_files(elsewhere)}["gone.wav"] == 1
+
+
+@pytest.fixture
+def web():
+    """(a web server's address, the requests that it got)."""
+    asked = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_error(404)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", asked
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("uri", ["../out.wav", "x/../../out.wav", "{here}/out.wav", "{here}/rootless/a.wav", "file://{here}/out.wav",
+                                 "file://{here}/root/../out.wav", "link.wav", "links/out.wav", "{web}/a.wav",
+                                 "a.wav::{web}/a.wav", "file://{here}/root/a.wav::{web}/a.wav", "s3://bucket/a.wav"])
+def test_a_users_uri_outside_the_root_is_refused_and_nothing_is_fetched(tmp_path, web, uri):
+    for name in ("out.wav", "rootless/a.wav", "root/a.wav"):
+        touch(tmp_path / name)
+    (tmp_path / "root" / "link.wav").symlink_to(tmp_path / "out.wav")
+    (tmp_path / "root" / "links").symlink_to(tmp_path)
+    address, asked = web
+    uri = uri.format(here=tmp_path, web=address)
+    with pytest.raises(ConfigError, match="outside the root .*root'; name files .* set corpus.sources.root") as refused:
+        list_files(write_rows(tmp_path / "root" / "m.parquet", {"uri": ["a.wav", uri]}))
+    assert repr(uri) in str(refused.value) and "source 'mine'" in str(refused.value)
+    assert not asked
+
+
+def test_links_and_whole_uris_within_the_root_are_read(tmp_path):
+    touch(tmp_path / "root" / "deep" / "a.wav")
+    (tmp_path / "root" / "link.wav").symlink_to("deep/a.wav")
+    (tmp_path / "corpus").symlink_to(tmp_path / "root")  # the root itself may be a link
+    uris = ["./deep/a.wav", "deep/../link.wav", f"{tmp_path}/corpus/deep/a.wav", f"file://{tmp_path}/root/deep/a.wav"]
+    assert {f.size for f in list_files(write_rows(tmp_path / "corpus" / "m.parquet", {"uri": uris}))} == {1}
+
+
+@pytest.mark.parametrize(("root", "uri"), [("s3://b/c", "../d/a.wav"), ("s3://b/c", "s3://b/cd/a.wav"), ("s3://b", "gs://b/a.wav"),
+                                           ("http://h/c", "%2e%2e/d/a.wav"), ("/c", "s3://b/a.wav"), ("s3://b/c", "/c/a.wav")])
+def test_a_uri_outside_a_remote_root_has_no_path(root, uri):
+    with pytest.raises(ValueError, match="outside the root"):
+        sources.locate(root, uri)
+
+
+@pytest.mark.parametrize(("place", "protocol"), [("http://h/c", "http"), ("zip://::/data/c.zip", "zip"),
+                                                 ("simplecache::s3://b/c", "simplecache"), ("s3://b/c::ftp://h/c", "ftp")])
+def test_a_source_is_read_by_known_protocols_alone(place, protocol):
+    for source in (folder(place), libri(place), ManifestSource(kind="manifest", name="m", uri="/m.parquet", root=place),
+                   ManifestSource(kind="manifest", name="m", uri=place)):
+        with pytest.raises(ValueError, match=rf"source '[flm]' lies at '{place}', .* add \['{protocol}'\] to corpus.protocols"):
+            CorpusConfig(name="c", sources=[source])
+        CorpusConfig(name="c", sources=[source], protocols=("local", "s3", protocol))
+    CorpusConfig(name="c", sources=[folder("/a"), folder("file:///a", name="g"), folder("hf://datasets/a/b", name="h")])
 
 
 @pytest.mark.parametrize(("columns", "message"), [
@@ -158,6 +225,12 @@ def test_s3_source_and_its_errors(s3_server, recording_out, tmp_path, monkeypatc
     assert changed_files(recording_out.path, corpus) == {"added": [], "removed": [], "modified": []}
     fs.pipe("corpus/speech/1/5/1-5-0000.flac", b"other")
     assert changed_files(recording_out.path, corpus)["modified"] == ["l/1/5/1-5-0000.flac"]
+
+    for uri in ("../store/manifest/clips.parquet", "s3://corpus/store/manifest/clips.parquet"):
+        write_rows(tmp_path / "m.parquet", {"uri": ["1/5/1-5-0000.flac", uri]})
+        fs.put(str(tmp_path / "m.parquet"), "corpus/speech/m.parquet")
+        with pytest.raises(ConfigError, match=f"'{uri}' lies outside the root 's3://corpus/speech'"):
+            list_files(ManifestSource(kind="manifest", name="m", uri="s3://corpus/speech/m.parquet"))
 
     for missing in ("s3://corpus/nothing", "s3://nobucket/x"):
         with pytest.raises(ConfigError, match=rf"root '{missing}' does not exist"):

@@ -131,6 +131,10 @@ def test_every_token_counts(folder, tmp_path):
     assert row.value == pytest.approx(model.config.vocab_size)
     with pytest.raises(ValueError, match="tables.text_model: .* holds no causal text model"):
         text_model.scorer(str(tmp_path / "none"))
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="tables.text_model: .* holds no causal .*model.safetensors"):  # no pickle is read
+        text_model.scorer(str(tmp_path))
 
 
 def test_auto_bleu():

@@ -109,6 +109,10 @@ def test_a_sequence_to_sequence_model_by_path(tmp_path):
     tokenizer = transformers.WhisperTokenizer(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"))
     transformers.WhisperProcessor(transformers.WhisperFeatureExtractor(), tokenizer).save_pretrained(tmp_path)
     assert set(asr.recogniser(str(tmp_path))(np.zeros(16_000, np.float32))) == {"a"}
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="asr: .* holds no speech recogniser .*model.safetensors"):  # no pickle is read
+        asr.recogniser(str(tmp_path))
 
 
 def test_what_cannot_be_measured_is_seen(monkeypatch):

@@ -45,7 +45,7 @@ def test_a_person_asks_and_hears_the_answer(browser, world, encoded, tmp_path):
         tell(server.url, folder, build)
         watcher = subprocess.Popen(
             [sys.executable, str(ROOT / "workflows/evaluate.py"), "watch", "--inline", "--work", str(tmp_path / "work"),
-             "--tracking", server.url, "--every", "1"], env={**os.environ, "PYTHONPATH": str(ROOT)},
+             "--tracking", server.url, "--store", folder, "--every", "1"], env={**os.environ, "PYTHONPATH": str(ROOT)},
             stdout=subprocess.DEVNULL)
         page = browser.new_context(viewport={"width": 1300, "height": 1800}).new_page()
         page.set_default_timeout(120_000)

@@ -34,7 +34,8 @@ def registry(ready):
     client.create_registered_model(NAME)
 
     def version(**tags) -> str:
-        known = {"uri": "/nowhere", "audiolm.step": "lm_semantic", "audiolm.index": "/nowhere.json", "audiolm.export": "yes"}
+        known = {"uri": f"{ready}/nowhere", "audiolm.step": "lm_semantic", "audiolm.index": f"{ready}/nowhere.json",
+                 "audiolm.export": "yes"}
         return str(client.create_model_version(NAME, "/x", run, {**known, "evaluate": "requested", **tags}).version)
 
     return client, version
@@ -46,7 +47,7 @@ def test_a_job_that_fails_says_why_and_the_next_request_is_another_job(registry,
     (said,) = look(client, work)
     assert said == f"models:/{NAME}/{v}: submitted as eval-{NAME}-{v}-1"
     found = until(client, v, "failed")
-    assert "its weights are not at /nowhere" in found["evaluate.reason"] and found["evaluate.ended"] == "1 failed"
+    assert f"its weights are not at {tmp_path}/nowhere" in found["evaluate.reason"] and found["evaluate.ended"] == "1 failed"
     assert look(client, work) == []
     client.set_model_version_tag(NAME, v, "evaluate", "requested")
     assert look(client, work) == [f"models:/{NAME}/{v}: submitted as eval-{NAME}-{v}-2"]
@@ -121,6 +122,21 @@ def test_what_cannot_be_evaluated_is_refused_before_a_job(registry, tmp_path):
     assert not (tmp_path / "work").exists()
 
 
+def test_tags_that_lead_out_of_the_store_are_refused_before_a_job(registry, tmp_path):
+    client, version = registry
+    work, outside = Processes(str(tmp_path / "work")), tmp_path.parent / "elsewhere"
+    (tmp_path / "link").symlink_to(outside)
+    places = (f"{outside}/x", f"{tmp_path}/../elsewhere/x", f"{tmp_path}/link/x", f"file://{outside}/x", "s3://bucket/x",
+              "http://127.0.0.1:1/x", f"{tmp_path}/x::http://127.0.0.1:1/x")
+    for tag, place in [("uri", places[0]), ("audiolm.build", places[0]), *(("audiolm.index", place) for place in places)]:
+        v = version(**{tag: place})
+        look(client, work)
+        found = tags(client, v)
+        assert found["evaluate"] == "failed", (tag, place)
+        assert found["evaluate.reason"].startswith(f"MLflow's tag {tag} is {place!r}, outside outputs and {tmp_path}: name")
+    assert not (tmp_path / "work").exists()
+
+
 def test_only_so_many_at_a_time_and_the_others_stay_requested(registry, tmp_path):
     client, version = registry
     work = Processes(str(tmp_path / "work"))
@@ -150,7 +166,8 @@ KILLED = """
             super().submit(job, args)
             os.kill(os.getpid(), 9)
 
-    Watcher(MlflowClient({uri!r}), Dies({work!r}), ["--tracking", {uri!r}], 1, print, check_names).sweep()
+    extra = ["--tracking", {uri!r}, "--store", {store!r}]
+    Watcher(MlflowClient({uri!r}), {store!r}, Dies({work!r}), extra, 1, print, check_names).sweep()
 """
 
 
@@ -177,14 +194,14 @@ def test_the_round_trip(world, encoded, tmp_path, monkeypatch):
         for v in (1, 2):
             client.set_model_version_tag(NAME, v, "evaluate", "requested")
         client.set_model_version_tag(NAME, "2", "evaluate.suites", "stages, ladder")
-        code = textwrap.dedent(KILLED.format(uri=server.url, work=work))
+        code = textwrap.dedent(KILLED.format(uri=server.url, work=work, store=folder))
         assert subprocess.run([sys.executable, "-c", code], env=env, timeout=120).returncode == -9
         assert os.path.exists(f"{work}/eval-{NAME}-2-1.json")  # submitted, and nobody was told
 
         said = open(tmp_path / "watcher.log", "w+b")
         watcher = subprocess.Popen(
             [sys.executable, str(ROOT / "workflows/evaluate.py"), "watch", "--inline", "--work", work, "--tracking",
-             server.url, "--every", "300", "--webhook", str(port)], stdout=said, stderr=said, env=env)
+             server.url, "--store", folder, "--every", "300", "--webhook", str(port)], stdout=said, stderr=said, env=env)
         found = until(client, "2", "done", "failed", seconds=240)
         assert found["evaluate"] == "done", found
         assert until(client, "1", "failed")["evaluate.reason"].startswith("it was pruned")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -44,6 +45,20 @@ def test_unconditional_has_exactly_the_length_asked_for(lm, seconds):
         if lm.stage("coarse").dedupe:
             assert len(sound.z) >= int(np.ceil(frames / RUN))
         assert 0 <= sound.codes_TQ.min() and sound.codes_TQ.max() < VOCAB and np.isfinite(sound.wav_T).all()
+
+
+def test_a_call_may_be_ended_before_any_step_of_a_stage(lm):
+    steps = []
+    lm.stop_when(lambda: steps.append(1))
+    (whole,) = lm.unconditional(0.4, [1], may_end=False)
+    assert len(steps) > 30
+    for last in (1, len(steps) // 2, len(steps)):
+        left = iter(range(last - 1))
+        lm.stop_when(partial(next, left))
+        with pytest.raises(StopIteration):
+            lm.unconditional(0.4, [1], may_end=False)
+    lm.stop_when(lambda: None)
+    np.testing.assert_array_equal(lm.unconditional(0.4, [1], may_end=False)[0].wav_T, whole.wav_T)
 
 
 def test_continuation_keeps_the_prompt_and_has_the_length(lm):

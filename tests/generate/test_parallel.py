@@ -126,6 +126,13 @@ def test_guidance_and_its_refusals(model, sounds):
         ParallelSampler(model, STAGE)(z, range(4), None, SamplingParams(window=8))
 
 
+def test_a_call_may_be_ended_before_any_pass():
+    sampler, passes = ParallelSampler(untrained(), STAGE), []
+    sampler.check = lambda: passes.append(1)
+    sampler([np.zeros(4, np.int64)], [0])
+    assert len(passes) == PASSES + LEVELS - 1
+
+
 def test_codes_are_legal_before_any_training():
     (codes_TQ,) = ParallelSampler(untrained(), STAGE)([np.zeros(1, np.int64)], [0])
     assert codes_TQ.shape == (2, LEVELS) and 0 <= codes_TQ.min() and codes_TQ.max() < VOCAB

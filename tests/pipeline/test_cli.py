@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import re
+import sys
+
 import pytest
 
 from audiolm.config.base import ConfigError
 from audiolm.dag.execute import StepFailed
-from audiolm.pipeline.cli import run_command
+from audiolm.pipeline.cli import main, run_command
+from tests.worlds.basics import ROOT, free_port
+from workflows import codec, evaluate, full_pipeline, generate
+
+QUICKSTART = ROOT / "workflows" / "quickstart.yaml"
 
 
 @pytest.mark.parametrize(("error", "code", "line"), [
@@ -23,3 +30,46 @@ def test_an_error_is_one_line_and_an_exit_status(error, code, line, capsys):
 
 def test_a_command_gives_its_own_exit_status():
     assert run_command(lambda: 1) == 1
+
+
+def test_the_trace_of_a_job_has_no_credentials(capsys):
+    def command():
+        print("reads s3://key:hunter2@bucket/x")
+        raise OSError("s3://key:hunter2@bucket/x is away")
+
+    assert run_command(command, trace=True) == 2
+    out, err = capsys.readouterr()
+    assert out == "reads s3://***@bucket/x\n" and err.startswith("Traceback") and "in command" in err
+    assert err.endswith("error: OSError: s3://***@bucket/x is away\n") and "hunter2" not in err.replace('raise OSError("', "")
+
+
+SIGNED = "me:hunter2@127.0.0.1:{port}/x?X-Amz-Credential=hunter2&X-Amz-Signature=hunter2"
+RUN_ID = "0123456789abcdef" * 2
+
+
+def pipeline(*argv: str) -> int:
+    """The pipeline's exit status."""
+    before, sys.argv = sys.argv, ["full_pipeline.py", *argv]
+    try:
+        main(full_pipeline.graph, default=QUICKSTART)
+        return 0
+    except SystemExit as e:
+        return e.code
+    finally:
+        sys.argv = before
+
+
+@pytest.mark.parametrize("command", [
+    lambda uri: pipeline("--dry-run", f"corpus.sources.0.root=https://{uri}"),
+    lambda uri: pipeline("--dry-run", f"store=s3://{uri}"),
+    lambda uri: pipeline("--only", "manifest", "--inline", "tracking=none", "store=memory://s", "corpus.protocols=[https]",
+                         f"corpus.sources=[{{kind: manifest, name: m, uri: 'https://{uri}'}}]"),
+    lambda uri: generate.main(["--run", RUN_ID, "--tracking", f"http://{uri}", "--mode", "unconditional", "--out", "o"]),
+    lambda uri: evaluate.main([RUN_ID, "--tracking", f"http://{uri}"]),
+    lambda uri: codec.main(["encode", f"https://{uri}", "--codec", f"https://{uri}", "--out", "out"])],
+    ids=["root", "store", "Parquet", "server", "evaluate", "codec"])
+def test_no_command_prints_the_credentials_of_a_uri(command, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    status, said = command(SIGNED.format(port=free_port())), "".join(capsys.readouterr())
+    assert status != 0 and "hunter2" not in said and re.search(r"://\*\*\*@127.0.0.1", said), said

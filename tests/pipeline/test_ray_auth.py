@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import socket
 import subprocess
 import sys
 import textwrap
@@ -34,14 +35,18 @@ OWNER = """
     ray.shutdown()
 """
 VISITOR = """
-    import os, ray, sys
+    import os, sys
     from ray._private import ray_constants
+    from audiolm.pipeline.ray_cluster import start_ray
+    from audiolm.config.run import ClusterConfig
 
     ray_constants.ENABLE_RAY_CLUSTER = False  # else Ray takes 127.0.0.1 for another address of the machine
-    ray.init(address=sys.argv[1], log_to_driver=False)
+    start_ray(ClusterConfig(address=sys.argv[1]), "", print)
+    import ray
+
     print("ran as a child of", ray.get(ray.remote(lambda: os.getppid()).remote()))
 """
-TOKEN = "0123456789abcdef" * 4
+TOKEN, OLD_TOKEN = "0123456789abcdef" * 4, "fedcba9876543210" * 4
 
 
 def python(code: str, *args: str, home: Path, **env: str) -> subprocess.Popen:
@@ -52,9 +57,15 @@ def python(code: str, *args: str, home: Path, **env: str) -> subprocess.Popen:
                             env={**kept, "HOME": str(home), "PYTHONPATH": str(ROOT), **env})
 
 
-def visit(cluster: dict, home: Path, **env: str) -> tuple[bool, str]:
-    """Whether a task of another process ran in the cluster, and what that process said."""
-    visitor = python(VISITOR, cluster["gcs"], home=home, RAY_NUM_REDIS_GET_RETRIES="1", **env)
+def keep_token(home: Path, token: str) -> None:
+    """The file that Ray reads a token from where the environment has none."""
+    (home / ".ray").mkdir()
+    (home / ".ray" / "auth_token").write_text(token)
+
+
+def visit(address: str, home: Path, **env: str) -> tuple[bool, str]:
+    """Whether a task of another process ran in the cluster that it joined, and what that process said."""
+    visitor = python(VISITOR, address, home=home, RAY_NUM_REDIS_GET_RETRIES="1", **env)
     try:
         out, err = visitor.communicate(timeout=60)
     finally:
@@ -64,9 +75,10 @@ def visit(cluster: dict, home: Path, **env: str) -> tuple[bool, str]:
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    """A run's own cluster, whose user has switched authentication off and has a token of his own."""
+    """A run's own cluster, whose user has switched authentication off and has tokens of his own."""
     home = tmp_path_factory.mktemp("home")
-    owner = python(OWNER, home=home, RAY_AUTH_MODE="disabled", RAY_AUTH_TOKEN=TOKEN)
+    keep_token(home, OLD_TOKEN)
+    owner = python(OWNER, home=home, RAY_ADDRESS="local", RAY_AUTH_MODE="disabled", RAY_AUTH_TOKEN=TOKEN)
     line = owner.stdout.readline()
     processes = psutil.Process(owner.pid).children(recursive=True) if line else []
     try:
@@ -74,7 +86,7 @@ def cluster(tmp_path_factory):
         yield {**json.loads(line), "processes": [psutil.Process(owner.pid), *processes]}
         _, err = owner.communicate(timeout=60)  # its input ends, it stops Ray
         assert owner.returncode == 0, err
-        assert not (home / ".ray" / "auth_token").exists()
+        assert (home / ".ray" / "auth_token").read_text() == OLD_TOKEN
     finally:
         owner.kill()
         for process in psutil.wait_procs(processes, timeout=20)[1]:
@@ -82,15 +94,37 @@ def cluster(tmp_path_factory):
 
 
 @pytest.mark.parametrize("env", [{}, {"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN},
-                                 {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}],
-                         ids=["no mode", "no token", "the user's token", "another run's token"])
+                                 {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)},
+                                 {"RAY_AUTH_MODE": "token"}],
+                         ids=["no mode", "no token", "the user's token", "another run's token", "an old token file"])
 def test_a_stranger_runs_nothing(cluster, tmp_path, env):
-    ran, said = visit(cluster, tmp_path, **env)
+    if env == {"RAY_AUTH_MODE": "token"}:
+        keep_token(tmp_path, OLD_TOKEN)
+    ran, said = visit(cluster["gcs"], tmp_path, **env)
     assert not ran and "Authentication token is missing or incorrect" in said, said
 
 
-def test_who_has_the_token_runs_tasks(cluster, tmp_path):
-    ran, said = visit(cluster, tmp_path, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=cluster["token"] or "none")
+def test_another_address_of_this_machine_reaches_nothing(cluster, tmp_path):
+    own = [a.address for addresses in psutil.net_if_addrs().values() for a in addresses
+           if a.family == socket.AF_INET and not a.address.startswith("127.")]
+    if not own:
+        pytest.skip("this machine has no other address")
+    port = int(cluster["gcs"].rsplit(":", 1)[1])
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection((own[0], port), timeout=60)
+    short = {"RAY_gcs_rpc_server_connect_timeout_s": "1", "RAY_py_gcs_connect_timeout_s": "1"}  # Ray asks for 40 s
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": cluster["token"]}  # the right one does not help
+    ran, said = visit(f"{own[0]}:{port}", tmp_path, **token, **short)
+    assert not ran and f"cannot join the cluster at '{own[0]}" in said, said
+
+
+@pytest.mark.parametrize("where", ["environment", "file"])
+def test_who_has_the_token_joins_and_runs_tasks(cluster, tmp_path, where):
+    token = cluster["token"] or "none"
+    if where == "file":
+        keep_token(tmp_path, token)
+    env = {"RAY_AUTH_TOKEN": token} if where == "environment" else {}
+    ran, said = visit(cluster["gcs"], tmp_path, RAY_AUTH_MODE="token", **env)
     assert ran, said
 
 

@@ -6,22 +6,28 @@ import base64
 import io
 import json
 import os
+import socket
 import subprocess
 import sys
 import sysconfig
 import time
+import tracemalloc
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
 from audiolm import store
+from audiolm.config.serve import ServeConfig
 from audiolm.data.audio import wav_bytes
 from audiolm.generate.load import load
+from audiolm.generate.predict import Service, TooLate
 from audiolm.generate.prompts import prompt_from_bytes
 from audiolm.tracking.lookup import index_of
 from audiolm.tracking.registry import save
+from audiolm.tracking.target import resolve
 from audiolm.tracking.tracker import Tracker
 from tests.worlds.basics import ROOT, free_port
 from tests.worlds.tiny_system import build, token_store, voice
@@ -60,6 +66,27 @@ def sound(text: str) -> np.ndarray:
     return wav_T
 
 
+def flac(seconds: int) -> str:
+    import soundfile
+
+    sink = io.BytesIO()
+    with soundfile.SoundFile(sink, "w", 16_000, 1, "PCM_16", format="FLAC") as f:
+        for _ in range(seconds // 60):
+            f.write(np.full(16_000 * 60, 0.01, np.float32))
+    return base64_of(sink.getvalue())
+
+
+def wide(channels: int) -> str:
+    """A second."""
+    import soundfile
+
+    sink = io.BytesIO()
+    with soundfile.SoundFile(sink, "w", 16_000, channels, "PCM_U8", format="WAV") as f:
+        for _ in range(4):
+            f.write(np.full((4000, channels), 0.5, np.float32))
+    return base64_of(sink.getvalue())
+
+
 def ask(model, *rows, params=None) -> list[dict]:
     import pandas
 
@@ -68,12 +95,14 @@ def ask(model, *rows, params=None) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def server(folder):
-    """Its address."""
+    """Its address; a request has 12 s, 5,000 sounds and one other that waits."""
     port = free_port()
+    limits = json.dumps({"max_sounds": 5000, "max_waiting": 1})
     process = subprocess.Popen(
         [sys.executable, "-m", "mlflow", "models", "serve", "-m", folder, "--env-manager", "local", "-h", "127.0.0.1",
-         "-p", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "PATH": sysconfig.get_path("scripts") + os.pathsep + os.environ["PATH"]})
+         "-p", str(port), "--timeout", "12"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+        env={**os.environ, "MLFLOW_PYFUNC_INFERENCE_CONFIG": limits, "PYTHONPATH": str(ROOT),
+             "PATH": sysconfig.get_path("scripts") + os.pathsep + os.environ["PATH"]})
     url = f"http://127.0.0.1:{port}"
     try:
         deadline = time.monotonic() + 120
@@ -97,7 +126,8 @@ def post(url: str, *rows, **params) -> tuple[int, dict]:
         with urllib.request.urlopen(request, timeout=60) as reply:
             return reply.status, json.loads(reply.read())
     except urllib.error.HTTPError as e:
-        return e.code, json.loads(e.read())
+        text = e.read().decode()
+        return e.code, json.loads(text) if text.startswith("{") else {"message": text}  # the server's own 504 is plain text
 
 
 def test_a_request_is_answered_with_sound_and_a_bad_one_with_the_reason(server):
@@ -119,6 +149,22 @@ def test_a_request_is_answered_with_sound_and_a_bad_one_with_the_reason(server):
     assert "Traceback" not in str(reply)
     assert "row 0: audio: '5' is not base64" in post(server, {**row, "audio": 5})[1]["message"]
     assert post(server, row, temperature_coarse=0.0)[1]["predictions"][0]["audio"] != first["audio"]
+
+
+def test_requests_that_find_no_place_are_refused_and_one_whose_caller_left_is_given_up(server):
+    small = {"mode": "unconditional", "seconds": 0.1}
+    body = json.dumps({"dataframe_records": [{"mode": "unconditional", "seconds": 1.9, "samples": 5000}]}).encode()  # minutes
+    deadline, refused = time.monotonic() + 120, []
+    with socket.create_connection(("127.0.0.1", int(server.rsplit(":", 1)[1]))) as caller:
+        caller.sendall(b"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                       b"Content-Length: %d\r\n\r\n%s" % (len(body), body))
+        while not refused:
+            assert time.monotonic() < deadline, "no request was refused"
+            with ThreadPoolExecutor(2) as pool:  # beside nothing else, two find their places
+                refused = [reply for status, reply in pool.map(lambda _: post(server, small), range(2)) if status == 503]
+    assert "one request is answered and 1 wait, at most (max_waiting): ask again later" in refused[0]["message"]
+    while (status := post(server, small)[0]) != 200:
+        assert time.monotonic() < deadline, status
 
 
 def test_the_answer_is_what_the_system_generates(model, steps):
@@ -166,15 +212,44 @@ def test_bad_input_is_refused_with_the_field_and_the_fix(model):
             ({"audio": good, "seconds": -1.0}, "row 0: seconds: -1 is not a length"),
             ({"audio": good, "seconds": float("inf")}, "row 0: seconds: inf"),
             ({"audio": good, "samples": 0}, "row 0: samples: 0; give 1 to 32"),
+            ({"audio": good, "samples": 33}, "row 0: samples: 33; give 1 to 32"),
+            ({"audio": flac(3600), "mode": "resynthesis"}, r"row 0: audio: it lasts longer than 60 s \(max_prompt_s\): send"),
+            ({"audio": wide(9)}, r"row 0: audio: 9 channels, 8 at most \(max_channels\): mix them down"),
+            ({"audio": "A" * 30_000_000}, r"audio: 22\.5 MB, 20 at most \(max_mb\): send less sound"),
             ({"audio": good, "mode": "sing"}, "row 0: mode: 'sing' is none; one of continuation"),
             ({}, "no rows")):
         with pytest.raises(MlflowException, match=reason) as caught:
             ask(model, row)
         assert caught.value.error_code == "INVALID_PARAMETER_VALUE"
+    with pytest.raises(MlflowException, match=r"17 rows ask for 34 sounds, 32 at most \(max_sounds\): send several"):
+        ask(model, *[{"mode": "unconditional", "seconds": 0.1, "samples": 2}] * 17)
     with pytest.raises(MlflowException, match="row 1: audio: missing"):
         ask(model, {"audio": good, "seconds": 0.1}, {"audio": None, "seconds": 0.1})
     with pytest.raises(MlflowException, match=r"temperature \(-1"):
         ask(model, {"audio": good, "seconds": 0.1}, params={"temperature_fine": -1.0})
+
+
+def test_an_hour_or_a_thousand_channels_are_refused_before_they_are_decoded(model):
+    from mlflow.exceptions import MlflowException
+
+    for audio in (flac(3600), wide(1024)):
+        tracemalloc.start()
+        try:
+            with pytest.raises(MlflowException, match="max_prompt_s|max_channels"):
+                ask(model, {"audio": audio, "mode": "resynthesis"})
+            peak_mb = tracemalloc.get_traced_memory()[1] / 1e6
+        finally:
+            tracemalloc.stop()
+        assert peak_mb < 100  # the audio has 230 and 65 MB, and the work on it many times as much
+
+
+def test_a_request_whose_time_is_over_is_given_up_and_the_next_one_is_answered(steps):
+    service = Service(load(steps), ServeConfig())
+    rows = [{"mode": "unconditional", "seconds": 0.3}]
+    wanted = service.answer(rows, {})
+    with pytest.raises(TooLate, match="was not ready within 0 s: ask for fewer or shorter sounds, or .* --timeout"):
+        service.answer(rows, {}, limit_s=1e-9)
+    assert service.answer(rows, {}, limit_s=600) == wanted
 
 
 def test_a_system_whose_folder_is_gone_says_which(steps, tmp_path):
@@ -202,15 +277,15 @@ def test_a_run_registers_its_system_once(ready, tmp_path, steps):
     import mlflow
 
     other = {**steps, "lm_fine": "/elsewhere"}
-    client, said = finished(tmp_path, [steps, steps, other, steps], "it's a/b")
+    client, said = finished(tmp_path, [steps, steps, other, steps], "it's a:b")
     versions = {v.version: v for v in client.search_model_versions("name = 'it_s a_b'")}
     assert said == [] and versions.keys() == {1, 2}
     run = client.get_run(versions[1].run_id)
-    assert run.info.run_name == "it's a/b" and "mlflow.parentRunId" not in run.data.tags
+    assert run.info.run_name == "it's a:b" and "mlflow.parentRunId" not in run.data.tags
     path = mlflow.artifacts.download_artifacts(versions[1].source, tracking_uri=f"sqlite:///{tmp_path}/mlflow.db",
                                                dst_path=str(tmp_path / "got"))
     told = store.get_json(f"{path}/artifacts/system.json")
-    assert told == {"index": f"{tmp_path}/runs/it's a/b.json", "steps": steps}
+    assert told == {"index": f"{tmp_path}/runs/it's a:b.json", "steps": steps}
     model = mlflow.pyfunc.load_model(path)
     assert 0 < len(sound(ask(model, {"mode": "unconditional", "seconds": 0.3})[0]["audio"])) <= 4800
 
@@ -223,6 +298,16 @@ def test_a_driver_killed_while_it_registers_leaves_one_version(ready, tmp_path, 
     client, _ = finished(tmp_path, [steps])  # as if it had been killed before the version was made
     assert [m.model_id for m in client.search_logged_models([experiment])] == [model.model_id]
     assert len(client.search_model_versions("name = 'tiny'")) == 1
+
+
+def test_a_system_outside_the_users_store_is_not_read(ready, tmp_path, steps):
+    client, _ = finished(tmp_path, [steps])
+    kmeans = steps["kmeans"]
+    with pytest.raises(ValueError, match=f"MLflow's system.json, .* is '/.*/system./.*', outside outputs and {tmp_path}: name"):
+        resolve("models:/tiny/1", "outputs", client.tracking_uri)
+    above = os.path.commonpath([kmeans, str(tmp_path)])  # named by the user, it is read
+    with pytest.raises(ValueError, match="there is no run index .*runs/tiny.json"):
+        resolve("models:/tiny/1", above, client.tracking_uri)
 
 
 def test_a_run_is_found_by_its_id(ready, tmp_path, monkeypatch):
@@ -243,6 +328,11 @@ def test_a_run_is_found_by_its_id(ready, tmp_path, monkeypatch):
         index_of(foreign)
     with pytest.raises(ValueError, match="no run 'abc' in MLflow at sqlite"):
         index_of("abc")
+    elsewhere = tmp_path.parent / "elsewhere"
+    client.set_tag(parent, "store", str(elsewhere))
+    with pytest.raises(ValueError, match=f"tag store is '{elsewhere}', outside ./outputs and {tmp_path}: name .* --store"):
+        index_of(parent)
+    assert index_of(parent, folder=str(tmp_path.parent)) == f"{elsewhere}/runs/demo.json"
     client.set_tag(parent, "store", "outputs")
     with pytest.raises(ValueError, match="store 'outputs', relative"):
         index_of(parent)

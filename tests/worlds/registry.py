@@ -11,9 +11,10 @@ NAME = "tiny-lm_semantic"
 
 
 def look(client, launcher, parallel=9) -> list[str]:
+    """`client`: of an SQLite database, which lies in the store."""
     said = []
     uri = client.tracking_uri
-    Watcher(client, launcher, ["--tracking", uri], parallel, said.append, check_names).sweep()
+    Watcher(client, "outputs", launcher, ["--tracking", uri], parallel, said.append, check_names).sweep()
     return said
 
 

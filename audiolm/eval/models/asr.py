@@ -103,12 +103,12 @@ def _transformers(path: str, asr: str, device: str) -> Recognise:
         config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
         ctc = any(name.endswith("ForCTC") for name in config.architectures or ())
         kind = transformers.AutoModelForCTC if ctc else transformers.AutoModelForSpeechSeq2Seq
-        model = kind.from_pretrained(path, local_files_only=True, dtype=torch.float32).to(device).eval()
+        model = kind.from_pretrained(path, local_files_only=True, use_safetensors=True, dtype=torch.float32).to(device).eval()
         processor = transformers.AutoProcessor.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError) as e:
         raise ValueError(f"asr: {asr} holds no speech recogniser of transformers ({e}): give a folder with config.json, "
-                         "weights, preprocessor_config.json and a tokenizer of a ...ForCTC or ...ForConditionalGeneration "
-                         "model") from e
+                         "model.safetensors, preprocessor_config.json and a tokenizer of a ...ForCTC or "
+                         "...ForConditionalGeneration model") from e
 
     @torch.inference_mode()
     def recognise(wav_T: np.ndarray) -> str:

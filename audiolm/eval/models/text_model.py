@@ -33,10 +33,11 @@ def scorer(text_model: str, device: str = "cpu") -> Score:
         with tempfile.TemporaryDirectory() as folder:
             path = store.local_copy(text_model, folder)
             tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
-            model = transformers.AutoModelForCausalLM.from_pretrained(path, local_files_only=True, dtype=torch.float32)
+            model = transformers.AutoModelForCausalLM.from_pretrained(path, local_files_only=True, use_safetensors=True,
+                                                                      dtype=torch.float32)
     except (OSError, ValueError) as e:
         raise ValueError(f"tables.text_model: {text_model} holds no causal text model of transformers ({e}): give a folder "
-                         "with config.json, weights and a tokenizer of a ...ForCausalLM model") from e
+                         "with config.json, model.safetensors and a tokenizer of a ...ForCausalLM model") from e
     model.to(device).eval()
     first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
