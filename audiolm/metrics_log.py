@@ -6,6 +6,7 @@ driver write it, a tracker and the report read it; no tracking server is needed 
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import threading
@@ -71,7 +72,12 @@ class MetricsFile:
             size = os.fstat(self._fd).st_size
             if size and os.pread(self._fd, 1, size - 1) != b"\n":
                 line = b"\n" + line  # an earlier writer died within a line: keep the new one whole
-        os.write(self._fd, line)
+        try:
+            if os.write(self._fd, line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as e:
+            e.filename = self.path
+            raise
 
     def _rewrite(self) -> None:
         store.put(self.path, bytes(self._text))
@@ -92,12 +98,11 @@ def read_from(path: str, offset: int = 0, max_bytes: int | None = None) -> tuple
     A line still being written is left for the next call; a damaged line is skipped. A missing file has no rows.
     `max_bytes` bounds one call; it must exceed the longest line.
     """
-    fs, p = store.open_fs(path)
     try:
-        size = fs.info(p)["size"]
+        size = store.size(path)
         if size <= offset:
             return [], offset
-        data = fs.cat_file(p, start=offset, end=min(size, offset + max_bytes) if max_bytes else size)
+        data = store.get(path, offset, min(size, offset + max_bytes) if max_bytes else size)
     except FileNotFoundError:
         return [], offset
     rows = []

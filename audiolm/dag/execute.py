@@ -18,7 +18,7 @@ from pkgutil import resolve_name
 from audiolm.dag.lease import Lease, LeaseLost, Waiter
 from audiolm.dag.plan import PlanRow
 from audiolm.dag.step import Artifact, Observer, Status, Step, StepContext, inspect, trunk_siblings
-from audiolm.store import get_json, join, put_json
+from audiolm.store import QUIET_S, clean_up, get_json, join, modified, put_json, remove_unfinished
 
 
 class StepFailed(RuntimeError):
@@ -135,6 +135,8 @@ def run_step(step: Step, store: str, inputs: dict[str, Artifact], *, force: bool
         done = get_json(join(path, "done.json"))
         return Artifact(path, build, done["facts"], done)
 
+    if lease.attempt > 1:  # of what earlier attempts left the surely dead goes
+        clean_up(None, lambda: remove_unfinished(path, modified(lease.path) - QUIET_S))
     siblings = trunk_siblings(step, store, builds, path)[1] if step.trains else []
     out = StepContext(step, path, lease, observer, inline, force, siblings)
     began = time.time()
@@ -147,19 +149,25 @@ def run_step(step: Step, store: str, inputs: dict[str, Artifact], *, force: bool
         # Publish: only the owner of the lease, after all metrics, and done.json last.
         lease.check(now=True)
         out.flush()
-        run_id = observer.ended(out, "done", facts, None) if observer else None
+        run_id = observer.run_id(out) if observer else None
         done = {"facts": facts, "inputs": builds, "seconds": round(time.time() - began, 3), "time": time.time(),
                 "attempt": lease.attempt, "run_id": run_id}
-        put_json(join(path, "done.json"), done, exclusive=True)
-        lease.close("done")
-        return Artifact(path, build, facts, done)
+        try:
+            put_json(join(path, "done.json"), done, exclusive=True)
+        except FileExistsError as e:
+            raise LeaseLost(f"{path}: another attempt published it") from e
     except BaseException as e:
         status = "stopped" if isinstance(e, (LeaseLost, KeyboardInterrupt)) else "failed"
-        out.flush()
-        lease.close(status, traceback.format_exc()[-4000:])
+        clean_up(e, out.flush, partial(lease.close, status, traceback.format_exc()[-4000:]))
         if observer:
-            observer.ended(out, status, {}, f"{type(e).__name__}: {e}")
+            clean_up(e, partial(observer.ended, out, status, {}, f"{type(e).__name__}: {e}"))
         raise
+
+    # Published: listeners hear of it now, and nothing that fails here unmakes it.
+    clean_up(None, partial(lease.close, "done"))
+    if observer:
+        clean_up(None, partial(observer.ended, out, "done", facts, None))
+    return Artifact(path, build, facts, done)
 
 
 def _claim(step: Step, path: str, stop: Callable[[], bool], poll_s: float) -> Lease | None:

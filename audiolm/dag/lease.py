@@ -12,11 +12,12 @@ import os
 import socket
 import threading
 import time
+import uuid
 from pathlib import Path
 
 import psutil
 
-from audiolm.store import get_json, join, names, put_json
+from audiolm.store import get_json, join, names, patience, put_json
 
 HEARTBEAT_S = 10.0
 LEASE_S = 60.0  # six beats: an object store may fail some writes and a waiter still does not take over
@@ -54,7 +55,7 @@ def is_dead(attempt: dict) -> bool:
 
 def latest(build: str) -> int:
     """The number of a build's newest attempt, 0 where there is none."""
-    return max((int(n[:4]) for n in names(join(build, "attempts")) if n.endswith(".json")), default=0)
+    return max((int(n.removesuffix(".json")) for n in names(join(build, "attempts")) if n.endswith(".json")), default=0)
 
 
 def read_attempt(build: str, number: int) -> dict | None:
@@ -74,40 +75,43 @@ class Lease:
     """A claimed attempt and its heartbeat thread.
 
     The attempt follows number `after`, by default the latest. Raises FileExistsError where somebody else was first.
+    It is lost only to a newer attempt that was seen: while the store is out of reach nobody can say, so `check` waits for it.
     """
 
     def __init__(self, build: str, after: int | None = None):
         self.build, self.attempt = build, (latest(build) if after is None else after) + 1
         self.path = join(build, "attempts", f"{self.attempt:04d}.json")
         self.lost, self._stop, self._write = threading.Event(), threading.Event(), threading.Lock()
-        self._record = {**owner(), "state": "running", "beat": 0, "time": time.time()}
+        self._record = {**owner(), "nonce": uuid.uuid4().hex, "state": "running", "beat": 0, "time": time.time()}
         put_json(self.path, self._record, exclusive=True)
+        self._beaten = time.monotonic()
         self._thread = threading.Thread(target=self._beat, name=f"lease {build}", daemon=True)
         self._thread.start()
 
     def _beat(self) -> None:
-        """The heartbeat's thread: ends when the lease is closed, taken over or cannot be written any more."""
-        written = time.monotonic()
+        """The heartbeat's thread: ends when the lease is closed or taken over."""
         while not self._stop.wait(HEARTBEAT_S):
             try:
-                if latest(self.build) > self.attempt:
-                    self.lost.set()
-                    return
-                with self._write:  # `close` writes the last state, no beat may follow it
-                    if self._stop.is_set():
+                with patience(HEARTBEAT_S):
+                    if latest(self.build) > self.attempt:
+                        self.lost.set()
                         return
-                    self._record |= {"beat": self._record["beat"] + 1, "time": time.time()}
-                    put_json(self.path, self._record)
-                written = time.monotonic()
-            except Exception:  # noqa: BLE001  whatever a store raises
-                # Half a lease without a beat: stop well before a waiter may take over.
-                if time.monotonic() - written > LEASE_S / 2:
-                    self.lost.set()
-                    return
+                    with self._write:  # `close` writes the last state, no beat may follow it
+                        if self._stop.is_set():
+                            return
+                        self._record |= {"beat": self._record["beat"] + 1, "time": time.time()}
+                        put_json(self.path, self._record)
+                self._beaten = time.monotonic()
+            except Exception:  # noqa: BLE001  whatever a store raises; the next beat tries again
+                continue
 
     def check(self, now: bool = False) -> None:
-        """Raises LeaseLost after a takeover: as of the last heartbeat, which costs nothing, or as of `now`."""
-        if self.lost.is_set() or (now and latest(self.build) > self.attempt):
+        """Raises LeaseLost after a takeover: as of the last heartbeat, which costs nothing, or as of `now`.
+
+        Once a waiter may have taken over unseen, the store is asked: with half a lease without a beat.
+        """
+        late = time.monotonic() - self._beaten > LEASE_S / 2
+        if self.lost.is_set() or ((now or late) and latest(self.build) > self.attempt):
             raise LeaseLost(f"{self.build}: attempt {self.attempt} was taken over by another worker")
 
     def close(self, state: str, error: str | None = None) -> None:
@@ -126,13 +130,17 @@ class Waiter:
 
     def __init__(self, build: str):
         self.build, self.number = build, 0
-        self._last_beat, self._since = None, time.monotonic()
+        self._last_beat, self._quiet_s, self._looked = None, 0.0, time.monotonic()
 
     def free(self) -> bool:
         number = self.number = latest(self.build)
         record = read_attempt(self.build, number)
         if record is None or record["state"] != "running" or is_dead(record):
             return True
+        # A time in which this process could not look counts as one beat: then the owner could not beat either.
+        now = time.monotonic()
+        self._quiet_s += min(now - self._looked, HEARTBEAT_S)
+        self._looked = now
         if (number, record["beat"]) != self._last_beat:
-            self._last_beat, self._since = (number, record["beat"]), time.monotonic()
-        return time.monotonic() - self._since > LEASE_S
+            self._last_beat, self._quiet_s = (number, record["beat"]), 0.0
+        return self._quiet_s > LEASE_S

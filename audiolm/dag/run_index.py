@@ -1,6 +1,8 @@
 """A run's index, `{store}/runs/{name}.json`: the folder of each step's finished build, and the run's config.
 
 Steps are addressed by recipe, runs by name: the index leads from the one to the other.  It holds no credentials.
+It is derived from `{store}/runs/{name}/{step}.json`, one file a step, so that two drivers of one run lose no entry: a step is
+written whole, and an index that lacks one is written again by the driver that added it.
 """
 
 from __future__ import annotations
@@ -45,12 +47,21 @@ def steps_of(index: str) -> dict[str, str]:
 
 
 def write_index(cfg: Pipeline, steps: dict[str, dict], order: list[str]) -> str:
-    """Adds steps, {name: {path, build, run_id}}, to a run's index, in order; returns its path.
+    """Adds steps, {name: {path, build, run_id}}, to a run's index; returns its path.
 
     Entries of an earlier plan stay, but for steps that are no part of the run any more.
     """
     path = index_path(cfg.store, cfg.run.name)
-    known = {**(get_json(path) or {}).get("steps", {}), **steps}
-    put_json(path, {"run": cfg.run.name, "corpus": cfg.corpus.name, "steps": {n: known[n] for n in order if n in known},
-                    "config": hide_credentials_in(cfg.model_dump(mode="json"))})
-    return path
+    folder = path.removesuffix(".json")
+    for name, entry in steps.items():
+        put_json(store.join(folder, f"{name}.json"), entry)
+    while True:
+        put_json(path, {"run": cfg.run.name, "corpus": cfg.corpus.name, "steps": _entries(folder, order),
+                        "config": hide_credentials_in(cfg.model_dump(mode="json"))})
+        written = (get_json(path) or {}).get("steps", {})
+        if all(written.get(name) == entry for name, entry in _entries(folder, order).items()):
+            return path  # else another driver wrote at the same time, and knew less
+
+
+def _entries(folder: str, order: list[str]) -> dict[str, dict]:
+    return {name: entry for name in order if (entry := get_json(store.join(folder, f"{name}.json")))}

@@ -78,11 +78,15 @@ class Artifact:
 
 
 class Observer(Protocol):
-    """A listener to the steps of a run, such as a terminal or a tracker; `ended` returns the id of its record."""
+    """A listener to the steps of a run, such as a terminal or a tracker.
+
+    `run_id` is the id of its record of a running step; `ended` comes after a finished step is published.
+    """
 
     def began(self, out: StepContext) -> None: ...
     def progress(self, out: StepContext, done: float, total: float, unit: str, note: str) -> None: ...
-    def ended(self, out: StepContext, status: str, facts: dict, error: str | None) -> str | None: ...
+    def run_id(self, out: StepContext) -> str | None: ...
+    def ended(self, out: StepContext, status: str, facts: dict, error: str | None) -> None: ...
 
 
 class StepContext:

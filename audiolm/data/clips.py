@@ -131,13 +131,17 @@ def read_clip(clip: Clip, roots: dict[str, str], start: int = 0, samples: int | 
 
     A copy at another speed is the clip resampled as a whole, so its pitch moves too.  Raises FileNotFoundError for a
     file that is gone, ValueError for one that changed since the manifest and for a piece outside the clip."""
+    return store.persist(f"clip {clip.id}", lambda: _read_clip(clip, roots, start, samples))
+
+
+def _read_clip(clip: Clip, roots: dict[str, str], start: int, samples: int | None) -> np.ndarray:
     end = clip.samples if samples is None else start + samples
     if not 0 <= start <= end <= clip.samples:
         raise ValueError(f"clip {clip.id}: samples {start} to {end} asked for, it has {clip.samples}")
     if clip.origin not in roots:
         raise ValueError(f"clip {clip.id} comes from source {clip.origin!r}; corpus.sources are {sorted(roots)}")
     if clip.speed != 1:
-        return resample(read_clip(replace(clip, speed=1.0), roots), speed_hz(clip.speed), SAMPLE_RATE_HZ)[start:end]
+        return resample(_read_clip(replace(clip, speed=1.0), roots, 0, None), speed_hz(clip.speed), SAMPLE_RATE_HZ)[start:end]
     # At another rate the whole clip is decoded: only resampling all of it gives the same samples for every piece.
     same_rate = clip.sample_rate == SAMPLE_RATE_HZ
     pieces, skipped = [], 0  # skipped: samples of the clip before the first piece

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import astuple, dataclass
+from functools import partial
 
 import numpy as np
 
@@ -49,7 +50,7 @@ def scan_group(found: list[Found], corpus: CorpusConfig, folder: str) -> str:
     files, units, rejected, scanned = [], [], [], {}
     for row, f in enumerate(found):
         if f.path not in scanned:  # rows of a user's Parquet may share a file; they follow each other
-            scanned = {f.path: _scan_file(f)}
+            scanned = {f.path: store.persist(f.path, partial(_scan_file, f))}
             files.append([row, scanned[f.path][0]])
         try:
             measured = scanned[f.path][1]

@@ -85,7 +85,7 @@ def survey(source: Source) -> tuple[list[Found], list[Entry]]:
         entries = _files(source)
         found = _librispeech(source, entries) if isinstance(source, LibriSpeechSource) else [
             _folder_found(source, e) for e in entries]
-    return sorted(found, key=lambda f: (natural(f.uri), f.start or 0.0, f.duration or 0.0)), entries
+    return sorted(found, key=lambda f: (store.natural(f.uri), f.start or 0.0, f.duration or 0.0)), entries
 
 
 def listing(source: Source) -> list[Entry]:
@@ -93,11 +93,6 @@ def listing(source: Source) -> list[Entry]:
     if isinstance(source, ManifestSource):
         return _table_entries(source, _read_table(source))
     return _files(source)
-
-
-def natural(text: str) -> list:
-    """A sort key under which utt2 comes before utt10."""
-    return [(0, int(p), p) if p.isascii() and p.isdigit() else (1, 0, p) for p in re.split(r"(\d+)", text)]
 
 
 def _root(source: Source) -> str:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,16 +99,25 @@ def clips_digest(ids: Sequence[str], samples: np.ndarray) -> str:
 
 def read_meta(path: str) -> dict[str, Any]:
     """The metadata in a shard file's footer. Raises FileNotFoundError, and TokenError for another kind of file."""
-    fs, p = store.open_fs(path)
-    with fs.open(p, "rb") as f:
-        try:
-            found = (pq.read_schema(f).metadata or {}).get(_KEY)
-        except pa.ArrowInvalid as e:
-            raise TokenError(f"{path} is not a Parquet file ({e}); remove it and run the token step again") from e
+    try:
+        found = (_read(path, pq.read_schema).metadata or {}).get(_KEY)
+    except pa.ArrowInvalid as e:
+        raise TokenError(f"{path} is not a Parquet file ({e}); remove it and run the token step again") from e
     if found is None:
         raise TokenError(f"{path} is not a token shard: its metadata has no {_KEY.decode()}; "
                          "remove it and run the token step again")
     return json.loads(found)
+
+
+def _read(path: str, read: Callable[[Any], Any]) -> Any:
+    """What `read` makes of an open file."""
+    fs, p = store.open_fs(path)
+
+    def whole():
+        with fs.open(p, "rb") as f:
+            return read(f)
+
+    return store.persist(path, whole)
 
 
 def tokenizer_dtype(path: str) -> str:
@@ -126,9 +135,7 @@ def open_columns(path: str, columns: Sequence[str]) -> Any:
 
 def read_shard(path: str, columns: Sequence[str]) -> dict[str, Any]:
     """Chosen columns of a shard as numpy: id (objects), n_frames, n_dedup (int32), q00... (Ragged of uint16)."""
-    fs, p = store.open_fs(path)
-    with fs.open(p, "rb") as f:
-        table = pq.ParquetFile(f).read(columns=list(columns))
+    table = _read(path, lambda f: pq.ParquetFile(f).read(columns=list(columns)))
     if missing := [c for c in columns if c not in table.column_names]:
         raise TokenError(f"{path} has no column {missing[0]!r}; it holds {table.column_names}")
     out: dict[str, Any] = {}
@@ -184,9 +191,12 @@ class TokenStore:
         """(first frame of each clip, and the end; codes_TQ uint16 of the given levels) of shard k.
 
         Reads a row group at a time, so little more than the result is in memory."""
-        names = list(map(level_name, levels))
+        path = store.join(self.path, shard_name(k))
+        return store.persist(path, lambda: self._codes(path, k, list(map(level_name, levels))))
+
+    def _codes(self, path: str, k: int, names: list[str]) -> tuple[np.ndarray, np.ndarray]:
         codes_TQ, lengths, at = np.empty((self.files[k]["frames"], len(names)), np.uint16), [], 0
-        with open_columns(store.join(self.path, shard_name(k)), names) as f:
+        with open_columns(path, names) as f:
             file = pq.ParquetFile(f)
             for group in range(file.num_row_groups):
                 table = file.read_row_group(group, columns=names)

@@ -11,6 +11,7 @@ import shlex
 import subprocess
 import sys
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ class Processes:
 def claim(path: str) -> bool:
     """Claims a job for this process; False where another process has it."""
     try:
-        store.put_json(path, lease.owner(), exclusive=True)
+        store.put_json(path, {**lease.owner(), "nonce": uuid.uuid4().hex}, exclusive=True)
         return True
     except FileExistsError:
         return False

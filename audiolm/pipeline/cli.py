@@ -31,9 +31,11 @@ from audiolm.dag.run_index import OUTPUTS
 from audiolm.dag.step import Step
 from audiolm.pipeline.needs import check_installed
 from audiolm.pipeline.ray_cluster import in_ray_job, start_ray, worker_died
-from audiolm.store import check_store, hide_credentials, is_local
+from audiolm.store import NoAnswer, check_store, hide_credentials, is_local, patience
 from audiolm.tokenizers.start import StartWeights
 from audiolm.train.commits import starting_point
+
+START_S = 20.0  # of waiting for a store that does not answer: at the start a wrong address is likelier than an outage
 
 
 def main(graph: Callable[[Pipeline], list[Step]], default: Path) -> None:
@@ -96,16 +98,18 @@ def _pipeline(args: argparse.Namespace, graph: Callable[[Pipeline], list[Step]],
     cfg = place(load_config(files[0] if files else str(default), overrides))
     force = _names(args.force)
     try:
-        rows = plan(toposort(graph(cfg)), cfg.store, only=_names(args.only), from_=_names(args.from_), force=force)
-    except PermissionError as e:
-        return _fail(f"store {cfg.store!r}: {e}; check its path and the credentials in the environment", 1)
+        with patience(START_S):
+            rows = plan(toposort(graph(cfg)), cfg.store, only=_names(args.only), from_=_names(args.from_), force=force)
+    except (PermissionError, NoAnswer) as e:
+        return _fail(f"store {cfg.store!r}: {e}; check its path, and endpoint and credentials in the environment", 1)
     if args.dry_run or args.status:
         print(table(rows, run=args.dry_run))
         return 0
     check_installed(cfg, [r.step for r in rows if r.run], args.inline)
     quiet()
     try:
-        check_store(cfg.store)
+        with patience(START_S):
+            check_store(cfg.store)
         _check_corpus(cfg, rows)
     except Exception as e:  # noqa: BLE001  one line that names the store, whatever its filesystem raised
         return _fail(f"{e}" if isinstance(e, ValueError) else f"store {cfg.store!r}: {type(e).__name__}: {e}", 1)

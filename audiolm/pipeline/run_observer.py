@@ -34,6 +34,7 @@ class RunObserver:
         self._began: dict[str, float] = {}
         self._logged: dict[str, float] = {}  # when a step's progress last became a metric
         self._index: dict[str, dict] = {}
+        self._unwritten: dict[str, dict] = {}  # of the index
         self._index_path = ""
         self._sampled_from: dict[str, str] = {}  # the builds that the samples come from, by step
         self.tracker.start(flatten(cfg), {**git, "store": cfg.store, "corpus": cfg.corpus.name})
@@ -63,12 +64,15 @@ class RunObserver:
             out.log(int(done), {"progress.share": done / total if total else 1.0,
                                 f"progress.{unit.replace(' ', '_')}_per_s": done / (now - began)})
 
-    def ended(self, out: StepContext, status: str, facts: dict, error: str | None) -> str | None:
+    def run_id(self, out: StepContext) -> str | None:
+        return self.tracker.run_id(self._handles[out.step.name])
+
+    def ended(self, out: StepContext, status: str, facts: dict, error: str | None) -> None:
         name = out.step.name
         took = time.monotonic() - self._began[name]
         self.board.end(name, status.upper(), took, error or headline(facts))
         ui = join(out.path, "ui")
-        return self.tracker.end_step(self._handles.pop(name), MLFLOW_STATUS[status], facts, ui if exists(ui) else None)
+        self.tracker.end_step(self._handles.pop(name), MLFLOW_STATUS[status], facts, ui if exists(ui) else None)
 
     def finished(self, name: str, artifact: Artifact) -> None:
         """Adds a step's artifact, just built or skipped, to the index. Called by the scheduler's thread alone."""
@@ -81,10 +85,12 @@ class RunObserver:
         if name == "manifest":
             sources = [getattr(s, "root", None) or s.uri for s in self.cfg.corpus.sources]
             self.tracker.uses_dataset(self.cfg.corpus.name, artifact.facts.get("listing", ""), sources)
-        self._index[name] = {"path": artifact.path, "build": artifact.build, "run_id": run_id}
+        self._index[name] = self._unwritten[name] = {"path": artifact.path, "build": artifact.build, "run_id": run_id}
         if name == "samples":
             self._sampled_from = artifact.record["inputs"]
-        self._index_path = write_index(self.cfg, self._index, [r.step.name for r in self.rows])
+        if all(r.run or not r.state.artifact or r.step.name in self._index for r in self.rows):  # skipped steps come first
+            self._index_path = write_index(self.cfg, self._unwritten, [r.step.name for r in self.rows])
+            self._unwritten = {}
 
     def close(self, status: str, seconds: float) -> None:
         """Ends the tracker's run; after success registers the system and prints where sound, report and UI are."""

@@ -32,7 +32,6 @@ from safetensors import SafetensorError
 from audiolm import store
 from audiolm.data import audio
 from audiolm.data.audio_check import audio_errors, check_audio, error_line
-from audiolm.data.sources import natural
 from audiolm.tokenizers.acoustic import AcousticTokenizer, chunks
 
 FORMAT = "audiolm codes 1"
@@ -71,7 +70,7 @@ def find_files(inputs: Iterable[str], suffixes: tuple[str, ...]) -> list[tuple[s
         found = [(posixpath.basename(p.rstrip("/")), place)]
         if fs.isdir(p):
             names = (key[len(p.rstrip("/")):].lstrip("/") for key in fs.find(p))
-            found = [(n, store.join(place, n)) for n in sorted(names, key=natural)
+            found = [(n, store.join(place, n)) for n in sorted(names, key=store.natural)
                      if n.lower().endswith(suffixes) and not any(part.startswith(".") for part in n.split("/"))]
         if not found:
             raise ValueError(f"no files ending in {', '.join(suffixes)} below {place}; name another folder, or the files")

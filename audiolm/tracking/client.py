@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import time
+import uuid
 from collections.abc import Iterable, Iterator
 from typing import Any
+
+from audiolm.local_disk import link_once
 
 # MLflow's own defaults retry for minutes; a thread that delivers notes tries again by itself.
 QUIET = (("MLFLOW_LOGGING_LEVEL", "WARNING"), ("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true"),
@@ -32,11 +36,47 @@ def quiet_import(uri: str) -> None:
 
 
 def connect(uri: str) -> Any:
-    """An MlflowClient of `uri`; touches no global state of MLflow's."""
+    """An MlflowClient of `uri`; touches no global state of MLflow's. Raises ValueError for a database that cannot be used."""
     quiet_import(uri)
     from mlflow import MlflowClient
 
+    path = uri.removeprefix("sqlite:///")
+    if path != uri and path not in ("", ":memory:") and "?" not in path:
+        _lay_out(path)
     return MlflowClient(uri)
+
+
+def _lay_out(path: str) -> None:
+    """Makes an SQLite database whole and once, however many processes ask for it and whenever one of them dies.
+
+    MLflow itself lays it out in place, in dozens of steps none of which can be repeated.
+    """
+    from mlflow.store.tracking import DEFAULT_LOCAL_FILE_AND_ARTIFACT_PATH
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+    from sqlalchemy.exc import OperationalError
+
+    if os.path.exists(path) and os.path.getsize(path):
+        try:
+            SqlAlchemyStore(f"sqlite:///{path}", DEFAULT_LOCAL_FILE_AND_ARTIFACT_PATH)
+        except OperationalError as e:
+            if "locked" in str(e):
+                raise
+            raise ValueError(f"MLflow's database {path} is laid out by half, as a process died meanwhile: move it away "
+                             f"(mv {path} {path}.broken) and run the same command again") from e
+        return
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    aside = f"{path}.{uuid.uuid4().hex}.tmp"
+    try:
+        SqlAlchemyStore(f"sqlite:///{aside}", DEFAULT_LOCAL_FILE_AND_ARTIFACT_PATH).engine.dispose()
+        while not (os.path.exists(path) and os.path.getsize(path)):
+            try:
+                link_once(aside, path)
+            except FileExistsError:  # another process's, perhaps not yet whole
+                time.sleep(0.1)
+    finally:
+        for left in (aside, f"{aside}-journal"):
+            if os.path.exists(left):
+                os.unlink(left)
 
 
 def metric_batches(rows: Iterable[tuple]) -> Iterator[list]:

@@ -87,19 +87,20 @@ class Tracker:
         with self._lock:
             handle.metrics_path, handle.build = metrics_path, build
 
-    def end_step(self, handle: TrackedRun, status: str, facts: Mapping[str, Any], ui_folder: str | None) -> str | None:
-        """Ends a nested run: FINISHED, FAILED or KILLED. Flush the metrics file first. Returns the run's id if known.
+    def run_id(self, handle: TrackedRun) -> str | None:
+        """A run's id, if the server gave one by now; waits for it a little while the server answers."""
+        if handle.run_id is None and not self._off and not self._failures:
+            self.flush(FIRST_RUN_S)
+        return handle.run_id
+
+    def end_step(self, handle: TrackedRun, status: str, facts: Mapping[str, Any], ui_folder: str | None) -> None:
+        """Ends a nested run: FINISHED, FAILED or KILLED. Flush the metrics file first.
 
         Numbers among the facts become metrics `fact.x`; everything below `ui_folder` becomes artifacts.
         """
         with self._lock:
             outbox.end(handle, status, facts, ui_folder)
-        if self._off:
-            return None
         self._wake.set()
-        if handle.run_id is None and not self._failures:
-            self.flush(FIRST_RUN_S)
-        return handle.run_id
 
     def link_step(self, name: str, run_id: str | None) -> None:
         """Notes on the parent run which run built a step that was skipped."""

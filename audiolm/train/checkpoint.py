@@ -8,7 +8,7 @@ inference, and inference reads no moments.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -65,11 +65,13 @@ class Saver:
     """Writes checkpoints in a thread, one at a time: a second waits for the first. Rank 0 alone.
 
     A failure surfaces at the next call and at the end, which waits; a process that dies loses only the checkpoint in flight.
+    `flush` brings the metrics to the store before each commit, as a run that continues from it begins with the next step's.
     Kept are the last `keep` checkpoints, the best, and for good those of step `pin` (the trunk's end) and of its best.
     """
 
-    def __init__(self, build: str, attempt: int, keep: int, pin: int, export: tuple[str, dict[str, Any]] | None):
-        self.build, self.attempt, self.keep, self.pin, self.export = build, attempt, keep, pin, export
+    def __init__(self, build: str, attempt: int, keep: int, pin: int, export: tuple[str, dict[str, Any]] | None,
+                 flush: Callable[[], None] = lambda: None):
+        self.build, self.attempt, self.keep, self.pin, self.export, self.flush = build, attempt, keep, pin, export, flush
         self._live = [c for c in commits(build) if not c.get("pruned")]
         self._pool, self._pending = ThreadPoolExecutor(1, "saver"), Future()
         self._pending.set_result(None)
@@ -96,6 +98,7 @@ class Saver:
         self._pending = self._pool.submit(self._write, step, states, record)
 
     def _write(self, step: int, states: Mapping[str, Saved], record: dict) -> None:
+        self.flush()
         self._live.append(save(self.build, self.attempt, step, states, record, self.export))
         kept = {record["best_step"], self.pin}
         kept |= {c["trunk"]["best_step"] for c in self._live if c["step"] == self.pin and "trunk" in c}

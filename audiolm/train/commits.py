@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 
 from audiolm.dag.lease import check_lease
 from audiolm.metrics_log import read_build
-from audiolm.store import copy, get_json, join, names, put, put_json
+from audiolm.store import QUIET_S, copy, get_json, join, modified, names, put, put_json, remove
 
 
 def path_of(build: str, step: int) -> str:
@@ -34,7 +34,7 @@ def commits(build: str) -> list[dict]:
 def latest_first(build: str, at_most: int | None = None) -> Iterator[dict]:
     """The commits whose checkpoints exist, of steps up to `at_most`; read one by one, as the first is mostly enough."""
     for name in reversed(names(join(build, "commits"))):
-        if at_most is None or int(name[:8]) <= at_most:
+        if at_most is None or int(name.removesuffix(".json")) <= at_most:
             commit = get_json(join(build, "commits", name))
             if commit and not commit.get("pruned"):
                 yield commit
@@ -58,6 +58,19 @@ def starting_point(build: str | None, siblings: Iterable[str], trunk_steps: int)
         if commit and (chosen is None or commit["step"] > chosen[1]["step"]):
             chosen = (other, commit)
     return chosen
+
+
+def remove_uncommitted(build: str, attempt: int) -> None:
+    """Removes checkpoints of dead attempts that no commit names, or that were marked as pruned and not yet removed.
+
+    An attempt is dead once its record was not written for QUIET_S, by the store's clock; `attempt` is the caller's own.
+    """
+    live = {c["folder"] for c in commits(build) if not c.get("pruned")}
+    records = {n: modified(join(build, "attempts", f"{n:04d}.json")) for n in range(1, attempt + 1)}
+    for folder in names(join(build, "checkpoints")):
+        owner = int(folder.rpartition("-")[2])
+        if folder not in live and owner < attempt and records[attempt] - records[owner] > QUIET_S:
+            remove(join(build, "checkpoints", folder))
 
 
 def _with_best(build: str, commit: dict) -> list[dict]:

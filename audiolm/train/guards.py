@@ -1,4 +1,4 @@
-"""Guards of a training: early stopping, numbers that are not finite, and rollback from spikes of the loss.
+"""Guards of a training: early stopping, numbers that are not finite, rollback from spikes of the loss, and a watchdog.
 
 Early stopping ends a training after `train.patience` validations without a new best.  A loss or weight that is not
 finite raises, before anything is saved.  A spike sends all ranks back to the newest checkpoint; the batch that spiked
@@ -12,6 +12,7 @@ A collapsed model has finite numbers: objectives/alarms.py reports it, and eval/
 
 from __future__ import annotations
 
+import faulthandler
 import math
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,21 @@ from audiolm.train.engine import all_sum
 
 MAX_ROLLBACKS = 3  # of a training: after more, single batches are not to blame
 NORMAL_SPREAD = 1.4826  # median distance from the median -> standard deviation of a normal law; wild losses hardly move it
+STALL_S = 3600.0  # longer than a compilation, a step or a validation of any size
+
+
+# --- watchdog
+
+def alive() -> None:
+    """Notes progress: without another note for STALL_S the process ends with its stacks on stderr, to be started again.
+
+    A collective or a network disk that hangs raises nothing and never comes back by itself.
+    """
+    faulthandler.dump_traceback_later(STALL_S, exit=True, file=2)
+
+
+def ended() -> None:
+    faulthandler.cancel_dump_traceback_later()
 
 
 # --- early stopping

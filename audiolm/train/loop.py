@@ -23,9 +23,9 @@ from audiolm.config.training import TrainConfig
 from audiolm.dag.lease import check_lease
 from audiolm.data.parallel import cluster_device
 from audiolm.metrics_log import MetricsFile, read_from
-from audiolm.store import get_json, is_local, join, open_fs
+from audiolm.store import clean_up, get_json, is_local, join, open_fs, patience
 from audiolm.train import guards
-from audiolm.train.commits import copy_trunk
+from audiolm.train.commits import copy_trunk, remove_uncommitted
 from audiolm.train.objectives.base import Factory
 from audiolm.train.rank import TrainJob, Worker, export
 
@@ -48,6 +48,7 @@ def train(factory: Factory, config: Mapping[str, Any], train: TrainConfig, input
     threads = cluster.threads or max(1, (os.cpu_count() or 1) // world)
     job = TrainJob(factory, config, train, {k: a.path for k, a in inputs.items()}, out.path, out.attempt, out.metrics_path,
                    config["seed"], device, threads, cluster.audio_cache_mb, cluster.compile and device == "cuda")
+    clean_up(None, lambda: remove_uncommitted(out.path, out.attempt))
     # Before any worker starts: a longer run of the same trunk may have checkpoints that this one can begin from.
     copy_trunk(out.path, out.attempt, out.siblings, train.trunk_steps)
     out.progress(0, train.steps, "steps", "starting workers")
@@ -115,7 +116,8 @@ def _follow_metrics(job: TrainJob, out, stop: threading.Event) -> None:
     offset, done, note, alarm, quiet_s = 0, 0, "starting workers", "", 0
     while not stop.wait(1.0):
         try:
-            rows, offset = read_from(job.metrics, offset)
+            with patience(LEASE_CHECK_S):
+                rows, offset = read_from(job.metrics, offset)
             for row in rows:
                 m = row["metrics"]
                 if "loss" in m:
@@ -141,10 +143,12 @@ def run_worker(job: TrainJob, rank: int, world: int, check: Callable[[], None] =
     """
     metrics = MetricsFile(job.metrics) if rank == 0 else None
     skipped = None
+    guards.alive()
     try:
         while True:
             try:
-                return _run(job, rank, world, check, metrics, skipped)
+                _run(job, rank, world, check, metrics, skipped)
+                break
             except guards.LossSpike as e:  # on every rank, as all see the same reduced loss
                 skipped = e.skipped
                 if metrics:
@@ -152,9 +156,14 @@ def run_worker(job: TrainJob, rank: int, world: int, check: Callable[[], None] =
             gc.collect()  # frees the old engines before new ones are made
             if world > 1:
                 dist.barrier()  # rank 0 has committed the checkpoint it was writing: all ranks go back to the same one
-    finally:
+    except BaseException as e:
         if metrics:
-            metrics.close()
+            clean_up(e, metrics.close)
+        raise
+    finally:
+        guards.ended()
+    if metrics:
+        metrics.close()
 
 
 def _run(job: TrainJob, rank: int, world: int, check: Callable[[], None], metrics: MetricsFile | None,
@@ -182,6 +191,7 @@ def _train_steps(worker: Worker, check: Callable[[], None]) -> None:
     with ThreadPoolExecutor(1, "loader") as loader:
         pending = loader.submit(worker.load, start) if start < cfg.steps else None
         for step in range(start, cfg.steps):
+            guards.alive()
             # Data: a thread reads the next step's rows while this step trains.
             batches, done = pending.result(), step + 1
             if done < cfg.steps:

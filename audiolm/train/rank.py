@@ -108,7 +108,7 @@ class Worker:
     def _saver(self) -> checkpoint.Saver:
         cfg, exported = self.job.train, getattr(self.objective, "exported", None)
         return checkpoint.Saver(self.job.build, self.job.attempt, cfg.keep, cfg.trunk_steps,
-                                exported and (exported, self.objective.export()[1]))
+                                exported and (exported, self.objective.export()[1]), self.metrics.flush)
 
     @contextlib.contextmanager
     def gathered(self) -> Iterator[None]:
@@ -200,6 +200,7 @@ def export(worker: Worker) -> None:
         step, validation = best.best_step, commit["validation"]
     write_export(job.build, *objective.export())
     parameters = sum(p.numel() for m in objective.modules.values() for p in m.parameters())
+    worker.metrics.flush()
     check_lease(job.build, job.attempt)
     put_json(join(job.build, "final.json"), {  # last: from now on the step is done
         "steps": state.done, "exported_step": step, **best._asdict(), "parameters": parameters, **worker.spikes.facts(),

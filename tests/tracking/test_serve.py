@@ -314,7 +314,8 @@ def test_a_run_is_found_by_its_id(ready, tmp_path, monkeypatch):
     t = Tracker("sqlite", str(tmp_path), "tests", "demo")
     t.start({"run.name": "demo"}, {"store": str(tmp_path)})
     step = t.begin_step("codec", "x", {}, {})
-    step_id = t.end_step(step, "FINISHED", {}, None)
+    step_id = t.run_id(step)
+    t.end_step(step, "FINISHED", {}, None)
     t.finish("FINISHED")
     from mlflow import MlflowClient
 

@@ -61,7 +61,8 @@ def test_a_whole_run_is_shown(tmp_path):
     (build / "ui" / "wav").mkdir(parents=True)
     (build / "ui" / "report.html").write_text("<p>hello")
     (build / "ui" / "wav" / "a.wav").write_bytes(b"RIFF")
-    run_id = t.end_step(run, "FINISHED", {"mel": 0.5, "name": "x", "ladder": {"all levels": 1}}, str(build / "ui"))
+    run_id = t.run_id(run)
+    t.end_step(run, "FINISHED", {"mel": 0.5, "name": "x", "ladder": {"all levels": 1}}, str(build / "ui"))
     t.link_step("manifest", "feedbeef")
     t.finish("FINISHED")
     assert said == [] and pending(tmp_path) == []
@@ -190,7 +191,8 @@ def test_no_tracking_has_the_same_face_and_writes_nothing(tmp_path):
     t.start({"a": "1"}, {})
     run = t.begin_step("codec", "a", {}, {})
     t.ship(run, str(tmp_path / "m.jsonl"))
-    assert t.end_step(run, "FINISHED", {"x": 1}, None) is None
+    t.end_step(run, "FINISHED", {"x": 1}, None)
+    assert t.run_id(run) is None
     t.link_step("codec", "abc")
     assert t.flush(1)
     t.finish("FINISHED")
@@ -248,7 +250,8 @@ def test_no_call_waits_for_a_server_that_does_not_answer(tmp_path, monkeypatch):
         t.link_step("manifest", "feedbeef")
         t.serves("i.json", {"codec": "/c"})
         assert not t.flush(0.5)
-        assert t.end_step(run, "FINISHED", {"mel": 1.5}, None) is None
+        t.end_step(run, "FINISHED", {"mel": 1.5}, None)
+        assert t.run_id(run) is None
         assert len(server.waiting) == 1 and not server.answered and run.run_id is None
         monkeypatch.setattr(t._thread, "join", lambda timeout_s: None)  # of its own limit, which is seconds
         t.finish("FINISHED", timeout_s=0.0)
@@ -302,7 +305,8 @@ def test_an_outage_only_delays(ready, tmp_path, monkeypatch):
         t.uses_dataset("corpus", "abc", ["/data"])
         t.ship(run, metrics_file(tmp_path / "metrics-0001.jsonl", [1, 2]))
         assert not t.flush(10)
-        assert t.end_step(run, "FINISHED", {"mel": 1.5}, str(ui)) is None
+        t.end_step(run, "FINISHED", {"mel": 1.5}, str(ui))
+        assert t.run_id(run) is None
         t.finish("FINISHED", timeout_s=10)
         assert len([s for s in said if "does not answer" in s]) == 1 and "delivers the rest" in said[-1]
         assert not any("secret" in s for s in said) and store.names(f"{folder}/.tracking/demo")

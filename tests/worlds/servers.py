@@ -11,8 +11,12 @@ import socket
 import subprocess
 import sys
 import sysconfig
+import threading
 import time
 import urllib.request
+from collections.abc import Callable
+from http.client import HTTPConnection, HTTPException
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from tests.worlds.basics import free_port
@@ -59,6 +63,98 @@ def seaweedfs(folder: Path):
     s3fs.S3FileSystem.clear_instance_cache()
     for key, value in keep.items():
         os.environ.pop(key, None) if value is None else os.environ.__setitem__(key, value)
+
+
+class FaultyS3:
+    """A proxy before a real S3 server that plants faults; an S3 client reaches it at `url`.
+
+    `fault(method, path, headers)` names each request's fault, or None: "lose" passes the request on and drops the answer,
+    "reset" drops both, "hang" holds the request until `released` is set and drops it then, a status such as "503" is answered.
+    """
+
+    def __init__(self, upstream: str):
+        self.fault: Callable[[str, str, dict], str | None] = lambda method, path, headers: None
+        self.upstream, self.released = upstream.removeprefix("http://"), threading.Event()
+        self.planted: list[tuple[str, str, str]] = []  # (fault, method, path)
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+        self._server.daemon_threads = True
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._server.server_port}"
+
+    def close(self) -> None:
+        self.released.set()
+        self._server.shutdown()
+        self._server.server_close()
+
+    def _handler(self):
+        proxy = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def forward(self):
+                headers = dict(self.headers)
+                fault = proxy.fault(self.command, self.path, headers)
+                if fault:
+                    proxy.planted.append((fault, self.command, self.path))
+                if fault == "hang":  # the body stays unread: a client that sends a large one is stuck within it
+                    proxy.released.wait()
+                if fault in ("reset", "hang"):
+                    self.close_connection = True
+                    return
+                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                try:
+                    status, answered, data = (int(fault), [], b"") if fault and fault.isdigit() else proxy.ask(self, body)
+                except (OSError, HTTPException):
+                    status, answered, data = 503, [], b""
+                if fault == "lose":
+                    self.close_connection = True
+                    return
+                self.send_response_only(status)
+                for name, value in answered:
+                    if name.lower() not in ("connection", "transfer-encoding", "content-length"):
+                        self.send_header(name, value)
+                length = dict(answered).get("Content-Length", "0") if self.command == "HEAD" else str(len(data))
+                self.send_header("Content-Length", length)
+                self.end_headers()
+                self.wfile.write(data)
+
+            do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = forward
+
+            def log_message(self, *args):
+                pass
+
+        return Handler
+
+    def ask(self, request, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
+        """The real server's answer; the host's name stays, as it is part of the signature."""
+        upstream = HTTPConnection(self.upstream, timeout=60)
+        try:
+            headers = {k: v for k, v in request.headers.items() if k.lower() != "expect"}
+            upstream.request(request.command, request.path, body, headers)
+            answer = upstream.getresponse()
+            return answer.status, answer.getheaders(), answer.read()
+        finally:
+            upstream.close()
+
+
+@contextlib.contextmanager
+def faulty_s3(upstream: str):
+    """A FaultyS3 that the environment's S3 clients talk to while the block runs."""
+    import s3fs
+
+    proxy, before = FaultyS3(upstream), os.environ["AWS_ENDPOINT_URL"]
+    os.environ["AWS_ENDPOINT_URL"] = proxy.url
+    s3fs.S3FileSystem.clear_instance_cache()
+    try:
+        yield proxy
+    finally:
+        proxy.close()
+        os.environ["AWS_ENDPOINT_URL"] = before
+        s3fs.S3FileSystem.clear_instance_cache()
 
 
 class MLflowServer:

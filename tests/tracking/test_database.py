@@ -1,0 +1,61 @@
+"""MLflow's SQLite database in its first seconds: several drivers, one of which is killed; one that is broken already."""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+import subprocess
+import sys
+import time
+from contextlib import closing
+
+import pytest
+
+from audiolm.tracking.client import connect
+from tests.worlds.basics import ROOT
+
+WAIT_S = 240.0
+
+
+def _process(code):
+    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def _tables(path) -> set[str]:
+    with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=0.01)) as database:
+        return {name for name, in database.execute("select name from sqlite_master")}
+
+
+def _half_laid_out(folder) -> bool:
+    """True while a database in a folder, whatever its name, is within one of its steps."""
+    for path in folder.glob("mlflow.db*"):
+        with contextlib.suppress(sqlite3.Error):  # locked, or a journal
+            if any(name.startswith("_alembic_tmp") for name in _tables(path)):
+                return True
+    return False
+
+
+def _kill_within_a_step(folder, do) -> None:
+    """Kills a process that lays out a database in `folder` by the code `do` as it is within one of the steps."""
+    process, until = _process(do), time.monotonic() + WAIT_S
+    while not _half_laid_out(folder):
+        assert time.monotonic() < until and process.poll() is None
+    process.kill()
+    process.communicate()
+
+
+def test_drivers_that_begin_at_once_share_one_whole_database_though_one_was_killed(tmp_path):
+    ours = f"from audiolm.tracking.client import connect\nprint(connect('sqlite:///{tmp_path}/mlflow.db').search_experiments())"
+    _kill_within_a_step(tmp_path, ours)
+    other = _process(ours)
+    assert [e.name for e in connect(f"sqlite:///{tmp_path}/mlflow.db").search_experiments()] == ["Default"]
+    said = other.communicate(timeout=WAIT_S)[0]
+    assert other.returncode == 0 and "name='Default'" in said, said
+    assert "runs" in (tables := _tables(tmp_path / "mlflow.db")) and not any("_alembic_tmp" in name for name in tables)
+
+
+def test_a_database_that_mlflow_itself_laid_out_by_half_is_named_with_the_fix(tmp_path):
+    path = tmp_path / "mlflow.db"
+    _kill_within_a_step(tmp_path, f"from mlflow import MlflowClient\nMlflowClient('sqlite:///{path}').search_experiments()")
+    with pytest.raises(ValueError, match=rf"{path} is laid out by half.*mv {path} {path}.broken"):
+        connect(f"sqlite:///{path}")
