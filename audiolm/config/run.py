@@ -33,7 +33,7 @@ class ClusterConfig(Config):
     """The machines and their use; no field changes what is computed."""
 
     address: Runtime[str | None] = Field(None, description="a Ray cluster to join; None starts a closed one here")
-    workers: Runtime[int | None] = Field(None, ge=1, description="data tasks at once; None = the cluster's CPUs")
+    workers: Runtime[int | None] = Field(None, ge=1, description="data tasks at once; None = as the cluster has CPUs")
     device: Runtime[Literal["auto", "cpu", "cuda"]] = "auto"
     gpus_a_task: Runtime[float] = Field(
         0.25, gt=0, le=1, description="share of a GPU that a task of the token steps and of kmeans' sample holds; 0.25: four "
@@ -41,6 +41,7 @@ class ClusterConfig(Config):
     train_workers: Runtime[int] = Field(1, ge=1, description="training workers (ranks) of one step")
     threads: Runtime[int | None] = Field(None, ge=1, description="torch threads a training worker; None = CPUs / ranks")
     parallel_training: Runtime[int] = Field(1, ge=1, description="training steps at once")
-    retries: Runtime[int] = Field(2, ge=0, description="relaunches of a step after a node or worker died")
+    retries: Runtime[int] = Field(2, ge=0, description="relaunches of a training step after a node or worker died, "
+                                    "counted from its newest checkpoint")
     compile: Runtime[bool] = Field(True, description="torch.compile what trains on a GPU, where the step knows how")
     audio_cache_mb: Runtime[int] = Field(512, ge=0, description="decoded audio kept in memory by a training worker")

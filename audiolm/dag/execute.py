@@ -12,13 +12,18 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
 from pkgutil import resolve_name
 
-from audiolm.dag.lease import Lease, LeaseLost, Waiter
+from audiolm.dag.lease import LEASE_S, Lease, LeaseLost, Waiter, read_attempt
 from audiolm.dag.plan import PlanRow
 from audiolm.dag.step import Artifact, Observer, Status, Step, StepContext, inspect, trunk_siblings
 from audiolm.store import QUIET_S, clean_up, get_json, join, modified, put_json, remove_unfinished
+
+BACKOFF_S = 2.0  # before a step is launched again; doubled with each death, up to BACKOFF_MOST_S
+BACKOFF_MOST_S = 60.0
+WAIT_SAID_S = 60.0  # between two lines of a driver that waits for another one
 
 
 class StepFailed(RuntimeError):
@@ -27,27 +32,27 @@ class StepFailed(RuntimeError):
 
 def execute(rows: list[PlanRow], store: str, *, force: Iterable[str] = (), inline: bool = False, slots: int = 1,
             observer: Observer | None = None, retries: int = 0,
-            may_retry: Callable[[BaseException], bool] = lambda e: False,
+            may_retry: Callable[[BaseException], bool] = lambda e: False, kept: Callable[[str], float] = lambda build: 0,
             finished: Callable[[str, Artifact], None] = lambda name, artifact: None) -> dict[str, Artifact]:
     """Returns every step's artifact, of skipped steps too. Raises StepFailed, from the first error.
 
-    A step whose error `may_retry` accepts is launched again, `retries` times at most.  `finished` is called in this
-    thread, once for each artifact.
+    A step whose error `may_retry` accepts is launched again, `retries` times at most without progress by `kept`, a measure
+    of what a build's folder keeps.  `finished` is called in this thread, once for each artifact.
     """
-    # Skipped steps first: their artifacts are inputs of what runs.
-    built = {r.step.name: r.state.artifact for r in rows if not r.run and r.state.artifact}
+    built = {r.step.name: r.state.artifact for r in rows if not r.run and r.state.artifact}  # inputs of what runs
     for name, artifact in built.items():
         finished(name, artifact)
     todo, running = [r for r in rows if r.run], set()
-    results, stopping = queue.Queue(), threading.Event()
+    results, stopping, interrupted = queue.Queue(), threading.Event(), threading.Event()
     errors: list[tuple[str, BaseException]] = []
 
     def work(row: PlanRow, inputs: dict[str, Artifact]) -> None:
         """Runs one step to its result or its last error, in a thread of its own unless inline."""
         run = partial(run_step, row.step, store, inputs, force=row.step.name in force, inline=inline, observer=observer,
-                      stop=stopping.is_set)
-        again = retries, lambda e: may_retry(e) and not stopping.is_set()
-        results.put((row, _with_retries(run, *again, inline)))
+                      stop=stopping.is_set, interrupted=interrupted.is_set)
+        progress = partial(_progress, kept, row.step, store, inputs)
+        again = _Retries(row.step.name, retries, may_retry, progress, stopping, _say(observer))
+        results.put((row, _with_retries(run, again, inline)))
 
     def launch() -> None:
         """Starts every step whose inputs exist, that has nothing to wait for and, for training steps, whose turn it is."""
@@ -64,8 +69,7 @@ def execute(rows: list[PlanRow], store: str, *, force: Iterable[str] = (), inlin
             else:
                 threading.Thread(target=work, args=(row, inputs), name=row.step.name, daemon=True).start()
 
-    # Each result may free a slot or complete another step's inputs; after an error nothing new is launched.
-    try:
+    try:  # each result may free a slot or complete another step's inputs; after an error nothing new is launched
         launch()
         while running:
             row, result = results.get()
@@ -79,6 +83,7 @@ def execute(rows: list[PlanRow], store: str, *, force: Iterable[str] = (), inlin
             if not errors:
                 launch()
     except KeyboardInterrupt:
+        interrupted.set()
         stopping.set()
         raise
     if errors:
@@ -87,17 +92,58 @@ def execute(rows: list[PlanRow], store: str, *, force: Iterable[str] = (), inlin
     return built
 
 
-def _with_retries(run: Callable[[], Artifact], retries: int, may_retry: Callable[[BaseException], bool],
-                  inline: bool) -> Artifact | BaseException:
+def _say(observer: Observer | None) -> Callable[[str], None]:
+    return observer.say if observer else lambda text: None
+
+
+def _progress(kept: Callable[[str], float], step: Step, store: str, inputs: dict[str, Artifact]) -> float:
+    """What the build that was worked on last keeps."""
+    build = inspect(step, store, {n: a.build for n, a in inputs.items()}).build
+    return kept(join(step.root(store), f"{build:04d}")) if build else 0
+
+
+@dataclass
+class _Retries:
+    """Whether and when a step is launched again: progress forgets earlier deaths, so that a long step survives many."""
+
+    name: str
+    most: int
+    may_retry: Callable[[BaseException], bool]
+    progress: Callable[[], float]
+    stopping: threading.Event
+    say: Callable[[str], None]
+    deaths: int = 0
+    reached: float = 0
+
+    def again(self, e: BaseException) -> bool:
+        """True, after a pause, where the step may run again after its error."""
+        if self.stopping.is_set() or not self.may_retry(e):
+            return False
+        if (progress := self.progress()) > self.reached:
+            self.deaths, self.reached = 0, progress
+        self.deaths += 1
+        if self.deaths > self.most:
+            return False
+        pause_s = min(BACKOFF_MOST_S, BACKOFF_S * 2 ** min(self.deaths - 1, 9))
+        text = str(e).strip().split("\n")[0]
+        self.say(f"{self.name}: launched again in {pause_s:g} s, time {self.deaths} of {self.most} without progress, after "
+                 f"{type(e).__name__}: {text}")
+        return not self.stopping.wait(pause_s)
+
+
+def _with_retries(run: Callable[[], Artifact], retries: _Retries, inline: bool) -> Artifact | BaseException:
     """The artifact or the last error, as a value: in a thread nobody would catch it. Inline, Ctrl-C is raised."""
-    for retries_left in range(retries, -1, -1):
+    while True:
         try:
             return run()
         except BaseException as e:  # noqa: BLE001  reported once, by execute
             if inline and isinstance(e, KeyboardInterrupt):
                 raise
-            if retries_left == 0 or not may_retry(e):
-                return e
+            try:
+                if not retries.again(e):
+                    return e
+            except Exception as second:  # noqa: BLE001  the store cannot say how far the step came
+                return second
 
 
 def _open_build(step: Step, store: str, inputs: dict[str, str], force: bool) -> tuple[str, int]:
@@ -122,15 +168,16 @@ def _open_build(step: Step, store: str, inputs: dict[str, str], force: bool) -> 
 
 def run_step(step: Step, store: str, inputs: dict[str, Artifact], *, force: bool = False, inline: bool = False,
              observer: Observer | None = None, stop: Callable[[], bool] = lambda: False,
-             poll_s: float = 2.0) -> Artifact:
+             interrupted: Callable[[], bool] = lambda: False, poll_s: float = 2.0) -> Artifact:
     """Claims, runs and publishes one step, or waits for the driver that is at it. Runs in the driver, in any thread.
 
-    Raises the step's own error, and LeaseLost when `stop` says so before the step began.
+    Raises the step's own error, and LeaseLost when `stop` says so before the step began.  An error after the user
+    `interrupted` the run is no fault of the step.
     """
     builds = {name: a.build for name, a in inputs.items()}
     path, number = _open_build(step, store, builds, force)
     build = f"{step.fingerprint}.{number:04d}"
-    lease = _claim(step, path, stop, poll_s)
+    lease = _claim(step, path, stop, poll_s, _say(observer))
     if lease is None:  # another driver finished it
         done = get_json(join(path, "done.json"))
         return Artifact(path, build, done["facts"], done)
@@ -157,10 +204,11 @@ def run_step(step: Step, store: str, inputs: dict[str, Artifact], *, force: bool
         except FileExistsError as e:
             raise LeaseLost(f"{path}: another attempt published it") from e
     except BaseException as e:
-        status = "stopped" if isinstance(e, (LeaseLost, KeyboardInterrupt)) else "failed"
+        status = "stopped" if isinstance(e, (LeaseLost, KeyboardInterrupt)) or interrupted() else "failed"
         clean_up(e, out.flush, partial(lease.close, status, traceback.format_exc()[-4000:]))
         if observer:
-            clean_up(e, partial(observer.ended, out, status, {}, f"{type(e).__name__}: {e}"))
+            why = "interrupted" if interrupted() else f"{type(e).__name__}: {e}"
+            clean_up(e, partial(observer.ended, out, status, {}, why))
         raise
 
     # Published: listeners hear of it now, and nothing that fails here unmakes it.
@@ -170,13 +218,17 @@ def run_step(step: Step, store: str, inputs: dict[str, Artifact], *, force: bool
     return Artifact(path, build, facts, done)
 
 
-def _claim(step: Step, path: str, stop: Callable[[], bool], poll_s: float) -> Lease | None:
+def _claim(step: Step, path: str, stop: Callable[[], bool], poll_s: float, say: Callable[[str], None]) -> Lease | None:
     """The lease of a build, as soon as nobody else's attempt holds it; None once the build is done."""
-    waiter = Waiter(path)
+    waiter, since, said = Waiter(path), "", float("-inf")
     while get_json(join(path, "done.json")) is None:
         if stop():
             raise LeaseLost(f"{step.name}: stopped before it began")
         if not waiter.free():
+            if time.monotonic() - said > WAIT_SAID_S and (owner := read_attempt(path, waiter.number)):
+                since, said = since or time.strftime("%H:%M"), time.monotonic()
+                say(f"{step.name}: waits since {since} for attempt {waiter.number}, process {owner['pid']} on {owner['host']}; "
+                    f"goes on when that ends, or {LEASE_S:g} s after its last heartbeat")
             time.sleep(poll_s)
             continue
         try:

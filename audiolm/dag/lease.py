@@ -21,7 +21,7 @@ from audiolm.store import get_json, join, names, patience, put_json
 
 HEARTBEAT_S = 10.0
 LEASE_S = 60.0  # six beats: an object store may fail some writes and a waiter still does not take over
-CLOCK_TOLERANCE_S = 1.0  # of a process's start time, which is derived from the boot time in clock ticks
+START_TOLERANCE = 1.0  # of a process's start
 
 
 class LeaseLost(RuntimeError):
@@ -38,7 +38,7 @@ def _this_machine() -> dict:
 
 def owner() -> dict:
     """The identity of this process, unique here and among other machines."""
-    return {**_this_machine(), "pid": os.getpid(), "started": psutil.Process().create_time(),
+    return {**_this_machine(), "pid": os.getpid(), "started": _life(os.getpid())[0],
             "ray_job": os.environ.get("RAY_JOB_SUBMISSION_ID")}
 
 
@@ -46,11 +46,24 @@ def is_dead(attempt: dict) -> bool:
     """True when the attempt's owner surely died: a process of this same boot and pid namespace that is gone."""
     if any(attempt.get(k) != v for k, v in _this_machine().items()):
         return False
-    try:  # another start time: the pid was given to a new process
-        process = psutil.Process(attempt["pid"])
-        return abs(process.create_time() - attempt["started"]) > CLOCK_TOLERANCE_S or process.status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
+    life = _life(attempt["pid"])  # another start: the pid was given to a new process
+    return life is None or life[1] or abs(life[0] - attempt["started"]) > START_TOLERANCE
+
+
+def _life(pid: int) -> tuple[float, bool] | None:
+    """(start, is it a zombie) of a process; None where it is gone.
+
+    Linux counts the start in clock ticks since the boot; psutil's seconds move when somebody sets the machine's clock.
+    """
+    try:
+        if os.path.exists("/proc/self/stat"):
+            # Behind the name, which may hold anything, the fields are separated by spaces (proc_pid_stat(5)).
+            fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+            return float(fields[19]), fields[0] == b"Z"
+        process = psutil.Process(pid)
+        return process.create_time(), process.status() == psutil.STATUS_ZOMBIE
+    except (FileNotFoundError, ProcessLookupError, psutil.NoSuchProcess):
+        return None
 
 
 def latest(build: str) -> int:

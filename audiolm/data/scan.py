@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import signal
+from collections.abc import Callable
 from dataclasses import astuple, dataclass
 from functools import partial
 
@@ -16,7 +18,7 @@ import numpy as np
 
 from audiolm import store
 from audiolm.config.corpus import CorpusConfig
-from audiolm.data import audio_check
+from audiolm.data import apart, audio_check
 from audiolm.data.audio import BLOCK_SAMPLES, UNKNOWN_FRAMES, mono, open_sound
 from audiolm.data.audio_check import Unusable
 from audiolm.data.sources import Found
@@ -24,7 +26,9 @@ from audiolm.data.sources import Found
 QUIET_S = 2.0  # how far a cut may move from its even place to a quiet one
 ROOM_TO_CUT = 0.95  # pieces are planned this much shorter than max_s, so that every cut can move
 ROUNDING_S = 0.1  # how far a table's rounded start and duration may pass the file's end
-REASONS = ("missing", "empty", "unreadable", "sample rate", "truncated", "non-finite", "silent", "too short",
+MOST_S = 14 * 24 * 3600  # of a file: its peaks take 48 MB
+CPU_S = 60  # for a minute of audio, which decodes in a second even with hundreds of channels
+REASONS = ("missing", "empty", "unreadable", "sample rate", "truncated", "non-finite", "silent", "too short", "too long",
            "out of range")
 
 
@@ -82,7 +86,7 @@ def _scan_file(f: Found) -> tuple[str, Measured | Unusable]:
         if f.size == 0:
             raise Unusable("empty", "no bytes")
         audio_check.check_container(head, tail, f.size)
-        measured = measure(f.path, trust_header=audio_check.counts_frames(head))
+        measured = apart.call(measure, f.path, audio_check.counts_frames(head), partial(apart.allow_cpu, CPU_S))
         audio_check.check_mp3_length(f.path, head, measured.frames)
         return digest, measured
     except Unusable as e:
@@ -91,10 +95,18 @@ def _scan_file(f: Found) -> tuple[str, Measured | Unusable]:
         return digest, Unusable("missing", "gone since it was listed")
     except PermissionError as e:
         return digest, Unusable("unreadable", f"denied: {e}")
+    except apart.ChildDied as e:
+        if e.status == -signal.SIGKILL:  # by somebody else: the file may be good
+            raise RuntimeError(f"{f.path}: the process that decodes it was killed {apart.TRIES} times, as happens where memory "
+                               "runs out: give the node more, or run fewer tasks at once (cluster.workers)") from None
+        why = f"took over {CPU_S} s for a minute of it" if e.status == -signal.SIGXCPU else f"crashed ({e})"
+        return digest, Unusable("unreadable", f"the decoder {why}, {apart.TRIES} times; convert the file anew")
 
 
-def measure(path: str, trust_header: bool = True) -> Measured:
-    """Decodes a file once. Raises Unusable: unreadable, sample rate, empty, truncated."""
+def measure(path: str, trust_header: bool = True, at_block: Callable[[], None] = lambda: None) -> Measured:
+    """Decodes a file once, and calls `at_block` before each minute of it.
+
+    Raises Unusable: unreadable, sample rate, empty, truncated, too long."""
     import soundfile
 
     frames, promised, peaks = 0, 0, [np.zeros(0, np.float32)]
@@ -103,10 +115,14 @@ def measure(path: str, trust_header: bool = True) -> Measured:
             rate, promised = f.samplerate, f.frames if trust_header and f.frames < UNKNOWN_FRAMES else 0
             audio_check.check_rate(rate)
             block = rate // 10  # 0.1 s: short enough for a pause between words
+            _check_length(promised, rate)
             at_once = block * max(1, min(600, BLOCK_SAMPLES // (block * f.channels)))  # whole blocks, a minute at most
+            at_block()
             while len(wav_TC := f.read(at_once, dtype="float32", always_2d=True)):
+                at_block()
                 wav_T = np.abs(mono(wav_TC))
                 frames += len(wav_T)
+                _check_length(frames, rate)
                 peaks.append(np.maximum.reduceat(wav_T, np.arange(0, len(wav_T), block)))
     except soundfile.SoundFileError as e:
         if promised:
@@ -117,6 +133,12 @@ def measure(path: str, trust_header: bool = True) -> Measured:
     if frames == 0:
         raise Unusable("empty", "no frames")
     return Measured(rate, frames, block, np.concatenate(peaks))
+
+
+def _check_length(frames: int, rate: int) -> None:
+    """Raises Unusable for more audio than one file may hold."""
+    if frames > MOST_S * rate:
+        raise Unusable("too long", f"more than {MOST_S // 3600} h at {rate} Hz; cut the file")
 
 
 def _stretch(f: Found, m: Measured) -> tuple[int, int]:

@@ -1,14 +1,15 @@
 """The service behind `evaluate=requested`: polls MLflow for requests, starts a job for each, and finds lost jobs.
 
-It keeps no state of its own: killed at any moment and started again, or running twice, it starts no job a second time
+It keeps no state that counts: killed at any moment and started again, or running twice, it starts no job a second time
 and forgets none (request.py).  A job is submitted first, then its tag is set.
 """
 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from audiolm.eval_service.request import (
@@ -28,6 +29,8 @@ from audiolm.eval_service.request import (
 from audiolm.tracking.outbox import first_line
 from audiolm.tracking.target import refusal
 
+RETRY_S, RETRY_MOST_S = 10.0, 300.0  # before a job that cannot be submitted is tried again; doubled each time
+
 
 @dataclass
 class Watcher:
@@ -43,6 +46,7 @@ class Watcher:
     parallel: int  # jobs at a time
     say: Callable[[str], None]
     check: Callable[[list[str]], Any]
+    _aside: dict[str, tuple[float, float]] = field(default_factory=dict)  # job -> (when it is tried again, the pause before)
 
     def watch(self, every_s: float, wake: threading.Event) -> None:
         """Sweeps for ever, every `every_s` seconds and whenever `wake` is set. An MLflow or Ray that is down delays."""
@@ -70,8 +74,8 @@ class Watcher:
             if problem := self._problem(request):
                 end_request(self.client, request, FAILED, problem)
                 self.say(f"{request.uri}: refused: {problem}")
-            elif busy < self.parallel:  # the others wait as they are
-                busy += self._submit(request)
+            elif busy < self.parallel and self._aside.get(request.job, (0.0, 0.0))[0] <= time.monotonic():
+                busy += self._submit(request)  # the others wait as they are
 
     def _is_alive(self, request: Request) -> bool:
         """True while its job runs; a lost job ends its request."""
@@ -96,9 +100,17 @@ class Watcher:
         return refusal(request.tags, self.store, self.client.tracking_uri)
 
     def _submit(self, request: Request) -> bool:
-        """Starts the request's job; True where it runs now, whoever started it."""
+        """Starts the request's job; True where it runs now, whoever started it. One that cannot be started is set aside."""
         suites = ["--suites", ",".join(request.suites)] if request.suites else []
-        if self.launcher.submit(request.job, [request.uri, "--answer", str(request.number), *suites, *self.extra]):
+        try:
+            is_new = self.launcher.submit(request.job, [request.uri, "--answer", str(request.number), *suites, *self.extra])
+        except Exception as e:  # noqa: BLE001  whatever a process or server raised: the other requests go on
+            pause_s = min(RETRY_MOST_S, 2 * self._aside.get(request.job, (0.0, RETRY_S / 2))[1])
+            self._aside[request.job] = time.monotonic() + pause_s, pause_s
+            self.say(f"{request.uri}: {request.job} cannot be submitted, again in {pause_s:g} s: {first_line(e)}")
+            return False
+        self._aside.pop(request.job, None)
+        if is_new:
             self.say(f"{request.uri}: submitted as {request.job}")
         else:  # submitted before its tag was set, or requested again while it runs
             alive, reason = self.launcher.status(request.job)

@@ -2,7 +2,7 @@
 
 One positional YAML (default: the quickstart), `a.b=c` overrides, --dry-run --status --only --from --force --inline.
 Starts or joins Ray, runs the plan, shows progress, ships metrics, prints where sound, report and UI are.
-Exit status: 0 done, 1 failed, 2 wrong usage or config, 130 stopped.
+Exit status: 0 done, 1 failed, 2 wrong usage or config, 130 stopped (143 by SIGTERM).
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -29,12 +29,15 @@ from audiolm.dag.execute import StepFailed, execute
 from audiolm.dag.plan import PlanRow, plan, toposort
 from audiolm.dag.run_index import OUTPUTS
 from audiolm.dag.step import Step
+from audiolm.data.parallel import cluster_device
 from audiolm.pipeline.needs import check_installed
 from audiolm.pipeline.ray_cluster import in_ray_job, start_ray, worker_died
+from audiolm.pipeline.stop import STOPPED, exit_status, stoppable, take_signals
 from audiolm.store import NoAnswer, check_store, hide_credentials, is_local, patience
 from audiolm.tokenizers.start import StartWeights
-from audiolm.train.commits import starting_point
+from audiolm.train.commits import starting_point, steps_kept
 
+STOP_S = 10.0  # for the steps' threads to end after Ctrl-C
 START_S = 20.0  # of waiting for a store that does not answer: at the start a wrong address is likelier than an outage
 
 
@@ -45,18 +48,18 @@ def main(graph: Callable[[Pipeline], list[Step]], default: Path) -> None:
         sys.exit(status)
 
 
-def run_command(command: Callable[[], int], stopped: str = "stopped; the same command continues", trace: bool = False) -> int:
+def run_command(command: Callable[[], int], stopped: str = STOPPED, trace: bool = False) -> int:
     """The exit status of a command, its errors in one line on stderr (`trace`: with the traceback) and its Ray shut down.
 
-    0 and 1 are the command's own; 2: wrong usage, config or input; 130: Ctrl-C, after the line `stopped`. Whatever it prints
-    is without the credentials that URIs may hold.
+    0 and 1 are the command's own; 2: wrong usage, config or input; 130 or 143: Ctrl-C or SIGTERM, after the line `stopped`.
+    Whatever it prints is without the credentials that URIs may hold.
     """
-    with redirect_stdout(_Masked(sys.stdout)), redirect_stderr(_Masked(sys.stderr)):
+    with stoppable(), redirect_stdout(_Masked(sys.stdout)), redirect_stderr(_Masked(sys.stderr)):
         try:
             return command()
         except KeyboardInterrupt:
             print(f"\n{stopped}", file=sys.stderr)
-            return 130
+            return exit_status()
         except Exception as e:  # noqa: BLE001  one line that names the fix, whatever a filesystem, MLflow or Ray raised
             if trace:
                 traceback.print_exc()
@@ -195,19 +198,24 @@ def _run(cfg: Pipeline, rows: list[PlanRow], force: tuple[str, ...], inline: boo
     try:
         if todo and not inline:
             start_ray(cfg.cluster, cfg.store, observer.say)
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C; set after Ray, which has one of its own
+            take_signals()  # Ray took SIGTERM
+        if todo and cfg.cluster.device == "cuda":  # before hours of steps that need none
+            cluster_device(cfg.cluster, inline, cfg.cluster.train_workers if any(r.run and r.step.trains for r in rows) else 1)
         execute(rows, cfg.store, force=force, inline=inline, slots=cfg.cluster.parallel_training, observer=observer,
-                retries=cfg.cluster.retries, may_retry=worker_died, finished=observer.finished)
+                retries=cfg.cluster.retries, may_retry=worker_died, kept=steps_kept, finished=observer.finished)
         code = 0
-    except StepFailed as e:
+    except (StepFailed, ConfigError) as e:
         observer.say(f"error: {e}")
         observer.say("what is done stays done; the same command continues after the fix")
     except KeyboardInterrupt:
-        code = 130
-        observer.say("stopped; the same command continues where this one was")
-    observer.close({0: "FINISHED", 1: "FAILED", 130: "KILLED"}[code], time.monotonic() - began)
-    if code == 130:  # threads that wait for workers would hold the process
-        _stop_ray()
+        observer.say(STOPPED)
+        _stop_ray()  # the steps' threads wait for its workers
+        deadline = time.monotonic() + STOP_S
+        for thread in (t for t in threading.enumerate() if t.name in todo):  # each gives its lease back
+            thread.join(max(0.0, deadline - time.monotonic()))
+        code = exit_status()
+    observer.close({0: "FINISHED", 1: "FAILED"}.get(code, "KILLED"), time.monotonic() - began)
+    if code > 1:  # a thread that still waits would hold the process
         sys.stdout.flush()
         os._exit(code)
     return code

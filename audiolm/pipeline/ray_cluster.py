@@ -37,12 +37,14 @@ def start_ray(cluster: ClusterConfig, folder: str, say: Callable[[str], None]) -
     import ray
 
     from audiolm.pipeline.private_ray import guarded, read_settings
+    from audiolm.pipeline.ray_reaper import start_reaper
 
     try:
         if address:
             read_settings()
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         else:
+            start_reaper()
             with guarded():
                 ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR,
                          num_gpus=0 if cluster.device == "cpu" else None)

@@ -98,7 +98,7 @@ class RunObserver:
         system = {name: build for name, build in self._sampled_from.items() if name in GENERATION_STEPS}
         if status == "FINISHED" and system and all(self._index.get(n, {}).get("build") == b for n, b in system.items()):
             self.tracker.serves(self._index_path, {name: self._index[name]["path"] for name in system})
-        self.tracker.finish(status)
+        self.tracker.finish(status, 5.0 if status == "KILLED" else 30.0)  # who stops a run waits for its end
         if status != "FINISHED":
             return
         done = "all" if len(self._index) == len(self.rows) else f"{len(self._index)} of"

@@ -44,6 +44,12 @@ def newest(build: str) -> dict | None:
     return next(latest_first(build), None)
 
 
+def steps_kept(build: str) -> int:
+    """The steps that a build's newest checkpoint holds, 0 without one."""
+    commit = newest(build)
+    return commit["step"] if commit else 0
+
+
 def starting_point(build: str | None, siblings: Iterable[str], trunk_steps: int) -> tuple[str, dict] | None:
     """(build, commit) that a run continues: its own build's newest, or a sibling's where that is further.
 

@@ -282,22 +282,3 @@ def test_a_step_waits_for_the_gate_that_it_comes_after_and_is_the_same_step(stor
     else:
         execute(plan(steps, store), store, inline=inline)
         assert order == ["source", "gate", "stage"]
-
-
-def test_a_step_is_launched_again_only_after_a_worker_died(store):
-    tries = []
-
-    class NodeGone(RuntimeError):
-        pass
-
-    def flaky(config, inputs, out):
-        tries.append(out.attempt)
-        if len(tries) < 3:
-            raise NodeGone("node died")
-        return {}
-
-    execute(plan([Step("flaky", flaky)], store), store, retries=2, may_retry=lambda e: isinstance(e, NodeGone))
-    assert tries == [1, 2, 3]
-    with pytest.raises(StepFailed, match="ZeroDivisionError"):
-        execute(plan([Step("bug", lambda c, i, o: 1 / 0)], store), store, retries=2,
-                may_retry=lambda e: isinstance(e, NodeGone))

@@ -8,6 +8,7 @@ import pytest
 
 from audiolm.config.run import ClusterConfig
 from audiolm.config.tokens import TokensConfig
+from audiolm.data import parallel
 from audiolm.tokenizers import encode, kmeans_fit
 from audiolm.tokenizers.extractor import Window
 
@@ -22,6 +23,7 @@ def test_a_task_holds_its_share(world, recording_out, monkeypatch, device, share
         raise Asked(gpu)
 
     cluster = ClusterConfig(device=device, **({"gpus_a_task": share} if share else {}))
+    monkeypatch.setattr(parallel, "pick_device", lambda asked: device)
     for module in (encode, kmeans_fit):
         monkeypatch.setattr(module, "parallel_map", ask)
     inputs = {n: SimpleNamespace(path=str(world.root / n), build=f"{n}.0001") for n in ("manifest", "kmeans", "codec")}

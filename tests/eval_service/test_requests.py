@@ -10,6 +10,7 @@ import textwrap
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -19,7 +20,7 @@ from audiolm.eval_service import request
 from audiolm.eval_service.launcher import Processes, claim
 from audiolm.eval_service.request import job_id
 from tests.worlds.basics import ROOT, free_port
-from tests.worlds.registry import NAME, look, tags, until
+from tests.worlds.registry import NAME, look, tags, until, watcher_of
 from tests.worlds.servers import MLflowServer
 from tests.worlds.tiny_run import finish, tell
 
@@ -146,6 +147,25 @@ def test_only_so_many_at_a_time_and_the_others_stay_requested(registry, tmp_path
     look(client, work, parallel=2)
     look(client, work, parallel=2)
     assert sorted(tags(client, v)["evaluate"] for v in vs) == ["requested", "submitted", "submitted"]
+
+
+def test_a_job_that_cannot_be_submitted_is_set_aside_and_the_others_go_on(registry, tmp_path, monkeypatch):
+    client, version = registry
+    work, said = Processes(str(tmp_path / "work")), []
+    bad, good = version(), version()
+    os.makedirs(log := f"{tmp_path}/work/{job_id(NAME, bad, 1)}.log")  # its log cannot be opened
+    claim(f"{tmp_path}/work/{job_id(NAME, good, 1)}.json")
+    watcher = watcher_of(client, work, said)
+    watcher.sweep()
+    assert tags(client, bad)["evaluate"] == "requested" and tags(client, good)["evaluate"] == "submitted"
+    assert len(said) == 2 and "cannot be submitted, again in 10 s: IsADirectoryError" in said[0]
+    watcher.sweep()
+    assert len(said) == 2  # not tried yet
+    os.rmdir(log)
+    claim(f"{tmp_path}/work/{job_id(NAME, bad, 1)}.json")
+    monkeypatch.setattr("audiolm.eval_service.watcher.time", SimpleNamespace(monotonic=lambda: time.monotonic() + 10))
+    watcher.sweep()
+    assert tags(client, bad)["evaluate"] == "submitted"
 
 
 def test_ids_are_safe_and_of_one_name_each():

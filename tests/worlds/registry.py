@@ -13,9 +13,12 @@ NAME = "tiny-lm_semantic"
 def look(client, launcher, parallel=9) -> list[str]:
     """`client`: of an SQLite database, which lies in the store."""
     said = []
-    uri = client.tracking_uri
-    Watcher(client, "outputs", launcher, ["--tracking", uri], parallel, said.append, check_names).sweep()
+    watcher_of(client, launcher, said, parallel).sweep()
     return said
+
+
+def watcher_of(client, launcher, said, parallel=9) -> Watcher:
+    return Watcher(client, "outputs", launcher, ["--tracking", client.tracking_uri], parallel, said.append, check_names)
 
 
 def tags(client, version) -> dict[str, str]:
