@@ -96,7 +96,13 @@ class MaskedModelConfig(Config):
     ff: int = 4096
     conv_kernel: int = 5
     dropout: float = 0.1
+    normalise: Annotated[Literal["corpus", "clip"], Later("corpus")] = Field(
+        "corpus", description="of log-mels: by the corpus' mean and deviation per band, or by each clip's own, above a floor "
+                              "30 dB below the clip's level: channel, codec and voice weigh less")
     targets_k: int = Field(100, ge=2, description="k of the MFCC targets (HuBERT iteration 1)")
+    targets_cents: Annotated[float, Later(0.0)] = Field(
+        0.0, ge=0, le=1200, description="a crop's MFCC targets are made under the warp of its spectrum, of at most this many "
+                                        "cents, that lies nearest to the codebook (VTLN), so that readers share them; 0: none")
     mask_span_s: float = 0.4
     mask_share: float = Field(0.49, gt=0, lt=1, description="share of frames under a mask")  # starts of 0.065, spans of 10
     crop_s: float = 15.0
@@ -114,6 +120,8 @@ class MaskedModelConfig(Config):
     def _check(self):
         if self.w2vbert and self.objective != "w2vbert":
             raise ValueError(f"w2vbert is a section of objective w2vbert, objective is {self.objective}: drop one of them")
+        if self.targets_cents and self.objective != "hubert":
+            raise ValueError(f"targets_cents is of HuBERT's MFCC targets, objective is {self.objective}: drop one of them")
         if self.objective == "w2vbert":
             half = (self.w2vbert or W2vBertConfig()).contrastive_layers
             if half is not None and half >= self.layers:

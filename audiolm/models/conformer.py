@@ -3,8 +3,8 @@
 Legend: B rows, F log-mel bands (100 Hz), T frames at 25 Hz, D width, K target clusters.  mel_BTF holds 4 mel frames for
 each frame; lengths_B counts frames.  Attention and convolutions mask what lies past a row's length, so a row gives the
 same features alone and in a padded batch (to 1e-5).  Where all rows are full, callers give no lengths: without a mask a GPU has
-a faster attention kernel.  Input statistics are global buffers, set once before training; no normalisation looks across
-time.  Objective: HuBERT (2106.07447).
+a faster attention kernel.  Input statistics are global buffers, set once before training, and no normalisation looks across
+time; with `normalise: clip` they are each row's own, over its valid frames, above a floor.  Objective: HuBERT (2106.07447).
 Layers: "layer n" is the output of block n, counted from 1, after that block's closing LayerNorm.
 """
 
@@ -17,11 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from audiolm.models.mel import floored, standardised
 from audiolm.models.positions import apply_rope, rope_table
 from audiolm.models.stream import LayerNorm
 from audiolm.models.transfer import send
 
 SUBSAMPLE = 4  # 100 Hz -> 25 Hz
+MIN_STD = 1e-2  # of a log-mel band within a clip: silence is not blown up
 LAYER_CONVENTION = "block output after its closing LayerNorm, counted from 1"
 
 
@@ -36,9 +38,13 @@ class EncoderSizes:
     conv_kernel: int = 5
     dropout: float = 0.0
     n_mels: int = 80
+    normalise: str = "corpus"  # the input by the corpus' statistics per band, or by each clip's own
 
     def to_json(self) -> dict:
-        return asdict(self)
+        plain = asdict(self)
+        if self.normalise == "corpus":  # left out, so that exports of before are the same bytes
+            del plain["normalise"]
+        return plain
 
 
 class Float32Buffers(nn.Module):
@@ -147,7 +153,7 @@ class Subsample(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Encoder of log-mels: one vector per 40 ms. `statistics` holds the input's mean and std per band."""
+    """Encoder of log-mels: one vector per 40 ms. `statistics` holds the input's mean and std per band of the corpus."""
 
     def __init__(self, sizes: EncoderSizes):
         super().__init__()
@@ -180,8 +186,15 @@ class Encoder(nn.Module):
         if mel_BTF.shape[1] % SUBSAMPLE:
             raise ValueError(f"the encoder takes a multiple of {SUBSAMPLE} mel frames, got {mel_BTF.shape[1]}; "
                              "pad the audio to whole frames (tokenizers.base.padded_samples)")
-        mel_BTF = (mel_BTF.float() - self.statistics.mean) / self.statistics.std
-        return self.subsample(mel_BTF.to(self.mask_embedding.dtype), _on(lengths_B, mel_BTF))
+        lengths_B = _on(lengths_B, mel_BTF)
+        if self.sizes.normalise == "clip":
+            valid_BT = torch.ones(mel_BTF.shape[:2], dtype=torch.bool, device=mel_BTF.device)
+            if lengths_B is not None:
+                valid_BT = valid_frames(lengths_B * SUBSAMPLE, mel_BTF.shape[1])
+            mel_BTF = standardised(floored(mel_BTF, valid_BT), valid_BT, MIN_STD)
+        else:
+            mel_BTF = (mel_BTF.float() - self.statistics.mean) / self.statistics.std
+        return self.subsample(mel_BTF.to(self.mask_embedding.dtype), lengths_B)
 
     def outputs(self, mel_BTF: torch.Tensor, lengths_B: torch.Tensor | None, mask_BT: torch.Tensor | None,
                 layers: Sequence[int]) -> list[torch.Tensor]:

@@ -19,6 +19,7 @@ WINDOW, HOP = 400, 160
 FLOOR = 1e-5  # of a mel magnitude: -100 dBFS
 KNEE = 0.8  # of the band that a warp scales; the last fifth takes up the difference
 KALDI_LOW_HZ = 20.0  # where Kaldi's lowest band begins
+CLIP_FLOOR = 0.03  # of a row's level: 30 dB below it; lower bands are codecs' holes and noise, which say nothing
 SLANEY_KNEE_HZ, SLANEY_KNEE_MEL = 1000.0, 15  # linear below, logarithmic above
 SLANEY_HZ_PER_MEL, SLANEY_LOG_STEP = 200 / 3, math.log(6.4) / 27
 
@@ -83,6 +84,21 @@ def warped_filterbank(ratio_B: torch.Tensor, sample_rate: int, n_fft: int, n_mel
     return (_triangles(warped, _edges("htk", half, n_mels, bins.device)) * slope[..., None]).float()
 
 
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def warp_matrix(ratio: float, n_mels: int = 80, sample_rate: int = 16_000, device: torch.device = CPU) -> torch.Tensor:
+    """(n_mels, n_mels): log-mels times it are those of the spectrum under `warped_filterbank`'s warp, interpolated by band."""
+    half = sample_rate / 2
+    centres = _edges("htk", half, n_mels)[1:-1]
+    knee = KNEE * half / max(ratio, 1.0)
+    rest = (half - ratio * knee) / (half - knee)
+    # A band takes the value of the frequency that the warp moves to its centre.
+    source = torch.where(centres <= ratio * knee, centres / ratio, half - (half - centres) / rest)
+    mels, at = (torch.log1p(f / 700.0) for f in (centres, source))
+    place = ((at - mels[0]) / (mels[1] - mels[0])).clamp(0, n_mels - 1)
+    return (1 - (torch.arange(n_mels)[:, None] - place).abs()).clamp_min(0).float().to(device)
+
+
 def mel_magnitudes(wav_BT: torch.Tensor, n_mels: int = 80, sample_rate: int = 16_000, ratio_B: torch.Tensor | None = None,
                    size: int = WINDOW) -> torch.Tensor:
     """mel_BTF: mel magnitudes by windows of `size` samples, T = samples // 160, with zeros around the sound.
@@ -104,6 +120,25 @@ def log_mel(wav_BT: torch.Tensor, n_mels: int = 80, sample_rate: int = 16_000,
             ratio_B: torch.Tensor | None = None) -> torch.Tensor:
     """mel_BTF: natural logarithms of `mel_magnitudes` with windows of 25 ms. Raises ValueError as it does."""
     return mel_magnitudes(wav_BT, n_mels, sample_rate, ratio_B).clamp_min(FLOOR).log()
+
+
+def floored(mel_BTF: torch.Tensor, valid_BT: torch.Tensor) -> torch.Tensor:
+    """mel_BTF with a soft floor CLIP_FLOOR below each row's own level, the root mean square over its valid frames.
+
+    Log-mels of quiet bands vary by tens of dB where nothing is heard, above all after a lossy codec, and would outweigh speech.
+    """
+    size_BTF = mel_BTF.float().exp()
+    mean_BT = size_BTF.square().mean(-1) * valid_BT
+    level_B = (mean_BT.sum(1) / valid_BT.sum(1).clamp_min(1)).sqrt()
+    return (size_BTF + CLIP_FLOOR * level_B[:, None, None]).log()
+
+
+def standardised(x_BTC: torch.Tensor, valid_BT: torch.Tensor, min_std: float) -> torch.Tensor:
+    """x_BTC with zero mean and unit variance over each row's valid frames; a deviation below min_std counts as min_std."""
+    keep_BT1, count_B11 = valid_BT[..., None], valid_BT.sum(1)[:, None, None]
+    x_BTC = x_BTC - (x_BTC * keep_BT1).sum(1, keepdim=True) / count_B11
+    std_B1C = ((x_BTC * keep_BT1).square().sum(1, keepdim=True) / count_B11).sqrt()
+    return x_BTC / std_B1C.clamp_min(min_std)
 
 
 def clip_mel(wav_T: np.ndarray, n_mels: int = 80) -> torch.Tensor:

@@ -87,6 +87,7 @@ DECODER = "lm.decoder={train: {steps: 1, batch: 1, lr: 0.1}}"
     (f"codec.family=soundstream {DECODER}", "lm.decoder makes frames of the spectral codec"),
     (f"{DECODER} lm.lengths=false lm.conditioning=prefix", "lm.decoder hears the token of every frame"),
     (f"{DECODER} lm.ablation=acoustic", "lm.ablation makes sound without semantic tokens"),
+    ("semantic.model={objective: w2vbert, targets_cents: 300}", "targets_cents is of HuBERT's MFCC targets, .*w2vbert"),
     ("lm.semantic.replaced=0.2", "lm.semantic.replaced is set: only lm.coarse has frames"),
     ("lm.coarse.kind=frame lm.lengths=false lm.conditioning=prefix", "frame, but with lm.dedupe .*: set lm.lengths=true"),
 ])

@@ -169,9 +169,11 @@ def test_a_masked_model_begins_with_the_encoder_and_new_heads(objective, monkeyp
     above = {n: v for n, v in second.model.state_dict().items() if not n.startswith("encoder.")}
     assert same(above, {n: v for n, v in fresh.model.state_dict().items() if n in above})
     _, about = first.export()
-    write_export(str(tmp_path), first.export()[0], {**about, "encoder": {**about["encoder"], "layers": 3, "ff": 64}})
+    write_export(str(tmp_path), first.export()[0], {**about, "encoder": {**about["encoder"], "layers": 3, "ff": 64,
+                                                                                   "normalise": "clip"}})
     planned = start_weights("semantic.model.start.uri", StartConfig(uri=str(tmp_path)), "masked_model")
-    with pytest.raises(ValueError, match=r"semantic\.model\.layers is 2: set it to 3; semantic\.model\.ff is 48: set it to 64"):
+    with pytest.raises(ValueError, match=r"semantic\.model\.layers is 2: set it to 3; semantic\.model\.ff is 48: set it to 64; "
+                                         r"semantic\.model\.normalise is 'corpus': set it to 'clip'"):
         masked_setting(monkeypatch, objective, 2, planned)
 
 

@@ -1,8 +1,8 @@
 """Masked prediction of k-means targets: HuBERT (2106.07447) on crops of the training clips.
 
-Iteration 1 predicts clusters of MFCCs with differences, normalised per crop and averaged over 4 frames to 25 Hz.  Their
-codebook is fitted here and is a float32 buffer, so that checkpoints carry it.  Later iterations predict tokens of the
-artifact of the step targets_N, made from the clean crop.
+Iteration 1 predicts clusters of MFCCs (objectives/mfcc_targets.py).  Their codebook is fitted here and is a float32
+buffer, so that checkpoints carry it.  Later iterations predict tokens of the artifact of the step targets_N, made from
+the clean crop.
 The loss is the cross-entropy on masked frames, weighted by frame over micro-batches and ranks (alpha = 1 in HuBERT's II-B;
 `unmasked` adds the others).  Legend: B rows, T frames at 25 Hz, F mel bands at 100 Hz, K targets, N masked frames.
 """
@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 
 from audiolm import rng
+from audiolm.config.semantic import MaskedModelConfig
 from audiolm.data.parallel import one_thread
 from audiolm.models import kmeans
-from audiolm.models.conformer import SUBSAMPLE, Encoder, MaskedModel, valid_frames
+from audiolm.models.conformer import Encoder, MaskedModel, valid_frames
 from audiolm.models.entropy import entropy, perplexity
-from audiolm.models.mel import mfcc
 from audiolm.models.transfer import send
 from audiolm.tokenizers.extractor import ConformerExtractor
 from audiolm.tokenizers.semantic import SemanticTokenizer, load_extractor, load_semantic
@@ -31,31 +31,17 @@ from audiolm.train.objectives.base import Context, Engine
 from audiolm.train.objectives.masked_inputs import (
     MaskedBatch,
     MaskedInputs,
+    Sample,
     encoder_sizes,
     export_encoder,
     masked_inputs,
     measure_inputs,
 )
+from audiolm.train.objectives.mfcc_targets import nearest_warp, target_features, warped_features, warped_points
 from audiolm.train.objectives.start import start_encoder
 
 MIN_ENTROPY = 0.1  # of ln k: below it the targets are as good as constant and the loss says nothing (fairseq PR 4521)
-MIN_STD = 1e-3  # of a crop's MFCC, in units of their scale: silence is not blown up
 Targets = Callable[[MaskedBatch, torch.Tensor, torch.Tensor], torch.Tensor]  # batch, clean mel_BTF, frames_B -> labels_BT
-
-
-def target_features(mel_BTF: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
-    """x_BTC at 25 Hz, C = 39: MFCC and differences, zero mean and unit variance over a row's own frames."""
-    frames = mel_BTF.shape[1]
-    last_B1 = lengths_B[:, None] * SUBSAMPLE - 1
-    # The last frame is held for the length of the differences' reach, so that padding and batch do not show.
-    held_BT = torch.minimum(torch.arange(frames + 4, device=mel_BTF.device)[None], last_B1)
-    c_BTC = mfcc(mel_BTF.gather(1, held_BT[..., None].expand(-1, -1, mel_BTF.shape[-1])))[:, :frames]
-    keep_BT1 = valid_frames(lengths_B * SUBSAMPLE, frames)[..., None]
-    count_B11 = (lengths_B * SUBSAMPLE)[:, None, None]
-    # Normalised by crop, over its own frames: the targets say little of the speaker or the microphone.
-    c_BTC = c_BTC - (c_BTC * keep_BT1).sum(1, keepdim=True) / count_B11
-    std_B1C = ((c_BTC * keep_BT1).square().sum(1, keepdim=True) / count_B11).sqrt()
-    return (c_BTC / std_B1C.clamp_min(MIN_STD)).unflatten(1, (-1, SUBSAMPLE)).mean(2)
 
 
 def check_targets(counts_K: torch.Tensor, field: str = "semantic.model.targets_k") -> float:
@@ -87,8 +73,13 @@ class MaskedObjective:
         return self.inputs.batch(step, rows).pinned(self.ctx.device)
 
     def _mfcc_targets(self, batch: MaskedBatch, mel_BTF: torch.Tensor, frames_B: torch.Tensor) -> torch.Tensor:
-        x_BTC = target_features(mel_BTF, frames_B)
-        return kmeans.assign(x_BTC.flatten(0, 1), self.model.targets.codebook).view(x_BTC.shape[:2])
+        sizes, codebook_KC = self.inputs.sizes, self.model.targets.codebook
+        if sizes.targets_cents:
+            x_WBTC = warped_features(mel_BTF, frames_B, sizes.normalise, sizes.targets_cents)
+            x_BTC = nearest_warp(x_WBTC, frames_B, codebook_KC)
+        else:
+            x_BTC = target_features(mel_BTF, frames_B, sizes.normalise)
+        return kmeans.assign(x_BTC.flatten(0, 1), codebook_KC).view(x_BTC.shape[:2])
 
     def train_step(self, engines: Mapping[str, Engine], batches: list[MaskedBatch], step: int) -> dict[str, torch.Tensor]:
         """One update; all ranks take part."""
@@ -169,13 +160,23 @@ def _places(mask_BT: torch.Tensor) -> torch.Tensor:
     return mask_BT.flatten().nonzero()[:, 0]
 
 
+def target_points(sizes: MaskedModelConfig, sample: Sample) -> list[torch.Tensor]:
+    """Features of each of a sample's crops, to fit the codebook of MFCC targets on: x_TC, or x_WTC where they have warps."""
+    if not sizes.targets_cents:
+        return [target_features(*pair, sizes.normalise)[0] for pair in sample]
+    return [warped_features(*pair, sizes.normalise, sizes.targets_cents)[:, 0] for pair in sample]
+
+
 def fit_targets(model: MaskedModel, points: list[torch.Tensor], seed: int) -> float:
-    """Sets the codebook of MFCC targets from x_TC of some crops; returns the targets' entropy.
+    """Sets the codebook of MFCC targets from `target_points`; returns the targets' entropy.
 
     Raises ValueError where there are too few distinct frames for targets_k, or the targets are all but constant.
     """
+    k = len(model.targets.codebook)
     try:
-        fit = kmeans.fit(points, len(model.targets.codebook), rng.derive(seed, "targets"), iterations=50)
+        if points[0].ndim == 3:
+            points = warped_points(points, k, rng.derive(seed, "target warps"))
+        fit = kmeans.fit(points, k, rng.derive(seed, "targets"), iterations=50)
     except ValueError as e:
         raise ValueError(f"semantic.model.targets_k: {e}") from e
     model.targets.codebook.copy_(fit.centroids)
@@ -218,7 +219,7 @@ def masked_objective(config: Mapping[str, Any], inputs: Mapping[str, str], ctx: 
                 start_encoder(model.encoder, config["start"])
             else:
                 measure_inputs(model.encoder, sample)
-            fit_targets(model, [target_features(*mel_and_frames)[0] for mel_and_frames in sample], seed)
+            fit_targets(model, target_points(sizes, sample), seed)
         return MaskedObjective(model, data, ctx)
 
     def path_of(prefix: str) -> str:

@@ -172,7 +172,8 @@ def measure_inputs(encoder: Encoder, sample: Sample) -> None:
 
 
 def encoder_sizes(sizes: MaskedModelConfig) -> EncoderSizes:
-    return EncoderSizes(sizes.dim, sizes.layers, sizes.heads, sizes.ff, sizes.conv_kernel, sizes.dropout)
+    return EncoderSizes(sizes.dim, sizes.layers, sizes.heads, sizes.ff, sizes.conv_kernel, sizes.dropout,
+                        normalise=sizes.normalise)
 
 
 def export_encoder(encoder: Encoder, objective: str, more: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
