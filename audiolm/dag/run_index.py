@@ -43,7 +43,12 @@ def steps_of(index: str) -> dict[str, str]:
                          "a run, its OUTPUTS/runs/NAME.json or its MLflow run id")
     if "steps" not in found:
         raise ValueError(f"--run: {index} is not a run's index (OUTPUTS/runs/NAME.json)")
-    return {name: entry["path"] for name, entry in found["steps"].items()}
+    return {name: _absolute(entry["path"], index) for name, entry in found["steps"].items()}
+
+
+def _absolute(path: str, index: str) -> str:
+    """A path of an index. A published system's are relative to the index, since it may lie anywhere."""
+    return path if path.startswith("/") or "://" in path else store.join(index.rpartition("/")[0], path)
 
 
 def write_index(cfg: Pipeline, steps: dict[str, dict], order: list[str]) -> str:

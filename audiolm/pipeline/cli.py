@@ -22,6 +22,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
+from audiolm import pretrained
 from audiolm.config.base import ConfigError
 from audiolm.config.load import load_config
 from audiolm.config.pipeline import Pipeline
@@ -257,13 +258,11 @@ def git_state() -> dict[str, str]:
         return {}
 
 
-DEFAULT_RUN = "quickstart"
-
-
 def add_run_options(p: ArgumentParser) -> None:
     """--run, --store and --tracking: `find_run`'s arguments."""
-    p.add_argument("--run", default=DEFAULT_RUN, metavar="RUN", help="a run's name, its index (OUTPUTS/runs/NAME.json) or its "
-                   "MLflow run id (default %(default)s)")
+    p.add_argument("--run", metavar="RUN", help="a run's name, its index (OUTPUTS/runs/NAME.json), its MLflow run id or a "
+                   "published system's name (default: quickstart; without that run the published system "
+                   f"{pretrained.DEFAULT_SYSTEM})")
     p.add_argument("--store", default=OUTPUTS, metavar="URI", help="where a run's name is looked up, and what MLflow names "
                    "must lie in (default %(default)s)")
     p.add_argument("--tracking", metavar="URI", help="the MLflow server of a run id; default: MLFLOW_TRACKING_URI, else the "

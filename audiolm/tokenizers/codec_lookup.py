@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from audiolm import pretrained, store
-from audiolm.dag.run_index import OUTPUTS, index_path
+from audiolm.dag.run_index import OUTPUTS, index_path, steps_of
 
 DEFAULT_RUN = index_path(OUTPUTS, "quickstart")
 
@@ -24,13 +24,13 @@ def codec_folder(place: str | None) -> str:
     """
     path = pretrained.resolve(place or default_codec())
     if path.endswith(".json"):
-        index = store.get_json(path)
-        if index is None:
+        if not store.exists(path):
             raise ValueError(f"--codec: there is no run index {path}; train a codec with `python workflows/full_pipeline.py`, "
                              "or name a run (OUTPUTS/runs/NAME.json), a codec build or an imported codec's folder with --codec")
-        if "path" not in index.get("steps", {}).get("codec", {}):
+        steps = steps_of(path)
+        if "codec" not in steps:
             raise ValueError(f"--codec: {path} names no finished step `codec`; run its workflow with --only manifest,codec")
-        path = index["steps"]["codec"]["path"]
+        path = steps["codec"]
     return path
 
 

@@ -14,13 +14,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from audiolm import store
+from audiolm import pretrained, store
 from audiolm.dag.run_index import OUTPUTS, index_path
 from audiolm.places import is_within
 from audiolm.tracking import client as mlflow_client
 from audiolm.tracking import outbox
 
 DEFAULT_STORE = "outputs"
+DEFAULT_RUN = "quickstart"
 
 
 def default_tracking(folder: str, tracking: str | None) -> str:
@@ -114,9 +115,16 @@ def system_of(version: Any, tracking: str) -> dict:
         return json.loads(Path(path).read_text())
 
 
-def find_run(run: str, folder: str = OUTPUTS, tracking: str | None = None) -> str:
+def find_run(run: str | None, folder: str = OUTPUTS, tracking: str | None = None) -> str:
     """The index of a run: a path or URI that ends in .json as it is, an MLflow run id (32 hex digits) by the server
-    `tracking` (None: MLFLOW_TRACKING_URI, else the database in `folder`), else a name's below `folder`."""
+    `tracking` (None: MLFLOW_TRACKING_URI, else the database in `folder`), else a name's below `folder`, else that of the
+    published system of this name. None: the quickstart's, else the published system."""
+    if run is None:
+        known = store.exists(index_path(folder, DEFAULT_RUN)) or pretrained.DEFAULT_SYSTEM not in pretrained.systems()
+        run = DEFAULT_RUN if known else pretrained.DEFAULT_SYSTEM
     if re.fullmatch("[0-9a-f]{32}", run):
         return index_of(run, default_tracking(folder, tracking), folder)
-    return run if run.endswith(".json") else index_path(folder, run)
+    if run.endswith(".json"):
+        return run
+    own = index_path(folder, run)
+    return pretrained.path(run) if run in pretrained.systems() and not store.exists(own) else own
