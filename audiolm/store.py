@@ -222,6 +222,14 @@ def names(path: str) -> list[str]:
     return sorted((n for n in last if not n.endswith(".tmp")), key=natural)
 
 
+def files(folder: str) -> dict[str, int]:
+    """Sizes in bytes of all files below a folder, by their paths within it; those being written are left out."""
+    fs, p = open_fs(folder)
+    found = persist(folder, lambda: fs.find(p, detail=True, **_timeout(fs)))
+    return {name[len(p.rstrip("/")) + 1:]: int(info["size"]) for name, info in sorted(found.items())
+            if info["type"] == "file" and not name.endswith(".tmp")}  # some S3 servers keep empty folders
+
+
 def natural(text: str) -> list:
     """A sort key under which shard-99999 comes before shard-100000."""
     return [(0, int(p), p) if p.isascii() and p.isdigit() else (1, 0, p) for p in re.split(r"(\d+)", text)]
@@ -264,6 +272,7 @@ def copy(source: str, target: str) -> None:
     """
     (fs, a), (_, b) = open_fs(source), open_fs(target)
     found = persist(source, lambda: fs.find(a, detail=True, **_timeout(fs)))
+    found = {p: info for p, info in found.items() if info["type"] == "file"}  # some S3 servers keep empty folders
     if not found:
         raise FileNotFoundError(source)
     for p, info in found.items():
@@ -272,6 +281,8 @@ def copy(source: str, target: str) -> None:
             persist(source, lambda p=p, q=q, n=info["size"]: fs.cp_file(p, q, **_timeout(fs, n)))
             continue
         os.makedirs(os.path.dirname(q), exist_ok=True)
+        if os.path.exists(q):  # of a copy that broke off: a link, which must not be written through
+            os.unlink(q)
         try:
             os.link(p, q)
         except FileNotFoundError:

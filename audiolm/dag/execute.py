@@ -17,6 +17,7 @@ from functools import partial
 from pkgutil import resolve_name
 
 from audiolm.dag.lease import LEASE_S, Lease, LeaseLost, Waiter, read_attempt
+from audiolm.dag.outputs import inherit, path_of, seal, sweep
 from audiolm.dag.plan import PlanRow
 from audiolm.dag.step import Artifact, Observer, Status, Step, StepContext, inspect, trunk_siblings
 from audiolm.store import QUIET_S, clean_up, get_json, join, modified, put_json, remove_unfinished
@@ -180,10 +181,11 @@ def run_step(step: Step, store: str, inputs: dict[str, Artifact], *, force: bool
     lease = _claim(step, path, stop, poll_s, _say(observer))
     if lease is None:  # another driver finished it
         done = get_json(join(path, "done.json"))
-        return Artifact(path, build, done["facts"], done)
+        return Artifact(path_of(path, done["attempt"]), build, done["facts"], done)
 
     if lease.attempt > 1:  # of what earlier attempts left the surely dead goes
         clean_up(None, lambda: remove_unfinished(path, modified(lease.path) - QUIET_S))
+        inherit(path, lease.attempt)
     siblings = trunk_siblings(step, store, builds, path)[1] if step.trains else []
     out = StepContext(step, path, lease, observer, inline, force, siblings)
     began = time.time()
@@ -194,8 +196,9 @@ def run_step(step: Step, store: str, inputs: dict[str, Artifact], *, force: bool
         facts = fn(dict(step.config), inputs, out) or {}
 
         # Publish: only the owner of the lease, after all metrics, and done.json last.
-        lease.check(now=True)
+        seal(out.path)
         out.flush()
+        lease.check(now=True)
         run_id = observer.run_id(out) if observer else None
         done = {"facts": facts, "inputs": builds, "seconds": round(time.time() - began, 3), "time": time.time(),
                 "attempt": lease.attempt, "run_id": run_id}
@@ -212,10 +215,10 @@ def run_step(step: Step, store: str, inputs: dict[str, Artifact], *, force: bool
         raise
 
     # Published: listeners hear of it now, and nothing that fails here unmakes it.
-    clean_up(None, partial(lease.close, "done"))
+    clean_up(None, partial(lease.close, "done"), partial(sweep, path, lease.attempt, True))
     if observer:
         clean_up(None, partial(observer.ended, out, "done", facts, None))
-    return Artifact(path, build, facts, done)
+    return Artifact(out.path, build, facts, done)
 
 
 def _claim(step: Step, path: str, stop: Callable[[], bool], poll_s: float, say: Callable[[str], None]) -> Lease | None:

@@ -48,26 +48,29 @@ def plan(steps: list[Step], store: str, *, only: Iterable[str] = (), from_: Iter
             raise ValueError(f"{option}: no step named {', '.join(sorted(unknown))}; the steps are {', '.join(known)}")
     chosen = set(only) | set(from_) or set(known)
     builds: dict[str, str | None] = {}
-    rows, will_run = [], set()
+    rows, will_run, renewed = [], set(), set()
     for s in steps:
         if from_ and any(u.name in chosen for u in s.inputs):  # --from takes what follows
             chosen.add(s.name)
         inputs = {u.name: builds[u.name] for u in s.inputs}
         state = inspect(s, store, inputs)
-        builds[s.name] = state.artifact.build if state.artifact else None
 
         # A step runs when it is not done, when it is forced, or when an input is about to get a newer build.
-        rebuilt = [u.name for u in s.inputs if u.name in will_run]
+        rebuilt = [u.name for u in s.inputs if u.name in renewed]
         run = s.name in chosen and (s.name in force or bool(rebuilt) or state.status is not Status.DONE)
         if run and (missing := [u.name for u in s.inputs if builds[u.name] is None and u.name not in will_run]):
             raise ValueError(f"{s.name} needs {', '.join(missing)}, not built and not selected: "
                              f"add --only {','.join([*missing, s.name])} or run without --only/--from")
+        opens_build = run and (state.build is None or bool(rebuilt) or (s.name in force and state.status is Status.DONE))
         will_run |= {s.name} if run else set()
+        renewed |= {s.name} if opens_build else set()
+        # A build that is gone on with keeps its id: what was made of it before a repair stays done.
+        builds[s.name] = (f"{s.fingerprint}.{state.build:04d}" if run and not opens_build
+                          else state.artifact.build if state.artifact else None)
 
         # With new inputs a training starts from nothing; else it may continue its own build or a sibling's.
         candidates = ()
         if run and s.trains and not rebuilt:
-            opens_build = state.build is None or (s.name in force and state.status is Status.DONE)
             own = None if opens_build else join(s.root(store), f"{state.build:04d}")
             candidates = (own, *trunk_siblings(s, store, inputs, own, s.name in force)[1])
         rows.append(PlanRow(s, state, run, _reason(s, store, state, run, s.name in force, rebuilt), candidates))

@@ -1,10 +1,11 @@
 """A step, its identity, and what the store knows of it.
 
 A step is a plain function `fn(config, inputs, out) -> facts`; its outputs live at
-`{store}/{step}/{fingerprint}/{build}/`.  The fingerprint hashes what is computed (step name, the author's `version`, the
-config's identity, the inputs' fingerprints), never where or how.  A build is opened for its inputs' builds, or by force;
-a resumed attempt continues it.  Facts on disk: recipe.json, BUILD/build.json, BUILD/attempts/NNNN.json, and last
-BUILD/done.json (exclusive).  The status is derived from these files and stored nowhere else.
+`{store}/{step}/{fingerprint}/{build}/{attempt}/`, of the attempt that done.json names (dag/outputs.py).  The fingerprint
+hashes what is computed (step name, the author's `version`, the config's identity, the inputs' fingerprints), never where or
+how.  A build is opened for its inputs' builds, or by force; a resumed attempt continues it.  Facts on disk: recipe.json,
+BUILD/build.json, BUILD/attempts/NNNN.json, and last BUILD/done.json (exclusive).  The status is derived from these files and
+stored nowhere else.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any, Protocol
 
 from audiolm.config.base import identity
 from audiolm.dag.lease import LEASE_S, Lease, is_dead, latest, read_attempt
+from audiolm.dag.outputs import build_of, path_of
 from audiolm.metrics_log import MetricsFile
 from audiolm.store import get_json, join, names
 
@@ -43,6 +45,7 @@ class Step:
     inputs: tuple[Step, ...] = ()
     version: int = 1  # raise it when the meaning of fn changes
     trains: Any = False  # a training step: its TrainConfig; it takes one of the cluster's training slots
+    part: str = ""  # prefix of outputs that fn makes one by one, so that a lost one alone is made again
     after: tuple[Step, ...] = ()  # order alone, as behind a gate: waits for these where the same run builds them
 
     @property
@@ -69,12 +72,17 @@ def _digest(recipe: dict) -> str:
 
 @dataclass(frozen=True)
 class Artifact:
-    """A finished step's folder."""
+    """A finished step's outputs: the folder of the attempt that was published."""
 
     path: str
-    build: str
+    build: str  # FINGERPRINT.BUILD
     facts: dict
     record: dict = field(default_factory=dict)
+
+    @property
+    def folder(self) -> str:
+        """The build's folder, with commits and metrics."""
+        return build_of(self.path)
 
 
 class Observer(Protocol):
@@ -91,16 +99,18 @@ class Observer(Protocol):
 
 
 class StepContext:
-    """A running step's side of the scheduler: its folder, lease, metrics and progress.
+    """A running step's side of the scheduler: its folders, lease, metrics and progress.
 
-    `forced`: the user asked for this step by --force; `siblings`: folders of the other builds of its trunk.
+    `path`: the folder of its outputs, which no other attempt writes to; `build`: the build's folder, with checkpoints and
+    metrics; `forced`: the user asked for this step by --force; `siblings`: folders of the other builds of its trunk.
     """
 
-    def __init__(self, step: Step, path: str, lease: Lease, observer: Observer | None, inline: bool, forced: bool,
+    def __init__(self, step: Step, build: str, lease: Lease, observer: Observer | None, inline: bool, forced: bool,
                  siblings: list[str]):
-        self.step, self.path, self.lease, self.inline, self.forced = step, path, lease, inline, forced
+        self.step, self.build, self.lease, self.inline, self.forced = step, build, lease, inline, forced
         self.siblings, self.attempt = siblings, lease.attempt
-        self.metrics_path = join(path, f"metrics-{self.attempt:04d}.jsonl")
+        self.path = path_of(build, self.attempt)
+        self.metrics_path = join(build, f"metrics-{self.attempt:04d}.jsonl")
         self._observer, self._metrics = observer, MetricsFile(self.metrics_path)
 
     @property
@@ -145,7 +155,8 @@ def inspect(step: Step, store: str, inputs: Mapping[str, str | None]) -> StepSta
     artifact = None
     if done:
         n = max(done)
-        artifact = Artifact(join(root, f"{n:04d}"), f"{step.fingerprint}.{n:04d}", done[n]["facts"], done[n])
+        path = path_of(join(root, f"{n:04d}"), done[n]["attempt"])
+        artifact = Artifact(path, f"{step.fingerprint}.{n:04d}", done[n]["facts"], done[n])
 
     # The newest build for exactly these inputs decides; without one, older results are stale.
     build = max((n for n in opened if opened[n]["inputs"] == dict(inputs)), default=None)
@@ -169,6 +180,8 @@ def _unfinished(path: str) -> tuple[Status, str]:
         return Status.LOST, "opened, not begun"
     if attempt["state"] in ("failed", "stopped"):
         return Status.FAILED, (attempt.get("error") or "stopped").strip().splitlines()[-1][:200]
+    if attempt["state"] == "done":
+        return Status.LOST, "taken back, to be repaired"
     where = f"attempt {number} on {attempt['host']}"
     if is_dead(attempt) or time.time() - attempt["time"] > LEASE_S:
         return Status.LOST, f"{where}, its owner died"

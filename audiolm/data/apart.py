@@ -30,7 +30,7 @@ class ChildDied(Exception):
 def call(fn: Callable, *args: Any) -> Any:
     """fn(*args), computed in the child. Raises what it raises, and ChildDied."""
     for _ in range(TRIES):
-        child = _child()
+        child = _child(frozenset(os.environ.items()))
         try:
             pickle.dump((fn, args), child.stdin)
             child.stdin.flush()
@@ -50,12 +50,14 @@ def call(fn: Callable, *args: Any) -> Any:
     return result
 
 
-@functools.cache
-def _child() -> subprocess.Popen:
+@functools.lru_cache(maxsize=1)
+def _child(environment: frozenset[tuple[str, str]]) -> subprocess.Popen:
+    """The child, in the environment of the present moment, which may have other credentials than an earlier one."""
+    known = dict(environment)
+    path = os.pathsep.join([str(Path(__file__).resolve().parents[2]), *filter(None, [known.get("PYTHONPATH")])])
     # A session of its own, so that Ctrl-C reaches this process alone; the child ends with its input.
-    path = os.pathsep.join([str(Path(__file__).resolve().parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
     return subprocess.Popen([sys.executable, "-c", SERVE], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                            env={**os.environ, "PYTHONPATH": path}, start_new_session=True)
+                            env={**known, "PYTHONPATH": path}, start_new_session=True)
 
 
 def serve() -> None:

@@ -1,7 +1,7 @@
 """Checks of an audio file's bytes: defects that libsndfile reads past without an error.
 
 `check_audio` serves commands that take files by name.  The manifest's scan (data/scan.py) makes the same checks and
-decodes each file besides.  Both read only a file's first and last 64 KB, except for MP3s without a frame count.
+decodes each file besides.  Both read only a file's first and last 2 MB, except for MP3s without a frame count.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from audiolm import store
 from audiolm.data.audio import open_sound
 
 RATES_HZ = (2_000, 400_000)  # a rate outside is a broken header: telephones have 8 kHz, converters end at 384 kHz
-EDGE = 65_536  # bytes hashed at each end: they hold every header and tag, and a change of length moves the tail
+EDGE = 2**21  # bytes hashed at each end: all of a file of 4 MB, which is minutes of speech; a change of length moves the tail
 MP3_BITRATES_KBPS = {  # layer III, index 1 to 14: version 1, and versions 2 and 2.5 (ISO 11172-3 and 13818-3)
     1: (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
     2: (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160)}
@@ -74,14 +74,16 @@ def audio_errors(path: str) -> Iterator[None]:
 
 
 def edges(path: str, size: int) -> tuple[bytes, bytes]:
-    """The first and the last 64 KB of a file of `size` bytes; they overlap in a small file."""
+    """The first and the last 2 MB of a file of `size` bytes; they overlap in a small file."""
     if not size:
         return b"", b""  # unopened: a named pipe would wait for a writer
     fs, p = store.open_fs(path)
     if isinstance(fs, LocalFileSystem):
         with open(p, "rb") as f:
             head = f.read(EDGE)
-            f.seek(max(0, size - EDGE))
+            if size <= EDGE:
+                return head, head
+            f.seek(size - EDGE)
             return head, f.read(EDGE)
     # An object store answers each range with one request, so a small file is fetched once.
     head = fs.cat_file(p, start=0, end=min(size, EDGE))
@@ -89,8 +91,17 @@ def edges(path: str, size: int) -> tuple[bytes, bytes]:
 
 
 def content_hash(head: bytes, tail: bytes, size: int) -> str:
-    """A file's identity without reading all of it: a hash of its two edges and its size."""
-    return hashlib.blake2b(head + b"|" + tail + b"|" + str(size).encode(), digest_size=12).hexdigest()
+    """A file's identity without reading more of it: a hash of its two edges and its size, all of it up to 4 MB."""
+    digest = hashlib.blake2b(head, digest_size=12)
+    digest.update(b"" if size <= EDGE else tail)
+    digest.update(f"|{size}".encode())
+    return digest.hexdigest()
+
+
+def file_hash(path: str) -> str:
+    """`content_hash` of a file as it is now. Raises FileNotFoundError."""
+    size = store.size(path)
+    return store.persist(path, lambda: content_hash(*edges(path, size), size))
 
 
 def check_rate(rate: int) -> None:

@@ -6,7 +6,6 @@ Shapes: wav_T float32 mono at 16 kHz.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -69,9 +68,10 @@ class Clip:
 def read_clips(manifest_path: str, split: str | None = None, where: ClipFilter | None = None) -> list[Clip]:
     """The clips of a manifest's folder in order of (shard, row); `where.source` takes a source's name or label."""
     import pyarrow.compute as pc
-    import pyarrow.parquet as pq
 
-    table = pq.read_table(io.BytesIO(store.get(store.join(manifest_path, "clips.parquet"))))
+    from audiolm.data.parquet import read_table
+
+    table = read_table(store.join(manifest_path, "clips.parquet"))
     if split:
         table = table.filter(pc.equal(table["split"], split))
     # Batch by batch: the rows of 60,000 hours as dicts at once would take gigabytes.
@@ -114,11 +114,10 @@ def clips_parquet(clips: list[Clip]) -> bytes:
 def parquet_bytes(rows: list[dict], columns: list[tuple]) -> bytes:
     """A Parquet file of the rows; `columns` are (name, Arrow type or its name)."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
-    sink = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows, schema=pa.schema(columns)), sink)
-    return sink.getvalue()
+    from audiolm.data.parquet import table_bytes
+
+    return table_bytes(pa.Table.from_pylist(rows, schema=pa.schema(columns)))
 
 
 def speed_hz(speed: float) -> int:

@@ -1,14 +1,13 @@
 """The manifest: every usable clip of a corpus with its speaker, split, source and place in the shards.
 
 `build_manifest` is the step.  It writes clips.parquet (data/clips.py), and rejected.parquet: unusable audio with the
-reason.  listing.parquet holds every file with size, stamp and a hash of its first and last 64 KB.  The same corpus, config and
+reason.  listing.parquet holds every file with size, stamp and a hash of its first and last 2 MB.  The same corpus, config and
 seed give the same bytes, whatever the number of workers.  `changed_files` compares a listing with the corpus of today.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -67,12 +66,9 @@ def build_manifest(config: dict, inputs: dict, out) -> dict:
 def changed_files(manifest_path: str, corpus: CorpusConfig) -> dict[str, list[str]]:
     """{added, removed, modified}: "source/uri" of files that differ from the manifest's listing.
 
-    A file is modified where its size or the hash of its first and last 64 KB differs.  Another date alone (a git
+    A file is modified where its size or the hash of its first and last 2 MB differs.  Another date alone (a git
     clone, an uploaded job folder) does not count.  Raises ConfigError for a source that cannot be listed."""
-    import pyarrow.parquet as pq
-
-    table = pq.read_table(io.BytesIO(store.get(store.join(manifest_path, "listing.parquet"))))
-    old = {(r["origin"], r["uri"]): r for r in table.to_pylist()}
+    old = read_listing(manifest_path)
     new = {(s.name, e.uri): e for s in corpus.sources for e in sources.listing(s)}
     # Only files of the old size with another date are hashed: the rest is decided by the listing.
     doubtful = [k for k, e in new.items() if k in old and e.size == old[k]["size"] >= 0 and e.stamp != old[k]["stamp"]]
@@ -81,6 +77,14 @@ def changed_files(manifest_path: str, corpus: CorpusConfig) -> dict[str, list[st
                 (e.size != old[k]["size"] or (k in hashes and hashes[k] != old[k]["hash"]))]
     return {"added": _names(new.keys() - old.keys()), "removed": _names(old.keys() - new.keys()),
             "modified": _names(modified)}
+
+
+def read_listing(manifest_path: str) -> dict[tuple[str, str], dict]:
+    """The rows of listing.parquet by (origin, uri)."""
+    from audiolm.data.parquet import read_table
+
+    rows = read_table(store.join(manifest_path, "listing.parquet")).to_pylist()
+    return {(r["origin"], r["uri"]): r for r in rows}
 
 
 def join_units(units: list[Unit], splits: list[str], join_s: float) -> list[Clip]:

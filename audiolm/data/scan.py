@@ -86,7 +86,8 @@ def _scan_file(f: Found) -> tuple[str, Measured | Unusable]:
         if f.size == 0:
             raise Unusable("empty", "no bytes")
         audio_check.check_container(head, tail, f.size)
-        measured = apart.call(measure, f.path, audio_check.counts_frames(head), partial(apart.allow_cpu, CPU_S))
+        decode = partial(measure, f.path, audio_check.counts_frames(head), partial(apart.allow_cpu, CPU_S))
+        measured = apart.call(store.persist, f.path, decode)  # an outage is known by its causes, which stay in the child
         audio_check.check_mp3_length(f.path, head, measured.frames)
         return digest, measured
     except Unusable as e:

@@ -11,7 +11,6 @@ Shapes: z_T semantic tokens, codes_TQ tokens of Q levels, T frames.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,17 +19,17 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from fsspec.parquet import open_parquet_file
 
 from audiolm import store
+from audiolm.data import parquet
 from audiolm.data.parallel import thread_map
 
 RATIO = 2  # acoustic frames per semantic frame, the contract of tokenizers.base
 ROW_GROUP = 200  # clips; small enough that a reader of one clip does not decode an hour
 FOOTER = 65_536  # bytes read first, at a file's end; they hold the footer unless it has very many columns
 _KEY = b"audiolm.tokens"  # of the footer's metadata
-_OWN = ("shard", "clips", "frames", "digest")  # fields that differ from file to file; all others must agree
+_OWN = ("shard", "clips", "frames", "digest", "rejected")  # fields that differ from file to file; all others must agree
 
 
 class TokenError(ValueError):
@@ -62,8 +61,8 @@ def run_starts(z_T: np.ndarray) -> np.ndarray:
 
 
 def shard_bytes(ids: Sequence[str], codes: Sequence[np.ndarray], meta: dict[str, Any], shard: int,
-                dedup: bool) -> bytes:
-    """A shard file: codes[i] is codes_TQ of clip ids[i].
+                dedup: bool, rejected: Sequence[str] = ()) -> bytes:
+    """A shard file: codes[i] is codes_TQ of clip ids[i]; what stands there for `rejected` ids is used by nobody.
 
     `meta` (which, spec, hash, manifest, shards, device, dtype, versions) is common to all shards of a store.  The same
     tokens give the same bytes.  Raises TokenError for codes that do not fit the spec."""
@@ -81,11 +80,10 @@ def shard_bytes(ids: Sequence[str], codes: Sequence[np.ndarray], meta: dict[str,
         values = np.concatenate([c[:, q] for c in codes] or [np.empty(0)]).astype(np.uint16)
         columns[level_name(q)] = pa.ListArray.from_arrays(offsets, pa.array(values))
     digest = clips_digest(ids, frames.astype(np.int64) * spec["hop"])
-    own = {"shard": shard, "clips": len(frames), "frames": int(frames.sum()), "digest": digest}
+    own = {"shard": shard, "clips": len(frames), "frames": int(frames.sum()), "digest": digest,
+           "rejected": list(rejected)}
     table = pa.table(columns).replace_schema_metadata({_KEY: json.dumps({**meta, **own}, sort_keys=True).encode()})
-    sink = io.BytesIO()
-    pq.write_table(table, sink, compression="snappy", use_dictionary=True, row_group_size=ROW_GROUP)
-    return sink.getvalue()
+    return parquet.table_bytes(table, ROW_GROUP)
 
 
 def clips_digest(ids: Sequence[str], samples: np.ndarray) -> str:
@@ -98,11 +96,8 @@ def clips_digest(ids: Sequence[str], samples: np.ndarray) -> str:
 
 
 def read_meta(path: str) -> dict[str, Any]:
-    """The metadata in a shard file's footer. Raises FileNotFoundError, and TokenError for another kind of file."""
-    try:
-        found = (_read(path, pq.read_schema).metadata or {}).get(_KEY)
-    except pa.ArrowInvalid as e:
-        raise TokenError(f"{path} is not a Parquet file ({e}); remove it and run the token step again") from e
+    """The metadata in a shard file's footer. Raises FileNotFoundError, DamagedFile, and TokenError for another kind of file."""
+    found = (_read(path, lambda f: f.schema_arrow).metadata or {}).get(_KEY)
     if found is None:
         raise TokenError(f"{path} is not a token shard: its metadata has no {_KEY.decode()}; "
                          "remove it and run the token step again")
@@ -110,14 +105,15 @@ def read_meta(path: str) -> dict[str, Any]:
 
 
 def _read(path: str, read: Callable[[Any], Any]) -> Any:
-    """What `read` makes of an open file."""
+    """What `read` makes of an open file, whose pages are verified."""
     fs, p = store.open_fs(path)
 
     def whole():
         with fs.open(p, "rb") as f:
-            return read(f)
+            return read(parquet.open_file(f))
 
-    return store.persist(path, whole)
+    with parquet.intact(path):
+        return store.persist(path, whole)
 
 
 def tokenizer_dtype(path: str) -> str:
@@ -135,7 +131,7 @@ def open_columns(path: str, columns: Sequence[str]) -> Any:
 
 def read_shard(path: str, columns: Sequence[str]) -> dict[str, Any]:
     """Chosen columns of a shard as numpy: id (objects), n_frames, n_dedup (int32), q00... (Ragged of uint16)."""
-    table = _read(path, lambda f: pq.ParquetFile(f).read(columns=list(columns)))
+    table = _read(path, lambda f: f.read(columns=list(columns)))
     if missing := [c for c in columns if c not in table.column_names]:
         raise TokenError(f"{path} has no column {missing[0]!r}; it holds {table.column_names}")
     out: dict[str, Any] = {}
@@ -175,7 +171,7 @@ class TokenStore:
         self.speeds = tuple(self.meta.get("speeds", ()))
         if missing := sorted(set(map(shard_name, range(self.shards))) - set(found)):
             raise TokenError(f"{path} lacks {len(missing)} of {self.shards} shards, first {missing[0]}; "
-                             "run the token step again, it makes only what is missing")
+                             "give the run's command once more with --repair, which makes only what is missing")
         if len(found) != self.shards:
             raise TokenError(f"{path} holds {len(found)} shard files, its manifest has {self.shards}; use a new build")
 
@@ -192,12 +188,13 @@ class TokenStore:
 
         Reads a row group at a time, so little more than the result is in memory."""
         path = store.join(self.path, shard_name(k))
-        return store.persist(path, lambda: self._codes(path, k, list(map(level_name, levels))))
+        with parquet.intact(path):
+            return store.persist(path, lambda: self._codes(path, k, list(map(level_name, levels))))
 
     def _codes(self, path: str, k: int, names: list[str]) -> tuple[np.ndarray, np.ndarray]:
         codes_TQ, lengths, at = np.empty((self.files[k]["frames"], len(names)), np.uint16), [], 0
         with open_columns(path, names) as f:
-            file = pq.ParquetFile(f)
+            file = parquet.open_file(f)
             for group in range(file.num_row_groups):
                 table = file.read_row_group(group, columns=names)
                 lengths.append(pc.list_value_length(table[names[0]]).to_numpy())

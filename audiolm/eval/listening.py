@@ -1,8 +1,8 @@
 """Listening tests: a person hears pairs of sounds and says which is the recording, or which of two systems is better.
 
 As in the paper (2209.03143 IV-F) both sounds begin with the same recorded prompt, and recordings went through the codec, so
-that it does not give them away.  `prepare` writes `page/`, which a rater opens from a disk or a web server, and beside it key.json,
-which `score` sets against the raters' answers.  Sides and order follow from the seed alone.
+that it does not give them away.  `prepare` writes `page/`, which a rater opens from a disk or a web server, and beside it
+key.json, which `score` sets against the raters' answers.  Sides and order follow from the seed alone.
 wav_T: float32 mono at 16 kHz.
 """
 

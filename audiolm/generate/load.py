@@ -10,6 +10,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from audiolm import store
+from audiolm.dag.outputs import build_id, build_of
 from audiolm.dag.run_index import GENERATION_STEPS, SYSTEM_STEPS, missing_of, steps_of
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def _mean_run(paths: Mapping[str, str]) -> float:
     """Semantic frames per deduplicated token, as the finished semantic_tokens step counted them."""
     if "semantic_tokens" not in paths:
         raise ValueError("pass mean_run, or the semantic_tokens step's folder in paths")
-    done = store.get_json(store.join(paths["semantic_tokens"], "done.json"))
+    done = store.get_json(store.join(build_of(paths["semantic_tokens"]), "done.json"))
     if done is None:
         raise ValueError(f"{paths['semantic_tokens']} holds no finished semantic_tokens step: run it")
     return done["facts"]["mean_run"]
@@ -89,10 +90,9 @@ def _mean_run(paths: Mapping[str, str]) -> float:
 
 def _check_one_run(paths: Mapping[str, str]) -> None:
     """Raises ValueError where a finished step's record names other inputs than these."""
-    # a step's folder is STEP/FINGERPRINT/BUILD; records name their inputs as FINGERPRINT.BUILD
-    ids = {name: ".".join(path.rstrip("/").split("/")[-2:]) for name, path in paths.items()}
+    ids = {name: build_id(path) for name, path in paths.items()}
     for name in paths.keys() & {"semantic_tokens", "lm_semantic", "lm_coarse", "lm_fine", "lm_parallel", "lm_decoder"}:
-        inputs = (store.get_json(store.join(paths[name], "done.json")) or {}).get("inputs", {})
+        inputs = (store.get_json(store.join(build_of(paths[name]), "done.json")) or {}).get("inputs", {})
         for other in ids.keys() & inputs.keys():
             if inputs[other] != ids[other]:
                 raise ValueError(f"{name} ({paths[name]}) was made of {other} {inputs[other]}, not of {ids[other]}: take all "

@@ -1,8 +1,8 @@
 """Publishes a trained system: the exports of its steps in float16, in a folder that loads like a run.
 
 The folder is what `audiolm.pretrained` ships as a system: NAME.json, a run's index with relative paths, and STEP/export of the
-tokenizers and language models.  semantic_tokens holds the facts of the store that stage 1 was trained on and no clip.  Nothing
-in it names a path of the machine.  The same run gives the same bytes.
+tokenizers and language models.  semantic_tokens is a finished build with the facts of the store that stage 1 was trained on,
+and no clip.  Nothing in it names a path of the machine.  The same run gives the same bytes.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from audiolm import store
+from audiolm.dag.outputs import build_of, path_of
 from audiolm.data.tokens import read_meta, shard_bytes, shard_name
 from audiolm.generate.load import load, system_steps
 from audiolm.tokenizers.artifact import read_export, write_export
@@ -55,8 +56,9 @@ def publish_system(index: str, out: str, name: str, wavs: Sequence[np.ndarray], 
         _facts(steps["semantic_tokens"], f"{aside}/semantic_tokens")
         for step in sorted(steps.keys() - {"codec", "kmeans", "semantic_tokens"}):
             _half(steps[step], f"{aside}/{step}", **({"codec": digest} if step == "lm_decoder" else {}))
+        paths = {**{step: step for step in steps}, "semantic_tokens": path_of("semantic_tokens", 1)}
         store.put_json(f"{aside}/{name}.json", {
-            "run": name, "corpus": found["corpus"], "steps": {step: {"path": step} for step in steps},
+            "run": name, "corpus": found["corpus"], "steps": {step: {"path": path} for step, path in paths.items()},
             "config": without_paths(found["config"])})
         equal = _compare(load(steps), load(system_steps(f"{aside}/{name}.json")), wavs)
         if os.path.exists(card := f"{target}/README.md"):  # written by hand
@@ -73,7 +75,7 @@ def _half(build: str, out: str, **changes: str) -> str:
     """Writes a build's export in float16, with changes of its config; returns its digest."""
     weights, config, _ = read_export(build)
     config = {key: value for key, value in config.items() if key != "weights_sha256"} | changes
-    write_export(out, half_precision(weights), without_paths(config), checksum=True)
+    write_export(out, half_precision(weights), without_paths(config))
     return read_export(out)[2]
 
 
@@ -86,14 +88,14 @@ def _semantic(build: str, out: str) -> None:
     save_semantic(out, extractor, config["layer"], halves["zscore.mean"], halves["zscore.std"], halves["centroids"],
                   Window(config["window_frames"], config["overlap_frames"]), without_paths(config["source"]))
     weights, config, _ = read_export(out)
-    write_export(out, half_precision(weights), {k: v for k, v in config.items() if k != "weights_sha256"}, checksum=True)
+    write_export(out, half_precision(weights), {k: v for k, v in config.items() if k != "weights_sha256"})
 
 
 def _facts(build: str, out: str) -> None:
     """A token store without clips: how its tokenizer computed, and the mean run length."""
     meta = {key: value for key, value in read_meta(store.join(build, shard_name(0))).items() if key not in OWN_FIELDS}
-    done = store.get_json(store.join(build, "done.json"))
-    store.put(f"{out}/{shard_name(0)}", shard_bytes([], [], meta | {"shards": 1}, 0, dedup=True))
+    done = store.get_json(store.join(build_of(build), "done.json"))
+    store.put(f"{path_of(out, 1)}/{shard_name(0)}", shard_bytes([], [], meta | {"shards": 1}, 0, dedup=True))
     store.put_json(f"{out}/done.json", {"facts": {"mean_run": done["facts"]["mean_run"]}})
 
 

@@ -13,10 +13,10 @@ from itertools import groupby, pairwise
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from audiolm import store
 from audiolm.config.corpus import ClipFilter
+from audiolm.data import parquet
 from audiolm.data.audio import SAMPLE_RATE_HZ, samples_at
 from audiolm.data.tokens import TokenError, TokenStore, clips_digest, run_starts
 
@@ -40,7 +40,7 @@ class ClipLengths:
 
 def read_lengths(manifest_path: str, split: str, where: ClipFilter | None, hop: int,
                  stores: Sequence[TokenStore]) -> ClipLengths:
-    """Lengths of a split's clips in frames of `hop` samples at 16 kHz.
+    """Lengths of a split's clips in frames of `hop` samples at 16 kHz, without those that a store rejected.
 
     Raises TokenError where a store holds other clips than the manifest, or clips of another length.
     """
@@ -58,6 +58,8 @@ def read_lengths(manifest_path: str, split: str, where: ClipFilter | None, hop: 
         for tokens in stores:
             if k >= tokens.shards or tokens.files[k]["digest"] != digest:
                 raise TokenError(f"{_difference(tokens, k, ids, lengths * hop)}; run the token steps again on this manifest")
+            if rejected := tokens.files[k]["rejected"]:
+                taken = taken & ~np.isin(ids, rejected)
         if taken.any():
             frames.append(lengths[taken].astype(np.int32))
             rows.append(np.flatnonzero(taken).astype(np.int32))
@@ -70,9 +72,9 @@ def read_lengths(manifest_path: str, split: str, where: ClipFilter | None, hop: 
 def _manifest_runs(manifest_path: str, split: str,
                    where: ClipFilter | None) -> Iterator[tuple[int, list[str], np.ndarray, np.ndarray]]:
     """(shard, ids, samples at 16 kHz, True where `where` takes the clip) of runs of one shard, in the manifest's order."""
-    fs, p = store.open_fs(store.join(manifest_path, "clips.parquet"))
-    with fs.open(p, "rb") as f:
-        for batch in pq.ParquetFile(f).iter_batches(BATCH_ROWS, columns=COLUMNS):
+    fs, p = store.open_fs(path := store.join(manifest_path, "clips.parquet"))
+    with parquet.intact(path), fs.open(p, "rb") as f:
+        for batch in parquet.open_file(f).iter_batches(BATCH_ROWS, columns=COLUMNS):
             batch = batch.filter(pc.equal(batch["split"], split))
             shard, ids = batch["shard"].to_numpy(), batch["id"]
             samples = samples_at(batch["frames"].to_numpy(), batch["sample_rate"].to_numpy())

@@ -1,6 +1,6 @@
 """The workflow's command line: plan, status, run.
 
-One positional YAML (default: the quickstart), `a.b=c` overrides, --dry-run --status --only --from --force --inline.
+One positional YAML (default: the quickstart), `a.b=c` overrides, --dry-run --status --only --from --force --repair --inline.
 Starts or joins Ray, runs the plan, shows progress, ships metrics, prints where sound, report and UI are.
 Exit status: 0 done, 1 failed, 2 wrong usage or config, 130 stopped (143 by SIGTERM).
 """
@@ -19,6 +19,7 @@ import warnings
 from argparse import ArgumentParser
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,10 @@ from audiolm.config.base import ConfigError
 from audiolm.config.load import load_config
 from audiolm.config.pipeline import Pipeline
 from audiolm.dag.execute import StepFailed, execute
+from audiolm.dag.outputs import damaged, take_back
 from audiolm.dag.plan import PlanRow, plan, toposort
 from audiolm.dag.run_index import OUTPUTS
-from audiolm.dag.step import Step
+from audiolm.dag.step import Status, Step
 from audiolm.data.parallel import cluster_device
 from audiolm.pipeline.needs import check_installed
 from audiolm.pipeline.ray_cluster import in_ray_job, start_ray, worker_died
@@ -97,13 +99,18 @@ def _pipeline(args: argparse.Namespace, graph: Callable[[Pipeline], list[Step]],
     """Plans and, unless only the plan or the status is asked for, runs. Raises ValueError for wrong usage."""
     overrides = [a for a in args.rest if "=" in a]
     files = [a for a in args.rest if "=" not in a]
+    if args.repair and args.from_:
+        raise ValueError("--repair looks at all steps, or at those of --only: leave out --from")
     if len(files) > 1:
         raise ValueError(f"one config file at most, got {', '.join(files)}")
     cfg = place(load_config(files[0] if files else str(default), overrides))
     force = _names(args.force)
+    choose = partial(plan, toposort(graph(cfg)), cfg.store, only=_names(args.only), from_=_names(args.from_), force=force)
     try:
         with patience(START_S):
-            rows = plan(toposort(graph(cfg)), cfg.store, only=_names(args.only), from_=_names(args.from_), force=force)
+            rows = choose()
+        if args.repair and take_back_damaged(rows, _names(args.only), report_only=args.dry_run or args.status):
+            rows = choose()
     except (PermissionError, NoAnswer) as e:
         return _fail(f"store {cfg.store!r}: {e}; check its path, and endpoint and credentials in the environment", 1)
     if args.dry_run or args.status:
@@ -130,8 +137,29 @@ def _parser(default: Path) -> argparse.ArgumentParser:
     p.add_argument("--from", dest="from_", metavar="A", help="run this step and those after it")
     p.add_argument("--force", metavar="A,B", help="build these anew, or past the gate that stopped them; "
                                                    "what depends on them follows")
+    p.add_argument("--repair", action="store_true", help="read every output of the finished steps (or of those of --only), and "
+                   "make again what is missing or damaged; with --dry-run only name it")
     p.add_argument("--inline", action="store_true", help="run in this one process, without Ray")
     return p
+
+
+def take_back_damaged(rows: list[PlanRow], only: tuple[str, ...], report_only: bool) -> bool:
+    """Prints the finished steps whose outputs are damaged and, unless it is only to report, makes them unfinished.
+
+    `only`: the names of the steps to look at, all without any. True where one was made unfinished.
+    """
+    changed = False
+    for row in rows:
+        if row.run or row.state.status is not Status.DONE or (only and row.step.name not in only):
+            continue
+        path = row.state.artifact.path
+        if bad := damaged(path):
+            more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+            print(f"{row.step.name}: missing or damaged in {path}: {', '.join(bad[:3])}{more}")
+            if not report_only:
+                take_back(path, bad, row.step.part)
+                changed = True
+    return changed
 
 
 def _names(text: str | None) -> tuple[str, ...]:
@@ -260,9 +288,10 @@ def git_state() -> dict[str, str]:
 
 def add_run_options(p: ArgumentParser) -> None:
     """--run, --store and --tracking: `find_run`'s arguments."""
+    published = ", ".join(pretrained.systems()) or "none here"
     p.add_argument("--run", metavar="RUN", help="a run's name, its index (OUTPUTS/runs/NAME.json), its MLflow run id or a "
-                   "published system's name (default: quickstart; without that run the published system "
-                   f"{pretrained.DEFAULT_SYSTEM})")
+                   f"published system's name ({published}); default: quickstart, without that run the published system "
+                   f"{pretrained.DEFAULT_SYSTEM}, where there is one")
     p.add_argument("--store", default=OUTPUTS, metavar="URI", help="where a run's name is looked up, and what MLflow names "
                    "must lie in (default %(default)s)")
     p.add_argument("--tracking", metavar="URI", help="the MLflow server of a run id; default: MLFLOW_TRACKING_URI, else the "

@@ -35,10 +35,12 @@ def start_ray(cluster: ClusterConfig, folder: str, say: Callable[[str], None]) -
     if address == "local":  # Ray's own word for a new one, which would be open
         address = None
     import ray
+    from ray._private import auto_init_hook
 
     from audiolm.pipeline.private_ray import guarded, read_settings
     from audiolm.pipeline.ray_reaper import start_reaper
 
+    auto_init_hook.enable_auto_connect = False  # a thread that outlives `ray.shutdown` would start another Ray, open to all
     try:
         if address:
             read_settings()

@@ -47,10 +47,10 @@ class RunObserver:
         self._began[name] = time.monotonic()
         self.board.start(name)
         handle = self.tracker.begin_step(
-            name, join(out.path, "attempts", f"{out.attempt:04d}.json"), flatten(out.step.recipe["config"]),
-            {**self.git, "fingerprint": out.step.fingerprint, "build": out.path.rsplit("/", 1)[1],
+            name, join(out.build, "attempts", f"{out.attempt:04d}.json"), flatten(out.step.recipe["config"]),
+            {**self.git, "fingerprint": out.step.fingerprint, "build": out.build.rsplit("/", 1)[1],
              "attempt": str(out.attempt), "path": out.path})
-        self.tracker.ship(handle, out.metrics_path, out.path if out.step.trains else None)
+        self.tracker.ship(handle, out.metrics_path, out.build if out.step.trains else None)
         self._handles[name] = handle
 
     def progress(self, out: StepContext, done: float, total: float, unit: str, note: str) -> None:

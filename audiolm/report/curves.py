@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from audiolm.dag.outputs import build_of
 from audiolm.eval.results import BASELINE_TITLES, STAGE_TITLES
 from audiolm.metrics_log import read_build
 from audiolm.render import plots
@@ -49,9 +50,9 @@ def title_of(step: str) -> str:
     return f"{title}, iteration {iteration}" if iteration else title
 
 
-def training_rows(build: str, wanted: Callable[[str], bool]) -> list[dict[str, Any]]:
-    """Rows of a build's metrics files with a wanted metric: all validations, and at most POINTS of training."""
-    rows = [r for r in read_build(build) if any(map(wanted, r["metrics"]))]
+def training_rows(path: str, wanted: Callable[[str], bool]) -> list[dict[str, Any]]:
+    """Rows of a training's metrics, given its outputs, that have a wanted one: all validations, at most POINTS of training."""
+    rows = [r for r in read_build(build_of(path)) if any(map(wanted, r["metrics"]))]
     keep = set(np.linspace(0, len(rows) - 1, min(len(rows), POINTS)).round().astype(int).tolist())
     return [r for i, r in enumerate(rows) if i in keep or any(m.startswith("val.") for m in r["metrics"])]
 
@@ -92,9 +93,9 @@ def _codec_curves(rows: Sequence[Mapping[str, Any]], mean_spectrum: float | None
             Curve("codec-pesq", "codec, held-out crops", "PESQ", {"1 level": "val.pesq/q00", "all": "val.pesq"})]
 
 
-def masked_model_curves(name: str, build: str, add: Add) -> list[Any]:
+def masked_model_curves(name: str, path: str, add: Add) -> list[Any]:
     """Accuracies and perplexities of one masked model, by all their parts; its loss is in `curves_section`."""
-    rows = training_rows(build, lambda m: "accuracy" in m or "perplexity" in m)
+    rows = training_rows(path, lambda m: "accuracy" in m or "perplexity" in m)
     metrics = sorted({m for r in rows for m in r["metrics"]})
     curves = [Curve(f"{y}-{name}", title_of(name), y, {_label(m, y): m for m in metrics if y in m})
               for y in ("accuracy", "perplexity")]

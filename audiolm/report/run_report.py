@@ -13,6 +13,7 @@ from typing import Any
 
 from audiolm import store
 from audiolm.config.base import flatten
+from audiolm.dag.outputs import build_of
 from audiolm.eval import stage_gates
 from audiolm.eval.codec_quality import HEADS, notes
 from audiolm.eval.results import BASELINE_TITLES, STAGE_TITLES, Result
@@ -212,8 +213,9 @@ def _run(inputs: Mapping[str, Any]) -> Section:
     """Builds, their times and configs, and the corpus."""
     rows, configs = [], []
     for name, artifact in inputs.items():
-        root, build = artifact.path.rstrip("/").rsplit("/", 1)
-        done = store.get_json(store.join(artifact.path, "done.json")) or {}
+        folder = build_of(artifact.path)
+        root, build = folder.rsplit("/", 1)
+        done = store.get_json(store.join(folder, "done.json")) or {}
         recipe = store.get_json(store.join(root, "recipe.json")) or {}
         when = time.strftime("%Y-%m-%d %H:%M", time.gmtime(done["time"])) if done.get("time") else "–"
         rows.append([name, root.rsplit("/", 1)[1], build, when, number(done.get("seconds"), 1)])

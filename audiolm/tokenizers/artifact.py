@@ -1,8 +1,8 @@
 """Exports, the models that finished steps leave in {build}/export for later steps.
 
-model.safetensors holds tensors by name; config.json says how to rebuild the module from them. A
-config may carry `weights_sha256`, the checksum of the weights' bytes, which is verified on load. No
-pickle is read or written. torch is imported by the calls alone, so that a plan needs none.
+model.safetensors holds tensors by name; config.json says how to rebuild the module from them, and
+carries `weights_sha256`, the checksum of the weights' bytes, which is verified on load. No pickle
+is read or written. torch is imported by the calls alone, so that a plan needs none.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+AGAIN = "give the run's command once more with --repair"
 MASKED_FORMAT = "audiolm-masked-1"  # of a masked model's export, trained here or imported
 
 
@@ -43,34 +44,34 @@ def read_export(build: str) -> tuple[dict[str, torch.Tensor], dict, str]:
             data.append(store.get(path))
         except FileNotFoundError as e:
             raise ArtifactError(f"{path} is missing: the step that leaves it has not finished") from e
-    weights, config = data[0], json.loads(data[1])
+    try:
+        weights, config = data[0], json.loads(data[1])
+    except ValueError as e:
+        raise ArtifactError(f"{build}/export/{CONFIG} is cut or altered ({e}); {AGAIN}") from e
     expected = config.get("weights_sha256")
     if expected is not None and hashlib.sha256(weights).hexdigest() != expected:
         raise ArtifactError(f"{build}/export: model.safetensors is not the file that config.json describes (sha256 "
-                            f"{expected[:16]}...); run the step that left it again")
+                            f"{expected[:16]}...); {AGAIN}")
     try:
         tensors = load(weights)
     except SafetensorError as e:
-        raise ArtifactError(f"{build}/export/{WEIGHTS} is cut or altered ({e}): run the step that left it again with "
-                            "--force") from e
+        raise ArtifactError(f"{build}/export/{WEIGHTS} is cut or altered ({e}); {AGAIN}") from e
     return tensors, config, hashlib.sha256(data[0] + data[1]).hexdigest()[:16]
 
 
-def write_export(build: str, weights: Mapping[str, torch.Tensor] | bytes, config: Mapping[str, Any], *,
-                 checksum: bool = False) -> None:
+def write_export(build: str, weights: Mapping[str, torch.Tensor] | bytes, config: Mapping[str, Any]) -> str:
     """Writes {build}/export from tensors by name, or from the bytes of a safetensors file.
 
-    The config goes last: where it is, the weights are whole.  `checksum` adds `weights_sha256` to
-    it.
+    The config goes last: where it is, the weights are whole.  Returns their SHA-256.
     """
     from safetensors.torch import save
 
     if not isinstance(weights, bytes):
         weights = save({name: value.detach().cpu().contiguous() for name, value in weights.items()})
-    if checksum:
-        config = {**config, "weights_sha256": hashlib.sha256(weights).hexdigest()}
+    digest = hashlib.sha256(weights).hexdigest()
     store.put(store.join(build, "export", WEIGHTS), weights)
-    store.put_json(store.join(build, "export", CONFIG), config)
+    store.put_json(store.join(build, "export", CONFIG), {**config, "weights_sha256": digest})
+    return digest
 
 
 def require_keys(build: str, config: Mapping[str, Any], kind: str, keys: Sequence[str], what: str) -> None:

@@ -6,6 +6,9 @@ semantic tokenizer cuts long ones into windows), and codes_TQ of a clip has padd
 frames. Copies at other speeds (tokens.speeds) have batches of their own, so that they change no
 clip's tokens. Facts count them in `copies` and the seconds alone. A collapsed tokenizer (fewer than
 two codes in use) is an error.
+A clip whose file is gone, or is not what the manifest saw, is rejected: the shard's footer names it,
+silence stands in its row, and no language model reads it. The others have the tokens that they would
+have without it.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import functools
 import os
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -24,13 +27,15 @@ import torch
 
 from audiolm import store
 from audiolm.data import tokens
+from audiolm.data.audio_check import file_hash
 from audiolm.data.clips import Clip, read_clip, token_clips
+from audiolm.data.manifest import read_listing
 from audiolm.data.parallel import cluster_device, parallel_map
-from audiolm.data.sources import roots
-from audiolm.models.entropy import entropy_bits
+from audiolm.data.parquet import DamagedFile, read_table
+from audiolm.data.sources import locate, roots
 from audiolm.tokenizers.base import ACOUSTIC_HOP, SAMPLE_RATE, SEMANTIC_HOP, TokenSpec, pad_rows, padded_samples
+from audiolm.tokenizers.encode_facts import TOKENIZER, facts_of, rejected_facts, shard_facts
 
-TOKENIZER = {"semantic": "kmeans", "acoustic": "codec"}  # which -> the step whose artifact encodes
 READERS = 4  # threads that decode audio, which runs outside the GIL
 HOP = {"semantic": SEMANTIC_HOP, "acoustic": ACOUSTIC_HOP}
 
@@ -51,12 +56,16 @@ class EncodeJob:
     speeds: Sequence[float] = ()
 
 
+Hashes = dict[tuple[str, str], str]  # (origin, uri) -> content_hash, as the manifest saw the file
+
+
 def encode_tokens(config: dict[str, Any], inputs: dict[str, Any], out: Any) -> dict[str, Any]:
     """Step function. config: which ("semantic" or "acoustic"), tokens, corpus, cluster, seed;
     inputs: manifest and the tokenizer's artifact. Writes shard files into out.path; returns counts,
     speed and code usage per level.
 
-    Raises tokens.TokenError for frames that break the contract and for a collapsed tokenizer.
+    Raises tokens.TokenError for frames that break the contract, for a collapsed tokenizer and for more rejected clips than
+    corpus.max_rejected allows.
     """
     which, cluster, settings = config["which"], config["cluster"], config["tokens"]
     by_shard: dict[int, list[Clip]] = {}
@@ -68,17 +77,21 @@ def encode_tokens(config: dict[str, Any], inputs: dict[str, Any], out: Any) -> d
     job = EncodeJob(which, inputs[TOKENIZER[which]].path, roots(config["corpus"]), inputs["manifest"].build, len(by_shard),
                     out.path, settings.batch_s, cluster_device(cluster, out.inline),
                     settings.dtype if which == "semantic" else "float32", settings.speeds)
+    listing = read_listing(inputs["manifest"].path)
+    hashes = [{(c.origin, p.uri): listing[c.origin, p.uri]["hash"] for c in by_shard[k] for p in c.parts}
+              for k in sorted(by_shard)]
     began = time.monotonic()
     sizes = [sum(c.seconds for c in by_shard[k]) for k in sorted(by_shard)]
-    parts = parallel_map(encode_shard, [(job, by_shard[k], k) for k in sorted(by_shard)], out=out, cluster=cluster,
+    parts = parallel_map(encode_shard, [(job, by_shard[k], k, hashes[k]) for k in sorted(by_shard)], out=out, cluster=cluster,
                          unit="audio s", sizes=sizes, gpu=cluster.gpus_a_task if job.device == "cuda" else 0)
-    return _facts(which, parts, sizes, time.monotonic() - began)
+    return {**facts_of(which, parts, sizes, time.monotonic() - began), **rejected_facts(parts, config["corpus"])}
 
 
-def encode_shard(job: EncodeJob, clips: list[Clip], shard: int) -> dict[str, Any]:
+def encode_shard(job: EncodeJob, clips: list[Clip], shard: int, hashes: Hashes) -> dict[str, Any]:
     """One task: `clips` of a shard, and its copies behind them, to its file, unless it is there.
 
-    Returns the counts of `_shard_facts`.
+    Returns the counts of `encode_facts.shard_facts`, and the rejected clips with the reasons. A file with rejected ones is no
+    finished one.
     """
     tokenizer, which = load_tokenizer(job.which, job.tokenizer, job.device, job.dtype), job.which
     spec: TokenSpec = tokenizer.spec
@@ -91,24 +104,41 @@ def encode_shard(job: EncodeJob, clips: list[Clip], shard: int) -> dict[str, Any
             "speeds": list(job.speeds), "device": job.device, "dtype": job.dtype,
             "versions": {"torch": torch.__version__, "numpy": np.__version__}}
     path = store.join(job.out_path, tokens.shard_name(shard))
-    done = _is_done(path, {**meta, "shard": shard, "clips": len(clips)})
+    done = _is_done(path, {**meta, "shard": shard, "clips": len(clips), "rejected": []})
+    rejected: dict[str, str] = {}  # clip id -> reason
     if not done:
         codes = []
+        read = functools.partial(_read_unchanged, roots=job.folders, hashes=hashes, rejected=rejected)
         for speed in (1, *job.speeds):
             same = [c for c in clips if c.speed == speed]
-            codes += encode_clips(same, tokenizer, job.folders, job.batch_s, job.device)
-        store.put(path, tokens.shard_bytes([c.id for c in clips], codes, meta, shard, dedup=which == "semantic"))
+            codes += encode_clips(same, tokenizer, read, job.batch_s, job.device)
+        store.put(path, tokens.shard_bytes([c.id for c in clips], codes, meta, shard, which == "semantic", sorted(rejected)))
     own = sum(c.speed == 1 for c in clips)
-    return {**_shard_facts(path, spec, which, own), "copies": len(clips) - own, "skipped": int(done)}
+    return {**shard_facts(path, spec, which, own), "copies": len(clips) - own, "skipped": int(done), "rejected": rejected}
 
 
-def encode_clips(clips: list[Clip], tokenizer: Any, source_roots: dict[str, str], batch_s: float,
+def _read_unchanged(clip: Clip, roots: dict[str, str], hashes: Hashes, rejected: dict[str, str]) -> np.ndarray:
+    """wav_T of a clip whose files are what the manifest saw; else silence as long, and the reason in `rejected`."""
+    try:
+        for uri in dict.fromkeys(p.uri for p in clip.parts):
+            path = locate(roots[clip.origin], uri)
+            if file_hash(path) != hashes[clip.origin, uri]:
+                raise ValueError(f"{path} is no longer what the manifest saw")
+        return read_clip(clip, roots)
+    except FileNotFoundError:
+        rejected[clip.id] = f"{path} is gone"
+    except ValueError as e:
+        rejected[clip.id] = str(e)
+    return np.zeros(clip.samples, np.float32)
+
+
+def encode_clips(clips: list[Clip], tokenizer: Any, read: Callable[[Clip], np.ndarray], batch_s: float,
                  device: str) -> list[np.ndarray]:
-    """codes_TQ of each clip, in the clips' order."""
+    """codes_TQ of each clip, in the clips' order; `read` gives its wav_T, in threads."""
     codes: list[np.ndarray | None] = [None] * len(clips)
     batches = plan_batches([c.samples for c in clips], batch_s)
     readers = READERS if device == "cpu" else max(READERS, os.cpu_count() or 1)  # a GPU encodes faster than four threads decode
-    for batch, wavs in zip(batches, _read_ahead(batches, clips, source_roots, readers), strict=True):
+    for batch, wavs in zip(batches, _read_ahead(batches, clips, read, readers), strict=True):
         # Check each clip against the contract: one frame off would shift all tokens after it in the
         # stages.
         encoded = encode_batch(wavs, tokenizer)
@@ -128,15 +158,15 @@ def encode_batch(wavs: Sequence[np.ndarray], tokenizer: Any) -> list[torch.Tenso
         return tokenizer.encode(*pad_rows(wavs))
 
 
-def _read_ahead(batches: list[list[int]], clips: list[Clip], source_roots: dict[str, str],
+def _read_ahead(batches: list[list[int]], clips: list[Clip], read: Callable[[Clip], np.ndarray],
                 readers: int) -> Iterator[list[np.ndarray]]:
     """The wavs of each batch; `readers` threads decode the next one while the caller encodes."""
     with ThreadPoolExecutor(readers) as pool:
         ahead: deque[list] = deque()
         for i, _ in enumerate(batches):
             for batch in batches[i + len(ahead):i + 2]:  # two batches are in memory, this one and the next
-                ahead.append([pool.submit(read_clip, clips[j], source_roots) for j in batch])
-            yield [read.result() for read in ahead.popleft()]
+                ahead.append([pool.submit(read, clips[j]) for j in batch])
+            yield [wav.result() for wav in ahead.popleft()]
 
 
 def plan_batches(samples: list[int], batch_s: float) -> list[list[int]]:
@@ -165,47 +195,10 @@ def load_tokenizer(which: str, path: str, device: str, dtype: str = "float32") -
 
 
 def _is_done(path: str, expected: dict[str, Any]) -> bool:
+    """True for a whole file with this metadata."""
     try:
         found = tokens.read_meta(path)
-    except (FileNotFoundError, tokens.TokenError):
+        read_table(path)
+    except (FileNotFoundError, DamagedFile, tokens.TokenError):
         return False
     return all(found.get(k) == v for k, v in expected.items())
-
-
-def _shard_facts(path: str, spec: TokenSpec, which: str, own: int) -> dict[str, Any]:
-    """Counts of the first `own` clips.
-
-    They are read from the file, so a skipped shard counts like a new one.
-    """
-    levels = [tokens.level_name(q) for q in range(spec.n_q)]
-    columns = tokens.read_shard(path, ["n_frames", *levels, *(["n_dedup"] if which == "semantic" else [])])
-    frames = int(columns["n_frames"][:own].sum())
-    return {"clips": own, "frames": frames, "dedup": int(columns["n_dedup"][:own].sum()) if which == "semantic" else 0,
-            "counts": np.stack([np.bincount(columns[n].values[:frames], minlength=spec.vocab) for n in levels])}
-
-
-def _facts(which: str, parts: list[dict[str, Any]], sizes: list[float], seconds: float) -> dict[str, Any]:
-    """The step's facts; `sizes` are the parts' audio s.
-
-    x_realtime (audio s per s) counts shards that were encoded now and is left out where none was.
-    """
-    total = {k: sum(p[k] for p in parts) for k in ("clips", "copies", "frames", "dedup", "skipped")}
-    facts: dict[str, Any] = {"clips": total["clips"], "audio_s": round(sum(sizes), 3), "frames": total["frames"],
-                             "shards": len(parts), "copies": total["copies"], "shards_skipped": total["skipped"],
-                             "seconds": round(seconds, 3)}
-    if encoded_s := sum(s for s, part in zip(sizes, parts, strict=True) if not part["skipped"]):
-        facts["x_realtime"] = round(encoded_s / max(seconds, 1e-9), 2)
-    # Entropy and codes in use, level by level: a collapsed tokenizer would let every later stage
-    # learn nothing.
-    for q, counts in enumerate(sum(p["counts"] for p in parts)):
-        used = int((counts > 0).sum())
-        if used < 2:
-            raise tokens.TokenError(
-                f"the {which} tokenizer collapsed: level {q + 1} uses {used} of {len(counts)} codes over "
-                f"{total['frames']} frames. Look at the {TOKENIZER[which]} step (losses, code usage) and at whether "
-                "the audio is silent, and train longer or with a lower learning rate")
-        facts[f"used.{tokens.level_name(q)}"] = used
-        facts[f"entropy_bits.{tokens.level_name(q)}"] = round(entropy_bits(counts), 4)
-    if which == "semantic":
-        facts |= {"tokens_dedup": total["dedup"], "mean_run": round(total["frames"] / total["dedup"], 4)}
-    return facts

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from audiolm import store
+from audiolm.dag.outputs import build_of
 from audiolm.tokenizers.acoustic import load_codec
 from audiolm.tokenizers.artifact import CONFIG, WEIGHTS, ArtifactError, read_export, write_export
 from audiolm.tokenizers.codec_lookup import codec_folder
@@ -58,7 +59,7 @@ def publish(place: str, out: str, wavs: Sequence[np.ndarray], force: bool = Fals
                          "somebody else's codec comes from its own authors")
     config = without_paths({key: value for key, value in config.items() if key != "weights_sha256"})
     with tempfile.TemporaryDirectory() as aside:
-        write_export(aside, half_precision(weights), config, checksum=True)
+        write_export(aside, half_precision(weights), config)
         published, original = load_codec(aside), load_codec(build)
         equal, equal_first, codes = _equal_codes(original, published, wavs)
         if equal_first < LEAST_EQUAL:
@@ -71,8 +72,8 @@ def publish(place: str, out: str, wavs: Sequence[np.ndarray], force: bool = Fals
         data = {name: store.get(store.join(aside, "export", name)) for name in (WEIGHTS, CONFIG)}
     for name, content in data.items():  # the config goes last: it names the checksum of the weights
         store.put(store.join(out, "export", name), content)
-    # A build is STEP/FINGERPRINT/BUILD; the recipe lies beside it.
-    recipe = store.get_json(store.join(posixpath.dirname(build.rstrip("/")), RECIPE))
+    # The export is in STEP/FINGERPRINT/BUILD/ATTEMPT; the recipe lies beside the builds.
+    recipe = store.get_json(store.join(posixpath.dirname(build_of(build)), RECIPE))
     if recipe is not None:
         store.put_json(store.join(out, RECIPE), without_paths(recipe))
     elif there != published.hash:

@@ -102,7 +102,7 @@ def save_semantic(build: str, extractor: Extractor, layer: int, mean_D: torch.Te
         "format": FORMAT, **kept.to_json(), "layer": layer, "sample_rate": SAMPLE_RATE, "hop": SEMANTIC_HOP,
         "k": len(centroids_KD), "window_frames": window.frames, "overlap_frames": window.overlap, "source": source,
         "golden": {"clip": f"golden_clip, {GOLDEN_S} s", "tokens": tokens.tolist(), "sure": sure.int().tolist()},
-    }, checksum=True)
+    })
 
 
 def load_semantic(kmeans_path: str, device: str = "cpu", dtype: str = "float32") -> SemanticTokenizer:

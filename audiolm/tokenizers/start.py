@@ -50,7 +50,7 @@ def start_weights(field: str, start: StartConfig | CodecStartConfig, step: str) 
         raise ConfigError(f"{field}: {start.uri} holds the export of a {kind!r}, and this step starts from that of a step "
                           f"{step} that was trained here: name such a build")
     name = start.uri.rstrip("/").rsplit("/", 1)[-1]
-    place = f"{name} {step}" if name.endswith(".json") else "/".join(build.split("/")[-3:])
+    place = f"{name} {step}" if name.endswith(".json") else "/".join(build.split("/")[-4:])
     return StartWeights(uri=build, field=field, note=f"{place} {digest[:8]}", digest=digest)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from audiolm import store
 from audiolm.config.pipeline import Pipeline
+from audiolm.dag.outputs import build_id
 from audiolm.dag.run_index import steps_of
 from audiolm.tracking.lookup import check_named, connect, default_tracking, find_run, system_of, version_of
 
@@ -58,7 +59,7 @@ def _with_checkpoint(text: str, tags: Mapping[str, str]) -> dict[str, str]:
     inputs = (store.get_json(store.join(tags["audiolm.build"], "build.json")) or {}).get("inputs", {})
     for name, build in inputs.items():
         # a run's index names its newest builds: tokens of another tokenizer would mean nothing to the checkpoint
-        if name in steps and ".".join(steps[name].rstrip("/").split("/")[-2:]) != build:
+        if name in steps and build_id(steps[name]) != build:
             raise ValueError(f"{text}: it was trained on {name} {build}, and {index} now names {steps[name]}: evaluate a "
                              "version that was made since, or a system's version (models:/RUN/N)")
     return {**steps, step: uri}

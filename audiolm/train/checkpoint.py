@@ -2,12 +2,13 @@
 
 `checkpoints/{step:08d}-{attempt:04d}/` holds one safetensors file a module; it counts once its commit is written (see
 commits.py, which is apart from this file because a plan reads commits and must not import torch).  Where a module's weights
-are the step's export they are in the folder's `export/`, as in a finished step's build: one copy serves resume and
+are the step's export they are in the folder's `export/`, as in a finished step's outputs: one copy serves resume and
 inference, and inference reads no moments.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -16,7 +17,7 @@ import safetensors.torch
 
 from audiolm.dag.lease import LeaseLost, check_lease
 from audiolm.store import get, join, put, put_json, remove
-from audiolm.tokenizers.artifact import write_export
+from audiolm.tokenizers.artifact import ArtifactError, write_export
 from audiolm.train.commits import commits, folder_of, path_of
 from audiolm.train.engine import Saved, is_weight
 
@@ -31,19 +32,21 @@ def save(build: str, attempt: int, step: int, states: Mapping[str, Saved], recor
     Raises LeaseLost when another worker owns the build.
     """
     name_of, states = folder_of(step, attempt), dict(states)
-    folder = join(build, "checkpoints", name_of)
+    folder, digests = join(build, "checkpoints", name_of), {}
     if export:
         name, config = export
         weights = {k: v for k, v in states[name].items() if is_weight(k)}
         states[name] = {k: v for k, v in states[name].items() if k not in weights}
         # An export has bare names: the commit tells buffers from parameters.
         record = {**record, "export": name, "buffers": [k for k in weights if k.startswith("buffer/")]}
-        write_export(folder, {k.partition("/")[2]: v for k, v in weights.items()}, config)
+        digests[WEIGHTS] = write_export(folder, {k.partition("/")[2]: v for k, v in weights.items()}, config)
     for name, state in states.items():
-        put(join(folder, f"{name}.safetensors"), safetensors.torch.save(dict(state)))
+        data = safetensors.torch.save(dict(state))
+        digests[f"{name}.safetensors"] = hashlib.sha256(data).hexdigest()
+        put(join(folder, f"{name}.safetensors"), data)
     # The lease is checked between the last file and the commit: a worker that lost its build leaves a folder without one.
     check_lease(build, attempt)
-    commit = {"folder": name_of, "step": step, **record}
+    commit = {"folder": name_of, "step": step, "sha256": digests, **record}
     try:
         put_json(path_of(build, step), commit, exclusive=True)
         return commit
@@ -52,13 +55,21 @@ def save(build: str, attempt: int, step: int, states: Mapping[str, Saved], recor
 
 
 def load(build: str, commit: dict, name: str) -> Saved:
-    """A module's canonical state, from the checkpoint of a commit."""
-    folder = join(build, "checkpoints", commit["folder"])
-    state = safetensors.torch.load(get(join(folder, f"{name}.safetensors")))
+    """A module's canonical state, from the checkpoint of a commit. Raises ArtifactError for a damaged file."""
+    state = _read(build, commit, f"{name}.safetensors")
     if commit.get("export") == name:
-        for k, v in safetensors.torch.load(get(join(folder, WEIGHTS))).items():
+        for k, v in _read(build, commit, WEIGHTS).items():
             state[f"buffer/{k}" if f"buffer/{k}" in commit["buffers"] else f"param/{k}"] = v
     return state
+
+
+def _read(build: str, commit: dict, file: str) -> Saved:
+    path = join(build, "checkpoints", commit["folder"], file)
+    data = get(path)
+    if hashlib.sha256(data).hexdigest() != commit["sha256"][file]:
+        raise ArtifactError(f"{path} is damaged: it is not what the commit of step {commit['step']} names; train this step "
+                            "anew with --force")
+    return safetensors.torch.load(data)
 
 
 class Saver:

@@ -1,20 +1,21 @@
 """Commits of a build's checkpoints, and the commit that a run begins from.
 
-`commits/{step:08d}.json` makes a checkpoint count: {"step", "folder" (below checkpoints/), "best_step", "best_loss", ...},
-and "pruned" once the folder is gone.  One of the trunk, the steps before the decay, has "trunk": best_step and best_loss by
-the validations that a run of any length makes.  Runs that differ in length alone have the same trunk and continue each
-other's; a run first copies what it takes.
+`commits/{step:08d}.json` makes a checkpoint count: {"step", "folder" (below checkpoints/), "sha256" (of each of its files),
+"best_step", "best_loss", ...}, and "pruned" once the folder is gone.  One of the trunk, the steps before the decay, has
+"trunk": best_step and best_loss by the validations that a run of any length makes.  Runs that differ in length alone have the
+same trunk and continue each other's; a run first copies what it takes.
 Apart from checkpoint.py, because a plan reads commits and must not import torch.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator
 
 from audiolm.dag.lease import check_lease
 from audiolm.metrics_log import read_build
-from audiolm.store import QUIET_S, copy, get_json, join, modified, names, put, put_json, remove
+from audiolm.store import QUIET_S, copy, get_json, join, modified, names, pieces, put, put_json, remove
 
 
 def path_of(build: str, step: int) -> str:
@@ -48,6 +49,29 @@ def steps_kept(build: str) -> int:
     """The steps that a build's newest checkpoint holds, 0 without one."""
     commit = newest(build)
     return commit["step"] if commit else 0
+
+
+def drop_damaged(build: str) -> list[str]:
+    """Removes commits, newest first, until a checkpoint's files are whole; returns a remark about each. The driver alone."""
+    remarks = []
+    while (commit := newest(build)) and (file := _damaged(build, commit)):
+        remove(path_of(build, commit["step"]))
+        remarks.append(f"the checkpoint of step {commit['step']} is damaged ({file}): went on from the one before it")
+    return remarks
+
+
+def _damaged(build: str, commit: dict) -> str | None:
+    """The first file of a checkpoint that is missing or differs from its digest."""
+    for name, expected in commit["sha256"].items():
+        path, digest = join(build, "checkpoints", commit["folder"], name), hashlib.sha256()
+        try:
+            for piece in pieces(path):
+                digest.update(piece)
+        except FileNotFoundError:
+            return path
+        if digest.hexdigest() != expected:
+            return path
+    return None
 
 
 def starting_point(build: str | None, siblings: Iterable[str], trunk_steps: int) -> tuple[str, dict] | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import os
 import threading
 import time
@@ -25,7 +26,7 @@ from audiolm.data.parallel import cluster_device
 from audiolm.metrics_log import MetricsFile, read_from
 from audiolm.store import clean_up, get_json, is_local, join, open_fs, patience
 from audiolm.train import guards
-from audiolm.train.commits import copy_trunk, remove_uncommitted
+from audiolm.train.commits import copy_trunk, drop_damaged, remove_uncommitted
 from audiolm.train.objectives.base import Factory
 from audiolm.train.rank import TrainJob, Worker, export
 
@@ -46,11 +47,14 @@ def train(factory: Factory, config: Mapping[str, Any], train: TrainConfig, input
     if train.batch % world:
         raise ValueError(f"{out.step.name}: batch {train.batch} is not divisible by cluster.train_workers {world}")
     threads = cluster.threads or max(1, (os.cpu_count() or 1) // world)
-    job = TrainJob(factory, config, train, {k: a.path for k, a in inputs.items()}, out.path, out.attempt, out.metrics_path,
-                   config["seed"], device, threads, cluster.audio_cache_mb, cluster.compile and device == "cuda")
-    clean_up(None, lambda: remove_uncommitted(out.path, out.attempt))
+    job = TrainJob(factory, config, train, {k: a.path for k, a in inputs.items()}, out.build, out.attempt, out.path,
+                   out.metrics_path, config["seed"], device, threads, cluster.audio_cache_mb,
+                   cluster.compile and device == "cuda")
+    clean_up(None, lambda: remove_uncommitted(out.build, out.attempt))
     # Before any worker starts: a longer run of the same trunk may have checkpoints that this one can begin from.
-    copy_trunk(out.path, out.attempt, out.siblings, train.trunk_steps)
+    copy_trunk(out.build, out.attempt, out.siblings, train.trunk_steps)
+    for remark in (remarks := drop_damaged(out.build)):
+        logging.getLogger(__name__).warning(remark)
     out.progress(0, train.steps, "steps", "starting workers")
     with report_progress(job, out):
         if out.inline:
@@ -60,7 +64,7 @@ def train(factory: Factory, config: Mapping[str, Any], train: TrainConfig, input
     final = get_json(join(out.path, "final.json"))
     if final is None:
         raise RuntimeError(f"{out.step.name}: training ended without {out.path}/final.json; run it again")
-    return final
+    return {**final, "notes": [*final.get("notes", ()), *remarks]} if remarks else final
 
 
 def _fit(job: TrainJob, world: int, threads: int, out) -> None:

@@ -38,6 +38,7 @@ class TrainJob:
     inputs: Mapping[str, str]  # paths of the builds that the step reads
     build: str  # path of the step's own build
     attempt: int  # number of the driver's lease
+    path: str  # of the attempt's outputs: the export and final.json
     metrics: str  # path of this attempt's metrics file
     seed: int
     device: str  # "cuda" or "cpu"
@@ -198,11 +199,11 @@ def export(worker: Worker) -> None:
         for name, module in objective.modules.items():
             load_weights(module, checkpoint.load(job.build, commit, name))
         step, validation = best.best_step, commit["validation"]
-    write_export(job.build, *objective.export())
+    write_export(job.path, *objective.export())
     parameters = sum(p.numel() for m in objective.modules.values() for p in m.parameters())
     worker.metrics.flush()
     check_lease(job.build, job.attempt)
-    put_json(join(job.build, "final.json"), {  # last: from now on the step is done
+    put_json(join(job.path, "final.json"), {  # last: from now on the step is done
         "steps": state.done, "exported_step": step, **best._asdict(), "parameters": parameters, **worker.spikes.facts(),
         **guards.stop_facts(job.train, state.done, best.best_step),
         **{f"val.{k}": v for k, v in validation.items() if k != "step"}})

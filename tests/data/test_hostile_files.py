@@ -78,9 +78,7 @@ def faults(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
     monkeypatch.setenv("FAULTS", str(tmp_path / "faults"))
     monkeypatch.setattr(scan, "CPU_S", 0.1)
-    apart._child.cache_clear()
-    yield tmp_path / "faults"
-    apart._child.cache_clear()
+    return tmp_path / "faults"
 
 
 def test_a_file_that_crashes_or_hangs_its_decoder_three_times_is_rejected_by_name(tmp_path, faults):

@@ -7,6 +7,7 @@ import pytest
 
 from audiolm import store
 from audiolm.data import tokens
+from audiolm.data.parquet import DamagedFile
 
 SEMANTIC = {"name": "semantic", "sample_rate": 16_000, "hop": 640, "n_q": 1, "vocab": 50}
 ACOUSTIC = {"name": "codec", "sample_rate": 16_000, "hop": 320, "n_q": 3, "vocab": 1024}
@@ -41,6 +42,19 @@ def test_round_trip_across_row_groups(tmp_path):
     assert found["q02"].values.dtype == np.uint16
     for i, c in enumerate(expected):
         assert np.array_equal(found["q00"][i], c[:, 0]) and np.array_equal(found["q02"][i], c[:, 2])
+
+
+@pytest.mark.parametrize("share", [0.001, 0.2, 0.5, 0.8, 0.999, 1.0])
+def test_a_flipped_bit_anywhere_is_found_and_the_file_named(tmp_path, share):
+    path = tmp_path / tokens.shard_name(0)
+    write(tmp_path, ACOUSTIC, [[400, 300, 500]])
+    data = bytearray(path.read_bytes())
+    data[min(len(data) - 9, int(share * len(data)))] ^= 4
+    path.write_bytes(data)
+    with pytest.raises((DamagedFile, tokens.TokenError), match=str(path)):
+        opened = tokens.TokenStore(str(tmp_path))
+        opened.read(0, ["id", "n_frames", "q00", "q01", "q02"])
+        opened.codes(0, (0, 1, 2))
 
 
 def test_levels_side_by_side_across_row_groups(tmp_path):
@@ -94,7 +108,7 @@ def test_mixed_and_missing_shards_are_refused(tmp_path):
 
 def test_other_files_are_refused(tmp_path):
     store.put(str(tmp_path / "shard-00000.parquet"), b"not parquet")
-    with pytest.raises(tokens.TokenError, match="not a Parquet file"):
+    with pytest.raises(DamagedFile, match="shard-00000.parquet is damaged .*--repair"):
         tokens.TokenStore(str(tmp_path))
 
 

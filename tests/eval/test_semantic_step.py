@@ -265,14 +265,14 @@ def test_the_page_shows_it_all(world, measured, tmp_path):
     inputs = {"semantic_figures": SimpleNamespace(path=measured[2].path, facts={})}
     row = {"within": 7.0, "across": 9.0, "interval_within": [6.0, 8.0], "interval_across": [8.0, 10.0]}
     for name in ("layers", "layers_2", "masked_model", "masked_model_2"):
-        inputs[name] = SimpleNamespace(path=str(tmp_path / name / "aaaaaaaaaaaa" / "0001"), facts={})
+        inputs[name] = SimpleNamespace(path=str(tmp_path / name / "aaaaaaaaaaaa" / "0001" / "0001"), facts={})
     for name in ("layers", "layers_2"):
         store.put_json(store.join(inputs[name].path, "ui", "layers.json"), {"choice": {"layer": 7, "k": 256}, "rows": [
             {"layer": None, "k": None, **row}, {"layer": 7, "k": None, **row}, {"layer": 7, "k": 256, **row}]})
     store.put(store.join(inputs["layers"].path, "ui", "layers.png"), store.get(
         store.join(measured[2].path, "ui/semantic/use.png")))
     for name in ("masked_model", "masked_model_2"):
-        f = MetricsFile(f"{inputs[name].path}/metrics-0001.jsonl")
+        f = MetricsFile(f"{inputs[name].path}/../metrics-0001.jsonl")
         for s in range(1, 9):
             f.add(s, {"loss": 3.0 / s, "accuracy": 0.1 * s, "prediction_perplexity": 9.0 * s, "val.accuracy": 0.09 * s})
         f.close()

@@ -101,20 +101,21 @@ def test_a_failed_gate_stops_after_training_trains_nothing_again_and_is_forced(c
     with pytest.raises(StepFailed, match=UNUSED) as first:
         go(steps_, store)
     path = join(steps_[-1].root(store), "0001")
-    weights, commits = get(join(path, "export", "model.safetensors")), names(join(path, "commits"))
+    weights, commits = get(join(path, "0001", "export", "model.safetensors")), names(join(path, "commits"))
     with pytest.raises(StepFailed) as again:
         go(graph(corpus), store)
     assert str(again.value) == str(first.value)
     assert plan(graph(corpus), store, force=["lm_coarse"])[-1].reason == "forced, goes on with build 0001"
     artifact = go(graph(corpus), store, force=["lm_coarse"])
-    assert artifact.path == path and len(names(join(path, "attempts"))) == 3 and names(join(path, "commits")) == commits
-    assert get(join(path, "export", "model.safetensors")) == weights
+    assert artifact.path == f"{path}/0003" and len(names(join(path, "attempts"))) == 3
+    assert names(join(path, "commits")) == commits
+    assert get(join(artifact.path, "export", "model.safetensors")) == weights
     assert sorted({r["step"] for r in read_build(path) if "loss" in r["metrics"]}) == [1, 2]
     assert [n for n in names(path) if n.startswith("metrics")] == ["metrics-0001.jsonl"]  # later attempts began no training
     assert artifact.facts["gate/failed"] == 2
     assert artifact.facts["gate/conditioning"] < artifact.facts["gate/conditioning.needed"]
     assert "GATE the prefix is not used" in headline(artifact.facts)
-    assert stage_gates.failures(path)[0].endswith("(forced)")
+    assert stage_gates.failures(artifact.path)[0].endswith("(forced)")
     with pytest.raises(StepFailed, match=UNUSED):  # a new build is judged anew
         go(graph(corpus), store, force=["lm_coarse"])
 
@@ -131,7 +132,7 @@ def test_a_stage_that_learned_passes(corpus, tmp_path):
     artifact = go(graph(corpus, steps_=80), str(tmp_path))
     assert artifact.facts["gate/failed"] == 0 and artifact.facts["notes"] == []
     assert artifact.facts["gate/unigram"] > 0.1
-    logged = read_build(artifact.path)[-1]["metrics"]
+    logged = read_build(artifact.folder)[-1]["metrics"]
     assert logged["gate/conditioning"] == artifact.facts["gate/conditioning"] > artifact.facts["gate/conditioning.needed"]
 
 
@@ -144,7 +145,7 @@ def test_collapsed_tokens_stop_a_stage_before_it_trains_and_the_force_is_remembe
     assert not names(join(path, "commits"))
     with pytest.raises(StepFailed, match=UNUSED):  # past the first gate, trained, and the next one was not seen before
         go(steps_, store, force=["lm_coarse"])
-    assert get_json(join(path, "gates.json"))["semantic_tokens"]["forced"]
+    assert get_json(join(path, "0002", "gates.json"))["semantic_tokens"]["forced"]
     with pytest.raises(StepFailed, match=UNUSED):
         go(steps_, store)
-    assert go(steps_, store, force=["lm_coarse"]).path == path
+    assert go(steps_, store, force=["lm_coarse"]).folder == path

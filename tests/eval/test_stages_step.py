@@ -71,13 +71,11 @@ def test_finished_shards_are_skipped_and_others_made_again(world, encoded, tmp_p
     assert "x_realtime" not in run_encode(world, "acoustic", out)
 
 
-def test_the_next_batch_is_decoded_while_one_is_encoded(world, monkeypatch):
+def test_the_next_batch_is_decoded_while_one_is_encoded(world):
     clips = [c for c in world.clips if c.shard == 0]
     order = [clips[i].id for batch in encode.plan_batches([c.samples for c in clips], 0.1) for i in batch]
     read = {name: threading.Event() for name in order}
-    forwards, encoded = clips_data.read_clip, []
-    monkeypatch.setattr(encode, "read_clip", lambda clip, roots: (forwards(clip, roots), read[clip.id].set())[0])
-
+    folders, encoded = {"a": str(world.root / "audio")}, []
     class Slow:
         spec = TokenSpec("slow", RATE, 640, 1, 2)
 
@@ -87,7 +85,8 @@ def test_the_next_batch_is_decoded_while_one_is_encoded(world, monkeypatch):
                 assert read[order[len(encoded)]].wait(20), "nothing is decoded meanwhile"
             return [torch.zeros(padded_samples(int(lengths_B)) // 640, 1, dtype=torch.int64)]
 
-    codes = encode.encode_clips(clips, Slow(), {"a": str(world.root / "audio")}, 0.1, "cpu")
+    codes = encode.encode_clips(clips, Slow(), lambda clip: (clips_data.read_clip(clip, folders), read[clip.id].set())[0], 0.1,
+                                "cpu")
     assert encoded == sorted(c.samples for c in clips) and len(encoded) == len(codes) == 4
 
 

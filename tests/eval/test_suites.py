@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import runpy
 import sys
 from pathlib import Path
@@ -86,8 +87,8 @@ def test_a_registered_system_is_evaluated(made, capsys, tmp_path):
     t.start({"run.name": "tiny"}, {"store": folder})
     t.serves(index, {n: e["path"] for n, e in store.get_json(index)["steps"].items() if n in GENERATION_STEPS})
     t.finish("FINISHED")
-    code, said = evaluate(capsys, "models:/tiny/1", "--store", folder, "--tracking", uri, "--out", str(tmp_path), "--suites",
-                          "stages")
+    code, said = evaluate(capsys, "models:/tiny/1", "--store", os.path.dirname(folder), "--tracking", uri, "--out",
+                          str(tmp_path), "--suites", "stages")
     assert code == 0 and rows_of(tmp_path)["losses", "semantic stage"].value > 0, said
 
 

@@ -208,9 +208,10 @@ def test_clear_errors(lm, paths):
 
 
 def test_steps_of_different_runs_are_refused(tmp_path):
-    paths = {name: store.join(str(tmp_path), name, "f1", "0001") for name in ("kmeans", "codec", "lm_semantic", "lm_coarse")}
-    paths["semantic_tokens"] = store.join(str(tmp_path), "semantic_tokens", "f1", "0001")
-    store.put_json(store.join(paths["semantic_tokens"], "done.json"), {"facts": {}, "inputs": {"kmeans": "f0.0001"}})
+    names = ("kmeans", "codec", "lm_semantic", "lm_coarse", "semantic_tokens")
+    paths = {name: store.join(str(tmp_path), name, "f1", "0001", "0001") for name in names}
+    store.put_json(store.join(str(tmp_path), "semantic_tokens", "f1", "0001", "done.json"),
+                   {"facts": {}, "inputs": {"kmeans": "f0.0001"}})
     with pytest.raises(ValueError, match=r"semantic_tokens .* was made of kmeans f0\.0001, not of f1\.0001"):
         load(paths)
 
@@ -223,9 +224,9 @@ def test_prompts_get_the_tokens_of_a_store_in_bfloat16(paths, tmp_path, monkeypa
     speech = {f"c{i}": voice(0.7 + 0.35 * i, i) for i in range(12)}
     clips = [Clip(name, "o", "o", name, "train", 16_000, len(wav), (Part(name, name, 0, len(wav), 0, None),), 0, row)
              for row, (name, wav) in enumerate(speech.items())]
-    monkeypatch.setattr(encode, "read_clip", lambda clip, roots: speech[clip.id])
+    monkeypatch.setattr(encode, "_read_unchanged", lambda clip, roots, hashes, rejected: speech[clip.id])
     job = encode.EncodeJob("semantic", paths["kmeans"], {}, "m.0001", 1, str(tmp_path), 12.0, "cpu", dtype="bfloat16")
-    encode.encode_shard(job, clips, 0)
+    encode.encode_shard(job, clips, 0, {})
     stored = read_shard(store.join(str(tmp_path), shard_name(0)), ["q00"])["q00"]
     ours, plain = (load(found, mean_run=RUN).tokenize([*speech.values()])
                    for found in ({**paths, "semantic_tokens": str(tmp_path)}, paths))

@@ -198,7 +198,7 @@ def test_the_run_is_found_or_the_fix_is_named(do, run, tmp_path):
     options = ("--prompt", "a.wav", *SHORT, "--out", "out")
     assert do(*options, "--store", run.rsplit("/", 2)[0], of="tiny")[0] == 0
     assert "there is no run index ./outputs/runs/nope.json" in do(*options, of="nope")[2]
-    assert "is not a run's index" in do(*options, of=f"{run.rsplit('/', 2)[0]}/semantic_tokens/done.json")[2]
+    assert "is not a run's index" in do(*options, of=f"{run.rsplit('/', 2)[0]}/done.json")[2]
     about = store.get_json(run)
     for step in ("lm_fine", "lm_coarse", "semantic_tokens"):
         steps = {n: e for n, e in about["steps"].items() if n != step}

@@ -88,7 +88,7 @@ def training(step: str, *overrides: str) -> Callable[[str], dict]:
     def run(folder: str) -> dict:
         # a decoder needs a codec that the tokens are of
         planted = planted_tokens(folder) if step.startswith("lm_") and step != "lm_decoder" else {}
-        metrics = _metrics(build(step, folder, list(overrides), planted).path)
+        metrics = _metrics(build(step, folder, list(overrides), planted).folder)
         losses = [metrics[n]["loss"] for n in sorted(metrics)]
         return {"machine": machine(), "about": [round(x, 4) for x in losses], "losses": [x.hex() for x in losses],
                 "last": _figures(metrics[len(losses)])}

@@ -128,9 +128,10 @@ def test_a_training_worker_that_was_killed_ends_with_the_losses_of_one_that_was_
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
     execute(plan(calm, str(tmp_path / "calm")), str(tmp_path / "calm"), inline=True)
     ours, theirs = (plan(calm, str(s))[0].state.artifact for s in (store, tmp_path / "calm"))
-    assert len(list(store.glob("died-*"))) == len(deaths) == len(list(Path(ours.path, "attempts").iterdir())) - 1
+    assert len(list(store.glob("died-*"))) == len(deaths) == len(list(Path(ours.folder, "attempts").iterdir())) - 1
     assert ours.facts == theirs.facts
-    losses = [[(r["step"], r["metrics"]["loss"]) for r in read_build(a.path) if "loss" in r["metrics"]] for a in (ours, theirs)]
+    losses = [[(r["step"], r["metrics"]["loss"]) for r in read_build(a.folder) if "loss" in r["metrics"]]
+              for a in (ours, theirs)]
     assert losses[0] == losses[1] and len(losses[0]) == 12
 
 
@@ -160,23 +161,51 @@ def test_killed_in_a_training_and_a_data_step_it_ends_the_same(job, tmp_path):
     kill_when(args, lambda: len(list(store.glob("masked_model/*/0001/commits/*.json"))) >= 2)
     assert not list(store.glob("masked_model/*/0001/done.json"))
     assert is_dead(first_attempt(store, "masked_model"))  # known at once: nobody waits until its lease has run out
-    kill_when(args, lambda: len(list(store.glob("semantic_tokens/*/0001/shard-*.parquet"))) >= 1)
+    kill_when(args, lambda: len(list(store.glob("semantic_tokens/*/0001/0001/shard-*.parquet"))) >= 1)
     assert not list(store.glob("semantic_tokens/*/0001/done.json"))
     assert is_dead(first_attempt(store, "semantic_tokens"))
-    kept = min(p.stat().st_mtime_ns for p in store.glob("semantic_tokens/*/0001/shard-*.parquet"))
+    kept = min(p.stat().st_mtime_ns for p in store.glob("semantic_tokens/*/0001/0001/shard-*.parquet"))
     cli(*args)
     steps = index(store)
     for name in ("masked_model", "semantic_tokens"):
-        assert len(list(Path(steps[name]["path"], "attempts").iterdir())) == 2
+        assert len(list(Path(steps[name]["path"], "../attempts").iterdir())) == 2
     assert min(p.stat().st_mtime_ns for p in Path(steps["semantic_tokens"]["path"]).glob("shard-*")) == kept  # not made anew
     for name in ("masked_model", "kmeans"):
-        ours, theirs = (json.loads(Path(i[name]["path"], "done.json").read_text())["facts"] for i in (steps, index(job)))
+        ours, theirs = (json.loads(Path(i[name]["path"], "../done.json").read_text())["facts"] for i in (steps, index(job)))
         assert {k: v for k, v in ours.items() if "seconds" not in k} == {k: v for k, v in theirs.items() if "seconds" not in k}
     shards = sorted(Path(steps["semantic_tokens"]["path"]).glob("shard-*.parquet"))
     assert len(shards) > 3
     for shard in shards:
         theirs = pq.read_table(Path(index(job)["semantic_tokens"]["path"], shard.name))
         assert pq.read_table(shard).equals(theirs)
+    check_repair(args, steps, shards)
+
+
+def check_repair(args: list[str], steps: dict, shards: list[Path]) -> None:
+    """A flipped bit in a shard and in an export, and a lost shard: named, and made again to the same bytes, nothing else."""
+    store, export = Path(args[1].removeprefix("store=")), Path(steps["masked_model"]["path"], "export", "model.safetensors")
+    spoiled = [export, *shards[:2]]
+    right = {p: p.read_bytes() for p in (*spoiled, *shards[2:])}
+    for path in spoiled[:2]:
+        data = bytearray(right[path])
+        data[len(data) // 2] ^= 1
+        path.unlink()  # a hard link would spoil its twin
+        path.write_bytes(data)
+    spoiled[2].unlink()
+    assert f"0 of {len(STEPS)} steps to run" in cli(*args).stdout  # nobody looked
+    said = cli(*args, "--repair", "--dry-run").stdout
+    assert "export/model.safetensors" in said and all(p.name in said for p in spoiled), said
+    said = cli(*args, "--repair").stdout
+    assert f"2 of {len(STEPS)} steps to run: masked_model, semantic_tokens\n" in said, said
+    after = index(store)
+    assert {n for n in steps if steps[n]["path"] != after[n]["path"]} == {"masked_model", "semantic_tokens"}
+    assert all(steps[n]["build"] == after[n]["build"] for n in steps)
+    for path, data in right.items():
+        name = "masked_model" if path is export else "semantic_tokens"
+        fresh = Path(after[name]["path"], *path.parts[-2:] if path is export else path.parts[-1:])
+        assert fresh.read_bytes() == data
+        assert (fresh.stat().st_nlink > 1) == (path not in spoiled)  # the others were taken over, not made
+    assert "missing or damaged" not in cli(*args, "--repair", "--dry-run").stdout
 
 
 def test_force_makes_a_step_and_its_descendants_new_and_nothing_else(job):
@@ -190,8 +219,8 @@ def test_force_makes_a_step_and_its_descendants_new_and_nothing_else(job):
     cli(f"store={job}", "--inline", "tracking=none", "--force", "acoustic_tokens")
     after = {n: e["path"] for n, e in index(job).items()}
     assert {n for n in STEPS if before[n] != after[n]} == below
-    for name, pattern in (("acoustic_tokens", "shard-*.parquet"), ("lm_fine", "checkpoints/*/*")):
-        old, new = ({p.stat().st_ino for p in Path(x[name]).glob(pattern)} for x in (before, after))
+    for name, pattern in (("acoustic_tokens", "*/shard-*.parquet"), ("lm_fine", "checkpoints/*/*")):
+        old, new = ({p.stat().st_ino for p in Path(x[name]).parent.glob(pattern)} for x in (before, after))
         assert new and not old & new
     assert f"{len(STEPS)} of {len(STEPS)} steps done" in cli(f"store={job}", "--status").stdout
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import psutil
 import pytest
@@ -49,6 +50,7 @@ def test_a_run_that_is_stopped_says_so_and_leaves_no_process(tmp_path, first, se
     assert not left
     if first != signal.SIGKILL:
         assert "stopped; the same command continues" in said
+        assert len(list(Path("/tmp/ray").glob(f"session_*_{process.pid}"))) == 1  # no thread has started another Ray
     if first == signal.SIGTERM:
         assert "manifest         STOPPED" in said
         assert [json.loads(p.read_text())["state"] for p in tmp_path.glob("manifest/*/0001/attempts/*.json")] == ["stopped"]

@@ -28,6 +28,10 @@ class Artifact:
     path: str
     facts: dict = field(default_factory=dict)
 
+    @property
+    def folder(self) -> str:
+        return str(Path(self.path).parent)
+
 
 @dataclass
 class Out:
@@ -50,9 +54,9 @@ def put(path: Path, value) -> None:
 
 
 def build(folder: Path, step: str) -> Path:
-    path = folder / step / "abcdef012345" / "0001"
-    put(path / "done.json", {"seconds": 12.5, "time": 1_750_000_000})
-    put(path.parent / "recipe.json", {"step": step, "config": {"train": {"steps": 80, "note": NASTY}}})
+    path = folder / step / "abcdef012345" / "0001" / "0001"
+    put(path.parent / "done.json", {"seconds": 12.5, "time": 1_750_000_000})
+    put(path.parent.parent / "recipe.json", {"step": step, "config": {"train": {"steps": 80, "note": NASTY}}})
     return path
 
 
@@ -86,7 +90,7 @@ def example(folder: Path) -> dict[str, Artifact]:
         "hours": {"quickstart": {"train": 0.09, "test": 0.02}}, "speakers": {"train": 7, "test": 2}}
     for step, start, end in (("masked_model", 4.6, 3.1), ("codec", 80.0, 9.0), ("lm_semantic", 4.2, 2.9),
                              ("lm_coarse", 5.5, 4.4), ("lm_fine", 5.5, 5.0)):
-        f = MetricsFile(f"{inputs[step].path}/metrics-0001.jsonl")
+        f = MetricsFile(f"{inputs[step].folder}/metrics-0001.jsonl")
         for s in range(10, 310, 10):
             loss = end + (start - end) * np.exp(-s / 80)
             seen = {"val.loss": loss + 0.1, "val.mel/q00": loss + 0.3, "val.mel/q01": loss + 0.1, "val.pesq": 1.0 + s / 300}
@@ -169,7 +173,7 @@ def test_a_report_survives_what_is_half_there(tmp_path):
                    "conditioning": {"lm_coarse": {"true": 1.0}}, "ladder": [{"rung": "original"}]})
     (Path(inputs["samples"].path) / "wav" / "acoustic-1.wav").unlink()
     (Path(inputs["samples"].path) / "wav" / "acoustic-2.wav").write_bytes(b"not a wav")
-    Path(inputs["codec"].path, "metrics-0001.jsonl").unlink()
+    Path(inputs["codec"].folder, "metrics-0001.jsonl").unlink()
     del inputs["lm_fine"]
     build_report({"title": "half"}, inputs, Out(str(tmp_path / "out")))
     found = read(tmp_path / "out")

@@ -60,7 +60,7 @@ def built(items, tmp_path_factory):
 
 
 def facts(path: Path) -> dict:
-    return json.loads((path / "done.json").read_text())["facts"]
+    return json.loads((path.parent / "done.json").read_text())["facts"]
 
 
 def test_every_iteration_is_a_step_and_the_choice_is_what_kmeans_uses(built):
@@ -98,7 +98,7 @@ def test_a_second_iteration_starts_where_the_first_ended_and_learns_its_own_targ
     assert all(torch.equal(w, before[name]) for name, w in begun.model.encoder.state_dict().items())
     config = json.loads((paths["masked_model_2"] / "export" / "config.json").read_text())
     assert config["targets_k"] == 6 and facts(paths["masked_model_2"])["val.target_entropy"] > 0.2
-    lines = [json.loads(line) for f in sorted(paths["masked_model_2"].glob("metrics-*.jsonl")) for line in f.open()]
+    lines = [json.loads(line) for f in sorted(paths["masked_model_2"].parent.glob("metrics-*.jsonl")) for line in f.open()]
     assert any("val.alarm/constant_targets" in row["metrics"] for row in lines)
 
 

@@ -30,7 +30,7 @@ NAME = pretrained.DEFAULT_CODEC
 @pytest.fixture
 def build(tmp_path) -> str:
     """A codec build with its recipe, as a run's step leaves it."""
-    folder = built_codec(str(tmp_path / "store/codec/0123456789ab/0001"))
+    folder = built_codec(str(tmp_path / "store/codec/0123456789ab/0001/0001"))
     store.put_json(str(tmp_path / "store/codec/0123456789ab/recipe.json"), {
         "step": "codec", "config": {"codec": {"n_q": 3, "where": "/data/x"}, "sources": ["s3://bucket/x", "a/b", "**/*.wav"]}})
     return folder

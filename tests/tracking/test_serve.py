@@ -160,8 +160,8 @@ def test_requests_that_find_no_place_are_refused_and_one_whose_caller_left_is_gi
                        b"Content-Length: %d\r\n\r\n%s" % (len(body), body))
         while not refused:
             assert time.monotonic() < deadline, "no request was refused"
-            with ThreadPoolExecutor(2) as pool:  # beside nothing else, two find their places
-                refused = [reply for status, reply in pool.map(lambda _: post(server, small), range(2)) if status == 503]
+            with ThreadPoolExecutor(4) as pool:  # more than there are places, should the long one not have begun yet
+                refused = [reply for status, reply in pool.map(lambda _: post(server, small), range(4)) if status == 503]
     assert "one request is answered and 1 wait, at most (max_waiting): ask again later" in refused[0]["message"]
     while (status := post(server, small)[0]) != 200:
         assert time.monotonic() < deadline, status

@@ -63,8 +63,8 @@ def test_a_run_killed_behind_a_checkpoint_on_s3_has_every_row_of_an_uninterrupte
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     resumed = build(logged(), store)
-    assert names(join(resumed.path, "attempts")) == ["0001.json", "0002.json"]
-    assert resumed.facts == whole.facts and rows(resumed.path) == rows(whole.path)
+    assert names(join(resumed.folder, "attempts")) == ["0001.json", "0002.json"]
+    assert resumed.facts == whole.facts and rows(resumed.folder) == rows(whole.folder)
 
 
 def test_a_training_outlasts_outages_in_its_middle_and_at_its_end(s3_server, whole, monkeypatch):

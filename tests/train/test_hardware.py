@@ -9,6 +9,7 @@ import torch
 import torch.multiprocessing as mp
 from torch._dynamo.exc import BackendCompilerFailed
 
+from audiolm.metrics_log import MetricsFile
 from audiolm.models.compiled import FOLDER
 from audiolm.train.engine import make_engine
 from audiolm.train.hardware import largest, micro_batch, out_of_memory
@@ -172,6 +173,6 @@ def test_a_worker_that_compiles_keeps_what_it_compiled(compiles, tmp_path, monke
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv(FOLDER, "")
     monkeypatch.delenv(FOLDER)  # both, so that it is gone again afterwards
-    job = TrainJob(tiny_lm, {}, settings(), {}, str(tmp_path / "build"), 1, "", 1, "cpu", 1, 1, compiles)
-    Worker(job, 0, 1, None, None)
+    job = TrainJob(tiny_lm, {}, settings(), {}, str(tmp_path / "build"), 1, "", "", 1, "cpu", 1, 1, compiles)
+    Worker(job, 0, 1, MetricsFile(str(tmp_path / "metrics.jsonl")), None)
     assert os.environ.get(FOLDER) == (str(tmp_path / "audiolm/inductor") if compiles else None)

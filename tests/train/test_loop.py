@@ -31,10 +31,10 @@ def test_a_run_that_failed_and_resumed_equals_an_uninterrupted_one(tmp_path, eng
     with pytest.raises(StepFailed, match="planted at step 8"):
         build(training_step(fail_at=8, **how), store)
     resumed = build(training_step(**how), store)
-    assert names(join(resumed.path, "attempts")) == ["0001.json", "0002.json"]
+    assert names(join(resumed.folder, "attempts")) == ["0001.json", "0002.json"]
     assert {k: v for k, v in resumed.facts.items()} == whole.facts
     assert get(join(resumed.path, "export", "model.safetensors")) == get(join(whole.path, "export", "model.safetensors"))
-    rows = [{r["step"]: r["metrics"]["loss"] for r in read_build(a.path) if "loss" in r["metrics"]} for a in (whole, resumed)]
+    rows = [{r["step"]: r["metrics"]["loss"] for r in read_build(a.folder) if "loss" in r["metrics"]} for a in (whole, resumed)]
     assert all(rows[0][step] == rows[1][step] for step in rows[0])
 
 
@@ -47,11 +47,11 @@ def test_micro_batches_do_not_change_the_run(tmp_path):
 
 def test_checkpoints_are_found_by_commit_and_pruned_to_the_last_the_best_and_the_trunks_end(tmp_path):
     artifact = build(training_step(), str(tmp_path))
-    live = [c["step"] for c in commits(artifact.path) if not c.get("pruned")]
+    live = [c["step"] for c in commits(artifact.folder) if not c.get("pruned")]
     best = artifact.facts["best_step"]  # the decay begins at 8, and 5 was the best then
-    assert live == sorted({5, 8, 10, 12, best}) and len(names(join(artifact.path, "checkpoints"))) == len(live)
-    put_json(join(artifact.path, "checkpoints", "00000099-0001", "state.json"), {})  # a save that was never committed
-    assert newest(artifact.path)["step"] == 12
+    assert live == sorted({5, 8, 10, 12, best}) and len(names(join(artifact.folder, "checkpoints"))) == len(live)
+    put_json(join(artifact.folder, "checkpoints", "00000099-0001", "state.json"), {})  # a save that was never committed
+    assert newest(artifact.folder)["step"] == 12
 
 
 @pytest.mark.parametrize(("engine", "zero"), [("torch", 0), ("deepspeed", 3)])
@@ -64,8 +64,8 @@ def test_the_best_weights_are_exported_when_asked(tmp_path, engine, zero, monkey
     best = artifact.facts["best_step"]
     assert best < 24
     assert artifact.facts["exported_step"] == best
-    commit = next(c for c in commits(artifact.path) if c["step"] == best)
-    saved = checkpoint.load(artifact.path, commit, "model")
+    commit = next(c for c in commits(artifact.folder) if c["step"] == best)
+    saved = checkpoint.load(artifact.folder, commit, "model")
     exported = safetensors.torch.load(get(join(artifact.path, "export", "model.safetensors")))
     assert all((exported[k] == saved[f"param/{k}"]).all() for k in exported)
 
@@ -73,7 +73,7 @@ def test_the_best_weights_are_exported_when_asked(tmp_path, engine, zero, monkey
 def test_a_worker_whose_lease_was_taken_does_not_commit(tmp_path):
     path = str(tmp_path / "b")
     lease = Lease(path)
-    job = TrainJob(tiny_lm, {}, settings(), {}, path, lease.attempt, f"{path}/metrics-0001.jsonl", 0, "cpu", 1, 16, False)
+    job = TrainJob(tiny_lm, {}, settings(), {}, path, lease.attempt, path, f"{path}/metrics-0001.jsonl", 0, "cpu", 1, 16, False)
     taken = Lease(path)
     with pytest.raises(LeaseLost, match="taken over by attempt 2"):
         run_worker(job, 0, 1)
@@ -115,7 +115,8 @@ def test_an_alarm_of_the_validation_stands_in_the_progress_until_it_is_over(tmp_
         def progress(self, done, total, unit, note):
             notes.append(note)
 
-    job = TrainJob(tiny_lm, {}, settings(), {}, str(tmp_path), 1, f"{tmp_path}/metrics-0001.jsonl", 0, "cpu", 1, 16, False)
+    job = TrainJob(tiny_lm, {}, settings(), {}, str(tmp_path), 1, str(tmp_path), f"{tmp_path}/metrics-0001.jsonl", 0, "cpu",
+                   1, 16, False)
 
     def seen(text: str, present: bool) -> bool:
         deadline = time.monotonic() + 20
@@ -145,10 +146,10 @@ def test_patience_ends_a_training_past_its_best_and_exports_the_best(tmp_path):
     whole = build(training_step(**EARLY), str(tmp_path / "a"))
     best, stopped = whole.facts["best_step"], whole.facts["stopped_at"]
     assert stopped == best + 2 * 4 < 60 and whole.facts["steps"] == stopped and whole.facts["exported_step"] == best
-    validated = {r["step"]: r["metrics"]["val.loss"] for r in read_build(whole.path) if "val.loss" in r["metrics"]}
+    validated = {r["step"]: r["metrics"]["val.loss"] for r in read_build(whole.folder) if "val.loss" in r["metrics"]}
     assert max(validated) == stopped and min(validated, key=validated.get) == best
     assert f"stopped at step {stopped} of 60: 2 validations were no better than step {best}'s" in headline(whole.facts)
-    assert newest(whole.path)["step"] == stopped  # saved, so that it is known to be over
+    assert newest(whole.folder)["step"] == stopped  # saved, so that it is known to be over
 
     store = str(tmp_path / "b")
     with pytest.raises(StepFailed, match="planted"):
@@ -158,14 +159,14 @@ def test_patience_ends_a_training_past_its_best_and_exports_the_best(tmp_path):
 
 
 def test_a_training_that_was_killed_at_its_early_end_is_not_trained_on(tmp_path):
-    path = build(training_step(**EARLY), str(tmp_path)).path
-    final, committed = get_json(join(path, "final.json")), commits(path)
-    remove(join(path, "final.json"))
+    done = build(training_step(**EARLY), str(tmp_path))
+    path, final, committed = done.folder, get_json(join(done.path, "final.json")), commits(done.folder)
+    remove(join(done.path, "final.json"))
     lease = Lease(path)
-    run_worker(TrainJob(tiny_lm, {"fail_at": final["steps"]}, settings(**EARLY), {}, path, lease.attempt,
+    run_worker(TrainJob(tiny_lm, {"fail_at": final["steps"]}, settings(**EARLY), {}, path, lease.attempt, done.path,
                         f"{path}/metrics-0002.jsonl", 0, "cpu", 1, 16, False), 0, 1)
     lease.close("done")
-    assert get_json(join(path, "final.json")) == final and commits(path) == committed
+    assert get_json(join(done.path, "final.json")) == final and commits(path) == committed
 
 
 def test_patience_without_the_best_exported_is_refused():

@@ -28,7 +28,7 @@ def weights(artifact):
 
 
 def losses(artifact):
-    return {r["step"]: r["metrics"]["loss"] for r in read_build(artifact.path) if "loss" in r["metrics"]}
+    return {r["step"]: r["metrics"]["loss"] for r in read_build(artifact.folder) if "loss" in r["metrics"]}
 
 
 def test_which_batch_a_step_takes():
@@ -75,9 +75,9 @@ def test_a_run_that_rolled_back_equals_one_without_those_rows(tmp_path, spared, 
         assert all(ours[s] == pytest.approx(theirs[s], rel=1e-4) for s in theirs)
     else:
         assert weights(rolled) == weights(spared) and all(ours[s] == theirs[s] for s in ours if s in theirs)
-    record = newest(rolled.path)["spikes"]
+    record = newest(rolled.folder)["spikes"]
     assert record["skipped"] == [{"step": 20, "rows": 20}, {"step": 29, "rows": 30}] and len(record["recent"]) == 6
-    logged = {r["step"]: r["metrics"]["rollbacks"] for r in read_build(rolled.path) if "rollbacks" in r["metrics"]}
+    logged = {r["step"]: r["metrics"]["rollbacks"] for r in read_build(rolled.folder) if "rollbacks" in r["metrics"]}
     assert logged == {21: 1, 30: 2}
 
 
@@ -114,8 +114,8 @@ def test_two_workers_roll_back_and_stop_early_alike(tmp_path):
     assert alone.facts["rollbacks"] == 1 and alone.facts["stopped_at"] < 60
     path = str(tmp_path / "b")
     lease = Lease(path)
-    job = TrainJob(tiny_lm, objective, settings(**changes), {}, path, lease.attempt, f"{path}/metrics-0001.jsonl", 0, "cpu",
-                   1, 16, False)
+    job = TrainJob(tiny_lm, objective, settings(**changes), {}, path, lease.attempt, path, f"{path}/metrics-0001.jsonl", 0,
+                   "cpu", 1, 16, False)
     workers = torch.multiprocessing.spawn(_rank, (2, free_port(), job), nprocs=2, join=False)
     assert any(workers.join(120) for _ in range(3))  # a call returns when one of them has ended
     lease.close("done")

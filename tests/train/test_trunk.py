@@ -24,11 +24,11 @@ from tests.worlds.training import SPOILED, build, training_step
 
 
 def losses(artifact):
-    return {r["step"]: r["metrics"] for r in read_build(artifact.path)}
+    return {r["step"]: r["metrics"] for r in read_build(artifact.folder)}
 
 
 def first_step(artifact):
-    return read_from(artifact.path + "/metrics-0001.jsonl")[0][0]["step"]
+    return read_from(artifact.folder + "/metrics-0001.jsonl")[0][0]["step"]
 
 
 def exported(artifact):
@@ -84,7 +84,7 @@ def test_a_run_that_was_stopped_lends_what_it_keeps(tmp_path):
 def test_a_pruned_checkpoint_is_passed_over(tmp_path):
     store = str(tmp_path)
     artifact = build(training_step(), store)
-    assert [c["step"] for c in commits(artifact.path) if not c.get("pruned") and "trunk" in c] == [5, 8]
+    assert [c["step"] for c in commits(artifact.folder) if not c.get("pruned") and "trunk" in c] == [5, 8]
     row = plan([training_step(steps=14, decay_steps=7)], store)  # decays from 7 on: 6 is pruned, 5 is kept as the best
     assert "goes on from step 5" in table(row, run=True)
 
@@ -106,7 +106,7 @@ def test_forced_and_stale_builds_take_nothing_old(tmp_path):
     assert "goes on" not in table(plan(graph(), store, force=["tiny"]), run=True)
     assert first_step(go(graph(), force=["tiny"])) == 1
     longer = go(graph(steps=20))
-    assert first_step(longer) == 9 and get_json(longer.path + "/build.json")["trunk"]["forced"] == 1  # of the newer trunk
+    assert first_step(longer) == 9 and get_json(longer.folder + "/build.json")["trunk"]["forced"] == 1  # of the newer trunk
     assert first_step(go(graph(steps=20), force=["tiny"])) == 1
     go(graph(steps=22), only=["first"], force=["first"])
     assert "goes on" not in table(plan(graph(steps=22), store), run=True)
@@ -145,7 +145,7 @@ def test_a_language_model_of_100_then_200_steps_is_that_of_200_at_once_and_each_
     continued = build(stage(200), str(tmp_path / "b"))
     assert first_step(continued) == 81
     assert continued.facts == at_once.facts and exported(continued) == exported(at_once)
-    commit = get_json(path_of(continued.path, continued.facts["exported_step"]))
-    kept, _ = load_lm(join(continued.path, "checkpoints", commit["folder"]))
+    commit = get_json(path_of(continued.folder, continued.facts["exported_step"]))
+    kept, _ = load_lm(join(continued.folder, "checkpoints", commit["folder"]))
     final, _ = load_lm(continued.path)
     assert all((a == b).all() for a, b in zip(kept.state_dict().values(), final.state_dict().values(), strict=True))

@@ -20,10 +20,10 @@ from audiolm.train.objectives.base import Context
 from audiolm.train.objectives.codec import CodecObjective
 from audiolm.train.objectives.spectral import SpectralObjective
 from tests.tokenizers import test_vocoder as vocoders
-from tests.train import test_hearing_objective as hearing
-from tests.train import test_lm_objective as lm
-from tests.train import test_masked, test_parallel_objective, test_w2vbert
-from tests.train.test_codec_training import RECIPES, recipe
+from tests.train.objectives import test_hearing_objective as hearing
+from tests.train.objectives import test_lm_objective as lm
+from tests.train.objectives import test_masked, test_parallel_objective, test_w2vbert
+from tests.train.objectives.test_codec_training import RECIPES, recipe
 from tests.worlds import tiny_vocoder
 from tests.worlds.gpu.waits import META, no_waits
 from tests.worlds.tiny_codec import Voices

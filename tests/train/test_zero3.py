@@ -14,6 +14,7 @@ import torch.multiprocessing as mp
 
 from audiolm.config.lm import DepthConfig, ParallelConfig, StageConfig
 from audiolm.config.training import TrainConfig
+from audiolm.metrics_log import MetricsFile
 from audiolm.train import engine as engines
 from audiolm.train import guards
 from audiolm.train.objectives import lm, parallel
@@ -51,8 +52,9 @@ def trained(paths, folder, kind, zero, rank, world):
     """Gradients of the first step by name; losses and validations of two steps; whether weights were split afterwards, and
     whether one that is not finite is found there."""
     train = TrainConfig(steps=9, batch=8, lr=1e-3, clip=0, betas=(BETA, 0.9), engine="deepspeed", zero=zero, micro_batch=2)
-    worker = Worker(TrainJob(objective, {"kind": kind, "train": train}, train, paths, f"{folder}/{kind} {zero}", 1, "", 1,
-                             "cpu", 1, 1, False), rank, world, None, None)
+    worker = Worker(TrainJob(objective, {"kind": kind, "train": train}, train, paths, f"{folder}/{kind} {zero}", 1, "", "",
+                             1, "cpu", 1, 1, False), rank, world,
+                    None if rank else MetricsFile(f"{folder}/metrics.jsonl"), None)
     engine, losses = worker.engines["lm"], []
     for step in range(2):
         losses.append(float(worker.update(worker.load(step), step)["loss"]))

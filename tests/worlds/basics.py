@@ -22,6 +22,7 @@ class RecordingOut:
 
     def __init__(self, path):
         self.path, self.inline, self.forced, self.attempt = str(path), True, False, 1
+        self.build = str(path)
         self.logged, self.seen, self.siblings = [], [], []
         self.metrics_path = f"{path}/metrics-0001.jsonl"
 

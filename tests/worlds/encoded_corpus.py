@@ -20,7 +20,8 @@ from audiolm.config.lm import LMConfig, StageConfig
 from audiolm.config.run import ClusterConfig
 from audiolm.config.tokens import TokensConfig
 from audiolm.config.training import TrainConfig
-from audiolm.data.clips import Clip, Part, clips_parquet
+from audiolm.data.audio_check import file_hash
+from audiolm.data.clips import Clip, Part, clips_parquet, parquet_bytes
 from audiolm.models.conformer import Encoder, EncoderSizes
 from audiolm.models.soundstream import SoundStream, SoundStreamSizes
 from audiolm.tokenizers import encode
@@ -53,6 +54,9 @@ def world(tmp_path_factory):
             part = Part(name, f"{name}.wav", 0, len(wav), 0, None)
             clips.append(Clip(f"a/{name}", "a", "a", name, split, RATE, len(wav), (part,), shard, row))
     store.put(str(root / "manifest" / "clips.parquet"), clips_parquet(clips))
+    listed = [{"origin": "a", "uri": p.uri, "hash": file_hash(str(root / "audio" / p.uri))} for c in clips for p in c.parts]
+    columns = [(name, "string") for name in ("origin", "uri", "hash")]
+    store.put(str(root / "manifest" / "listing.parquet"), parquet_bytes(listed, columns))
     encoder = Encoder(EncoderSizes(dim=8, layers=1, heads=2, ff=16, conv_kernel=3, dropout=0.0))
     frames = torch.randn(4000, 8)
     save_semantic(str(root / "kmeans"), ConformerExtractor(encoder), 1, frames.mean(0), frames.std(0), torch.randn(K, 8),
@@ -78,5 +82,5 @@ def run_encode(world, which, out, batch_s=4.0, speeds=()):
 @pytest.fixture(scope="module")
 def encoded(world):
     facts = {w: run_encode(world, w, RecordingOut(world.root / f"{w}_tokens")) for w in ("semantic", "acoustic")}
-    store.put_json(str(world.root / "semantic_tokens" / "done.json"), {"facts": facts["semantic"]})
+    store.put_json(str(world.root / "done.json"), {"facts": facts["semantic"]})
     return facts

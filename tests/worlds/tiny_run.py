@@ -34,9 +34,9 @@ def finish(world, folder: str) -> tuple[str, str]:
             at = f"{build}/checkpoints/{step:08d}-0001" if step else paths[name]
             store.put(f"{at}/export/model.safetensors", safetensors.torch.save(weights))
             store.put_json(f"{at}/export/config.json", about)
-    shutil.copytree(f"{build}/checkpoints/00000002-0001/export", f"{build}/export")
-    paths |= {"lm_semantic": build, "evaluate": f"{folder}/evaluate/abcdef/0001"}
-    store.put_json(f"{paths['evaluate']}/done.json", {"inputs": {"lm_semantic": "abcdef.0001"}})
+    shutil.copytree(f"{build}/checkpoints/00000002-0001/export", f"{build}/0001/export")
+    paths |= {"lm_semantic": f"{build}/0001", "evaluate": f"{folder}/evaluate/abcdef/0001/0001"}
+    store.put_json(f"{folder}/evaluate/abcdef/0001/done.json", {"inputs": {"lm_semantic": "abcdef.0001"}})
     for step, loss in ((1, 2.5), (2, 2.0), (3, 2.25)):
         commit(build, step, loss, best=min(step, 2))
     store.put_json(f"{folder}/lm_semantic/abcdef/recipe.json", {"config": {"lm": {"dim": 16}, "seed": 0}})

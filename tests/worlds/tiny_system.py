@@ -58,12 +58,12 @@ def build(folder: str, coarse: int = COARSE, dedupe: bool = True, kind: str = "f
 
 
 def token_store(folder: str, mean_run: float = RUN) -> str:
-    """A finished semantic_tokens step: its facts and one shard of one clip."""
+    """A finished semantic_tokens step: its facts, in the build's `folder`, and one shard of one clip."""
     path = store.join(folder, "semantic_tokens")
     meta = {"which": "semantic", "spec": {"name": "semantic", "sample_rate": 16_000, "hop": 640, "n_q": 1, "vocab": K},
             "hash": "h", "manifest": "m.0001", "shards": 1, "device": "cpu", "dtype": "float32", "versions": {}}
     store.put(store.join(path, tokens.shard_name(0)), tokens.shard_bytes(["c"], [np.zeros((9, 1), int)], meta, 0, dedup=True))
-    store.put_json(store.join(path, "done.json"), {"facts": {"mean_run": mean_run}})
+    store.put_json(store.join(folder, "done.json"), {"facts": {"mean_run": mean_run}})
     return path
 
 

@@ -105,7 +105,9 @@ def sampled_statistics(path: str) -> dict[str, float]:
     for k in np.unique(np.linspace(0, tokens.shards - 1, min(tokens.shards, SAMPLED_SHARDS)).astype(int)):
         data = tokens.levels(int(k), [0])
         token_R, row_R, _, length_R = runs(data[level_name(0)])
-        own_R = row_R < tokens.originals(data["id"])  # copies at other speeds come last and do not count
+        counts = ~np.isin(data["id"], tokens.files[int(k)]["rejected"])
+        counts[tokens.originals(data["id"]):] = False  # copies at other speeds
+        own_R = counts[row_R]
         frames_K += np.bincount(token_R[own_R], length_R[own_R], len(frames_K)).astype(np.int64)
         n_runs += int(own_R.sum())
     bits = entropy_bits(frames_K)

@@ -18,6 +18,7 @@ import torch
 from audiolm import rng, store
 from audiolm.config.corpus import ClipFilter
 from audiolm.config.semantic import LayerSweepConfig
+from audiolm.dag.outputs import build_of
 from audiolm.data.clips import Clip, read_clips
 from audiolm.data.parallel import cluster_device, parallel_map
 from audiolm.data.sources import roots
@@ -34,14 +35,14 @@ from audiolm.train import checkpoint
 from audiolm.train.commits import commits
 
 
-def checkpoints(build: str, device: str = "cpu") -> Iterator[tuple[int, Extractor]]:
-    """(step, encoder) of each checkpoint that the build keeps.
+def checkpoints(path: str, device: str = "cpu") -> Iterator[tuple[int, Extractor]]:
+    """(step, encoder) of each kept checkpoint of a training, given its outputs.
 
     Raises ArtifactError for all but a finished masked model that was trained here."""
-    config = store.get_json(store.join(build, "export", "config.json"))
+    config, build = store.get_json(store.join(path, "export", "config.json")), build_of(path)
     kept = [c for c in commits(build) if not c.get("pruned")]
     if config is None or "encoder" not in config or not kept:
-        raise ArtifactError(f"{build} is no finished masked_model build with checkpoints: give one that was trained here")
+        raise ArtifactError(f"{path} is no finished masked_model build with checkpoints: give one that was trained here")
     for commit in kept:
         state = checkpoint.load(build, commit, "model")
         weights = {name.partition("/encoder.")[2]: value for name, value in state.items()

@@ -175,7 +175,8 @@ def tokens_part(want: SemanticMetricsConfig, source_roots: dict[str, str], paths
     """One task: statistics of train and held-out clips, their drift, and the examples."""
     tokens = TokenStore(paths["semantic_tokens"])
     rate_hz = tokens.spec["sample_rate"] / tokens.spec["hop"]
-    clips = {c.id: c for c in read_clips(paths["manifest"], where=want.where)}
+    rejected = {i for file in tokens.files for i in file["rejected"]}
+    clips = {c.id: c for c in read_clips(paths["manifest"], where=want.where) if c.id not in rejected}
     group_of = {i: "train" if c.split == "train" else "held_out" for i, c in clips.items()}
     uses = ts.tally(tokens, group_of, ("train", "held_out"))
     statistics = {g: ts.statistics(u, rate_hz) for g, u in uses.items()}

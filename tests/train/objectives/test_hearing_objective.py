@@ -127,7 +127,7 @@ def test_what_it_exports_makes_the_sound(inputs, trained, tmp_path):
         load_hearing(str(tmp_path), other)
     weights = tmp_path / "export" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:500])
-    with pytest.raises(ArtifactError, match="model.safetensors is cut or altered .*: run the step that left it again"):
+    with pytest.raises(ArtifactError, match="model.safetensors is not the file that config.json describes .*--repair"):
         load_hearing(str(tmp_path), codec)
 
 

@@ -1,0 +1,46 @@
+"""Parquet files with a checksum on every page: a flipped bit is found on reading, and the error names the file."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from audiolm import store
+
+
+class DamagedFile(ValueError):
+    """A Parquet file whose bytes are not what was written; the text names it and the fix."""
+
+
+def table_bytes(table: pa.Table, row_group_size: int | None = None) -> bytes:
+    """A Parquet file of row groups of so many rows, by default a million."""
+    sink = io.BytesIO()
+    pq.write_table(table, sink, row_group_size=row_group_size, write_page_checksum=True)
+    return sink.getvalue()
+
+
+def read_table(path: str) -> pa.Table:
+    """A whole table. Raises FileNotFoundError, DamagedFile."""
+    data = store.get(path)
+    with intact(path):
+        return open_file(io.BytesIO(data)).read()
+
+
+def open_file(f) -> pq.ParquetFile:
+    """An open file as one whose pages are verified as they are read."""
+    return pq.ParquetFile(f, page_checksum_verification=True)
+
+
+@contextmanager
+def intact(path: str) -> Iterator[None]:
+    """Turns what pyarrow raises about damaged bytes into one DamagedFile."""
+    try:
+        yield
+    except (pa.ArrowException, OSError) as e:
+        if isinstance(e, OSError) and (isinstance(e, store.NoAnswer) or e.errno is not None):
+            raise  # the store's own
+        raise DamagedFile(f"{path} is damaged ({e}); give the run's command once more with --repair") from e
