@@ -17,7 +17,7 @@ E2E = "tests/e2e.yaml"
 
 
 def run(*command, **more):
-    return subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=400, **more)
+    return subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=550, **more)
 
 
 def pipeline(store, *arguments):
@@ -29,7 +29,7 @@ def pipeline(store, *arguments):
 def test_all_parts_at_tiny_size(tmp_path):
     store, out = tmp_path / "store", tmp_path / "out"
     pipeline(store, "--only", "manifest")
-    done = run("tests/bench/gpu.py", "--tiny", "--device", "cpu", "--minutes", "6", "--out", out, "--config", E2E,
+    done = run("tests/bench/gpu.py", "--tiny", "--device", "cpu", "--minutes", "8", "--out", out, "--config", E2E,
                f"store={store}", "--train", "codec")
     found = json.loads((out / "gpu.json").read_text())
     assert done.returncode == 0, done.stdout + (out / "gpu.log").read_text()[-3000:]
