@@ -105,13 +105,15 @@ def take_back(path: str, bad: list[str], part: str) -> None:
     remove(join(build_of(path), "done.json"))
 
 
+def sha256(path: str) -> str:
+    """Of a file's bytes, in hexadecimal. Raises FileNotFoundError."""
+    digest = hashlib.sha256()
+    for piece in pieces(path):
+        digest.update(piece)
+    return digest.hexdigest()
+
+
 def _digests(path: str, found: Iterable[str]) -> list[tuple[str, str]]:
     """(name, SHA-256) of files below a folder."""
-    def one(name: str) -> tuple[str, str]:
-        digest = hashlib.sha256()
-        for piece in pieces(join(path, name)):
-            digest.update(piece)
-        return name, digest.hexdigest()
-
     with ThreadPoolExecutor(READERS) as pool:
-        return list(pool.map(one, found))
+        return list(pool.map(lambda name: (name, sha256(join(path, name))), found))

@@ -181,7 +181,7 @@ class AudioLM:
             wav_BT = torch.zeros(1, padded_samples(len(wav)))
             wav_BT[0, :len(wav)] = torch.from_numpy(np.asarray(wav, np.float32))
             with torch.inference_mode():
-                codes = tokenizer.encode(wav_BT.to(self.device), torch.tensor([len(wav)], device=self.device))[0]
+                codes = tokenizer.encode(wav_BT, torch.tensor([len(wav)]))[0]  # which moves the sound to its device
             encoded[key] = codes.cpu().numpy().astype(np.int64)
         self._spend("tokenize", start)
         return [encoded[key] for key in keys]

@@ -9,13 +9,13 @@ Apart from checkpoint.py, because a plan reads commits and must not import torch
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Iterator
 
 from audiolm.dag.lease import check_lease
+from audiolm.dag.outputs import sha256
 from audiolm.metrics_log import read_build
-from audiolm.store import QUIET_S, copy, get_json, join, modified, names, pieces, put, put_json, remove
+from audiolm.store import QUIET_S, copy, get_json, join, modified, names, put, put_json, remove
 
 
 def path_of(build: str, step: int) -> str:
@@ -63,13 +63,11 @@ def drop_damaged(build: str) -> list[str]:
 def _damaged(build: str, commit: dict) -> str | None:
     """The first file of a checkpoint that is missing or differs from its digest."""
     for name, expected in commit["sha256"].items():
-        path, digest = join(build, "checkpoints", commit["folder"], name), hashlib.sha256()
+        path = join(build, "checkpoints", commit["folder"], name)
         try:
-            for piece in pieces(path):
-                digest.update(piece)
+            if sha256(path) != expected:
+                return path
         except FileNotFoundError:
-            return path
-        if digest.hexdigest() != expected:
             return path
     return None
 
