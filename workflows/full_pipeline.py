@@ -18,13 +18,12 @@ from audiolm.config.external import abx_files_config, semantic_metrics_config  #
 from audiolm.config.lm import ParallelConfig, StageConfig  # noqa: E402
 from audiolm.config.pipeline import Pipeline  # noqa: E402
 from audiolm.config.semantic import IterationConfig, KMeansConfig, SemanticConfig  # noqa: E402
-from audiolm.config.start import CodecStartConfig, StartConfig  # noqa: E402
 from audiolm.config.training import TrainConfig  # noqa: E402
 from audiolm.dag.step import Step  # noqa: E402
 from audiolm.pipeline.cli import main  # noqa: E402
 from audiolm.pipeline.steps import FUNCTIONS  # noqa: E402
 from audiolm.tokenizers.hf import imported_codec, imported_encoder, text_model  # noqa: E402
-from audiolm.tokenizers.start import refuse_own_run, start_weights  # noqa: E402
+from audiolm.tokenizers.start import AnyStart, all_started, refuse_own_run, start_weights  # noqa: E402
 
 # Sampled for the targets of an iteration of HuBERT: 22 hours, thousands of frames for each of their few clusters.
 TARGET_FRAMES = 2_000_000
@@ -32,12 +31,10 @@ TARGET_FRAMES = 2_000_000
 
 def graph(cfg: Pipeline) -> list[Step]:
     """The steps of a run in order: manifest, two tokenizers, their tokens, the stages, samples and results."""
+    refuse_own_run(cfg)
+    cfg = all_started(cfg)
     common = {"seed": cfg.run.seed, "cluster": cfg.cluster, "corpus": cfg.corpus}
     sem, lm, ev = cfg.semantic, cfg.lm, cfg.evaluate
-    refuse_own_run(cfg.store, cfg.run.name, {
-        "codec.start": cfg.codec.start, "semantic.model.start": sem.model.start, "lm.semantic.start": lm.semantic.start,
-        "lm.coarse.start": lm.coarse.start, "lm.fine.start": lm.fine.start,
-        "lm.parallel.start": lm.parallel.start})
     manifest = Step("manifest", FUNCTIONS["build_manifest"], common)
 
     # Both tokenizers, frozen before any language model sees their tokens, and how good they are.
@@ -76,8 +73,9 @@ def graph(cfg: Pipeline) -> list[Step]:
     if cfg.has_fine:
         stages.append(stage("lm_fine", lm.fine, y, *books))
     if lm.decoder:
-        stages.append(Step("lm_decoder", FUNCTIONS["train_decoder"], {**common, "lm": lm.decoder, "rows": ev.rows},
-                           (manifest, kmeans, codec, z, y), trains=lm.decoder.train, after=(codec_figures,)))
+        config = {**common, "lm": lm.decoder, "rows": ev.rows, **started("lm.decoder", lm.decoder.start, "lm_decoder")}
+        stages.append(Step("lm_decoder", FUNCTIONS["train_decoder"], config, (manifest, kmeans, codec, z, y),
+                           trains=lm.decoder.train, after=(codec_figures,)))
 
     # Sound and results of the whole system.
     system = (manifest, kmeans, codec, z, y, *stages)
@@ -92,7 +90,7 @@ def graph(cfg: Pipeline) -> list[Step]:
             tables, report]
 
 
-def started(section: str, start: StartConfig | CodecStartConfig | None, step: str) -> dict:
+def started(section: str, start: AnyStart | None, step: str) -> dict:
     """The weights that a training step starts from, as a part of its config; nothing where it starts from random ones."""
     return {"start": start_weights(f"{section}.start.uri", start, step)} if start else {}
 
@@ -126,7 +124,8 @@ def semantic_steps(sem: SemanticConfig, common: dict, manifest: Step) -> list[St
             choice = config.model_dump(include={"layer", "k", "window_s", "overlap_s"})
             sweeps = [Step("layers" + suffix, FUNCTIONS["choose_layer"],
                            {**common, **choice, "sweep": sweep, "abx": abx, "where": sem.where}, (manifest, model))]
-        return [*sweeps, Step(name, FUNCTIONS["fit_kmeans"], {**common, "kmeans": config, "where": sem.where},
+        begun = started("semantic.kmeans", config.start, "kmeans")
+        return [*sweeps, Step(name, FUNCTIONS["fit_kmeans"], {**common, "kmeans": config, "where": sem.where, **begun},
                               (manifest, model, *sweeps))]
 
     def training(name: str, train: TrainConfig, iteration: IterationConfig | None, *inputs: Step) -> Step:
@@ -135,6 +134,9 @@ def semantic_steps(sem: SemanticConfig, common: dict, manifest: Step) -> list[St
             config |= started("semantic.model", sem.model.start, "masked_model")
         return Step(name, FUNCTIONS[f"train_{sem.model.objective}"], config, (manifest, *inputs), trains=train, version=2)
 
+    if sem.tokenizer:
+        start = start_weights("semantic.tokenizer.uri", sem.tokenizer, "kmeans")
+        return [Step("kmeans", FUNCTIONS["take_tokenizer"], {"start": start})]
     if sem.pretrained:
         model = Step("masked_model", FUNCTIONS["import_encoder"], {"encoder": imported_encoder(sem.pretrained.uri)})
     else:

@@ -90,6 +90,8 @@ class DecoderConfig(Config):
     crop_s: float = Field(3.0, gt=0)
     width: int = Field(256, ge=1)
     layers: int = Field(5, ge=0)
+    start: Annotated[StartConfig | None, Later(None)] = Field(
+        None, description="weights at the start, of a decoder of the same sizes")
     where: ClipFilter = ClipFilter()
     train: TrainConfig
 

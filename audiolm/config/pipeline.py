@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pydantic import Field, model_validator
 
-from audiolm.config.base import Config
+from audiolm.config.base import Config, PathField, Runtime
 from audiolm.config.codec import CodecConfig
 from audiolm.config.corpus import ClipFilter, CorpusConfig, ManifestSource
 from audiolm.config.evaluation import EvaluateConfig, TablesConfig
@@ -20,6 +20,9 @@ from audiolm.config.tokens import TokensConfig
 
 class Pipeline(Config):
     run: RunConfig = RunConfig()
+    start: Runtime[PathField | None] = Field(
+        None, description="a published system's name or a run's index: each part that is trained and says no start of its own "
+                          "goes on from its part there; null: from nothing")
     store: str = Field("./outputs", description="any fsspec URI that every node sees")
     tracking: str = Field("sqlite", description="sqlite (in the store), none, or an MLflow tracking URI")
     cluster: ClusterConfig = ClusterConfig()

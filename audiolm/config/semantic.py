@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from audiolm.config.base import Config, Later, PathField, Runtime
 from audiolm.config.corpus import ClipFilter
-from audiolm.config.start import StartConfig
+from audiolm.config.start import KMeansStartConfig, StartConfig
 from audiolm.config.training import TrainConfig
 
 
@@ -181,12 +181,16 @@ class KMeansConfig(Config):
     overlap_s: float = Field(2.0, ge=0, description="of a window's ends, encoded for context and dropped")
     iterations: int = Field(100, ge=1, description="passes over the frames, at most")
     restarts: int = Field(3, ge=1)
+    start: Annotated[KMeansStartConfig | None, Later(None)] = Field(
+        None, description="centroids to adapt in place of new ones, so that language models of the old tokens go on")
 
 
 class SemanticConfig(Config):
     where: ClipFilter = ClipFilter()
     model: MaskedModelConfig = MaskedModelConfig()
     pretrained: PretrainedEncoderConfig | None = Field(None, description="imported instead of training semantic.model")
+    tokenizer: StartConfig | None = Field(None, description="a trained tokenizer, taken over as it is: no masked model and no "
+                                                            "k-means are trained, and tokens keep their meaning")
     iterations: tuple[IterationConfig, ...] = Field((), description="further iterations of HuBERT")
     abx: AbxConfig | None = None
     sweep: LayerSweepConfig = LayerSweepConfig()
@@ -197,6 +201,9 @@ class SemanticConfig(Config):
 
     @model_validator(mode="after")
     def _check(self):
+        if self.tokenizer and (self.pretrained or self.iterations or self.model.start or self.kmeans.start):
+            raise ValueError("tokenizer takes a trained one over; pretrained, iterations, model.start and kmeans.start are of "
+                             "one that is trained here: drop them, or tokenizer")
         if self.pretrained and self.model.start:
             raise ValueError("pretrained imports a model that is not trained, model.start begins a training: drop one of them")
         if self.pretrained and self.iterations:
@@ -204,6 +211,8 @@ class SemanticConfig(Config):
         if self.iterations and self.model.objective != "hubert":
             raise ValueError(f"iterations are for objective hubert, model.objective is {self.model.objective}: "
                              "drop one of them")
+        if self.tokenizer:
+            return self
         chosen = [("kmeans", self.kmeans.layer), *((f"iterations.{i}", a.layer) for i, a in enumerate(self.iterations))]
         chosen += [("sweep", n) for n in self.sweep.layers or ()]
         for name, layer in chosen:

@@ -16,6 +16,15 @@ class StartConfig(Config):
                                                 "a build")
 
 
+class KMeansStartConfig(Config):
+    """As StartConfig, of a semantic tokenizer: its z-scores stay, and its centroids are adapted by MAP."""
+
+    uri: Runtime[PathField] = Field(description="a published name, a run's index (OUTPUTS/runs/NAME.json), or folder or URI of "
+                                                "a build")
+    frames: float = Field(16.0, ge=0, description="that a centroid's old place counts for, beside the corpus' own frames: "
+                                                  "more and tokens keep their meaning, 0 and they follow the corpus alone")
+
+
 class CodecStartConfig(Config):
     """As StartConfig, and which parts of the codec learn."""
 

@@ -161,8 +161,16 @@ def _reseeded(groups: list[Part], means: torch.Tensor, centroids: torch.Tensor, 
     return means
 
 
-def _lloyd(groups: list[Part], centroids: torch.Tensor, iterations: int, report: Callable[[int, float], None]) -> KMeans:
-    """Iterations until no label changes. The last pass only measures: counts and inertia are those of its centroids."""
+def _lloyd(groups: list[Part], centroids: torch.Tensor, iterations: int, report: Callable[[int, float], None],
+           moved: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None = None) -> KMeans:
+    """Iterations until no label changes. The last pass only measures: counts and inertia are those of its centroids.
+
+    `moved(sums_KD, counts_K, centroids_KD)` gives the next centroids; by default means, and empty clusters are seeded anew.
+    """
+    def means(sums: torch.Tensor, counts: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+        found = torch.where(counts[:, None] > 0, sums / counts.clamp_min(1)[:, None], old.double())
+        return _reseeded(groups, found, old, counts).float()
+
     before = None
     for done in range(iterations + 1):
         shares = [partial_sums(part, centroids) for part in groups]
@@ -172,9 +180,25 @@ def _lloyd(groups: list[Part], centroids: torch.Tensor, iterations: int, report:
         if done == iterations or digests == before:
             break  # settled (an empty cluster that could not be seeded stays), or out of iterations
         before = digests
-        means = torch.where(counts[:, None] > 0, sums / counts.clamp_min(1)[:, None], centroids.double())
-        centroids = _reseeded(groups, means, centroids, counts).float()
+        centroids = (moved or means)(sums, counts, centroids)
     return KMeans(centroids, inertia, counts, done)
+
+
+def adapt(shards: Sequence[torch.Tensor], centroids_KD: torch.Tensor, frames: float, iterations: int,
+          on_iteration: Callable[[int, float], None] = lambda *_: None) -> KMeans:
+    """Centroids moved towards the points by MAP (Gauvain and Lee 1994): each old one counts as `frames` points in its mean.
+
+    So one without points stays, and each keeps its number.  Raises ValueError where a value is not finite.
+    """
+    shards = [x.float() for x in shards if len(x)]
+    check_finite(shards, range(len(shards)))
+    old_KD = centroids_KD.double()
+
+    def moved(sums_KD: torch.Tensor, counts_K: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+        counts_K1 = counts_K[:, None]
+        return torch.where(counts_K1 > 0, (sums_KD + frames * old_KD) / (counts_K1 + frames).clamp_min(1e-9), old_KD).float()
+
+    return _lloyd(parts(shards), centroids_KD.float(), iterations, on_iteration, moved)
 
 
 def minibatches(part: Part, centroids_KD: torch.Tensor, seen_K: torch.Tensor, seed: int,

@@ -35,6 +35,7 @@ FUNCTIONS = {
     "train_w2vbert": partial(train_objective, "audiolm.train.objectives.w2vbert:w2vbert_objective"),
     "import_encoder": "audiolm.tokenizers.hf_encoder:import_encoder",
     "choose_layer": "audiolm.eval.steps.layers:choose_layer",
+    "take_tokenizer": "audiolm.tokenizers.semantic:take_over",
     "fit_kmeans": "audiolm.tokenizers.kmeans_fit:fit_kmeans",
     "measure_semantic": "audiolm.eval.steps.semantic:measure_semantic",
     # decoders of semantic tokens alone, for the paper's Table I

@@ -27,7 +27,8 @@ from audiolm.models import kmeans
 from audiolm.models.entropy import entropy
 from audiolm.tokenizers.base import SAMPLE_RATE, SEMANTIC_HOP, pad_rows, padded_samples
 from audiolm.tokenizers.extractor import Extractor, Window, window_of, windowed
-from audiolm.tokenizers.semantic import load_extractor, save_semantic
+from audiolm.tokenizers.semantic import SemanticTokenizer, load_extractor, load_semantic, save_semantic
+from audiolm.tokenizers.start import StartWeights, require_same, require_unchanged
 
 # Frames encoded for each one kept, at most. Frames of one clip resemble each other, so a few from
 # each of many clips cover more than all frames of a few; encoding is what that costs.
@@ -52,9 +53,9 @@ class FeatureSource:
 
 
 def fit_kmeans(config: dict, inputs: dict, out) -> dict:
-    """Step fn: config {"kmeans", "where", "corpus", "seed", "cluster"}, inputs: manifest, the
-    masked model (masked_model or masked_model_N) and, where layer or k is auto, the step that chose
-    it (layers or layers_N) -> facts.
+    """Step fn: config {"kmeans", "where", "corpus", "seed", "cluster"} and `start` where centroids are
+    adapted, inputs: manifest, the masked model (masked_model or masked_model_N) and, where layer or k
+    is auto, the step that chose it (layers or layers_N) -> facts.
     """
     settings, where, cluster = chosen(config["kmeans"], inputs), config["where"], config["cluster"]
     clips = read_clips(inputs["manifest"].path, "train", where)
@@ -64,7 +65,7 @@ def fit_kmeans(config: dict, inputs: dict, out) -> dict:
     source = FeatureSource(model_of(inputs).path, settings.layer, window_of(settings.window_s, settings.overlap_s),
                            roots(config["corpus"]), config["seed"], cluster_device(cluster, out.inline))
     numbers = sample_features(source, clips, settings.max_frames, out, cluster)
-    return run_fit(fit_centroids, (source, settings, numbers, out.path), source.device, out, cluster)
+    return run_fit(fit_centroids, (source, settings, numbers, out.path, config.get("start")), source.device, out, cluster)
 
 
 def model_of(inputs: dict):
@@ -210,19 +211,28 @@ def throttled(report: Report, of: int, frames: int) -> Callable[[int, float], No
     return tell
 
 
-def fit_centroids(source: FeatureSource, settings: KMeansConfig, numbers: list[int], out_path: str, report: Report) -> dict:
-    """Z-score, k-means and export from the shards' files of features; returns the step's facts."""
+def fit_centroids(source: FeatureSource, settings: KMeansConfig, numbers: list[int], out_path: str,
+                  start: StartWeights | None, report: Report) -> dict:
+    """Z-score, k-means and export from the shards' files of features; returns the step's facts.
+
+    With `start` that tokenizer's z-score stays, and its centroids are adapted.  Raises ValueError where it has another k or
+    layer.
+    """
     shards = read_features(out_path, numbers)
     frames = sum(map(len, shards))
-    mean_D, std_D = zscore(shards)
+    old = _tokenizer(start, settings) if start else None
+    mean_D, std_D = (old.mean_D, old.std_D) if old else zscore(shards)
     # Without the z-score the few dimensions of largest variance would decide which centroid is
     # nearest (III-B). Shard by shard: the features are in memory once.
     for i, x_ND in enumerate(shards):
         shards[i] = scaled(x_ND, mean_D, std_D).to(source.device)
     tell = throttled(report, settings.restarts * settings.iterations, frames)
-    found = kmeans.fit(shards, settings.k, rng.derive(source.seed, "kmeans"), settings.iterations, settings.restarts,
-                       method=settings.method,
-                       on_iteration=lambda run, done, inertia: tell(run * settings.iterations + done, inertia))
+    if old:
+        found = kmeans.adapt(shards, old.centroids_KD, settings.start.frames, settings.iterations, tell)
+    else:
+        found = kmeans.fit(shards, settings.k, rng.derive(source.seed, "kmeans"), settings.iterations, settings.restarts,
+                           method=settings.method,
+                           on_iteration=lambda run, done, inertia: tell(run * settings.iterations + done, inertia))
     save_semantic(out_path, load_extractor(source.model), source.layer, mean_D, std_D, found.centroids, source.window,
                   {"frames": frames, "seed": source.seed})
     # Facts for the run's page: dead clusters and a low entropy show a collapse.
@@ -233,6 +243,15 @@ def fit_centroids(source: FeatureSource, settings: KMeansConfig, numbers: list[i
     return {"k": settings.k, "layer": source.layer, "frames": frames, "inertia": found.inertia / frames,
             "explained": 1.0 - found.inertia / (frames * moving), "iterations": found.iterations,
             "used_clusters": used, "dead_clusters": settings.k - used, "entropy": float(entropy(found.counts.double()))}
+
+
+def _tokenizer(start: StartWeights, settings: KMeansConfig) -> SemanticTokenizer:
+    """The tokenizer to start from. Raises ValueError where it has another k or layer."""
+    old = load_semantic(start.uri)
+    require_unchanged(start, old.hash)
+    require_same(start, {"semantic.kmeans.k": (settings.k, old.spec.vocab),
+                         "semantic.kmeans.layer": (settings.layer, old.layer)})
+    return old
 
 
 def zscore(shards: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

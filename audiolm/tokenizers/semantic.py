@@ -21,6 +21,7 @@ from audiolm.tokenizers import hf_encoder
 from audiolm.tokenizers.artifact import MASKED_FORMAT, ArtifactError, read_export, write_export
 from audiolm.tokenizers.base import SAMPLE_RATE, SEMANTIC_HOP, TokenSpec
 from audiolm.tokenizers.extractor import FAMILY, ConformerExtractor, Extractor, Window, frames_of, windowed
+from audiolm.tokenizers.start import require_unchanged
 
 FORMAT = "audiolm-semantic-2"
 GOLDEN_S = 2.0  # 50 tokens: enough to notice a wrong layer or z-score, and quick on a CPU
@@ -103,6 +104,20 @@ def save_semantic(build: str, extractor: Extractor, layer: int, mean_D: torch.Te
         "k": len(centroids_KD), "window_frames": window.frames, "overlap_frames": window.overlap, "source": source,
         "golden": {"clip": f"golden_clip, {GOLDEN_S} s", "tokens": tokens.tolist(), "sure": sure.int().tolist()},
     })
+
+
+def take_over(config: dict, inputs: dict, out) -> dict:
+    """Step fn: config {"start": StartWeights} -> facts. Leaves a trained tokenizer's export as it is.
+
+    Raises ArtifactError where it is not the planned one any more, or does not load.
+    """
+    start = config["start"]
+    tokenizer = load_semantic(start.uri)
+    require_unchanged(start, tokenizer.hash)
+    weights, about, _ = read_export(start.uri)
+    out.check()
+    write_export(out.path, weights, {name: value for name, value in about.items() if name != "weights_sha256"})
+    return {"k": tokenizer.spec.vocab, "layer": tokenizer.layer, "digest": start.digest}
 
 
 def load_semantic(kmeans_path: str, device: str = "cpu", dtype: str = "float32") -> SemanticTokenizer:

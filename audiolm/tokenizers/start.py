@@ -9,13 +9,17 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from typing import Any
 
 from audiolm import store
 from audiolm.config.base import Config, ConfigError, Runtime
-from audiolm.config.start import CodecStartConfig, StartConfig
+from audiolm.config.pipeline import Pipeline
+from audiolm.config.start import CodecStartConfig, KMeansStartConfig, StartConfig
 from audiolm.dag.run_index import index_path, steps_of
-from audiolm.tokenizers.artifact import CONFIG, WEIGHTS
+from audiolm.tokenizers.artifact import CONFIG, WEIGHTS, ArtifactError
 
+AnyStart = StartConfig | CodecStartConfig | KMeansStartConfig
+STAGES = ("semantic", "coarse", "fine", "parallel", "decoder")  # sections of lm that are trained
 CODEC_KINDS = ("soundstream", "spectral")  # exports of codecs that are trained here
 MASKED_FAMILY = "masked-conformer"  # of masked models trained here (extractor.FAMILY, which needs torch)
 HOW = "give a run's index (OUTPUTS/runs/NAME.json), or the folder or URI of a build that holds export/"
@@ -30,8 +34,36 @@ class StartWeights(Config):
     digest: str
 
 
-def start_weights(field: str, start: StartConfig | CodecStartConfig, step: str) -> StartWeights:
-    """The weights that the step `step` starts from: `codec`, `masked_model` or `lm_*`.
+def all_started(cfg: Pipeline) -> Pipeline:
+    """The config with `start` handed down to each part that is trained and says none of its own.
+
+    A part that the system there lacks begins with random weights.  Raises ConfigError where there is no such system.
+    """
+    if cfg.start is None:
+        return cfg
+    try:
+        there = steps_of(cfg.start)
+    except (ValueError, OSError) as e:
+        raise ConfigError(f"start: {cfg.start} is no published system and no run's index: give a name or "
+                          "OUTPUTS/runs/NAME.json, or start=null to train from nothing") from e
+
+    def begun(part, kind: type[AnyStart], *steps: str):
+        if part is None or part.start or not set(steps) & there.keys():
+            return part
+        return part.model_copy(update={"start": kind(uri=cfg.start)})
+
+    sem, lm, codec = cfg.semantic, cfg.lm, cfg.codec
+    if not (sem.pretrained or sem.tokenizer):
+        sem = sem.model_copy(update={"model": begun(sem.model, StartConfig, "masked_model", "kmeans"),
+                                     "kmeans": begun(sem.kmeans, KMeansStartConfig, "kmeans")})
+    lm = lm.model_copy(update={name: begun(getattr(lm, name), StartConfig, f"lm_{name}") for name in STAGES
+                               if name != "semantic" or not lm.semantic.warm_start})
+    return cfg.model_copy(update={"semantic": sem, "lm": lm,
+                                  "codec": codec if codec.pretrained else begun(codec, CodecStartConfig, "codec")})
+
+
+def start_weights(field: str, start: AnyStart, step: str) -> StartWeights:
+    """The weights that the step `step` starts from: `codec`, `masked_model`, `kmeans` or `lm_*`.
 
     Raises ConfigError, naming `field`, where there is no export, or one of another kind.
     """
@@ -54,16 +86,35 @@ def start_weights(field: str, start: StartConfig | CodecStartConfig, step: str) 
     return StartWeights(uri=build, field=field, note=f"{place} {digest[:8]}", digest=digest)
 
 
-def refuse_own_run(folder: str, run: str, starts: Mapping[str, StartConfig | CodecStartConfig | None]) -> None:
-    """Raises ConfigError where a start, by config field, names the index of the very run that it is for.
+def refuse_own_run(cfg: Pipeline) -> None:
+    """Raises ConfigError where a start names the index of the very run that it is for.
 
     That index names the trained step afterwards, so that each command would start another training.
     """
-    own = store.absolute(index_path(folder, run))
-    for field, start in starts.items():
-        if start and store.absolute(start.uri) == own:
-            raise ConfigError(f"{field}.uri: {start.uri} is this run's own index, which will name what it trains: give the new "
-                              f"run a name of its own, run.name={run}-adapted")
+    sem, lm = cfg.semantic, cfg.lm
+    parts = {"codec": cfg.codec, "semantic.model": sem.model, "semantic.kmeans": sem.kmeans,
+             **{f"lm.{name}": getattr(lm, name) for name in STAGES}}
+    places = {f"{name}.start.uri": part.start.uri for name, part in parts.items() if part and part.start}
+    places |= {"semantic.tokenizer.uri": sem.tokenizer.uri} if sem.tokenizer else {}
+    own = store.absolute(index_path(cfg.store, cfg.run.name))
+    for field, uri in {"start": cfg.start, **places}.items():
+        if uri and store.absolute(uri) == own:
+            raise ConfigError(f"{field}: {uri} is this run's own index, which will name what it trains: give the new run a "
+                              f"name of its own, run.name={cfg.run.name}-adapted")
+
+
+def require_same(start: StartWeights, settings: Mapping[str, tuple[Any, Any]]) -> None:
+    """Raises ValueError where settings, {config field: (its value, the export's)}, differ; it says what to set."""
+    wrong = [f"{field} is {ours!r}: set it to {theirs!r}" for field, (ours, theirs) in settings.items() if ours != theirs]
+    if wrong:
+        raise ValueError(f"{start.field}: {start.uri} holds a model of another shape: {'; '.join(wrong)}")
+
+
+def require_unchanged(start: StartWeights, digest: str) -> None:
+    """Raises ArtifactError where an export is not the planned one any more."""
+    if digest != start.digest:
+        raise ArtifactError(f"{start.field}: the export at {start.uri} changed since this run was planned ({start.digest} -> "
+                            f"{digest}): start it again")
 
 
 def find_export(uri: str, step: str) -> str:
@@ -79,6 +130,8 @@ def find_export(uri: str, step: str) -> str:
     steps = steps_of(uri)
     # Iterations of HuBERT are masked_model_2, masked_model_3 ...: the index lists steps in their order.
     names = [n for n in steps if n == step or (step == "masked_model" and n.startswith("masked_model_"))]
+    if step == "masked_model":  # a published system has its tokenizer alone, which holds the encoder
+        names = names or [n for n in steps if n == "kmeans"]
     if not names:
         raise LookupError(f"{uri} names no finished step {step}, there are {', '.join(steps)}: {HOW}")
     return steps[names[-1]]
@@ -98,4 +151,8 @@ def _fits(step: str, about: dict) -> bool:
         return about.get("kind") in CODEC_KINDS
     if step == "masked_model":
         return about.get("family") == MASKED_FAMILY
+    if step == "kmeans":
+        return about.get("family") == MASKED_FAMILY and "k" in about
+    if step == "lm_decoder":
+        return about.get("kind") == "hearing"
     return about.get("kind") in ("lm", "parallel") and about["stage"]["name"] == step.removeprefix("lm_")

@@ -152,6 +152,18 @@ def test_too_few_distinct_points_and_broken_values_are_refused():
         kmeans.fit([x], 2, 0)
 
 
+def test_adapted_centroids_are_means_with_the_old_place_as_so_many_points():
+    x = torch.tensor([[1.0], [2.0], [9.0]])
+    old = torch.tensor([[0.0], [10.0], [50.0]])
+    found = kmeans.adapt([x[:1], x[1:]], old, frames=2.0, iterations=1)
+    assert found.centroids.tolist() == [[(1 + 2) / 4], [pytest.approx((9 + 2 * 10) / 3)], [50.0]]
+    assert found.counts.tolist() == [2, 1, 0]
+    assert kmeans.adapt([x], old, frames=0.0, iterations=5).centroids.tolist() == [[1.5], [9.0], [50.0]]
+    assert torch.equal(kmeans.adapt([x], old, frames=2.0, iterations=0).centroids, old)
+    with pytest.raises(ValueError, match="not finite in shard 1"):
+        kmeans.adapt([x, x * torch.nan], old, 1.0, 1)
+
+
 def test_entropy_of_use():
     assert float(entropy(torch.tensor([5, 5, 0, 0]))) == pytest.approx(np.log(2))
     assert float(entropy(torch.tensor([9, 0]))) == 0

@@ -12,16 +12,20 @@ import torch
 from safetensors.torch import load, save
 
 from audiolm import rng, store
+from audiolm.config.base import ConfigError
 from audiolm.config.corpus import ClipFilter, CorpusConfig
 from audiolm.config.run import ClusterConfig
 from audiolm.config.semantic import KMeansConfig
+from audiolm.config.start import KMeansStartConfig, StartConfig
 from audiolm.data import parallel
 from audiolm.data.clips import Clip, Part
 from audiolm.models import kmeans
 from audiolm.models.conformer import Encoder, EncoderSizes
 from audiolm.tokenizers import kmeans_fit
-from audiolm.tokenizers.artifact import MASKED_FORMAT
+from audiolm.tokenizers.artifact import MASKED_FORMAT, ArtifactError
 from audiolm.tokenizers.extractor import ConformerExtractor
+from audiolm.tokenizers.semantic import take_over
+from audiolm.tokenizers.start import start_weights
 
 RATE = 16_000
 SIZES = KMeansConfig(layer=2, k=9, max_frames=200, iterations=20, restarts=2)
@@ -60,6 +64,8 @@ def corpus(tmp_path, monkeypatch) -> CorpusConfig:
 def run(corpus: CorpusConfig, masked: str, out, **change) -> dict:
     config = {"kmeans": SIZES.model_copy(update=change), "where": ClipFilter(), "corpus": corpus, "seed": 3,
               "cluster": ClusterConfig(device="cpu")}
+    if start := config["kmeans"].start:
+        config["start"] = start_weights("semantic.kmeans.start.uri", start, "kmeans")
     inputs = {"manifest": SimpleNamespace(path="-"), "masked_model": SimpleNamespace(path=masked)}
     return kmeans_fit.fit_kmeans(config, inputs, out)
 
@@ -152,3 +158,32 @@ def test_broken_and_collapsed_features_are_refused(corpus, masked, recording_out
         store.put(path, save({"features": torch.ones_like(load(store.get(path))["features"])}))
     with pytest.raises(ValueError, match="k = 9 needs that many distinct points, got 1 among"):
         run(corpus, masked, recording_out)
+
+
+def test_a_start_keeps_z_scores_and_numbers(corpus, masked, recording_out, monkeypatch):
+    """Adapted tokens are the old ones where the old place counts for everything, and other layers and sizes are refused."""
+    first, second, third = (another(recording_out, name) for name in ("first", "second", "third"))
+    run(corpus, masked, first)
+    start = KMeansStartConfig(uri=first.path, frames=1e9)
+    facts = run(corpus, masked, second, start=start, iterations=1)
+    assert export(second) == export(first) and facts["k"] == SIZES.k
+    half = kmeans_fit.read_clips("-", "train", None)[:4]
+    monkeypatch.setattr(kmeans_fit, "read_clips", lambda *_: half)
+    run(corpus, masked, third, start=KMeansStartConfig(uri=first.path, frames=1.0), iterations=3)
+    old, new = (load(export(out)) for out in (first, third))
+    assert torch.equal(old["zscore.mean"], new["zscore.mean"]) and not torch.equal(old["centroids"], new["centroids"])
+    assert torch.equal(torch.cdist(new["centroids"], old["centroids"]).argmin(1), torch.arange(SIZES.k))
+    with pytest.raises(ValueError, match=r"kmeans\.start\.uri: .*kmeans\.k is 5: set it to 9; .*layer is 1: set it to 2"):
+        run(corpus, masked, another(recording_out, "x"), start=start, k=5, layer=1)
+    with pytest.raises(ConfigError, match="export of a 'masked-conformer', and this step starts from that of a step kmeans"):
+        start_weights("semantic.kmeans.start.uri", KMeansStartConfig(uri=masked), "kmeans")
+
+
+def test_a_tokenizer_is_taken_over_as_it_is(corpus, masked, recording_out):
+    first, second = (another(recording_out, name) for name in ("first", "second"))
+    run(corpus, masked, first)
+    planned = start_weights("semantic.tokenizer.uri", StartConfig(uri=first.path), "kmeans")
+    facts = take_over({"start": planned}, {}, second)
+    assert facts["k"] == SIZES.k and [export(second, n) for n in EXPORT] == [export(first, n) for n in EXPORT]
+    with pytest.raises(ArtifactError, match=r"^semantic\.tokenizer\.uri: .*changed since this run was planned"):
+        take_over({"start": planned.model_copy(update={"digest": "0"})}, {}, another(recording_out, "third"))

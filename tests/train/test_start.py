@@ -269,6 +269,8 @@ def test_the_plan_says_where_a_step_starts(builds, tmp_path, option, monkeypatch
     (["codec.start.uri=nope://x"], r"codec\.start\.uri: nope://x cannot be read \(ValueError: .*nope"),
     (["codec.start.uri=BUILD", "codec.pretrained=/x"], "codec: .*pretrained imports .* drop one"),
     (["semantic.model.start.uri=BUILD", "semantic.pretrained.uri=/x", "semantic.iterations=[]"], "semantic: .*model.start"),
+    (["semantic.tokenizer.uri=BUILD", "semantic.pretrained.uri=/x"], "semantic: .*tokenizer takes .* drop them"),
+    (["semantic.tokenizer.uri=BUILD"], r"semantic\.tokenizer\.uri: .*export of a 'soundstream'"),
     (["lm.semantic.start.uri=BUILD", "lm.semantic.warm_start.uri=/x"], "lm.semantic has warm_start.*drop one"),
 ])
 def test_what_cannot_be_a_start_is_refused_by_the_plan(builds, tmp_path, overrides, message):
@@ -285,6 +287,30 @@ def test_a_run_does_not_start_from_itself(builds, tmp_path):
     with pytest.raises(ConfigError, match=r"codec\.start\.uri: .*own index.*run\.name=quickstart-adapted"):
         planned_steps(f"codec.start.uri={index}", f"store={tmp_path}")
     assert planned_steps(f"codec.start.uri={index}", f"store={tmp_path}", "run.name=mine")["codec"].config["start"].digest
+
+
+def test_one_start_is_handed_down_to_all_parts_that_say_none(builds, tmp_path):
+    """Each part of the system goes on from there, and what is not in it begins from nothing, as with start: null."""
+    index, ours = index_path(str(tmp_path), "speech"), builds["ema"][0]
+    tokenizer = {"format": "x", "family": "masked-conformer", "k": 64}
+    write_export(str(tmp_path / "kmeans"), {"centroids": torch.zeros(1)}, tokenizer)
+    store.put_json(index, {"steps": {"codec": {"path": ours}, "kmeans": {"path": str(tmp_path / "kmeans")}}})
+    steps = planned_steps(f"start={index}")
+    begun = {name: step.config["start"].uri for name, step in steps.items() if "start" in step.config}
+    assert begun == {"codec": ours, "kmeans": str(tmp_path / "kmeans"), "masked_model": str(tmp_path / "kmeans")}
+    assert steps["kmeans"].config["kmeans"].start.frames == 16.0
+    own = planned_steps(f"start={index}", f"codec.start={{uri: {builds['factorised'][0]}}}")
+    assert own["codec"].config["start"].uri == builds["factorised"][0] and "start" in own["kmeans"].config
+    taken = planned_steps(f"start={index}", f"semantic.tokenizer.uri={index}")
+    assert taken["kmeans"].config["start"].digest == steps["kmeans"].config["start"].digest
+    assert not taken["kmeans"].inputs and "masked_model" not in taken
+    assert not [s for s in planned_steps("start=null").values() if "start" in s.config]
+    with pytest.raises(ConfigError, match=r"start: /nowhere is no published system and no run's index: .*start=null"):
+        planned_steps("start=/nowhere")
+    with pytest.raises(ConfigError, match=r"^start: .*own index.*run\.name=quickstart-adapted"):
+        own = index_path(str(tmp_path), "quickstart")
+        store.put_json(own, store.get_json(index))
+        planned_steps(f"start={own}", f"store={tmp_path}")
 
 
 def test_relative_places_are_resolved(tmp_path, monkeypatch):

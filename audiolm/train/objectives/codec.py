@@ -23,13 +23,13 @@ from audiolm.models.losses import multi_scale_mel, multi_scale_spectral, wavefor
 from audiolm.models.mel import log_mel
 from audiolm.models.soundstream import SoundStream, SoundStreamSizes
 from audiolm.tokenizers.base import ACOUSTIC_HOP, SAMPLE_RATE
-from audiolm.tokenizers.start import StartWeights
+from audiolm.tokenizers.start import StartWeights, require_same
 from audiolm.train.engine import all_sum
 from audiolm.train.gan import Gan, Generator, LossBalancer, quality_sums, rank_batches, training_audio
 from audiolm.train.objectives.base import Context, Engine, pinned
 from audiolm.train.objectives.levels import INIT_FRAMES, draw_levels, first_frames, level_scores, quantized_scores
 from audiolm.train.objectives.spectral import SpectralObjective, spectral_settings
-from audiolm.train.objectives.start import load_start, read_start, require_same
+from audiolm.train.objectives.start import load_start, read_start
 
 # Of codec: what an export's weights depend on, and its config.json says.
 SIZES = ("strides", "enc_channels", "dec_channels", "dim", "n_q", "vocab", "quantizer", "code_dim")

@@ -24,8 +24,10 @@ from audiolm.models.spectral.hearing import HearingDecoder, HearingSizes
 from audiolm.tokenizers.acoustic import AcousticTokenizer, load_codec
 from audiolm.tokenizers.base import ACOUSTIC_HOP, SAMPLE_RATE
 from audiolm.tokenizers.semantic import load_semantic
+from audiolm.tokenizers.start import StartWeights
 from audiolm.train.engine import all_sum
 from audiolm.train.objectives.base import Context, Engine, autocast, pinned
+from audiolm.train.objectives.start import start_decoder
 
 SQUARE = 0.3  # weight of the squared distance beside the absolute one, as in the codec's training
 
@@ -34,7 +36,7 @@ class HearingObjective:
     unit, exported = "frames", "decoder"
 
     def __init__(self, shape: DecoderConfig, codec: AcousticTokenizer, centroid_KD: torch.Tensor, train: TokenBatches,
-                 dev: TokenBatches, rows: int, ctx: Context):
+                 dev: TokenBatches, rows: int, ctx: Context, start: StartWeights | None = None):
         self.shape, self.data, self.dev, self.ctx = shape, train, dev, ctx
         self.codec, self.digest, self.crops = codec.model.to(ctx.device).requires_grad_(False), codec.hash, dev.fixed(rows)
         lengths = train.lengths
@@ -45,7 +47,10 @@ class HearingObjective:
             torch.manual_seed(rng.derive(ctx.seed, "init lm_decoder"))
             decoder = HearingDecoder(HearingSizes(self.codec.quantizer.dim, *centroid_KD.shape, len(self.codec.mean_F),
                                                   shape.width, shape.layers, slow))
-        decoder.initialise(codec.code_vectors()[0], centroid_KD)
+        if start:
+            start_decoder(decoder, start)
+        else:
+            decoder.initialise(codec.code_vectors()[0], centroid_KD)
         self.modules: dict[str, nn.Module] = {"decoder": decoder}
 
     def load(self, step: int, rows: Sequence[int]) -> dict[str, torch.Tensor]:
@@ -114,8 +119,8 @@ def collate(crops: Sequence[tuple[np.ndarray, np.ndarray]], semantic_frames: int
 
 
 def hearing_objective(config: Mapping[str, Any], inputs: Mapping[str, str], ctx: Context) -> HearingObjective:
-    """Factory. config: lm (DecoderConfig), rows (validation crops); inputs: paths of manifest, kmeans, codec and both token
-    stores.
+    """Factory. config: lm (DecoderConfig), rows (validation crops), and `start` where it starts from weights; inputs: paths
+    of manifest, kmeans, codec and both token stores.
 
     Raises TokenError for stores that do not belong together, ValueError for another than a spectral codec.
     """
@@ -128,4 +133,4 @@ def hearing_objective(config: Mapping[str, Any], inputs: Mapping[str, str], ctx:
     paths = [inputs[name] for name in ("manifest", "semantic_tokens", "acoustic_tokens")]
     train, dev = (TokenBatches(*paths, stage, split, shape.where, shape.train.batch, ctx.seed) for split in ("train", "dev"))
     centroid_KD = load_semantic(inputs["kmeans"]).centroids_KD.float().cpu()
-    return HearingObjective(shape, codec, centroid_KD, train, dev, config["rows"], ctx)
+    return HearingObjective(shape, codec, centroid_KD, train, dev, config["rows"], ctx, config.get("start"))

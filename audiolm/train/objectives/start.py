@@ -19,8 +19,9 @@ from audiolm.lm.model import FORMAT, Model
 from audiolm.lm.stages import Stage
 from audiolm.models.conformer import LAYER_CONVENTION, Encoder
 from audiolm.models.lm.parallel_decoder import ParallelDecoder
+from audiolm.models.spectral.hearing import HearingDecoder
 from audiolm.tokenizers.artifact import ArtifactError, read_export
-from audiolm.tokenizers.start import StartWeights
+from audiolm.tokenizers.start import StartWeights, require_same, require_unchanged
 
 ENCODER_FIELDS = ("dim", "layers", "heads", "ff", "conv_kernel")  # of semantic.model; no weight depends on dropout
 STAGE_FIELDS = ("dim", "layers", "heads", "ff", "positions", "gated", "activation", "norm")  # of a StageConfig
@@ -29,17 +30,8 @@ STAGE_FIELDS = ("dim", "layers", "heads", "ff", "positions", "gated", "activatio
 def read_start(start: StartWeights) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """(weights by name, config) of an export. Raises ArtifactError where it is not the planned one any more."""
     weights, about, digest = read_export(start.uri)
-    if digest != start.digest:
-        raise ArtifactError(f"{start.field}: the export at {start.uri} changed since this run was planned ({start.digest} -> "
-                            f"{digest}): start it again")
+    require_unchanged(start, digest)
     return weights, about
-
-
-def require_same(start: StartWeights, settings: Mapping[str, tuple[Any, Any]]) -> None:
-    """Raises ValueError where settings, {config field: (its value, the export's)}, differ; it says what to set."""
-    wrong = [f"{field} is {ours!r}: set it to {theirs!r}" for field, (ours, theirs) in settings.items() if ours != theirs]
-    if wrong:
-        raise ValueError(f"{start.field}: {start.uri} holds a model of another shape: {'; '.join(wrong)}")
 
 
 @torch.no_grad()
@@ -112,6 +104,16 @@ def start_stage(model: Model, stage: Stage, shape: StageConfig, start: StartWeig
         settings["codec.n_q"] = (stage.levels[1], theirs.levels[1])
     require_same(start, settings)
     load_start(model, weights, f"stage {stage.name}")
+
+
+def start_decoder(decoder: HearingDecoder, start: StartWeights) -> None:
+    """Loads a trained decoder's weights. Raises ValueError where its sizes differ."""
+    weights, about = read_start(start)
+    ours = vars(decoder.sizes)
+    fields = {"width": "lm.decoder.width", "layers": "lm.decoder.layers", "k": "semantic.kmeans.k", "latent": "codec.dim",
+              "slow": "frames of lm.decoder.slow_s"}
+    require_same(start, {fields.get(name, f"the decoder's {name}"): (value, about.get(name)) for name, value in ours.items()})
+    load_start(decoder, weights, "decoder that hears")
 
 
 def start_parallel(model: ParallelDecoder, shape: ParallelConfig, start: StartWeights) -> None:

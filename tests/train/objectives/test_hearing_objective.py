@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from audiolm.config.base import ConfigError
 from audiolm.config.lm import DecoderConfig
+from audiolm.config.start import StartConfig
 from audiolm.config.training import TrainConfig
 from audiolm.models.conformer import Encoder, EncoderSizes
 from audiolm.models.spectral.codec import SpectralSizes
@@ -15,6 +17,7 @@ from audiolm.tokenizers.base import SAMPLE_RATE
 from audiolm.tokenizers.extractor import ConformerExtractor, Window
 from audiolm.tokenizers.hearing import load_hearing
 from audiolm.tokenizers.semantic import save_semantic
+from audiolm.tokenizers.start import start_weights
 from audiolm.train.objectives import hearing
 from audiolm.train.objectives.base import Context
 from tests.worlds import token_corpus
@@ -42,10 +45,11 @@ def inputs(tmp_path_factory):
     return paths
 
 
-def objective(inputs, rank=0, world=1, dtype="float32", **changes):
+def objective(inputs, rank=0, world=1, dtype="float32", start=None, **changes):
     train = TrainConfig(steps=STEPS, batch=8, lr=1e-2, warmup_steps=5, engine="torch", dtype=dtype)
     shape = DecoderConfig(**{"crop_s": 0.8, "slow_s": 0.3, "width": 32, "layers": 2, **changes}, train=train)
-    return hearing.hearing_objective({"lm": shape, "rows": 6}, inputs, Context(rank, world, CPU, 0))
+    config = {"lm": shape, "rows": 6, **({"start": start} if start else {})}
+    return hearing.hearing_objective(config, inputs, Context(rank, world, CPU, 0))
 
 
 @pytest.fixture(scope="module")
@@ -134,3 +138,13 @@ def test_what_it_exports_makes_the_sound(inputs, trained, tmp_path):
 def test_another_codec_is_refused(inputs):
     with pytest.raises(ValueError, match="this one is 'soundstream': set codec.family=spectral or lm.decoder=null"):
         objective({**inputs, "codec": inputs["soundstream"]})
+
+
+def test_a_start_is_the_export(inputs, trained, tmp_path):
+    write_export(str(tmp_path), *trained[0].export())
+    planned = start_weights("lm.decoder.start.uri", StartConfig(uri=str(tmp_path)), "lm_decoder")
+    assert objective(inputs, start=planned).evaluate() == trained[0].evaluate()
+    with pytest.raises(ValueError, match=r"lm\.decoder\.width is 48: set it to 32; frames of lm\.decoder\.slow_s is 31: .* 17"):
+        objective(inputs, start=planned, width=48, slow_s=0.6)
+    with pytest.raises(ConfigError, match="export of a 'hearing', and this step starts from that of a step codec"):
+        start_weights("codec.start.uri", StartConfig(uri=str(tmp_path)), "codec")
