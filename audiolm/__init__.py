@@ -17,16 +17,17 @@ def load(run: str, device: str = "auto", sampling: Mapping[str, SamplingParams] 
          store: str = "./outputs", tracking: str | None = None) -> AudioLM:
     """Loads a trained run's system, ready to generate.
 
-    `run` is the run's index (STORE/runs/NAME.json), its name in `store`, or its MLflow run id, looked up at `tracking`; such
-    a run lies in `store` too. `sampling` has the sampling parameters by stage (default: the paper's). Raises ValueError for a
-    run that is not finished.
+    `run` is the run's index (STORE/runs/NAME.json), its name in `store`, its MLflow run id, looked up at `tracking` (such a
+    run lies in `store` too), or a published system's name. `sampling` has the sampling parameters by stage (default: those of
+    the run's config). Raises ValueError for a run that is not finished.
     """
     from audiolm.data.parallel import pick_device
-    from audiolm.generate.load import load_system, system_steps
+    from audiolm.generate.load import load_system, sampling_of, system_steps
     from audiolm.tracking.lookup import find_run
 
-    steps = system_steps(find_run(run, store, tracking))
-    return load_system(tuple(steps.items()), pick_device(device), tuple(sampling.items()) if sampling else None)
+    index = find_run(run, store, tracking)
+    steps = system_steps(index)
+    return load_system(tuple(steps.items()), pick_device(device), tuple((sampling or sampling_of(index)).items()))
 
 
 def load_codec(name_or_path: str, device: str = "auto") -> Codec:

@@ -1,4 +1,4 @@
-"""What pip builds: the wheel alone loads the published codecs, and neither archive carries the tests."""
+"""What pip builds: the wheel alone loads the published models, and neither archive carries the tests."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ for name in pretrained.names():
     codec = audiolm.load_codec(name, "cpu")
     codes_TQ = codec.encode(torch.zeros(1, 1280), torch.tensor([1280]))[0]
     print(name, codec.hash, tuple(codes_TQ.shape))
+(sound,) = audiolm.load(pretrained.DEFAULT_SYSTEM, "cpu").unconditional(0.4, [0], may_end=False)
+assert len(sound.wav_T) == 6400 and len(sound.z) and len(sound.codes_TQ) == 20, sound
 """
 
 
@@ -32,7 +34,7 @@ def build(kind: str, folder, out):
     return next(out.iterdir())
 
 
-def test_a_wheel_of_the_source_archive_loads_the_published_codecs(tmp_path):
+def test_a_wheel_of_the_source_archive_loads_the_published_models(tmp_path):
     # A copy: setuptools writes its notes beside the sources.
     for name in ("audiolm", "tests"):
         shutil.copytree(ROOT / name, tmp_path / "source" / name, ignore=shutil.ignore_patterns("__pycache__"))

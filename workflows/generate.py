@@ -39,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--samples", type=int, metavar="N", help="of each prompt (default 4)")
     p.add_argument("--out", required=True, metavar="FOLDER", help="where to write; any fsspec URI")
     p.add_argument("--temperature", nargs="+", metavar="T", help="one for all stages or semantic=0.6 coarse=0.8 fine=0.6 "
-                   "(the default, as in the paper); 0 takes the most likely")
+                   "(as in the paper); 0 takes the most likely; default: those of the run's config")
     p.add_argument("--top-k", nargs="+", metavar="K", help="draw among the K most likely; by stage as above (default: all)")
     p.add_argument("--top-p", nargs="+", metavar="P", help="draw among the most likely that sum up to P; by stage as above")
     p.add_argument("--window", nargs="+", metavar="N", help="draw an id again, among all, that makes up more than a tenth of "
@@ -73,11 +73,11 @@ def by_stage(option: str, texts: list[str], kind: Callable) -> dict[str, Any]:
     raise ValueError(f"{option} {' '.join(texts)}: give one number, or semantic=, coarse= and fine= with one each")
 
 
-def sampling_params(args: argparse.Namespace) -> tuple:
-    """(stage, SamplingParams) of each stage: the paper's, with what the options change."""
-    from audiolm.generate.params import PAPER_PARAMS
+def sampling_params(args: argparse.Namespace, index: str) -> tuple:
+    """(stage, SamplingParams) of each stage: those of the run's config, with what the options change."""
+    from audiolm.generate.load import sampling_of
 
-    params = dict(PAPER_PARAMS)
+    params = sampling_of(index)
     for name, kind in (("temperature", float), ("top_k", int), ("top_p", float), ("window", int)):
         if texts := getattr(args, name):
             for stage, value in by_stage(f"--{name.replace('_', '-')}", texts, kind).items():
@@ -135,8 +135,8 @@ def generate(args: argparse.Namespace) -> int:
         pick_device(args.device)
     index, out = find_run(args.run, args.store, args.tracking), store.absolute(args.out)
     run, models = index.rsplit("/", 1)[-1].removesuffix(".json"), tuple(system_steps(index).items())
-    job = jobs.GenerationJob(run, index, models, args.mode, sampling_params(args), args.seed, args.seconds, args.prompt_s,
-                             args.whole, args.long, args.fast)
+    job = jobs.GenerationJob(run, index, models, args.mode, sampling_params(args, index), args.seed, args.seconds,
+                             args.prompt_s, args.whole, args.long, args.fast)
     # samples that are asked for, and those that are missing
     samples, errors = [jobs.SampleJob(args.mode, n) for n in range(1, args.samples + 1)], []
     if args.prompt:

@@ -39,14 +39,15 @@ def listening(args: argparse.Namespace) -> int:
                          f"{args.out}")
     from audiolm.data.parallel import pick_device
     from audiolm.eval.listening import prepare
-    from audiolm.generate.load import load, system_steps
+    from audiolm.generate.load import load, sampling_of, system_steps
     from audiolm.tracking.lookup import find_run
 
     indexes = [find_run(run, args.store, args.tracking) for run in args.runs]
     if len(set(indexes)) != len(indexes):
         raise ValueError(f"both runs are {indexes[0]}: name two")
     device = pick_device(args.device)
-    systems = {run: load(system_steps(index), device) for run, index in zip(args.runs, indexes, strict=True)}
+    systems = {run: load(system_steps(index), device, sampling=sampling_of(index))
+               for run, index in zip(args.runs, indexes, strict=True)}
     page = prepare(systems, _recordings(args, indexes[0]), args.out, args.prompt_s, args.seconds, args.seed)
     print(f"page for raters: {page}\nkey, not for raters: {store.join(args.out, 'key.json')}\n"
           f"then: evaluate.py listening --score answers-*.json --key {store.join(args.out, 'key.json')}")

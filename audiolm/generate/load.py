@@ -30,6 +30,15 @@ def system_steps(index_path: str) -> dict[str, str]:
     return {name: steps[name] for name in GENERATION_STEPS if name in steps}
 
 
+def sampling_of(index_path: str) -> dict[str, SamplingParams]:
+    """The sampling parameters by stage of a run's config, `samples`; the paper's where its index has none."""
+    from audiolm.config.lm import SamplesConfig
+    from audiolm.generate.params import params_from_config
+
+    config = (store.get_json(index_path) or {}).get("config", {})
+    return params_from_config(SamplesConfig(**config.get("samples", {})))
+
+
 def _needs_fine(steps: Mapping[str, str]) -> bool:
     """True where the codec has more levels than the coarse stage predicts."""
     from audiolm.tokenizers.acoustic import load_codec

@@ -30,7 +30,7 @@ from audiolm.data.audio import wav_bytes
 from audiolm.data.audio_check import audio_errors
 from audiolm.data.parallel import pick_device
 from audiolm.generate.audiolm import AudioLM
-from audiolm.generate.load import load
+from audiolm.generate.load import load, sampling_of
 from audiolm.generate.prompts import prompt_from_bytes
 from audiolm.tokenizers.base import SAMPLE_RATE, SEMANTIC_HOP
 
@@ -54,7 +54,7 @@ def load_logged_system(system: Mapping[str, Any]) -> AudioLM:
         if not store.exists(path):
             raise ValueError(f"step {name} of {system['index']} is not at {path}: serve where that store is seen, or run the "
                              "pipeline again and serve its new version")
-    return load(system["steps"], pick_device("auto"))
+    return load(system["steps"], pick_device("auto"), sampling=sampling_of(system["index"]))
 
 
 class Service:

@@ -127,7 +127,7 @@ def main() -> None:
         steps = store.get_json(args.run)["steps"]
         system = load({name: step["path"] for name, step in steps.items()}, args.device)
     else:
-        system = random_system(args.device, args.kind, "paper.yaml" if gpu else "quickstart.yaml")
+        system = random_system(args.device, args.kind, "paper.yaml" if gpu else "scratch.yaml")
     if args.compile:
         system.compile_sampling()
     for batch in args.batches or ((1, 16, 64) if gpu else (1, 4)):

@@ -24,7 +24,7 @@ from audiolm.pipeline.cli import place
 from audiolm.tracking.lookup import find_run
 from tests.worlds.basics import ROOT
 
-QUICKSTART = str(ROOT / "workflows" / "quickstart.yaml")
+QUICKSTART = str(ROOT / "workflows" / "scratch.yaml")
 
 
 def test_defaults_are_the_papers_numbers():
@@ -181,11 +181,14 @@ def test_the_papers_recipe_trains_what_the_defaults_say():
     assert (paper.semantic, paper.codec, paper.lm) == (SemanticConfig(), codec, lm)
 
 
-@pytest.mark.parametrize("name", ["quickstart", "small", "speech", "piano", "paper"])
+@pytest.mark.parametrize("name", ["quickstart", "scratch", "small", "adapt", "speech", "piano", "paper"])
 def test_the_configs_that_ship_pass_a_dry_run(name, tmp_path):
     done = subprocess.run([sys.executable, "workflows/full_pipeline.py", f"workflows/{name}.yaml", "--dry-run",
                            f"store={tmp_path}", "tracking=none"], cwd=ROOT, capture_output=True, text=True, check=True)
     steps = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("run")]
-    assert len(steps) == {"piano": 14, "small": 17, "speech": 17}.get(name, 15)
-    assert ("lm_fine" in steps) == (name in ("quickstart", "paper"))
-    assert ("lm_decoder" in steps) == (name in ("small", "speech"))
+    assert len(steps) == {"piano": 14, "small": 17, "speech": 17, "adapt": 14}.get(name, 15)
+    assert ("lm_fine" in steps) == (name in ("scratch", "paper"))
+    assert ("lm_decoder" in steps) == (name in ("quickstart", "small", "adapt", "speech"))
+    starts = [line.split()[1] for line in done.stdout.splitlines() if "starts from small.json" in line]
+    trained = ["masked_model", "kmeans", "codec", "lm_semantic", "lm_coarse", "lm_decoder"]
+    assert starts == (trained if name == "quickstart" else trained[1:] if name == "adapt" else [])

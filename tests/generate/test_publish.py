@@ -12,11 +12,13 @@ import audiolm
 from audiolm import pretrained, store
 from audiolm.config.pipeline import Pipeline
 from audiolm.generate.load import load, system_steps
+from audiolm.generate.params import SamplingParams
 from audiolm.generate.publish import publish_system
 from audiolm.tokenizers.codec_lookup import codec_folder
 from audiolm.tokenizers.start import find_export
 from audiolm.tracking.lookup import find_run
 from tests.worlds.tiny_system import RUN, build, token_store, voice
+from workflows import generate
 
 
 def run_of(folder: str, name: str = "tiny") -> str:
@@ -99,3 +101,16 @@ def test_half_a_system_does_not_load(published, tmp_path):
     weights.write_bytes(weights.read_bytes()[:-4] + b"flip")
     with pytest.raises(ValueError, match="is not the file that config.json describes"):
         load(system_steps(str(tmp_path / "mini" / "mini.json")))
+
+
+def test_a_system_draws_as_its_config_says(known, published, tmp_path):
+    """Its own temperatures are the default of every command; what is asked for comes first."""
+    index = published[1].path
+    found = store.get_json(index)
+    store.put_json(index, {**found, "config": {**found["config"], "samples": {"temperature_coarse": 0.3, "guidance": 2.0}}})
+    drawn = audiolm.load("mini", "cpu").sampling
+    assert [drawn[stage].temperature for stage in ("semantic", "coarse", "fine")] == [0.6, 0.3, 0.6]
+    assert [drawn[stage].guidance for stage in ("semantic", "coarse", "fine")] == [1.0, 2.0, 2.0]
+    args = generate.parser().parse_args(["--out", "x", "--temperature", "semantic=0.9"])
+    assert dict(generate.sampling_params(args, index)) == {**drawn, "semantic": SamplingParams(0.9)}
+    store.put_json(index, found)

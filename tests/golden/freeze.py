@@ -57,7 +57,7 @@ HEARING = [*SPECTRAL, "lm.dedupe=false", "lm.decoder={crop_s: 1.0, width: 16, la
 FSQ = [*SPECTRAL, "codec.quantizer=fsq", "codec.spectral.fsq=[4, 4]"]
 BY_FRAME = ["lm.lengths=true", "lm.conditioning=aligned", "lm.condition_dropout=0.1", "lm.coarse.kind=frame",
             "lm.coarse.depth={dim: 16, layers: 2, ff: 32}"]
-SHIPPED = ("quickstart", "small", "speech", "piano", "paper")
+SHIPPED = ("scratch", "small", "speech", "piano", "paper")
 FRAMES = {"train": [300, 250, 160, 100, 60, 17, 9, 5], "dev": [180, 90, 33, 12]}  # of the planted clips, at 25 Hz
 
 

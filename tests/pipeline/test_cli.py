@@ -13,7 +13,7 @@ from audiolm.pipeline.cli import main, run_command
 from tests.worlds.basics import ROOT, free_port
 from workflows import codec, evaluate, full_pipeline, generate
 
-QUICKSTART = ROOT / "workflows" / "quickstart.yaml"
+QUICKSTART = ROOT / "workflows" / "scratch.yaml"
 
 
 @pytest.mark.parametrize(("error", "code", "line"), [

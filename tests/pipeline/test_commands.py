@@ -29,5 +29,5 @@ def test_pipeline_commands_plan(page, command, tmp_path, monkeypatch, capsys):
     argv = argv[next(i for i, a in enumerate(argv) if a.endswith("full_pipeline.py")) + 1:]
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", ["full_pipeline.py", *argv, "--dry-run", f"store={tmp_path}", "tracking=none"])
-    cli.main(full_pipeline.graph, default=ROOT / "workflows" / "quickstart.yaml")
+    cli.main(full_pipeline.graph, default=ROOT / "workflows" / "scratch.yaml")
     assert re.search(r"\d+ of \d+ steps to run", capsys.readouterr().out)

@@ -25,7 +25,7 @@ from tests.worlds.basics import ROOT
 
 transformers = pytest.importorskip("transformers")
 KINDS, LEVELS, VOCAB = ("encodec", "dac", "mimi"), 4, 64
-QUICKSTART = str(ROOT / "workflows" / "quickstart.yaml")
+QUICKSTART = str(ROOT / "workflows" / "scratch.yaml")
 
 
 def noise(*shape: int, index: int = 0) -> torch.Tensor:
@@ -286,10 +286,12 @@ def test_a_plan_with_a_pretrained_codec_needs_neither_torch_nor_transformers(fol
     code = ("import sys, runpy; sys.argv[0] = 'full_pipeline.py'; "
             "runpy.run_path('workflows/full_pipeline.py', run_name='__main__'); "
             "print([m for m in ('torch', 'transformers') if m in sys.modules])")
-    values = [f"codec.pretrained={folders['mimi']}", "codec.n_q=4", f"codec.vocab={VOCAB}", f"store={tmp_path}"]
+    values = ["workflows/scratch.yaml", f"codec.pretrained={folders['mimi']}", "codec.n_q=4", f"codec.vocab={VOCAB}",
+              f"store={tmp_path}"]
     done = subprocess.run([sys.executable, "-c", code, "--dry-run", *values], cwd=ROOT, capture_output=True, text=True,
                           check=True)
     assert done.stdout.strip().endswith("[]") and "codec" in done.stdout
-    gone = subprocess.run([sys.executable, "workflows/full_pipeline.py", "--dry-run", f"codec.pretrained={tmp_path}/gone"],
+    gone = subprocess.run([sys.executable, "workflows/full_pipeline.py", "workflows/scratch.yaml", "--dry-run",
+                           f"codec.pretrained={tmp_path}/gone"],
                           cwd=ROOT, capture_output=True, text=True)
     assert gone.returncode == 2 and "holds no model.safetensors" in gone.stderr

@@ -40,7 +40,7 @@ def items(tmp_path_factory) -> str:
 
 def run(store: Path, items: str, *more: str, check: bool = True) -> subprocess.CompletedProcess:
     done = subprocess.run(
-        [sys.executable, "workflows/full_pipeline.py", "workflows/quickstart.yaml", "--inline", f"store={store}",
+        [sys.executable, "workflows/full_pipeline.py", "workflows/scratch.yaml", "--inline", f"store={store}",
          "tracking=none",
          f"semantic.model={MODEL}", f"semantic.iterations={AGAIN}", "semantic.kmeans={layer: auto, k: auto, restarts: 1}",
          "semantic.sweep={k: [4, 6], top: 1, frames: 500, iterations: 5}",
@@ -55,7 +55,7 @@ def run(store: Path, items: str, *more: str, check: bool = True) -> subprocess.C
 def built(items, tmp_path_factory):
     store = tmp_path_factory.mktemp("store")
     run(store, items, "--only", STEPS)
-    steps = json.loads((store / "runs" / "quickstart.json").read_text())["steps"]
+    steps = json.loads((store / "runs" / "scratch.json").read_text())["steps"]
     return store, {name: Path(step["path"]) for name, step in steps.items()}
 
 
@@ -88,7 +88,7 @@ def test_the_choice_is_made_on_speakers_that_nothing_was_trained_on(built):
 
 def test_a_second_iteration_starts_where_the_first_ended_and_learns_its_own_targets(built):
     _, paths = built
-    cfg = load_config(str(ROOT / "workflows" / "quickstart.yaml"), [f"semantic.model={MODEL}", "semantic.kmeans.layer=1"])
+    cfg = load_config(str(ROOT / "workflows" / "scratch.yaml"), [f"semantic.model={MODEL}", "semantic.kmeans.layer=1"])
     again = IterationConfig(start="previous", k=6)
     inputs = {name: str(paths[name]) for name in ("manifest", "masked_model", "targets_2")}
     begun = masked_objective({"model": cfg.semantic.model, "train": cfg.semantic.model.train, "iteration": again,
@@ -151,7 +151,7 @@ def test_the_items_bytes_and_not_their_place_are_the_identity(items, tmp_path):
 
 
 def test_what_cannot_be_chosen_is_refused_at_once(items, tmp_path):
-    quick = str(ROOT / "workflows" / "quickstart.yaml")
+    quick = str(ROOT / "workflows" / "scratch.yaml")
     for wrong, text in (("semantic.kmeans.layer=auto", "give semantic.abx.items"),
                         ("semantic.kmeans.layer=9", "layer 9 is not"), ("semantic.kmeans.k=auto", "at least two values"),
                         ("semantic.iterations=[{layer: 7}]", r"iterations.0: layer 7 is not one of model.layers \(4\)")):

@@ -35,7 +35,7 @@ from workflows import full_pipeline
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
-QUICKSTART = str(ROOT / "workflows" / "quickstart.yaml")
+QUICKSTART = str(ROOT / "workflows" / "scratch.yaml")
 SOURCES = {"ema": {}, "factorised": {"quantizer": "factorised"}, "spectral": SPECTRAL}
 
 
@@ -282,9 +282,9 @@ def test_what_cannot_be_a_start_is_refused_by_the_plan(builds, tmp_path, overrid
 
 
 def test_a_run_does_not_start_from_itself(builds, tmp_path):
-    index = index_path(str(tmp_path), "quickstart")  # the run's name in the config
+    index = index_path(str(tmp_path), "scratch")  # the run's name in the config
     store.put_json(index, {"steps": {"codec": {"path": builds["ema"][0]}}})
-    with pytest.raises(ConfigError, match=r"codec\.start\.uri: .*own index.*run\.name=quickstart-adapted"):
+    with pytest.raises(ConfigError, match=r"codec\.start\.uri: .*own index.*run\.name=scratch-adapted"):
         planned_steps(f"codec.start.uri={index}", f"store={tmp_path}")
     assert planned_steps(f"codec.start.uri={index}", f"store={tmp_path}", "run.name=mine")["codec"].config["start"].digest
 
@@ -307,8 +307,8 @@ def test_one_start_is_handed_down_to_all_parts_that_say_none(builds, tmp_path):
     assert not [s for s in planned_steps("start=null").values() if "start" in s.config]
     with pytest.raises(ConfigError, match=r"start: /nowhere is no published system and no run's index: .*start=null"):
         planned_steps("start=/nowhere")
-    with pytest.raises(ConfigError, match=r"^start: .*own index.*run\.name=quickstart-adapted"):
-        own = index_path(str(tmp_path), "quickstart")
+    with pytest.raises(ConfigError, match=r"^start: .*own index.*run\.name=scratch-adapted"):
+        own = index_path(str(tmp_path), "scratch")
         store.put_json(own, store.get_json(index))
         planned_steps(f"start={own}", f"store={tmp_path}")
 

@@ -79,7 +79,7 @@ def _drawn(device: str, tiny: bool, kind: str, rows: tuple[int, ...], frames: in
     before, sampling_graphs.WARM_UP = sampling_graphs.WARM_UP, warm_up
     try:
         torch.manual_seed(0)
-        system = random_system(device, kind, *(("quickstart.yaml", 2) if tiny else ("paper.yaml",)))
+        system = random_system(device, kind, *(("scratch.yaml", 2) if tiny else ("paper.yaml",)))
         (_, stage), sampler, z = system.models["coarse"], system._samplers["coarse"], np.arange(frames // 2)
         if compiled:
             sampler.compile(*(("eager",) if tiny else ()))

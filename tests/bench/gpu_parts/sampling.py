@@ -12,7 +12,7 @@ from tests.bench.generation import SECONDS, random_system, stage_rate, whole
 def items(device: str, tiny: bool) -> dict[str, Callable[[], Iterator[Figure]]]:
     @lru_cache(maxsize=1)  # one system in memory at a time
     def system(kind: str):
-        return random_system(device, kind, *(("quickstart.yaml", 2) if tiny else ("paper.yaml",)))
+        return random_system(device, kind, *(("scratch.yaml", 2) if tiny else ("paper.yaml",)))
 
     ids, repeats, seconds = (12, 1, 0.2) if tiny else (256, 3, SECONDS)
     made = {}
