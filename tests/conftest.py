@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.worlds.basics import RecordingOut
+from tests.worlds.browser import browser  # noqa: F401
 from tests.worlds.encoded_corpus import encoded, world  # noqa: F401
 from tests.worlds.servers import seaweedfs
 from tests.worlds.whole_run import head  # noqa: F401

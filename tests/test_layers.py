@@ -15,8 +15,8 @@ from tests.worlds.basics import ROOT
 PACKAGE = ROOT / "audiolm"
 # Rooms from the ground up: a file imports from its own floor and from floors below. A room within a room has its own floor.
 FLOORS = [["rng", "local_disk", "store", "places", "metrics_log", "pretrained"], ["config"], ["dag"], ["render"], ["models"],
-          ["data"], ["tokenizers"], ["lm"], ["eval.metrics", "eval.models"], ["generate"], ["train"], ["eval"], ["report"],
-          ["tracking"], ["pipeline"],
+          ["data"], ["tokenizers"], ["lm"], ["eval.metrics", "eval.models"], ["generate"], ["train"], ["eval"],
+          ["report", "demo"], ["tracking"], ["pipeline"],
           ["eval_service"]]
 FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
 DOORS = {"mlflow": {"tracking"}, "deepspeed": {"train/engine.py"},

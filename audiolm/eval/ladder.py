@@ -52,22 +52,29 @@ def ladder(lm: AudioLM, clips: Sequence[tuple[Clip, np.ndarray]], prompt_s: floa
     """Rungs as [{"rung", "mel", "files": [{"clip", "file"}]}], wavs under {folder}/wav/."""
     wavs = [wav for _, wav in clips]
     seeds = [rng.derive(seed, "ladder", i) for i in range(len(wavs))]
+    return [{"rung": name, "mel": mel, "files": save_wavs(folder, f"{number}-{slug(name)}", clips, rebuilt)}
+            for number, (name, mel, rebuilt) in enumerate(rungs(lm, wavs, prompt_s, seeds))]
+
+
+def rungs(lm: AudioLM, wavs: Sequence[np.ndarray], prompt_s: float,
+          seeds: Sequence[int]) -> list[tuple[str, float, Sequence[np.ndarray]]]:
+    """(name, mel distance, a wav_T for each of `wavs`) of every rung, from the original upwards."""
     q = lm.acoustic_stage.levels[1]
     codes, semantic = lm.encode(wavs), lm.tokenize(wavs)
-    rungs = [("original", wavs), (f"codec, {lm.codec.spec.n_q} levels", decoded(lm, codes, wavs))]
+    made = [("original", wavs), (f"codec, {lm.codec.spec.n_q} levels", decoded(lm, codes, wavs))]
     if lm.has_fine:  # else all levels are coarse, and these two rungs equal the codec
         coarse = [c[:, :q] for c in codes]
-        rungs += [(f"codec, {q} levels", decoded(lm, coarse, wavs)),
-                  ("fine from true coarse", decoded(lm, lm.fine(coarse, seeds), wavs))]
+        made += [(f"codec, {q} levels", decoded(lm, coarse, wavs)),
+                 ("fine from true coarse", decoded(lm, lm.fine(coarse, seeds), wavs))]
     sounds = lm.acoustic(semantic, seeds, [len(w) for w in wavs])
-    rungs.append((f"{lm.acoustic_stage.name} from true semantic", [s.wav_T for s in sounds]))
+    made.append((f"{lm.acoustic_stage.name} from true semantic", [s.wav_T for s in sounds]))
     prompts = [prompt_samples(w, prompt_s) for w in wavs]
-    rungs.append(("continuation", [s.wav_T for s in continued(lm, wavs, prompts, seeds)]))
+    made.append(("continuation", [s.wav_T for s in continued(lm, wavs, prompts, seeds)]))
     table = []
-    for number, (name, rebuilt) in enumerate(rungs):
+    for name, rebuilt in made:
         skip = prompts if name == "continuation" else [0] * len(wavs)  # a prompt is the codec's work
         mel = np.mean([mel_distance(w[s:], r[s:]) for w, r, s in zip(wavs, rebuilt, skip, strict=True)])
-        table.append({"rung": name, "mel": float(mel), "files": save_wavs(folder, f"{number}-{slug(name)}", clips, rebuilt)})
+        table.append((name, float(mel), rebuilt))
     return table
 
 

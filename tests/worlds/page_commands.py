@@ -20,7 +20,8 @@ OURS = [p for p in PAGES if p.name != "RESULTS.md"]
 ELSEWHERE = {"pip": ".ci/run", "pytest": ".ci/run", "mlflow": "tests/tracking/test_serve.py", "ray start": "tests/pipeline",
              "docker": "tests/pipeline/test_infra.py", "kubectl": "tests/pipeline/test_infra.py", "export": "", "echo": "",
              "evaluate.py watch": "tests/eval_service/test_requests.py", "ruff": ".ci/run", "freeze.py": "tests/test_golden.py",
-             "bench": "tests/bench", "tests.tokenizers.test_pretrained": "tests/tokenizers/test_pretrained.py"}
+             "bench": "tests/bench", "demo.py": "tests/demo/test_page.py",
+             "tests.tokenizers.test_pretrained": "tests/tokenizers/test_pretrained.py"}
 
 
 def commands() -> list[tuple[str, str]]:
