@@ -323,7 +323,7 @@ def make_engine(module: nn.Module, train: TrainConfig, ctx: Context, saved: Save
 
 
 def _deepspeed(ctx: Context):
-    """The library, with a process group where no launcher made one (--inline)."""
+    """The library, with a process group where no launcher made one: for a single worker."""
     if ctx.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # Twice: the library sets its logger's level again when it is imported.
@@ -334,7 +334,7 @@ def _deepspeed(ctx: Context):
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # An extension that only speeds up inference between processes on CPUs; compiling it takes a minute and 3 GB.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if not dist.is_initialized():  # Ray Train makes the group of its workers; a step inline is a group of one
+    if not dist.is_initialized():  # Ray Train makes the group of its workers; one alone is a group of one
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]

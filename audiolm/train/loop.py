@@ -1,8 +1,8 @@
 """One training loop for masked model, codec, vocoder and language models.
 
 The loop owns time: engines, learning rate, checkpoints, logs, resume; an Objective owns a step.  `train` starts Ray
-Train's TorchTrainer, or runs the same worker function in this process (`--inline`).  Every draw depends on (seed,
-step), so that a resumed run equals an uninterrupted one bit for bit on CPU at the same world size.
+Train's TorchTrainer; a single worker is a Ray task, and with `--inline` a call in this process.  Every draw depends on
+(seed, step), so that a resumed run equals an uninterrupted one bit for bit on CPU at the same world size.
 """
 
 from __future__ import annotations
@@ -59,6 +59,8 @@ def train(factory: Factory, config: Mapping[str, Any], train: TrainConfig, input
     with report_progress(job, out):
         if out.inline:
             run_worker(job, 0, 1, out.check)
+        elif world == 1:
+            _as_task(job, threads, out)
         else:
             _fit(job, world, threads, out)
     final = get_json(join(out.path, "final.json"))
@@ -67,8 +69,23 @@ def train(factory: Factory, config: Mapping[str, Any], train: TrainConfig, input
     return {**final, "notes": [*final.get("notes", ()), *remarks]} if remarks else final
 
 
+def _as_task(job: TrainJob, threads: int, out) -> None:
+    """Runs a single worker as a Ray task; the driver waits. Raises the worker's own error.
+
+    Ray Train would start five more processes, each with its imports; on a CPU Ray gives a task the process of an earlier one.
+    """
+    import ray
+
+    cpus = max(1, min(threads, int(ray.cluster_resources().get("CPU", 1))))
+    task = ray.remote(num_cpus=cpus, num_gpus=int(job.device == "cuda"), max_retries=0)(run_worker)
+    try:
+        ray.get(task.options(name=out.name).remote(job, 0, 1))
+    except ray.exceptions.RayTaskError as e:
+        raise e.cause from None
+
+
 def _fit(job: TrainJob, world: int, threads: int, out) -> None:
-    """Runs the workers under Ray Train; the driver waits. Raises the first failed worker's own error."""
+    """Runs the workers under Ray Train; the driver waits. Raises a dead worker's error, else the first failed worker's own."""
     import ray.train
     from ray.train.torch import TorchTrainer
 
@@ -91,7 +108,8 @@ def _fit(job: TrainJob, world: int, threads: int, out) -> None:
     try:
         trainer.fit()
     except ray.train.WorkerGroupError as e:  # Ray wraps the worker's error; its own text is what a user can act on
-        error = next(iter(e.worker_failures.values()))
+        errors = list(e.worker_failures.values())  # after one worker's death the others fail in what they wait for
+        error = next((x for x in errors if type(x).__module__.startswith("ray.")), errors[0])
         raise getattr(error, "_base_exc", error) from e
 
 

@@ -1,4 +1,7 @@
-"""Tasks on a real Ray: they die, are killed for memory, and fill nodes that join; GPUs that are not there are said at once."""
+"""Tasks on a real Ray: they die, are killed for memory, and fill nodes that join; GPUs that are not there are said at once.
+
+A training of one worker is a task too.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,23 @@ import os
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from audiolm.config.base import ConfigError
 from audiolm.config.run import ClusterConfig
+from audiolm.dag import execute as dag
+from audiolm.dag.plan import plan
+from audiolm.dag.step import Step
 from audiolm.data import parallel
 from audiolm.data.parallel import TaskDied, Workers, cluster_device, parallel_map
 from audiolm.pipeline.private_ray import read_settings
+from audiolm.pipeline.ray_cluster import worker_died
+from audiolm.train.loop import train
 from tests.worlds.servers import CLOSED
+from tests.worlds.training import TinyLM, build, settings, training_step
 
 NODE = {"object_store_memory": 100 << 20}
 
@@ -95,6 +105,32 @@ def test_a_node_that_joins_is_filled(cluster, workers, tmp_path):
             assert all(met.result())
         finally:
             cluster.remove_node(node)
+
+
+def killed_once(config, inputs, ctx):
+    if not os.path.exists(config["died"]):
+        Path(config["died"]).touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return TinyLM(config, inputs, ctx)
+
+
+@pytest.mark.parametrize("fail_at", [None, 3])
+def test_one_training_worker_is_launched_again_after_its_death_and_not_after_its_error(cluster, tmp_path, fail_at, monkeypatch):
+    def fn(config, inputs, out):
+        own = {"seed": 0, "died": str(tmp_path / "died"), "fail_at": fail_at}
+        return train(killed_once, own, settings(), inputs, out, cluster=ClusterConfig(threads=1, device="cpu"))
+
+    monkeypatch.setattr(dag, "BACKOFF_S", 0.01)
+    store, step = str(tmp_path / "store"), Step("tiny", fn, {"train": settings()}, trains=settings())
+    run = partial(dag.execute, plan([step], store), store, retries=1, may_retry=worker_died)
+    if fail_at is None:
+        made = run()["tiny"]
+        assert made.record["attempt"] == 2 and made.facts == build(training_step(), str(tmp_path / "inline")).facts
+    else:
+        (tmp_path / "died").touch()
+        with pytest.raises(dag.StepFailed, match="step tiny failed: ValueError: planted at step 3"):
+            run()
+        assert len(os.listdir(Path(step.root(store), "0001", "attempts"))) == 1
 
 
 @pytest.mark.parametrize("inline", [True, False])

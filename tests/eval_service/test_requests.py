@@ -191,7 +191,7 @@ KILLED = """
 """
 
 
-def test_the_round_trip(world, encoded, tmp_path, monkeypatch):
+def test_the_round_trip(world, encoded, ready, tmp_path, monkeypatch):
     """Asked on a server, the watcher killed between submitting and telling, another one finishes, woken by the webhook."""
     monkeypatch.setenv("MLFLOW_WEBHOOK_ALLOWED_SCHEMES", "http,https")
     monkeypatch.setenv("MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS", "true")
@@ -247,7 +247,7 @@ def test_the_round_trip(world, encoded, tmp_path, monkeypatch):
         server.kill()
 
 
-def test_an_mlflow_that_is_down_when_a_job_ends_only_delays(tmp_path, monkeypatch):
+def test_an_mlflow_that_is_down_when_a_job_ends_only_delays(ready, tmp_path, monkeypatch):
     from mlflow import MlflowClient
 
     from audiolm.eval.results import Result
@@ -260,8 +260,9 @@ def test_an_mlflow_that_is_down_when_a_job_ends_only_delays(tmp_path, monkeypatc
         server.start()
         client = MlflowClient(server.url)
         client.create_registered_model(NAME)
-        run = client.create_run("0").info.run_id
-        model = client.create_logged_model("0", "m", run)
+        experiment = client.create_experiment("tests")  # the copied database's own one keeps files in the working folder
+        run = client.create_run(experiment).info.run_id
+        model = client.create_logged_model(experiment, "m", run)
         client.create_model_version(NAME, model.artifact_location, run, {"evaluate": "submitted"}, model_id=model.model_id)
 
         def evaluate():

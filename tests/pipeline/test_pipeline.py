@@ -22,14 +22,16 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 
-from audiolm.dag.execute import execute
-from audiolm.dag.lease import is_dead
+from audiolm.dag.lease import Lease, is_dead
 from audiolm.dag.plan import plan
 from audiolm.metrics_log import read_build
+from audiolm.store import get_json
 from audiolm.tracking.lookup import index_of
+from audiolm.train.rank import TrainJob
 from tests.worlds.basics import ROOT
-from tests.worlds.dying_worker import graph
+from tests.worlds.dying_worker import SETTINGS, graph, mortal
 from tests.worlds.page_commands import ours
+from tests.worlds.training import train_on_two
 from tests.worlds.whole_run import ENV, PIPELINE, STEPS, submit
 from workflows import codec, evaluate, generate
 
@@ -128,16 +130,20 @@ def test_commands_run_on_the_end_to_end_run(page, command, desk, monkeypatch, ca
 
 @pytest.mark.parametrize("deaths", [(8,), pytest.param((4, 7, 10), marks=pytest.mark.long)])  # with checkpoints in between
 def test_a_training_worker_that_was_killed_ends_with_the_losses_of_one_that_was_not(head, checkout, tmp_path, deaths):
-    """kill -9 of Ray Train's worker: the step is launched again and resumes; the same bits as undisturbed, without Ray."""
-    store, calm = tmp_path / "store", graph("", ())
+    """kill -9 of one of Ray Train's two workers: the step is launched again and resumes; the same bits as undisturbed, without
+    Ray."""
+    store, calm = tmp_path / "store", str(tmp_path / "calm")
     done = submit(head, checkout, "tests/worlds/dying_worker.py", str(store), *map(str, deaths))
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
-    execute(plan(calm, str(tmp_path / "calm")), str(tmp_path / "calm"), inline=True)
-    ours, theirs = (plan(calm, str(s))[0].state.artifact for s in (store, tmp_path / "calm"))
+    lease = Lease(calm)
+    train_on_two(TrainJob(mortal, {"died": "", "deaths": (), "seed": 0}, SETTINGS, {}, calm, lease.attempt, calm,
+                          f"{calm}/metrics-0001.jsonl", 0, "cpu", 1, 16, False))
+    lease.close("done")
+    ours = plan(graph("", ()), str(store))[0].state.artifact
     assert len(list(store.glob("died-*"))) == len(deaths) == len(list(Path(ours.folder, "attempts").iterdir())) - 1
-    assert ours.facts == theirs.facts
-    losses = [[(r["step"], r["metrics"]["loss"]) for r in read_build(a.folder) if "loss" in r["metrics"]]
-              for a in (ours, theirs)]
+    assert ours.facts == get_json(f"{calm}/final.json")
+    losses = [[(r["step"], r["metrics"]["loss"]) for r in read_build(folder) if "loss" in r["metrics"]]
+              for folder in (ours.folder, calm)]
     assert losses[0] == losses[1] and len(losses[0]) == 12
 
 
@@ -234,7 +240,8 @@ def test_force_makes_a_step_and_its_descendants_new_and_nothing_else(job):
 def test_ctrl_c_stops_cleanly_and_the_same_command_continues(tmp_path):
     store = tmp_path / "store"
     args = ["--inline", f"store={store}", "tracking=none", "--only", "manifest,masked_model",
-            "semantic.model.train.steps=100"]  # long enough to be stopped in, however late this process is served
+            "semantic.model.train.steps=100",  # long enough to be stopped in, however late this process is served
+            "semantic.model.train.eval_every=100"]
     process = subprocess.Popen([sys.executable, "workflows/full_pipeline.py", "tests/e2e.yaml", *args], cwd=ROOT, env=ENV,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                                preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL))  # a shell's `&` has it ignored

@@ -252,18 +252,18 @@ def test_evaluate_prints_the_codec_beside_others(tmp_path, built, capsys):
     sounds.mkdir()
     for i in range(3):
         sf.write(sounds / f"{i}.wav", voice(48_000, i).numpy(), 16_000)
-    argv = ("evaluate", str(sounds), "--codec", built, "--clips", "2", "--seconds", "1.5", "--levels", "1", "3",
+    argv = ("evaluate", str(sounds), "--codec", built, "--clips", "2", "--seconds", "1", "--levels", "1", "3",
             "--json", str(tmp_path / "table.json"))
     assert run(*argv) == 0
     text, table = capsys.readouterr().out, stores.get_json(str(tmp_path / "table.json"))
-    assert "2 clips, 3.0 s" in text and "SI-SDR" in text and "Lyra" in text  # the last among what is absent, and why
+    assert "2 clips, 2.0 s" in text and "SI-SDR" in text and "Lyra" in text  # the last among what is absent, and why
     assert "WER" in text and ("wer" in table["absent"]) != (table["rows"][0]["wer"] == 0)  # no words in it, or no packages
     ours = [row for row in table["rows"] if row["codec"] == "this codec"]
     assert [(row["n_q"], round(row["kbps"], 2)) for row in ours] == [(1, 0.2), (3, 0.6)]
     assert table["rows"][0]["codec"] == "identity" and table["rows"][0]["mel"] == 0
     assert run(*argv[:-4], "9") == 2 and "this codec has 1 to 3" in capsys.readouterr().err
     (sounds / "1.wav").write_bytes(b"not audio")
-    assert run(*argv[:-2], "--clips", "3") == 0
+    assert run(*argv[:-2], "--clips", "3", "--seconds", "0.5") == 0
     printed = capsys.readouterr()
     assert "left out" in printed.err and "1.wav" in printed.err and "2 clips" in printed.out
 

@@ -14,10 +14,8 @@ from audiolm.metrics_log import read_build
 from audiolm.store import get, get_json, join
 from audiolm.train import guards
 from audiolm.train.commits import newest
-from audiolm.train.loop import run_worker
 from audiolm.train.rank import TrainJob
-from tests.worlds.basics import free_port
-from tests.worlds.training import build, settings, tiny_lm, training_step
+from tests.worlds.training import build, settings, tiny_lm, train_on_two, training_step
 
 LONG = {"steps": 40, "lr": 1e-2, "save_every": 7, "log_every": 4}
 RULE = {"rollback": {"deviations": 10, "window": 6}}
@@ -100,12 +98,6 @@ def test_after_three_it_fails_and_names_the_steps(tmp_path):
         build(training_step(objective={"noisy": (20, 21, 27, 28)}, **LONG, **RULE), str(tmp_path))
 
 
-def _rank(rank, world, port, job):
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
-    run_worker(job, rank, world)
-    torch.distributed.destroy_process_group()
-
-
 def test_two_workers_roll_back_and_stop_early_alike(tmp_path):
     """Each rank decides for itself, from reduced figures: did they differ, one would wait for the other for ever."""
     changes = {**LONG, **RULE, "steps": 60, "decay_steps": 0, "eval_every": 4, "patience": 1, "export": "best"}
@@ -116,8 +108,7 @@ def test_two_workers_roll_back_and_stop_early_alike(tmp_path):
     lease = Lease(path)
     job = TrainJob(tiny_lm, objective, settings(**changes), {}, path, lease.attempt, path, f"{path}/metrics-0001.jsonl", 0,
                    "cpu", 1, 16, False)
-    workers = torch.multiprocessing.spawn(_rank, (2, free_port(), job), nprocs=2, join=False)
-    assert any(workers.join(120) for _ in range(3))  # a call returns when one of them has ended
+    train_on_two(job)
     lease.close("done")
     both = get_json(join(path, "final.json"))
     assert both == {k: pytest.approx(v, rel=1e-5) if "loss" in k else v for k, v in alone.facts.items()}

@@ -1,4 +1,4 @@
-"""A Ray job that trains TinyLM; its worker is killed by SIGKILL in the middle, once at each STEP.
+"""A Ray job that trains TinyLM on two workers; the second one is killed by SIGKILL in the middle, once at each STEP.
 
     python tests/worlds/dying_worker.py STORE STEP ...
 """
@@ -28,7 +28,7 @@ SETTINGS = TrainConfig(steps=12, batch=8, lr=3e-3, warmup_steps=2, decay_steps=4
 class Mortal(TinyLM):
     def train_step(self, engines, batches, step):
         died = Path(f"{self.died}-{step}")
-        if step in self.deaths and not died.exists():
+        if step in self.deaths and self.ctx.rank == 1 and not died.exists():
             died.touch()
             last = f"tiny/*/0001/commits/{step // SETTINGS.save_every * SETTINGS.save_every:08d}.json"
             while not list(died.parent.glob(last)):  # a thread writes the checkpoint
@@ -45,8 +45,8 @@ def mortal(config, inputs, ctx):
 
 def graph(died: str, deaths: tuple[int, ...]) -> list[Step]:
     def fn(config, inputs, out):
-        own = {"died": died, "deaths": deaths, "seed": 0}
-        return train(mortal, own, SETTINGS, inputs, out, cluster=ClusterConfig(threads=1, device="cpu"))
+        own, cluster = {"died": died, "deaths": deaths, "seed": 0}, ClusterConfig(threads=1, device="cpu", train_workers=2)
+        return train(mortal, own, SETTINGS, inputs, out, cluster=cluster)
 
     return [Step("tiny", fn, {"train": SETTINGS}, trains=SETTINGS)]
 
@@ -56,6 +56,7 @@ if __name__ == "__main__":
 
     from audiolm.pipeline.ray_cluster import worker_died
 
+    os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"  # else it looks every 2 s whether a training has ended
     ray.init()
     rows = plan(graph(sys.argv[1] + "/died", tuple(map(int, sys.argv[2:]))), sys.argv[1])
     execute(rows, sys.argv[1], retries=1, may_retry=worker_died, kept=steps_kept)

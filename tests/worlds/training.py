@@ -1,9 +1,12 @@
 """A small real training: the project's Transformer on a fixed Markov chain, as an objective and as a step of the loop.
 
-`TinyLM` serves the engines and the loop; its config plants failures.  `training_step` wraps it in a step, `build` runs one.
+`TinyLM` serves the engines and the loop; its config plants failures.  `training_step` wraps it in a step, `build` runs one;
+`train_on_two` runs two ranks without Ray.
 """
 
 from __future__ import annotations
+
+import os
 
 import numpy as np
 import torch
@@ -18,7 +21,9 @@ from audiolm.dag.step import Step
 from audiolm.models.lm.block import TransformerSizes
 from audiolm.models.lm.transformer import Transformer
 from audiolm.train.engine import all_sum, make_engine
-from audiolm.train.loop import train
+from audiolm.train.loop import run_worker, train
+from audiolm.train.rank import TrainJob
+from tests.worlds.basics import free_port
 
 VOCAB, LENGTH = 17, 24
 
@@ -121,3 +126,15 @@ def training_step(fail_at=None, objective=None, **changes):
 def build(step, store):
     execute(plan([step], store), store, inline=True)
     return plan([step], store)[0].state.artifact
+
+
+def train_on_two(job: TrainJob) -> None:
+    workers = torch.multiprocessing.spawn(_rank, (free_port(), job), nprocs=2, join=False)
+    assert any(workers.join(120) for _ in range(3))  # a call returns when one of them has ended
+
+
+def _rank(rank, port, job):
+    os.environ["LOCAL_RANK"] = str(rank)  # as Ray Train sets it; DeepSpeed asks for it
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    run_worker(job, rank, 2)
+    torch.distributed.destroy_process_group()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
-import signal
+import socket
 import subprocess
 import sys
 import sysconfig
@@ -12,6 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.worlds.basics import ROOT, free_port
@@ -33,16 +35,16 @@ def head():
                     f"--temp-dir={temp}", "--disable-usage-stats", f"--dashboard-agent-listen-port={agent[0]}",
                     f"--dashboard-agent-grpc-port={agent[1]}", f"--metrics-export-port={agent[2]}"],
                    env=ENV, check=True, capture_output=True, timeout=120)
-    pids = [int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit() and _mentions(p, str(temp))]
+    started = [psutil.Process(int(p.name)) for p in Path("/proc").iterdir() if p.name.isdigit() and _mentions(p, str(temp))]
     address, deadline = f"http://127.0.0.1:{dashboard}", time.monotonic() + 120
-    while "No available agent to submit job" in str(_submitted(address, "--", "true")) and time.monotonic() < deadline:
-        time.sleep(2.0)  # it has just started
+    while not _listens(agent[0]) and time.monotonic() < deadline:  # who takes jobs comes up last
+        time.sleep(0.2)
     yield address
-    for pid in pids:  # only what this fixture started
-        try:
-            os.kill(pid, signal.SIGTERM)
-        except ProcessLookupError:
-            pass
+    for end in (psutil.Process.terminate, psutil.Process.kill):  # some stay on SIGTERM
+        for process in started:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                end(process)
+        started = psutil.wait_procs(started, timeout=3)[1]
     shutil.rmtree(temp, ignore_errors=True)
 
 
@@ -53,14 +55,15 @@ def _mentions(process: Path, text: str) -> bool:
         return False
 
 
+def _listens(port: int) -> bool:
+    with socket.socket() as s:
+        return s.connect_ex(("127.0.0.1", port)) == 0
+
+
 def submit(head, folder, *command):
     """Submits a script as a user would."""
-    return _submitted(head, "--working-dir", str(folder), "--", sys.executable, *command)
-
-
-def _submitted(head, *arguments):
-    return subprocess.run([f"{BIN}/ray", "job", "submit", "--address", head, *arguments], env=ENV, capture_output=True,
-                          text=True, timeout=500)
+    return subprocess.run([f"{BIN}/ray", "job", "submit", "--address", head, "--working-dir", str(folder), "--",
+                           sys.executable, *command], env=ENV, capture_output=True, text=True, timeout=500)
 
 
 @pytest.fixture(scope="session")
@@ -69,7 +72,7 @@ def checkout(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkout") / "audiolm"
     folder.mkdir()
     for name in ("audiolm", "workflows", "pyproject.toml", *(f"tests/{n}" for n in (
-            "e2e.yaml", "__init__.py", "worlds/__init__.py", "worlds/training.py", "worlds/dying_worker.py"))):
+            "e2e.yaml", "__init__.py", *(f"worlds/{m}.py" for m in ("__init__", "basics", "training", "dying_worker"))))):
         source, target = ROOT / name, folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         if source.is_dir():

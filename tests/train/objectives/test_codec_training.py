@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import socket
+import queue
 
 import pytest
 import safetensors.torch
@@ -19,6 +19,7 @@ from audiolm.tokenizers.base import TokenSpec
 from audiolm.train.objectives.base import Context
 from audiolm.train.objectives.codec import codec_objective
 from audiolm.train.objectives.levels import draw_levels
+from tests.worlds.basics import free_port
 from tests.worlds.tiny_codec import SPECTRAL, run, saved_state, tiny_codec, training, voice
 
 RECIPES = {"ema": {}, "factorised": {"quantizer": "factorised"},
@@ -127,44 +128,59 @@ def test_micro_batches_add_up_to_the_batch(name):
     assert all(torch.allclose(v, books[1][k], atol=1e-3) for k, v in books[0].items())
 
 
-def _worker(rank, port, codec, saved, results):
+TWO = [("ema", "torch", 0), ("balanced", "deepspeed", 0), ("ema", "deepspeed", 1), ("factorised", "deepspeed", 1),
+       ("spectral", "torch", 0), ("fsq", "deepspeed", 1)]
+
+
+def _worker(rank, port, cases, results):
     torch.set_num_threads(1)
     os.environ["LOCAL_RANK"] = str(rank)
     torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    objective, engines = training(codec, *saved, rank=rank, world=2)
-    metrics = run(objective, engines, 1, 4)
-    held_out, state = objective.evaluate(), saved_state(engines)[0]
-    if rank == 0:
-        results.put((metrics, held_out, {n: {k: v.numpy() for k, v in s.items()} for n, s in state.items()}))
-        results.close()
-        results.join_thread()
+    for case, saved in cases.items():
+        objective, engines = training(recipe(case[0], 2, *case[1:]), *saved, rank=rank, world=2)
+        metrics = run(objective, engines, 1, 4)
+        held_out, state = objective.evaluate(), saved_state(engines)[0]
+        if rank == 0:
+            results.put((case, metrics, held_out, {n: {k: v.numpy() for k, v in s.items()} for n, s in state.items()}))
+    results.close()
+    results.join_thread()
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize(("name", "engine", "zero"), [("ema", "torch", 0), ("balanced", "deepspeed", 0),
-                                                      ("ema", "deepspeed", 1), ("factorised", "deepspeed", 1),
-                                                      ("spectral", "torch", 0), ("fsq", "deepspeed", 1)])
-def test_two_workers_train_as_one(name, engine, zero, monkeypatch):
-    """Start and updates of the codebooks, discriminators and validation, on halves of the same batches."""
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    one, engines = training(recipe(name))
-    run(one, engines, 0, 1)
-    saved = saved_state(engines)
-    expected = run(one, engines, 1, 4)
-    figures = one.evaluate()
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    context = mp.get_context("spawn")
+@pytest.fixture(scope="module")
+def one_and_two():
+    """({recipe: metrics of steps 1 to 3, validation and objective of one worker}, {case of TWO: those of two, and state})."""
+    one, saved, two = {}, {}, {}
+    for name in dict.fromkeys(case[0] for case in TWO):
+        objective, engines = training(recipe(name))
+        run(objective, engines, 0, 1)
+        saved[name] = saved_state(engines)
+        one[name] = run(objective, engines, 1, 4), objective.evaluate(), objective
+    context, port, cases = mp.get_context("spawn"), free_port(), {case: saved[case[0]] for case in TWO}
     results = context.Queue()
-    codec = recipe(name, 2, engine, zero)
-    workers = [context.Process(target=_worker, args=(r, port, codec, saved, results)) for r in range(2)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DS_ACCELERATOR", "cpu")
+        workers = [context.Process(target=_worker, args=(r, port, cases, results)) for r in range(2)]
+        for w in workers:
+            w.start()
+    try:
+        for _ in TWO:
+            case, *got = results.get(timeout=120)
+            two[case] = got
+    except queue.Empty:
+        pass  # the tests of the missing ones fail
     for w in workers:
-        w.start()
-    metrics, held_out, state = results.get(timeout=120)
-    for w in workers:
-        w.join(60)
+        w.join(10)
+        w.terminate()
+    return one, two
+
+
+@pytest.mark.parametrize(("name", "engine", "zero"), TWO)
+def test_two_workers_train_as_one(name, engine, zero, one_and_two):
+    """Start and updates of the codebooks, discriminators and validation, on halves of the same batches."""
+    expected, figures, one = one_and_two[0][name]
+    metrics, held_out, state = one_and_two[1][name, engine, zero]
     for mine, theirs in zip(expected, metrics, strict=True):
         for key, value in mine.items():
             assert theirs[key] == pytest.approx(value, rel=2e-5 if "loss" in key else 1e-3, abs=1e-5), key
