@@ -22,17 +22,6 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
-# Files that take half a minute or more, the longest first: a worker that takes one of them last works on it alone.
-LONG = [f"tests/{name}.py" for name in (
-    "pipeline/test_pipeline", "train/objectives/test_codec_training", "eval_service/test_requests",
-    "tokenizers/test_codec_files", "train/test_faults", "bench/test_gpu", "tracking/test_tracker", "data/test_ray_tasks",
-    "pipeline/test_ray_auth", "pipeline/test_parallel", "train/test_engine", "train/test_zero3", "eval_service/test_ray_jobs",
-    "generate/test_generate_command", "test_golden")]
-
-
-def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: LONG.index(item.location[0]) if item.location[0] in LONG else len(LONG))
-
 
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory):

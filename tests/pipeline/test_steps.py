@@ -20,7 +20,7 @@ def test_every_reference_leads_to_a_function(name):
 
 
 def test_the_shipped_recipes_use_every_function_that_needs_no_file():
-    used = [s.fn for name in ("small", "paper") for s in graph(load_config(str(ROOT / "workflows" / f"{name}.yaml"), [
+    used = [s.fn for name in ("small", "paper", "adapt") for s in graph(load_config(str(ROOT / "workflows" / f"{name}.yaml"), [
         "semantic.residual={}", "semantic.vocoder={}"]))]
     unused = {name for name, fn in FUNCTIONS.items() if fn not in used}
     assert unused == {"import_encoder", "import_codec", "choose_layer"}
