@@ -15,19 +15,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
 def parser() -> argparse.ArgumentParser:
-    from audiolm import pretrained
-    from audiolm.dag.run_index import OUTPUTS
+    from audiolm.pipeline.cli import add_run_options
 
-    published = ", ".join(pretrained.systems()) or "none here"
     p = argparse.ArgumentParser(prog="demo.py", description="Serves a page to try a system in the browser: record or upload a "
                                 "prompt, hear continuations, new voices and each stage of the ladder. Ctrl-C stops it.")
-    p.add_argument("run", nargs="?", metavar="RUN", help="a run's name, its index (OUTPUTS/runs/NAME.json), its MLflow run id "
-                   f"or a published system's name ({published}); default: quickstart, without that run the published system "
-                   f"{pretrained.DEFAULT_SYSTEM}, where there is one")
-    p.add_argument("--store", default=OUTPUTS, metavar="URI", help="where a run's name is looked up, and what MLflow names "
-                   "must lie in (default %(default)s)")
-    p.add_argument("--tracking", metavar="URI", help="the MLflow server of a run id; default: MLFLOW_TRACKING_URI, else the "
-                   "store's database")
+    add_run_options(p, "run")
     p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one")
     p.add_argument("--host", default="127.0.0.1", help="address to listen on (default %(default)s, this machine alone; 0.0.0.0 "
                    "lets everybody in who reaches this machine)")

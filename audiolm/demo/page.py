@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from audiolm.data.audio import wav_bytes
 from audiolm.demo.sounds import MAX_SAMPLES, OPEN_ENDED, Request, TitledSound, answer, ladder
 from audiolm.generate.audiolm import AudioLM
+from audiolm.generate.params import STAGES
 from audiolm.generate.prompts import MIN_PROMPT_S, PROMPT_S
 from audiolm.render.plots import spectrogram
 
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
 MODES = {"Continue the recording": "continuation", "Its words in new voices": "acoustic", "The codec alone": "resynthesis",
          "Without a recording": "unconditional"}
-STAGES = ("semantic", "coarse", "fine")
 MAX_MB = 50  # of an upload
 MAX_WAITING = 8  # requests; further ones are refused
 KEEP_S = 3600  # an upload, and a sound that was made

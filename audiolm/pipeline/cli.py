@@ -286,11 +286,12 @@ def git_state() -> dict[str, str]:
         return {}
 
 
-def add_run_options(p: ArgumentParser) -> None:
-    """--run, --store and --tracking: `find_run`'s arguments."""
+def add_run_options(p: ArgumentParser, run: str = "--run") -> None:
+    """`find_run`'s arguments: --run, or `run` as an argument that may be left out, --store and --tracking."""
     published = ", ".join(pretrained.systems()) or "none here"
-    p.add_argument("--run", metavar="RUN", help="a run's name, its index (OUTPUTS/runs/NAME.json), its MLflow run id or a "
-                   f"published system's name ({published}); default: quickstart, without that run the published system "
+    optional = {} if run.startswith("-") else {"nargs": "?"}
+    p.add_argument(run, **optional, metavar="RUN", help="a run's name, its index (OUTPUTS/runs/NAME.json), its MLflow run id "
+                   f"or a published system's name ({published}); default: quickstart, without that run the published system "
                    f"{pretrained.DEFAULT_SYSTEM}, where there is one")
     p.add_argument("--store", default=OUTPUTS, metavar="URI", help="where a run's name is looked up, and what MLflow names "
                    "must lie in (default %(default)s)")
