@@ -23,6 +23,14 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 
+LONGEST = ("pipeline/test_pipeline.py", "bench/test_gpu.py", "eval_service/test_requests.py", "pipeline/test_parallel.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take minutes begin first, so that no worker waits for one of them at the end."""
+    items.sort(key=lambda item: next((n for n, name in enumerate(LONGEST) if str(item.path).endswith(name)), len(LONGEST)))
+
+
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory):
     """SeaweedFS, a real S3 server whose conditional writes are atomic; its endpoint and keys stand in the environment."""

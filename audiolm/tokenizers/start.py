@@ -15,10 +15,12 @@ from audiolm import store
 from audiolm.config.base import Config, ConfigError, Runtime
 from audiolm.config.pipeline import Pipeline
 from audiolm.config.start import CodecStartConfig, KMeansStartConfig, StartConfig
+from audiolm.dag.outputs import build_id
 from audiolm.dag.run_index import index_path, steps_of
 from audiolm.tokenizers.artifact import CONFIG, WEIGHTS, ArtifactError
 
 AnyStart = StartConfig | CodecStartConfig | KMeansStartConfig
+SPEAKS_UNITS = ("lm_semantic", "lm_coarse", "lm_parallel", "lm_decoder")  # have a row for each semantic id
 STAGES = ("semantic", "coarse", "fine", "parallel", "decoder")  # sections of lm that are trained
 CODEC_KINDS = ("soundstream", "spectral")  # exports of codecs that are trained here
 MASKED_FAMILY = "masked-conformer"  # of masked models trained here (extractor.FAMILY, which needs torch)
@@ -32,6 +34,8 @@ class StartWeights(Config):
     field: Runtime[str]  # the config field that named it, for errors
     note: Runtime[str]  # for a plan's row: "speech.json codec 1a2b3c4d"
     digest: str
+    tokens: Runtime[str] = ""  # of a run that has them: the semantic tokens that a language model was trained on
+    tokens_build: str = ""  # which these are
 
 
 def all_started(cfg: Pipeline) -> Pipeline:
@@ -82,8 +86,11 @@ def start_weights(field: str, start: AnyStart, step: str) -> StartWeights:
         raise ConfigError(f"{field}: {start.uri} holds the export of a {kind!r}, and this step starts from that of a step "
                           f"{step} that was trained here: name such a build")
     name = start.uri.rstrip("/").rsplit("/", 1)[-1]
-    place = f"{name} {step}" if name.endswith(".json") else "/".join(build.split("/")[-4:])
-    return StartWeights(uri=build, field=field, note=f"{place} {digest[:8]}", digest=digest)
+    of_run = name.endswith(".json")
+    place = f"{name} {step}" if of_run else "/".join(build.split("/")[-4:])
+    tokens = steps_of(start.uri).get("semantic_tokens", "") if of_run and step in SPEAKS_UNITS else ""
+    return StartWeights(uri=build, field=field, note=f"{place} {digest[:8]}", digest=digest, tokens=tokens,
+                        tokens_build=build_id(tokens) if tokens else "")
 
 
 def refuse_own_run(cfg: Pipeline) -> None:

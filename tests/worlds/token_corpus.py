@@ -53,6 +53,18 @@ def make(folder, frames: dict[str, list[int]], per_shard: int = 3, seed: int = 0
     return TokenCorpus(paths, clips, z, codes)
 
 
+def retokenized(paths: dict[str, str], folder, k: int, ids, prefix: str = "") -> dict[str, str]:
+    """A corpus' paths with `ids(z_T)` of a vocabulary k as its semantic ids; `prefix` goes before clips' names."""
+    for n in range(len(store.names(paths["semantic_tokens"]))):
+        path = store.join(paths["semantic_tokens"], tokens.shard_name(n))
+        meta, columns = tokens.read_meta(path), tokens.read_shard(path, ["id", "q00"])
+        codes = [ids(columns["q00"][i].astype(np.int64))[:, None] for i in range(len(columns["id"]))]
+        meta = {**meta, "hash": f"other {k}", "spec": {**meta["spec"], "vocab": k}}
+        names = [prefix + i for i in columns["id"]]
+        store.put(str(folder / "tokens" / tokens.shard_name(n)), tokens.shard_bytes(names, codes, meta, n, dedup=True))
+    return {**paths, "semantic_tokens": str(folder / "tokens")}
+
+
 def _law(n: int, draw: np.random.Generator, runs: bool) -> tuple[np.ndarray, np.ndarray]:
     z = np.zeros(n, np.int64)
     for t in range(n):

@@ -48,7 +48,7 @@ class HearingObjective:
             decoder = HearingDecoder(HearingSizes(self.codec.quantizer.dim, *centroid_KD.shape, len(self.codec.mean_F),
                                                   shape.width, shape.layers, slow))
         if start:
-            start_decoder(decoder, start)
+            start_decoder(decoder, start, train.semantic.path)
         else:
             decoder.initialise(codec.code_vectors()[0], centroid_KD)
         self.modules: dict[str, nn.Module] = {"decoder": decoder}

@@ -42,7 +42,7 @@ def lm_objective(config: Mapping[str, Any], inputs: Mapping[str, str], ctx: Cont
     if config.get("text_model"):
         start_from(objective.modules["lm"], shape, config["text_model"])
     if config.get("start"):
-        start_stage(objective.modules["lm"], stage, shape, config["start"])
+        start_stage(objective.modules["lm"], stage, shape, config["start"], inputs.get("semantic_tokens"))
     return objective
 
 

@@ -38,7 +38,7 @@ def parallel_objective(config: Mapping[str, Any], inputs: Mapping[str, str], ctx
     stage, shape = stage_of(config, inputs), config["lm"]
     objective = ParallelObjective(stage, shape, *data_of(config, inputs, stage, ctx), ctx, codes_of(config, inputs))
     if config.get("start"):
-        start_parallel(objective.modules["lm"], shape, config["start"])
+        start_parallel(objective.modules["lm"], shape, config["start"], inputs["semantic_tokens"])
     return objective
 
 

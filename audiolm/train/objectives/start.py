@@ -22,6 +22,7 @@ from audiolm.models.lm.parallel_decoder import ParallelDecoder
 from audiolm.models.spectral.hearing import HearingDecoder
 from audiolm.tokenizers.artifact import ArtifactError, read_export
 from audiolm.tokenizers.start import StartWeights, require_same, require_unchanged
+from audiolm.train.objectives.carry import carried, semantic_tables
 
 ENCODER_FIELDS = ("dim", "layers", "heads", "ff", "conv_kernel")  # of semantic.model; no weight depends on dropout
 STAGE_FIELDS = ("dim", "layers", "heads", "ff", "positions", "gated", "activation", "norm")  # of a StageConfig
@@ -84,8 +85,11 @@ def start_encoder(encoder: Encoder, start: StartWeights) -> None:
     load_start(encoder, {n.removeprefix(prefix): value for n, value in weights.items() if n.startswith(prefix)}, "encoder")
 
 
-def start_stage(model: Model, stage: Stage, shape: StageConfig, start: StartWeights) -> None:
-    """Loads a trained stage's weights. Raises ValueError where shape, vocabulary or layout differ."""
+def start_stage(model: Model, stage: Stage, shape: StageConfig, start: StartWeights, tokens: str | None = None) -> None:
+    """Loads a trained stage's weights; the rows of semantic ids for the tokenizer of the store `tokens`.
+
+    Raises ValueError where shape, vocabulary or layout differ.
+    """
     weights, about = read_start(start)
     require_same(start, {"the export's format": (FORMAT, about.get("format", 1))})
     sizes, theirs, section = about["model"], stage_from_json(about["stage"]), f"lm.{stage.name}"
@@ -97,7 +101,8 @@ def start_stage(model: Model, stage: Stage, shape: StageConfig, start: StartWeig
     settings |= {f"{section}.{name}": (getattr(shape, name), sizes[name]) for name in STAGE_FIELDS}
     # Of the layout only what the stage's own ids depend on; the tokenizers' sizes as the token stores have them.
     if stage.needs_semantic:
-        settings |= {"semantic.kmeans.k": (stage.k, theirs.k), "lm.dedupe": (stage.dedupe, theirs.dedupe)}
+        weights, k = carried(weights, semantic_tables(theirs), theirs.k, start, tokens)
+        settings |= {"semantic.kmeans.k": (stage.k, k), "lm.dedupe": (stage.dedupe, theirs.dedupe)}
     if stage.needs_acoustic:
         settings |= {"codec.vocab": (stage.vocab, theirs.vocab), "lm.coarse_levels": (stage.n_coarse, theirs.n_coarse)}
     if stage.name == "fine":
@@ -106,25 +111,27 @@ def start_stage(model: Model, stage: Stage, shape: StageConfig, start: StartWeig
     load_start(model, weights, f"stage {stage.name}")
 
 
-def start_decoder(decoder: HearingDecoder, start: StartWeights) -> None:
-    """Loads a trained decoder's weights. Raises ValueError where its sizes differ."""
+def start_decoder(decoder: HearingDecoder, start: StartWeights, tokens: str) -> None:
+    """`start_stage` of a decoder. Raises ValueError where its sizes differ."""
     weights, about = read_start(start)
-    ours = vars(decoder.sizes)
+    weights, k = carried(weights, ["unit_KU"], about["k"], start, tokens)
+    ours, about = vars(decoder.sizes), about | {"k": k}
     fields = {"width": "lm.decoder.width", "layers": "lm.decoder.layers", "k": "semantic.kmeans.k", "latent": "codec.dim",
               "slow": "frames of lm.decoder.slow_s"}
     require_same(start, {fields.get(name, f"the decoder's {name}"): (value, about.get(name)) for name, value in ours.items()})
     load_start(decoder, weights, "decoder that hears")
 
 
-def start_parallel(model: ParallelDecoder, shape: ParallelConfig, start: StartWeights) -> None:
-    """Loads a trained parallel decoder's weights. Raises ValueError where shape or vocabulary differ."""
+def start_parallel(model: ParallelDecoder, shape: ParallelConfig, start: StartWeights, tokens: str) -> None:
+    """`start_stage` of a parallel decoder. Raises ValueError where shape or vocabulary differ."""
     weights, about = read_start(start)
     require_same(start, {"the export's format": (FORMAT, about.get("format", 1))})
     theirs = about["model"]
+    weights, k = carried(weights, ["embed.weight"], theirs["k"], start, tokens)
     settings = {f"lm.parallel.{name}": (getattr(shape, name), theirs[name]) for name in
                 ("dim", "layers", "heads", "ff", "conv_kernel")}
     ours = model.sizes
-    require_same(start, settings | {"semantic.kmeans.k": (ours.k, theirs["k"]), "codec.vocab": (ours.vocab, theirs["vocab"]),
+    require_same(start, settings | {"semantic.kmeans.k": (ours.k, k), "codec.vocab": (ours.vocab, theirs["vocab"]),
                                     "codec.n_q": (ours.levels, theirs["levels"]),
                                     "the width of the codes that tables are tied to": (ours.code_width, theirs["code_width"])})
     load_start(model, weights, "parallel decoder")

@@ -148,3 +148,12 @@ def test_a_start_is_the_export(inputs, trained, tmp_path):
         objective(inputs, start=planned, width=48, slow_s=0.6)
     with pytest.raises(ConfigError, match="export of a 'hearing', and this step starts from that of a step codec"):
         start_weights("codec.start.uri", StartConfig(uri=str(tmp_path)), "codec")
+
+
+def test_with_another_tokenizers_ids_a_start_hears_the_same(inputs, trained, tmp_path):
+    write_export(str(tmp_path), *trained[0].export())
+    planned = start_weights("lm.decoder.start.uri", StartConfig(uri=str(tmp_path)), "lm_decoder")
+    planned = planned.model_copy(update={"tokens": inputs["semantic_tokens"]})
+    k = token_corpus.K
+    other = {**inputs, **token_corpus.retokenized(inputs, tmp_path, k, lambda z: k - 1 - z)}
+    assert objective(other, start=planned).evaluate()["loss"] == pytest.approx(trained[0].evaluate()["loss"], rel=1e-5)
