@@ -23,6 +23,7 @@ CHUNK = 65_536  # rows at once: bounds memory, and is part of the order of summa
 PART = 131_072  # rows of a part (0.5 GB at D = 1024) unless one shard has more; part of the order of summation too
 INIT_ROWS_PER_K = 256  # k-means++ reads each of its rows once per centroid: a sample of this many x K is enough
 BATCH_ROWS_PER_K = 16  # of a minibatch
+EQUAL = 1e-6  # of both points' squared lengths: a squared distance below it is rounding
 SETTLED = 1e-3  # minibatches end with a pass that lowers the inertia by less than this share
 
 Part = list[torch.Tensor]
@@ -118,8 +119,12 @@ def plus_plus(x_ND: torch.Tensor, k: int, generator: torch.Generator) -> torch.T
     """
     picks = [int(torch.randint(len(x_ND), (1,), generator=generator))]
     nearest = torch.full((len(x_ND),), math.inf, device=x_ND.device)
+    size_N = x_ND.square().sum(-1)
     while len(picks) < k:
-        nearest = torch.minimum(nearest, (x_ND - x_ND[picks[-1]]).square().sum(-1))
+        point_D, size = x_ND[picks[-1]], size_N[picks[-1]]
+        with no_tf32():  # |x - c|^2 by one product, which reads the points once
+            away_N = torch.addmv(size_N, x_ND, point_D, alpha=-2) + size
+        nearest = torch.minimum(nearest, torch.where(away_N > EQUAL * (size_N + size), away_N, 0.0))
         total = nearest.double().cumsum(0)  # float64: the inverse of the distribution function needs small steps
         if total[-1] <= 0:
             return None
