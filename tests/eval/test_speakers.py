@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from audiolm import store
 from audiolm.eval.generated import LABELS, Sample, SampleSpec
 from audiolm.eval.models import convnet, speaker
 from audiolm.eval.models.convnet import Settings, load_net, trained
+from audiolm.eval.suites import speakers as suite
 from audiolm.eval.suites.speakers import COSINE, accuracy, similarity
 from audiolm.models.mel import filterbank
 from tests.worlds.basics import ROOT
@@ -121,3 +123,15 @@ def test_embeddings_know_a_voice_again():
     same, soft = table["original"], table[LABELS["resynthesis"]]
     assert same.value > 0.75 and same.low > max(table[i].high for i in ("continuation", "another speaker"))
     assert soft.value == pytest.approx(same.value, abs=0.05) and table["continuation"].role == "ours"
+
+
+def test_one_speaker_is_enough_for_cosines_alone(monkeypatch):
+    made = [m for mode in ("original", "resynthesis", "continuation") for m in sounds(OWN, mode, 50, 2)
+            if m.spec.speaker == "low"]
+    monkeypatch.setattr(suite, "samples_for", lambda context, name, plan, choose: [m for m in made if m.spec.mode in plan])
+    monkeypatch.setattr(suite, "save_players", lambda *_: None)
+    monkeypatch.setattr(speaker, "missing_dependency", lambda: None)
+    monkeypatch.setattr(speaker, "embedder", lambda device: lambda wav_T: np.array([1.0, wav_T[-1]]))
+    rows = suite.voice_suite(SimpleNamespace(device="cpu", seed=0))
+    assert [(r.item, r.n) for r in rows if r.n] == [("original", 2), (LABELS["resynthesis"], 2), ("continuation", 2)]
+    assert not [r for r in rows if r.role == "floor"] and rows[0].low < rows[0].value < rows[0].high  # over clips

@@ -117,6 +117,12 @@ def sibling_folder(context: SuiteContext, name: str) -> str:
     return store.join(context.folder.rsplit("/", 1)[0], name)
 
 
+def groups_of(samples: Sequence[Any]) -> list[str]:
+    """What intervals resample: the samples' speakers, or their clips where there is but one speaker."""
+    speakers = [s.spec.speaker for s in samples]
+    return speakers if len(set(speakers)) > 1 else [s.spec.clip for s in samples]
+
+
 @dataclass(frozen=True)
 class Scored:
     """Scores of an item's samples, one each, and the seconds that scoring took."""
@@ -132,8 +138,8 @@ class Scored:
         return [s.spec.clip for s in self.samples]
 
     @property
-    def speakers(self) -> list[str]:
-        return [s.spec.speaker for s in self.samples]
+    def groups(self) -> list[str]:
+        return groups_of(self.samples)
 
 
 def score_items(items: Mapping[str, tuple[str, Sequence[Sample]]], score: Callable[[Sample], Any],

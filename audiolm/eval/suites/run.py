@@ -27,7 +27,7 @@ from audiolm.eval.suites.frechet import frechet_suite
 from audiolm.eval.suites.ladder import ladder_suite
 from audiolm.eval.suites.losses import losses_suite
 from audiolm.eval.suites.notes import notes_suite
-from audiolm.eval.suites.speakers import speakers_suite
+from audiolm.eval.suites.speakers import speakers_suite, voice_suite
 from audiolm.eval.suites.temperatures import temperatures_suite
 from audiolm.eval.suites.text import text_suite
 from audiolm.eval.suites.tokens import tokens_suite
@@ -48,9 +48,10 @@ SUITES: dict[str, Callable[[SuiteContext], list[Result]]] = {
     "dnsmos": dnsmos_suite,
     "text": text_suite,
     "notes": notes_suite,
+    "voice": voice_suite,
 }
 # Slow, or for some corpora only: these run where they are named.
-OPTIONAL = ("dnsmos", "text", "notes")
+OPTIONAL = ("dnsmos", "text", "notes", "voice")
 DEFAULT = tuple(name for name in SUITES if name not in OPTIONAL)
 # Steps that a suite needs; the first two report unfinished steps in rows of their own.
 NEEDS = {**dict.fromkeys(SUITES, SYSTEM_STEPS), "stages": (), "ladder": (), "abx": ("kmeans", "codec"),

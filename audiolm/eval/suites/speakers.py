@@ -24,6 +24,7 @@ from audiolm.tokenizers.base import SAMPLE_RATE
 
 TRAIN_PLAN = {"original": 1, "resynthesis": 1}  # samples of each mode a training utterance
 PLAN = {"original": 1, "resynthesis": 1, "levels": 1, "fine": 1, "acoustic": 1, "continuation": 1}  # and a test utterance
+VOICE_PLAN = {"original": 1, "resynthesis": 1, "continuation": 2}
 ROLES = {"original": "ceiling", "resynthesis": "ceiling", "levels": "ceiling", "fine": "ours", "acoustic": "ours",
          "continuation": "ours"}
 PAPER = {LABELS["resynthesis"]: 100.0, LABELS["acoustic"]: 3.2, LABELS["continuation"]: 92.6}
@@ -54,8 +55,8 @@ def accuracy(train: Sequence[Sample], test: Sequence[Sample], folder: str, setti
 
     for scored in score_items(_test_items(test), right):
         if scored.values:
-            note = f"{len(names)} speakers, {len(set(scored.speakers))} of them judged"
-            rows.append(Result("III", scored.item, ACCURACY, *bootstrap_interval(scored.values, scored.speakers, seed),
+            note = f"{len(names)} speakers, {len({s.spec.speaker for s in scored.samples})} of them judged"
+            rows.append(Result("III", scored.item, ACCURACY, *bootstrap_interval(scored.values, scored.groups, seed),
                                len(scored.values), "sounds", scored.role, PAPER.get(scored.item),
                                training_s + scored.seconds, note))
             training_s = 0.0  # counted in the first row alone
@@ -91,7 +92,7 @@ def similarity(samples: Sequence[Sample], device: str = "cpu", seed: int = 0) ->
             values.append(float(prompts[sample.spec.clip] @ foreign[draw]))
     if others:
         scored.append(Scored("another speaker", "floor", others, values, 0.0))
-    return [Result("III", s.item, COSINE, *bootstrap_interval(s.values, s.speakers, seed), len(s.values), "sounds", s.role,
+    return [Result("III", s.item, COSINE, *bootstrap_interval(s.values, s.groups, seed), len(s.values), "sounds", s.role,
                    seconds=s.seconds, note="by Resemblyzer") for s in scored]
 
 
@@ -112,3 +113,11 @@ def speakers_suite(context: SuiteContext) -> list[Result]:
     settings = replace(SETTINGS, steps=tables.net_steps)
     return [*accuracy(train_samples, test_samples, sibling_folder(context, "nets"), settings, context.device, context.seed,
                       context.progress), *similarity(test_samples, context.device, context.seed)]
+
+
+def voice_suite(context: SuiteContext) -> list[Result]:
+    """Cosines alone, of held-out utterances: for a corpus of one speaker, or of files whose speakers nobody knows."""
+    samples = samples_for(context, "continued", VOICE_PLAN, lambda: test_sets.to_continue(
+        context.steps["manifest"], context.config.tables.n_continuations, context.seed, min(6.0, max_clip_s(context))))
+    save_players(context, samples)
+    return [row for row in similarity(samples, context.device, context.seed) if row.role != "floor"]

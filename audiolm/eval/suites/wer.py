@@ -15,7 +15,7 @@ from audiolm.eval.generated import LABELS, Sample, SampleSpec
 from audiolm.eval.metrics.stats import bootstrap_interval
 from audiolm.eval.models import asr as recognisers
 from audiolm.eval.results import Progress, Result, no_progress, not_measured
-from audiolm.eval.suites.base import SuiteContext, max_clip_s, samples_for, save_players
+from audiolm.eval.suites.base import SuiteContext, groups_of, max_clip_s, samples_for, save_players
 
 # Samples of each mode a clip; acoustic generation alone is random enough to need three.
 PLAN = {"original": 1, "resynthesis": 1, "levels": 1, "fine": 1, "acoustic": 3, "shuffled": 1}
@@ -68,11 +68,11 @@ def rows(transcripts: Sequence[Said], note: str = "", seed: int = 0) -> list[Res
         if not of_mode:
             continue
         word_errors, words, char_errors, chars = zip(*(recognisers.errors(t.text, t.said) for t in of_mode), strict=True)
-        speakers, seconds = [t.spec.speaker for t in of_mode], sum(t.seconds for t in of_mode)
+        groups, seconds = groups_of(of_mode), sum(t.seconds for t in of_mode)
         cer_paper, wer_paper = PAPER.get(mode, NO_PAPER)
         for metric, errors, n, paper in (("CER %", char_errors, chars, cer_paper), ("WER %", word_errors, words, wer_paper)):
             rates = [100 * e / count for e, count in zip(errors, n, strict=True)]
-            table.append(Result("II", LABELS[mode], metric, *bootstrap_interval(rates, speakers, seed, n), len(of_mode),
+            table.append(Result("II", LABELS[mode], metric, *bootstrap_interval(rates, groups, seed, n), len(of_mode),
                                 "utterances", role, paper, seconds, note))
     return table
 
