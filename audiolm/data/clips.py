@@ -14,13 +14,13 @@ import numpy as np
 
 from audiolm import store
 from audiolm.config.corpus import ClipFilter
-from audiolm.data.audio import LOSSLESS, SAMPLE_RATE_HZ, open_sound, read_frames, resample, samples_at
+from audiolm.data.audio import SAMPLE_RATE_HZ, open_sound, read_frames, resample, samples_at
 from audiolm.data.sources import locate
 
 
 @dataclass(frozen=True)
 class Part:
-    """A stretch [start, start + frames) of a file, at `offset` inside its clip."""
+    """A stretch [start, start + frames) of a file, at `offset` inside its clip; `channel` where their mean is no sound."""
 
     id: str
     uri: str
@@ -28,6 +28,7 @@ class Part:
     frames: int
     offset: int
     text: str | None
+    channel: int | None = None
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def clips_parquet(clips: list[Clip]) -> bytes:
     import pyarrow as pa
 
     part = pa.struct([("id", "string"), ("uri", "string"), ("start", "int64"), ("frames", "int64"), ("offset", "int64"),
-                      ("text", "string")])
+                      ("text", "string"), ("channel", "int64")])
     rows = [{**vars(c), "parts": [vars(p) for p in c.parts]} for c in clips]
     return parquet_bytes(rows, [("id", "string"), ("origin", "string"), ("source", "string"), ("speaker", "string"),
                                 ("split", "string"), ("sample_rate", "int64"), ("frames", "int64"),
@@ -151,10 +152,10 @@ def _read_clip(clip: Clip, roots: dict[str, str], start: int, samples: int | Non
         path, first, last = locate(roots[clip.origin], part.uri), 0, part.frames
         with open_sound(path) as f:
             # A jump may change the samples of lossy audio, so those parts are decoded from their start.
-            if same_rate and f.format in LOSSLESS:
+            if same_rate and f.exact:
                 first, last = max(0, start - part.offset), min(part.frames, end - part.offset)
                 skipped += first
-            wav_T, rate = read_frames(f, part.start + first, last - first), f.samplerate
+            wav_T, rate = read_frames(f, part.start + first, last - first, part.channel), f.rate
         if rate != clip.sample_rate or len(wav_T) != last - first:
             raise ValueError(f"{path} is no longer what the manifest saw: {len(wav_T)} frames at {rate} Hz from frame "
                              f"{part.start + first}, expected {last - first} at {clip.sample_rate}; raise corpus.revision")

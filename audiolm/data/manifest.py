@@ -53,6 +53,7 @@ def build_manifest(config: dict, inputs: dict, out) -> dict:
                    ("reason", "string"), ("detail", "string")]))
     _check_rejected(rejected, len(found), corpus)
     splits, remarks = assign(units, corpus, seed)
+    remarks += _cancelled(units)
     clips = cut_shards(join_units(units, splits, corpus.join_s), corpus.shard_s, seed)
     listing = _listing(entries, hashes)
     out.check()  # a worker that lost its lease writes nothing
@@ -172,6 +173,13 @@ def _check_rejected(rejected: list[dict], files: int, corpus: CorpusConfig) -> N
                       f"({_counts(Counter(r['reason'] for r in bad))}); {fix}{head}{more}")
 
 
+def _cancelled(units: list[Unit]) -> list[str]:
+    """A remark on the files of which one channel is taken."""
+    files = list(dict.fromkeys(f"{u.found.origin}/{u.found.uri}" for u in units if u.channel is not None))
+    return [f"the channels of {len(files)} files cancel each other, so the strongest is taken: {', '.join(files[:3])}"
+            + (" ..." if len(files) > 3 else "")] if files else []
+
+
 def _follows(a: Unit, b: Unit) -> bool:
     """True where b is the next piece or utterance after a in one speaker's chapter, at one rate."""
     if a.found.chapter is None or a.chapter != b.chapter or a.sample_rate != b.sample_rate:
@@ -186,7 +194,7 @@ def _clip(units: list[Unit], split: str, taken: Counter) -> Clip:
     parts, offset = [], 0
     for u in units:
         text = u.found.text if u.pieces == 1 else None  # a piece's share of the words is unknown
-        parts.append(Part(_part_id(u, taken), u.found.uri, u.start, u.frames, offset, text))
+        parts.append(Part(_part_id(u, taken), u.found.uri, u.start, u.frames, offset, text, u.channel))
         offset += u.frames
     u = units[0]
     more = f"+{len(parts) - 1}" if len(parts) > 1 else ""

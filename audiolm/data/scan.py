@@ -19,8 +19,9 @@ import numpy as np
 from audiolm import store
 from audiolm.config.corpus import CorpusConfig
 from audiolm.data import apart, audio_check
-from audiolm.data.audio import BLOCK_SAMPLES, UNKNOWN_FRAMES, mono, open_sound
-from audiolm.data.audio_check import Unusable
+from audiolm.data.audio import BLOCK_SAMPLES, open_sound
+from audiolm.data.channels import FAR_LESS, check_level, mix
+from audiolm.data.containers.raw import Unusable
 from audiolm.data.sources import Found
 
 QUIET_S = 2.0  # how far a cut may move from its even place to a quiet one
@@ -28,23 +29,34 @@ ROOM_TO_CUT = 0.95  # pieces are planned this much shorter than max_s, so that e
 ROUNDING_S = 0.1  # how far a table's rounded start and duration may pass the file's end
 MOST_S = 14 * 24 * 3600  # of a file: its peaks take 48 MB
 CPU_S = 60  # for a minute of audio, which decodes in a second even with hundreds of channels
-REASONS = ("missing", "empty", "unreadable", "sample rate", "truncated", "non-finite", "silent", "too short", "too long",
-           "out of range")
+REASONS = ("missing", "empty", "unreadable", "sample rate", "truncated", "non-finite", "too loud", "silent", "too short",
+           "too long", "out of range")
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A decoded file: frames as decoded, and the peak of every `block` frames (NaN or inf where a sample is)."""
+    """A decoded file: frames as decoded, and the peak of every `block` frames (NaN or inf where a sample is).
+
+    The peak is that of the loudest channel.  `powers`, of several channels: a row a block of the power of their mean, the
+    strongest channel's, and its index."""
 
     rate: int
     frames: int
     block: int
     peaks: np.ndarray
+    powers: np.ndarray
+
+    def channel(self, start: int, frames: int) -> int | None:
+        """The strongest channel of a stretch where the mean of the channels has far less power, else None."""
+        mean, strongest, index = self.powers[start // self.block:-(-(start + frames) // self.block)].T
+        if not mean.sum() < FAR_LESS * strongest.sum():
+            return None
+        return int(np.argmax(np.bincount(index.astype(np.int64), weights=strongest)))
 
 
 def scan_group(found: list[Found], corpus: CorpusConfig, folder: str) -> str:
     """Scans the files of some rows; writes and returns `{folder}/{key}.json`:
-    {files: [[row, content hash]], units: [[row, rate, start, frames, piece, pieces]],
+    {files: [[row, content hash]], units: [[row, rate, start, frames, piece, pieces, channel]],
     rejected: [[row, start, frames, reason, detail]]}, rows counted within `found`."""
     limits = [corpus.min_s, corpus.max_s, corpus.silence_db]
     recipe = json.dumps([limits, [(f.uri, *astuple(f)[:5], f.start, f.duration) for f in found]])
@@ -68,7 +80,7 @@ def scan_group(found: list[Found], corpus: CorpusConfig, folder: str) -> str:
         for piece, (a, b) in enumerate(pieces):
             try:
                 _check_piece(measured, a, b, corpus)
-                units.append([row, measured.rate, a, b - a, piece, len(pieces)])
+                units.append([row, measured.rate, a, b - a, piece, len(pieces), measured.channel(a, b - a)])
             except Unusable as e:  # one silent piece costs only itself; a whole file is rejected as (0, 0)
                 rejected.append([row, a, b - a, *e.args] if len(pieces) > 1 else [row, 0, 0, *e.args])
     store.put_json(path, {"files": files, "units": units, "rejected": rejected})
@@ -85,11 +97,9 @@ def _scan_file(f: Found) -> tuple[str, Measured | Unusable]:
         digest = audio_check.content_hash(head, tail, f.size)
         if f.size == 0:
             raise Unusable("empty", "no bytes")
-        audio_check.check_container(head, tail, f.size)
-        decode = partial(measure, f.path, audio_check.counts_frames(head), partial(apart.allow_cpu, CPU_S))
-        measured = apart.call(store.persist, f.path, decode)  # an outage is known by its causes, which stay in the child
-        audio_check.check_mp3_length(f.path, head, measured.frames)
-        return digest, measured
+        decode = partial(measure, f.path, partial(apart.allow_cpu, CPU_S))
+        # an outage is known by its causes, which stay in the child
+        return digest, apart.call(store.persist, f.path, decode)
     except Unusable as e:
         return digest, e
     except FileNotFoundError:
@@ -104,36 +114,44 @@ def _scan_file(f: Found) -> tuple[str, Measured | Unusable]:
         return digest, Unusable("unreadable", f"the decoder {why}, {apart.TRIES} times; convert the file anew")
 
 
-def measure(path: str, trust_header: bool = True, at_block: Callable[[], None] = lambda: None) -> Measured:
-    """Decodes a file once, and calls `at_block` before each minute of it.
+def measure(path: str, at_block: Callable[[], None] = lambda: None) -> Measured:
+    """Decodes a file once, and calls `at_block` before it is opened and before each minute of it.
 
-    Raises Unusable: unreadable, sample rate, empty, truncated, too long."""
+    Raises Unusable: unreadable, sample rate, empty, truncated, too loud, too long."""
     import soundfile
 
-    frames, promised, peaks = 0, 0, [np.zeros(0, np.float32)]
+    frames, promised, peaks, powers = 0, 0, [np.zeros(0, np.float32)], [np.zeros((0, 3), np.float32)]
+    at_block()
     try:
         with open_sound(path) as f:
-            rate, promised = f.samplerate, f.frames if trust_header and f.frames < UNKNOWN_FRAMES else 0
-            audio_check.check_rate(rate)
+            rate, promised = f.rate, f.frames or 0
             block = rate // 10  # 0.1 s: short enough for a pause between words
             _check_length(promised, rate)
             at_once = block * max(1, min(600, BLOCK_SAMPLES // (block * f.channels)))  # whole blocks, a minute at most
-            at_block()
-            while len(wav_TC := f.read(at_once, dtype="float32", always_2d=True)):
+            while len(wav_TC := f.read(at_once)):
                 at_block()
-                wav_T = np.abs(mono(wav_TC))
-                frames += len(wav_T)
+                frames += len(wav_TC)
                 _check_length(frames, rate)
-                peaks.append(np.maximum.reduceat(wav_T, np.arange(0, len(wav_T), block)))
+                starts = np.arange(0, len(wav_TC), block)
+                peaks.append(np.maximum.reduceat(np.abs(wav_TC).max(axis=1), starts))
+                check_level(float(peaks[-1].max(initial=0, where=np.isfinite(peaks[-1]))))
+                if f.channels > 1:
+                    powers.append(_powers(wav_TC, starts))
     except soundfile.SoundFileError as e:
         if promised:
             raise Unusable("truncated", f"decoding stops within {promised} frames: {e}") from None
         raise Unusable("unreadable", f"{e}".replace(path, "").strip()) from None
-    if frames < promised - 2304:  # two MP3 frames: encoders count their padding differently
-        raise Unusable("truncated", f"{frames} of {promised} frames decode")
     if frames == 0:
         raise Unusable("empty", "no frames")
-    return Measured(rate, frames, block, np.concatenate(peaks))
+    return Measured(rate, frames, block, np.concatenate(peaks), np.concatenate(powers))
+
+
+def _powers(wav_TC: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """(blocks, 3) as in Measured.powers."""
+    by_channel = np.add.reduceat(np.square(wav_TC), starts)
+    strongest = by_channel.argmax(axis=1)
+    mean = np.add.reduceat(np.square(mix(wav_TC)), starts)
+    return np.stack([mean, by_channel[np.arange(len(starts)), strongest], strongest], 1).astype(np.float32)
 
 
 def _check_length(frames: int, rate: int) -> None:

@@ -20,10 +20,11 @@ from fsspec.utils import glob_translate
 from audiolm import store
 from audiolm.config.base import ConfigError
 from audiolm.config.corpus import CorpusConfig, FolderSource, LibriSpeechSource, ManifestSource, Source
+from audiolm.data.containers.layout import ENDINGS
 from audiolm.data.parallel import thread_map
 from audiolm.places import is_within
 
-AUDIO = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3")
+AUDIO = ENDINGS
 SPLITS = ("train", "dev", "test")
 PARQUET = "(parquet)"  # the user's Parquet in a listing, wherever it lies
 COLUMNS = ("uri", "start", "duration", "speaker", "source", "split", "text")  # of the user's Parquet; others are ignored

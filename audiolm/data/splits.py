@@ -19,7 +19,7 @@ from audiolm.data.sources import Found
 
 @dataclass(frozen=True)
 class Unit:
-    """A usable stretch of one file: piece `piece` of `pieces` of row `row` of the sorted listing."""
+    """A usable stretch of one file: piece `piece` of `pieces` of row `row` of the sorted listing; `channel` as in Part."""
 
     row: int
     found: Found
@@ -28,6 +28,7 @@ class Unit:
     frames: int
     piece: int
     pieces: int
+    channel: int | None = None
 
     @property
     def seconds(self) -> float:

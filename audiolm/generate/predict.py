@@ -12,7 +12,6 @@ is a missing value.  An answer has `audio` (base64 of a 16-bit wav at 16 kHz), `
 from __future__ import annotations
 
 import base64
-import io
 import math
 import threading
 import time
@@ -27,7 +26,6 @@ import numpy as np
 from audiolm import store
 from audiolm.config.serve import ServeConfig
 from audiolm.data.audio import wav_bytes
-from audiolm.data.audio_check import audio_errors
 from audiolm.data.parallel import pick_device
 from audiolm.generate.audiolm import AudioLM
 from audiolm.generate.load import load, sampling_of
@@ -148,8 +146,6 @@ def _answer(lm: AudioLM, row: Row, limits: ServeConfig) -> list[dict[str, Any]]:
 
 def _prompt(text: Any, mode: str, limits: ServeConfig) -> np.ndarray:
     """wav_T of a row's `audio`. Raises ValueError that begins with the field's name."""
-    import soundfile
-
     if text == "":
         raise ValueError(f"audio: missing; mode {mode} needs the base64 of a wav, flac, ogg or mp3 file")
     try:
@@ -157,12 +153,8 @@ def _prompt(text: Any, mode: str, limits: ServeConfig) -> np.ndarray:
     except (AttributeError, ValueError) as e:
         raise ValueError(f"audio: {str(text)[:20]!r} is not base64: send what `base64 < prompt.wav` prints, in one line") from e
     try:
-        with audio_errors(f"the file of {len(data)} bytes"):
-            channels = soundfile.info(io.BytesIO(data)).channels
-        if channels > limits.max_channels:
-            raise ValueError(f"{channels} channels, {limits.max_channels} at most (max_channels): mix them down")
         # a frame more shows that it is longer
-        wav_T = prompt_from_bytes(data, limits.max_prompt_s + SEMANTIC_HOP / SAMPLE_RATE)
+        wav_T = prompt_from_bytes(data, limits.max_prompt_s + SEMANTIC_HOP / SAMPLE_RATE, limits.max_channels)
     except ValueError as e:
         raise ValueError(f"audio: {e}") from e
     if len(wav_T) > limits.max_prompt_s * SAMPLE_RATE:

@@ -10,8 +10,9 @@ import tempfile
 
 import numpy as np
 
-from audiolm.data.audio import mono, resample, start_of
+from audiolm.data.audio import open_sound, resample, start_of
 from audiolm.data.audio_check import audio_errors, check_audio
+from audiolm.data.channels import cancelled, check_level, mix, powers
 from audiolm.rng import derive
 from audiolm.tokenizers.base import SAMPLE_RATE, SEMANTIC_HOP
 
@@ -31,12 +32,15 @@ def read_prompt(path: str, prompt_s: float = PROMPT_S) -> np.ndarray:
     return check_prompt(wav_T)
 
 
-def prompt_from_bytes(data: bytes, prompt_s: float = 0.0) -> np.ndarray:
-    """`read_prompt` of a file's bytes, as a client sends them."""
+def prompt_from_bytes(data: bytes, prompt_s: float = 0.0, most_channels: int | None = None) -> np.ndarray:
+    """`read_prompt` of a file's bytes, as a client sends them. Raises ValueError for more than `most_channels` too."""
     with tempfile.NamedTemporaryFile() as f:
         f.write(data)
         f.flush()
         try:
+            with audio_errors(f.name), open_sound(f.name) as sound:
+                if most_channels and sound.channels > most_channels:
+                    raise ValueError(f"{sound.channels} channels, {most_channels} at most (max_channels): mix them down")
             return read_prompt(f.name, prompt_s)
         except ValueError as e:  # the client does not know the temporary file
             raise ValueError(str(e).replace(f.name, f"the file of {len(data)} bytes")) from e
@@ -47,7 +51,10 @@ def prompt_from_array(wav: np.ndarray, sample_rate: int, prompt_s: float = PROMP
     wav = np.asarray(wav, np.float32)
     if wav.ndim not in (1, 2):
         raise ValueError(f"the prompt has shape {wav.shape}: give (samples,) or (samples, channels)")
-    wav_T = resample(mono(wav) if wav.ndim == 2 else wav, sample_rate, SAMPLE_RATE)
+    if wav.ndim == 2:
+        mean_power, *by_channel = powers(wav[:round(prompt_s * sample_rate) or None])
+        wav = mix(wav, cancelled(mean_power, np.array(by_channel)))
+    wav_T = resample(wav, sample_rate, SAMPLE_RATE)
     return check_prompt(wav_T[:round(prompt_s * SAMPLE_RATE) or None])
 
 
@@ -55,7 +62,8 @@ def check_prompt(wav_T: np.ndarray) -> np.ndarray:
     """wav_T at 16 kHz cut to whole frames. Raises ValueError where it is too short, silent or not finite."""
     if len(wav_T) < MIN_PROMPT_S * SAMPLE_RATE:
         raise ValueError(f"the prompt lasts {len(wav_T) / SAMPLE_RATE:.2f} s: give at least {MIN_PROMPT_S:g} s")
-    if (peak := float(np.abs(wav_T).max())) < SILENT_PEAK:
+    check_level(peak := float(np.abs(wav_T).max()))
+    if peak < SILENT_PEAK:
         raise ValueError(f"the prompt is silent (peak {peak:.1e} of full scale, below {SILENT_PEAK:g}): give one with "
                          "sound, or more of it")
     return whole_frames(wav_T)

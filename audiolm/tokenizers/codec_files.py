@@ -32,6 +32,7 @@ from safetensors import SafetensorError
 from audiolm import store
 from audiolm.data import audio
 from audiolm.data.audio_check import audio_errors, check_audio, error_line
+from audiolm.data.containers.raw import Unusable
 from audiolm.tokenizers.acoustic import AcousticTokenizer, chunks
 
 FORMAT = "audiolm codes 1"
@@ -268,13 +269,13 @@ def _is_done(path: str, meta: dict[str, str]) -> bool:
 
 
 def _comment(path: str) -> str | None:
-    """The comment that decode_file left in the audio file at a path; None where no file can be read."""
+    """The comment that decode_file left in the audio file at a path; None where none can be read."""
     import soundfile
 
     try:
         with audio.open_sound(path) as f:
             return f.comment
-    except (FileNotFoundError, soundfile.SoundFileError):
+    except (FileNotFoundError, Unusable, soundfile.SoundFileError):
         return None
 
 

@@ -203,7 +203,7 @@ def test_bad_input_is_refused_with_the_field_and_the_fix(model):
     soundfile.write(nan, np.full(16_000, np.nan, np.float32), 16_000, format="WAV", subtype="FLOAT")
     for row, reason in (
             ({"audio": "$%&"}, r"row 0: audio: '\$%&' is not base64: send what .base64 < prompt.wav"),
-            ({"audio": good[:40]}, "row 0: audio: the file of 30 bytes is no audio that can be read"),
+            ({"audio": good[:40]}, "row 0: audio: the file of 30 bytes: truncated"),
             ({"seconds": 0.5}, "row 0: audio: missing; mode continuation needs"),
             ({"audio": base64_of(wav_bytes(np.zeros(16_000, np.float32)))}, "row 0: audio: the prompt is silent"),
             ({"audio": base64_of(wav_bytes(voice(0.3)))}, r"row 0: audio: the prompt lasts 0\.30 s: give at least 0\.5 s"),
