@@ -57,4 +57,4 @@ if __name__ == "__main__":
     from audiolm.pipeline.cli import run_command
 
     args = parser().parse_args()
-    sys.exit(run_command(lambda: serve(args), "stopped"))
+    sys.exit(run_command(lambda: serve(args), "stopped", with_terminal=True))

@@ -110,6 +110,8 @@ def evaluate(args: argparse.Namespace) -> Any:
     folder = store.absolute(args.out) if args.out else store.join(home, slug)
 
     board, began, on_ray = ProgressBoard(), time.monotonic(), wants_ray(args.ray)
+    for t in (t for t in targets if t.left_out):
+        board.say(f"{t.title}: left out {', '.join(t.left_out)}: {next(iter(t.left_out.values()))}")
     quiet()
     if on_ray:
         start_ray(config.cluster, config.store, board.say)

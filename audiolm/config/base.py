@@ -9,7 +9,7 @@ of different length share.  `PathField` marks a path or URI, which in a YAML fil
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import UnionType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
@@ -48,7 +48,7 @@ PathField = Annotated[str, _Path()]
 class Config(BaseModel):
     """A section of the configuration: immutable, and strict about unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 def identity(x: Any, trunk: bool = False) -> Any:
@@ -107,6 +107,22 @@ def map_paths(kind: Any, value: Any, resolve: Callable[[str], str], is_path: boo
         fields = {name: field.rebuild_annotation() for name, field in kind.model_fields.items()}
         return {k: map_paths(fields.get(k), v, resolve) for k, v in value.items()}
     return value
+
+
+def kinds_at(kind: Any, keys: Sequence[str]) -> Iterator[Any]:
+    """The types that the value at dotted keys may have, below a type; several in a union, none for an unknown field."""
+    arguments = get_args(kind)
+    if get_origin(kind) is Annotated:
+        yield from kinds_at(arguments[0], keys)
+    elif get_origin(kind) in (Union, UnionType):
+        for member in arguments:
+            yield from kinds_at(member, keys)
+    elif not keys:
+        yield kind
+    elif get_origin(kind) in (tuple, dict):
+        yield from kinds_at(arguments[0 if get_origin(kind) is tuple else 1], keys[1:])
+    elif isinstance(kind, type) and issubclass(kind, BaseModel) and keys[0] in kind.model_fields:
+        yield from kinds_at(kind.model_fields[keys[0]].rebuild_annotation(), keys[1:])
 
 
 class ConfigError(ValueError):

@@ -81,7 +81,8 @@ class CorpusConfig(Config):
             raise ValueError(f"sources must have different names, got {names}")
         if self.min_s >= self.max_s:
             raise ValueError(f"min_s ({self.min_s}) must be below max_s ({self.max_s})")
-        if both := set(self.hold_out.get("dev", ())) & set(self.hold_out.get("test", ())):
+        dev, test = ({name.casefold().strip() for name in self.hold_out.get(split, ())} for split in ("dev", "test"))
+        if both := dev & test:
             raise ValueError(f"hold_out names {sorted(both)} as dev and as test: keep each speaker in one")
         return self
 

@@ -38,7 +38,7 @@ def execute(rows: list[PlanRow], store: str, *, force: Iterable[str] = (), inlin
     """Returns every step's artifact, of skipped steps too. Raises StepFailed, from the first error.
 
     A step whose error `may_retry` accepts is launched again, `retries` times at most without progress by `kept`, a measure
-    of what a build's folder keeps.  `finished` is called in this thread, once for each artifact.
+    of what a build's folder keeps.  `finished` is called in this thread, once for each artifact; its error is the step's.
     """
     built = {r.step.name: r.state.artifact for r in rows if not r.run and r.state.artifact}  # inputs of what runs
     for name, artifact in built.items():
@@ -75,12 +75,12 @@ def execute(rows: list[PlanRow], store: str, *, force: Iterable[str] = (), inlin
         while running:
             row, result = results.get()
             running.discard(row)
-            if isinstance(result, BaseException):
+            if not isinstance(result, BaseException):
+                built[row.step.name] = result
+                result = _objection(finished, row.step.name, result)
+            if result:
                 errors.append((row.step.name, result))
                 stopping.set()
-            else:
-                built[row.step.name] = result
-                finished(row.step.name, result)
             if not errors:
                 launch()
     except KeyboardInterrupt:
@@ -91,6 +91,14 @@ def execute(rows: list[PlanRow], store: str, *, force: Iterable[str] = (), inlin
         name, error = errors[0]
         raise StepFailed(f"step {name} failed: {type(error).__name__}: {error}") from error
     return built
+
+
+def _objection(finished: Callable[[str, Artifact], None], name: str, artifact: Artifact) -> Exception | None:
+    """What `finished` raises of an artifact that the next steps cannot work with."""
+    try:
+        finished(name, artifact)
+    except Exception as e:  # noqa: BLE001  reported as the step's
+        return e
 
 
 def _say(observer: Observer | None) -> Callable[[str], None]:

@@ -41,14 +41,17 @@ class PlanRow:
 
 def plan(steps: list[Step], store: str, *, only: Iterable[str] = (), from_: Iterable[str] = (),
          force: Iterable[str] = ()) -> list[PlanRow]:
-    """The rows of a plan, in order. Reads the store, writes nothing. Raises ValueError for unknown or unbuilt names."""
+    """The rows of a plan, in order. Reads the store, writes nothing.
+
+    Raises ValueError for unknown and unbuilt names, and for a step whose inputs would be of different builds of one step.
+    """
     known = [s.name for s in steps]
     for option, given in (("--only", only), ("--from", from_), ("--force", force)):
         if unknown := set(given) - set(known):
             raise ValueError(f"{option}: no step named {', '.join(sorted(unknown))}; the steps are {', '.join(known)}")
     chosen = set(only) | set(from_) or set(known)
     builds: dict[str, str | None] = {}
-    rows, will_run, renewed = [], set(), set()
+    rows, will_run, renewed, outdated = [], set(), set(), {}  # outdated: {step that stays as it is: why it no longer fits}
     for s in steps:
         if from_ and any(u.name in chosen for u in s.inputs):  # --from takes what follows
             chosen.add(s.name)
@@ -61,6 +64,10 @@ def plan(steps: list[Step], store: str, *, only: Iterable[str] = (), from_: Iter
         if run and (missing := [u.name for u in s.inputs if builds[u.name] is None and u.name not in will_run]):
             raise ValueError(f"{s.name} needs {', '.join(missing)}, not built and not selected: "
                              f"add --only {','.join([*missing, s.name])} or run without --only/--from")
+        if run:
+            _check_inputs(s, outdated, chosen)
+        elif why := _outdated(s, state, builds, renewed, outdated):
+            outdated[s.name] = why
         opens_build = run and (state.build is None or bool(rebuilt) or (s.name in force and state.status is Status.DONE))
         will_run |= {s.name} if run else set()
         renewed |= {s.name} if opens_build else set()
@@ -75,6 +82,27 @@ def plan(steps: list[Step], store: str, *, only: Iterable[str] = (), from_: Iter
             candidates = (own, *trunk_siblings(s, store, inputs, own, s.name in force)[1])
         rows.append(PlanRow(s, state, run, _reason(s, store, state, run, s.name in force, rebuilt), candidates))
     return rows
+
+
+def _outdated(step: Step, state: StepState, builds: dict[str, str | None], renewed: set[str],
+              outdated: dict[str, str]) -> str:
+    """Why a step that stays as it is no longer fits the steps above it; '' where it does, or is not built."""
+    if state.artifact is None:
+        return ""
+    for u in step.inputs:
+        made = state.artifact.record["inputs"].get(u.name)
+        if u.name in renewed or made != builds[u.name]:
+            now = "a new build" if u.name in renewed else builds[u.name]
+            return f"{step.name} {state.artifact.build} was made of {u.name} {made}, and {now} takes its place"
+    return next((outdated[u.name] for u in step.inputs if u.name in outdated), "")
+
+
+def _check_inputs(step: Step, outdated: dict[str, str], chosen: Iterable[str]) -> None:
+    """Raises ValueError where a step would run on inputs of which one was made of an older build of another."""
+    if wrong := [u.name for u in step.inputs if u.name in outdated]:
+        names = [s.name for s in toposort([step]) if s.name in outdated or s.name in chosen]
+        raise ValueError(f"{step.name} would be made of builds that do not belong together: {outdated[wrong[0]]}. Add "
+                         f"--only {','.join(names)} or run without --only/--from")
 
 
 def _reason(step: Step, store: str, state: StepState, run: bool, forced: bool, rebuilt: list[str]) -> str:

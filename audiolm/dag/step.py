@@ -136,7 +136,8 @@ class StepContext:
 
 @dataclass(frozen=True)
 class StepState:
-    """A step's state in the store: its status, the newest finished build and the build that would be continued."""
+    """A step's state in the store: its status, a finished build (for these inputs, else the newest) and the build that would
+    be continued."""
 
     status: Status
     artifact: Artifact | None
@@ -152,14 +153,13 @@ def inspect(step: Step, store: str, inputs: Mapping[str, str | None]) -> StepSta
     opened = {n: r for n in numbers if (r := get_json(join(root, f"{n:04d}", "build.json")))}
     done = {n: d for n in numbers if (d := get_json(join(root, f"{n:04d}", "done.json")))}
     newest = max(opened, default=0)  # a folder without its record is only being opened
-    artifact = None
-    if done:
-        n = max(done)
-        path = path_of(join(root, f"{n:04d}"), done[n]["attempt"])
-        artifact = Artifact(path, f"{step.fingerprint}.{n:04d}", done[n]["facts"], done[n])
-
     # The newest build for exactly these inputs decides; without one, older results are stale.
     build = max((n for n in opened if opened[n]["inputs"] == dict(inputs)), default=None)
+    artifact = None
+    if done:
+        n = build if build in done else max(done)
+        path = path_of(join(root, f"{n:04d}"), done[n]["attempt"])
+        artifact = Artifact(path, f"{step.fingerprint}.{n:04d}", done[n]["facts"], done[n])
     if build in done:
         status, note = Status.DONE, f"built in {done[build]['seconds']:.0f} s"
     elif build is not None:

@@ -23,7 +23,8 @@ from audiolm.data.audio_check import content_hash, edges
 from audiolm.data.clips import Clip, Part, clips_parquet, parquet_bytes
 from audiolm.data.parallel import parallel_map, thread_map
 from audiolm.data.sources import SPLITS, Found
-from audiolm.data.splits import Unit, assign
+from audiolm.data.splits import assign
+from audiolm.data.units import Unit
 
 GROUP_BYTES = 512 << 20  # of audio files that one scan task decodes, a single larger file apart
 LISTED = 10  # rejected files named in the error
@@ -52,7 +53,7 @@ def build_manifest(config: dict, inputs: dict, out) -> dict:
         rejected, [("origin", "string"), ("uri", "string"), ("start", "int64"), ("frames", "int64"),
                    ("reason", "string"), ("detail", "string")]))
     _check_rejected(rejected, len(found), corpus)
-    splits, remarks = assign(units, corpus, seed)
+    splits, remarks = assign(units, corpus, seed, hashes)
     remarks += _cancelled(units)
     clips = cut_shards(join_units(units, splits, corpus.join_s), corpus.shard_s, seed)
     listing = _listing(entries, hashes)

@@ -10,8 +10,9 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from audiolm import store
-from audiolm.dag.outputs import build_id, build_of
-from audiolm.dag.run_index import GENERATION_STEPS, SYSTEM_STEPS, missing_of, steps_of
+from audiolm.dag.ancestry import check_one_run
+from audiolm.dag.outputs import build_of
+from audiolm.dag.run_index import GENERATION_STEPS, SYSTEM_STEPS, left_out, missing_of, no_step, steps_of
 
 if TYPE_CHECKING:
     from audiolm.generate.audiolm import AudioLM
@@ -19,14 +20,16 @@ if TYPE_CHECKING:
 
 
 def system_steps(index_path: str) -> dict[str, str]:
-    """Folders by step that a system is loaded from. Raises ValueError that names the steps which are not finished."""
+    """Folders by step that a system is loaded from. Raises ValueError that names the steps which are not finished, or were
+    made of other builds than the run has now."""
     steps = steps_of(index_path)
-    missing = missing_of(SYSTEM_STEPS, steps)
+    others = left_out(index_path)  # a decoder that may be missing may not be of another codec
+    missing = [name for name in GENERATION_STEPS if name in others or name in missing_of(SYSTEM_STEPS, steps)]
     if not missing and "lm_coarse" in steps and "lm_fine" not in steps and _needs_fine(steps):
         missing = ["lm_fine"]
     if missing:
-        raise ValueError(f"--run: {index_path} names no finished step {', '.join(missing)}; the command that began the run "
-                         "goes on with it: python workflows/full_pipeline.py CONFIG.yaml")
+        raise ValueError(f"--run: {no_step(index_path, missing)}; the command that began the run goes on with it: "
+                         "python workflows/full_pipeline.py CONFIG.yaml")
     return {name: steps[name] for name in GENERATION_STEPS if name in steps}
 
 
@@ -73,7 +76,7 @@ def load(paths: Mapping[str, str], device: str = "cpu", mean_run: float | None =
 
     if missing := missing_of(("kmeans", "codec", "lm_semantic", "lm_coarse"), paths):
         raise ValueError(f"step {missing[0]} is missing, there are {sorted(paths)}: run the pipeline up to it")
-    _check_one_run(paths)
+    check_one_run(paths)
     if mean_run is None:
         mean_run = _mean_run(paths)
     models = {name: load_lm(paths[f"lm_{name}"], device) for name in (*STAGES, "parallel")
@@ -95,14 +98,3 @@ def _mean_run(paths: Mapping[str, str]) -> float:
     if done is None:
         raise ValueError(f"{paths['semantic_tokens']} holds no finished semantic_tokens step: run it")
     return done["facts"]["mean_run"]
-
-
-def _check_one_run(paths: Mapping[str, str]) -> None:
-    """Raises ValueError where a finished step's record names other inputs than these."""
-    ids = {name: build_id(path) for name, path in paths.items()}
-    for name in paths.keys() & {"semantic_tokens", "lm_semantic", "lm_coarse", "lm_fine", "lm_parallel", "lm_decoder"}:
-        inputs = (store.get_json(store.join(build_of(paths[name]), "done.json")) or {}).get("inputs", {})
-        for other in ids.keys() & inputs.keys():
-            if inputs[other] != ids[other]:
-                raise ValueError(f"{name} ({paths[name]}) was made of {other} {inputs[other]}, not of {ids[other]}: take all "
-                                 "steps of one run, or run the pipeline again")

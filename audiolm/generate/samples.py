@@ -1,8 +1,8 @@
 """Step `samples`: n wavs of each mode from the trained system (2209.03143 III-D), checked and playable.
 
 Modes: unconditional, acoustic generation from a clip's true semantic tokens, continuation of prompts from speakers of the
-test split, and codec resynthesis of the same clips.  Leaves wav/NAME.wav (16 kHz, 16-bit PCM) and samples.json in the
-build, and each wav with a spectrogram PNG under ui/.  Shapes: wav_T float32 mono at 16 kHz.
+test split (dev where there is none), and codec resynthesis of the same clips.  Leaves wav/NAME.wav (16 kHz, 16-bit PCM) and
+samples.json in the build, and each wav with a spectrogram PNG under ui/.  Shapes: wav_T float32 mono at 16 kHz.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ def make_mode(mode: str, config: Mapping[str, Any], paths: Mapping[str, str], me
     samples, seed = config["samples"], config["seed"]
     lm = load(paths, device, mean_run, params_from_config(samples))
     clip_s = samples.prompt_s + samples.seconds
-    clips = pick_clips(read_clips(paths["manifest"], "test"), samples.n, clip_s, seed)
+    held_out = read_clips(paths["manifest"], "test") or read_clips(paths["manifest"], "dev")
+    clips = pick_clips(held_out, samples.n, clip_s, seed)
     wavs = [whole_frames(read_clip(clip, roots(config["corpus"]), 0, min(clip.samples, round(clip_s * SAMPLE_RATE))))
             for clip in clips]
     prompts = [whole_frames(wav[:round(samples.prompt_s * SAMPLE_RATE)]) for wav in wavs]
@@ -86,7 +87,7 @@ def pick_clips(clips: Sequence[Clip], n: int, seconds: float, seed: int) -> list
     Raises ValueError where there are none.
     """
     if not clips:
-        raise ValueError("the manifest has no test clips for prompts: raise corpus.test or give a test split")
+        raise ValueError("the manifest has no test and no dev clips for prompts: set corpus.dev=0.05, or give a test split")
     order = rng.generator(seed, "sample clips").permutation(len(clips))
     speakers: dict[str, list[Clip]] = {}
     for i in order:

@@ -18,10 +18,8 @@ import traceback
 import warnings
 from argparse import ArgumentParser
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from audiolm import pretrained
 from audiolm.config.base import ConfigError
@@ -31,12 +29,14 @@ from audiolm.dag.execute import StepFailed, execute
 from audiolm.dag.outputs import damaged, take_back
 from audiolm.dag.plan import PlanRow, plan, toposort
 from audiolm.dag.run_index import OUTPUTS
-from audiolm.dag.step import Status, Step
+from audiolm.dag.step import Artifact, Status, Step
 from audiolm.data.parallel import cluster_device
-from audiolm.pipeline.needs import check_installed
+from audiolm.pipeline.corpus_needs import check_config_needs, check_corpus_needs
+from audiolm.pipeline.needs import check_installed, reads_audio
+from audiolm.pipeline.output import outputs
 from audiolm.pipeline.ray_cluster import in_ray_job, start_ray, worker_died
 from audiolm.pipeline.stop import STOPPED, exit_status, stoppable, take_signals
-from audiolm.store import NoAnswer, check_store, hide_credentials, is_local, patience
+from audiolm.store import NoAnswer, check_store, is_local, patience
 from audiolm.tokenizers.start import StartWeights
 from audiolm.train.commits import starting_point, steps_kept
 
@@ -51,13 +51,14 @@ def main(graph: Callable[[Pipeline], list[Step]], default: Path) -> None:
         sys.exit(status)
 
 
-def run_command(command: Callable[[], int], stopped: str = STOPPED, trace: bool = False) -> int:
+def run_command(command: Callable[[], int], stopped: str = STOPPED, trace: bool = False, with_terminal: bool = False) -> int:
     """The exit status of a command, its errors in one line on stderr (`trace`: with the traceback) and its Ray shut down.
 
     0 and 1 are the command's own; 2: wrong usage, config or input; 130 or 143: Ctrl-C or SIGTERM, after the line `stopped`.
-    Whatever it prints is without the credentials that URIs may hold.
+    Whatever it prints is without the credentials that URIs may hold, and may get lost without harm (pipeline/output.py).
+    It outlives its terminal, unless it ends `with_terminal`.
     """
-    with stoppable(), redirect_stdout(_Masked(sys.stdout)), redirect_stderr(_Masked(sys.stderr)):
+    with stoppable(with_terminal), outputs():
         try:
             return command()
         except KeyboardInterrupt:
@@ -72,19 +73,6 @@ def run_command(command: Callable[[], int], stopped: str = STOPPED, trace: bool 
             _stop_ray()
 
 
-class _Masked:
-    """A text stream whose texts lose their credentials."""
-
-    def __init__(self, stream: Any):
-        self._stream = stream
-
-    def write(self, text: str) -> int:
-        return self._stream.write(hide_credentials(text))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-
 def _fail(text: str, code: int) -> int:
     print(f"error: {text}", file=sys.stderr)
     return code
@@ -97,8 +85,8 @@ def _stop_ray() -> None:
 
 def _pipeline(args: argparse.Namespace, graph: Callable[[Pipeline], list[Step]], default: Path) -> int:
     """Plans and, unless only the plan or the status is asked for, runs. Raises ValueError for wrong usage."""
-    overrides = [a for a in args.rest if "=" in a]
-    files = [a for a in args.rest if "=" not in a]
+    files = [a for a in args.rest if "=" not in a or os.path.isfile(a)]
+    overrides = [a for a in args.rest if a not in files]
     if args.repair and args.from_:
         raise ValueError("--repair looks at all steps, or at those of --only: leave out --from")
     if len(files) > 1:
@@ -117,6 +105,7 @@ def _pipeline(args: argparse.Namespace, graph: Callable[[Pipeline], list[Step]],
         print(table(rows, run=args.dry_run))
         return 0
     check_installed(cfg, [r.step for r in rows if r.run], args.inline)
+    check_config_needs(cfg, [r.step for r in rows if r.run])
     quiet()
     try:
         with patience(START_S):
@@ -174,7 +163,7 @@ def place(cfg: Pipeline) -> Pipeline:
         if in_job:
             raise ConfigError(f"store: {store!r} is relative, and a Ray job's working folder changes with each submission; "
                               "give an absolute path that every node sees, or s3://...: add store=/shared/audiolm")
-        store = os.path.abspath(store)
+        store = os.path.abspath(os.path.expanduser(store))
     if tracking == "sqlite" and not is_local(store):
         raise ConfigError(f"tracking: sqlite needs a local store, and store is {store!r}; "
                           "give an MLflow server: tracking=http://host:5000, or tracking=none")
@@ -224,6 +213,13 @@ def _run(cfg: Pipeline, rows: list[PlanRow], force: tuple[str, ...], inline: boo
     observer.say(f"audiolm: run {cfg.run.name!r}, corpus {cfg.corpus.name!r}, store {cfg.store}")
     observer.say(f"{len(todo)} of {len(rows)} steps to run" + (": " + ", ".join(todo) if todo else ", nothing to do"))
     code = 1
+
+    def finished(name: str, artifact: Artifact) -> None:
+        observer.finished(name, artifact)
+        if name == "manifest":
+            for remark in check_corpus_needs(cfg, [r.step for r in rows if r.run], artifact.path):
+                observer.say(remark)
+
     try:
         if todo and not inline:
             start_ray(cfg.cluster, cfg.store, observer.say)
@@ -231,7 +227,7 @@ def _run(cfg: Pipeline, rows: list[PlanRow], force: tuple[str, ...], inline: boo
         if todo and cfg.cluster.device == "cuda":  # before hours of steps that need none
             cluster_device(cfg.cluster, inline, cfg.cluster.train_workers if any(r.run and r.step.trains for r in rows) else 1)
         execute(rows, cfg.store, force=force, inline=inline, slots=cfg.cluster.parallel_training, observer=observer,
-                retries=cfg.cluster.retries, may_retry=worker_died, kept=steps_kept, finished=observer.finished)
+                retries=cfg.cluster.retries, may_retry=worker_died, kept=steps_kept, finished=finished)
         code = 0
     except (StepFailed, ConfigError) as e:
         observer.say(f"error: {e}")
@@ -260,14 +256,30 @@ def quiet() -> None:
 
 
 def _check_corpus(cfg: Pipeline, rows: list[PlanRow]) -> None:
-    """Raises ValueError where a manifest that would be skipped does not describe the files any more."""
+    """Raises ValueError where a manifest that would be skipped does not describe the files any more.
+
+    Files that are gone stop no step that reads tokens alone: that is printed.
+    """
     manifest = next((r for r in rows if r.step.name == "manifest" and not r.run), None)
     if manifest is None or manifest.state.artifact is None or cfg.corpus.changed == "ignore":
         return
     from audiolm.data.manifest import changed_files
 
-    changes = {k: v for k, v in changed_files(manifest.state.artifact.path, cfg.corpus).items() if v}
-    if changes:
+    readers = [r.step.name for r in rows if r.run and reads_audio(r.step)]
+    try:
+        changes = {k: v for k, v in changed_files(manifest.state.artifact.path, cfg.corpus).items() if v}
+    except Exception as e:  # whatever a filesystem raises that is not there
+        if not readers:
+            print(f"corpus {cfg.corpus.name!r} cannot be read ({e}); what runs now needs its tokens alone", flush=True)
+            return
+        if others := [r.step.name for r in rows if r.run and r.step.trains and not reads_audio(r.step)]:
+            raise ConfigError(f"{e}; {', '.join(readers)} read its audio, and {', '.join(others)} do not: to go on with those "
+                              f"add --only {','.join(others)}") from e
+        raise
+    if changes.keys() == {"removed"} and not readers:
+        print(f"corpus {cfg.corpus.name!r}: {len(changes['removed'])} files are gone; what runs now needs its tokens alone",
+              flush=True)
+    elif changes:
         text = "; ".join(f"{len(v)} {k}: {', '.join(v[:3])}{' ...' if len(v) > 3 else ''}" for k, v in changes.items())
         raise ValueError(f"corpus {cfg.corpus.name!r} changed since its manifest was built ({text}). To use the new files "
                          f"raise corpus.revision to {cfg.corpus.revision + 1}; to go on with the old manifest add "

@@ -11,6 +11,7 @@ from audiolm.pipeline.steps import FUNCTIONS
 
 IMPORTS = tuple(FUNCTIONS[name] for name in ("import_encoder", "import_codec"))  # models in transformers' format
 NO_SOUND = (*IMPORTS, FUNCTIONS["train_lm"])
+NO_AUDIO = (*NO_SOUND, *(FUNCTIONS[name] for name in ("train_decoder", "take_tokenizer", "build_report")))
 # deepspeed with what its import imports: its other dependencies compile extensions, of which none is used here.
 DEEPSPEED = ("deepspeed", "einops", "hjson", "msgpack", "packaging", "psutil", "tqdm")
 
@@ -27,3 +28,8 @@ def check_installed(cfg: Pipeline, steps: Sequence[Step], inline: bool) -> None:
         require(f"a pretrained model (of {', '.join(names)})", ["transformers"])
     if names := [s.name for s in steps if s.fn not in NO_SOUND]:
         require(f"sound (of {', '.join(names)})", ["soundfile", "soxr"])
+
+
+def reads_audio(step: Step) -> bool:
+    """False for a step that does without the corpus' files."""
+    return step.fn not in NO_AUDIO

@@ -1,7 +1,8 @@
 """The progress of running steps on the driver's terminal: done/total, rate, time left.
 
 On a terminal one line a running step, redrawn in place; elsewhere plain lines at the start, the end and about every
-10 s.  Thread-safe.  Rates come from a moving window and never count work that was there when a step began (resume).
+10 s.  Thread-safe, and never an error (output.py).  Rates come from a moving window and never count work that was there
+when a step began (resume).
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import threading
 import time
 from collections import deque
 from dataclasses import dataclass, field
+
+from audiolm.pipeline.output import Output
 
 WINDOW_S = 30.0  # of the moving average of a rate
 REDRAW_S = 0.2  # at most five times a second: terminals and people follow
@@ -40,11 +43,12 @@ class ProgressBoard:
     """The lines of all running steps. `clock` is for tests (seconds, monotonic)."""
 
     def __init__(self, stream=None, clock=time.monotonic):
-        self._out = sys.stdout if stream is None else stream
+        stream = sys.stdout if stream is None else stream
+        self._out = stream if isinstance(stream, Output) else Output(stream)
         self._clock = clock
         self._lock = threading.Lock()
         self._lines: dict[str, _Line] = {}
-        self._tty = bool(getattr(self._out, "isatty", lambda: False)())
+        self._tty = self._out.isatty()
         self._drawn_rows = 0  # lines on the terminal that may be redrawn
         self._drawn_at = float("-inf")
 
@@ -97,10 +101,7 @@ class ProgressBoard:
             self._draw(self._clock(), force=True)
 
     def _print(self, text: str) -> None:
-        try:
-            self._out.write(text + "\n")
-        except UnicodeEncodeError:
-            self._out.write(text.encode("ascii", "replace").decode() + "\n")
+        self._out.write(text + "\n")
         self._out.flush()
 
     def _clear(self) -> None:

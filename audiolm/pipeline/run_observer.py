@@ -10,7 +10,7 @@ import time
 from audiolm.config.base import flatten
 from audiolm.config.pipeline import Pipeline
 from audiolm.dag.plan import PlanRow
-from audiolm.dag.run_index import GENERATION_STEPS, write_index
+from audiolm.dag.run_index import GENERATION_STEPS, steps_of, write_index
 from audiolm.dag.step import Artifact, StepContext
 from audiolm.pipeline.progress import ProgressBoard, duration
 from audiolm.store import exists, join
@@ -101,11 +101,13 @@ class RunObserver:
         self.tracker.finish(status, 5.0 if status == "KILLED" else 30.0)  # who stops a run waits for its end
         if status != "FINISHED":
             return
-        done = "all" if len(self._index) == len(self.rows) else f"{len(self._index)} of"
+        named = steps_of(self._index_path)  # without those that this config's new builds have left behind
+        steps = {name: entry["path"] for name, entry in self._index.items() if named.get(name) == entry["path"]}
+        done = "all" if len(steps) == len(self.rows) else f"{len(steps)} of"
         self.say(f"{done} {len(self.rows)} steps done, in {duration(seconds)}")
         for label, step, path in (("sound", "samples", "wav"), ("report", "report", "ui/report.html")):
-            if step in self._index:
-                self.say(f"{label + ':':8}{join(self._index[step]['path'], path)}")
+            if step in steps:
+                self.say(f"{label + ':':8}{join(steps[step], path)}")
         self.say(f"{'index:':8}{self._index_path}")
         if url := self.tracker.url():
             self.say(f"{'UI:':8}{url}")

@@ -1,4 +1,7 @@
-"""Ctrl-C and SIGTERM: the first one raises KeyboardInterrupt in the main thread, the second ends the process at once."""
+"""Ctrl-C and SIGTERM: the first one raises KeyboardInterrupt in the main thread, the second ends the process at once.
+
+SIGHUP, the end of the terminal, ends nothing.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 STOPPED = "stopped; the same command continues"
@@ -15,14 +18,19 @@ _received: list[int] = []  # signals since the command began
 
 
 @contextmanager
-def stoppable() -> Iterator[None]:
-    """Within the block both signals stop the command. In another thread than the main one nothing changes."""
+def stoppable(with_terminal: bool = False) -> Iterator[None]:
+    """Within the block both signals stop the command, and SIGHUP does nothing or, `with_terminal`, what it does by default.
+
+    In another thread than the main one nothing changes.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.getsignal(number) for number in SIGNALS}
+    before = {number: signal.getsignal(number) for number in (*SIGNALS, signal.SIGHUP)}
     _received.clear()
     take_signals()
+    if not with_terminal:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         yield
     finally:
@@ -45,6 +53,7 @@ def exit_status() -> int:
 def _stop(number: int, frame: FrameType | None) -> None:
     _received.append(number)
     if len(_received) > 1:  # a killed run continues as a stopped one does
-        os.write(2, f"\n{STOPPED}\n".encode())
+        with suppress(OSError):
+            os.write(2, f"\n{STOPPED}\n".encode())
         os._exit(exit_status())
     raise KeyboardInterrupt

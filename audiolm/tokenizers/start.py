@@ -15,8 +15,9 @@ from audiolm import store
 from audiolm.config.base import Config, ConfigError, Runtime
 from audiolm.config.pipeline import Pipeline
 from audiolm.config.start import CodecStartConfig, KMeansStartConfig, StartConfig
+from audiolm.dag.ancestry import MixedRun
 from audiolm.dag.outputs import build_id
-from audiolm.dag.run_index import index_path, steps_of
+from audiolm.dag.run_index import index_path, left_out, no_step, steps_of
 from audiolm.tokenizers.artifact import CONFIG, WEIGHTS, ArtifactError
 
 AnyStart = StartConfig | CodecStartConfig | KMeansStartConfig
@@ -47,6 +48,10 @@ def all_started(cfg: Pipeline) -> Pipeline:
         return cfg
     try:
         there = steps_of(cfg.start)
+        if others := left_out(cfg.start):
+            raise MixedRun(f"{next(iter(others.values()))}: finish that run, or name a part's own start")
+    except MixedRun as e:
+        raise ConfigError(f"start: {cfg.start} is no one system: {e}") from e
     except (ValueError, OSError) as e:
         raise ConfigError(f"start: {cfg.start} is no published system and no run's index: give a name or "
                           "OUTPUTS/runs/NAME.json, or start=null to train from nothing") from e
@@ -140,7 +145,7 @@ def find_export(uri: str, step: str) -> str:
     if step == "masked_model":  # a published system has its tokenizer alone, which holds the encoder
         names = names or [n for n in steps if n == "kmeans"]
     if not names:
-        raise LookupError(f"{uri} names no finished step {step}, there are {', '.join(steps)}: {HOW}")
+        raise LookupError(f"{no_step(uri, [step])}, there are {', '.join(steps)}: {HOW}")
     return steps[names[-1]]
 
 

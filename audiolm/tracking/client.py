@@ -55,6 +55,8 @@ def _lay_out(path: str) -> None:
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
     from sqlalchemy.exc import OperationalError
 
+    if os.path.exists(path) and not os.path.isfile(path):  # MLflow would try to open it for minutes
+        raise ValueError(f"MLflow's database {path} is no file: move it away, or name another with tracking")
     if os.path.exists(path) and os.path.getsize(path):
         try:
             SqlAlchemyStore(f"sqlite:///{path}", DEFAULT_LOCAL_FILE_AND_ARTIFACT_PATH)

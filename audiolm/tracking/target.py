@@ -7,13 +7,14 @@ names the folders of the other steps and the config (seed, held-out clips, corpu
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from audiolm import store
 from audiolm.config.pipeline import Pipeline
+from audiolm.dag.ancestry import ancestors, misfits
 from audiolm.dag.outputs import build_id
-from audiolm.dag.run_index import steps_of
+from audiolm.dag.run_index import left_out, paths_of, steps_of
 from audiolm.tracking.lookup import check_named, connect, default_tracking, find_run, system_of, version_of
 
 
@@ -25,6 +26,7 @@ class Target:
     slug: str  # in folders' names
     steps: Mapping[str, str]  # folder of each step
     config: Pipeline
+    left_out: Mapping[str, str] = field(default_factory=dict)  # steps that were built, and why they are not among them
 
 
 def resolve(text: str, folder: str, tracking: str | None = None) -> Target:
@@ -33,7 +35,7 @@ def resolve(text: str, folder: str, tracking: str | None = None) -> Target:
     if not text.startswith("models:/"):
         index = find_run(text, folder, tracking)
         name = index.rsplit("/", 1)[-1].removesuffix(".json")
-        return Target(f"run {name}", name, _models(index), config_of(index))
+        return Target(f"run {name}", name, _models(index), config_of(index), left_out(index))
     client, uri = connect(default_tracking(folder, tracking))
     version = version_of(client, text)
     title, slug = f"{version.name}, version {version.version}", f"{version.name}-{version.version}"
@@ -43,10 +45,17 @@ def resolve(text: str, folder: str, tracking: str | None = None) -> Target:
         system = system_of(version, uri)
         check_named({"system.json, index": system["index"], **{f"system.json, {n}": p for n, p in system["steps"].items()}},
                     folder, uri)
-        return Target(title, slug, {**_models(system["index"]), **system["steps"]}, config_of(system["index"]))
+        return Target(title, slug, _with_system(system), config_of(system["index"]))
     tags = version.tags
     steps = _with_checkpoint(text, tags)
     return Target(f"{title} ({tags['audiolm.step']} at step {tags['step']})", slug, steps, config_of(tags["audiolm.index"]))
+
+
+def _with_system(system: Mapping[str, Any]) -> dict[str, str]:
+    """A registered system's steps, and those of its run's index, which may name newer builds, that belong to it."""
+    own = system["steps"]
+    others = {name: path for name, path in _models(system["index"]).items() if name not in own}
+    return own | {name: path for name, path in others.items() if not misfits({**own, name: path})}
 
 
 def _with_checkpoint(text: str, tags: Mapping[str, str]) -> dict[str, str]:
@@ -55,14 +64,13 @@ def _with_checkpoint(text: str, tags: Mapping[str, str]) -> dict[str, str]:
     if not store.exists(store.join(uri, "export")):
         raise ValueError(f"{text}: its weights are not at {uri} (any more, or not for this machine): give another version, or "
                          "run where the store is seen")
-    steps = _models(index)
-    inputs = (store.get_json(store.join(tags["audiolm.build"], "build.json")) or {}).get("inputs", {})
-    for name, build in inputs.items():
+    named = paths_of(index)
+    for name, build in ancestors(tags["audiolm.build"]):
         # a run's index names its newest builds: tokens of another tokenizer would mean nothing to the checkpoint
-        if name in steps and build_id(steps[name]) != build:
-            raise ValueError(f"{text}: it was trained on {name} {build}, and {index} now names {steps[name]}: evaluate a "
+        if name in named and build_id(named[name]) != build:
+            raise ValueError(f"{text}: it was trained on {name} {build}, and {index} now names {named[name]}: evaluate a "
                              "version that was made since, or a system's version (models:/RUN/N)")
-    return {**steps, step: uri}
+    return {**_models(index), step: uri}
 
 
 def _models(index: str) -> dict[str, str]:

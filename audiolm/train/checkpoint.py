@@ -67,8 +67,8 @@ def _read(build: str, commit: dict, file: str) -> Saved:
     path = join(build, "checkpoints", commit["folder"], file)
     data = get(path)
     if hashlib.sha256(data).hexdigest() != commit["sha256"][file]:
-        raise ArtifactError(f"{path} is damaged: it is not what the commit of step {commit['step']} names; train this step "
-                            "anew with --force")
+        raise ArtifactError(f"{path} is damaged: it is not what the commit of step {commit['step']} names; the same "
+                            "command goes on from an older one; --force trains the step anew")
     return safetensors.torch.load(data)
 
 

@@ -9,6 +9,7 @@ Apart from checkpoint.py, because a plan reads commits and must not import torch
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Iterable, Iterator
 
@@ -29,14 +30,22 @@ def folder_of(step: int, attempt: int) -> str:
 
 def commits(build: str) -> list[dict]:
     """Every commit, oldest first, pruned ones too."""
-    return [c for n in names(join(build, "commits")) if (c := get_json(join(build, "commits", n)))]
+    return [c for n in names(join(build, "commits")) if (c := _commit(build, n))]
+
+
+def _commit(build: str, name: str) -> dict | None:
+    """The commit in a file; None for one that a full or failing disk has cut off."""
+    try:
+        return get_json(join(build, "commits", name)) or None
+    except ValueError:
+        return None
 
 
 def latest_first(build: str, at_most: int | None = None) -> Iterator[dict]:
     """The commits whose checkpoints exist, of steps up to `at_most`; read one by one, as the first is mostly enough."""
     for name in reversed(names(join(build, "commits"))):
         if at_most is None or int(name.removesuffix(".json")) <= at_most:
-            commit = get_json(join(build, "commits", name))
+            commit = _commit(build, name)
             if commit and not commit.get("pruned"):
                 yield commit
 
@@ -51,37 +60,56 @@ def steps_kept(build: str) -> int:
     return commit["step"] if commit else 0
 
 
-def drop_damaged(build: str) -> list[str]:
-    """Removes commits, newest first, until a checkpoint's files are whole; returns a remark about each. The driver alone."""
-    remarks = []
-    while (commit := newest(build)) and (file := _damaged(build, commit)):
-        remove(path_of(build, commit["step"]))
-        remarks.append(f"the checkpoint of step {commit['step']} is damaged ({file}): went on from the one before it")
-    return remarks
+def drop_damaged(build: str, with_best: bool = False) -> list[str]:
+    """Removes commits, newest first, until one and its checkpoint's files are whole; returns a remark about each.
+
+    `with_best`: those of its best checkpoint too, as a run needs that ends with it.  The driver alone calls this."""
+    dropped = []
+    for name in reversed(names(join(build, "commits"))):
+        path, commit = join(build, "commits", name), _commit(build, name)
+        if commit and commit.get("pruned"):
+            continue
+        file = _damaged(build, commit, with_best) if commit else path
+        if file is None:
+            break
+        remove(path)
+        dropped.append((int(name.removesuffix(".json")), file))
+    origin = f"step {steps_kept(build)}, the newest whole one" if newest(build) else "the start, as there is no other"
+    return [f"the checkpoint of step {step} is damaged ({file}): went on from {origin}" for step, file in dropped]
 
 
-def _damaged(build: str, commit: dict) -> str | None:
-    """The first file of a checkpoint that is missing or differs from its digest."""
+def _damaged(build: str, commit: dict, with_best: bool = False) -> str | None:
+    """The first file of a checkpoint, or of its best, that is missing, cannot be read or differs from its digest."""
     for name, expected in commit["sha256"].items():
         path = join(build, "checkpoints", commit["folder"], name)
         try:
             if sha256(path) != expected:
                 return path
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             return path
-    return None
+        except OSError as e:
+            if e.errno != errno.EIO:  # of a disk: the file's blocks are gone
+                raise
+            return path
+    if not with_best or commit["best_step"] in (None, commit["step"]):
+        return None
+    name = f"{commit['best_step']:08d}.json"
+    best = _commit(build, name)
+    return _damaged(build, best) if best and not best.get("pruned") else join(build, "commits", name)
 
 
-def starting_point(build: str | None, siblings: Iterable[str], trunk_steps: int) -> tuple[str, dict] | None:
+def starting_point(build: str | None, siblings: Iterable[str], trunk_steps: int, verified: bool = False
+                   ) -> tuple[str, dict] | None:
     """(build, commit) that a run continues: its own build's newest, or a sibling's where that is further.
 
     A sibling is a build of the same trunk.  Its checkpoints count up to `trunk_steps`, the run's own decay start, while
-    their best still exists.
+    their best still exists; `verified`: while their files are whole, which takes a look at every byte.
     """
     own = newest(build) if build else None
     chosen = (build, own) if own else None
     for other in siblings:
-        usable = (c for c in latest_first(other, trunk_steps) if "trunk" in c and _with_best(other, c))
+        usable = (c for c in latest_first(other, trunk_steps) if "trunk" in c and (needed := _with_best(other, c))
+                  and not (verified and any(_damaged(other, n) for n in needed)))
         commit = next(usable, None)
         if commit and (chosen is None or commit["step"] > chosen[1]["step"]):
             chosen = (other, commit)
@@ -104,7 +132,7 @@ def remove_uncommitted(build: str, attempt: int) -> None:
 def _with_best(build: str, commit: dict) -> list[dict]:
     """The commits without which a run cannot continue from one: the best first, the one itself last; [] if one is gone."""
     steps = sorted({commit["trunk"]["best_step"] or commit["step"], commit["step"]})
-    needed = [get_json(path_of(build, step)) for step in steps]
+    needed = [_commit(build, f"{step:08d}.json") for step in steps]
     return needed if all(c and not c.get("pruned") for c in needed) else []
 
 
@@ -114,7 +142,7 @@ def copy_trunk(build: str, attempt: int, siblings: Iterable[str], trunk_steps: i
     The driver alone calls this, before workers start.  The sibling's own run may prune what is being copied: the
     search then begins again.
     """
-    while (point := starting_point(build, siblings, trunk_steps)) and point[0] != build:
+    while (point := starting_point(build, siblings, trunk_steps, verified=True)) and point[0] != build:
         source, commit = point
         needed = _with_best(source, commit)
         try:

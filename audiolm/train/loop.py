@@ -51,10 +51,10 @@ def train(factory: Factory, config: Mapping[str, Any], train: TrainConfig, input
                    out.metrics_path, config["seed"], device, threads, cluster.audio_cache_mb,
                    cluster.compile and device == "cuda")
     clean_up(None, lambda: remove_uncommitted(out.build, out.attempt))
+    for remark in (remarks := drop_damaged(out.build, with_best=train.export == "best")):
+        logging.getLogger(__name__).warning(remark)
     # Before any worker starts: a longer run of the same trunk may have checkpoints that this one can begin from.
     copy_trunk(out.build, out.attempt, out.siblings, train.trunk_steps)
-    for remark in (remarks := drop_damaged(out.build)):
-        logging.getLogger(__name__).warning(remark)
     out.progress(0, train.steps, "steps", "starting workers")
     with report_progress(job, out):
         if out.inline:

@@ -44,10 +44,11 @@ def libri(root, name: str = "l", **more) -> dict:
 
 
 def speakers(root: Path, hours: dict[str, float], utterances: int = 2) -> Path:
-    """{speaker: seconds} as SPEAKER/1/SPEAKER-1-NNNN.wav."""
+    """{speaker: seconds} as SPEAKER/1/SPEAKER-1-NNNN.wav; nobody says what another one says."""
     for speaker, seconds in hours.items():
         for i in range(utterances):
-            write(root / speaker / "1" / f"{speaker}-1-{i:04d}.wav", noise(seconds / utterances, 8000), 8000)
+            name = f"{speaker}-1-{i:04d}"
+            write(root / speaker / "1" / f"{name}.wav", noise(seconds / utterances, 8000, int.from_bytes(name.encode())), 8000)
     return root
 
 
@@ -194,8 +195,8 @@ def test_joined_utterances_keep_ids_offsets_and_texts(build, tmp_path):
 def test_rates_and_splits_are_never_mixed_in_a_clip(build, tmp_path):
     for i in range(6):
         rate = 16000 if i < 3 else 22050
-        write(tmp_path / "in" / "train-a" / "1" / "1" / f"1-1-{i}.wav", noise(1, rate), rate)
-        write(tmp_path / "in" / "dev-a" / "1" / "1" / f"1-1-{i + 6}.wav", noise(1), 16000)
+        write(tmp_path / "in" / "train-a" / "1" / "1" / f"1-1-{i}.wav", noise(1, rate, i), rate)
+        write(tmp_path / "in" / "dev-a" / "1" / "1" / f"1-1-{i + 6}.wav", noise(1, seed=i + 6), 16000)
     _, _, clips = build(libri(tmp_path / "in"))
     assert sorted((c.split, c.sample_rate, len(c.parts)) for c in clips) == [
         ("dev", 16000, 6), ("train", 16000, 3), ("train", 22050, 3)]
@@ -260,7 +261,7 @@ def test_a_corpus_without_dev_holds_speakers_out_and_one_without_train_says_the_
 def test_a_corpus_of_one_speaker_is_split_by_chapter_file_or_piece(build, tmp_path):
     for chapter in range(4):
         for i in range(3):
-            write(tmp_path / "in" / "LJ" / f"{chapter}" / f"LJ-{chapter}-{i}.wav", noise(1, 8000), 8000)
+            write(tmp_path / "in" / "LJ" / f"{chapter}" / f"LJ-{chapter}-{i}.wav", noise(1, 8000, 3 * chapter + i), 8000)
     _, facts, clips = build(libri(tmp_path / "in"))
     assert {c.split for c in clips} == {"train", "dev", "test"} and len(clips) == 4
     assert "one speaker only: split by chapter" in facts["remarks"][0]

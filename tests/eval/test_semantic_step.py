@@ -303,9 +303,9 @@ def test_speakers_are_seen_whatever_the_corpus_calls_them(world, tmp_path):
     renamed = [Clip(**{**c.__dict__, "speaker": "reader " + c.speaker, "split": "train"}) for c in clips[:3]]
     store.put(str(tmp_path / "manifest" / "clips.parquet"), clips_parquet(renamed))
     want = semantic_metrics_config(judged(world, phones=None))
-    groups, files, remarks = figures._item_files(want, str(tmp_path / "manifest"))
+    groups, files, remarks = figures.item_files(want, str(tmp_path / "manifest"))
     assert groups == {"held_out": ("s3",), "seen": ("s0", "s1", "s2")} and len(files) == 4 and not remarks
-    groups, _, remarks = figures._item_files(want.model_copy(update={"speakers": ("s1",)}), str(tmp_path / "manifest"))
+    groups, _, remarks = figures.item_files(want.model_copy(update={"speakers": ("s1",)}), str(tmp_path / "manifest"))
     assert groups == {"held_out": ("s1",), "seen": ("s0", "s2")} and "s1, who are trained on" in remarks[0]
     alone = figures.abx_part("mfcc", want.items, {"held_out": ("s3",)}, files, "-", 0, "cpu")["held_out"]
     assert set(alone) == {"within"}  # nobody to go across to

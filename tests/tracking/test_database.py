@@ -59,3 +59,9 @@ def test_a_database_that_mlflow_itself_laid_out_by_half_is_named_with_the_fix(tm
     _kill_within_a_step(tmp_path, f"from mlflow import MlflowClient\nMlflowClient('sqlite:///{path}').search_experiments()")
     with pytest.raises(ValueError, match=rf"{path} is laid out by half.*mv {path} {path}.broken"):
         connect(f"sqlite:///{path}")
+
+
+def test_a_folder_in_the_databases_place_is_named_at_once(tmp_path):
+    (tmp_path / "mlflow.db").mkdir()
+    with pytest.raises(ValueError, match=f"{tmp_path}/mlflow.db is no file: move it away"):
+        connect(f"sqlite:///{tmp_path}/mlflow.db")

@@ -17,7 +17,8 @@ import torch
 
 from audiolm import rng, store
 from audiolm.config.corpus import ClipFilter
-from audiolm.config.semantic import LayerSweepConfig
+from audiolm.config.external import AbxFilesConfig
+from audiolm.config.semantic import AbxConfig, LayerSweepConfig
 from audiolm.dag.outputs import build_of
 from audiolm.data.clips import Clip, read_clips
 from audiolm.data.parallel import cluster_device, parallel_map
@@ -109,14 +110,21 @@ def choose_layer(config: dict[str, Any], inputs: dict[str, Any], out: Any) -> di
 
 def _abx_task(config: dict[str, Any], model: str, manifest: str, device: str) -> AbxTask:
     abx_set = config["abx"]
+    speakers, paths = held_out_items(abx_set, manifest, config["where"])
+    window = window_of(config["window_s"], config["overlap_s"])
+    return AbxTask(model, abx_set.items, paths, speakers, window, config["seed"], device)
+
+
+def held_out_items(abx_set: AbxFilesConfig | AbxConfig, manifest: str, where: ClipFilter) -> tuple[list[str], dict[str, str]]:
+    """(speakers of the item file who are held out, {file id: path of its audio}).
+
+    Raises ValueError for fewer than two speakers, and for audio that is missing."""
     items = abx.read_items(abx_set.items)
-    speakers = list(groups_of(items, abx_set.speakers, manifest, config["where"])[0].get("held_out", ()))
+    speakers = list(groups_of(items, abx_set.speakers, manifest, where)[0].get("held_out", ()))
     if len(speakers) < 2:
         raise ValueError("semantic.abx: the choice is made within and across speakers who are neither trained on nor test; of "
                          f"the item file's these are {speakers}: hold at least two out with corpus.hold_out.dev=[...]")
-    paths = audio_paths(abx_set.audio, set(items.of(speakers).file.tolist()))
-    window = window_of(config["window_s"], config["overlap_s"])
-    return AbxTask(model, abx_set.items, paths, speakers, window, config["seed"], device)
+    return speakers, audio_paths(abx_set.audio, set(items.of(speakers).file.tolist()))
 
 
 def _train_shards(manifest: str, where: ClipFilter) -> dict[int, list[Clip]]:

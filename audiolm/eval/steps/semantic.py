@@ -47,7 +47,7 @@ def measure_semantic(config: dict[str, Any], inputs: dict[str, Any], out: Any) -
     began, cluster, want = time.monotonic(), config["cluster"], config["figures"]
     paths = {name: artifact.path for name, artifact in inputs.items()}
     device = cluster_device(cluster, out.inline)
-    groups, files, remarks = _item_files(want, paths["manifest"])
+    groups, files, remarks = item_files(want, paths["manifest"])
     aligned = "held_out" if groups.get("held_out") else "seen"  # the group whose phones are counted
     tasks: dict[str, tuple] = {}
     for kind in KINDS if groups else ():
@@ -80,7 +80,7 @@ def _part(task, *arguments: Any) -> Any:
     return task(*arguments)
 
 
-def _item_files(want: SemanticMetricsConfig, manifest: str) -> tuple[Groups, dict[str, str], list[str]]:
+def item_files(want: SemanticMetricsConfig, manifest: str) -> tuple[Groups, dict[str, str], list[str]]:
     """(the groups that have speakers, file id -> path of their audio, remarks); all empty without items."""
     if want.items is None:
         return {}, {}, []

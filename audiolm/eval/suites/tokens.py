@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from audiolm.config.semantic import KMeansConfig
-from audiolm.dag.run_index import steps_of
+from audiolm.dag.run_index import no_step, steps_of
 from audiolm.eval.codec_quality import COARSE_BITS_PER_S, bits_per_s, decode, encode, quality_notes
 from audiolm.eval.metrics import abx, audio_quality
 from audiolm.eval.metrics.audio_quality import Scorers
@@ -71,7 +71,7 @@ def find_builds(named: Mapping[str, str | None], run: str | None) -> dict[str, s
     steps = steps_of(run) if run else {}
     builds = {option: named[option] or steps.get(step) for option, step in BUILDS.items()}
     if not builds["codec"] and not builds["tokenizer"]:
-        raise ValueError(f"{run} names no finished step codec or kmeans" if run else
+        raise ValueError(no_step(run, ["codec", "kmeans"]) if run else
                          "nothing to measure: give --codec, --tokenizer (with --vocoder), or --run")
     for option in ("residual", "vocoder"):
         if builds[option] and not builds["tokenizer"]:
