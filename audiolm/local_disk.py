@@ -11,7 +11,7 @@ CLAIM_S = 60.0  # on a disk without hard links: an empty file of this age is a c
 def put_local(p: str, data: bytes, exclusive: bool) -> None:
     """Writes aside, then links (exclusive) or renames (overwrite), and makes the new name last."""
     os.makedirs(os.path.dirname(p), exist_ok=True)
-    aside = f"{p}.{uuid.uuid4().hex}.tmp"
+    aside = aside_of(p)
     try:
         with open(aside, "xb") as f:
             f.write(data)
@@ -25,10 +25,18 @@ def put_local(p: str, data: bytes, exclusive: bool) -> None:
         with open(p, "rb") as f:
             if f.read() != data:
                 raise
+    except OSError as e:
+        e.filename = p  # the name aside says nothing
+        raise
     finally:
         if os.path.exists(aside):
             os.unlink(aside)
     _sync_folder(os.path.dirname(p))
+
+
+def aside_of(p: str) -> str:
+    """A name to write to until a file is whole: beside it, so that the rename is atomic, and short whatever its name."""
+    return os.path.join(os.path.dirname(p), f".{uuid.uuid4().hex}.tmp")
 
 
 def link_once(aside: str, p: str) -> None:

@@ -29,6 +29,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from audiolm.local_disk import put_local
+from audiolm.places import absolute, is_local, join, open_fs  # noqa: F401  part of this module's interface
 
 PATIENCE_S = 300.0  # a restart of a server or a network's fault takes minutes, and a training is worth the wait
 QUIET_S = 900.0  # a writer that did nothing for so long is dead: longer than patience, a try and a lease together
@@ -98,6 +99,8 @@ def _no_answer(error: BaseException | None) -> bool:
             return status in (408, 409, 429) or status >= 500
         if isinstance(error, (TimeoutError, ConnectionError, NoConnection, HTTPClientError, IncompleteReadError, ClientError)):
             return True
+        if any(kind.__name__ == "TransportError" for kind in type(error).__mro__):  # httpx's, which the Hub's client raises
+            return True
         if getattr(error, "errno", None) == errno.ESTALE:  # NFS: the server was started anew
             return True
         error = error.__cause__ or error.__context__
@@ -105,9 +108,11 @@ def _no_answer(error: BaseException | None) -> bool:
 
 
 def _status(error: BaseException) -> int | None:
-    """The HTTP status in an error of botocore."""
+    """The HTTP status in an error of botocore or of the Hub's client."""
     response = getattr(error, "response", None)
-    return response.get("ResponseMetadata", {}).get("HTTPStatusCode") if isinstance(response, dict) else None
+    if isinstance(response, dict):
+        return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    return getattr(response, "status_code", None)
 
 
 def clean_up(error: BaseException | None, *calls: Callable[[], Any]) -> None:
@@ -121,30 +126,9 @@ def clean_up(error: BaseException | None, *calls: Callable[[], Any]) -> None:
                 error.add_note(text) if error else logging.getLogger(__name__).warning(text)
 
 
-def open_fs(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The filesystem of a path and the path as that filesystem spells it.
-
-    S3's own client times out and repeats a few times within one try: 5 s to connect, 15 s without a byte.
-    """
-    return fsspec.url_to_fs(path, use_listings_cache=False, **({"auto_mkdir": True} if is_local(path) else {}))
-
-
 def _timeout(fs: fsspec.AbstractFileSystem, size: int = 0) -> dict[str, float]:
     """The deadline of one try of a call that moves `size` bytes, as fsspec's asynchronous filesystems take it."""
     return {"timeout": min(CALL_S, _patience_s.get(PATIENCE_S)) + size / SLOWEST} if fs.async_impl else {}
-
-
-def is_local(path: str) -> bool:
-    return "://" not in path or path.startswith(("file://", "local://"))
-
-
-def join(path: str, *names: str) -> str:
-    return "/".join([path.rstrip("/"), *names])
-
-
-def absolute(path: str) -> str:
-    """The path for a process that works in another folder."""
-    return open_fs(path)[1] if is_local(path) else path
 
 
 def put(path: str, data: bytes, *, exclusive: bool = False) -> None:

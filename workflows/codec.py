@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 def parser() -> argparse.ArgumentParser:
     from audiolm import pretrained
-    from audiolm.data.sources import AUDIO
+    from audiolm.data.containers.layout import ENDINGS
 
     p = argparse.ArgumentParser(prog="codec.py", description="Audio to the codes of a trained codec, and back; long files in "
                                 "constant memory. Files that are done are skipped, so that the same command continues.")
@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
                               "a codec build in float16, and its recipe, as a folder that --codec and audiolm.load_codec take. "
                               "Compares its codes with the build's on the INPUTs or on a synthetic sound."))
     published = ", ".join(pretrained.names()) or "none here"
-    sounds = f"audio files, or folders to search for {', '.join(AUDIO)}"
+    sounds = f"audio files, or folders to search for {', '.join(ENDINGS)}"
     for sub, kind in ((encode, sounds), (decode, "codes files, or folders to search for .safetensors"),
                       (evaluate, f"held-out {sounds}")):
         sub.add_argument("inputs", nargs="+", metavar="INPUT", help=f"{kind}; a local path or any fsspec URI (s3://...)")
@@ -73,10 +73,10 @@ def read_clips(inputs: list[str], clips: int, seconds: float) -> list:
     from soundfile import SoundFileError
 
     from audiolm.data.audio import SAMPLE_RATE_HZ, start_of
-    from audiolm.data.sources import AUDIO
+    from audiolm.data.containers.layout import ENDINGS
     from audiolm.tokenizers.codec_files import find_files
 
-    found, samples = find_files(inputs, AUDIO), round(seconds * SAMPLE_RATE_HZ)
+    found, samples = find_files(inputs, ENDINGS), round(seconds * SAMPLE_RATE_HZ)
     # Evenly spread over the sorted names: corpora list a speaker's files together.
     picked = [found[i * len(found) // clips] for i in range(clips)] if len(found) > clips else found
     wavs = []
@@ -131,8 +131,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Encodes, decodes or evaluates; 1 where some files failed. Raises ValueError for wrong usage, with nothing written."""
+    from audiolm.data.containers.layout import ENDINGS
     from audiolm.data.parallel import pick_device
-    from audiolm.data.sources import AUDIO
     from audiolm.tokenizers import codec_files
     from audiolm.tokenizers.codec_lookup import DEFAULT_RUN, default_codec, open_codec
 
@@ -150,7 +150,7 @@ def run(args: argparse.Namespace) -> int:
     if args.levels is not None and not 1 <= args.levels <= codec.spec.n_q:
         raise ValueError(f"--levels {args.levels}: this codec has 1 to {codec.spec.n_q}")
     # Encode reads audio and writes codes; decode the other way round.
-    suffixes, ending = (AUDIO, codec_files.CODES) if args.do == "encode" else ((codec_files.CODES,), f".{args.format}")
+    suffixes, ending = (ENDINGS, codec_files.CODES) if args.do == "encode" else ((codec_files.CODES,), f".{args.format}")
     jobs = codec_files.plan(args.inputs, suffixes, args.out, ending)
 
     # From here on a bad file is reported by `work` and the others go on.

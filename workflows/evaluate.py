@@ -186,8 +186,8 @@ def add_token_options(p: argparse.ArgumentParser) -> None:
 
 def tokens(args: argparse.Namespace) -> None:
     """Prints Table I of the builds that the options or the run name."""
+    from audiolm.data.containers.layout import ENDINGS
     from audiolm.data.parallel import pick_device
-    from audiolm.data.sources import AUDIO
     from audiolm.eval.metrics import audio_quality
     from audiolm.eval.suites import tokens as suite
     from audiolm.eval.test_sets import items_and_audio, wav_of
@@ -196,7 +196,7 @@ def tokens(args: argparse.Namespace) -> None:
     began = time.monotonic()
     builds = suite.find_builds({option: getattr(args, option) for option in suite.BUILDS}, args.run)
     items, files = items_and_audio(args.items, args.audio, args.speakers, "--audio")
-    paths = [path for _, path in find_files(args.clips, AUDIO)] if args.clips else list(files.values())
+    paths = [path for _, path in find_files(args.clips, ENDINGS)] if args.clips else list(files.values())
 
     def say(text: str) -> None:
         print(f"{time.monotonic() - began:6.0f} s  {text}", file=sys.stderr, flush=True)
@@ -264,14 +264,14 @@ def add_detect_options(p: argparse.ArgumentParser) -> None:
 def detect(args: argparse.Namespace) -> int:
     """Prints each file's mean probability that its seconds were generated, and that of every second."""
     from audiolm.data.audio_check import error_line
-    from audiolm.data.sources import AUDIO
+    from audiolm.data.containers.layout import ENDINGS
     from audiolm.eval.suites.detector import of_run, score_file
     from audiolm.tokenizers.codec_files import find_files
     from audiolm.tracking.lookup import find_run
 
     scores, failed = {}, False
     detector = args.detector or of_run(steps_of(find_run(args.run, args.store, args.tracking)))
-    for _, file in find_files(args.inputs, AUDIO):
+    for _, file in find_files(args.inputs, ENDINGS):
         try:
             p_S = score_file(detector, file)
         except (ValueError, FileNotFoundError) as e:  # reported; the other files go on

@@ -31,13 +31,13 @@ def parser() -> argparse.ArgumentParser:
 
 def publish(args: argparse.Namespace) -> int:
     from audiolm.data.audio import SAMPLE_RATE_HZ, start_of
-    from audiolm.data.sources import AUDIO
+    from audiolm.data.containers.layout import ENDINGS
     from audiolm.generate.publish import publish_system
     from audiolm.tokenizers.codec_files import find_files
     from audiolm.tracking.lookup import find_run
 
     index = find_run(args.run, args.store, args.tracking)
-    wavs = [start_of(path, 8 * SAMPLE_RATE_HZ) for _, path in find_files(args.inputs, AUDIO)[:8]]
+    wavs = [start_of(path, 8 * SAMPLE_RATE_HZ) for _, path in find_files(args.inputs, ENDINGS)[:8]]
     done = publish_system(index, args.out, args.name or index.rsplit("/", 1)[-1].removesuffix(".json"), wavs, args.force)
     print(f"{done.path}: {done.size / 1e6:.1f} MB; of {len(wavs)} clips {100 * done.equal_tokens:.1f} % of the semantic tokens "
           f"and {100 * done.equal_codes:.1f} % of the codes are the run's")

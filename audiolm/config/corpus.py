@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from audiolm.config.base import Config, Later, PathField, Runtime
+from audiolm.places import protocols
 
 
 class _Source(Config):
@@ -32,23 +33,47 @@ class LibriSpeechSource(_Source):
         None, description="subset folder -> split; None: train*/dev*/test* by name, else split by speaker")
 
 
+Columns = dict[Literal["uri", "audio", "start", "duration", "speaker", "source", "split", "text"], str]
+
+
 class ManifestSource(_Source):
-    """The user's own Parquet: uri, and where present start, duration (seconds), speaker, source, split, text."""
+    """The user's own table: uri, and where present start, duration (seconds), speaker, source, split, text.
+
+    It is Parquet, a folder of Parquet, CSV or JSON lines.  Parquet with sounds in a column `audio` (Hugging Face's Audio
+    feature) needs no uri."""
 
     kind: Literal["manifest"]
     uri: Runtime[PathField]
     root: Runtime[PathField | None] = Field(None, description="the folder that all uris lie below, and that relative ones are "
-                                            "relative to; None = the Parquet's")
+                                            "relative to; None = the table's")
+    columns: Annotated[Columns, Later({})] = Field({}, description="names of the table's columns where they are others, "
+                                                   "such as {speaker: speaker_id}")
 
 
-Source = Annotated[FolderSource | LibriSpeechSource | ManifestSource, Field(discriminator="kind")]
+class WebDatasetSource(_Source):
+    """Tars of samples, NAME.flac beside NAME.json and NAME.txt; each is read in order, once, and by ranges afterwards.
+
+    The JSON may give speaker, source, split and text, NAME.txt the text."""
+
+    kind: Literal["webdataset"]
+    root: Runtime[PathField]
+    glob: str = "**/*.tar"
+    speaker: Literal["none", "parent", "grandparent"] = Field("none", description="of NAME, where the JSON has none")
+    split: Literal["train", "dev", "test"] | None = Field(None, description="put all of it there; None splits by speaker")
+    columns: Columns = Field({}, description="names of the JSON's fields where they are others, such as {speaker: spk_id}")
 
 
-def _protocols(place: str) -> set[str]:
-    """The protocols that fsspec reads a place by; several where it is chained, as zip://::s3://bucket/corpus.zip."""
-    *outer, inner = place.split("::")
-    found = {part.partition("://")[0] for part in outer} | {inner.partition("://")[0] if "://" in inner else "local"}
-    return {"local" if name == "file" else name for name in found}
+class SharSource(_Source):
+    """A Lhotse Shar folder: cuts.*.jsonl.gz with the supervisions, and the audio of one of its fields as tars."""
+
+    kind: Literal["shar"]
+    root: Runtime[PathField]
+    field: str = Field("recording", pattern=r"^[A-Za-z0-9_]+$", description="the field whose tars hold the audio")
+    split: Literal["train", "dev", "test"] | None = Field(None, description="put all of it there; None splits by speaker")
+
+
+Source = Annotated[FolderSource | LibriSpeechSource | ManifestSource | WebDatasetSource | SharSource,
+                   Field(discriminator="kind")]
 
 
 class CorpusConfig(Config):
@@ -66,6 +91,8 @@ class CorpusConfig(Config):
     shard_s: float = Field(3600.0, gt=0, description="audio seconds in a shard, at most")
     max_rejected: float = Field(0.05, ge=0, le=1, description="share of files that may be unusable")
     silence_db: float = Field(-70.0, description="a clip whose peak lies below this (dBFS) is silent")
+    min_band_hz: Annotated[float, Later(0.0)] = Field(
+        0.0, ge=0, le=8000, description="reject files whose sound ends below it, as MP3 of 24 kb/s; 7000 suits codecs; 0 = off")
     changed: Runtime[Literal["stop", "ignore"]] = Field("stop", description="what to do when the files changed")
     protocols: Runtime[tuple[str, ...]] = Field(("local", "s3", "gs", "hf"), description="of fsspec, by which sources are read")
 
@@ -73,7 +100,7 @@ class CorpusConfig(Config):
     def _check(self):
         for source in self.sources:
             for place in filter(None, (getattr(source, "root", None), getattr(source, "uri", None))):
-                if unknown := _protocols(place) - set(self.protocols):
+                if unknown := protocols(place) - set(self.protocols):
                     raise ValueError(f"source {source.name!r} lies at {place!r}, and protocols are {list(self.protocols)}: "
                                      f"move it, or add {sorted(unknown)} to corpus.protocols")
         names = [s.name for s in self.sources]

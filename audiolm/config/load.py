@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from audiolm import pretrained
+from audiolm import places, pretrained
 from audiolm.config.base import ConfigError, kinds_at, map_paths
 from audiolm.config.pipeline import Pipeline
 from audiolm.config.yaml_text import NULLS, Plain, parse
@@ -67,6 +67,9 @@ def apply_overrides(cfg: Pipeline, overrides: list[str]) -> Pipeline:
 
 def _resolve_paths(data: dict, folder: Path) -> dict:
     def resolve(text: str) -> str:
+        place = places.split(text)
+        if place.inner:
+            return f"{place.protocol}://{place.name}::{resolve(place.inner)}"
         if "://" in text:
             return text
         return os.path.normpath(folder / Path(pretrained.resolve(text, str(folder))).expanduser())

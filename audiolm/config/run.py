@@ -9,10 +9,14 @@ from pydantic import Field, field_validator
 
 from audiolm.config.base import Config, Runtime
 
+NAME_BYTES = 100  # a file name holds 255, and endings are added to it
+
 
 def check_run_name(name: str) -> str:
-    """The name of a run, which names files in the store. Raises ValueError for one that leads out of their folder."""
-    if not name.strip() or name in (".", "..") or re.search(r"[/\\\x00-\x1f]", name):
+    """The name of a run, which names files in the store. Raises ValueError for one that is too long or leads elsewhere."""
+    if (size := len(name.encode("utf-8", "surrogatepass"))) > NAME_BYTES:
+        raise ValueError(f"a run is called {name[:20]!r}..., in {size} bytes: give a name of at most {NAME_BYTES}")
+    if not name.strip() or ".." in name or name == "." or re.search(r"[/\\\x00-\x1f\x7f\ud800-\udfff]", name):
         raise ValueError(f"a run is called {name!r}, and its index is STORE/runs/NAME.json: give a name without slashes, such "
                          "as speech-2")
     return name

@@ -21,12 +21,16 @@ from audiolm.data import scan, sources
 from audiolm.data.audio import SAMPLE_RATE_HZ
 from audiolm.data.audio_check import content_hash, edges
 from audiolm.data.clips import Clip, Part, clips_parquet, parquet_bytes
+from audiolm.data.inputs.found import ending
+from audiolm.data.inputs.walk import LEFT_OUT
 from audiolm.data.parallel import parallel_map, thread_map
 from audiolm.data.sources import SPLITS, Found
 from audiolm.data.splits import assign
 from audiolm.data.units import Unit
+from audiolm.places import within
 
 GROUP_BYTES = 512 << 20  # of audio files that one scan task decodes, a single larger file apart
+REJECTED = ("start", "frames", "reason", "detail")  # as a scan writes them
 LISTED = 10  # rejected files named in the error
 
 
@@ -45,18 +49,22 @@ def build_manifest(config: dict, inputs: dict, out) -> dict:
         f, e = sources.survey(source)
         found += f
         entries += [(source.name, x) for x in e]
-    units, rejected, hashes = _scan(found, corpus, config["cluster"], out)
-    facts = {"files": len({(f.origin, f.uri) for f in found}),
-             "rejected": {"total": len(rejected), **Counter(r["reason"] for r in rejected)}}
+    found, units, rejected, hashes = _scan(found, corpus, config["cluster"], out)
+    left_out = Counter(ending(f.key) for f in found if f.fault and f.fault[0] == LEFT_OUT)
+    tried = [f for f in found if not f.fault or f.fault[0] != LEFT_OUT]
+    bad = [r for r in rejected if r["reason"] != LEFT_OUT]
+    facts = {"files": len({(f.origin, f.uri) for f in tried}),
+             "rejected": {"total": len(bad), **Counter(r["reason"] for r in bad)},
+             **({"left_out": dict(left_out)} if left_out else {})}
     # Written before the checks, so that a corpus that is refused leaves the whole list of reasons.
     store.put(store.join(out.path, "rejected.parquet"), parquet_bytes(
         rejected, [("origin", "string"), ("uri", "string"), ("start", "int64"), ("frames", "int64"),
                    ("reason", "string"), ("detail", "string")]))
-    _check_rejected(rejected, len(found), corpus)
+    _check_rejected(bad, len(tried), corpus)
     splits, remarks = assign(units, corpus, seed, hashes)
     remarks += _cancelled(units)
     clips = cut_shards(join_units(units, splits, corpus.join_s), corpus.shard_s, seed)
-    listing = _listing(entries, hashes)
+    listing = _listing(entries, found, hashes)
     out.check()  # a worker that lost its lease writes nothing
     store.put(store.join(out.path, "listing.parquet"), parquet_bytes(
         listing, [(n, "int64" if n == "size" else "string") for n in ("origin", "uri", "size", "stamp", "hash")]))
@@ -70,7 +78,7 @@ def changed_files(manifest_path: str, corpus: CorpusConfig) -> dict[str, list[st
 
     A file is modified where its size or the hash of its first and last 2 MB differs.  Another date alone (a git
     clone, an uploaded job folder) does not count.  Raises ConfigError for a source that cannot be listed."""
-    old = read_listing(manifest_path)
+    old = {k: row for k, row in read_listing(manifest_path).items() if not within(k[1])}  # of a container only itself
     new = {(s.name, e.uri): e for s in corpus.sources for e in sources.listing(s)}
     # Only files of the old size with another date are hashed: the rest is decided by the listing.
     doubtful = [k for k, e in new.items() if k in old and e.size == old[k]["size"] >= 0 and e.stamp != old[k]["stamp"]]
@@ -129,22 +137,34 @@ def cut_shards(clips: list[Clip], shard_s: float, seed: int) -> list[Clip]:
     return done
 
 
-def _scan(found: list[Found], corpus: CorpusConfig, cluster, out) -> tuple[list[Unit], list[dict], dict]:
-    """(units, rejected rows, {(origin, uri): hash}), in the order of `found`."""
+def _scan(found: list[Found], corpus: CorpusConfig, cluster, out) -> tuple[list[Found], list[Unit], list[dict], dict]:
+    """(all sounds, containers by theirs, units, rejected rows, {(origin, uri): hash}), in the order of the sounds."""
     groups = list(_groups(found))
     items = [(found[a:b], corpus, store.join(out.path, "scan")) for a, b in groups]
     paths = parallel_map(scan.scan_group, items, out=out, cluster=cluster, unit="files",
                          sizes=[float(b - a) for a, b in groups])
-    units, rejected, hashes = [], [], {}
-    for (first, _), result in zip(groups, thread_map(store.get_json, paths), strict=True):
-        for row, digest in result["files"]:
-            hashes[found[first + row].origin, found[first + row].uri] = digest
-        units += [Unit(first + row, found[first + row], *rest) for row, *rest in result["units"]]
-        for row, start, frames, reason, detail in result["rejected"]:
-            f = found[first + row]
-            rejected.append({"origin": f.origin, "uri": f.uri, "start": start, "frames": frames,
-                             "reason": reason, "detail": detail})
-    return units, rejected, hashes
+    sounds, units, rejected, hashes = [], [], [], {}
+    for (first, end), result in zip(groups, thread_map(store.get_json, paths), strict=True):
+        own = found[first:end] if result["found"] is None else [_from_fields(row) for row in result["found"]]
+        first = len(sounds)
+        sounds += own
+        hashes |= {(own[row].origin, own[row].uri): digest for row, digest in result["files"]}
+        units += [(first + row, rest) for row, *rest in result["units"]]
+        rejected += [(first + row, rest) for row, *rest in result["rejected"]]
+    # What lies in containers is put in the order that it would have as files, so that the same clips come of it.
+    origins = {s.name: i for i, s in enumerate(corpus.sources)}
+    rows = sorted(range(len(sounds)), key=lambda i: (origins[sounds[i].origin], sources.order(sounds[i])))
+    place = {old: new for new, old in enumerate(rows)}
+    units = [Unit(place[i], sounds[i], *rest) for i, rest in sorted(units, key=lambda u: place[u[0]])]
+    rejected = [{"origin": sounds[i].origin, "uri": sounds[i].uri, **dict(zip(REJECTED, rest, strict=True))}
+                for i, rest in sorted(rejected, key=lambda r: place[r[0]])]
+    return [sounds[i] for i in rows], units, rejected, hashes
+
+
+def _from_fields(row: list) -> Found:
+    """A sound as a scan wrote it."""
+    f = Found(*row)
+    return replace(f, fault=tuple(f.fault) if f.fault else None)
 
 
 def _groups(found: list[Found]) -> Iterator[tuple[int, int]]:
@@ -153,7 +173,8 @@ def _groups(found: list[Found]) -> Iterator[tuple[int, int]]:
     most, first, size = min(256, max(8, len(found) // 64)), 0, 0
     for i, f in enumerate(found):
         same = i > 0 and f.path == found[i - 1].path
-        if i > first and not same and (i - first >= most or size + f.size > GROUP_BYTES):
+        alone = f.container or (i > 0 and found[i - 1].container)  # a container's sounds are as many as a group's
+        if i > first and not same and (alone or i - first >= most or size + f.size > GROUP_BYTES):
             yield first, i
             first, size = i, 0
         size += 0 if same else max(0, f.size)
@@ -205,19 +226,20 @@ def _clip(units: list[Unit], split: str, taken: Counter) -> Clip:
 
 def _part_id(u: Unit, taken: Counter) -> str:
     """LibriSpeech's utterance id where the name is one, else the uri; @start for a stretch of a file, ~N for a repeat."""
-    stem = u.found.uri.rsplit("/", 1)[-1].rsplit(".", 1)[0]
-    name = stem if u.found.speaker and stem.startswith(f"{u.found.speaker}-") else u.found.uri
+    stem = u.found.key.rsplit("/", 1)[-1].rsplit(".", 1)[0]
+    name = stem if u.found.speaker and stem.startswith(f"{u.found.speaker}-") else u.found.key
     name += f"@{u.start}" if u.pieces > 1 or u.found.start is not None else ""
     taken[u.found.origin, name] += 1
     count = taken[u.found.origin, name]
     return f"{name}~{count}" if count > 1 else name
 
 
-def _listing(entries: list, hashes: dict) -> list[dict]:
-    """The rows of listing.parquet. Files that no task scanned (transcripts, the user's Parquet) are hashed here."""
-    others = {(origin, e.uri): e for origin, e in entries if (origin, e.uri) not in hashes}
+def _listing(entries: list, found: list[Found], hashes: dict) -> list[dict]:
+    """The rows of listing.parquet. Files that no task scanned (transcripts, tables, containers) are hashed here."""
+    others = {(origin, e.uri): e for origin, e in entries if not hashes.get((origin, e.uri))}
     hashes = hashes | dict(zip(others, thread_map(_hash, list(others.values())), strict=True))
-    return [{"origin": o, "uri": e.uri, "size": e.size, "stamp": e.stamp, "hash": hashes[o, e.uri]} for o, e in entries]
+    listed = [*entries, *((f.origin, f) for f in found if f.name)]
+    return [{"origin": o, "uri": e.uri, "size": e.size, "stamp": e.stamp, "hash": hashes[o, e.uri]} for o, e in listed]
 
 
 def _hash(e: sources.Entry) -> str:
@@ -255,4 +277,6 @@ def _summary(clips: list[Clip], facts: dict, remarks: list[str]) -> str:
     hours = sum(c.seconds for c in clips) / 3600
     reasons = {k: v for k, v in facts["rejected"].items() if k != "total"}
     bad = f"rejected {facts['rejected']['total']}" + (f" ({_counts(reasons)}; see rejected.parquet)" if reasons else "")
-    return "\n".join([f"{len(clips)} clips, {hours:.2f} h of {facts['files']} files; {bad}", *remarks])
+    left = facts.get("left_out")
+    out = f"; left out {sum(left.values())} that look like audio ({_counts(left)}; see rejected.parquet)" if left else ""
+    return "\n".join([f"{len(clips)} clips, {hours:.2f} h of {facts['files']} files; {bad}{out}", *remarks])

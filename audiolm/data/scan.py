@@ -9,20 +9,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import signal
-from collections.abc import Callable
-from dataclasses import astuple, dataclass
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import astuple, dataclass, replace
 from functools import partial
 
 import numpy as np
 
 from audiolm import store
-from audiolm.config.corpus import CorpusConfig
+from audiolm.config.corpus import CorpusConfig, Source
 from audiolm.data import apart, audio_check
 from audiolm.data.audio import BLOCK_SAMPLES, open_sound
+from audiolm.data.band import band_hz
 from audiolm.data.channels import FAR_LESS, check_level, mix
 from audiolm.data.containers.raw import Unusable
-from audiolm.data.sources import Found
+from audiolm.data.inputs.found import Found, ending
+from audiolm.data.inputs.packed import members
 
 QUIET_S = 2.0  # how far a cut may move from its even place to a quiet one
 ROOM_TO_CUT = 0.95  # pieces are planned this much shorter than max_s, so that every cut can move
@@ -30,7 +34,7 @@ ROUNDING_S = 0.1  # how far a table's rounded start and duration may pass the fi
 MOST_S = 14 * 24 * 3600  # of a file: its peaks take 48 MB
 CPU_S = 60  # for a minute of audio, which decodes in a second even with hundreds of channels
 REASONS = ("missing", "empty", "unreadable", "sample rate", "truncated", "non-finite", "too loud", "silent", "too short",
-           "too long", "out of range")
+           "too long", "out of range", "narrow band", "left out")
 
 
 @dataclass(frozen=True)
@@ -54,19 +58,35 @@ class Measured:
         return int(np.argmax(np.bincount(index.astype(np.int64), weights=strongest)))
 
 
+Scanned = tuple[str, Measured | Unusable]  # (content hash, the measured file or its fault)
+
+
 def scan_group(found: list[Found], corpus: CorpusConfig, folder: str) -> str:
     """Scans the files of some rows; writes and returns `{folder}/{key}.json`:
     {files: [[row, content hash]], units: [[row, rate, start, frames, piece, pieces, channel]],
-    rejected: [[row, start, frames, reason, detail]]}, rows counted within `found`."""
-    limits = [corpus.min_s, corpus.max_s, corpus.silence_db]
-    recipe = json.dumps([limits, [(f.uri, *astuple(f)[:5], f.start, f.duration) for f in found]])
+    rejected: [[row, start, frames, reason, detail]], found: the sounds}, rows counted within these.
+
+    They are `found`, or what the container holds that is its only entry; of that, `found` is written as rows of fields."""
+    limits = [corpus.min_s, corpus.max_s, corpus.silence_db, *([corpus.min_band_hz] if corpus.min_band_hz else [])]
+    source = next((s for s in corpus.sources if s.name == found[0].origin), None) if found[0].container else None
+    recipe = json.dumps([limits, [(f.uri, *astuple(f)[:5], f.start, f.duration) for f in found],
+                         *([source.model_dump(mode="json")] if source else [])])
     path = store.join(folder, hashlib.sha256(recipe.encode()).hexdigest()[:16] + ".json")
     if store.exists(path):
         return path
-    files, units, rejected, scanned = [], [], [], {}
-    for row, f in enumerate(found):
+    # A container is read again from its beginning where a network fails within it.
+    scanned = store.persist(found[0].path, lambda: _scan_all(found, corpus, source)) if source else _scan_all(found, corpus)
+    store.put_json(path, scanned)
+    return path
+
+
+def _scan_all(found: list[Found], corpus: CorpusConfig, source: Source | None = None) -> dict:
+    """What `scan_group` writes."""
+    files, units, rejected, scanned, seen = [], [], [], {}, []
+    for row, (f, scan) in enumerate(_scans(found, source, corpus.min_band_hz)):
+        seen.append(f)
         if f.path not in scanned:  # rows of a user's Parquet may share a file; they follow each other
-            scanned = {f.path: store.persist(f.path, partial(_scan_file, f))}
+            scanned = {f.path: scan()}
             files.append([row, scanned[f.path][0]])
         try:
             measured = scanned[f.path][1]
@@ -83,14 +103,35 @@ def scan_group(found: list[Found], corpus: CorpusConfig, folder: str) -> str:
                 units.append([row, measured.rate, a, b - a, piece, len(pieces), measured.channel(a, b - a)])
             except Unusable as e:  # one silent piece costs only itself; a whole file is rejected as (0, 0)
                 rejected.append([row, a, b - a, *e.args] if len(pieces) > 1 else [row, 0, 0, *e.args])
-    store.put_json(path, {"files": files, "units": units, "rejected": rejected})
-    return path
+    own = [list(vars(f).values()) for f in seen] if source else None
+    return {"files": files, "units": units, "rejected": rejected, "found": own}
 
 
-def _scan_file(f: Found) -> tuple[str, Measured | Unusable]:
+def _scans(found: list[Found], source: Source | None, min_band_hz: float) -> Iterator[tuple[Found, Callable[[], Scanned]]]:
+    """(sound, the scan of its file) for each sound of `found`, or of the container of `source`."""
+    if source is None:
+        yield from ((f, partial(store.persist, f.path, partial(_scan_file, f, min_band_hz))) for f in found)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        for f, data in members(source, found[0]):
+            yield f, partial(_scan_bytes, f, min_band_hz, data, folder)
+
+
+def _scan_bytes(f: Found, min_band_hz: float, data: bytes, folder: str) -> Scanned:
+    """Scans a container's sound from a file of its own on this machine: decoders read files, and a few tell by their ending."""
+    path = os.path.join(folder, f"sound{ending(f.key)[:16]}")
+    if not f.fault:
+        with open(path, "wb") as file:
+            file.write(data)
+    return _scan_file(replace(f, path=path), min_band_hz)
+
+
+def _scan_file(f: Found, min_band_hz: float = 0.0) -> Scanned:
     """(content hash, the measured file or its fault). A network's failure is raised, so that Ray retries the task."""
     digest = ""
     try:
+        if f.fault:
+            raise Unusable(*f.fault)
         if f.size < 0:
             raise Unusable("missing", "no such file")
         head, tail = audio_check.edges(f.path, f.size)
@@ -99,7 +140,10 @@ def _scan_file(f: Found) -> tuple[str, Measured | Unusable]:
             raise Unusable("empty", "no bytes")
         decode = partial(measure, f.path, partial(apart.allow_cpu, CPU_S))
         # an outage is known by its causes, which stay in the child
-        return digest, apart.call(store.persist, f.path, decode)
+        measured = apart.call(store.persist, f.path, decode)
+        if min_band_hz and (reached := apart.call(store.persist, f.path, partial(band_hz, f.path))) < min_band_hz:
+            raise Unusable("narrow band", f"its sound ends at {reached:.0f} Hz, corpus.min_band_hz is {min_band_hz:.0f}")
+        return digest, measured
     except Unusable as e:
         return digest, e
     except FileNotFoundError:
@@ -108,7 +152,8 @@ def _scan_file(f: Found) -> tuple[str, Measured | Unusable]:
         return digest, Unusable("unreadable", f"denied: {e}")
     except apart.ChildDied as e:
         if e.status == -signal.SIGKILL:  # by somebody else: the file may be good
-            raise RuntimeError(f"{f.path}: the process that decodes it was killed {apart.TRIES} times, as happens where memory "
+            name = f.name or f.path  # a container's sounds have a passing path
+            raise RuntimeError(f"{name}: the process that decodes it was killed {apart.TRIES} times, as happens where memory "
                                "runs out: give the node more, or run fewer tasks at once (cluster.workers)") from None
         why = f"took over {CPU_S} s for a minute of it" if e.status == -signal.SIGXCPU else f"crashed ({e})"
         return digest, Unusable("unreadable", f"the decoder {why}, {apart.TRIES} times; convert the file anew")

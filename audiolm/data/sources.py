@@ -1,9 +1,9 @@
-"""Lists the audio files of a corpus source: a folder, LibriSpeech's layout or the user's Parquet; opens no audio.
+"""Lists the audio files of a corpus source: a folder, LibriSpeech's layout, the user's table, or containers of sounds.
 
-`survey(source)` returns one `Found` a file, or a row of the user's Parquet, in natural order of uris.  Uris are
-relative to the source's root, so that a corpus can move.  `listing(source)` names every file that the manifest depends
-on, transcripts and the Parquet included.  Any fsspec place of corpus.protocols serves; names that start with a dot are skipped.
-Raises ConfigError with one line that names the source, the place and the fix.
+`survey(source)` returns one `Found` a file, a row of the user's table or a container, in natural order of uris.  It opens no
+audio.  Uris are relative to the source's root, so that a corpus can move.  `listing(source)` names every file that the
+manifest depends on, transcripts and tables included.  Any fsspec place of corpus.protocols serves; names that start with a
+dot are skipped.  Raises ConfigError with one line that names the source, the place and the fix.
 """
 
 from __future__ import annotations
@@ -11,52 +11,36 @@ from __future__ import annotations
 import glob
 import posixpath
 import re
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 
+from fsspec.registry import known_implementations, registry
 from fsspec.utils import glob_translate
 
-from audiolm import store
+from audiolm import places, store
 from audiolm.config.base import ConfigError
-from audiolm.config.corpus import CorpusConfig, FolderSource, LibriSpeechSource, ManifestSource, Source
+from audiolm.config.corpus import (
+    CorpusConfig,
+    FolderSource,
+    LibriSpeechSource,
+    ManifestSource,
+    SharSource,
+    Source,
+    WebDatasetSource,
+)
 from audiolm.data.containers.layout import ENDINGS
+from audiolm.data.inputs import table
+from audiolm.data.inputs.found import Found, by_folders, ending, found_of, is_audio, is_like_audio
+from audiolm.data.inputs.packed import PACKED, left_out
+from audiolm.data.inputs.table import SPLITS
+from audiolm.data.inputs.walk import Entry, stat, walk
 from audiolm.data.parallel import thread_map
 from audiolm.places import is_within
 
-AUDIO = ENDINGS
-SPLITS = ("train", "dev", "test")
-PARQUET = "(parquet)"  # the user's Parquet in a listing, wherever it lies
-COLUMNS = ("uri", "start", "duration", "speaker", "source", "split", "text")  # of the user's Parquet; others are ignored
-SECONDS = ("start", "duration")
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A file as its filesystem lists it; size -1 where it is missing, stamp = etag or mtime."""
-
-    uri: str
-    path: str
-    size: int
-    stamp: str
-
-
-@dataclass(frozen=True)
-class Found:
-    """An audio file, or the stretch of one that a user's Parquet names; start and duration in seconds."""
-
-    origin: str
-    uri: str
-    path: str
-    size: int
-    stamp: str
-    source: str
-    speaker: str | None = None
-    chapter: str | None = None
-    split: str | None = None
-    text: str | None = None
-    start: float | None = None
-    duration: float | None = None
+COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+PARQUET = "(parquet)"  # the user's table in a listing, wherever it lies
 
 
 def roots(corpus: CorpusConfig) -> dict[str, str]:
@@ -64,36 +48,65 @@ def roots(corpus: CorpusConfig) -> dict[str, str]:
     return {s.name: _root(s) for s in corpus.sources}
 
 
+class OutsideRoot(ValueError):
+    """A uri that does not lie below its source's root."""
+
+
 def locate(root: str, uri: str, follow_links: bool = False) -> str:
-    """The path of a uri, which the user's Parquet may give whole. Raises ValueError for one that is not below its root.
+    """The path of a uri, which the user's table may give whole. Raises OutsideRoot for one that is not below its root.
 
     `follow_links` holds for the place that a local path's symlinks lead to as well.
     """
-    path = uri if "://" in uri or uri.startswith("/") else store.join(root, uri)
+    if (file := places.within(uri)) is not None:
+        return f"{uri.removesuffix(file)}{locate(root, file, follow_links)}"
+    path = uri if places.is_whole(uri) else places.join(root, uri.removeprefix("./"))
     if not is_within(root, path, follow_links):
-        raise ValueError(f"{uri!r} lies outside the root {root!r}; name files below the root alone, or set corpus.sources.root "
-                         "to the folder that holds them all")
+        raise OutsideRoot(f"{uri!r} lies outside the root {root!r}; name files below the root alone, or set "
+                          "corpus.sources.root to the folder that holds them all")
     return path
 
 
 def survey(source: Source) -> tuple[list[Found], list[Entry]]:
-    """(every audio file with what its path or row says of it, `listing(source)`), read together. Raises ConfigError."""
+    """(every sound or container with what its path or row says of it, `listing(source)`), read together. Raises ConfigError.
+
+    Sounds that cannot be used, and files that look like audio and are of no type that is read, have a fault.
+    """
     if isinstance(source, ManifestSource):
-        columns = _read_table(source)
-        entries = _table_entries(source, columns)
-        found = _table_rows(source, columns, {e.uri: e for e in entries})
-    else:
+        parts, columns = _table(source)
+        entries = _table_entries(source, parts, columns)
+        found = _table_rows(source, columns, {e.uri: e for e in entries}) if columns else [
+            replace(found_of(source.name, e), container=True) for e in parts]
+    elif isinstance(source, (WebDatasetSource, SharSource)):
         entries = _files(source)
+        entries = [replace(e, fault=PACKED) if e.uri.lower().endswith(COMPRESSED) else e for e in entries]
+        tars = [e for e in entries if e.uri.lower().endswith(".tar") or e.fault]
+        found = [replace(found_of(source.name, e), split=source.split, container=not e.fault) for e in tars]
+    else:
+        listed = _files(source)
+        entries = _used(listed)
         found = _librispeech(source, entries) if isinstance(source, LibriSpeechSource) else [
             _folder_found(source, e) for e in entries]
-    return sorted(found, key=lambda f: (store.natural(f.uri), f.start or 0.0, f.duration or 0.0)), entries
+        found += [left_out(found_of(source.name, e)) for e in listed if _is_left_out(e)]
+    return sorted(found, key=order), entries
+
+
+def order(f: Found) -> tuple:
+    """The sort key of a source's sounds: by name, numbers in order, then by place within a file."""
+    return store.natural(f.key), f.start or 0.0, f.duration or 0.0
 
 
 def listing(source: Source) -> list[Entry]:
     """Every file whose change would change the manifest, once each, sorted by uri. Raises ConfigError."""
-    if isinstance(source, ManifestSource):
-        return _table_entries(source, _read_table(source))
-    return _files(source)
+    # Transcripts are listed and not read.
+    return _used(_files(source)) if isinstance(source, LibriSpeechSource) else survey(source)[1]
+
+
+def _used(listed: list[Entry]) -> list[Entry]:
+    return [e for e in listed if not _is_left_out(e)]
+
+
+def _is_left_out(e: Entry) -> bool:
+    return not e.fault and is_like_audio(e.uri) and not is_audio(e.uri)
 
 
 def _root(source: Source) -> str:
@@ -102,68 +115,73 @@ def _root(source: Source) -> str:
     return _base_and_glob(source)[0]
 
 
-def _base_and_glob(source: FolderSource | LibriSpeechSource) -> tuple[str, str | None]:
+def _base_and_glob(source: Source) -> tuple[str, str | None]:
     """The folder to walk and the pattern below it; a root may itself be a glob or one file."""
-    root = source.root.rstrip("/")
-    if isinstance(source, LibriSpeechSource):
+    root, place = source.root.rstrip("/"), places.split(source.root.rstrip("/"))
+    if isinstance(source, (LibriSpeechSource, SharSource)):
         return root, None
-    parts = root.split("/")
+    # Of a chain only the part within the archive may be a pattern.
+    inside = place.protocol in places.ARCHIVES and place.inner is not None
+    before, name, after = (f"{place.protocol}://", place.name, f"::{place.inner}") if inside else ("", root, "")
+    parts = name.split("/")
     magic = next((i for i, p in enumerate(parts) if re.search(r"[*?\[]", p)), None)
-    if magic is None and _is_audio(root):
-        return posixpath.dirname(root), glob.escape(posixpath.basename(root))
+    if magic is None and name.lower().endswith(".tar" if isinstance(source, WebDatasetSource) else ENDINGS):
+        folder, file = posixpath.split(name)
+        if not (store.is_local(root) and _is_folder(root)):
+            return f"{before}{folder}{after}", glob.escape(file)
     if magic is None or (store.is_local(root) and store.exists(root)):  # a folder's name may have brackets
         return root, source.glob
-    return "/".join(parts[:magic]), "/".join(parts[magic:])
+    return f"{before}{'/'.join(parts[:magic])}{after}", "/".join(parts[magic:])
 
 
-def _is_audio(uri: str) -> bool:
-    return uri.lower().endswith(AUDIO)
+def _is_folder(path: str) -> bool:
+    fs, p = store.open_fs(path)
+    return fs.isdir(p)
 
 
-def _files(source: FolderSource | LibriSpeechSource) -> list[Entry]:
-    """The audio files below a source's root and, in LibriSpeech's layout, its transcripts; sorted by uri."""
+def _endings(source: Source) -> tuple[str, ...]:
+    """Of the files that a source's manifest is made of, audio apart."""
+    return {"librispeech": (".trans.txt",), "webdataset": (".tar", *COMPRESSED),
+            "shar": (".tar", ".jsonl.gz")}.get(source.kind, ())
+
+
+def _files(source: Source) -> list[Entry]:
+    """What a source's root holds, by uri: files that are audio, look like it or belong to the source, and all faults."""
     base, pattern = _base_and_glob(source)
-    with _source_errors(source, "root", source.root):
-        fs, p = store.open_fs(base)
-        p = p.rstrip("/")
-        infos = fs.find(p, detail=True)
-        if not infos and not fs.exists(p):  # object stores list a missing folder as an empty one
-            raise FileNotFoundError(base)
     matches = re.compile(glob_translate(pattern)).match if pattern else lambda _: True
-    ends = AUDIO + ((".trans.txt",) if isinstance(source, LibriSpeechSource) else ())
-    entries = []
-    for key, info in infos.items():
-        uri = key[len(p):].lstrip("/")
-        hidden = any(part.startswith(".") for part in uri.split("/"))  # such as macOS's ._copies
-        if uri.lower().endswith(ends) and not hidden and matches(uri):
-            entries.append(_entry(uri, store.join(base, uri), info))
-    if not any(_is_audio(e.uri) for e in entries):
-        such = f" that match glob {source.glob!r}" if isinstance(source, FolderSource) else ""
-        raise ConfigError(f"corpus source {source.name!r}: no audio files under root {source.root!r}{such}; "
-                          f"expected files ending in {', '.join(AUDIO)}")
-    return sorted(entries, key=lambda e: e.uri)
+    ends, packed = _endings(source), isinstance(source, (WebDatasetSource, SharSource))
 
+    def wanted(uri: str) -> bool:
+        if isinstance(source, SharSource) and not re.fullmatch(
+                rf"(.*/)?(cuts\.[^./]+\.jsonl\.gz|{source.field}\.[^./]+\.tar)", uri):
+            return False
+        name = re.sub(rf"({'|'.join(COMPRESSED)})$", ".tar", uri) if packed else uri
+        return (uri.lower().endswith(ends) or not packed and is_like_audio(uri)) and bool(matches(name.lstrip("/")))
 
-def _entry(uri: str, path: str, info: dict) -> Entry:
-    # Every filesystem names the tag or date of a change in its own way: S3, Google's, local disks, others.
-    stamp = next((info[k] for k in ("ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified")
-                  if info.get(k) is not None), "")
-    return Entry(uri, path, int(info.get("size") or 0), str(stamp).strip('"'))
+    with _source_errors(source, "root", source.root):
+        entries = sorted(walk(base, wanted), key=lambda e: e.uri)
+    usable = [e for e in entries if not e.fault and (e.uri.lower().endswith(".tar") if packed else is_audio(e.uri))]
+    if not usable:
+        such = f" that match glob {source.glob!r}" if isinstance(source, (FolderSource, WebDatasetSource)) else ""
+        kinds = ", ".join(ends if packed else ENDINGS)
+        counts = Counter(e.fault[1] if e.fault else f"{ending(e.uri)}, which is not read" for e in entries
+                         if e.fault or not e.uri.endswith(_endings(source)))
+        others = "".join(f"; {n} x {what}" for what, n in counts.most_common(3))
+        what = "tars" if packed else "audio files"
+        raise ConfigError(f"corpus source {source.name!r}: no {what} under root {source.root!r}{such}; "
+                          f"expected files ending in {kinds}{others}")
+    return entries
 
 
 def _folder_found(source: FolderSource, e: Entry) -> Found:
-    """`grandparent` reads SPEAKER/CHAPTER/file, so the parent is the chapter whose utterances may be joined."""
-    parts = e.uri.split("/")
-    up = {"none": 0, "parent": 1, "grandparent": 2}[source.speaker]
-    speaker = parts[-1 - up] if up and len(parts) > up else None
-    chapter = posixpath.dirname(e.uri) if up == 2 and speaker else None
-    return Found(source.name, e.uri, e.path, e.size, e.stamp, source.name, speaker, chapter, source.split)
+    speaker, chapter = by_folders(e.uri, source.speaker)
+    return replace(found_of(source.name, e), speaker=speaker, chapter=chapter, split=source.split)
 
 
 def _librispeech(source: LibriSpeechSource, entries: list[Entry]) -> list[Found]:
     """Audio with speaker, chapter, split and text from the layout; the subset's name or `splits` gives the split."""
-    audio = [e for e in entries if _is_audio(e.uri)]
-    transcripts = [e for e in entries if not _is_audio(e.uri)]
+    audio = [e for e in entries if is_audio(e.uri)]
+    transcripts = [e for e in entries if e.uri.lower().endswith(".trans.txt") and not e.fault]
     with _source_errors(source, "root", source.root):
         contents = list(thread_map(lambda e: store.get(e.path), transcripts))
     texts: dict[tuple[str, str], str] = {}  # (folder, file without its ending): words
@@ -183,65 +201,49 @@ def _librispeech(source: LibriSpeechSource, entries: list[Entry]) -> list[Found]
         text = texts.get((posixpath.dirname(e.uri), posixpath.splitext(name)[0]))
         if speaker is None:  # two levels at most: the folder names the speaker
             speaker, chapter = chapter, None
-        found.append(Found(source.name, e.uri, e.path, e.size, e.stamp, source.name, speaker,
-                           posixpath.dirname(e.uri) if chapter else None, split, text))
-    return found
+        found.append(replace(found_of(source.name, e), speaker=speaker, chapter=posixpath.dirname(e.uri) if chapter else None,
+                             split=split, text=text))
+    return found + [found_of(source.name, e) for e in entries if e.fault and not is_audio(e.uri)]
 
 
-def _read_table(source: ManifestSource) -> dict[str, list]:
-    """The known columns of the user's Parquet, checked: {column: values}, None where a column is absent."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    where = f"corpus source {source.name!r}: Parquet {source.uri!r}"
+def _table(source: ManifestSource) -> tuple[list[Entry], dict[str, list] | None]:
+    """(the files of the user's table, its checked columns); None where the rows hold sounds themselves."""
     with _source_errors(source, "uri", source.uri):
-        fs, p = store.open_fs(source.uri)
-        with fs.open(p, "rb") as f:
-            try:
-                table = pq.read_table(f)
-            except pa.ArrowInvalid as e:
-                raise ConfigError(f"{where} cannot be read ({e}); write it with pandas or pyarrow") from e
-    if "uri" not in table.column_names:
-        raise ConfigError(f"{where} has no column 'uri', only {table.column_names}; known columns are {list(COLUMNS)}")
-    if table.num_rows == 0:
-        raise ConfigError(f"{where} has no rows; write one row an audio file")
-    columns = {name: [None] * table.num_rows for name in COLUMNS}
-    for name in (c for c in COLUMNS if c in table.column_names):
-        try:
-            columns[name] = table[name].cast(pa.float64() if name in SECONDS else pa.string()).to_pylist()
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as e:
-            need = "numbers (seconds)" if name in SECONDS else "text"
-            raise ConfigError(f"{where}: column {name!r} is {table[name].type}, expected {need}") from e
-    if not all(columns["uri"]):
-        row = next(i for i, uri in enumerate(columns["uri"]) if not uri)
-        raise ConfigError(f"{where}: row {row} has no uri; fill it or drop the row")
-    checks = {"split": (lambda v: v in SPLITS, f"one of {SPLITS} or null"),
-              **dict.fromkeys(SECONDS, (lambda v: 0 <= v < float("inf"), "seconds from 0"))}
-    for name, (is_valid, expected) in checks.items():
-        for row, value in enumerate(columns[name]):
-            if value is not None and not is_valid(value):
-                raise ConfigError(f"{where}: column {name!r} holds {value!r} in row {row}, expected {expected}")
-    return columns
+        parts = table.files(source)
+        if not table.has_sounds(source, parts):
+            return parts, table.read(source, parts)
+    if source.root:
+        raise ConfigError(f"corpus source {source.name!r}: the rows of {source.uri!r} hold sounds and name no files below root "
+                          f"{source.root!r}; leave corpus.sources.root out")
+    return parts, None
 
 
-def _table_entries(source: ManifestSource, columns: dict[str, list]) -> list[Entry]:
-    """The Parquet itself and the files it names, missing ones too; sorted by uri."""
-    def entry(uri: str) -> Entry:
-        # The Parquet is listed under a fixed name: its content is part of the corpus, its place is not.
-        path = source.uri if uri == PARQUET else locate(root, uri, follow_links=True)
-        fs, p = store.open_fs(path)
-        try:
-            return _entry(uri, path, fs.info(p))
-        except FileNotFoundError:
-            return Entry(uri, path, -1, "missing")
-
+def _table_entries(source: ManifestSource, parts: list[Entry], columns: dict[str, list] | None) -> list[Entry]:
+    """The table's own files and the files it names, missing ones too; sorted by uri."""
+    # The table is listed under a fixed name: its content is part of the corpus, its place is not.
+    alone = [replace(e, uri=PARQUET) if len(parts) == 1 else replace(e, uri=f"{PARQUET}/{e.uri}") for e in parts]
+    if columns is None:
+        return sorted(parts, key=lambda e: e.uri)
     root, uris = _root(source), sorted(set(columns["uri"]))
+
+    def entry(uri: str) -> Entry:
+        protocol = places.split(uri).protocol
+        if protocol not in known_implementations.keys() | registry.keys() and protocol != "local":
+            return Entry(uri, uri, -1, "", ("unreadable", f"no filesystem has the protocol {protocol}"))
+        try:
+            path = locate(root, uri, follow_links=True)
+        except OutsideRoot:
+            raise
+        except (OSError, ValueError) as e:  # a path that the system itself refuses, such as one with a NUL
+            return Entry(uri, uri, -1, "", ("unreadable", str(e)))
+        return stat(uri, path)
+
     with _source_errors(source, "uri", source.uri):
-        entries = list(thread_map(entry, [PARQUET, *uris]))
-    if all(e.size < 0 for e in entries[1:]):
+        entries = list(thread_map(entry, uris))
+    if all(e.size < 0 for e in entries):
         raise ConfigError(f"corpus source {source.name!r}: none of the {len(uris)} files of {source.uri!r} exists "
                           f"under {root!r}; set corpus.sources.root to what its uris are relative to")
-    return sorted(entries, key=lambda e: e.uri)
+    return sorted([*alone, *entries], key=lambda e: e.uri)
 
 
 def _table_rows(source: ManifestSource, columns: dict[str, list], entries: dict[str, Entry]) -> list[Found]:
@@ -249,8 +251,7 @@ def _table_rows(source: ManifestSource, columns: dict[str, list], entries: dict[
     for values in zip(*columns.values(), strict=True):
         row = dict(zip(columns, values, strict=True))
         e = entries[row["uri"]]
-        found.append(Found(**{**row, "origin": source.name, "path": e.path, "size": e.size, "stamp": e.stamp,
-                              "source": row["source"] or source.name}))
+        found.append(replace(found_of(source.name, e), **{**row, "source": row["source"] or source.name}))
     return found
 
 
@@ -267,6 +268,8 @@ def _source_errors(source: Source, field: str, place: str) -> Iterator[None]:
         name = type(e).__name__
         if isinstance(e, FileNotFoundError):
             fault = f"does not exist; correct corpus.sources.{field} or mount it"
+        elif isinstance(e, NotADirectoryError):
+            fault = f"is a file and no folder; name a folder or an audio file, or read a zip file's members by zip://::{place}"
         elif name in ("NoCredentialsError", "PartialCredentialsError"):
             fault = ("needs credentials and none were found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (and "
                      "AWS_ENDPOINT_URL for a server of your own)")
@@ -277,6 +280,8 @@ def _source_errors(source: Source, field: str, place: str) -> Iterator[None]:
             fault = f"cannot be used: {e}"
         elif name in ("EndpointConnectionError", "ConnectTimeoutError", "ClientConnectorError"):
             fault = f"cannot be reached ({e}); check AWS_ENDPOINT_URL and the network"
+        elif name in ("ConnectError", "ConnectTimeout", "OfflineModeIsEnabled"):  # of the Hub's client
+            fault = f"cannot be reached ({e}); check HF_ENDPOINT, HF_HUB_OFFLINE and the network"
         else:
             raise
         raise ConfigError(f"corpus source {source.name!r}: {field} {place!r} {fault}") from e

@@ -165,8 +165,8 @@ class _Draw:
 
         Speakers are kept whole; in a corpus of one speaker, the largest of chapters, files or pieces that come to three."""
         units = self.units
-        levels = [(lambda i: units[i].found.chapter or "", "chapter"), (lambda i: units[i].found.uri, "file"),
-                  (lambda i: (units[j := self.together.get(i, i)].found.uri, units[j].start), "piece")]
+        levels = [(lambda i: units[i].found.chapter or "", "chapter"), (lambda i: units[i].found.key, "file"),
+                  (lambda i: (units[j := self.together.get(i, i)].found.key, units[j].start), "piece")]
         key, what = (lambda i: self.people[i]), "speaker"
         if alone:
             key, what = next((lv for lv in levels if len({lv[0](i) for i in chosen}) >= 3), levels[-1])

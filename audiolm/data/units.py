@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from audiolm.data.sources import Found
+from audiolm.data.inputs.found import Found
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Unit:
     @property
     def speaker(self) -> str:
         """The speaker's name; an unnamed speaker is its file."""
-        return self.found.speaker or self.found.uri
+        return self.found.speaker or self.found.key
 
     @property
     def group(self) -> tuple[str, str]:

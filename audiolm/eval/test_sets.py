@@ -18,7 +18,7 @@ from audiolm import rng, store
 from audiolm.config.corpus import ClipFilter
 from audiolm.data.audio import SAMPLE_RATE_HZ, decode, resample
 from audiolm.data.clips import Clip, read_clip, read_clips
-from audiolm.data.sources import AUDIO
+from audiolm.data.containers.layout import ENDINGS
 from audiolm.eval.metrics.abx import Items, read_items
 from audiolm.generate.prompts import whole_frames
 from audiolm.tokenizers import codec_files
@@ -152,7 +152,7 @@ def items_and_audio(path: str, folders: Sequence[str], speakers: Sequence[str] |
 def audio_paths(folders: tuple[str, ...], wanted: set[str], field: str = "semantic.abx.audio") -> dict[str, str]:
     """{file id of the items: path}. Raises ValueError naming `field` and a file that is in none of the folders."""
     paths = {posixpath.splitext(posixpath.basename(name))[0]: path
-             for name, path in codec_files.find_files(list(folders), AUDIO)}
+             for name, path in codec_files.find_files(list(folders), ENDINGS)}
     if missing := sorted(wanted - set(paths)):
         raise ValueError(f"{field}: {len(missing)} of the items' {len(wanted)} files lie nowhere below "
                          f"{', '.join(folders)}; the first is {missing[0]}")

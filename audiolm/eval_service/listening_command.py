@@ -57,14 +57,15 @@ def listening(args: argparse.Namespace) -> int:
 def _recordings(args: argparse.Namespace, index: str) -> list:
     """wav_T of the recordings to continue."""
     from audiolm.data.audio import SAMPLE_RATE_HZ, start_of
-    from audiolm.data.sources import AUDIO, roots
+    from audiolm.data.containers.layout import ENDINGS
+    from audiolm.data.sources import roots
     from audiolm.eval import test_sets
     from audiolm.tokenizers.codec_files import find_files
     from audiolm.tracking.target import config_of
 
     end_s = args.prompt_s + args.seconds
     if args.prompts:
-        return [start_of(path, round(end_s * SAMPLE_RATE_HZ)) for _, path in find_files(args.prompts, AUDIO)[:args.pairs]]
+        return [start_of(path, round(end_s * SAMPLE_RATE_HZ)) for _, path in find_files(args.prompts, ENDINGS)[:args.pairs]]
     from audiolm.dag.run_index import steps_of
 
     steps = steps_of(index)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
+import os
 import posixpath
 import time
 from collections import Counter
@@ -26,9 +27,11 @@ import audiolm
 from audiolm import store
 from audiolm.data.audio import wav_bytes
 from audiolm.data.audio_check import check_audio, error_line
-from audiolm.data.sources import AUDIO
+from audiolm.data.containers.layout import ENDINGS
+from audiolm.data.inputs.walk import shown_name
 from audiolm.generate.load import load_system
 from audiolm.generate.prompts import read_prompt, sample_seed
+from audiolm.places import short_name
 from audiolm.render.plots import spectrogram
 from audiolm.tokenizers import codec_files
 from audiolm.tokenizers.base import SAMPLE_RATE
@@ -39,6 +42,7 @@ if TYPE_CHECKING:
 
 # a sound in pieces, samples of the prompt it begins with, facts for its record (complete once all pieces were taken)
 Generated = tuple[Iterable[np.ndarray], int, dict[str, Any]]
+NAME_BYTES = 200  # of a prompt's name: the file system takes 255, and -N.wav and -prompt.png are added to it
 IO_THREADS = 16  # small files read together: an object store answers many requests as fast as one
 PICTURE_S = 60.0  # of a sound, in its spectrogram; a longer one is unreadable and, with --long, would not fit memory
 
@@ -83,10 +87,10 @@ def name_prompts(inputs: Sequence[str]) -> list[tuple[str, str]]:
 
     Raises ValueError for a folder without audio.
     """
-    files = codec_files.find_files(inputs, AUDIO)
-    names = {path: posixpath.splitext(name)[0].replace("/", "-") for name, path in files}
+    files = codec_files.find_files(inputs, ENDINGS)
+    names = {path: short_name(posixpath.splitext(name)[0].replace("/", "-"), NAME_BYTES) for name, path in files}
     count = Counter(names.values())
-    return [(f"{name}-{hashlib.sha256(path.encode()).hexdigest()[:6]}" if count[name] > 1 else name, path)
+    return [(f"{name}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:6]}" if count[name] > 1 else name, path)
             for path, name in names.items()]
 
 
@@ -94,9 +98,11 @@ def check_prompts(prompts: Sequence[tuple[str, str]], count: int) -> tuple[list[
     """(`count` samples of each prompt, an error line for each prompt that is missing or no audio)."""
     def check(path: str) -> tuple[str, str]:
         try:
+            if (shown := shown_name(path)) != path:
+                raise ValueError(f"{shown}: its name is not UTF-8; rename it")
             return check_audio(path)[0], ""
         except Exception as e:  # noqa: BLE001  a bad prompt, whatever it raises, does not stop the others
-            return "", error_line(path, e)
+            return "", error_line(shown_name(path), e)
 
     with ThreadPoolExecutor(IO_THREADS) as pool:
         checked = list(pool.map(check, [path for _, path in prompts]))

@@ -17,7 +17,6 @@ import posixpath
 import sys
 import tempfile
 import time
-import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,10 +32,14 @@ from audiolm import store
 from audiolm.data import audio
 from audiolm.data.audio_check import audio_errors, check_audio, error_line
 from audiolm.data.containers.raw import Unusable
+from audiolm.data.inputs import walk
+from audiolm.local_disk import aside_of
+from audiolm.places import short_name
 from audiolm.tokenizers.acoustic import AcousticTokenizer, chunks
 
 FORMAT = "audiolm codes 1"
 CODES = ".safetensors"
+NAME_BYTES = 255  # of a file name, on every disk in use
 REDRAW_S = 0.5  # between two updates of a terminal's percentage
 PIECE_S = 60.0  # audio given at once to an imported codec, which has no streaming of its own
 Tick = Callable[[float, float], None]  # (seconds done, seconds in all by the file's header)
@@ -70,9 +73,7 @@ def find_files(inputs: Iterable[str], suffixes: tuple[str, ...]) -> list[tuple[s
         fs, p = store.open_fs(place)
         found = [(posixpath.basename(p.rstrip("/")), place)]
         if fs.isdir(p):
-            names = (key[len(p.rstrip("/")):].lstrip("/") for key in fs.find(p))
-            found = [(n, store.join(place, n)) for n in sorted(names, key=store.natural)
-                     if n.lower().endswith(suffixes) and not any(part.startswith(".") for part in n.split("/"))]
+            found = walk.find(place, lambda name: name.lower().endswith(suffixes))
         if not found:
             raise ValueError(f"no files ending in {', '.join(suffixes)} below {place}; name another folder, or the files")
         files += found
@@ -86,7 +87,9 @@ def plan(inputs: Iterable[str], suffixes: tuple[str, ...], out: str, ending: str
     """
     jobs: dict[str, FileJob] = {}
     for name, path in find_files(inputs, suffixes):
-        job = FileJob(name, path, store.join(out, posixpath.splitext(name)[0] + ending))
+        folder, base = posixpath.split(posixpath.splitext(name)[0])
+        base = short_name(base, NAME_BYTES - len(ending))  # the other ending may be longer
+        job = FileJob(name, path, store.join(out, posixpath.join(folder, base + ending)))
         if job.target in jobs:
             raise ValueError(f"{path} and {jobs[job.target].path} would both become {job.target}: take them one at a "
                              "time, with an --out of its own each")
@@ -289,8 +292,7 @@ def appearing(path: str) -> Iterator[str]:
             fs.put_file(aside, p)
         return
     os.makedirs(os.path.dirname(p), exist_ok=True)
-    # Beside the target, so that the rename stays on one disk and is atomic.
-    aside = f"{p}.{uuid.uuid4().hex}.tmp"
+    aside = aside_of(p)
     try:
         yield aside
         os.replace(aside, p)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
 import uuid
 from collections.abc import Iterable, Iterator
 from typing import Any
+from urllib.parse import unquote
 
 from audiolm.local_disk import link_once
 
@@ -40,10 +42,24 @@ def connect(uri: str) -> Any:
     quiet_import(uri)
     from mlflow import MlflowClient
 
-    path = uri.removeprefix("sqlite:///")
-    if path != uri and path not in ("", ":memory:") and "?" not in path:
+    path = database_path(uri)
+    if path not in (None, "", ":memory:") and "?" not in uri:
         _lay_out(path)
-    return MlflowClient(uri)
+    client = MlflowClient(uri)
+    if path and (stray := os.path.dirname(uri.removeprefix("sqlite:///"))) != os.path.dirname(path):
+        with contextlib.suppress(OSError):
+            os.removedirs(stray)  # MLflow makes the folder of the name as the URI has it: empty, and beside the real one
+    return client
+
+
+def database_uri(path: str) -> str:
+    """The URI of an SQLite database, in which `?` would begin options and `%41` be an A."""
+    return f"sqlite:///{path.replace('%', '%25').replace('?', '%3F')}"
+
+
+def database_path(uri: str) -> str | None:
+    """The file of an SQLite database's URI; None for another."""
+    return unquote(uri.removeprefix("sqlite:///").partition("?")[0]) if uri.startswith("sqlite:///") else None
 
 
 def _lay_out(path: str) -> None:
@@ -59,7 +75,7 @@ def _lay_out(path: str) -> None:
         raise ValueError(f"MLflow's database {path} is no file: move it away, or name another with tracking")
     if os.path.exists(path) and os.path.getsize(path):
         try:
-            SqlAlchemyStore(f"sqlite:///{path}", DEFAULT_LOCAL_FILE_AND_ARTIFACT_PATH)
+            SqlAlchemyStore(database_uri(path), DEFAULT_LOCAL_FILE_AND_ARTIFACT_PATH)
         except OperationalError as e:
             if "locked" in str(e):
                 raise
@@ -69,7 +85,7 @@ def _lay_out(path: str) -> None:
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     aside = f"{path}.{uuid.uuid4().hex}.tmp"
     try:
-        SqlAlchemyStore(f"sqlite:///{aside}", DEFAULT_LOCAL_FILE_AND_ARTIFACT_PATH).engine.dispose()
+        SqlAlchemyStore(database_uri(aside), DEFAULT_LOCAL_FILE_AND_ARTIFACT_PATH).engine.dispose()
         while not (os.path.exists(path) and os.path.getsize(path)):
             try:
                 link_once(aside, path)

@@ -29,14 +29,14 @@ def default_tracking(folder: str, tracking: str | None) -> str:
     tracking = tracking or os.environ.get("MLFLOW_TRACKING_URI")
     if not tracking and not store.is_local(folder):
         raise ValueError(f"{folder} holds no MLflow database: name the server by --tracking or MLFLOW_TRACKING_URI")
-    return tracking or f"sqlite:///{store.absolute(folder)}/mlflow.db"
+    return tracking or mlflow_client.database_uri(f"{store.absolute(folder)}/mlflow.db")
 
 
 def connect(tracking: str | None = None) -> tuple[Any, str]:
     """(MlflowClient, its URI). `tracking` defaults to MLFLOW_TRACKING_URI, else to the SQLite database of ./outputs. Raises
     ValueError with the fix where there is no such MLflow."""
     uri = tracking or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite"
-    database = f"{DEFAULT_STORE}/mlflow.db" if uri == "sqlite" else uri.removeprefix("sqlite:///")
+    database = f"{DEFAULT_STORE}/mlflow.db" if uri == "sqlite" else mlflow_client.database_path(uri) or uri
     if uri.startswith("sqlite") and not os.path.exists(database):  # MLflow would create an empty one
         raise ValueError(f"there is no MLflow database {database}: name the run's own with --tracking or MLFLOW_TRACKING_URI, "
                          "sqlite:////STORE/mlflow.db or http://HOST:5000")
@@ -64,7 +64,7 @@ def check_named(paths: Mapping[str, str], folder: str, tracking: str) -> None:
 
     That is `folder`, and the folder of an SQLite database that the user named. `paths`: by the tag or file that they are from.
     """
-    own = [folder] + ([os.path.dirname(tracking.removeprefix("sqlite:///"))] if tracking.startswith("sqlite:///") else [])
+    own = [folder] + ([os.path.dirname(database)] if (database := mlflow_client.database_path(tracking)) else [])
     for name, path in paths.items():
         if not any(is_within(place, path) for place in own):
             raise ValueError(f"MLflow's {name} is {path!r}, outside {' and '.join(own)}: name the store it lies in with "

@@ -19,6 +19,7 @@ from typing import Any
 from audiolm import store
 from audiolm.dag import lease
 from audiolm.store import hide_credentials
+from audiolm.tracking.client import database_uri
 
 PARAM_CHARS, TAG_CHARS, KEY_CHARS = 6000, 5000, 250  # MLflow's limits
 STATUSES = ("FINISHED", "FAILED", "KILLED")
@@ -145,7 +146,7 @@ def resolve(uri: str, folder: str) -> tuple[str | None, str | None]:
                              "set tracking to an MLflow server's URI (http://host:5000) or to none")
         root = Path(store.open_fs(folder)[1])
         root.mkdir(parents=True, exist_ok=True)
-        return f"sqlite:///{root / 'mlflow.db'}", (root / "mlflow").as_uri()
+        return database_uri(str(root / "mlflow.db")), (root / "mlflow").as_uri()
     if "://" not in uri:
         raise ValueError(f"tracking: {hide_credentials(uri)!r} is neither sqlite, none nor a URI such as http://host:5000")
     return uri, None

@@ -128,4 +128,4 @@ def test_more_audio_than_a_file_may_hold_is_rejected_by_its_header(tmp_path, mon
 def test_a_named_pipe_holds_nothing_up(tmp_path):
     sound(tmp_path / "in" / "good.wav")
     os.mkfifo(tmp_path / "in" / "pipe.wav")
-    assert build(tmp_path) == (["good.wav"], {"pipe.wav": ("empty", "no bytes")})
+    assert build(tmp_path) == (["good.wav"], {"pipe.wav": ("unreadable", "a pipe, not a regular file")})

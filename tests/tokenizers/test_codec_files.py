@@ -79,6 +79,19 @@ def test_what_is_done_is_skipped_and_what_changed_is_made_again(tmp_path, built,
     assert said("encode", "in", "--codec", other, "--out", "codes").startswith("4 done:")
 
 
+def test_names_that_leave_no_room_for_another_ending_make_the_round_trip(tmp_path, built, capsys):
+    names = ["a" * 251, "a" * 250 + "b", "é" * 125, "12::30", "b" * 220]
+    (tmp_path / "in").mkdir()
+    for i, name in enumerate(names):
+        sf.write(f"{tmp_path}/in/{name}.wav", noise(4000, 1, index=i), 16_000)
+    assert run("encode", f"{tmp_path}/in", "--codec", built, "--out", f"{tmp_path}/codes") == 0
+    assert run("decode", f"{tmp_path}/codes", "--codec", built, "--out", f"{tmp_path}/again") == 0
+    assert len(stores.names(f"{tmp_path}/again")) == len(names) and "12::30.wav" in stores.names(f"{tmp_path}/again")
+    assert "5 done" in capsys.readouterr().out
+    assert run("encode", f"{tmp_path}/in", "--codec", built, "--out", f"{tmp_path}/codes") == 0
+    assert "5 skipped" in capsys.readouterr().out
+
+
 def test_levels_take_a_prefix(tmp_path, built, codec, capsys):
     path, (full, few, out) = tmp_path / "a.wav", (str(tmp_path / n) for n in ("full", "few", "out"))
     sf.write(path, noise(16_000), 16_000)

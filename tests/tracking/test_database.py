@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -11,7 +13,9 @@ from contextlib import closing
 
 import pytest
 
-from audiolm.tracking.client import connect
+from audiolm.tracking.client import connect, database_path
+from audiolm.tracking.lookup import default_tracking
+from audiolm.tracking.outbox import resolve
 from tests.worlds.basics import ROOT
 
 WAIT_S = 240.0
@@ -65,3 +69,22 @@ def test_a_folder_in_the_databases_place_is_named_at_once(tmp_path):
     (tmp_path / "mlflow.db").mkdir()
     with pytest.raises(ValueError, match=f"{tmp_path}/mlflow.db is no file: move it away"):
         connect(f"sqlite:///{tmp_path}/mlflow.db")
+
+
+def test_a_store_below_a_folder_of_any_name_has_its_database_within(tmp_path, empty_database):
+    for name in ("a?b", "p%41", "50%", "a#1", "x;y", "a::b", "[x]", "ü é", "a%3Fb"):
+        folder = tmp_path / name / "out"
+        uri, artifacts = resolve("sqlite", str(folder))
+        assert database_path(uri) == f"{folder}/mlflow.db" and default_tracking(str(folder), None) == uri
+        assert artifacts == (folder / "mlflow").as_uri()
+        shutil.copy(empty_database, folder / "mlflow.db")
+        client = connect(uri)
+        client.create_experiment("e", artifact_location=artifacts)
+        assert {row[0] for row in _rows(folder / "mlflow.db", "select name from experiments")} == {"Default", "e"}
+        assert os.listdir(tmp_path) == [name]
+        shutil.rmtree(tmp_path / name)
+
+
+def _rows(path, query) -> list[tuple]:
+    with closing(sqlite3.connect(path)) as database:
+        return database.execute(query).fetchall()

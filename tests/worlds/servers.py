@@ -26,43 +26,57 @@ START_S = 240.0  # a server starts in seconds, on a busy machine in minutes
 CLOSED = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 
 
+AWS = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1", "AWS_ENDPOINT_URL": ""}
+
+
 @contextlib.contextmanager
 def seaweedfs(folder: Path):
     """A server with its data in `folder` and one bucket, `tests`."""
-    import boto3
     import s3fs
-    from botocore.exceptions import BotoCoreError, ClientError
 
     keys = {"name": "test", "credentials": [{"accessKey": "key", "secretKey": "secret"}], "actions": ["Admin"]}
     (folder / "s3.json").write_text(json.dumps({"identities": [keys]}))
+    keep, server, deadline = {k: os.environ.get(k) for k in AWS}, None, time.monotonic() + START_S
+    try:
+        while not server or server.poll() is not None:  # it ends where another process took one of its ports meanwhile
+            assert time.monotonic() < deadline, "the S3 server ends when it is started"
+            server, url = _weed(folder)
+            os.environ.update(AWS | {"AWS_ENDPOINT_URL": url})
+            s3fs.S3FileSystem.clear_instance_cache()
+            _make_bucket(server, deadline)
+        yield url
+    finally:
+        server.kill()
+        server.wait()
+        s3fs.S3FileSystem.clear_instance_cache()
+        for key, value in keep.items():
+            os.environ.pop(key, None) if value is None else os.environ.__setitem__(key, value)
+
+
+def _weed(folder: Path) -> tuple[subprocess.Popen, str]:
+    """A starting server and its URL."""
     ports = {name: free_port() for name in ("s3", "master", "volume", "filer")}
-    server = subprocess.Popen(
+    return subprocess.Popen(
         [f"{sysconfig.get_path('scripts')}/weed", "server", "-s3", f"-dir={folder}", "-ip=127.0.0.1",
          f"-s3.config={folder / 's3.json'}", "-volume.max=100", "-master.volumeSizeLimitMB=64",
          "-s3.port.iceberg=0", "-s3.port.lance=0",  # else fixed ports, and so one server a machine
          *(f"-{name}.port={port}" for name, port in ports.items()),
          *(f"-{name}.port.grpc={free_port()}" for name in ports)],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    url = f"http://127.0.0.1:{ports['s3']}"
-    settings = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_ENDPOINT_URL": url,
-                "AWS_DEFAULT_REGION": "us-east-1"}
-    keep = {k: os.environ.get(k) for k in settings}
-    os.environ.update(settings)
-    s3fs.S3FileSystem.clear_instance_cache()
-    deadline = time.monotonic() + START_S
-    while True:
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), f"http://127.0.0.1:{ports['s3']}"
+
+
+def _make_bucket(server: subprocess.Popen, deadline: float) -> None:
+    """Waits for a server, or for its end, and makes the bucket."""
+    import boto3
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    while server.poll() is None:
         try:
             boto3.client("s3").create_bucket(Bucket="tests")
-            break
+            return
         except (BotoCoreError, ClientError):
-            assert time.monotonic() < deadline and server.poll() is None, "the S3 server did not come up"
+            assert time.monotonic() < deadline, "the S3 server did not come up"
             time.sleep(0.3)
-    yield url
-    server.kill()
-    server.wait()
-    s3fs.S3FileSystem.clear_instance_cache()
-    for key, value in keep.items():
-        os.environ.pop(key, None) if value is None else os.environ.__setitem__(key, value)
 
 
 class FaultyS3:

@@ -23,7 +23,7 @@ import torch
 from audiolm import store
 from audiolm.config.corpus import ClipFilter
 from audiolm.data.audio import SAMPLE_RATE_HZ, decode, resample
-from audiolm.data.sources import AUDIO
+from audiolm.data.containers.layout import ENDINGS
 from audiolm.data.tokens import tokenizer_dtype
 from audiolm.eval.metrics import likelihood, ngram
 from audiolm.eval.metrics.stats import bootstrap_interval
@@ -80,7 +80,7 @@ def read_probes(place: str) -> ProbeSet:
     if "filename" not in columns or not right or not name:
         raise ValueError(f"{gold}: columns {', '.join(columns) or 'none'}; filename, correct (or is_word) and pair_id (or id) "
                          "are needed, as in ZeroSpeech 2021's gold.csv")
-    ending = {posixpath.splitext(n)[0]: n for n in store.names(folder) if n.lower().endswith(AUDIO)}
+    ending = {posixpath.splitext(n)[0]: n for n in store.names(folder) if n.lower().endswith(ENDINGS)}
     groups: dict[tuple[str, str], tuple[list, list]] = defaultdict(lambda: ([], []))
     for row in rows:
         within = [row[c] for c in ("type", "subtype") if name == "id" and c in columns]
@@ -112,10 +112,10 @@ def _table(path: str) -> list[dict[str, str]]:
 
 
 def _path(gold: str, folder: str, ending: Mapping[str, str], filename: str) -> str:
-    if filename.lower().endswith(AUDIO):
+    if filename.lower().endswith(ENDINGS):
         return store.join(folder, filename)
     if filename not in ending:
-        raise ValueError(f"{gold} names {filename!r}, and {folder} has no such audio ({', '.join(AUDIO)}): put it there")
+        raise ValueError(f"{gold} names {filename!r}, and {folder} has no such audio ({', '.join(ENDINGS)}): put it there")
     return store.join(folder, ending[filename])
 
 
