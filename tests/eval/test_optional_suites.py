@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from audiolm.config.evaluation import TablesConfig
+from audiolm.data.packaged import onnx
+from audiolm.data.packaged.dnsmos import scorer
 from audiolm.eval.generated import LABELS, Sample, SampleSpec
-from audiolm.eval.models import asr, onnx, text_model
+from audiolm.eval.models import asr, text_model
 from audiolm.eval.suites import dnsmos, notes, run, text
 from tests.worlds.basics import ROOT
 
@@ -69,7 +71,7 @@ def test_dnsmos_gives_the_packages_marks(monkeypatch):
 
     wav = np.resize(np.concatenate(speech(2)), round(9.5 * SR))
     found = theirs.run(wav, sr=SR)
-    assert dnsmos.scorer()(wav) == pytest.approx([found[k] for k in ("ovrl_mos", "sig_mos", "bak_mos")], abs=1e-4)
+    assert scorer()(wav) == pytest.approx([found[k] for k in ("ovrl_mos", "sig_mos", "bak_mos")], abs=1e-4)
 
 
 

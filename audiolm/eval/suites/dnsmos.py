@@ -1,34 +1,28 @@
 """DNSMOS (2110.01763): a network's estimate of listeners' marks, 1 to 5, for speech, background and the whole.
 
-It was trained on noisy phone calls, not on generated speech: it reacts to noise and distortion, not to sense.  The network
-comes with package speechmos and takes about a second for each window of 9.01 s, so this suite is optional.  Shorter audio is
-repeated to one window.  Scores only the audio after the prompt, over the same span for originals and codec; acoustic
-generation has no prompt.  Floor: originals in white noise as loud as they are.  wav_T: float32 mono at 16 kHz.
+It was trained on noisy phone calls, not on generated speech: it reacts to noise and distortion, not to sense.  It takes about
+a second for each window of 9.01 s, so this suite is optional.  Scores only the audio after the prompt, over the same span for
+originals and codec; acoustic generation has no prompt.  Floor: originals in white noise as loud as they are.  wav_T: float32
+mono at 16 kHz.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
+from audiolm.data.packaged import onnx
+from audiolm.data.packaged.dnsmos import scorer
 from audiolm.eval.generated import LABELS, Sample, as_floor, by_item, white_noise
 from audiolm.eval.metrics.stats import bootstrap_interval
-from audiolm.eval.models import onnx
 from audiolm.eval.results import Progress, Result, no_progress, not_measured
 from audiolm.eval.suites.base import SuiteContext, continuations, score_items
-from audiolm.tokenizers.base import SAMPLE_RATE
 
 ROLES = {"original": "ceiling", "resynthesis": "ceiling", "acoustic": "ours", "continuation": "ours"}
 PLAN = dict.fromkeys(ROLES, 1)  # samples of each mode a clip
 FLOOR = "original in white noise, 0 dB"
 METRICS = ("DNSMOS overall, 1 to 5", "DNSMOS speech, 1 to 5", "DNSMOS background, 1 to 5")
-WINDOW_S = 9.01
-# Microsoft's polynomials from raw outputs to marks, in the order of the network's outputs (DNS-Challenge, dnsmos_local.py).
-POLYNOMIALS = {"speech": (-0.08397278, 1.22083953, 0.0052439), "background": (-0.13166888, 1.60915514, -0.39604546),
-               "overall": (-0.06766283, 1.11546468, 0.04602535)}
-
-Scorer = Callable[[np.ndarray], tuple[float, float, float]]
 
 
 def dnsmos_results(samples: Sequence[Sample], seed: int = 0, progress: Progress = no_progress) -> list[Result]:
@@ -43,25 +37,6 @@ def dnsmos_results(samples: Sequence[Sample], seed: int = 0, progress: Progress 
             rows.append(Result("DNSMOS", scored.item, metric, *bootstrap_interval(marks, scored.clips, seed), len(marks),
                                "sounds", scored.role, seconds=scored.seconds / len(METRICS), note="by speechmos"))
     return rows
-
-
-def scorer() -> Scorer:
-    """wav_T -> (overall, speech, background), means over windows a second apart."""
-    net = onnx.session("speechmos", "dnsmos_models/sig_bak_ovr.onnx")
-    size = int(WINDOW_S * SAMPLE_RATE)
-
-    def score(wav_T: np.ndarray) -> tuple[float, float, float]:
-        if not len(wav_T):
-            raise ValueError("a sound without samples has no quality: give clips that last longer than their prompt")
-        wav_T = np.asarray(wav_T, np.float32)
-        wav_T = np.resize(wav_T, size) if len(wav_T) < size else wav_T  # resize repeats it
-        starts = range(0, (int(len(wav_T) // SAMPLE_RATE - WINDOW_S) + 1) * SAMPLE_RATE, SAMPLE_RATE)
-        raw = [net.run(None, {"input_1": wav_T[None, a:a + size]})[0][0] for a in starts]
-        speech, background, overall = (float(np.mean(np.polyval(p, x))) for p, x in
-                                       zip(POLYNOMIALS.values(), np.array(raw, np.float64).T, strict=True))
-        return overall, speech, background
-
-    return score
 
 
 def in_noise(wav_T: np.ndarray, seed: int, clip: str) -> np.ndarray:

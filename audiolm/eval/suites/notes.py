@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from audiolm.data.packaged import onnx
 from audiolm.eval.generated import LABELS, Sample, as_floor, by_item, white_noise
 from audiolm.eval.metrics.stats import bootstrap_interval
-from audiolm.eval.models import onnx
 from audiolm.eval.results import Progress, Result, no_progress, not_measured
 from audiolm.eval.suites.base import Scored, SuiteContext, continuations, score_items
 from audiolm.tokenizers.base import SAMPLE_RATE

@@ -1,0 +1,1 @@
+"""Networks that come inside packages: their weights alone are used."""
