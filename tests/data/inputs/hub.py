@@ -1,4 +1,4 @@
-"""A stand-in of the Hugging Face Hub's HTTP API: one folder on this machine as the files of a dataset."""
+"""A stand-in of the Hugging Face Hub's HTTP API: one folder on this machine as the files of a dataset or a model."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ SHA = "0123456789abcdef0123456789abcdef01234567"
 
 
 @contextlib.contextmanager
-def hub(folder: Path, repo: str):
-    """The endpoint's address."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(folder, repo))
+def hub(folder: Path, repo: str, kind: str = "datasets"):
+    """The endpoint's address; `kind`: datasets or models."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(folder, repo, kind))
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
@@ -26,8 +26,8 @@ def hub(folder: Path, repo: str):
         server.server_close()
 
 
-def _handler(folder: Path, repo: str) -> type[BaseHTTPRequestHandler]:
-    base = f"/api/datasets/{repo}"
+def _handler(folder: Path, repo: str, kind: str) -> type[BaseHTTPRequestHandler]:
+    base, files = f"/api/{kind}/{repo}", ("" if kind == "models" else f"/{kind}") + f"/{repo}/resolve/main/"
 
     def entry(path: Path) -> dict:
         name = str(path.relative_to(folder))
@@ -61,8 +61,8 @@ def _handler(folder: Path, repo: str) -> type[BaseHTTPRequestHandler]:
             elif path == f"{base}/paths-info/main":
                 wanted = json.loads(body)["paths"] if body[:1] == b"{" else parse_qs(body.decode())["paths"]
                 self.answer(200, json.dumps([entry(folder / p) for p in wanted if (folder / p).exists()]).encode())
-            elif path.startswith(f"/datasets/{repo}/resolve/main/"):
-                self.send_file(folder / path.removeprefix(f"/datasets/{repo}/resolve/main/"))
+            elif path.startswith(files):
+                self.send_file(folder / path.removeprefix(files))
             else:
                 self.answer(404, X_Error_Code="RepoNotFound")
 
