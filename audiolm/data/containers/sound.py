@@ -84,14 +84,18 @@ class FileSound:
     def _open(self, at: int) -> soundfile.SoundFile:
         import soundfile
 
-        window = Window(self.raw, self.links[at][0] if self.links else ((0, self.raw.size),))
+        source = Window(self.raw, self.links[at][0] if self.links else ((0, self.raw.size),))
         if self.copied:
             aside = self.stack.enter_context(tempfile.TemporaryFile())
-            shutil.copyfileobj(window, aside, 1 << 20)
+            shutil.copyfileobj(source, aside, 1 << 20)
             aside.seek(0)
-            f = soundfile.SoundFile(aside.fileno(), closefd=False)
-        else:
-            f = soundfile.SoundFile(self.raw.path if self.raw.on_disk and not self.links else window)
+            source = aside.fileno()
+        elif self.raw.on_disk and not self.links:
+            source = self.raw.path
+        try:
+            f = soundfile.SoundFile(source, closefd=False)
+        except soundfile.LibsndfileError as e:  # names what it was given
+            raise soundfile.LibsndfileError(e.code, f"Error opening {self.raw.path!r}: ") from None
         # After each read of a seekable file soundfile seeks to the current position.  That leaves a gap in MP3 and a
         # click in Opus.
         f.seekable = lambda: False
