@@ -49,6 +49,9 @@ class StageConfig(Config):
     replaced: Annotated[float, Later(0.0)] = Field(
         0.0, ge=0, le=0.5, description="of kind frame: mean share of a training row's frames that others of the row replace "
                                        "where they are read; a stage that reads its own draws then keeps to its tokens")
+    own: Annotated[float, Later(0.0)] = Field(
+        0.0, ge=0, le=0.5, description="as replaced, by what the stage itself draws after the true frames (parallel scheduled "
+                                       "sampling, 1906.04331); costs a pass without gradients")
     checkpointing: Runtime[bool] = Field(False, description="less memory, a third more work: blocks are computed again in "
                                                             "the backward pass")
     warm_start: Annotated[WarmStartConfig | None, Later(None)] = Field(
@@ -154,12 +157,14 @@ class LMConfig(Config):
         if self.coarse.kind == "frame" and self.dedupe and not self.lengths:
             raise ValueError("lm.coarse.kind is frame, but with lm.dedupe and without lm.lengths no frame has a place in time: "
                              "set lm.lengths=true, lm.dedupe=false or lm.coarse.kind=flat")
-        if self.coarse.replaced and self.coarse.kind == "flat":
-            raise ValueError(f"lm.coarse.replaced is {self.coarse.replaced}, but a flat stage reads codes of the frame that it "
-                             "predicts among those before it: set lm.coarse.kind=frame or lm.coarse.replaced=0")
+        for field in ("replaced", "own"):
+            if (share := getattr(self.coarse, field)) and self.coarse.kind == "flat":
+                raise ValueError(f"lm.coarse.{field} is {share}, but a flat stage reads codes of the frame that it predicts "
+                                 f"among those before it: set lm.coarse.kind=frame or lm.coarse.{field}=0")
+            for name in ("semantic", "fine"):
+                if getattr(getattr(self, name), field):
+                    raise ValueError(f"lm.{name}.{field} is set: only lm.coarse has frames as positions, leave it out here")
         for name in ("semantic", "fine"):
-            if getattr(self, name).replaced:
-                raise ValueError(f"lm.{name}.replaced is set: only lm.coarse has frames as positions, leave it out here")
             if getattr(self, name).kind == "frame":
                 raise ValueError(f"lm.{name}.kind is frame: only lm.coarse has frames as positions, leave it out here")
         for name in ("coarse", "fine"):

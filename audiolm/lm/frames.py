@@ -12,7 +12,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
+from audiolm.lm.loss import documents_of
 from audiolm.lm.stages import Packed, Stage
+from audiolm.models.lm.frame_transformer import FrameTransformer
 
 
 def last_ids(stage: Stage, first: int, ids: int) -> np.ndarray:
@@ -53,3 +55,26 @@ def replace_frames(stage: Stage, batch: Mapping[str, torch.Tensor], share: float
         other = frames[draw.integers(len(frames), size=len(at))]
         ids_T[at], cond_TC[at, stage.n_cond:] = ids_T[other], cond_TC[other, stage.n_cond:]
     return {"ids_BT": ids_BT, "cond_BTC": cond_BTC}
+
+
+@torch.no_grad()
+def own_frames(model: FrameTransformer, stage: Stage, tensors: Mapping[str, torch.Tensor], share: float,
+               draw: torch.Generator) -> dict[str, torch.Tensor]:
+    """A batch's tensors (lm.loss.prepare) in which the model's own draws stand in the place of some frames that are read.
+
+    Each is drawn from what the model makes of the true frames before it, all in one pass (parallel scheduled sampling,
+    1906.04331).  A row's share is uniform between 0 and twice `share`; `draw`: a generator on the CPU.  Labels stay.
+    """
+    ids_BT, cond_BTC, index_N = tensors["ids_BT"].clone(), tensors["cond_BTC"].clone(), tensors["index_SN"][0]
+    rows, places = ids_BT.shape
+    known_N = ((tensors["label_SN"] >= 0) & (tensors["label_SN"] < stage.vocab)).all(0)  # neither padding nor EOS
+    wanted_B, random_N = 2 * share * torch.rand(rows, generator=draw), torch.rand(len(index_N), generator=draw)
+    at_N = known_N & (random_N.to(index_N.device) < wanted_B.to(index_N.device)[index_N // places])
+    h_BTD = model.backbone.hidden(ids_BT, documents_of(tensors), cond_BTC)
+    before_N = index_N[at_N]
+    uniform_NS = torch.rand(len(index_N), stage.slots, generator=draw).to(index_N.device)[at_N]
+    codes_NS = model.depth.drawn(h_BTD.flatten(0, 1)[before_N], uniform_NS)
+    at, first = before_N + 1, stage.offset
+    drawn_NS = codes_NS + first + stage.vocab * torch.arange(stage.slots, device=at.device)
+    ids_BT.view(-1)[at], cond_BTC.view(rows * places, -1)[at, stage.n_cond:] = drawn_NS[:, 0], drawn_NS[:, 1:]
+    return {**tensors, "ids_BT": ids_BT, "cond_BTC": cond_BTC}

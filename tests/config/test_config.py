@@ -89,6 +89,7 @@ DECODER = "lm.decoder={train: {steps: 1, batch: 1, lr: 0.1}}"
     (f"{DECODER} lm.ablation=acoustic", "lm.ablation makes sound without semantic tokens"),
     ("semantic.model={objective: w2vbert, targets_cents: 300}", "targets_cents is of HuBERT's MFCC targets, .*w2vbert"),
     ("lm.semantic.replaced=0.2", "lm.semantic.replaced is set: only lm.coarse has frames"),
+    ("lm.coarse.own=0.2", "lm.coarse.own is 0.2, but a flat stage .*: set lm.coarse.kind=frame or lm.coarse.own=0"),
     ("lm.coarse.kind=frame lm.lengths=false lm.conditioning=prefix", "frame, but with lm.dedupe .*: set lm.lengths=true"),
 ])
 def test_mistakes_are_named(override, message):

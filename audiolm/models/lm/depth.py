@@ -84,6 +84,20 @@ class DepthNetwork(nn.Module):
         at_SN = torch.arange(S, device=h_ND.device)[:, None] + S * torch.arange(N, device=h_ND.device)
         return self.head(u_Nsd.flatten(0, 1), at_SN, label_SN, tables=head_tables(self.head, self.tied))
 
+    @torch.no_grad()
+    def drawn(self, h_ND: torch.Tensor, uniform_NS: torch.Tensor) -> torch.Tensor:
+        """codes_NS of N frames, drawn by the inverse of the distribution function from numbers in 0..1; in training too."""
+        table, heads = embedding_table(self.embed, self.tied, 0), head_tables(self.head, self.tied)
+        read_Nd, codes = self.read(h_ND), []
+        before_Nd = torch.zeros_like(read_Nd)
+        for slot, (weight_Vd, bias_V) in enumerate(heads):
+            u_Nd = self._feed(read_Nd + before_Nd + self.slot_Sd[slot])
+            scores_NV = F.linear(u_Nd, weight_Vd.to(u_Nd.dtype)).float() + (0 if bias_V is None else bias_V.float())
+            below_NV = scores_NV.softmax(-1).cumsum(-1)
+            codes.append((below_NV < uniform_NS[:, slot:slot + 1]).sum(-1).clamp_max(self.sizes.vocab - 1))
+            before_Nd = before_Nd + F.embedding(codes[-1] + slot * self.sizes.vocab, table)
+        return torch.stack(codes, 1)
+
     def _feed(self, u: torch.Tensor) -> torch.Tensor:
         u = F.dropout(to_stream(u), self.sizes.dropout, self.training)
         for layer in self.layers:

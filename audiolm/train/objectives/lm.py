@@ -16,7 +16,7 @@ from torch import nn
 from audiolm import rng
 from audiolm.config.lm import StageConfig
 from audiolm.lm.batches import EvalCrop, TokenBatches
-from audiolm.lm.frames import replace_frames
+from audiolm.lm.frames import own_frames, replace_frames
 from audiolm.lm.loss import batch_sums, inputs_of, n_sums, prepare
 from audiolm.lm.model import build_lm, export_lm
 from audiolm.lm.stages import Stage
@@ -77,7 +77,17 @@ class LMObjective:
     def train_step(self, engines: Mapping[str, Engine], batches: list[dict[str, torch.Tensor]],
                    step: int) -> dict[str, torch.Tensor]:
         """One update; all ranks take part."""
+        if self.shape.own:
+            batches = [self._with_own(batch, step, n) for n, batch in enumerate(batches)]
         return update(engines["lm"], self.stage, batches, inputs_of, self.ctx)
+
+    def _with_own(self, batch: Mapping[str, torch.Tensor], step: int, n: int) -> dict[str, torch.Tensor]:
+        """A batch with frames that the model drew itself."""
+        module = self.modules["lm"].eval()
+        batch = {name: x.to(self.ctx.device, non_blocking=True) for name, x in batch.items()}
+        draw = torch.Generator().manual_seed(rng.derive(self.ctx.seed, f"own {self.ctx.rank} {n}", step))
+        with autocast(self.ctx.device, self.shape.train.dtype):
+            return own_frames(module, self.stage, batch, self.shape.own, draw)
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
