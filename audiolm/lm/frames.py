@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
-from audiolm.lm.loss import documents_of
+from audiolm.lm.loss import inputs_of
 from audiolm.lm.stages import Packed, Stage
 from audiolm.models.lm.frame_transformer import FrameTransformer
 
@@ -57,24 +58,35 @@ def replace_frames(stage: Stage, batch: Mapping[str, torch.Tensor], share: float
     return {"ids_BT": ids_BT, "cond_BTC": cond_BTC}
 
 
+def own_draws(stage: Stage, batch: Mapping[str, torch.Tensor], share: float,
+              draws: Sequence[np.random.Generator]) -> dict[str, torch.Tensor]:
+    """What `own_frames` needs of chance, by row: own_BT, where a frame is replaced, and uniform_BTS, which code stands there.
+
+    A row's share is uniform between 0 and twice `share`; draws: a generator a row.
+    """
+    own, uniform = [], []
+    for draw in draws:
+        wanted, random_TU = 2 * share * draw.random(), draw.random((batch["ids_BT"].shape[1], 1 + stage.slots))
+        own.append(random_TU[:, 0] < wanted)  # a place's numbers do not depend on the row's padding
+        uniform.append(random_TU[:, 1:].astype(np.float32))
+    return {"own_BT": torch.from_numpy(np.stack(own)), "uniform_BTS": torch.from_numpy(np.stack(uniform))}
+
+
 @torch.no_grad()
-def own_frames(model: FrameTransformer, stage: Stage, tensors: Mapping[str, torch.Tensor], share: float,
-               draw: torch.Generator) -> dict[str, torch.Tensor]:
-    """A batch's tensors (lm.loss.prepare) in which the model's own draws stand in the place of some frames that are read.
+def own_frames(model: FrameTransformer, stage: Stage, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A batch's tensors (lm.loss.prepare, with `own_draws`) in which the model's own draws stand in the place of some frames.
 
     Each is drawn from what the model makes of the true frames before it, all in one pass (parallel scheduled sampling,
-    1906.04331).  A row's share is uniform between 0 and twice `share`; `draw`: a generator on the CPU.  Labels stay.
+    1906.04331).  Conditions and labels stay.
     """
-    ids_BT, cond_BTC, index_N = tensors["ids_BT"].clone(), tensors["cond_BTC"].clone(), tensors["index_SN"][0]
-    rows, places = ids_BT.shape
-    known_N = ((tensors["label_SN"] >= 0) & (tensors["label_SN"] < stage.vocab)).all(0)  # neither padding nor EOS
-    wanted_B, random_N = 2 * share * torch.rand(rows, generator=draw), torch.rand(len(index_N), generator=draw)
-    at_N = known_N & (random_N.to(index_N.device) < wanted_B.to(index_N.device)[index_N // places])
-    h_BTD = model.backbone.hidden(ids_BT, documents_of(tensors), cond_BTC)
-    before_N = index_N[at_N]
-    uniform_NS = torch.rand(len(index_N), stage.slots, generator=draw).to(index_N.device)[at_N]
-    codes_NS = model.depth.drawn(h_BTD.flatten(0, 1)[before_N], uniform_NS)
-    at, first = before_N + 1, stage.offset
-    drawn_NS = codes_NS + first + stage.vocab * torch.arange(stage.slots, device=at.device)
-    ids_BT.view(-1)[at], cond_BTC.view(rows * places, -1)[at, stage.n_cond:] = drawn_NS[:, 0], drawn_NS[:, 1:]
-    return {**tensors, "ids_BT": ids_BT, "cond_BTC": cond_BTC}
+    ids_BT, cond_BTC, label_SN = (tensors[name] for name in ("ids_BT", "cond_BTC", "label_SN"))
+    at_N = tensors["index_SN"][0] + 1  # a frame is predicted at the place before it
+    outside = ids_BT.numel()  # where the draws of empty places go: no tensor's size depends on the batch's content
+    places_N = at_N.clamp_max(outside - 1)
+    drawn_NS = model(*inputs_of(tensors), uniform_NS=tensors["uniform_BTS"].flatten(0, 1)[places_N])
+    ids_NS = drawn_NS + stage.offset + stage.vocab * torch.arange(stage.slots, device=ids_BT.device)
+    chosen_N = tensors["own_BT"].flatten()[places_N] & (label_SN >= 0).all(0)
+    to_N = torch.where(chosen_N, at_N, outside)
+    read_MS = torch.cat([ids_BT.flatten()[:, None], cond_BTC.flatten(0, 1)[:, stage.n_cond:]], 1)
+    read_MS = F.pad(read_MS, (0, 0, 0, 1)).index_copy(0, to_N, ids_NS)[:-1].unflatten(0, ids_BT.shape)
+    return {**tensors, "ids_BT": read_MS[..., 0], "cond_BTC": torch.cat([cond_BTC[..., :stage.n_cond], read_MS[..., 1:]], 2)}

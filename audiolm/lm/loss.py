@@ -67,13 +67,8 @@ def prepare(stage: Stage, batch: Mapping[str, torch.Tensor], flash: bool = False
 
 def inputs_of(tensors: Inputs) -> tuple:
     """The model's arguments: ids_BT, its documents, index_SN, label_SN, cond_BTC, length_BT."""
-    extra = (tensors.get(name) for name in EXTRA)
-    return tensors["ids_BT"], documents_of(tensors), tensors["index_SN"], tensors["label_SN"], *extra
-
-
-def documents_of(tensors: Mapping[str, torch.Tensor]) -> Documents:
-    """The documents of prepared tensors."""
-    return Documents(*(tensors.get(name) for name in Documents._fields))
+    docs = Documents(*(tensors.get(name) for name in Documents._fields))
+    return tensors["ids_BT"], docs, tensors["index_SN"], tensors["label_SN"], *(tensors.get(name) for name in EXTRA)
 
 
 def level_sums(stage: Stage, nats_SN: torch.Tensor, label_SN: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from audiolm.lm.frames import own_frames
+from audiolm import rng
+from audiolm.lm.frames import own_draws, own_frames
 from tests.train.test_carry import stage
 from tests.worlds import token_corpus
 from tests.worlds.training import learn
@@ -25,7 +26,9 @@ def trained(tmp_path_factory):
 
 def owned(trained, share: float, seed: int = 0) -> dict[str, torch.Tensor]:
     objective, batch = trained
-    return own_frames(objective.modules["lm"].eval(), objective.stage, batch, share, torch.Generator().manual_seed(seed))
+    draws = [rng.generator(seed, "own", 0, row) for row in range(8)]
+    chance = own_draws(objective.stage, batch, share, draws)
+    return own_frames(objective.modules["lm"].eval(), objective.stage, {**batch, **chance})
 
 
 def frames_of(stage, tensors) -> torch.Tensor:
@@ -53,7 +56,7 @@ def test_frames_alone_change_and_labels_stay(trained):
     assert torch.equal(frames_of(objective.stage, owned(trained, 0.0)), truth)
 
 
-def test_the_same_generator_draws_the_same_and_another_does_not(trained):
+def test_the_same_seed_draws_the_same_and_another_does_not(trained):
     objective, _ = trained
     one, again, other = (frames_of(objective.stage, owned(trained, 0.5, seed)) for seed in (0, 0, 1))
     assert torch.equal(one, again) and not torch.equal(one, other)

@@ -107,7 +107,7 @@ def test_vocoder(made):
 @pytest.mark.parametrize("stage", lm.STAGES)
 @pytest.mark.parametrize("flash", [True, False])
 def test_language_model(corpus, stage, flash):
-    objective = lm.objective(corpus, stage, replaced=0.1 if "frame" in stage else 0)
+    objective = lm.objective(corpus, stage, **({"replaced": 0.1, "own": 0.3} if "frame" in stage else {}))
     objective.ctx, objective.flash = CTX, flash
     check(objective, objective.shape.train, rows=8)
 

@@ -23,7 +23,7 @@ from audiolm.train.rank import TrainJob, Worker
 from tests.worlds import token_corpus
 from tests.worlds.basics import free_port
 
-KINDS = ["semantic t5", "coarse frame tied", "parallel tied"]
+KINDS = ["semantic t5", "coarse frame tied own", "parallel tied"]
 CLIPS = 17  # of validation, a forward pass each in the parallel decoder: 9 on one rank and 8 on the other
 BETA = 0.5  # of the first moment, which is then half of the first gradient
 
@@ -37,7 +37,7 @@ def objective(config, inputs, ctx):
     else:
         kind = "frame" if "frame" in traits else "flat"
         shape = StageConfig(**sizes, kind=kind, positions="t5" if "t5" in traits else "rotary", checkpointing="t5" in traits,
-                            depth=DepthConfig(dim=16, ff=32))
+                            depth=DepthConfig(dim=16, ff=32), own=0.3 if "own" in traits else 0.0)
         layout |= {"dedupe": name == "semantic", "lengths": name == "semantic", "coarse_levels": 2,
                    "conditioning": "aligned" if kind == "frame" else "prefix"}
     config = {"stage": f"lm_{name}", "lm": shape, "layout": layout, "rows": CLIPS}

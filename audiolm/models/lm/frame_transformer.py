@@ -37,9 +37,13 @@ class FrameTransformer(nn.Module):
         self.backbone, self.depth = Transformer(sizes.backbone), DepthNetwork(sizes.depth)
 
     def forward(self, ids_BT: torch.Tensor, docs: Documents, index_SN: torch.Tensor, label_SN: torch.Tensor,
-                cond_BTC: torch.Tensor | None = None, length_BT: None = None) -> torch.Tensor:
+                cond_BTC: torch.Tensor | None = None, length_BT: None = None,
+                uniform_NS: torch.Tensor | None = None) -> torch.Tensor:
         """nats_SN of the targets (models.lm.heads), N over B x T; a frame is predicted at one place, so index_SN's rows are
-        equal where there are targets."""
+        equal where there are targets. With `uniform_NS`, numbers in 0..1: codes_NS that the model draws there instead."""
+        if uniform_NS is not None:  # in a forward pass, since ZeRO 3 has the weights together in these alone
+            h_ND = self.backbone.hidden(ids_BT, docs, cond_BTC).flatten(0, 1)[index_SN[0]]
+            return self.depth.drawn(h_ND, uniform_NS)
         nats = self._compiled if self._compiled and self.training else self._nats
         return nats(ids_BT, docs, index_SN, label_SN, cond_BTC)
 

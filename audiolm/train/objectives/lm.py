@@ -16,7 +16,7 @@ from torch import nn
 from audiolm import rng
 from audiolm.config.lm import StageConfig
 from audiolm.lm.batches import EvalCrop, TokenBatches
-from audiolm.lm.frames import own_frames, replace_frames
+from audiolm.lm.frames import own_draws, own_frames, replace_frames
 from audiolm.lm.loss import batch_sums, inputs_of, n_sums, prepare
 from audiolm.lm.model import build_lm, export_lm
 from audiolm.lm.stages import Stage
@@ -72,22 +72,23 @@ class LMObjective:
         if self.shape.replaced:
             draws = [rng.generator(self.ctx.seed, "replaced", step, row) for row in rows]
             tensors |= replace_frames(self.stage, batch, self.shape.replaced, draws)
+        if self.shape.own:
+            draws = [rng.generator(self.ctx.seed, "own", step, row) for row in rows]
+            tensors |= own_draws(self.stage, batch, self.shape.own, draws)
         return pinned(tensors, self.ctx.device)
 
     def train_step(self, engines: Mapping[str, Engine], batches: list[dict[str, torch.Tensor]],
                    step: int) -> dict[str, torch.Tensor]:
         """One update; all ranks take part."""
         if self.shape.own:
-            batches = [self._with_own(batch, step, n) for n, batch in enumerate(batches)]
+            batches = [self._with_own(batch) for batch in batches]
         return update(engines["lm"], self.stage, batches, inputs_of, self.ctx)
 
-    def _with_own(self, batch: Mapping[str, torch.Tensor], step: int, n: int) -> dict[str, torch.Tensor]:
-        """A batch with frames that the model drew itself."""
-        module = self.modules["lm"].eval()
+    def _with_own(self, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """A batch with frames that the model drew itself; `update` sets it back to training."""
         batch = {name: x.to(self.ctx.device, non_blocking=True) for name, x in batch.items()}
-        draw = torch.Generator().manual_seed(rng.derive(self.ctx.seed, f"own {self.ctx.rank} {n}", step))
         with autocast(self.ctx.device, self.shape.train.dtype):
-            return own_frames(module, self.stage, batch, self.shape.own, draw)
+            return own_frames(self.modules["lm"].eval(), self.stage, batch)
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:

@@ -35,11 +35,11 @@ def corpus(tmp_path_factory):
     return token_corpus.make(tmp_path_factory.mktemp("corpus"), frames)
 
 
-def objective(corpus, stage="lm_coarse", rank=0, world=1, seed=0, replaced=0.0, device=CPU, **changed):
+def objective(corpus, stage="lm_coarse", rank=0, world=1, seed=0, replaced=0.0, own=0.0, device=CPU, **changed):
     train = TrainConfig(steps=STEPS, batch=8, lr=1e-2, warmup_steps=5, **{"engine": "torch", **changed})
     stage, _, kind = stage.partition(" ")
     shape = StageConfig(crop_s=0.8, dim=32, layers=2, heads=2, ff=64, dropout=0.0, train=train, kind=kind or "flat",
-                        replaced=replaced, depth=DepthConfig(dim=16, layers=2, ff=32))
+                        replaced=replaced, own=own, depth=DepthConfig(dim=16, layers=2, ff=32))
     layout = {**PAPER, "dedupe": False, "coarse_levels": 2, "conditioning": "aligned" if kind else "prefix"}
     config = {"stage": stage, "seed": seed, "lm": shape, "layout": layout, "rows": 6}
     return lm.lm_objective(config, corpus.paths, Context(rank, world, device, seed))
@@ -115,12 +115,12 @@ def test_micro_batches_and_padding_do_not_change_a_step(corpus, stage):
         assert torch.allclose(gradient, results[0][1], rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("stage", ["lm_coarse", "lm_coarse frame"])
-def test_two_workers_take_the_step_of_one(corpus, stage, monkeypatch):
-    whole = objective(corpus, stage)
+@pytest.mark.parametrize(("stage", "own"), [("lm_coarse", 0.0), ("lm_coarse frame", 0.0), ("lm_coarse frame", 0.4)])
+def test_two_workers_take_the_step_of_one(corpus, stage, own, monkeypatch):
+    whole = objective(corpus, stage, own=own)
     one = Gradients(whole.modules["lm"])
     loss = float(whole.train_step({"lm": one}, [whole.load(1, range(8))], 1)["loss"])
-    ranks = [objective(corpus, stage, rank=r, world=2) for r in range(2)]
+    ranks = [objective(corpus, stage, rank=r, world=2, own=own) for r in range(2)]
     parts = [[o.load(1, range(4 * r, 4 * r + 4))] for r, o in enumerate(ranks)]
     count_2 = sum(b["count_2"] for p in parts for b in p).double()
     monkeypatch.setattr(shared, "all_sum", lambda x: count_2 if x.ndim == 1 else x)
