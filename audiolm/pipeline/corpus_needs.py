@@ -17,7 +17,6 @@ from audiolm.store import join
 if TYPE_CHECKING:
     import pyarrow as pa
 
-FRAMES_PER_S = 25.0  # of semantic tokens
 LEAST_HELD_OUT_S = 0.08  # two frames, of a clip to measure on
 MOST_PIECES = 4  # that the only recording is cut into, to hold some out
 
@@ -106,8 +105,10 @@ def _check_clusters(cfg: Pipeline, step: Step, clips: pa.Table) -> None:
     config = step.config.get("kmeans")
     if config is None or "start" in step.config:
         return
+    from audiolm.lm.stages import SEMANTIC_HZ
+
     k = max(cfg.semantic.sweep.k, default=0) if config.k == "auto" else config.k
-    frames = int(FRAMES_PER_S * sum(_seconds(_of(clips, cfg.semantic.where, "train"))))
+    frames = int(SEMANTIC_HZ * sum(_seconds(_of(clips, cfg.semantic.where, "train"))))
     if k > frames:
         field = "semantic.kmeans.k" if step.name == "kmeans" else f"k in semantic.iterations (of {step.name})"
         raise ConfigError(f"{field} is {k}, and the train clips have {frames} frames of 40 ms: set it to {frames // 4} or "

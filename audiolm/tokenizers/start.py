@@ -17,7 +17,7 @@ from audiolm.config.pipeline import Pipeline
 from audiolm.config.start import CodecStartConfig, KMeansStartConfig, StartConfig
 from audiolm.dag.ancestry import MixedRun
 from audiolm.dag.outputs import build_id
-from audiolm.dag.run_index import index_path, left_out, no_step, steps_of
+from audiolm.dag.run_index import index_path, left_out, no_step, paths_of, steps_of
 from audiolm.tokenizers.artifact import CONFIG, WEIGHTS, ArtifactError
 
 AnyStart = StartConfig | CodecStartConfig | KMeansStartConfig
@@ -93,7 +93,7 @@ def start_weights(field: str, start: AnyStart, step: str) -> StartWeights:
     name = start.uri.rstrip("/").rsplit("/", 1)[-1]
     of_run = name.endswith(".json")
     place = f"{name} {step}" if of_run else "/".join(build.split("/")[-4:])
-    tokens = steps_of(start.uri).get("semantic_tokens", "") if of_run and step in SPEAKS_UNITS else ""
+    tokens = paths_of(start.uri).get("semantic_tokens", "") if of_run and step in SPEAKS_UNITS else ""
     return StartWeights(uri=build, field=field, note=f"{place} {digest[:8]}", digest=digest, tokens=tokens,
                         tokens_build=build_id(tokens) if tokens else "")
 

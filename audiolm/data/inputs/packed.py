@@ -185,13 +185,14 @@ def _read(tar: tarfile.TarFile, m: tarfile.TarInfo) -> bytes:
 def _rows(source: ManifestSource, f: Found) -> Iterator[Member]:
     """The sounds of a Parquet file's rows, some rows at a time."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
+
+    from audiolm.data import parquet
 
     named, at = table.names(source), table.where(source, f.path)
     fs, p = store.open_fs(f.path)
     with fs.open(p, "rb") as raw:
         try:
-            file = pq.ParquetFile(raw, page_checksum_verification=True)
+            file = parquet.open_file(raw)
             own = {c: n for c, n in named.items() if c not in ("uri", table.AUDIO) and n in file.schema_arrow.names}
             for group in range(file.num_row_groups):
                 i = 0

@@ -128,12 +128,13 @@ def check_values(columns: dict[str, list], at: str) -> None:
 def _parquet(source: ManifestSource, path: str, do: Callable[[Any], Any]) -> Any:
     """What `do` makes of an open Parquet file. Raises ConfigError that names a damaged one."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
+
+    from audiolm.data import parquet
 
     fs, p = store.open_fs(path)
     with fs.open(p, "rb") as f:
         try:
-            return do(pq.ParquetFile(f, page_checksum_verification=True))
+            return do(parquet.open_file(f))
         except (pa.ArrowException, OSError) as e:  # pyarrow tells of damaged pages by OSErrors without a number
             if isinstance(e, OSError) and e.errno is not None:
                 raise

@@ -10,9 +10,9 @@ from collections.abc import Callable
 
 import numpy as np
 
+from audiolm.data.audio import SAMPLE_RATE_HZ
 from audiolm.data.packaged import onnx
 
-SAMPLE_RATE_HZ = 16_000
 WINDOW_S = 9.01
 # Microsoft's polynomials from raw outputs to marks, in the order of the network's outputs (DNS-Challenge, dnsmos_local.py).
 POLYNOMIALS = {"speech": (-0.08397278, 1.22083953, 0.0052439), "background": (-0.13166888, 1.60915514, -0.39604546),
