@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import queue
 import re
-import socket
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import nn
 from torch.nn import functional as F
 
@@ -20,7 +17,7 @@ from audiolm.models.soundstream import SoundStream, SoundStreamSizes
 from audiolm.train import engine as engines
 from audiolm.train.engine import learning_rate, make_engine
 from audiolm.train.objectives.base import Context
-from tests.worlds.training import tiny_lm
+from tests.worlds.training import of_two_ranks, tiny_lm
 
 ENGINES = [("torch", 0), *(("deepspeed", zero) for zero in range(4))]
 NAMES = ["torch", "zero0", "zero1", "zero2", "zero3"]
@@ -139,17 +136,12 @@ def bf16_gradients(engine, zero, rank=0, world=1):
     return {name.partition("/")[2]: 2 * x for name, x in e.state().items() if name.startswith("exp_avg/")}
 
 
-def _worker(rank, world, port, saved, updates, results):
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+def of_engines(rank, world, saved, updates):
+    """(name of an engine, [losses, state, bf16_gradients]) of one of two workers."""
     for (engine, zero), name in zip(ENGINES, NAMES, strict=True):
         losses, state, _ = run(engine, zero, 4, 8, saved, updates, rank, world, 2, 0.0)
         gradients = bf16_gradients(engine, zero, rank, world)
-        if rank == 0:
-            results.put((name, losses, *({k: v.numpy() for k, v in x.items()} for x in (state, gradients))))
-    results.close()
-    results.join_thread()
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+        yield name, [losses, *({k: v.numpy() for k, v in x.items()} for x in (state, gradients))]
 
 
 @pytest.fixture(scope="module")
@@ -157,25 +149,7 @@ def two_workers():
     """Steps 4 to 7: losses and state of one worker of plain torch; of two workers of each engine, with bf16_gradients."""
     _, state, updates = run("torch", 0, 0, 4, dropout=0.0)  # dropout is drawn per rank
     expected, end, _ = run("torch", 0, 4, 8, state, updates, dropout=0.0)
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    context, by_engine = mp.get_context("spawn"), {}
-    results = context.Queue()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DS_ACCELERATOR", "cpu")
-        patch.setenv("LOCAL_RANK", "0")  # as Ray Train sets it; DeepSpeed asks for it
-        workers = [context.Process(target=_worker, args=(r, 2, port, state, updates, results)) for r in range(2)]
-        for w in workers:
-            w.start()
-    try:
-        for _ in NAMES:
-            name, *got = results.get(timeout=180)
-            by_engine[name] = got
-    except queue.Empty:
-        pass  # the tests of the missing ones fail
-    for w in workers:
-        w.join(60)
+    by_engine = of_two_ranks(of_engines, state, updates, n=len(NAMES), patience_s=180)
     return expected, end, by_engine
 
 

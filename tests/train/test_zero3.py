@@ -5,12 +5,9 @@ Output heads, tied tables, the embedding as a table and free vectors are read ou
 
 from __future__ import annotations
 
-import queue
-
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from audiolm.config.lm import DepthConfig, ParallelConfig, StageConfig
 from audiolm.config.training import TrainConfig
@@ -21,7 +18,7 @@ from audiolm.train.objectives import lm, parallel
 from audiolm.train.objectives.shared import data_of, stage_of
 from audiolm.train.rank import TrainJob, Worker
 from tests.worlds import token_corpus
-from tests.worlds.basics import free_port
+from tests.worlds.training import of_two_ranks
 
 KINDS = ["semantic t5", "coarse frame tied own", "parallel tied"]
 CLIPS = 17  # of validation, a forward pass each in the parallel decoder: 9 on one rank and 8 on the other
@@ -79,18 +76,12 @@ def _zero_config(module, train, world, _given=engines._zero_config):
     return config
 
 
-def _worker(rank, world, port, paths, folder, results):
+def kinds(rank, world, paths, folder):
+    """((kind, ZeRO stage), `trained`) of one of two ranks."""
     engines.WHOLE_NUMEL, engines._zero_config = 0, _zero_config
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
     for kind in KINDS:
         for zero in (0, 3):
-            got = trained(paths, folder, kind, zero, rank, world)
-            if rank == 0:
-                results.put((kind, zero, got))
-    results.close()
-    results.join_thread()
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+            yield (kind, zero), trained(paths, folder, kind, zero, rank, world)
 
 
 @pytest.fixture(scope="module")
@@ -98,24 +89,7 @@ def two_ranks(tmp_path_factory):
     """`trained` by kind and ZeRO stage."""
     folder = str(tmp_path_factory.mktemp("zero3"))
     corpus = token_corpus.make(folder, {"train": [60] * 8 + [17, 9, 5, 13], "dev": [20] * CLIPS}, runs=True)
-    context, port, found = mp.get_context("spawn"), free_port(), {}
-    results = context.Queue()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DS_ACCELERATOR", "cpu")
-        patch.setenv("LOCAL_RANK", "0")
-        workers = [context.Process(target=_worker, args=(r, 2, port, corpus.paths, folder, results)) for r in range(2)]
-        for w in workers:
-            w.start()
-    try:
-        while len(found) < 2 * len(KINDS):
-            kind, zero, got = results.get(timeout=60)
-            found[kind, zero] = got
-    except queue.Empty:
-        pass  # the tests of the missing ones fail
-    for w in workers:
-        w.join(10)
-        w.terminate()
-    return found
+    return of_two_ranks(kinds, corpus.paths, folder, n=2 * len(KINDS), patience_s=60)
 
 
 @pytest.mark.parametrize("kind", KINDS)

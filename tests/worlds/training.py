@@ -1,14 +1,18 @@
 """A small real training: the project's Transformer on a fixed Markov chain, as an objective and as a step of the loop.
 
 `TinyLM` serves the engines and the loop; its config plants failures.  `training_step` wraps it in a step, `build` runs one;
-`train_on_two` runs two ranks without Ray.
+`train_on_two` runs two ranks of the loop without Ray, `of_two_ranks` anything on two.
 """
 
 from __future__ import annotations
 
 import os
+import queue
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -137,4 +141,37 @@ def _rank(rank, port, job):
     os.environ["LOCAL_RANK"] = str(rank)  # as Ray Train sets it; DeepSpeed asks for it
     torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     run_worker(job, rank, 2)
+    torch.distributed.destroy_process_group()
+
+
+def of_two_ranks(results: Callable[..., Iterator[tuple]], *args: Any, n: int, patience_s: float) -> dict:
+    """{key: value}, n of them, that `results(rank, world, *args)` yields on rank 0 of two; without those that do not come."""
+    context, port, found = torch.multiprocessing.get_context("spawn"), free_port(), {}
+    answers = context.Queue()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DS_ACCELERATOR", "cpu")
+        patch.setenv("LOCAL_RANK", "0")  # as Ray Train sets it; DeepSpeed asks for it
+        workers = [context.Process(target=_answer, args=(r, port, answers, results, args)) for r in range(2)]
+        for w in workers:
+            w.start()
+    try:
+        while len(found) < n:
+            key, found[key] = answers.get(timeout=patience_s)
+    except queue.Empty:
+        pass  # the tests of the missing ones fail
+    for w in workers:
+        w.join(10)
+        w.terminate()
+    return found
+
+
+def _answer(rank: int, port: int, answers: Any, results: Callable[..., Iterator[tuple]], args: tuple) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    for key, value in results(rank, 2, *args):
+        if rank == 0:
+            answers.put((key, value))
+    answers.close()
+    answers.join_thread()
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import queue
-
 import pytest
 import safetensors.torch
 import torch
-import torch.multiprocessing as mp
 
 from audiolm import rng, store
 from audiolm.config import codec as codec_config
@@ -19,8 +15,8 @@ from audiolm.tokenizers.base import TokenSpec
 from audiolm.train.objectives.base import Context
 from audiolm.train.objectives.codec import codec_objective
 from audiolm.train.objectives.levels import draw_levels
-from tests.worlds.basics import free_port
 from tests.worlds.tiny_codec import SPECTRAL, run, saved_state, tiny_codec, training, voice
+from tests.worlds.training import of_two_ranks
 
 RECIPES = {"ema": {}, "factorised": {"quantizer": "factorised"},
            "soundstream": {"losses": "soundstream", "weights": {"reconstruction": 1, "feature": 100}},
@@ -132,47 +128,25 @@ TWO = [("ema", "torch", 0), ("balanced", "deepspeed", 0), ("ema", "deepspeed", 1
        ("spectral", "torch", 0), ("fsq", "deepspeed", 1)]
 
 
-def _worker(rank, port, cases, results):
-    torch.set_num_threads(1)
-    os.environ["LOCAL_RANK"] = str(rank)
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def cases_of(rank, world, cases):
+    """(case of TWO, [metrics of steps 1 to 3, validation, state]) of one of two workers."""
     for case, saved in cases.items():
-        objective, engines = training(recipe(case[0], 2, *case[1:]), *saved, rank=rank, world=2)
+        objective, engines = training(recipe(case[0], 2, *case[1:]), *saved, rank=rank, world=world)
         metrics = run(objective, engines, 1, 4)
         held_out, state = objective.evaluate(), saved_state(engines)[0]
-        if rank == 0:
-            results.put((case, metrics, held_out, {n: {k: v.numpy() for k, v in s.items()} for n, s in state.items()}))
-    results.close()
-    results.join_thread()
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+        yield case, [metrics, held_out, {n: {k: v.numpy() for k, v in s.items()} for n, s in state.items()}]
 
 
 @pytest.fixture(scope="module")
 def one_and_two():
     """({recipe: metrics of steps 1 to 3, validation and objective of one worker}, {case of TWO: those of two, and state})."""
-    one, saved, two = {}, {}, {}
+    one, saved = {}, {}
     for name in dict.fromkeys(case[0] for case in TWO):
         objective, engines = training(recipe(name))
         run(objective, engines, 0, 1)
         saved[name] = saved_state(engines)
         one[name] = run(objective, engines, 1, 4), objective.evaluate(), objective
-    context, port, cases = mp.get_context("spawn"), free_port(), {case: saved[case[0]] for case in TWO}
-    results = context.Queue()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DS_ACCELERATOR", "cpu")
-        workers = [context.Process(target=_worker, args=(r, port, cases, results)) for r in range(2)]
-        for w in workers:
-            w.start()
-    try:
-        for _ in TWO:
-            case, *got = results.get(timeout=120)
-            two[case] = got
-    except queue.Empty:
-        pass  # the tests of the missing ones fail
-    for w in workers:
-        w.join(10)
-        w.terminate()
+    two = of_two_ranks(cases_of, {case: saved[case[0]] for case in TWO}, n=len(TWO), patience_s=120)
     return one, two
 
 
