@@ -93,7 +93,8 @@ def test_every_library_is_named_with_its_option(module, override, names, line, m
 
 def test_what_pip_is_told_is_what_the_package_declares():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    declared = {*project["dependencies"], *(p for n in ("pretrained", "demo") for p in project["optional-dependencies"][n])}
+    extras = ("pretrained", "demo", "filters")
+    declared = {*project["dependencies"], *(p for n in extras for p in project["optional-dependencies"][n])}
     assert declared >= set(PACKAGES.values())
 
 
