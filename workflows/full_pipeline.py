@@ -74,7 +74,8 @@ def graph(cfg: Pipeline) -> list[Step]:
         stages.append(stage("lm_fine", lm.fine, y, *books))
     if lm.decoder:
         config = {**common, "lm": lm.decoder, "rows": ev.rows, **started("lm.decoder", lm.decoder.start, "lm_decoder")}
-        stages.append(Step("lm_decoder", FUNCTIONS["train_decoder"], config, (manifest, kmeans, codec, z, y),
+        drawn = (stages[1],) if lm.decoder.drawn else ()
+        stages.append(Step("lm_decoder", FUNCTIONS["train_decoder"], config, (manifest, kmeans, codec, z, y, *drawn),
                            trains=lm.decoder.train, after=(codec_figures,)))
 
     # Sound and results of the whole system.

@@ -90,6 +90,9 @@ class DecoderConfig(Config):
 
     slow_s: float = Field(0.6, ge=0, description="seconds over which it averages the codes: longer and the words depend on the "
                                                  "tokens alone, shorter and the voice is closer")
+    drawn: Annotated[bool, Later(False)] = Field(
+        False, description="it learns from codes that stage 2 draws after recorded frames, and so how far to believe them; "
+                           "for lm.coarse.kind=frame with all levels")
     crop_s: float = Field(3.0, gt=0)
     width: int = Field(256, ge=1)
     layers: int = Field(5, ge=0)
@@ -147,6 +150,9 @@ class LMConfig(Config):
                              "lm.lengths=true, lm.dedupe=false or lm.decoder=null")
         if self.decoder and self.ablation:
             raise ValueError("lm.ablation makes sound without semantic tokens, and lm.decoder would hear them: drop one")
+        if self.decoder and self.decoder.drawn and (self.acoustic, self.coarse.kind) != ("stages", "frame"):
+            raise ValueError(f"lm.decoder.drawn needs a stage 2 that draws frames, and lm.acoustic is {self.acoustic}, "
+                             f"lm.coarse.kind {self.coarse.kind}: set stages and frame, or lm.decoder.drawn=false")
         if self.ablation and self.acoustic == "parallel":
             raise ValueError("lm.ablation is of stage 2, and lm.acoustic is parallel, which has none: drop one of them")
         if self.ablation and self.dedupe and not self.lengths:

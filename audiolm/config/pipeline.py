@@ -44,6 +44,9 @@ class Pipeline(Config):
             if self.codec.family != "spectral" or self.codec.pretrained:
                 raise ValueError("lm.decoder makes frames of the spectral codec, and this run has another: set "
                                  "codec.family=spectral or lm.decoder=null")
+        if self.lm.decoder and self.lm.decoder.drawn and self.has_fine:
+            raise ValueError(f"lm.decoder.drawn needs stage 2 to draw all codec.n_q={self.codec.n_q} levels, and "
+                             f"lm.coarse_levels is {self.lm.coarse_levels}: set it to that, or lm.decoder.drawn=false")
         sounds = self.semantic.vocoder.where if self.semantic.vocoder else ClipFilter()
         for field, where in (("semantic.where", self.semantic.where), ("semantic.vocoder.where", sounds),
                              ("codec.where", self.codec.where), ("lm.semantic.where", self.lm.semantic.where),

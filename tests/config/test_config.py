@@ -71,6 +71,7 @@ def test_a_runs_name_may_be_of_any_language():
 
 
 DECODER = "lm.decoder={train: {steps: 1, batch: 1, lr: 0.1}}"
+DRAWN = DECODER.replace("{train", "{drawn: true, train", 1)
 
 
 @pytest.mark.parametrize(("override", "message"), [
@@ -87,6 +88,8 @@ DECODER = "lm.decoder={train: {steps: 1, batch: 1, lr: 0.1}}"
     (f"codec.family=soundstream {DECODER}", "lm.decoder makes frames of the spectral codec"),
     (f"{DECODER} lm.lengths=false lm.conditioning=prefix", "lm.decoder hears the token of every frame"),
     (f"{DECODER} lm.ablation=acoustic", "lm.ablation makes sound without semantic tokens"),
+    (f"{DRAWN} lm.coarse_levels=3", "lm.decoder.drawn needs a stage 2 that draws frames, .*lm.coarse.kind flat"),
+    (f"{DRAWN} lm.coarse.kind=frame lm.coarse_levels=1", "to draw all codec.n_q=3 levels, .*is 1: set it to that"),
     ("semantic.model={objective: w2vbert, targets_cents: 300}", "targets_cents is of HuBERT's MFCC targets, .*w2vbert"),
     ("lm.semantic.replaced=0.2", "lm.semantic.replaced is set: only lm.coarse has frames"),
     ("lm.coarse.own=0.2", "lm.coarse.own is 0.2, but a flat stage .*: set lm.coarse.kind=frame or lm.coarse.own=0"),

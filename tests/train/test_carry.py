@@ -27,13 +27,13 @@ def corpus(tmp_path_factory):
     return token_corpus.make(tmp_path_factory.mktemp("corpus"), {"train": [60] * 8, "dev": [40, 33]})
 
 
-def stage(paths, name: str, seed: int, start=None):
+def stage(paths, name: str, seed: int, start=None, levels: int = 2):
     """A stage's or the parallel decoder's objective on a token corpus."""
     name, _, kind = name.partition(" ")
     train = TrainConfig(steps=40, batch=8, lr=1e-2, warmup_steps=5, engine="torch")
     sizes = {"crop_s": 0.8, "dropout": 0.0, "train": train, "dim": 32, "layers": 2, "heads": 2, "ff": 64}
     config = {"stage": name, "seed": seed, "rows": 6, **({"start": start} if start else {}),
-              "layout": {**PAPER, "dedupe": name == "lm_semantic", "lengths": name == "lm_semantic", "coarse_levels": 2}}
+              "layout": {**PAPER, "dedupe": name == "lm_semantic", "lengths": name == "lm_semantic", "coarse_levels": levels}}
     ctx = Context(0, 1, torch.device("cpu"), seed)
     if name == "lm_parallel":
         config |= {"lm": ParallelConfig(**sizes), "layout": {"condition_dropout": 0.2, "tied": False}}

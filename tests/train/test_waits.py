@@ -118,9 +118,12 @@ def test_parallel_decoder(corpus):
     check(objective, objective.shape.train, rows=8)
 
 
-def test_hearing_decoder(inputs):
-    objective = hearing.objective(inputs)
+@pytest.mark.parametrize("drawn", [False, True])
+def test_hearing_decoder(inputs, drawn):
+    objective = hearing.objective(inputs, drawn=drawn)
     objective.ctx = CTX
+    if drawn:
+        objective.drawn.model.to(META)
     objective.codec.to(META)
     check(objective, objective.shape.train, rows=8)
 

@@ -1,7 +1,8 @@
 """Training of the decoder that hears (lm.decoder): the codec's frames from slow latents, semantic ids and the mean latent.
 
-The target are the frames that the codec makes of true codes, so token stores are all that is read.
-A batch: z_BN, codes_BTQ, known_BT (False: padding).  Crops follow from (seed, step, row).
+The target are the frames that the codec makes of true codes, so token stores are all that is read.  The latents are those of
+true codes, or of codes that stage 2 draws in their place (drawn.py).
+A batch: z_BN, codes_BTQ, known_BT (False: padding), and what the draws need.  Crops follow from (seed, step, row).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from audiolm.tokenizers.semantic import load_semantic
 from audiolm.tokenizers.start import StartWeights
 from audiolm.train.engine import all_sum
 from audiolm.train.objectives.base import Context, Engine, autocast, pinned
+from audiolm.train.objectives.drawn import DrawnCodes
 from audiolm.train.objectives.start import start_decoder
 
 SQUARE = 0.3  # weight of the squared distance beside the absolute one, as in the codec's training
@@ -36,7 +38,9 @@ class HearingObjective:
     unit, exported = "frames", "decoder"
 
     def __init__(self, shape: DecoderConfig, codec: AcousticTokenizer, centroid_KD: torch.Tensor, train: TokenBatches,
-                 dev: TokenBatches, rows: int, ctx: Context, start: StartWeights | None = None):
+                 dev: TokenBatches, rows: int, ctx: Context, start: StartWeights | None = None,
+                 drawn: DrawnCodes | None = None):
+        self.drawn = drawn
         self.shape, self.data, self.dev, self.ctx = shape, train, dev, ctx
         self.codec, self.digest, self.crops = codec.model.to(ctx.device).requires_grad_(False), codec.hash, dev.fixed(rows)
         lengths = train.lengths
@@ -57,7 +61,14 @@ class HearingObjective:
         crop, crops = self.data.stage.crop_frames, []
         for clip, start in (self.order.row(step, row) for row in rows):
             crops.append(self.data.read(clip, start, min(start + crop, int(self.data.frames[clip])))[:2])
-        return pinned(collate(crops, crop), self.ctx.device)
+        draws = [rng.generator(self.ctx.seed, "drawn", step, row) for row in rows]
+        return pinned(self._batch(crops, crop, draws), self.ctx.device)
+
+    def _batch(self, crops: Sequence[tuple[np.ndarray, np.ndarray]], semantic_frames: int,
+               draws: Sequence[np.random.Generator]) -> dict[str, torch.Tensor]:
+        """Crops padded to a length, with what their draws need."""
+        batch = collate(crops, semantic_frames)
+        return batch | (self.drawn.load(crops, draws, batch["known_BT"]) if self.drawn else {})
 
     def train_step(self, engines: Mapping[str, Engine], batches: list[dict[str, torch.Tensor]],
                    step: int) -> dict[str, torch.Tensor]:
@@ -81,6 +92,8 @@ class HearingObjective:
             x_BDT = self.codec.quantizer.decode(batch["codes_BTQ"])
             true_BTF = self.codec.expand(x_BDT)
             voice_BD = (x_BDT * known_BT[:, None]).sum(2) / known_BT.sum(1, keepdim=True)
+            if self.drawn:
+                x_BDT = self.codec.quantizer.decode(self.drawn(batch))
         heard_BTF = self.codec.expand(*decoder(x_BDT, voice_BD, batch["z_BN"], known_BT))
         off_BTF = (heard_BTF - true_BTF) / self.codec.scale
         return ((off_BTF.abs() + SQUARE * off_BTF.square()).mean(2) * known_BT).sum()
@@ -92,7 +105,8 @@ class HearingObjective:
         module.eval()
         for row in self.crops[self.ctx.rank::self.ctx.world]:
             z_N, codes_TQ, _ = self.dev.crop(*row)
-            batch = {name: x.to(self.ctx.device) for name, x in collate([(z_N, codes_TQ)], len(z_N)).items()}
+            batch = self._batch([(z_N, codes_TQ)], len(z_N), [rng.generator(self.ctx.seed, "drawn dev", *row)])
+            batch = {name: x.to(self.ctx.device) for name, x in batch.items()}
             with autocast(self.ctx.device, self.shape.train.dtype):
                 sums_2[0] += self._distance(module, batch).double()
             sums_2[1] += len(codes_TQ)
@@ -120,7 +134,7 @@ def collate(crops: Sequence[tuple[np.ndarray, np.ndarray]], semantic_frames: int
 
 def hearing_objective(config: Mapping[str, Any], inputs: Mapping[str, str], ctx: Context) -> HearingObjective:
     """Factory. config: lm (DecoderConfig), rows (validation crops), and `start` where it starts from weights; inputs: paths
-    of manifest, kmeans, codec and both token stores.
+    of manifest, kmeans, codec, both token stores and, where codes are drawn, lm_coarse.
 
     Raises TokenError for stores that do not belong together, ValueError for another than a spectral codec.
     """
@@ -133,4 +147,5 @@ def hearing_objective(config: Mapping[str, Any], inputs: Mapping[str, str], ctx:
     paths = [inputs[name] for name in ("manifest", "semantic_tokens", "acoustic_tokens")]
     train, dev = (TokenBatches(*paths, stage, split, shape.where, shape.train.batch, ctx.seed) for split in ("train", "dev"))
     centroid_KD = load_semantic(inputs["kmeans"]).centroids_KD.float().cpu()
-    return HearingObjective(shape, codec, centroid_KD, train, dev, config["rows"], ctx, config.get("start"))
+    drawn = DrawnCodes(inputs["lm_coarse"], ctx.device, shape.train.dtype) if shape.drawn else None
+    return HearingObjective(shape, codec, centroid_KD, train, dev, config["rows"], ctx, config.get("start"), drawn)

@@ -112,12 +112,12 @@ def start_stage(model: Model, stage: Stage, shape: StageConfig, start: StartWeig
 
 
 def start_decoder(decoder: HearingDecoder, start: StartWeights, tokens: str) -> None:
-    """`start_stage` of a decoder. Raises ValueError where its sizes differ."""
+    """`start_stage` of a decoder, which may average over another time. Raises ValueError where other sizes differ."""
     weights, about = read_start(start)
     weights, k = carried(weights, ["unit_KU"], about["k"], start, tokens)
-    ours, about = vars(decoder.sizes), about | {"k": k}
-    fields = {"width": "lm.decoder.width", "layers": "lm.decoder.layers", "k": "semantic.kmeans.k", "latent": "codec.dim",
-              "slow": "frames of lm.decoder.slow_s"}
+    ours = {name: value for name, value in vars(decoder.sizes).items() if name != "slow"}
+    about |= {"k": k}
+    fields = {"width": "lm.decoder.width", "layers": "lm.decoder.layers", "k": "semantic.kmeans.k", "latent": "codec.dim"}
     require_same(start, {fields.get(name, f"the decoder's {name}"): (value, about.get(name)) for name, value in ours.items()})
     load_start(decoder, weights, "decoder that hears")
 

@@ -20,6 +20,7 @@ from audiolm.tokenizers.semantic import save_semantic
 from audiolm.tokenizers.start import start_weights
 from audiolm.train.objectives import hearing
 from audiolm.train.objectives.base import Context
+from tests.train.test_carry import stage
 from tests.worlds import token_corpus
 from tests.worlds.tiny_codec import built_codec, tiny_spectral
 from tests.worlds.training import Gradients, learn
@@ -42,7 +43,10 @@ def inputs(tmp_path_factory):
     extractor = ConformerExtractor(Encoder(EncoderSizes(dim=16, layers=1, heads=2, ff=32)))
     save_semantic(paths["kmeans"], extractor, 1, torch.zeros(16), torch.ones(16), torch.randn(token_corpus.K, 16),
                   Window(400, 50), {})
-    return paths
+    stage2 = stage(paths, "lm_coarse frame", 3, levels=token_corpus.N_Q)
+    learn(stage2, 20)
+    write_export(str(folder / "lm_coarse"), *stage2.export())
+    return {**paths, "lm_coarse": str(folder / "lm_coarse")}
 
 
 def objective(inputs, rank=0, world=1, dtype="float32", start=None, **changes):
@@ -144,8 +148,9 @@ def test_a_start_is_the_export(inputs, trained, tmp_path):
     write_export(str(tmp_path), *trained[0].export())
     planned = start_weights("lm.decoder.start.uri", StartConfig(uri=str(tmp_path)), "lm_decoder")
     assert objective(inputs, start=planned).evaluate() == trained[0].evaluate()
-    with pytest.raises(ValueError, match=r"lm\.decoder\.width is 48: set it to 32; frames of lm\.decoder\.slow_s is 31: .* 17"):
-        objective(inputs, start=planned, width=48, slow_s=0.6)
+    assert objective(inputs, start=planned, slow_s=0.6).modules["decoder"].sizes.slow == 31
+    with pytest.raises(ValueError, match=r"lm\.decoder\.width is 48: set it to 32"):
+        objective(inputs, start=planned, width=48)
     with pytest.raises(ConfigError, match="export of a 'hearing', and this step starts from that of a step codec"):
         start_weights("codec.start.uri", StartConfig(uri=str(tmp_path)), "codec")
 
@@ -157,3 +162,20 @@ def test_with_another_tokenizers_ids_a_start_hears_the_same(inputs, trained, tmp
     k = token_corpus.K
     other = {**inputs, **token_corpus.retokenized(inputs, tmp_path, k, lambda z: k - 1 - z)}
     assert objective(other, start=planned).evaluate()["loss"] == pytest.approx(trained[0].evaluate()["loss"], rel=1e-5)
+
+
+def test_drawn_codes_are_stage_2s_and_follow_from_the_row_alone(inputs):
+    o = objective(inputs, drawn=True)
+    batch = o.load(3, range(8))
+    codes_BTQ, known_BT = o.drawn(batch), batch["known_BT"]
+    assert codes_BTQ.max() < token_corpus.VOCAB and not codes_BTQ[~known_BT].any()
+    alone = torch.cat([o.drawn(o.load(3, [row])) for row in range(8)])
+    assert (codes_BTQ == alone)[known_BT].float().mean() > 0.999  # sums of other batches may round otherwise
+    same = (codes_BTQ == batch["codes_BTQ"])[known_BT].float().mean(0)
+    assert (same < 0.9).all() and same[0] > 2 / token_corpus.VOCAB  # level 1 follows the ids, which the stage has learned
+    known = {name: x for name, x in batch.items() if name in objective(inputs).load(3, range(8))}
+    assert all(torch.equal(x, batch[name]) for name, x in known.items())  # the same crops
+    before = o.evaluate()["loss"]
+    assert before == o.evaluate()["loss"] != objective(inputs).evaluate()["loss"]
+    learn(o, 20)
+    assert o.evaluate()["loss"] < 0.95 * before
