@@ -50,8 +50,11 @@ class StageConfig(Config):
         0.0, ge=0, le=0.5, description="of kind frame: mean share of a training row's frames that others of the row replace "
                                        "where they are read; a stage that reads its own draws then keeps to its tokens")
     own: Annotated[float, Later(0.0)] = Field(
-        0.0, ge=0, le=0.5, description="as replaced, by what the stage itself draws after the true frames (parallel scheduled "
-                                       "sampling, 1906.04331); costs a pass without gradients")
+        0.0, ge=0, le=0.5, description="as replaced, by what the stage itself draws (parallel scheduled sampling, 1906.04331); "
+                                       "costs passes without gradients")
+    passes: Annotated[int, Later(1)] = Field(
+        1, ge=1, description="of own: the first draws after true frames, each further one after frames of the pass before, as "
+                             "generation does")
     checkpointing: Runtime[bool] = Field(False, description="less memory, a third more work: blocks are computed again in "
                                                             "the backward pass")
     warm_start: Annotated[WarmStartConfig | None, Later(None)] = Field(
@@ -90,9 +93,9 @@ class DecoderConfig(Config):
 
     slow_s: float = Field(0.6, ge=0, description="seconds over which it averages the codes: longer and the words depend on the "
                                                  "tokens alone, shorter and the voice is closer")
-    drawn: Annotated[bool, Later(False)] = Field(
-        False, description="it learns from codes that stage 2 draws after recorded frames, and so how far to believe them; "
-                           "for lm.coarse.kind=frame with all levels")
+    drawn: Annotated[int, Later(0)] = Field(
+        0, ge=0, description="passes in which stage 2 draws the codes that it learns from (as lm.coarse.passes), so that "
+                             "it learns how far to believe them; 0: recorded codes; for lm.coarse.kind=frame with all levels")
     crop_s: float = Field(3.0, gt=0)
     width: int = Field(256, ge=1)
     layers: int = Field(5, ge=0)
@@ -152,7 +155,7 @@ class LMConfig(Config):
             raise ValueError("lm.ablation makes sound without semantic tokens, and lm.decoder would hear them: drop one")
         if self.decoder and self.decoder.drawn and (self.acoustic, self.coarse.kind) != ("stages", "frame"):
             raise ValueError(f"lm.decoder.drawn needs a stage 2 that draws frames, and lm.acoustic is {self.acoustic}, "
-                             f"lm.coarse.kind {self.coarse.kind}: set stages and frame, or lm.decoder.drawn=false")
+                             f"lm.coarse.kind {self.coarse.kind}: set stages and frame, or lm.decoder.drawn=0")
         if self.ablation and self.acoustic == "parallel":
             raise ValueError("lm.ablation is of stage 2, and lm.acoustic is parallel, which has none: drop one of them")
         if self.ablation and self.dedupe and not self.lengths:

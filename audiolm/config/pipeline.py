@@ -46,7 +46,7 @@ class Pipeline(Config):
                                  "codec.family=spectral or lm.decoder=null")
         if self.lm.decoder and self.lm.decoder.drawn and self.has_fine:
             raise ValueError(f"lm.decoder.drawn needs stage 2 to draw all codec.n_q={self.codec.n_q} levels, and "
-                             f"lm.coarse_levels is {self.lm.coarse_levels}: set it to that, or lm.decoder.drawn=false")
+                             f"lm.coarse_levels is {self.lm.coarse_levels}: set it to that, or lm.decoder.drawn=0")
         sounds = self.semantic.vocoder.where if self.semantic.vocoder else ClipFilter()
         for field, where in (("semantic.where", self.semantic.where), ("semantic.vocoder.where", sounds),
                              ("codec.where", self.codec.where), ("lm.semantic.where", self.lm.semantic.where),

@@ -58,35 +58,53 @@ def replace_frames(stage: Stage, batch: Mapping[str, torch.Tensor], share: float
     return {"ids_BT": ids_BT, "cond_BTC": cond_BTC}
 
 
-def own_draws(stage: Stage, batch: Mapping[str, torch.Tensor], share: float,
+def own_draws(stage: Stage, batch: Mapping[str, torch.Tensor], share: float, passes: int,
               draws: Sequence[np.random.Generator]) -> dict[str, torch.Tensor]:
-    """What `own_frames` needs of chance, by row: own_BT, where a frame is replaced, and uniform_BTS, which code stands there.
+    """What `drawn_frames` and `own_frames` need of chance, by row: own_BT, where a frame is replaced, and uniform_BTU, which
+    codes are drawn in each pass.
 
     A row's share is uniform between 0 and twice `share`; draws: a generator a row.
     """
     own, uniform = [], []
     for draw in draws:
-        wanted, random_TU = 2 * share * draw.random(), draw.random((batch["ids_BT"].shape[1], 1 + stage.slots))
+        wanted, random_TU = 2 * share * draw.random(), draw.random((batch["ids_BT"].shape[1], 1 + passes * stage.slots))
         own.append(random_TU[:, 0] < wanted)  # a place's numbers do not depend on the row's padding
         uniform.append(random_TU[:, 1:].astype(np.float32))
-    return {"own_BT": torch.from_numpy(np.stack(own)), "uniform_BTS": torch.from_numpy(np.stack(uniform))}
+    return {"own_BT": torch.from_numpy(np.stack(own)), "uniform_BTU": torch.from_numpy(np.stack(uniform))}
 
 
 @torch.no_grad()
-def own_frames(model: FrameTransformer, stage: Stage, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A batch's tensors (lm.loss.prepare, with `own_draws`) in which the model's own draws stand in the place of some frames.
+def drawn_frames(model: FrameTransformer, stage: Stage, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """codes_NS that the model draws at the targets of a batch (lm.loss.prepare, with `own_draws`).
 
-    Each is drawn from what the model makes of the true frames before it, all in one pass (parallel scheduled sampling,
-    1906.04331).  Conditions and labels stay.
+    The first pass draws each frame after true ones (parallel scheduled sampling, 1906.04331), the next one each after frames of
+    the pass before, as generation does.
     """
+    uniform_NU, codes_NS = tensors["uniform_BTU"].flatten(0, 1)[_places(tensors)], None
+    for uniform_NS in uniform_NU.split(stage.slots, 1):
+        read = tensors if codes_NS is None else _with_frames(stage, tensors, codes_NS, torch.ones_like(tensors["own_BT"]))
+        codes_NS = model(*inputs_of(read), uniform_NS=uniform_NS)
+    return codes_NS
+
+
+def own_frames(model: FrameTransformer, stage: Stage, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A batch's tensors in which frames that the model drew stand where own_BT is; conditions and labels stay."""
+    return _with_frames(stage, tensors, drawn_frames(model, stage, tensors), tensors["own_BT"])
+
+
+def _places(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The place of each target's frame: it is predicted at the one before."""
+    return (tensors["index_SN"][0] + 1).clamp_max(tensors["ids_BT"].numel() - 1)
+
+
+def _with_frames(stage: Stage, tensors: Mapping[str, torch.Tensor], codes_NS: torch.Tensor,
+                 own_BT: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The tensors with codes_NS in the place of the targets' frames under own_BT."""
     ids_BT, cond_BTC, label_SN = (tensors[name] for name in ("ids_BT", "cond_BTC", "label_SN"))
-    at_N = tensors["index_SN"][0] + 1  # a frame is predicted at the place before it
-    outside = ids_BT.numel()  # where the draws of empty places go: no tensor's size depends on the batch's content
-    places_N = at_N.clamp_max(outside - 1)
-    drawn_NS = model(*inputs_of(tensors), uniform_NS=tensors["uniform_BTS"].flatten(0, 1)[places_N])
-    ids_NS = drawn_NS + stage.offset + stage.vocab * torch.arange(stage.slots, device=ids_BT.device)
-    chosen_N = tensors["own_BT"].flatten()[places_N] & (label_SN >= 0).all(0)
-    to_N = torch.where(chosen_N, at_N, outside)
+    ids_NS = codes_NS + stage.offset + stage.vocab * torch.arange(stage.slots, device=ids_BT.device)
+    places_N = _places(tensors)
+    chosen_N = own_BT.flatten()[places_N] & (label_SN >= 0).all(0)
+    to_N = torch.where(chosen_N, places_N, ids_BT.numel())  # a place outside: no size depends on the batch's content
     read_MS = torch.cat([ids_BT.flatten()[:, None], cond_BTC.flatten(0, 1)[:, stage.n_cond:]], 1)
     read_MS = F.pad(read_MS, (0, 0, 0, 1)).index_copy(0, to_N, ids_NS)[:-1].unflatten(0, ids_BT.shape)
     return {**tensors, "ids_BT": read_MS[..., 0], "cond_BTC": torch.cat([cond_BTC[..., :stage.n_cond], read_MS[..., 1:]], 2)}

@@ -71,7 +71,7 @@ def test_a_runs_name_may_be_of_any_language():
 
 
 DECODER = "lm.decoder={train: {steps: 1, batch: 1, lr: 0.1}}"
-DRAWN = DECODER.replace("{train", "{drawn: true, train", 1)
+DRAWN = DECODER.replace("{train", "{drawn: 1, train", 1)
 
 
 @pytest.mark.parametrize(("override", "message"), [

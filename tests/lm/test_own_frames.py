@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from audiolm import rng
-from audiolm.lm.frames import own_draws, own_frames
+from audiolm.lm.frames import drawn_frames, own_draws, own_frames
 from tests.train.test_carry import stage
 from tests.worlds import token_corpus
 from tests.worlds.training import learn
@@ -24,11 +24,15 @@ def trained(tmp_path_factory):
     return objective, objective.load(0, range(8))
 
 
-def owned(trained, share: float, seed: int = 0) -> dict[str, torch.Tensor]:
+def with_chance(trained, share: float, seed: int = 0, passes: int = 1) -> dict[str, torch.Tensor]:
     objective, batch = trained
     draws = [rng.generator(seed, "own", 0, row) for row in range(8)]
-    chance = own_draws(objective.stage, batch, share, draws)
-    return own_frames(objective.modules["lm"].eval(), objective.stage, {**batch, **chance})
+    return {**batch, **own_draws(objective.stage, batch, share, passes, draws)}
+
+
+def owned(trained, share: float, seed: int = 0) -> dict[str, torch.Tensor]:
+    objective, _ = trained
+    return own_frames(objective.modules["lm"].eval(), objective.stage, with_chance(trained, share, seed))
 
 
 def frames_of(stage, tensors) -> torch.Tensor:
@@ -60,6 +64,18 @@ def test_the_same_seed_draws_the_same_and_another_does_not(trained):
     objective, _ = trained
     one, again, other = (frames_of(objective.stage, owned(trained, 0.5, seed)) for seed in (0, 0, 1))
     assert torch.equal(one, again) and not torch.equal(one, other)
+
+
+def test_a_second_pass_draws_after_the_frames_of_the_first(trained):
+    objective, _ = trained
+    model, stage, tensors = objective.modules["lm"].eval(), objective.stage, with_chance(trained, 0.5, passes=2)
+    parts = tensors["uniform_BTU"].split(stage.slots, 2)
+    one, two = ({**tensors, "uniform_BTU": part, "own_BT": torch.ones_like(tensors["own_BT"])} for part in parts)
+    first = own_frames(model, stage, one)
+    expected = drawn_frames(model, stage, {**two, "ids_BT": first["ids_BT"], "cond_BTC": first["cond_BTC"]})
+    known = (tensors["label_SN"] >= 0).all(0)
+    assert torch.equal(drawn_frames(model, stage, tensors)[known], expected[known])
+    assert not torch.equal(drawn_frames(model, stage, two)[known], expected[known])  # after true frames
 
 
 def test_draws_have_the_models_probabilities(trained):

@@ -118,7 +118,7 @@ def test_parallel_decoder(corpus):
     check(objective, objective.shape.train, rows=8)
 
 
-@pytest.mark.parametrize("drawn", [False, True])
+@pytest.mark.parametrize("drawn", [0, 2])
 def test_hearing_decoder(inputs, drawn):
     objective = hearing.objective(inputs, drawn=drawn)
     objective.ctx = CTX

@@ -147,5 +147,5 @@ def hearing_objective(config: Mapping[str, Any], inputs: Mapping[str, str], ctx:
     paths = [inputs[name] for name in ("manifest", "semantic_tokens", "acoustic_tokens")]
     train, dev = (TokenBatches(*paths, stage, split, shape.where, shape.train.batch, ctx.seed) for split in ("train", "dev"))
     centroid_KD = load_semantic(inputs["kmeans"]).centroids_KD.float().cpu()
-    drawn = DrawnCodes(inputs["lm_coarse"], ctx.device, shape.train.dtype) if shape.drawn else None
+    drawn = DrawnCodes(inputs["lm_coarse"], shape.drawn, ctx.device, shape.train.dtype) if shape.drawn else None
     return HearingObjective(shape, codec, centroid_KD, train, dev, config["rows"], ctx, config.get("start"), drawn)

@@ -74,7 +74,7 @@ class LMObjective:
             tensors |= replace_frames(self.stage, batch, self.shape.replaced, draws)
         if self.shape.own:
             draws = [rng.generator(self.ctx.seed, "own", step, row) for row in rows]
-            tensors |= own_draws(self.stage, batch, self.shape.own, draws)
+            tensors |= own_draws(self.stage, batch, self.shape.own, self.shape.passes, draws)
         return pinned(tensors, self.ctx.device)
 
     def train_step(self, engines: Mapping[str, Engine], batches: list[dict[str, torch.Tensor]],

@@ -44,7 +44,7 @@ def inputs(tmp_path_factory):
     save_semantic(paths["kmeans"], extractor, 1, torch.zeros(16), torch.ones(16), torch.randn(token_corpus.K, 16),
                   Window(400, 50), {})
     stage2 = stage(paths, "lm_coarse frame", 3, levels=token_corpus.N_Q)
-    learn(stage2, 20)
+    learn(stage2, 80)
     write_export(str(folder / "lm_coarse"), *stage2.export())
     return {**paths, "lm_coarse": str(folder / "lm_coarse")}
 
@@ -165,7 +165,7 @@ def test_with_another_tokenizers_ids_a_start_hears_the_same(inputs, trained, tmp
 
 
 def test_drawn_codes_are_stage_2s_and_follow_from_the_row_alone(inputs):
-    o = objective(inputs, drawn=True)
+    o = objective(inputs, drawn=1)
     batch = o.load(3, range(8))
     codes_BTQ, known_BT = o.drawn(batch), batch["known_BT"]
     assert codes_BTQ.max() < token_corpus.VOCAB and not codes_BTQ[~known_BT].any()
