@@ -1,8 +1,9 @@
 """Fans a step's work out over Ray tasks, one plain function call an item, and small reads over threads.
 
-Tasks get paths and small values, decode where they compute and write whole files; only small results return.  A bounded
-number is in flight, by the cluster's present size, and results keep the items' order.  A task whose process or node died
-runs again, after a pause; an error of the function itself ends the step.  Inline, the same calls run one after the other.
+Tasks get paths and small values, decode where they compute and write whole files; only small results return, and
+`parallel_each` folds them as they come.  A bounded number is in flight, by the cluster's present size.  A task whose
+process or node died runs again, after a pause; an error of the function itself ends the step.  Inline, the same calls run
+one after the other.
 """
 
 from __future__ import annotations
@@ -41,20 +42,28 @@ class Workers:
 
 def parallel_map(fn: Callable, items: Sequence[tuple], *, out, cluster: ClusterConfig, unit: str,
                  sizes: Sequence[float] | None = None, gpu: float = 0) -> list[Any]:
-    """[fn(*item) for item in items]. `out` is a StepContext or Workers; progress counts items, or `sizes` in `unit`.
+    """[fn(*item) for item in items], as `parallel_each` runs them; for results that fit into memory together."""
+    results: list[Any] = [None] * len(items)
+    parallel_each(fn, items, results.__setitem__, out=out, cluster=cluster, unit=unit, sizes=sizes, gpu=gpu)
+    return results
 
+
+def parallel_each(fn: Callable, items: Sequence[tuple], take: Callable[[int, Any], None], *, out, cluster: ClusterConfig,
+                  unit: str, sizes: Sequence[float] | None = None, before: float = 0.0, gpu: float = 0) -> None:
+    """`take(i, fn(*items[i]))` in this process as each task ends, in any order; no result is kept.
+
+    `out` is a StepContext or Workers; progress counts items, or `sizes` in `unit`, on top of what was done `before`.
     `gpu`: the share of a GPU that a Ray task holds; True is a whole one.
     """
     sizes = list(sizes) if sizes is not None else [1.0] * len(items)
-    total, done, results = sum(sizes), 0.0, [None] * len(items)
-    out.progress(0, total, unit)
+    total, done = before + sum(sizes), before
+    out.progress(done, total, unit)
     with closing(_in_turn(fn, items) if out.inline else _as_tasks(fn, items, out.name, cluster, gpu)) as news:
         for ready, note in news:
             for i, result in ready:
-                results[i] = result
+                take(i, result)
                 done += sizes[i]
             out.progress(done, total, unit, note)
-    return results
 
 
 News = Iterator[tuple[list[tuple[int, Any]], str]]  # (results that are ready with their items' numbers, a note)
