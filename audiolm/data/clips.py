@@ -11,10 +11,13 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 
 import numpy as np
+import pyarrow as pa
 
 from audiolm import store
 from audiolm.config.corpus import ClipFilter
 from audiolm.data.audio import SAMPLE_RATE_HZ, open_sound, read_frames, resample, samples_at
+from audiolm.data.clip_groups import ROWS, ClipGroups, finished_groups, groups_bytes
+from audiolm.data.parquet import table_bytes
 from audiolm.data.sources import locate
 
 
@@ -29,6 +32,7 @@ class Part:
     offset: int
     text: str | None
     channel: int | None = None
+    hash: str = ""  # audio_check.content_hash of the file, as the manifest saw it
 
 
 @dataclass(frozen=True)
@@ -67,18 +71,10 @@ class Clip:
 
 
 def read_clips(manifest_path: str, split: str | None = None, where: ClipFilter | None = None) -> list[Clip]:
-    """The clips of a manifest's folder in order of (shard, row); `where.source` takes a source's name or label."""
-    import pyarrow.compute as pc
+    """The clips of a manifest's folder in order of (shard, row); `where.source` takes a source's name or label.
 
-    from audiolm.data.parquet import read_table
-
-    table = read_table(store.join(manifest_path, "clips.parquet"))
-    if split:
-        table = table.filter(pc.equal(table["split"], split))
-    # Batch by batch: the rows of 60,000 hours as dicts at once would take gigabytes.
-    return [Clip(**{**row, "parts": tuple(Part(**p) for p in row["parts"])})
-            for batch in table.to_batches(65_536) for row in batch.to_pylist()
-            if _passes(where, row["source"], row["origin"])]
+    A clip takes 1.5 kB: for the train split of a large corpus read `clip_table.read_clip_table`."""
+    return [clip for table, _ in ClipGroups(manifest_path).scan(None, split, where) for clip in clips_of(table)]
 
 
 def token_clips(manifest_path: str, speeds: Sequence[float], split: str | None = None,
@@ -88,36 +84,47 @@ def token_clips(manifest_path: str, speeds: Sequence[float], split: str | None =
     A copy's id is `{id}@{speed}`."""
     rows = []
     for _, members in groupby(read_clips(manifest_path, split), key=lambda c: c.shard):
-        own = list(members)
-        rows += own
-        for k, speed in enumerate(speeds if own[0].split == "train" else (), 1):
-            rows += [replace(c, id=f"{c.id}@{speed}", row=k * len(own) + c.row, speed=speed) for c in own]
+        rows += _with_copies(list(members), speeds)
     # Filtered last: a clip's row is its place in the whole shard.
-    return [c for c in rows if _passes(where, c.source, c.origin)]
+    named = None if where is None or where.source is None else set(where.source)
+    return [c for c in rows if named is None or not named.isdisjoint((c.source, c.origin))]
 
 
-def _passes(where: ClipFilter | None, source: str, origin: str) -> bool:
-    return where is None or where.source is None or not {source, origin}.isdisjoint(where.source)
+def shard_clips(manifest_path: str, shard: int, speeds: Sequence[float] = ()) -> list[Clip]:
+    """The clips of one shard of a finished manifest, and a train shard's copies at other speeds behind them."""
+    return _with_copies(clips_of(finished_groups(manifest_path).shard(shard)), speeds)
+
+
+def _with_copies(own: list[Clip], speeds: Sequence[float]) -> list[Clip]:
+    """The clips of one shard and, of a train shard, their copies."""
+    return own + [replace(c, id=f"{c.id}@{speed}", row=k * len(own) + c.row, speed=speed)
+                  for k, speed in enumerate(speeds if own and own[0].split == "train" else (), 1) for c in own]
+
+
+def clips_of(table: pa.Table) -> list[Clip]:
+    """Rows of clips.parquet as clips."""
+    return [Clip(**{**row, "parts": tuple(Part(**p) for p in row["parts"])}) for row in table.to_pylist()]
 
 
 def clips_parquet(clips: list[Clip]) -> bytes:
-    """clips.parquet: a row a clip, its parts nested."""
-    import pyarrow as pa
-
+    """clips.parquet: a row a clip, its parts nested; row groups of whole shards of one split (data/clip_groups.py)."""
     part = pa.struct([("id", "string"), ("uri", "string"), ("start", "int64"), ("frames", "int64"), ("offset", "int64"),
-                      ("text", "string"), ("channel", "int64")])
-    rows = [{**vars(c), "parts": [vars(p) for p in c.parts]} for c in clips]
-    return parquet_bytes(rows, [("id", "string"), ("origin", "string"), ("source", "string"), ("speaker", "string"),
-                                ("split", "string"), ("sample_rate", "int64"), ("frames", "int64"),
-                                ("parts", pa.list_(part)), ("shard", "int64"), ("row", "int64")])
+                      ("text", "string"), ("channel", "int64"), ("hash", "string")])
+    schema = pa.schema([("id", "string"), ("origin", "string"), ("source", "string"), ("speaker", "string"),
+                        ("split", "string"), ("sample_rate", "int64"), ("frames", "int64"), ("parts", pa.list_(part)),
+                        ("shard", "int64"), ("row", "int64")])
+    groups: list[list[Clip]] = []
+    for _, shard in groupby(clips, key=lambda c: (c.split, c.shard)):
+        members = list(shard)
+        if not groups or len(groups[-1]) + len(members) > ROWS or groups[-1][0].split != members[0].split:
+            groups.append([])
+        groups[-1] += members
+    return groups_bytes((pa.Table.from_pylist([{**vars(c), "parts": [vars(p) for p in c.parts]} for c in group], schema)
+                         for group in groups), schema)
 
 
 def parquet_bytes(rows: list[dict], columns: list[tuple]) -> bytes:
     """A Parquet file of the rows; `columns` are (name, Arrow type or its name)."""
-    import pyarrow as pa
-
-    from audiolm.data.parquet import table_bytes
-
     return table_bytes(pa.Table.from_pylist(rows, schema=pa.schema(columns)))
 
 

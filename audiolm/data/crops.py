@@ -18,7 +18,8 @@ import torch
 
 from audiolm import rng
 from audiolm.data.audio import SAMPLE_RATE_HZ
-from audiolm.data.clips import Clip, read_clip
+from audiolm.data.clip_table import ClipTable
+from audiolm.data.clips import read_clip
 
 KEPT = 4  # permutations cached: the current window, its neighbours, and one for the loader's read-ahead
 READERS = 4  # threads; decoding releases the interpreter's lock
@@ -84,12 +85,12 @@ class CropSampler:
 class AudioCrops:
     """Crops of `crop` samples from clips; `cache_mb` bounds the decoded audio kept."""
 
-    def __init__(self, clips: Sequence[Clip], roots: dict[str, str], crop: int, batch: int, seed: int, cache_mb: int):
-        self.clips, self.roots, self.crop = list(clips), roots, crop
-        self.order = CropSampler([c.samples for c in self.clips], [c.shard for c in self.clips], crop, batch, seed)
+    def __init__(self, clips: ClipTable, roots: dict[str, str], crop: int, batch: int, seed: int, cache_mb: int):
+        self.clips, self.roots, self.crop = clips, roots, crop
+        self.order = CropSampler(clips.samples, clips.shards, crop, batch, seed)
         self._cache: OrderedDict[int, np.ndarray] = OrderedDict()  # whole clips by number, the latest used last
         self._room, self._held = cache_mb * 2**20, 0
-        self._fits = 4 * sum(c.samples for c in self.clips) <= self._room  # float32
+        self._fits = 4 * int(clips.samples.sum()) <= self._room  # float32
         self._readers = ThreadPoolExecutor(READERS)
 
     def _read(self, place: tuple[int, int]) -> tuple[np.ndarray, bool]:

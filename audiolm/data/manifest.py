@@ -63,7 +63,7 @@ def build_manifest(config: dict, inputs: dict, out) -> dict:
     _check_rejected(bad, len(tried), corpus)
     splits, remarks = assign(units, corpus, seed, hashes)
     remarks += _cancelled(units)
-    clips = cut_shards(join_units(units, splits, corpus.join_s), corpus.shard_s, seed)
+    clips = _hashed(cut_shards(join_units(units, splits, corpus.join_s), corpus.shard_s, seed), hashes)
     listing = _listing(entries, found, hashes)
     out.check()  # a worker that lost its lease writes nothing
     store.put(store.join(out.path, "listing.parquet"), parquet_bytes(
@@ -135,6 +135,11 @@ def cut_shards(clips: list[Clip], shard_s: float, seed: int) -> list[Clip]:
             row, seconds = row + 1, seconds + c.seconds
         shard += bool(members)
     return done
+
+
+def _hashed(clips: list[Clip], hashes: dict) -> list[Clip]:
+    """The clips with their files' hashes, so that a token step knows a changed file without the listing."""
+    return [replace(c, parts=tuple(replace(p, hash=hashes[c.origin, p.uri]) for p in c.parts)) for c in clips]
 
 
 def _scan(found: list[Found], corpus: CorpusConfig, cluster, out) -> tuple[list[Found], list[Unit], list[dict], dict]:

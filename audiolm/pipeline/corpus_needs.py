@@ -12,7 +12,6 @@ from audiolm.config.base import ConfigError
 from audiolm.config.corpus import ClipFilter
 from audiolm.config.pipeline import Pipeline
 from audiolm.dag.step import Step
-from audiolm.store import join
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -36,9 +35,7 @@ def check_corpus_needs(cfg: Pipeline, steps: Sequence[Step], manifest: str) -> l
     """Remarks on what the steps will make do with. Raises ConfigError for what one of them cannot do without."""
     if not any(s.name != "manifest" for s in steps):
         return []
-    from audiolm.data.parquet import read_table
-
-    clips = read_table(join(manifest, "clips.parquet")).select(["origin", "source", "split", "sample_rate", "frames"])
+    clips = _totals(manifest)
     for step in steps:
         for field, where, *splits in _wanted(cfg, step):
             if not len(_of(clips, where, *splits)):
@@ -72,7 +69,7 @@ def _wanted(cfg: Pipeline, step: Step) -> Iterator[tuple]:
 
 
 def _of(clips: pa.Table, where: ClipFilter, *splits: str) -> pa.Table:
-    """The clips of some splits that pass a filter."""
+    """The rows of some splits that pass a filter."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -83,10 +80,30 @@ def _of(clips: pa.Table, where: ClipFilter, *splits: str) -> pa.Table:
     return clips.filter(pc.or_(pc.is_in(clips["source"], value_set=named), pc.is_in(clips["origin"], value_set=named)))
 
 
-def _seconds(clips: pa.Table) -> list[float]:
+def _totals(manifest: str) -> pa.Table:
+    """The manifest's clips by origin, source and split: `clips` (their number), `seconds` together, and the `longest` one."""
+    import pyarrow as pa
     import pyarrow.compute as pc
 
-    return pc.divide(clips["frames"].cast("float64"), clips["sample_rate"].cast("float64")).to_pylist()
+    from audiolm.data.clip_groups import ClipGroups
+
+    keys = ["origin", "source", "split"]
+
+    def summed(table: pa.Table) -> pa.Table:
+        found = table.group_by(keys).aggregate([("clips", "sum"), ("seconds", "sum"), ("longest", "max")])
+        return found.rename_columns([name.removesuffix("_sum").removesuffix("_max") for name in found.column_names])
+
+    groups = []
+    for table, _ in ClipGroups(manifest).scan([*keys, "sample_rate", "frames"]):
+        seconds = pc.divide(table["frames"].cast("float64"), table["sample_rate"].cast("float64"))
+        ones = pa.repeat(1, len(table))
+        groups.append(summed(pa.table([*(table[k] for k in keys), ones, seconds, seconds],
+                                      [*keys, "clips", "seconds", "longest"])))
+    return summed(pa.concat_tables(groups))
+
+
+def _seconds(clips: pa.Table) -> float:
+    return sum(clips["seconds"].to_pylist())
 
 
 def _advice(cfg: Pipeline, clips: pa.Table, field: str, where: ClipFilter, splits: Sequence[str]) -> str:
@@ -94,8 +111,8 @@ def _advice(cfg: Pipeline, clips: pa.Table, field: str, where: ClipFilter, split
         return f"set {field}.source=[{', '.join(dict.fromkeys([*(where.source or ()), *others]))}]"
     if not cfg.corpus.dev:
         return "set corpus.dev=0.05, which holds speakers out"
-    seconds = _seconds(clips)
-    if len(seconds) == 1 and (piece_s := int(10 * seconds[0] / MOST_PIECES) / 10) > 2 * cfg.corpus.min_s:
+    alone = sum(clips["clips"].to_pylist()) == 1
+    if alone and (piece_s := int(10 * _seconds(clips) / MOST_PIECES) / 10) > 2 * cfg.corpus.min_s:
         return f"there is one recording; set corpus.max_s={piece_s:g}, which cuts it into pieces, or add another"
     return "there is one piece of audio from end to end; add recordings"
 
@@ -108,7 +125,7 @@ def _check_clusters(cfg: Pipeline, step: Step, clips: pa.Table) -> None:
     from audiolm.lm.stages import SEMANTIC_HZ
 
     k = max(cfg.semantic.sweep.k, default=0) if config.k == "auto" else config.k
-    frames = int(SEMANTIC_HZ * sum(_seconds(_of(clips, cfg.semantic.where, "train"))))
+    frames = int(SEMANTIC_HZ * _seconds(_of(clips, cfg.semantic.where, "train")))
     if k > frames:
         field = "semantic.kmeans.k" if step.name == "kmeans" else f"k in semantic.iterations (of {step.name})"
         raise ConfigError(f"{field} is {k}, and the train clips have {frames} frames of 40 ms: set it to {frames // 4} or "
@@ -137,7 +154,7 @@ def _remarks(cfg: Pipeline, steps: Sequence[Step], clips: pa.Table) -> Iterator[
     if not len(prompts):
         prompts = _of(clips, ClipFilter(), "dev")
         yield "no test clip: prompts and what else is measured on held-out audio are dev clips"
-    longest_s = max(_seconds(prompts))
+    longest_s = max(prompts["longest"].to_pylist())
     if longest_s < LEAST_HELD_OUT_S:
         raise ConfigError(f"corpus.min_s is {cfg.corpus.min_s}, and no held-out clip lasts {LEAST_HELD_OUT_S} s, which prompts "
                           f"and measurements need: set corpus.min_s={LEAST_HELD_OUT_S}")

@@ -10,17 +10,21 @@ Legend: N frames at 25 Hz, D dimensions, K clusters.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 from safetensors.torch import load, save
 
 from audiolm import rng, store
+from audiolm.config.corpus import ClipFilter
 from audiolm.config.run import ClusterConfig
 from audiolm.config.semantic import KMeansConfig
-from audiolm.data.clips import Clip, read_clip, read_clips
+from audiolm.data.clip_groups import finished_groups
+from audiolm.data.clip_table import read_clip_table
+from audiolm.data.clips import Clip, clips_of, read_clip
 from audiolm.data.parallel import Workers, cluster_device, parallel_map
 from audiolm.data.sources import roots
 from audiolm.models import kmeans
@@ -42,11 +46,13 @@ Report = Callable[[list], None]  # [iterations done, of how many, inertia per fr
 
 @dataclass(frozen=True)
 class FeatureSource:
-    """A layer of the encoder in the build `model`, applied to windows of the audio."""
+    """A layer of the encoder in the build `model`, applied to windows of the audio of train clips that `where` takes."""
 
     model: str
     layer: int
     window: Window
+    manifest: str
+    where: ClipFilter
     folders: dict[str, str]  # source name -> root of its audio
     seed: int
     device: str
@@ -58,13 +64,10 @@ def fit_kmeans(config: dict, inputs: dict, out) -> dict:
     is auto, the step that chose it (layers or layers_N) -> facts.
     """
     settings, where, cluster = chosen(config["kmeans"], inputs), config["where"], config["cluster"]
-    clips = read_clips(inputs["manifest"].path, "train", where)
-    if not clips:
-        raise ValueError(f"k-means needs train clips and the manifest has none for semantic.where = "
-                         f"{where.source}: widen it")
     source = FeatureSource(model_of(inputs).path, settings.layer, window_of(settings.window_s, settings.overlap_s),
-                           roots(config["corpus"]), config["seed"], cluster_device(cluster, out.inline))
-    numbers = sample_features(source, clips, settings.max_frames, out, cluster)
+                           inputs["manifest"].path, where, roots(config["corpus"]), config["seed"],
+                           cluster_device(cluster, out.inline))
+    numbers = sample_features(source, settings.max_frames, out, cluster)
     return run_fit(fit_centroids, (source, settings, numbers, out.path, config.get("start")), source.device, out, cluster)
 
 
@@ -81,16 +84,15 @@ def chosen(settings: KMeansConfig, inputs: dict) -> KMeansConfig:
 
 # --- sampling, a task a shard
 
-def sample_features(source: FeatureSource, clips: Iterable[Clip], max_frames: int, out, cluster: ClusterConfig) -> list[int]:
-    """Samples about `max_frames` frames over the clips' shards; returns the shards' numbers.
-    """
-    shards: dict[int, list[Clip]] = {}
-    for clip in clips:
-        shards.setdefault(clip.shard, []).append(clip)
-    numbers = sorted(shards)
-    frames = [sum(frames_in(c) for c in shards[n]) for n in numbers]
+def sample_features(source: FeatureSource, max_frames: int, out, cluster: ClusterConfig) -> list[int]:
+    """Samples about `max_frames` frames over the train shards; returns their numbers. Raises ValueError for no clips."""
+    frames = frames_by_shard(source.manifest, source.where)
+    if not frames:
+        raise ValueError("k-means needs train clips and the manifest has none for semantic.where = "
+                         f"{source.where.source}: widen it")
+    numbers, frames = list(frames), list(frames.values())
     quotas = quotas_of(frames, max_frames)
-    items = [(source, shards[n], n, quota, out.path) for n, quota in zip(numbers, quotas, strict=True)]
+    items = [(source, n, quota, out.path) for n, quota in zip(numbers, quotas, strict=True)]
     # For the progress: the audio that a shard's task encodes.
     sizes = [min(f, OVERSAMPLE * q) * SEMANTIC_HOP / SAMPLE_RATE for f, q in zip(frames, quotas, strict=True)]
     parallel_map(sample_shard, items, out=out, cluster=cluster, unit="audio s", sizes=sizes,
@@ -99,12 +101,21 @@ def sample_features(source: FeatureSource, clips: Iterable[Clip], max_frames: in
     return numbers
 
 
-def sample_shard(source: FeatureSource, clips: list[Clip], shard: int, quota: int, out_path: str) -> None:
+def frames_by_shard(manifest: str, where: ClipFilter) -> dict[int, int]:
+    """{shard: frames of its train clips that `where` takes}, in order."""
+    clips = read_clip_table(manifest, "train", where)
+    numbers, of = np.unique(clips.shards, return_inverse=True)
+    frames = np.bincount(of, np.maximum(1, -(-clips.samples // SEMANTIC_HOP)), len(numbers)).astype(np.int64)
+    return dict(zip(numbers.tolist(), frames.tolist(), strict=True))
+
+
+def sample_shard(source: FeatureSource, shard: int, quota: int, out_path: str) -> None:
     """Writes `quota` frames x_ND float32 of a shard's train clips to features/{shard}.safetensors.
     """
     path = features_file(out_path, shard)
     if store.exists(path):  # files appear whole, and the folder is this build's: an earlier attempt wrote it
         return
+    clips = clips_of(finished_groups(source.manifest).shard(shard, "train", source.where))
     # One generator a shard: the sample does not depend on which machine draws it, or on other
     # shards' draws. Clips in drawn order until they have OVERSAMPLE times the quota, then frames of
     # those, drawn without replacement.

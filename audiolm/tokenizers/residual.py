@@ -14,7 +14,6 @@ import torch
 
 from audiolm import rng
 from audiolm.config.semantic import ResidualConfig
-from audiolm.data.clips import read_clips
 from audiolm.data.parallel import cluster_device
 from audiolm.data.sources import roots
 from audiolm.models import kmeans
@@ -103,13 +102,10 @@ def fit_residual(config: dict, inputs: dict, out) -> dict:
     """
     settings, where, cluster = config["residual"], config["where"], config["cluster"]
     path = inputs["kmeans"].path
-    clips = read_clips(inputs["manifest"].path, "train", where)
-    if not clips:
-        raise ValueError(f"residual k-means needs train clips and the manifest has none for where = {where.source}: widen it")
     tokenizer = load_semantic(path)
-    source = kmeans_fit.FeatureSource(path, tokenizer.layer, tokenizer.window, roots(config["corpus"]), config["seed"],
-                                      cluster_device(cluster, out.inline))
-    numbers = kmeans_fit.sample_features(source, clips, settings.max_frames, out, cluster)
+    source = kmeans_fit.FeatureSource(path, tokenizer.layer, tokenizer.window, inputs["manifest"].path, where,
+                                      roots(config["corpus"]), config["seed"], cluster_device(cluster, out.inline))
+    numbers = kmeans_fit.sample_features(source, settings.max_frames, out, cluster)
     return kmeans_fit.run_fit(fit_levels, (source, settings, numbers, out.path), source.device, out, cluster)
 
 

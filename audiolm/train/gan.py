@@ -19,7 +19,8 @@ from torch import nn
 
 from audiolm.config.codec import CodecConfig, CodecLossWeights
 from audiolm.config.semantic import VocoderConfig
-from audiolm.data.clips import Clip, read_clip, read_clips
+from audiolm.data.clip_table import ClipTable, read_clip_table
+from audiolm.data.clips import read_clip
 from audiolm.data.crops import AudioCrops
 from audiolm.data.sources import roots
 from audiolm.eval.metrics.audio_quality import pesq_wb, si_sdr_db
@@ -269,9 +270,9 @@ def training_audio(name: str, cfg: CodecConfig | VocoderConfig, crop_s: float, c
         raise ValueError(f"{name}.crop_s {cfg.crop_s} is {samples} samples; spectral windows of {longest} need more than "
                          f"{longest // 2}: raise it to at least {least_s:g}")
     # Test clips are never read in training: dev clips decide which checkpoint is the best.
-    clips = {split: read_clips(manifest, split=split, where=cfg.where) for split in ("train", "dev")}
+    clips = {split: read_clip_table(manifest, split, cfg.where) for split in ("train", "dev")}
     for split, chosen in clips.items():
-        if not chosen:
+        if not len(chosen):
             raise ValueError(f"no clip of split {split!r} is left for the {name} ({name}.where {cfg.where.source}): "
                              f"widen {name}.where or look at corpus.dev and the sources' splits")
     folders = roots(config["corpus"])
@@ -279,7 +280,7 @@ def training_audio(name: str, cfg: CodecConfig | VocoderConfig, crop_s: float, c
     return crops, held_out_crops(clips["dev"], folders)
 
 
-def held_out_crops(clips: list[Clip], folders: dict[str, str]) -> torch.Tensor:
+def held_out_crops(clips: ClipTable, folders: dict[str, str]) -> torch.Tensor:
     """The same EVAL_CROPS crops on every rank and at every call, spread evenly over the clips."""
     wav_BT = torch.zeros(EVAL_CROPS, EVAL_SAMPLES)
     per_clip = math.ceil(EVAL_CROPS / len(clips))

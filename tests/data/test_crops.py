@@ -10,7 +10,7 @@ import torch
 from audiolm.config.corpus import CorpusConfig
 from audiolm.config.run import ClusterConfig
 from audiolm.data import clips as clips_data
-from audiolm.data.clips import read_clips
+from audiolm.data.clip_table import read_clip_table
 from audiolm.data.crops import AudioCrops
 from audiolm.data.manifest import build_manifest
 from audiolm.data.sources import roots
@@ -31,7 +31,7 @@ def corpus(tmp_path_factory):
     config = {"corpus": CorpusConfig(name="x", sources=[source]), "seed": 0, "cluster": ClusterConfig(device="cpu")}
     out = RecordingOut(folder / "manifest")
     build_manifest(config, {}, out)
-    return read_clips(out.path), roots(config["corpus"])
+    return read_clip_table(out.path, "train"), roots(config["corpus"])
 
 
 def batches(corpus, cache_mb: float, steps: int = 8) -> tuple[list[torch.Tensor], AudioCrops]:

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from audiolm.config.corpus import ClipFilter
 from audiolm.config.run import ClusterConfig
 from audiolm.config.tokens import TokensConfig
 from audiolm.data import parallel
@@ -19,21 +20,22 @@ class Asked(Exception):
 
 @pytest.mark.parametrize(("device", "share"), [("cuda", 0.25), ("cuda", 0.5), ("cpu", 0)])
 def test_a_task_holds_its_share(world, recording_out, monkeypatch, device, share):
-    def ask(fn, items, *, gpu, **_):
+    def ask(*_, gpu, **how):
         raise Asked(gpu)
 
     cluster = ClusterConfig(device=device, **({"gpus_a_task": share} if share else {}))
     monkeypatch.setattr(parallel, "pick_device", lambda asked: device)
-    for module in (encode, kmeans_fit):
-        monkeypatch.setattr(module, "parallel_map", ask)
+    monkeypatch.setattr(encode, "parallel_each", ask)
+    monkeypatch.setattr(kmeans_fit, "parallel_map", ask)
     inputs = {n: SimpleNamespace(path=str(world.root / n), build=f"{n}.0001") for n in ("manifest", "kmeans", "codec")}
     config = {"which": "acoustic", "tokens": TokensConfig(), "corpus": world.corpus, "seed": 0, "cluster": cluster}
     with pytest.raises(Asked) as asked:
         encode.encode_tokens(config, inputs, recording_out)
     assert asked.value.args == (share,)
-    source = kmeans_fit.FeatureSource(str(world.root / "kmeans"), 1, Window(400, 50), {}, 0, device)
+    source = kmeans_fit.FeatureSource(str(world.root / "kmeans"), 1, Window(400, 50), inputs["manifest"].path, ClipFilter(),
+                                      {}, 0, device)
     with pytest.raises(Asked) as asked:
-        kmeans_fit.sample_features(source, world.clips, 100, recording_out, cluster)
+        kmeans_fit.sample_features(source, 100, recording_out, cluster)
     assert asked.value.args == (share,)
 
 

@@ -18,7 +18,7 @@ from audiolm.config.run import ClusterConfig
 from audiolm.config.semantic import KMeansConfig
 from audiolm.config.start import KMeansStartConfig, StartConfig
 from audiolm.data import parallel
-from audiolm.data.clips import Clip, Part
+from audiolm.data.clips import Clip, Part, clips_parquet
 from audiolm.models import kmeans
 from audiolm.models.conformer import Encoder, EncoderSizes
 from audiolm.tokenizers import kmeans_fit
@@ -47,8 +47,8 @@ def masked(tmp_path_factory) -> str:
 
 
 @pytest.fixture
-def corpus(tmp_path, monkeypatch) -> CorpusConfig:
-    """Eight clips of noise in changing colours, two a shard, and a manifest without its step."""
+def corpus(tmp_path) -> CorpusConfig:
+    """Eight clips of noise in changing colours, two a shard, and manifests of all and of half, without their step."""
     clips = []
     for i in range(8):
         g = rng.generator(1, "noise", i)
@@ -57,16 +57,18 @@ def corpus(tmp_path, monkeypatch) -> CorpusConfig:
         part = Part(id=str(i), uri=f"{i}.wav", start=0, frames=len(wav), offset=0, text="")
         clips.append(Clip(id=str(i), origin="s", source="s", speaker=str(i), split="train", sample_rate=RATE,
                           frames=len(wav), parts=(part,), shard=i // 2, row=i % 2))
-    monkeypatch.setattr(kmeans_fit, "read_clips", lambda path, split, where: clips)
+    store.put(f"{tmp_path}/manifest/clips.parquet", clips_parquet(clips))
+    store.put(f"{tmp_path}/half/clips.parquet", clips_parquet(clips[:4]))
     return CorpusConfig(name="t", sources=({"kind": "folder", "name": "s", "root": str(tmp_path)},))
 
 
-def run(corpus: CorpusConfig, masked: str, out, **change) -> dict:
+def run(corpus: CorpusConfig, masked: str, out, manifest: str = "manifest", **change) -> dict:
     config = {"kmeans": SIZES.model_copy(update=change), "where": ClipFilter(), "corpus": corpus, "seed": 3,
               "cluster": ClusterConfig(device="cpu")}
     if start := config["kmeans"].start:
         config["start"] = start_weights("semantic.kmeans.start.uri", start, "kmeans")
-    inputs = {"manifest": SimpleNamespace(path="-"), "masked_model": SimpleNamespace(path=masked)}
+    path = f"{corpus.sources[0].root}/{manifest}"
+    inputs = {"manifest": SimpleNamespace(path=path), "masked_model": SimpleNamespace(path=masked)}
     return kmeans_fit.fit_kmeans(config, inputs, out)
 
 
@@ -160,16 +162,14 @@ def test_broken_and_collapsed_features_are_refused(corpus, masked, recording_out
         run(corpus, masked, recording_out)
 
 
-def test_a_start_keeps_z_scores_and_numbers(corpus, masked, recording_out, monkeypatch):
+def test_a_start_keeps_z_scores_and_numbers(corpus, masked, recording_out):
     """Adapted tokens are the old ones where the old place counts for everything, and other layers and sizes are refused."""
     first, second, third = (another(recording_out, name) for name in ("first", "second", "third"))
     run(corpus, masked, first)
     start = KMeansStartConfig(uri=first.path, frames=1e9)
     facts = run(corpus, masked, second, start=start, iterations=1)
     assert export(second) == export(first) and facts["k"] == SIZES.k
-    half = kmeans_fit.read_clips("-", "train", None)[:4]
-    monkeypatch.setattr(kmeans_fit, "read_clips", lambda *_: half)
-    run(corpus, masked, third, start=KMeansStartConfig(uri=first.path, frames=1.0), iterations=3)
+    run(corpus, masked, third, "half", start=KMeansStartConfig(uri=first.path, frames=1.0), iterations=3)
     old, new = (load(export(out)) for out in (first, third))
     assert torch.equal(old["zscore.mean"], new["zscore.mean"]) and not torch.equal(old["centroids"], new["centroids"])
     assert torch.equal(torch.cdist(new["centroids"], old["centroids"]).argmin(1), torch.arange(SIZES.k))

@@ -19,10 +19,8 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("residual")
     corpus = tiny.corpus(folder)
     path = tiny.built_tokenizer(f"{folder}/kmeans", corpus.wavs[:6])
-    with pytest.MonkeyPatch.context() as patch:
-        tiny.read_by(patch, corpus.clips)
-        out = RecordingOut(folder / "fit")
-        facts = tiny.run_residual(corpus, path, out)
+    out = RecordingOut(folder / "fit")
+    facts = tiny.run_residual(corpus, path, out)
     return corpus, path, out.path, facts
 
 
@@ -62,18 +60,17 @@ def test_each_level_brings_held_out_features_closer(made):
     assert facts["levels"] == 4 and facts["k"] == tiny.K and facts["frames"] == sum(-(-len(w) // 640) for w in corpus.wavs[:6])
 
 
-def test_the_step_is_the_same_again_and_samples_up_to_max_frames(made, tmp_path, monkeypatch):
+def test_the_step_is_the_same_again_and_samples_up_to_max_frames(made, tmp_path):
     corpus, path, residual, _ = made
-    tiny.read_by(monkeypatch, corpus.clips)
     again = RecordingOut(tmp_path / "again")
     tiny.run_residual(corpus, path, again)
     name = "export/model.safetensors"
     assert store.get(f"{again.path}/{name}") == store.get(f"{residual}/{name}")
     facts = tiny.run_residual(corpus, path, RecordingOut(tmp_path / "few"), max_frames=150, levels=2)
     assert 145 <= facts["frames"] <= 150 and "explained/q01" in facts and "explained/q02" not in facts
-    monkeypatch.setattr("audiolm.tokenizers.residual.read_clips", lambda *_: [])
     with pytest.raises(ValueError, match="needs train clips"):
-        tiny.run_residual(corpus, path, RecordingOut(tmp_path / "none"))
+        tiny.run_residual(corpus, path, RecordingOut(tmp_path / "none"),
+                          tiny.write_manifest(f"{tmp_path}/held-out", corpus.clips[6:]))
 
 
 def test_levels_of_another_tokenizer_are_refused(made, tmp_path):

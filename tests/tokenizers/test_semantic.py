@@ -19,7 +19,7 @@ from audiolm.config.run import ClusterConfig
 from audiolm.config.semantic import KMeansConfig, MaskedModelConfig, SemanticConfig
 from audiolm.config.training import TrainConfig
 from audiolm.data import parallel
-from audiolm.data.clips import Clip, Part
+from audiolm.data.clips import Clip, Part, clips_parquet
 from audiolm.tokenizers import kmeans_fit as fit_module
 from audiolm.tokenizers.artifact import ArtifactError
 from audiolm.tokenizers.kmeans_fit import fit_kmeans
@@ -68,25 +68,17 @@ def corpus(tmp_path_factory):
         clips.append(Clip(id=str(i), origin="s", source="s", speaker=str(i), split="dev" if i > 6 else "train",
                           sample_rate=RATE, frames=len(wav), parts=(part,), shard=i // 3, row=i % 3))
     config = CorpusConfig(name="t", sources=({"kind": "folder", "name": "s", "root": str(root)},))
-    return SimpleNamespace(config=config, clips=clips)
+    for name, members in (("manifest", clips), ("train", clips[:7])):  # without their step
+        store.put(f"{root}/{name}/clips.parquet", clips_parquet(members))
+    return SimpleNamespace(config=config, root=str(root))
 
 
-@pytest.fixture
-def read(corpus, monkeypatch):
-    """The manifest, without its step."""
-    def read_clips(path, split=None, where=None):
-        return [c for c in corpus.clips if split in (None, c.split)]
-
-    for module in (masked_inputs, fit_module):
-        monkeypatch.setattr(module, "read_clips", read_clips)
-    return corpus
-
-
-def make_objective(corpus, rank=0, world=1) -> om.MaskedObjective:
+def make_objective(corpus, rank=0, world=1, manifest="manifest") -> om.MaskedObjective:
     torch.manual_seed(0)
     config = {"model": SEMANTIC.model, "train": SEMANTIC.model.train, "iteration": None, "kmeans": SEMANTIC.kmeans,
               "where": SEMANTIC.where, "corpus": corpus.config, "seed": 3}
-    return om.masked_objective(config, {"manifest": "-"}, Context(rank, world, torch.device("cpu"), seed=3))
+    inputs = {"manifest": f"{corpus.root}/{manifest}"}
+    return om.masked_objective(config, inputs, Context(rank, world, torch.device("cpu"), seed=3))
 
 
 def export(objective, path) -> str:
@@ -99,18 +91,18 @@ def export(objective, path) -> str:
 def run_kmeans(corpus, model: str, path) -> dict:
     config = {"model": SEMANTIC.model, "kmeans": SEMANTIC.kmeans, "where": SEMANTIC.where, "corpus": corpus.config, "seed": 3,
               "cluster": ClusterConfig(device="cpu")}
-    inputs = {"manifest": SimpleNamespace(path="-"), "masked_model": SimpleNamespace(path=model)}
+    inputs = {"manifest": SimpleNamespace(path=f"{corpus.root}/manifest"), "masked_model": SimpleNamespace(path=model)}
     return fit_kmeans(config, inputs, Out(path))
 
 
 @pytest.fixture
-def artefact(read, tmp_path) -> str:
-    run_kmeans(read, export(make_objective(read), tmp_path / "masked"), tmp_path / "kmeans")
+def artefact(corpus, tmp_path) -> str:
+    run_kmeans(corpus, export(make_objective(corpus), tmp_path / "masked"), tmp_path / "kmeans")
     return str(tmp_path / "kmeans")
 
 
-def test_factory_is_the_same_on_every_rank_and_measures_its_inputs(read):
-    one, two = make_objective(read), make_objective(read, rank=1, world=2)
+def test_factory_is_the_same_on_every_rank_and_measures_its_inputs(corpus):
+    one, two = make_objective(corpus), make_objective(corpus, rank=1, world=2)
     state, other = one.model.state_dict(), two.model.state_dict()
     assert all(torch.equal(state[name], other[name]) for name in state)
     assert not torch.equal(one.model.encoder.statistics.mean, torch.zeros(80))
@@ -118,18 +110,18 @@ def test_factory_is_the_same_on_every_rank_and_measures_its_inputs(read):
     assert torch.equal(a.wav_BT[1:], b.wav_BT) and torch.equal(a.mask_BT[1, :b.mask_BT.shape[1]], b.mask_BT[0])
     figures = one.evaluate()
     assert math.isfinite(figures["loss"]) and figures["target_entropy"] > 0.5
-    assert sorted(one.inputs.held) == sorted([*make_objective(read, 0, 2).inputs.held, *two.inputs.held])
+    assert sorted(one.inputs.held) == sorted([*make_objective(corpus, 0, 2).inputs.held, *two.inputs.held])
 
 
-def test_silence_cannot_make_targets(read, monkeypatch):
+def test_silence_cannot_make_targets(corpus, monkeypatch):
     monkeypatch.setattr(masked_inputs, "read_clip", lambda clip, roots, start=0, samples=None: np.zeros(samples, np.float32))
     with pytest.raises(ValueError, match="targets_k.*distinct"):
-        make_objective(read)
+        make_objective(corpus)
 
 
-def test_targets_of_a_collapsed_tokenizer_are_refused(read, artefact, tmp_path):
+def test_targets_of_a_collapsed_tokenizer_are_refused(corpus, artefact, tmp_path):
     """Targets of a second iteration, where nearly all frames are nearest to one centroid."""
-    good, pieces = load_semantic(artefact), [*make_objective(read).inputs.pieces()]
+    good, pieces = load_semantic(artefact), [*make_objective(corpus).inputs.pieces()]
     cpu = torch.device("cpu")
     assert om.teacher(artefact, cpu, "float32", pieces)[1] == 12
     far_KD = torch.cat([torch.zeros(1, 16), 1e3 + torch.arange(11.0)[:, None].expand(-1, 16)])
@@ -138,10 +130,9 @@ def test_targets_of_a_collapsed_tokenizer_are_refused(read, artefact, tmp_path):
         om.teacher(str(tmp_path / "one"), cpu, "float32", pieces)
 
 
-def test_no_dev_clips_is_a_clear_error(corpus, monkeypatch):
-    monkeypatch.setattr(masked_inputs, "read_clips", lambda path, split, where: corpus.clips if split == "train" else [])
+def test_no_dev_clips_is_a_clear_error(corpus):
     with pytest.raises(ValueError, match="needs dev clips"):
-        make_objective(corpus)
+        make_objective(corpus, manifest="train")
 
 
 def test_round_trip_batch_equals_single_and_every_length(artefact):
@@ -160,20 +151,20 @@ def test_round_trip_batch_equals_single_and_every_length(artefact):
     assert len(codes[-1].unique()) > 3
 
 
-def test_features_are_zscored_and_blocks_above_the_layer_left_out(read, artefact, tmp_path):
+def test_features_are_zscored_and_blocks_above_the_layer_left_out(corpus, artefact, tmp_path):
     tokenizer = load_semantic(artefact)
     assert tokenizer.extractor.layers == 2
     parts = []
     for i in range(7):
-        wav, _ = soundfile.read(f"{read.config.sources[0].root}/{i}.wav", dtype="float32")
+        wav, _ = soundfile.read(f"{corpus.config.sources[0].root}/{i}.wav", dtype="float32")
         parts.append(tokenizer.features(torch.from_numpy(wav)[None], torch.tensor([len(wav)]))[0][0])
     x = torch.cat(parts)  # of all train frames; the statistics are of a sample of them
     assert x.mean(0).abs().max() < 0.3 and (x.std(0) - 1).abs().max() < 0.35
     assert load_extractor(str(tmp_path / "masked")).layers == 3
 
 
-def test_kmeans_step_facts_and_independence_of_order(read, artefact, tmp_path, monkeypatch):
-    facts = run_kmeans(read, str(tmp_path / "masked"), tmp_path / "again")
+def test_kmeans_step_facts_and_independence_of_order(corpus, artefact, tmp_path, monkeypatch):
+    facts = run_kmeans(corpus, str(tmp_path / "masked"), tmp_path / "again")
     assert facts["k"] == 12 and facts["layer"] == 2 and 140 <= facts["frames"] <= 150
     assert facts["used_clusters"] + facts["dead_clusters"] == 12
     assert 0 < facts["entropy"] <= math.log(12) and 0 < facts["explained"] < 1
@@ -184,21 +175,21 @@ def test_kmeans_step_facts_and_independence_of_order(read, artefact, tmp_path, m
         return forwards(fn, items[::-1], **{**how, "sizes": how.get("sizes") and how["sizes"][::-1]})[::-1]
 
     monkeypatch.setattr(fit_module, "parallel_map", backwards)
-    run_kmeans(read, str(tmp_path / "masked"), tmp_path / "backwards")
+    run_kmeans(corpus, str(tmp_path / "masked"), tmp_path / "backwards")
     for name in ("model.safetensors", "config.json"):
         first = store.get(store.join(artefact, "export", name))
         assert store.get(str(tmp_path / "again" / "export" / name)) == first
         assert store.get(str(tmp_path / "backwards" / "export" / name)) == first
 
 
-def test_features_of_a_killed_attempt_are_taken_up(read, artefact, monkeypatch):
+def test_features_of_a_killed_attempt_are_taken_up(corpus, artefact, monkeypatch):
     before = store.get(store.join(artefact, "export", "model.safetensors"))
     store.remove(store.join(artefact, "export"))
     store.remove(store.join(artefact, "features", "00001.safetensors"))
     encoded = []
     encode = fit_module.encode_frames
     monkeypatch.setattr(fit_module, "encode_frames", lambda *a: encoded.append(1) or encode(*a))
-    run_kmeans(read, artefact.replace("kmeans", "masked"), artefact)
+    run_kmeans(corpus, artefact.replace("kmeans", "masked"), artefact)
     assert len(encoded) == 1
     assert store.get(store.join(artefact, "export", "model.safetensors")) == before
 
@@ -268,7 +259,7 @@ def test_artefact_is_plain_and_says_what_it_is(artefact):
     assert weights["centroids"].shape == (12, 16) and weights["zscore.std"].dtype == torch.float32
 
 
-def test_saving_on_another_layer_gives_other_tokens(read, artefact, tmp_path):
+def test_saving_on_another_layer_gives_other_tokens(corpus, artefact, tmp_path):
     whole = load_extractor(str(tmp_path / "masked"))
     old = load_semantic(artefact)
     save_semantic(str(tmp_path / "other"), whole, 3, old.mean_D, old.std_D, old.centroids_KD, old.window, {})

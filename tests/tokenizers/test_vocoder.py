@@ -30,10 +30,10 @@ def made(tmp_path_factory):
     corpus = tiny.corpus(folder)
     path = tiny.built_tokenizer(f"{folder}/kmeans", corpus.wavs[:6])
     with pytest.MonkeyPatch.context() as patch:
-        tiny.read_by(patch, corpus.clips)
+        tiny.few_pieces(patch)
         out = RecordingOut(folder / "residual")
         tiny.run_residual(corpus, path, out)
-        yield corpus, {"manifest": "-", "kmeans": path, "residual": out.path}
+        yield corpus, {"manifest": corpus.manifest, "kmeans": path, "residual": out.path}
 
 
 def objective_of(made, vocoder, inputs=None):
@@ -177,7 +177,7 @@ def test_what_does_not_belong_together_is_refused(made, tmp_path):
         load_vocoder(build, more)
 
 
-def test_configs_that_cannot_train_are_refused(made):
+def test_configs_that_cannot_train_are_refused(made, tmp_path):
     corpus, inputs = made
     with pytest.raises(ValueError, match="exceeds heard_s"):
         type(tiny.tiny_vocoder())(crop_s=2.0, heard_s=1.0)
@@ -185,6 +185,5 @@ def test_configs_that_cannot_train_are_refused(made):
         with pytest.raises(ValueError, match=text):
             objective_of(made, tiny.tiny_vocoder().model_copy(update=change))
     with pytest.raises(ValueError, match="no clip of split 'dev'"):
-        with pytest.MonkeyPatch.context() as patch:
-            tiny.read_by(patch, corpus.clips[:6])
-            objective_of(made, tiny.tiny_vocoder())
+        trained = tiny.write_manifest(f"{tmp_path}/trained", corpus.clips[:6])
+        objective_of(made, tiny.tiny_vocoder(), {**inputs, "manifest": trained})

@@ -14,7 +14,7 @@ from audiolm.config import semantic as cv
 from audiolm.config.corpus import ClipFilter, CorpusConfig
 from audiolm.config.run import ClusterConfig
 from audiolm.config.training import TrainConfig
-from audiolm.data.clips import Clip, Part
+from audiolm.data.clips import Clip, Part, clips_parquet
 from audiolm.models import kmeans
 from audiolm.models.conformer import Encoder, EncoderSizes
 from audiolm.tokenizers import residual
@@ -29,7 +29,7 @@ WINDOW = Window(400, 50)
 
 
 def corpus(folder) -> SimpleNamespace:
-    """Six voices to train on, two a shard, and two others to validate: `config`, `clips`, `wavs`."""
+    """Six voices to train on, two a shard, and two others to validate: `config`, `manifest`, `clips`, `wavs`."""
     clips, wavs = [], []
     for i in range(8):
         wav = voice(RATE * 2 + 3700 * i, i).numpy()
@@ -39,15 +39,19 @@ def corpus(folder) -> SimpleNamespace:
                           sample_rate=RATE, frames=len(wav), parts=(part,), shard=i // 2, row=i % 2))
         wavs.append(wav)
     return SimpleNamespace(config=CorpusConfig(name="t", sources=({"kind": "folder", "name": "s", "root": str(folder)},)),
-                           clips=clips, wavs=wavs)
+                           manifest=write_manifest(f"{folder}/manifest", clips), clips=clips, wavs=wavs)
 
 
-def read_by(monkeypatch: pytest.MonkeyPatch, clips: list[Clip]) -> None:
-    """The manifest, without its step; four held-out pieces, as PESQ is slow."""
+def write_manifest(folder: str, clips: list[Clip]) -> str:
+    """A manifest's folder, without its step."""
+    store.put(f"{folder}/clips.parquet", clips_parquet(clips))
+    return folder
+
+
+def few_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four held-out pieces, as PESQ is slow."""
     pieces = gan.held_out_crops
     monkeypatch.setattr(gan, "held_out_crops", lambda *args: pieces(*args)[::4])
-    for module in (residual, gan):
-        monkeypatch.setattr(module, "read_clips", lambda path, split=None, where=None: [c for c in clips if c.split == split])
 
 
 def built_tokenizer(folder: str, wavs: list, seed: int = 0) -> str:
@@ -65,10 +69,11 @@ def built_tokenizer(folder: str, wavs: list, seed: int = 0) -> str:
     return folder
 
 
-def run_residual(corpus: SimpleNamespace, kmeans_path: str, out, **settings) -> dict:
+def run_residual(corpus: SimpleNamespace, kmeans_path: str, out, manifest: str | None = None, **settings) -> dict:
     config = {"residual": cv.ResidualConfig(**{"levels": 4, "iterations": 15, **settings}), "where": ClipFilter(),
               "corpus": corpus.config, "seed": 3, "cluster": ClusterConfig(device="cpu")}
-    inputs = {name: SimpleNamespace(path=path) for name, path in (("manifest", "-"), ("kmeans", kmeans_path))}
+    paths = {"manifest": manifest or corpus.manifest, "kmeans": kmeans_path}
+    inputs = {name: SimpleNamespace(path=path) for name, path in paths.items()}
     return residual.fit_residual(config, inputs, out)
 
 

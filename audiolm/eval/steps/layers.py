@@ -20,7 +20,6 @@ from audiolm.config.corpus import ClipFilter
 from audiolm.config.external import AbxFilesConfig
 from audiolm.config.semantic import AbxConfig, LayerSweepConfig
 from audiolm.dag.outputs import build_of
-from audiolm.data.clips import Clip, read_clips
 from audiolm.data.parallel import cluster_device, parallel_map
 from audiolm.data.sources import roots
 from audiolm.eval.metrics import abx
@@ -30,7 +29,7 @@ from audiolm.render import plots
 from audiolm.tokenizers.artifact import ArtifactError
 from audiolm.tokenizers.base import SAMPLE_RATE, SEMANTIC_HOP
 from audiolm.tokenizers.extractor import Extractor, Window, window_of
-from audiolm.tokenizers.kmeans_fit import MIN_STD, FeatureSource, encode_frames, model_of, sample_shard
+from audiolm.tokenizers.kmeans_fit import MIN_STD, FeatureSource, encode_frames, frames_by_shard, model_of, sample_shard
 from audiolm.tokenizers.semantic import extractor_from_export, load_extractor
 from audiolm.train import checkpoint
 from audiolm.train.commits import commits
@@ -86,13 +85,14 @@ def choose_layer(config: dict[str, Any], inputs: dict[str, Any], out: Any) -> di
     best = [row["layer"] for row in sorted(rows[1:], key=_mean_error)[:sweep.top]]
 
     # The best layers by the centroids of each K, fitted on a sample of the training frames.
-    shards = _train_shards(inputs["manifest"].path, config["where"])
+    manifest, source_roots = inputs["manifest"].path, roots(config["corpus"])
+    shards = list(frames_by_shard(manifest, config["where"]))
     quota = max(1, sweep.frames // len(shards))  # frames a shard
-    source_roots = roots(config["corpus"])
-    spread(sample_shard, [(FeatureSource(model, layer, task.window, source_roots, config["seed"], device), shards[n], n, quota,
-                           _folder(out.path, layer)) for layer in best for n in sorted(shards)], "samples")
+    spread(sample_shard, [(FeatureSource(model, layer, task.window, manifest, config["where"], source_roots, config["seed"],
+                                         device), n, quota, _folder(out.path, layer)) for layer in best for n in shards],
+           "samples")
     ks = list(sweep.k) if config["k"] == "auto" else [config["k"]]
-    rows += spread(score_centroids, [(task, layer, k, _folder(out.path, layer), sorted(shards), sweep.iterations)
+    rows += spread(score_centroids, [(task, layer, k, _folder(out.path, layer), shards, sweep.iterations)
                                      for layer in best for k in ks], "candidates")
     choice = min((row for row in rows if row["k"]), key=_mean_error)
 
@@ -125,13 +125,6 @@ def held_out_items(abx_set: AbxFilesConfig | AbxConfig, manifest: str, where: Cl
         raise ValueError("semantic.abx: the choice is made within and across speakers who are neither trained on nor test; of "
                          f"the item file's these are {speakers}: hold at least two out with corpus.hold_out.dev=[...]")
     return speakers, audio_paths(abx_set.audio, set(items.of(speakers).file.tolist()))
-
-
-def _train_shards(manifest: str, where: ClipFilter) -> dict[int, list[Clip]]:
-    shards: dict[int, list[Clip]] = {}
-    for clip in read_clips(manifest, "train", where):
-        shards.setdefault(clip.shard, []).append(clip)
-    return shards
 
 
 def _layers(sweep: LayerSweepConfig, layer: int | str, n: int) -> list[int]:

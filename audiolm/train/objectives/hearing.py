@@ -17,7 +17,7 @@ from torch import nn
 from audiolm import rng
 from audiolm.config.lm import DecoderConfig
 from audiolm.data.crops import CropSampler
-from audiolm.data.tokens import RATIO, TokenStore
+from audiolm.data.tokens import RATIO, spec_of
 from audiolm.lm.batches import TokenBatches
 from audiolm.lm.stages import Stage
 from audiolm.models.spectral.codec import SpectralCodec
@@ -142,7 +142,7 @@ def hearing_objective(config: Mapping[str, Any], inputs: Mapping[str, str], ctx:
     if not isinstance(getattr(codec, "model", None), SpectralCodec):
         raise ValueError(f"lm.decoder makes frames of the spectral codec, and this one is {codec.spec.name!r}: set "
                          "codec.family=spectral or lm.decoder=null")
-    k = TokenStore(inputs["semantic_tokens"]).spec["vocab"]
+    k = spec_of(inputs["semantic_tokens"])["vocab"]
     stage = Stage("decoder", k, codec.spec.vocab, (0, codec.spec.n_q), codec.spec.n_q, False, shape.crop_s)
     paths = [inputs[name] for name in ("manifest", "semantic_tokens", "acoustic_tokens")]
     train, dev = (TokenBatches(*paths, stage, split, shape.where, shape.train.batch, ctx.seed) for split in ("train", "dev"))

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 
 from audiolm import rng
 from audiolm.config.semantic import MaskedModelConfig
-from audiolm.data.clips import Clip, read_clip, read_clips
+from audiolm.data.clip_table import ClipTable, read_clip_table
+from audiolm.data.clips import read_clip
 from audiolm.data.crops import AudioCrops
 from audiolm.data.sources import roots
 from audiolm.models.augment import Augmentation, augment, draw_augmentation
@@ -125,9 +126,9 @@ def masked_inputs(config: Mapping[str, Any], inputs: Mapping[str, str], ctx: Con
     Raises ValueError for a split without clips.
     """
     sizes, where, folders = config["model"], config["where"], roots(config["corpus"])
-    train, dev = (read_clips(inputs["manifest"], split, where) for split in ("train", "dev"))
+    train, dev = (read_clip_table(inputs["manifest"], split, where) for split in ("train", "dev"))
     for split, clips in (("train", train), ("dev", dev)):
-        if not clips:
+        if not len(clips):
             raise ValueError(f"the masked model needs {split} clips and the manifest has none for semantic.where = "
                              f"{where.source}: widen semantic.where" + (" or raise corpus.dev" if split == "dev" else ""))
     crop = whole_frames(sizes.crop_s) * SEMANTIC_HOP
@@ -137,25 +138,26 @@ def masked_inputs(config: Mapping[str, Any], inputs: Mapping[str, str], ctx: Con
     return MaskedInputs(sizes, crops, held, config["seed"]), fit_sample(train, folders, crop, config["seed"])
 
 
-def eval_pieces(clips: Sequence, crop: int) -> list[tuple[int, int, int]]:
+def eval_pieces(clips: ClipTable, crop: int) -> list[tuple[int, int, int]]:
     """(clip, start, samples) of whole crops that cover the dev clips, evenly thinned to EVAL_S."""
-    every = [(i, at, min(crop, c.samples - at)) for i, c in enumerate(clips) for at in range(0, c.samples, crop)
-             if at == 0 or c.samples - at >= crop // 2]  # a clip's rest counts from half a crop on
+    every = [(i, at, min(crop, n - at)) for i, n in enumerate(clips.samples.tolist()) for at in range(0, n, crop)
+             if at == 0 or n - at >= crop // 2]  # a clip's rest counts from half a crop on
     keep = min(len(every), max(1, int(EVAL_S * SAMPLE_RATE / crop)))
     return [every[j * len(every) // keep] for j in range(keep)]
 
 
-def fit_sample(clips: Sequence[Clip], folders: dict[str, str], crop: int, seed: int) -> Sample:
+def fit_sample(clips: ClipTable, folders: dict[str, str], crop: int, seed: int) -> Sample:
     """Log-mels of random crops of at most FIT_S together, in a fixed order, read as they are asked for."""
     chosen, seconds = [], 0.0
-    for i in rng.generator(seed, "fit-clips").permutation(len(clips)).tolist():
+    for i in map(int, rng.generator(seed, "fit-clips").permutation(len(clips))):
         if seconds >= FIT_S:
             break
         chosen.append(i)
-        seconds += min(clips[i].samples, crop) / SAMPLE_RATE
+        seconds += min(int(clips.samples[i]), crop) / SAMPLE_RATE
     for i in sorted(chosen):
-        start = int(rng.generator(seed, "fit-crop", i).integers(max(0, clips[i].samples - crop) + 1))
-        wav = torch.from_numpy(read_clip(clips[i], folders, start, min(crop, clips[i].samples - start)))
+        samples = int(clips.samples[i])
+        start = int(rng.generator(seed, "fit-crop", i).integers(max(0, samples - crop) + 1))
+        wav = torch.from_numpy(read_clip(clips[i], folders, start, min(crop, samples - start)))
         yield extractor_mel(wav[None], torch.tensor([len(wav)]))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from audiolm.config.lm import LMConfig
-from audiolm.data.tokens import TokenStore
+from audiolm.data.tokens import spec_of
 from audiolm.lm.batches import EvalCrop, TokenBatches
 from audiolm.lm.layouts import build_stages
 from audiolm.lm.loss import level_sums, mean_loss, n_sums
@@ -38,7 +38,7 @@ def codes_of(config: Mapping[str, Any], inputs: Mapping[str, str]) -> torch.Tens
 
 def stage_of(config: Mapping[str, Any], inputs: Mapping[str, str]) -> Stage:
     """The stage's layout; sizes come from the token stores it reads. Raises ValueError where there is no such stage."""
-    specs = {name: TokenStore(inputs[name]).spec for name in ("semantic_tokens", "acoustic_tokens") if name in inputs}
+    specs = {name: spec_of(inputs[name]) for name in ("semantic_tokens", "acoustic_tokens") if name in inputs}
     k = specs["semantic_tokens"]["vocab"] if "semantic_tokens" in specs else 0
     name = config["stage"]
     lm = LMConfig.model_validate({**config["layout"], name.removeprefix("lm_"): config["lm"]})

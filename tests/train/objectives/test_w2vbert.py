@@ -16,13 +16,12 @@ from audiolm import store
 from audiolm.config.corpus import ClipFilter, CorpusConfig
 from audiolm.config.semantic import AugmentConfig, MaskedModelConfig, W2vBertConfig
 from audiolm.config.training import TrainConfig
-from audiolm.data.clips import Clip, Part
+from audiolm.data.clips import Clip, Part, clips_parquet
 from audiolm.models.conformer import EncoderSizes
 from audiolm.models.w2vbert import W2vBertModel, contrastive_logits, diversity, draw_gumbel, draw_negatives
 from audiolm.tokenizers.extractor import extractor_mel
 from audiolm.tokenizers.semantic import load_extractor
 from audiolm.train.engine import make_engine
-from audiolm.train.objectives import masked_inputs
 from audiolm.train.objectives import w2vbert as ow
 from audiolm.train.objectives.base import Context
 from audiolm.train.objectives.masked_inputs import MaskedInputs
@@ -325,7 +324,7 @@ def test_the_split_of_layers_is_checked():
         ow.w2vbert_model(sizes.model_copy(update={"w2vbert": W2vBertConfig(contrastive_layers=6)}))
 
 
-def test_the_factory_measures_the_input_and_shares_out_validation(tmp_path, monkeypatch):
+def test_the_factory_measures_the_input_and_shares_out_validation(tmp_path):
     clips = []
     for i in range(6):
         wav = syllables(50 + i, 1.0 + 0.37 * i).numpy()
@@ -333,14 +332,14 @@ def test_the_factory_measures_the_input_and_shares_out_validation(tmp_path, monk
         part = Part(id=str(i), uri=f"{i}.wav", start=0, frames=len(wav), offset=0, text="")
         clips.append(Clip(id=str(i), origin="s", source="s", speaker=str(i), split="dev" if i > 2 else "train",
                           sample_rate=RATE, frames=len(wav), parts=(part,), shard=0, row=i))
-    monkeypatch.setattr(masked_inputs, "read_clips", lambda path, split, where: [c for c in clips if c.split == split])
+    store.put(f"{tmp_path}/manifest/clips.parquet", clips_parquet(clips))
     sizes = objective(augment=AugmentConfig(pitch=1.0, noise=1.0, reverb=1.0)).inputs.sizes.model_copy(update={"crop_s": 1.0})
     config = {"model": sizes, "train": sizes.train, "where": ClipFilter(), "seed": 3,
               "corpus": CorpusConfig(name="t", sources=({"kind": "folder", "name": "s", "root": str(tmp_path)},))}
 
     def make(rank: int, world: int) -> ow.W2vBertObjective:
         torch.manual_seed(0)
-        return ow.w2vbert_objective(config, {"manifest": "-"}, Context(rank, world, CPU, seed=3))
+        return ow.w2vbert_objective(config, {"manifest": f"{tmp_path}/manifest"}, Context(rank, world, CPU, seed=3))
 
     one, two = make(0, 1), [make(r, 2) for r in (0, 1)]
     same(one.model.state_dict(), two[1].model.state_dict())
