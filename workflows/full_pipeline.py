@@ -43,9 +43,9 @@ def graph(cfg: Pipeline) -> list[Step]:
 
     # The token stores; the codec computes in float32 whatever the dtype of the masked model.
     encode, exact = {**common, "tokens": cfg.tokens}, cfg.tokens.model_copy(update={"dtype": "float32"})
-    z = Step("semantic_tokens", FUNCTIONS["encode_tokens"], {**encode, "which": "semantic"}, (manifest, kmeans), part="shard-")
+    z = Step("semantic_tokens", FUNCTIONS["encode_tokens"], {**encode, "which": "semantic"}, (manifest, kmeans), part="shard")
     y = Step("acoustic_tokens", FUNCTIONS["encode_tokens"], {**encode, "which": "acoustic", "tokens": exact},
-             (manifest, codec), part="shard-")
+             (manifest, codec), part="shard")
     semantic_figures = Step("semantic_figures", FUNCTIONS["measure_semantic"],
                             {**common, "figures": semantic_metrics_config(sem.abx, sem.where)}, (manifest, kmeans, z))
 

@@ -16,10 +16,12 @@ class DamagedFile(ValueError):
     """A Parquet file whose bytes are not what was written; the text names it and the fix."""
 
 
-def table_bytes(table: pa.Table, row_group_size: int | None = None) -> bytes:
-    """A Parquet file of row groups of so many rows, by default a million."""
+def table_bytes(table: pa.Table, row_group_size: int | None = None, footer: dict[bytes, bytes] | None = None) -> bytes:
+    """A Parquet file of row groups of so many rows, by default a million, with further entries of its `footer`."""
     sink = io.BytesIO()
-    pq.write_table(table, sink, row_group_size=row_group_size, write_page_checksum=True)
+    with pq.ParquetWriter(sink, table.schema, write_page_checksum=True) as writer:
+        writer.write_table(table, row_group_size)
+        writer.add_key_value_metadata(footer or {})
     return sink.getvalue()
 
 
@@ -30,9 +32,9 @@ def read_table(path: str) -> pa.Table:
         return open_file(io.BytesIO(data)).read()
 
 
-def open_file(f) -> pq.ParquetFile:
-    """An open file as one whose pages are verified as they are read."""
-    return pq.ParquetFile(f, page_checksum_verification=True)
+def open_file(f, footer: pq.FileMetaData | None = None) -> pq.ParquetFile:
+    """An open file as one whose pages are verified as they are read; a known `footer` is not read again."""
+    return pq.ParquetFile(f, metadata=footer, page_checksum_verification=True)
 
 
 @contextmanager

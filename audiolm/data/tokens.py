@@ -3,15 +3,18 @@
 `shard-00000.parquet` holds the manifest's shard 0 in its order: id, n_frames, n_dedup (semantic only: frames after
 collapsing runs) and one list<uint16> column per quantizer level (q00, q01, ...), so a reader takes the levels it needs.
 Copies of train clips at other speeds (ids `{id}@{speed}`) follow a shard's clips; only language models train on them.
-Every footer names the TokenSpec, the tokenizer's hash, device, dtype, library versions and the manifest's build; files
-that disagree are refused.  A spec here is the plain JSON of tokenizers.base.TokenSpec.
-Shapes: z_T semantic tokens, codes_TQ tokens of Q levels, T frames.
+Every footer names the TokenSpec, the tokenizer's hash, device, dtype, library versions and the manifest's build, and counts
+the codes.  `shards.parquet` is the index of the shards (data/token_index.py); a file that it does not know is refused.
+A spec here is the plain JSON of tokenizers.base.TokenSpec.
+Shapes: z_T semantic tokens, codes_TQ tokens of Q levels, T frames, V codes.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,17 +26,14 @@ from fsspec.parquet import open_parquet_file
 
 from audiolm import store
 from audiolm.data import parquet
-from audiolm.data.parallel import thread_map
+from audiolm.data.token_index import KEY, NAME, IndexBuilder, ShardRecord, TokenError, TokenIndex, read_index
 
 RATIO = 2  # acoustic frames per semantic frame, the contract of tokenizers.base
 ROW_GROUP = 200  # clips; small enough that a reader of one clip does not decode an hour
 FOOTER = 65_536  # bytes read first, at a file's end; they hold the footer unless it has very many columns
-_KEY = b"audiolm.tokens"  # of the footer's metadata
-_OWN = ("shard", "clips", "frames", "digest", "rejected")  # fields that differ from file to file; all others must agree
-
-
-class TokenError(ValueError):
-    """A token store that cannot be used; the text names the file, what it holds and the fix."""
+COUNTS = b"audiolm.counts"  # of the footer: counts_QV of the clips that are no copies, int32, compressed
+OWN = ("shard", "clips", "copies", "frames", "digest", "rejected")  # of one file's metadata; all shards share the rest
+REPAIR = "give the run's command once more with --repair, which makes only what is missing"
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,9 @@ def run_starts(z_T: np.ndarray) -> np.ndarray:
 
 
 def shard_bytes(ids: Sequence[str], codes: Sequence[np.ndarray], meta: dict[str, Any], shard: int,
-                dedup: bool, rejected: Sequence[str] = ()) -> bytes:
-    """A shard file: codes[i] is codes_TQ of clip ids[i]; what stands there for `rejected` ids is used by nobody.
+                dedup: bool, rejected: Sequence[str] = (), copies: int = 0) -> bytes:
+    """A shard file: codes[i] is codes_TQ of clip ids[i]; what stands there for `rejected` ids is used by nobody.  The last
+    `copies` are clips at other speeds.
 
     `meta` (which, spec, hash, manifest, shards, device, dtype, versions) is common to all shards of a store.  The same
     tokens give the same bytes.  Raises TokenError for codes that do not fit the spec."""
@@ -76,14 +77,16 @@ def shard_bytes(ids: Sequence[str], codes: Sequence[np.ndarray], meta: dict[str,
     columns = {"id": pa.array(list(ids), pa.string()), "n_frames": pa.array(frames)}
     if dedup:
         columns["n_dedup"] = pa.array(np.array([int(run_starts(c[:, 0]).sum()) for c in codes], np.int32))
+    counts_QV, originals = np.zeros((spec["n_q"], spec["vocab"]), np.int32), int(frames[:len(frames) - copies].sum())
     for q in range(spec["n_q"]):
         values = np.concatenate([c[:, q] for c in codes] or [np.empty(0)]).astype(np.uint16)
         columns[level_name(q)] = pa.ListArray.from_arrays(offsets, pa.array(values))
+        counts_QV[q] = np.bincount(values[:originals], minlength=spec["vocab"])
     digest = clips_digest(ids, frames.astype(np.int64) * spec["hop"])
-    own = {"shard": shard, "clips": len(frames), "frames": int(frames.sum()), "digest": digest,
+    own = {"shard": shard, "clips": len(frames), "copies": copies, "frames": int(frames.sum()), "digest": digest,
            "rejected": list(rejected)}
-    table = pa.table(columns).replace_schema_metadata({_KEY: json.dumps({**meta, **own}, sort_keys=True).encode()})
-    return parquet.table_bytes(table, ROW_GROUP)
+    table = pa.table(columns).replace_schema_metadata({KEY: json.dumps({**meta, **own}, sort_keys=True).encode()})
+    return parquet.table_bytes(table, ROW_GROUP, {COUNTS: zlib.compress(counts_QV.tobytes())})
 
 
 def clips_digest(ids: Sequence[str], samples: np.ndarray) -> str:
@@ -97,19 +100,46 @@ def clips_digest(ids: Sequence[str], samples: np.ndarray) -> str:
 
 def read_meta(path: str) -> dict[str, Any]:
     """The metadata in a shard file's footer. Raises FileNotFoundError, DamagedFile, and TokenError for another kind of file."""
-    found = (_read(path, lambda f: f.schema_arrow).metadata or {}).get(_KEY)
+    return _read(path, lambda f: _meta(f, path))
+
+
+def _meta(file: Any, path: str) -> dict[str, Any]:
+    found = (file.schema_arrow.metadata or {}).get(KEY)
     if found is None:
-        raise TokenError(f"{path} is not a token shard: its metadata has no {_KEY.decode()}; "
+        raise TokenError(f"{path} is not a token shard: its metadata has no {KEY.decode()}; "
                          "remove it and run the token step again")
     return json.loads(found)
 
 
-def _read(path: str, read: Callable[[Any], Any]) -> Any:
-    """What `read` makes of an open file, whose pages are verified."""
+def read_record(path: str, size: int) -> ShardRecord:
+    """A shard file's footer, and n_dedup of its clips; no token is read. Raises as `read_meta`."""
+    return _read(path, lambda f: _record(f, path, size), FOOTER)
+
+
+def record_of(data: bytes, name: str) -> ShardRecord:
+    """`read_record` of a shard file's bytes."""
+    return _record(parquet.open_file(io.BytesIO(data)), name, len(data))
+
+
+def _record(file: Any, path: str, size: int) -> ShardRecord:
+    meta = _meta(file, path)
+    try:
+        own, spec = {name: meta.pop(name) for name in OWN}, meta["spec"]
+        counts = zlib.decompress(file.metadata.metadata[COUNTS])
+    except (KeyError, zlib.error) as e:
+        raise TokenError(f"{path} is damaged or of an older version ({type(e).__name__}: {e}); remove it and run the token "
+                         "step again") from e
+    n_dedup = file.read(columns=["n_dedup"])["n_dedup"].to_numpy() if "n_dedup" in file.schema_arrow.names else None
+    return ShardRecord(meta=meta, size=size, n_dedup=n_dedup, **own,
+                       counts_QV=np.frombuffer(counts, np.int32).reshape(spec["n_q"], spec["vocab"]))
+
+
+def _read(path: str, read: Callable[[Any], Any], ahead: int | None = None) -> Any:
+    """What `read` makes of an open file, whose pages are verified; from an object store in requests of `ahead` bytes."""
     fs, p = store.open_fs(path)
 
     def whole():
-        with fs.open(p, "rb") as f:
+        with fs.open(p, "rb", block_size=ahead) as f:
             return read(parquet.open_file(f))
 
     with parquet.intact(path):
@@ -119,6 +149,11 @@ def _read(path: str, read: Callable[[Any], Any]) -> Any:
 def tokenizer_dtype(path: str) -> str:
     """The number format that a store's tokenizer computed in: "float32" or "bfloat16". Raises as `read_meta`."""
     return read_meta(store.join(path, shard_name(0)))["dtype"]
+
+
+def spec_of(path: str) -> dict[str, Any]:
+    """The TokenSpec of a store, by its first shard, without opening the store. Raises as `read_meta`."""
+    return read_meta(store.join(path, shard_name(0)))["spec"]
 
 
 def open_columns(path: str, columns: Sequence[str]) -> Any:
@@ -145,35 +180,48 @@ def read_shard(path: str, columns: Sequence[str]) -> dict[str, Any]:
     return out
 
 
-class TokenStore:
-    """A finished store: `spec` (TokenSpec as JSON), `hash` of its tokenizer, `shards` (their number), `meta`, `files`.
+def listing(path: str) -> dict[str, int]:
+    """Sizes in bytes of the shard files of a store, by name."""
+    return {n: size for n, size in store.files(path).items() if n.startswith("shard-") and n.endswith(".parquet")}
 
-    Reads every footer once.  Raises TokenError for missing shards and for shards of different tokenizers or manifests."""
+
+def index_shards(path: str) -> None:
+    """Writes the index of a folder of shards from their footers."""
+    found = listing(path)
+    records = sorted((read_record(store.join(path, name), size) for name, size in found.items()), key=lambda r: r.shard)
+    builder = IndexBuilder(np.array([r.clips for r in records]), records[0].n_dedup is not None)
+    for record in records:
+        builder.add(record)
+    store.put(store.join(path, NAME), builder.to_bytes())
+
+
+class TokenStore:
+    """A finished store: `spec` (TokenSpec as JSON), `hash` of its tokenizer, `shards` (their number), `meta`, `files` (each
+    shard's own fields).
+
+    Reads the index and a listing.  Raises TokenError where they do not agree."""
 
     def __init__(self, path: str):
-        self.path = path
-        found = [n for n in store.names(path) if n.startswith("shard-") and n.endswith(".parquet")]
-        if not found:
-            raise TokenError(f"no token shards in {path}; run its token step first")
-        self.meta: dict[str, Any] = {}
-        self.files: list[dict[str, Any]] = []  # each shard's own fields
-        # The first footer sets the common fields; every other footer must agree with it.
-        for name, meta in zip(found, thread_map(lambda n: read_meta(store.join(path, n)), found), strict=True):
-            self.meta = self.meta or {k: v for k, v in meta.items() if k not in _OWN}
-            for field, value in self.meta.items():
-                if meta.get(field) != value:
-                    raise TokenError(f"{path} mixes tokens: {field} is {value!r} in {found[0]} but {meta.get(field)!r} "
-                                     f"in {name}; run the token step again with --force")
-            self.files.append({k: meta[k] for k in _OWN})
-        self.spec: dict[str, Any] = self.meta["spec"]
-        self.hash: str = self.meta["hash"]
-        self.shards: int = self.meta["shards"]
+        self.path, found = path, listing(path)
+        try:
+            self.index: TokenIndex = read_index(path)
+        except FileNotFoundError as e:
+            raise TokenError(f"{path} has no index {NAME} of its {len(found)} shards: {REPAIR}; where it never had one, of an "
+                             "older version, run its token step again with --force" if found else
+                             f"no token shards in {path}; run its token step first") from e
+        self.meta, self.files = self.index.meta, self.index.files
+        self.spec, self.hash, self.shards = self.meta["spec"], self.meta["hash"], len(self.files)
         self.speeds = tuple(self.meta.get("speeds", ()))
-        if missing := sorted(set(map(shard_name, range(self.shards))) - set(found)):
-            raise TokenError(f"{path} lacks {len(missing)} of {self.shards} shards, first {missing[0]}; "
-                             "give the run's command once more with --repair, which makes only what is missing")
-        if len(found) != self.shards:
-            raise TokenError(f"{path} holds {len(found)} shard files, its manifest has {self.shards}; use a new build")
+        expected = {shard_name(k): file["size"] for k, file in enumerate(self.files)}
+        if missing := [name for name in expected if name not in found]:
+            raise TokenError(f"{path} lacks {len(missing)} of {self.shards} shards, first {missing[0]}; {REPAIR}")
+        if added := [name for name in found if name not in expected]:
+            raise TokenError(f"{path} holds {len(added)} files that its index does not name, first {added[0]}: remove them, or "
+                             "run the token step again with --force")
+        if changed := [name for name, size in found.items() if size != expected[name]]:
+            name = changed[0]
+            raise TokenError(f"{path}/{name} has {found[name]} bytes, the index says {expected[name]}, and {len(changed) - 1} "
+                             f"more shards differ; {REPAIR}")
 
     def read(self, k: int, columns: Sequence[str]) -> dict[str, Any]:
         """Columns of shard k as `read_shard` returns them."""
@@ -195,6 +243,9 @@ class TokenStore:
         codes_TQ, lengths, at = np.empty((self.files[k]["frames"], len(names)), np.uint16), [], 0
         with open_columns(path, names) as f:
             file = parquet.open_file(f)
+            if (meta := _meta(file, path))["digest"] != self.files[k]["digest"] or meta["hash"] != self.hash:
+                raise TokenError(f"{path} is not the shard that the store's index describes (tokenizer {meta['hash']!r}, the "
+                                 f"index has {self.hash!r}); {REPAIR}")
             for group in range(file.num_row_groups):
                 table = file.read_row_group(group, columns=names)
                 lengths.append(pc.list_value_length(table[names[0]]).to_numpy())

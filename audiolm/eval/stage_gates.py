@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from audiolm.data.parallel import cluster_device, parallel_map
-from audiolm.data.tokens import level_name, read_meta, shard_name
+from audiolm.data.tokens import level_name, spec_of
 from audiolm.eval.metrics.likelihood import measure_stage
 from audiolm.store import get_json, join, put_json
 
@@ -36,7 +36,7 @@ def check_inputs(config: Mapping[str, Any], inputs: Mapping[str, Any], out: Any)
     verdicts = {}
     for which, step in (("semantic", "kmeans"), ("acoustic", "codec")):
         if tokens := inputs.get(f"{which}_tokens"):
-            spec = read_meta(join(tokens.path, shard_name(0)))["spec"]
+            spec = spec_of(tokens.path)
             coarse = which == "acoustic" and config["stage"] == "lm_coarse"
             levels = config["layout"]["coarse_levels"] if coarse else spec["n_q"]
             verdicts[f"{which}_tokens"] = tokens_verdict(which, step, tokens.facts, spec["vocab"], levels)

@@ -18,14 +18,12 @@ import torch
 
 from audiolm import store
 from audiolm.dag.outputs import build_of, path_of
-from audiolm.data.tokens import read_meta, shard_bytes, shard_name
+from audiolm.data.tokens import OWN, index_shards, read_meta, shard_bytes, shard_name
 from audiolm.generate.load import load, system_steps
 from audiolm.tokenizers.artifact import read_export, write_export
 from audiolm.tokenizers.extractor import Window
 from audiolm.tokenizers.publish import half_precision, without_paths
 from audiolm.tokenizers.semantic import extractor_from_export, save_semantic
-
-OWN_FIELDS = ("shard", "clips", "frames", "digest")  # of one shard's metadata
 
 
 @dataclass(frozen=True)
@@ -93,9 +91,10 @@ def _semantic(build: str, out: str) -> None:
 
 def _facts(build: str, out: str) -> None:
     """A token store without clips: how its tokenizer computed, and the mean run length."""
-    meta = {key: value for key, value in read_meta(store.join(build, shard_name(0))).items() if key not in OWN_FIELDS}
+    meta = {key: value for key, value in read_meta(store.join(build, shard_name(0))).items() if key not in OWN}
     done = store.get_json(store.join(build_of(build), "done.json"))
     store.put(f"{path_of(out, 1)}/{shard_name(0)}", shard_bytes([], [], meta | {"shards": 1}, 0, dedup=True))
+    index_shards(path_of(out, 1))
     store.put_json(f"{out}/done.json", {"facts": {"mean_run": done["facts"]["mean_run"]}})
 
 

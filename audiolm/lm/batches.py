@@ -22,7 +22,6 @@ import torch
 from audiolm import rng
 from audiolm.config.corpus import ClipFilter
 from audiolm.data.clips import Clip, token_clips
-from audiolm.data.parallel import thread_map
 from audiolm.data.tokens import RATIO, TokenStore, check_pair
 from audiolm.lm.clip_lengths import read_lengths
 from audiolm.lm.pack_rows import pack_rows
@@ -82,13 +81,12 @@ class TokenBatches:
 
     @cached_property
     def plan(self) -> PackingPlan:
-        """The packing plan, made at the first batch. With deduplication it reads a number of each clip from the store."""
+        """The packing plan, made at the first batch. With deduplication it reads a number of each clip from the index."""
         stage, lengths = self.stage, self.lengths
         costs = stage.frame_ids * self.frames + stage.n_special
         if stage.needs_semantic and stage.dedupe:
-            per_shard = thread_map(lambda k: self.semantic.read(k, ["n_dedup"])["n_dedup"], lengths.shards.tolist())
-            costs += np.concatenate([n_dedup[lengths.rows[lengths.firsts[s]:lengths.firsts[s + 1]]]
-                                     for s, n_dedup in enumerate(per_shard)])
+            n_dedup, places = self.semantic.index.n_dedup()
+            costs += n_dedup[np.repeat(places[lengths.shards], np.diff(lengths.firsts)) + lengths.rows]
         elif stage.needs_semantic:
             costs += self.frames
         # a row pays the special ids of one clip more than the costs know of (the one it cuts), and a cut falls on whole

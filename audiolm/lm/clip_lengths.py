@@ -1,6 +1,6 @@
 """Lengths of a split's clips in semantic frames, as arrays that also hold a corpus of 60,000 hours.
 
-A few columns of the manifest are read, a batch of rows at a time.  Each shard's clips and lengths are compared with the
+A few columns of the manifest are read, a row group at a time.  Each shard's clips and lengths are compared with the
 token stores by digest, so tokens of another manifest are refused before anything is trained.
 """
 
@@ -11,17 +11,13 @@ from dataclasses import dataclass
 from itertools import groupby, pairwise
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
-from audiolm import store
 from audiolm.config.corpus import ClipFilter
-from audiolm.data import parquet
 from audiolm.data.audio import SAMPLE_RATE_HZ, samples_at
+from audiolm.data.clip_groups import ClipGroups, passes
 from audiolm.data.tokens import TokenError, TokenStore, clips_digest, run_starts
 
-COLUMNS = ["id", "origin", "source", "split", "sample_rate", "frames", "shard"]
-BATCH_ROWS = 65_536  # of the manifest in memory at once, a few MB
+COLUMNS = ["id", "origin", "source", "sample_rate", "frames", "shard"]
 
 
 @dataclass(frozen=True)
@@ -72,19 +68,13 @@ def read_lengths(manifest_path: str, split: str, where: ClipFilter | None, hop: 
 def _manifest_runs(manifest_path: str, split: str,
                    where: ClipFilter | None) -> Iterator[tuple[int, list[str], np.ndarray, np.ndarray]]:
     """(shard, ids, samples at 16 kHz, True where `where` takes the clip) of runs of one shard, in the manifest's order."""
-    fs, p = store.open_fs(path := store.join(manifest_path, "clips.parquet"))
-    with parquet.intact(path), fs.open(p, "rb") as f:
-        for batch in parquet.open_file(f).iter_batches(BATCH_ROWS, columns=COLUMNS):
-            batch = batch.filter(pc.equal(batch["split"], split))
-            shard, ids = batch["shard"].to_numpy(), batch["id"]
-            samples = samples_at(batch["frames"].to_numpy(), batch["sample_rate"].to_numpy())
-            taken = np.ones(len(samples), bool)
-            if where is not None and where.source is not None:
-                named = [pc.is_in(batch[n], value_set=pa.array(where.source, pa.string())) for n in ("origin", "source")]
-                taken = pc.or_(*named).to_numpy(zero_copy_only=False)
-            starts = np.flatnonzero(run_starts(shard)).tolist()
-            for a, b in pairwise([*starts, len(shard)]):
-                yield int(shard[a]), ids[a:b].to_pylist(), samples[a:b], taken[a:b]
+    for table, _ in ClipGroups(manifest_path).scan(COLUMNS, split):
+        shard, ids = table["shard"].to_numpy(), table["id"]
+        samples = samples_at(table["frames"].to_numpy(), table["sample_rate"].to_numpy())
+        taken = passes(table, None, where)
+        starts = np.flatnonzero(run_starts(shard)).tolist()
+        for a, b in pairwise([*starts, len(shard)] if starts else []):
+            yield int(shard[a]), ids[a:b].to_pylist(), samples[a:b], taken[a:b]
 
 
 def _difference(tokens: TokenStore, k: int, ids: list[str], samples: np.ndarray) -> str:

@@ -1,7 +1,9 @@
 """The steps `semantic_tokens` and `acoustic_tokens`: clips to tokens, one task a shard.
 
-A task forms batches by a rule of the shard alone, decodes the next batch while one is encoded, and
-writes one file; a finished file with the same metadata is skipped. Clips are encoded whole (the
+A task reads its shard's clips, forms batches by a rule of the shard alone, decodes the next batch
+while one is encoded, and writes one file. Of files that an interrupted attempt left, one listing and
+their footers are read: a shard whose metadata is the same gets no task. The driver folds results as
+they come into the facts and the store's index, written last. Clips are encoded whole (the
 semantic tokenizer cuts long ones into windows), and codes_TQ of a clip has padded_samples(n) / hop
 frames. Copies at other speeds (tokens.speeds) have batches of their own, so that they change no
 clip's tokens. Facts count them in `copies` and the seconds alone. A collapsed tokenizer (fewer than
@@ -28,13 +30,14 @@ import torch
 from audiolm import store
 from audiolm.data import tokens
 from audiolm.data.audio_check import file_hash
-from audiolm.data.clips import Clip, read_clip, token_clips
-from audiolm.data.manifest import read_listing
-from audiolm.data.parallel import cluster_device, parallel_map
-from audiolm.data.parquet import DamagedFile, read_table
+from audiolm.data.clip_table import shard_sizes
+from audiolm.data.clips import Clip, read_clip, shard_clips
+from audiolm.data.parallel import cluster_device, parallel_each, parallel_map, thread_map
+from audiolm.data.parquet import DamagedFile
 from audiolm.data.sources import locate, roots
+from audiolm.data.token_index import NAME, IndexBuilder, ShardRecord
 from audiolm.tokenizers.base import ACOUSTIC_HOP, SAMPLE_RATE, SEMANTIC_HOP, TokenSpec, pad_rows, padded_samples
-from audiolm.tokenizers.encode_facts import TOKENIZER, facts_of, rejected_facts, shard_facts
+from audiolm.tokenizers.encode_facts import TOKENIZER, EncodeFacts
 
 READERS = 4  # threads that decode audio, which runs outside the GIL
 HOP = {"semantic": SEMANTIC_HOP, "acoustic": ACOUSTIC_HOP}
@@ -47,6 +50,7 @@ class EncodeJob:
     which: str  # "semantic" or "acoustic"
     tokenizer: str  # the tokenizer's build
     folders: dict[str, str]  # source name -> root of its audio
+    manifest_path: str
     manifest: str  # id of the manifest's build
     shards: int
     out_path: str
@@ -56,73 +60,103 @@ class EncodeJob:
     speeds: Sequence[float] = ()
 
 
-Hashes = dict[tuple[str, str], str]  # (origin, uri) -> content_hash, as the manifest saw the file
-
-
 def encode_tokens(config: dict[str, Any], inputs: dict[str, Any], out: Any) -> dict[str, Any]:
     """Step function. config: which ("semantic" or "acoustic"), tokens, corpus, cluster, seed;
-    inputs: manifest and the tokenizer's artifact. Writes shard files into out.path; returns counts,
-    speed and code usage per level.
+    inputs: manifest and the tokenizer's artifact. Writes shard files and their index into out.path;
+    returns counts, speed and code usage per level.
 
     Raises tokens.TokenError for frames that break the contract, for a collapsed tokenizer and for more rejected clips than
     corpus.max_rejected allows.
     """
-    which, cluster, settings = config["which"], config["cluster"], config["tokens"]
-    by_shard: dict[int, list[Clip]] = {}
-    for clip in token_clips(inputs["manifest"].path, settings.speeds):
-        by_shard.setdefault(clip.shard, []).append(clip)
-    if sorted(by_shard) != list(range(len(by_shard))):
-        raise tokens.TokenError(f"the manifest's shards are {sorted(by_shard)[:10]}..., expected 0, 1, 2, ...")
+    which, cluster, settings, manifest = config["which"], config["cluster"], config["tokens"], inputs["manifest"]
+    rows_S, seconds_S = shard_sizes(manifest.path, settings.speeds)
     # Codecs run in float32, without TF32 and not compiled, as for a prompt later: rounded latents get other codes.
-    job = EncodeJob(which, inputs[TOKENIZER[which]].path, roots(config["corpus"]), inputs["manifest"].build, len(by_shard),
+    job = EncodeJob(which, inputs[TOKENIZER[which]].path, roots(config["corpus"]), manifest.path, manifest.build, len(rows_S),
                     out.path, settings.batch_s, cluster_device(cluster, out.inline),
                     settings.dtype if which == "semantic" else "float32", settings.speeds)
-    listing = read_listing(inputs["manifest"].path)
-    hashes = [{(c.origin, p.uri): listing[c.origin, p.uri]["hash"] for c in by_shard[k] for p in c.parts}
-              for k in sorted(by_shard)]
-    began = time.monotonic()
-    sizes = [sum(c.seconds for c in by_shard[k]) for k in sorted(by_shard)]
-    parts = parallel_map(encode_shard, [(job, by_shard[k], k, hashes[k]) for k in sorted(by_shard)], out=out, cluster=cluster,
-                         unit="audio s", sizes=sizes, gpu=cluster.gpus_a_task if job.device == "cuda" else 0)
-    return {**facts_of(which, parts, sizes, time.monotonic() - began), **rejected_facts(parts, config["corpus"])}
+    how = {"out": out, "cluster": cluster, "gpu": cluster.gpus_a_task if job.device == "cuda" else 0}
+    began, index, facts = time.monotonic(), IndexBuilder(rows_S, dedup=which == "semantic"), EncodeFacts(which)
+
+    def take(record: ShardRecord, rejected: dict[str, str]) -> None:
+        index.add(record)
+        facts.add(record, rejected)
+
+    found = tokens.listing(out.path)
+    if found:
+        # One task says what a shard's metadata is now: it needs the tokenizer, and its node's libraries count.
+        meta = parallel_map(shard_meta, [(job,)], unit="tokenizers", **how)[0]
+        for record in finished_shards(out, rows_S, found, meta):
+            take(record, {})
+    todo = np.flatnonzero(~index.done_S).tolist()
+    encoded_s = float(seconds_S[todo].sum())
+    parallel_each(encode_shard, [(job, k) for k in todo], lambda i, result: take(*result), unit="audio s",
+                  sizes=seconds_S[todo].tolist(), before=float(seconds_S.sum()) - encoded_s, **how)
+    total = facts.facts(len(rows_S), len(rows_S) - len(todo), float(seconds_S.sum()), encoded_s, time.monotonic() - began,
+                        config["corpus"])
+    out.check()  # a worker that lost its lease writes nothing
+    store.put(store.join(out.path, NAME), index.to_bytes())
+    return total
 
 
-def encode_shard(job: EncodeJob, clips: list[Clip], shard: int, hashes: Hashes) -> dict[str, Any]:
-    """One task: `clips` of a shard, and its copies behind them, to its file, unless it is there.
+def finished_shards(out: Any, rows_S: np.ndarray, found: dict[str, int], meta: dict[str, Any]) -> Iterator[ShardRecord]:
+    """The files in a step's folder that are finished shards with this metadata; of each its footer is read, by threads.
 
-    Returns the counts of `encode_facts.shard_facts`, and the rejected clips with the reasons. A file with rejected ones is no
-    finished one.
+    `found`: sizes by name. A file with rejected clips is no finished one. Raises LeaseLost as the step's `check`.
     """
-    tokenizer, which = load_tokenizer(job.which, job.tokenizer, job.device, job.dtype), job.which
+    def read(k: int) -> ShardRecord | None:
+        path = store.join(out.path, name := tokens.shard_name(k))
+        try:
+            record = tokens.read_record(path, found[name])
+        except (FileNotFoundError, DamagedFile, tokens.TokenError):
+            return None
+        same = record.meta == meta and record.shard == k and record.clips == rows_S[k]
+        return record if same and not record.rejected else None
+
+    for record in thread_map(read, [k for k in range(len(rows_S)) if tokens.shard_name(k) in found]):
+        out.check()
+        if record:
+            yield record
+
+
+def shard_meta(job: EncodeJob) -> dict[str, Any]:
+    """The metadata that all shards of a step share; all that can change a token is in it. Runs in a task."""
+    tokenizer = load_tokenizer(job.which, job.tokenizer, job.device, job.dtype)
     spec: TokenSpec = tokenizer.spec
-    if spec.sample_rate != SAMPLE_RATE or spec.hop != HOP[which]:
-        raise tokens.TokenError(f"{which} tokenizer {spec.name!r} has {spec.sample_rate} Hz and hop {spec.hop}, "
-                                f"expected {SAMPLE_RATE} and {HOP[which]} (25 and 50 frames a second)")
-    # Everything that can change a token is in the file's metadata, so a file is skipped only where
-    # all of it is equal.
-    meta = {"which": which, "spec": spec.to_json(), "hash": tokenizer.hash, "manifest": job.manifest, "shards": job.shards,
+    if spec.sample_rate != SAMPLE_RATE or spec.hop != HOP[job.which]:
+        raise tokens.TokenError(f"{job.which} tokenizer {spec.name!r} has {spec.sample_rate} Hz and hop {spec.hop}, "
+                                f"expected {SAMPLE_RATE} and {HOP[job.which]} (25 and 50 frames a second)")
+    return {"which": job.which, "spec": spec.to_json(), "hash": tokenizer.hash, "manifest": job.manifest, "shards": job.shards,
             "speeds": list(job.speeds), "device": job.device, "dtype": job.dtype,
             "versions": {"torch": torch.__version__, "numpy": np.__version__}}
+
+
+def encode_shard(job: EncodeJob, shard: int) -> tuple[ShardRecord, dict[str, str]]:
+    """One task: the clips of a shard, and their copies behind them, to its file.
+
+    Returns what the index and the facts need of it, and the rejected clips with the reasons.
+    """
+    meta, rejected = shard_meta(job), {}  # clip id -> reason
+    tokenizer = load_tokenizer(job.which, job.tokenizer, job.device, job.dtype)
+    clips, codes = shard_clips(job.manifest_path, shard, job.speeds), []
+    read = functools.partial(_read_unchanged, roots=job.folders, rejected=rejected)
+    for speed in (1, *job.speeds):
+        same = [c for c in clips if c.speed == speed]
+        codes += encode_clips(same, tokenizer, read, job.batch_s, job.device)
+    data = tokens.shard_bytes([c.id for c in clips], codes, meta, shard, job.which == "semantic", sorted(rejected),
+                              sum(c.speed != 1 for c in clips))
     path = store.join(job.out_path, tokens.shard_name(shard))
-    done = _is_done(path, {**meta, "shard": shard, "clips": len(clips), "rejected": []})
-    rejected: dict[str, str] = {}  # clip id -> reason
-    if not done:
-        codes = []
-        read = functools.partial(_read_unchanged, roots=job.folders, hashes=hashes, rejected=rejected)
-        for speed in (1, *job.speeds):
-            same = [c for c in clips if c.speed == speed]
-            codes += encode_clips(same, tokenizer, read, job.batch_s, job.device)
-        store.put(path, tokens.shard_bytes([c.id for c in clips], codes, meta, shard, which == "semantic", sorted(rejected)))
-    own = sum(c.speed == 1 for c in clips)
-    return {**shard_facts(path, spec, which, own), "copies": len(clips) - own, "skipped": int(done), "rejected": rejected}
+    store.put(path, data)
+    return tokens.record_of(data, path), rejected
 
 
-def _read_unchanged(clip: Clip, roots: dict[str, str], hashes: Hashes, rejected: dict[str, str]) -> np.ndarray:
+def _read_unchanged(clip: Clip, roots: dict[str, str], rejected: dict[str, str]) -> np.ndarray:
     """wav_T of a clip whose files are what the manifest saw; else silence as long, and the reason in `rejected`."""
     try:
-        for uri in dict.fromkeys(p.uri for p in clip.parts):
+        for uri, digest in {p.uri: p.hash for p in clip.parts}.items():
             path = locate(roots[clip.origin], uri)
-            if file_hash(path) != hashes[clip.origin, uri]:
+            if not digest:
+                raise ValueError(f"the manifest has no hash of {path}: build it anew with --force manifest")
+            if file_hash(path) != digest:
                 raise ValueError(f"{path} is no longer what the manifest saw")
         return read_clip(clip, roots)
     except FileNotFoundError:
@@ -193,12 +227,3 @@ def load_tokenizer(which: str, path: str, device: str, dtype: str = "float32") -
     from audiolm.tokenizers.acoustic import load_codec
     return load_codec(path, device)
 
-
-def _is_done(path: str, expected: dict[str, Any]) -> bool:
-    """True for a whole file with this metadata."""
-    try:
-        found = tokens.read_meta(path)
-        read_table(path)
-    except (FileNotFoundError, DamagedFile, tokens.TokenError):
-        return False
-    return all(found.get(k) == v for k, v in expected.items())

@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +45,7 @@ def build(folder: str, hours: int) -> None:
     import pyarrow.parquet as pq
 
     from audiolm.data import tokens
+    from audiolm.data.token_index import NAME, IndexBuilder
 
     draw, lengths = np.random.default_rng(0), []
     for name in ("manifest", "semantic_tokens", "acoustic_tokens"):
@@ -63,8 +65,14 @@ def build(folder: str, hours: int) -> None:
             data = tokens.shard_bytes(ids, codes, meta, k, dedup=which == "semantic")
             Path(folder, f"{which}_tokens", tokens.shard_name(k)).write_bytes(data)
     for which in ("semantic", "acoustic"):
-        for k in range(DISTINCT, hours):
-            os.link(*(f"{folder}/{which}_tokens/{tokens.shard_name(n)}" for n in (k % DISTINCT, k)))
+        paths = [f"{folder}/{which}_tokens/{tokens.shard_name(k)}" for k in range(hours)]
+        records = [tokens.read_record(path, os.path.getsize(path)) for path in paths[:DISTINCT]]
+        builder = IndexBuilder(np.array([records[k % DISTINCT].clips for k in range(hours)]), which == "semantic")
+        for k, path in enumerate(paths):
+            builder.add(replace(records[k % DISTINCT], shard=k))
+            if k >= DISTINCT:
+                os.link(paths[k % DISTINCT], path)
+        Path(folder, f"{which}_tokens", NAME).write_bytes(builder.to_bytes())
     text, schema = pa.string(), [("id", pa.string()), ("origin", pa.string()), ("source", pa.string()),
                                  ("split", pa.string()), ("sample_rate", pa.int64()), ("frames", pa.int64()),
                                  ("shard", pa.int64())]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from audiolm import store
-from audiolm.data import tokens
+from audiolm.data import token_index, tokens
 from audiolm.data.parquet import DamagedFile
 
 SEMANTIC = {"name": "semantic", "sample_rate": 16_000, "hop": 640, "n_q": 1, "vocab": 50}
@@ -29,6 +29,7 @@ def write(folder, spec, frames_by_shard, ids=None, **changed):
         data = tokens.shard_bytes(names, codes(spec, frames, k), meta(spec, len(frames_by_shard), **changed), k,
                                   dedup=spec is SEMANTIC)
         store.put(store.join(str(folder), tokens.shard_name(k)), data)
+    tokens.index_shards(str(folder))
     return str(folder)
 
 
@@ -44,7 +45,7 @@ def test_round_trip_across_row_groups(tmp_path):
         assert np.array_equal(found["q00"][i], c[:, 0]) and np.array_equal(found["q02"][i], c[:, 2])
 
 
-@pytest.mark.parametrize("share", [0.001, 0.2, 0.5, 0.8, 0.999, 1.0])
+@pytest.mark.parametrize("share", [0.001, 0.2, 0.5, 0.8, 0.98, 1.0])
 def test_a_flipped_bit_anywhere_is_found_and_the_file_named(tmp_path, share):
     path = tmp_path / tokens.shard_name(0)
     write(tmp_path, ACOUSTIC, [[400, 300, 500]])
@@ -55,6 +56,7 @@ def test_a_flipped_bit_anywhere_is_found_and_the_file_named(tmp_path, share):
         opened = tokens.TokenStore(str(tmp_path))
         opened.read(0, ["id", "n_frames", "q00", "q01", "q02"])
         opened.codes(0, (0, 1, 2))
+        tokens.read_record(str(path), len(data))
 
 
 def test_levels_side_by_side_across_row_groups(tmp_path):
@@ -77,6 +79,7 @@ def test_largest_code_survives_and_larger_is_refused():
 def test_n_dedup_counts_runs(tmp_path):
     z = np.array([3, 3, 3, 5, 5, 3])[:, None]
     store.put(str(tmp_path / "shard-00000.parquet"), tokens.shard_bytes(["a"], [z], meta(SEMANTIC), 0, dedup=True))
+    tokens.index_shards(str(tmp_path))
     found = tokens.TokenStore(str(tmp_path)).read(0, ["n_frames", "n_dedup", "q00"])
     assert (found["n_frames"][0], found["n_dedup"][0]) == (6, 3)
     assert np.array_equal(found["q00"][0], z[:, 0])  # stored as encoded
@@ -93,23 +96,59 @@ def test_a_store_says_what_it_is(tmp_path):
     assert [f["clips"] for f in opened.files] == [1, 2]
 
 
-def test_mixed_and_missing_shards_are_refused(tmp_path):
+def test_what_the_index_does_not_say_of_the_files_is_refused(tmp_path):
     path = write(tmp_path, ACOUSTIC, [[4], [5], [6]])
-    data = tokens.shard_bytes(["x"], codes(ACOUSTIC, [5]), meta(ACOUSTIC, 3, hash="other"), 1, dedup=False)
-    store.put(f"{path}/shard-00001.parquet", data)
-    with pytest.raises(tokens.TokenError, match="hash is 'abc' in shard-00000.parquet but 'other' in shard-00001"):
-        tokens.TokenStore(path)
-    store.remove(f"{path}/shard-00001.parquet")
-    with pytest.raises(tokens.TokenError, match=r"lacks 1 of 3 shards, first shard-00001.parquet"):
-        tokens.TokenStore(path)
+    first, second, index = (tmp_path / name for name in (tokens.shard_name(0), tokens.shard_name(1), token_index.NAME))
+    kept = {file: file.read_bytes() for file in (first, second, index)}
+
+    def refused(message):
+        with pytest.raises(tokens.TokenError, match=message):
+            tokens.TokenStore(path)
+        for file, data in kept.items():
+            file.write_bytes(data)
+
+    second.unlink()
+    refused("lacks 1 of 3 shards, first shard-00001.parquet; .*--repair")
+    second.write_bytes(kept[second][:-1])
+    refused("shard-00001.parquet has [0-9]+ bytes, the index says [0-9]+, and 0 more shards differ; .*--repair")
+    index.unlink()
+    refused("has no index shards.parquet of its 3 shards: .*--repair")
+    for damage in (kept[index][:-20], kept[index].replace(b"digest", b"dagest"), b"not parquet"):
+        index.write_bytes(damage)
+        refused("the index .*shards.parquet is damaged .*--repair")
+    (tmp_path / tokens.shard_name(3)).write_bytes(kept[second])
+    refused("holds 1 files that its index does not name, first shard-00003.parquet: remove them")
     with pytest.raises(tokens.TokenError, match="no token shards"):
         tokens.TokenStore(str(tmp_path / "none"))
+
+
+def test_a_shard_of_another_tokenizer_is_refused_where_it_stands(tmp_path):
+    path = write(tmp_path, ACOUSTIC, [[4], [5], [6]])
+    opened = tokens.TokenStore(path)
+    data = tokens.shard_bytes(["clip-1-0"], codes(ACOUSTIC, [5], 1), meta(ACOUSTIC, 3, hash="abd"), 1, dedup=False)
+    store.put(f"{path}/shard-00001.parquet", data)
+    with pytest.raises(tokens.TokenError, match="shard-00001.parquet is not the shard .*'abd', the index has 'abc'.*--repair"):
+        opened.codes(1, (0,))
+    with pytest.raises(tokens.TokenError, match="hash is 'abc' in shard 0 but 'abd' in shard 1"):
+        tokens.index_shards(path)
 
 
 def test_other_files_are_refused(tmp_path):
     store.put(str(tmp_path / "shard-00000.parquet"), b"not parquet")
     with pytest.raises(DamagedFile, match="shard-00000.parquet is damaged .*--repair"):
-        tokens.TokenStore(str(tmp_path))
+        tokens.index_shards(str(tmp_path))
+
+
+def test_the_index_holds_n_dedup_of_every_clip_and_shards_may_end_in_any_order(tmp_path):
+    path = write(tmp_path, SEMANTIC, [[4, 9], [7], [5, 6, 8]])
+    n_dedup, firsts = tokens.TokenStore(path).index.n_dedup()
+    columns = [tokens.read_shard(f"{path}/{tokens.shard_name(k)}", ["n_dedup"])["n_dedup"] for k in range(3)]
+    assert firsts.tolist() == [0, 2, 3, 6] and np.array_equal(n_dedup, np.concatenate(columns))
+    builder = token_index.IndexBuilder(np.array([2, 1, 3]), dedup=True)
+    for k in (2, 0, 1):
+        file = f"{path}/{tokens.shard_name(k)}"
+        builder.add(tokens.read_record(file, store.size(file)))
+    assert builder.to_bytes() == store.get(f"{path}/{token_index.NAME}")
 
 
 def test_missing_column_is_named(tmp_path):

@@ -46,8 +46,8 @@ def write(folder, ids, z, vocab: int) -> None:
     meta = {"which": "semantic", "spec": {"name": "s", "sample_rate": RATE, "hop": 640, "n_q": 1, "vocab": vocab}, "hash": "h",
             "manifest": "m", "shards": len(ids), "device": "cpu", "dtype": "float32", "versions": {}}
     for k, (names, codes) in enumerate(zip(ids, z, strict=True)):
-        store.put(store.join(str(folder), tokens.shard_name(k)),
-                  tokens.shard_bytes(names, [c[:, None] for c in codes], meta, k, dedup=True))
+        store.put(f"{folder}/{tokens.shard_name(k)}", tokens.shard_bytes(names, [c[:, None] for c in codes], meta, k, True))
+    tokens.index_shards(str(folder))
 
 
 def test_statistics_equal_plain_counting(tmp_path):

@@ -19,7 +19,7 @@ from audiolm.config.evaluation import EvaluateConfig
 from audiolm.config.lm import SamplesConfig
 from audiolm.config.run import ClusterConfig
 from audiolm.data import clips as clips_data
-from audiolm.data import tokens
+from audiolm.data import token_index, tokens
 from audiolm.eval.steps.codec import flat_facts, measure_codec
 from audiolm.eval.steps.stages import run_evaluate
 from audiolm.lm.layouts import build_stages
@@ -53,16 +53,19 @@ def test_facts_of_the_token_steps(world, encoded):
     assert all(isinstance(v, int | float) for v in encoded["acoustic"].values())
 
 
-def test_finished_shards_are_skipped_and_others_made_again(world, encoded, tmp_path):
-    out = RecordingOut(tmp_path)
+def test_finished_shards_are_skipped_and_others_made_again(world, encoded, tmp_path, monkeypatch):
+    out, started, encode_shard = RecordingOut(tmp_path), [], encode.encode_shard
     run_encode(world, "acoustic", out)
+    index = store.get(f"{tmp_path}/{token_index.NAME}")
+    monkeypatch.setattr(encode, "encode_shard", lambda job, shard: started.append(shard) or encode_shard(job, shard))
     before = {k: store.get(f"{tmp_path}/{tokens.shard_name(k)}") for k in range(3)}
     assert before[0] == store.get(str(world.root / "acoustic_tokens" / tokens.shard_name(0)))  # same bits again
     store.remove(f"{tmp_path}/{tokens.shard_name(1)}")
     foreign = store.get(str(world.root / "semantic_tokens" / tokens.shard_name(2)))
     store.put(f"{tmp_path}/{tokens.shard_name(2)}", foreign)
     facts = run_encode(world, "acoustic", out)
-    assert facts["shards_skipped"] == 1
+    assert facts["shards_skipped"] == 1 and started == [1, 2]  # a finished shard gets no task
+    assert store.get(f"{tmp_path}/{token_index.NAME}") == index
     assert {k: store.get(f"{tmp_path}/{tokens.shard_name(k)}") for k in range(3)} == before
     assert {k: v for k, v in facts.items() if "second" not in k and k not in ("x_realtime", "shards_skipped")} == {
         k: v for k, v in encoded["acoustic"].items() if "second" not in k and k not in ("x_realtime", "shards_skipped")}

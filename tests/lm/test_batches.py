@@ -267,7 +267,7 @@ def test_stores_that_do_not_belong_together_are_refused(corpus, tmp_path):
 def test_copies_at_other_speeds_stand_behind_a_shards_clips(tmp_path):
     c, draw = token_corpus.make(tmp_path, {"train": [40, 30, 20, 60], "dev": [25]}), np.random.default_rng(0)
     path = c.paths["semantic_tokens"]
-    meta = {k: v for k, v in tokens.read_meta(f"{path}/shard-00000.parquet").items() if k not in tokens._OWN}
+    meta = {k: v for k, v in tokens.read_meta(f"{path}/shard-00000.parquet").items() if k not in tokens.OWN}
     copies = {}
     for k in range(3):
         own = [clip for clip in c.clips if clip.shard == k]
@@ -277,6 +277,7 @@ def test_copies_at_other_speeds_stand_behind_a_shards_clips(tmp_path):
             codes[f"{clip.id}@0.9"] = copies[f"{clip.id}@0.9"] = draw.integers(0, token_corpus.K, frames)
         data_k = tokens.shard_bytes(list(codes), [z[:, None] for z in codes.values()], {**meta, "speeds": [0.9]}, k, True)
         stored.put(f"{path}/{tokens.shard_name(k)}", data_k)
+    tokens.index_shards(path)
     train, dev = (TokenBatches(c.paths["manifest"], path, None, stages()["lm_semantic"], split, None, 2, 0)
                   for split in ("train", "dev"))
     order = ["train-0", "train-1", "train-2", "train-0@0.9", "train-1@0.9", "train-2@0.9", "train-3", "train-3@0.9"]

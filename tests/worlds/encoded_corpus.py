@@ -21,7 +21,7 @@ from audiolm.config.run import ClusterConfig
 from audiolm.config.tokens import TokensConfig
 from audiolm.config.training import TrainConfig
 from audiolm.data.audio_check import file_hash
-from audiolm.data.clips import Clip, Part, clips_parquet, parquet_bytes
+from audiolm.data.clips import Clip, Part, clips_parquet
 from audiolm.models.conformer import Encoder, EncoderSizes
 from audiolm.models.soundstream import SoundStream, SoundStreamSizes
 from audiolm.tokenizers import encode
@@ -51,12 +51,9 @@ def world(tmp_path_factory):
             name = f"{split}-{row}"
             (root / "audio").mkdir(exist_ok=True)
             soundfile.write(root / "audio" / f"{name}.wav", wav, RATE)
-            part = Part(name, f"{name}.wav", 0, len(wav), 0, None)
+            part = Part(name, f"{name}.wav", 0, len(wav), 0, None, hash=file_hash(str(root / "audio" / f"{name}.wav")))
             clips.append(Clip(f"a/{name}", "a", "a", name, split, RATE, len(wav), (part,), shard, row))
     store.put(str(root / "manifest" / "clips.parquet"), clips_parquet(clips))
-    listed = [{"origin": "a", "uri": p.uri, "hash": file_hash(str(root / "audio" / p.uri))} for c in clips for p in c.parts]
-    columns = [(name, "string") for name in ("origin", "uri", "hash")]
-    store.put(str(root / "manifest" / "listing.parquet"), parquet_bytes(listed, columns))
     encoder = Encoder(EncoderSizes(dim=8, layers=1, heads=2, ff=16, conv_kernel=3, dropout=0.0))
     frames = torch.randn(4000, 8)
     save_semantic(str(root / "kmeans"), ConformerExtractor(encoder), 1, frames.mean(0), frames.std(0), torch.randn(K, 8),

@@ -63,6 +63,7 @@ def token_store(folder: str, mean_run: float = RUN) -> str:
     meta = {"which": "semantic", "spec": {"name": "semantic", "sample_rate": 16_000, "hop": 640, "n_q": 1, "vocab": K},
             "hash": "h", "manifest": "m.0001", "shards": 1, "device": "cpu", "dtype": "float32", "versions": {}}
     store.put(store.join(path, tokens.shard_name(0)), tokens.shard_bytes(["c"], [np.zeros((9, 1), int)], meta, 0, dedup=True))
+    tokens.index_shards(path)
     store.put_json(store.join(folder, "done.json"), {"facts": {"mean_run": mean_run}})
     return path
 

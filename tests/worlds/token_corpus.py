@@ -50,18 +50,20 @@ def make(folder, frames: dict[str, list[int]], per_shard: int = 3, seed: int = 0
             ids = [c.id for c in clips if c.shard == k]
             data_k = tokens.shard_bytes(ids, [data[i] for i in ids], meta, k, dedup=which == "semantic")
             store.put(store.join(paths[f"{which}_tokens"], tokens.shard_name(k)), data_k)
+        tokens.index_shards(paths[f"{which}_tokens"])
     return TokenCorpus(paths, clips, z, codes)
 
 
 def retokenized(paths: dict[str, str], folder, k: int, ids, prefix: str = "") -> dict[str, str]:
     """A corpus' paths with `ids(z_T)` of a vocabulary k as its semantic ids; `prefix` goes before clips' names."""
-    for n in range(len(store.names(paths["semantic_tokens"]))):
+    for n in range(len(tokens.listing(paths["semantic_tokens"]))):
         path = store.join(paths["semantic_tokens"], tokens.shard_name(n))
         meta, columns = tokens.read_meta(path), tokens.read_shard(path, ["id", "q00"])
         codes = [ids(columns["q00"][i].astype(np.int64))[:, None] for i in range(len(columns["id"]))]
         meta = {**meta, "hash": f"other {k}", "spec": {**meta["spec"], "vocab": k}}
         names = [prefix + i for i in columns["id"]]
         store.put(str(folder / "tokens" / tokens.shard_name(n)), tokens.shard_bytes(names, codes, meta, n, dedup=True))
+    tokens.index_shards(str(folder / "tokens"))
     return {**paths, "semantic_tokens": str(folder / "tokens")}
 
 
