@@ -90,10 +90,11 @@ def test_equal_tokens_are_equal_bytes(tmp_path):
     assert store.get(f"{a}/shard-00000.parquet") == store.get(f"{b}/shard-00000.parquet")
 
 
-def test_a_store_says_what_it_is(tmp_path):
-    opened = tokens.TokenStore(write(tmp_path, ACOUSTIC, [[4], [5, 6]]))
-    assert (opened.spec, opened.hash, opened.shards) == (ACOUSTIC, "abc", 2)
+def test_a_store_says_what_it_is(store):
+    opened = tokens.TokenStore(write(store, ACOUSTIC, [[4], [5, 6]]))
+    assert (opened.spec, opened.hash, opened.shards) == (ACOUSTIC, "abc", 2) and tokens.spec_of(store) == ACOUSTIC
     assert [f["clips"] for f in opened.files] == [1, 2]
+    assert np.array_equal(opened.codes(1, (0, 1, 2))[1], np.concatenate(codes(ACOUSTIC, [5, 6], 1)))
 
 
 def test_what_the_index_does_not_say_of_the_files_is_refused(tmp_path):

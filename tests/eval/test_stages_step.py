@@ -18,6 +18,10 @@ from audiolm.config.corpus import ClipFilter
 from audiolm.config.evaluation import EvaluateConfig
 from audiolm.config.lm import SamplesConfig
 from audiolm.config.run import ClusterConfig
+from audiolm.config.tokens import TokensConfig
+from audiolm.dag.execute import run_step
+from audiolm.dag.outputs import damaged, take_back
+from audiolm.dag.step import Artifact, Step
 from audiolm.data import clips as clips_data
 from audiolm.data import token_index, tokens
 from audiolm.eval.steps.codec import flat_facts, measure_codec
@@ -72,6 +76,21 @@ def test_finished_shards_are_skipped_and_others_made_again(world, encoded, tmp_p
     made_s = sum(c.seconds for c in world.clips if c.shard != 0)
     assert facts["x_realtime"] * facts["seconds"] == pytest.approx(made_s, rel=0.05)  # not of what was there
     assert "x_realtime" not in run_encode(world, "acoustic", out)
+
+
+def test_a_lost_index_is_missed_and_made_again_without_a_task(world, tmp_path):
+    inputs = {n: Artifact(str(world.root / n), f"{n}.0001", {}) for n in ("manifest", "codec")}
+    config = {"which": "acoustic", "tokens": TokensConfig(batch_s=4.0), "corpus": world.corpus, "seed": 0,
+              "cluster": ClusterConfig(device="cpu")}
+    step = Step("acoustic_tokens", encode.encode_tokens, config, part="shard")
+    made = run_step(step, str(tmp_path), inputs, inline=True)
+    index = store.get(f"{made.path}/{token_index.NAME}")
+    store.remove(f"{made.path}/{token_index.NAME}")
+    assert (bad := damaged(made.path)) == [token_index.NAME]
+    take_back(made.path, bad, step.part)
+    again = run_step(step, str(tmp_path), inputs, inline=True)
+    assert (again.build, again.facts["shards_skipped"]) == (made.build, 3) and "x_realtime" not in again.facts
+    assert store.get(f"{again.path}/{token_index.NAME}") == index and tokens.TokenStore(again.path).shards == 3
 
 
 def test_the_next_batch_is_decoded_while_one_is_encoded(world):

@@ -194,16 +194,17 @@ def test_killed_in_a_training_and_a_data_step_it_ends_the_same(job, tmp_path):
 
 
 def check_repair(args: list[str], steps: dict, shards: list[Path]) -> None:
-    """A flipped bit in a shard and in an export, and a lost shard: named, and made again to the same bytes, nothing else."""
+    """Flipped bits in a shard and an export, a lost shard and index: named, and made again to the same bytes, nothing else."""
     store, export = Path(args[1].removeprefix("store=")), Path(steps["masked_model"]["path"], "export", "model.safetensors")
-    spoiled = [export, *shards[:2]]
+    spoiled = [export, *shards[:2], shards[0].with_name("shards.parquet")]
     right = {p: p.read_bytes() for p in (*spoiled, *shards[2:])}
     for path in spoiled[:2]:
         data = bytearray(right[path])
         data[len(data) // 2] ^= 1
         path.unlink()  # a hard link would spoil its twin
         path.write_bytes(data)
-    spoiled[2].unlink()
+    for path in spoiled[2:]:
+        path.unlink()
     assert f"0 of {len(STEPS)} steps to run" in cli(*args).stdout  # nobody looked
     said = cli(*args, "--repair", "--dry-run").stdout
     assert "export/model.safetensors" in said and all(p.name in said for p in spoiled), said
