@@ -45,9 +45,8 @@ class CropSampler:
         self.crop, self.batch, self.seed, self.window = crop, batch, seed, window
         self._slots = np.maximum(1, -(-self.lengths // crop))
         self.slots = int(self._slots.sum())  # of one epoch
-        _, index = np.unique(np.asarray(shards, np.int64), return_inverse=True)
-        by_shard = np.argsort(index, kind="stable")  # clip numbers, shard after shard
-        self._clips = np.split(by_shard, np.cumsum(np.bincount(index))[:-1])
+        by_shard = np.argsort(shards, kind="stable")  # clip numbers, shard after shard
+        self._clips = np.split(by_shard, np.flatnonzero(np.diff(np.asarray(shards)[by_shard])) + 1)
         self._shard_slots = np.array([int(self._slots[c].sum()) for c in self._clips], np.int64)
         # Permutations are drawn again where they are needed again; memory does not grow with the steps taken.
         self._epoch = lru_cache(KEPT)(self._permute_shards)

@@ -63,7 +63,6 @@ class IndexBuilder:
                              f"{record.meta.get(other)!r} in shard {k}: one tokenizer on one kind of machine makes all shards "
                              "of a store; make the nodes alike and run the token step again with --force")
         self.done_S[k], self._size_S[k], self._frames_S[k], self._digest_S[k] = True, record.size, record.frames, record.digest
-        self._rejected.pop(k, None)
         if record.rejected:
             self._rejected[k] = record.rejected
         if self._n_dedup_R is not None:

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from audiolm import rng  # noqa: E402
 from audiolm.config.load import load_config  # noqa: E402
 from audiolm.data.audio_check import file_hash
-from audiolm.data.clips import Clip, Part
+from audiolm.data.clips import Clip, Part, clips_parquet
 from audiolm.models.conformer import Encoder, EncoderSizes
 from audiolm.tokenizers import encode  # noqa: E402
 from audiolm.tokenizers.extractor import ConformerExtractor, Extractor, window_of
@@ -67,7 +67,7 @@ def corpus(folder: Path, hours: float, shard_s: float) -> list[list[Clip]]:
         n = int(g.uniform(2, 16) * RATE)
         soundfile.write(folder / f"{len(clips)}.flac", noise[:n], RATE)
         name = str(len(clips))
-        part = Part(id=name, uri=f"{name}.flac", start=0, frames=n, offset=0, text="")
+        part = Part(id=name, uri=f"{name}.flac", start=0, frames=n, offset=0, text="", hash=file_hash(f"{folder}/{name}.flac"))
         clips.append(Clip(id=name, origin="s", source="s", speaker=name, split="train", sample_rate=RATE, frames=n,
                           parts=(part,), shard=int(total / shard_s), row=len(clips)))
         total += n / RATE
@@ -90,14 +90,14 @@ def rates(kind: str, device: str, dtype: str, k: int, hours: float, shard_s: flo
         yield Figure(f"encode {NAMES[kind]}", rows * 15 / took, "x real time")
         shards = corpus(folder / "audio", hours, shard_s)
         audio_s, fastest = sum(c.seconds for clips in shards for c in clips), 0.0
-        hashes = {("s", p.uri): file_hash(str(folder / "audio" / p.uri)) for clips in shards for c in clips for p in c.parts}
+        (folder / "clips.parquet").write_bytes(clips_parquet([c for clips in shards for c in clips]))
         encode.load_tokenizer("semantic", str(folder / "kmeans"), device, dtype)
         for i in range(repeats):
             began = time.perf_counter()
-            for shard, clips in enumerate(shards):
-                job = encode.EncodeJob("semantic", str(folder / "kmeans"), {"s": str(folder / "audio")}, "m", len(shards),
+            for shard in range(len(shards)):
+                job = encode.EncodeJob("semantic", str(folder / "kmeans"), {"s": str(folder / "audio")}, temp, "m", len(shards),
                                        str(folder / f"out-{i}"), batch_s, device, dtype)
-                encode.encode_shard(job, clips, shard, hashes)
+                encode.encode_shard(job, shard)
             fastest = max(fastest, audio_s / (time.perf_counter() - began))
         yield Figure(f"encode {NAMES[kind]}, files to Parquet", fastest, "x real time")
 

@@ -30,7 +30,7 @@ from audiolm.config.corpus import CorpusConfig  # noqa: E402
 from audiolm.config.run import ClusterConfig  # noqa: E402
 from audiolm.config.tokens import TokensConfig  # noqa: E402
 from audiolm.data.clips import read_clips  # noqa: E402
-from audiolm.data.manifest import build_manifest, read_listing  # noqa: E402
+from audiolm.data.manifest import build_manifest  # noqa: E402
 from audiolm.tokenizers import encode  # noqa: E402
 from tests.worlds.basics import RecordingOut  # noqa: E402
 from tests.worlds.servers import seaweedfs  # noqa: E402
@@ -87,8 +87,8 @@ def manifest_and_tokens(source: dict, folder: str, codec: str) -> SimpleNamespac
     began = time.perf_counter()
     encode.encode_tokens(config, inputs, RecordingOut(f"{folder}/tokens"))
     tokens_s = time.perf_counter() - began
-    clips, listing = read_clips(f"{folder}/manifest"), read_listing(f"{folder}/manifest")
-    digests = [[listing[c.origin, p.uri]["hash"] for p in c.parts] for c in clips]
+    clips = read_clips(f"{folder}/manifest")
+    digests = [[p.hash for p in c.parts] for c in clips]
     shards = {n: store.get(f"{folder}/tokens/{n}") for n in store.names(f"{folder}/tokens") if n.startswith("shard-")}
     clips = [replace(c, parts=tuple(replace(p, uri="") for p in c.parts)) for c in clips]
     return SimpleNamespace(manifest_s=listed_s, tokens_s=tokens_s, clips=clips, digests=digests, shards=shards)

@@ -28,10 +28,8 @@ def made(tmp_path_factory, built):
     folder = tmp_path_factory.mktemp("table1")
     corpus = tiny.corpus(folder)
     paths = {"codec": built, "tokenizer": tiny.built_tokenizer(f"{folder}/kmeans", corpus.wavs[:6])}
-    with pytest.MonkeyPatch.context() as patch:
-        tiny.read_by(patch, corpus.clips)
-        out = RecordingOut(folder / "residual")
-        tiny.run_residual(corpus, paths["tokenizer"], out, levels=3)
+    out = RecordingOut(folder / "residual")
+    tiny.run_residual(corpus, paths["tokenizer"], out, levels=3)
     paths |= {"residual": out.path, "vocoder": vocoder(f"{folder}/vocoder", paths["tokenizer"], out.path, 3)}
     rows, g = [], np.random.default_rng(0)
     (folder / "sound").mkdir()

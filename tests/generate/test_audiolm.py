@@ -14,7 +14,7 @@ from audiolm.config import corpus as corpus_config
 from audiolm.config import lm as lm_config
 from audiolm.config import run
 from audiolm.dag.step import Artifact
-from audiolm.data.clips import Clip, Part
+from audiolm.data.clips import Clip, Part, clips_parquet
 from audiolm.data.tokens import read_shard, shard_name
 from audiolm.generate.load import load
 from audiolm.generate.params import PAPER_PARAMS, SamplingParams
@@ -224,9 +224,10 @@ def test_prompts_get_the_tokens_of_a_store_in_bfloat16(paths, tmp_path, monkeypa
     speech = {f"c{i}": voice(0.7 + 0.35 * i, i) for i in range(12)}
     clips = [Clip(name, "o", "o", name, "train", 16_000, len(wav), (Part(name, name, 0, len(wav), 0, None),), 0, row)
              for row, (name, wav) in enumerate(speech.items())]
-    monkeypatch.setattr(encode, "_read_unchanged", lambda clip, roots, hashes, rejected: speech[clip.id])
-    job = encode.EncodeJob("semantic", paths["kmeans"], {}, "m.0001", 1, str(tmp_path), 12.0, "cpu", dtype="bfloat16")
-    encode.encode_shard(job, clips, 0, {})
+    monkeypatch.setattr(encode, "_read_unchanged", lambda clip, roots, rejected: speech[clip.id])
+    store.put(f"{tmp_path}/clips.parquet", clips_parquet(clips))
+    job = encode.EncodeJob("semantic", paths["kmeans"], {}, str(tmp_path), "m.0001", 1, str(tmp_path), 12.0, "cpu", "bfloat16")
+    encode.encode_shard(job, 0)
     stored = read_shard(store.join(str(tmp_path), shard_name(0)), ["q00"])["q00"]
     ours, plain = (load(found, mean_run=RUN).tokenize([*speech.values()])
                    for found in ({**paths, "semantic_tokens": str(tmp_path)}, paths))
