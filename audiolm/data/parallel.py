@@ -157,7 +157,7 @@ def cluster_device(cluster: ClusterConfig, inline: bool, gpus: int = 1) -> str:
     """cuda or cpu for a step's tasks: the config's device, else by what the cluster has (inline: this process).
 
     The driver itself may run on a node without a GPU. Raises ConfigError for cluster.device=cuda where there are not `gpus`,
-    and none can join."""
+    unless KubeRay's autoscaler adds nodes: it waits for tasks that need them, and tells Ray nothing of its groups before."""
     if inline:
         if cluster.device == "cuda" and pick_device("auto") == "cpu":
             raise ConfigError("cluster.device is cuda, and this machine has no GPU that torch can use: set it to auto or cpu")
@@ -165,13 +165,12 @@ def cluster_device(cluster: ClusterConfig, inline: bool, gpus: int = 1) -> str:
     if cluster.device == "cpu":
         return "cpu"
     import ray
-    from ray._private.state import state
 
     has = ray.cluster_resources()
     if has.get("GPU", 0) >= gpus:
         return "cuda"
-    could_have = (state.get_max_resources_from_cluster_config() or {}).get("GPU", 0)  # by its autoscaler
-    if cluster.device == "cuda" and could_have < gpus:
+    scales = os.environ.get("RAY_enable_autoscaler_v2") == "true"  # KubeRay sets it in the head pod, where the driver runs
+    if cluster.device == "cuda" and not scales:
         raise ConfigError(f"cluster.device is cuda, which needs {gpus} GPU(s); the cluster has {has.get('GPU', 0):g} GPUs and "
                           f"{has.get('CPU', 0):g} CPUs: set it to auto or cpu, or join a cluster with GPUs")
     return "cuda" if cluster.device == "cuda" else "cpu"

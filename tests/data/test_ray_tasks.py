@@ -142,6 +142,12 @@ def test_a_gpu_that_is_not_there_is_said_at_once(cluster, inline, monkeypatch):
     assert cluster_device(ClusterConfig(), inline) == "cpu"
 
 
+def test_under_kuberays_autoscaler_gpus_may_come_later(cluster, monkeypatch):
+    monkeypatch.setenv("RAY_enable_autoscaler_v2", "true")  # as KubeRay does in the head pod, where the driver runs
+    assert cluster_device(ClusterConfig(device="cuda"), False, 16) == "cuda"
+    assert cluster_device(ClusterConfig(), False) == "cpu"
+
+
 def test_tasks_that_are_killed_for_memory_end_the_step_with_their_name_and_the_memory(cluster, workers):
     cluster.remove_node(cluster.one)
     cluster.add_node(num_cpus=1, **NODE, env_vars={"RAY_memory_usage_threshold": "0.001",

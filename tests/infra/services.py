@@ -31,7 +31,7 @@ INFRA = ROOT / "infra"
 TEXT = (INFRA / "compose.yaml").read_text()
 SECRETS = {name: secrets.token_hex(16) for name in re.findall(r"\$\{(\w+):\?", TEXT)}
 SERVICES = yaml.safe_load(re.sub(r"\$\{(\w+):\?[^}]*\}", lambda m: SECRETS[m[1]], TEXT))["services"]
-START_S = 300.0
+START_S = 900.0  # of a service, on a busy machine
 PLACE = re.compile(rf"\b(?:({'|'.join(SERVICES)}):)?(8333|5432|5000|6379|8265|8080)\b")
 
 
@@ -68,16 +68,15 @@ class Services:
                 "MLFLOW_DISABLE_TELEMETRY": "true", **mine}
 
     def start(self, service: str, *more: str, command: str = "") -> subprocess.Popen:
-        """Starts a service's command, or another one (as its health check) with its variables."""
-        words = shlex.split(command or SERVICES[service]["command"])
-        words = [*(SERVICES[service].get("entrypoint", []) if not command else []), *words]
+        """Starts a service's command, or another one in its place, with its variables."""
+        words = shlex.split(command) or SERVICES[service].get("entrypoint", []) + shlex.split(SERVICES[service]["command"])
         log = (self.folder / f"{service}.log").open("ab")
         process = subprocess.Popen([*(self.here(w, service) for w in words), *more], env=self.environment(service),
                                    stdout=log, stderr=log, cwd=self.folder, start_new_session=True)
         self.running.append(process)
         return process
 
-    def healthy(self, service: str, process: subprocess.Popen | None = None) -> None:
+    def healthy(self, service: str) -> None:
         """Waits until the health check of the file succeeds."""
         _, *check = SERVICES[service]["healthcheck"]["test"]
         words, until = [self.here(w, service) for w in check], time.monotonic() + START_S
@@ -85,9 +84,7 @@ class Services:
             done = subprocess.run(words, env=self.environment(service), capture_output=True, timeout=120)
             if done.returncode == 0:
                 return
-            log = self.folder / f"{service}.log"
-            said = (log.read_text(errors="replace")[-4000:] if log.exists() else "") + done.stderr.decode()[-500:]
-            assert time.monotonic() < until and (process is None or process.poll() is None), f"{service}: {said}"
+            assert time.monotonic() < until, (service, (self.folder / f"{service}.log").read_text()[-4000:])
             time.sleep(0.5)
 
     def postgres(self) -> None:
@@ -111,16 +108,24 @@ class Services:
             assert time.monotonic() < until, "PostgreSQL did not come up"
             time.sleep(0.2)
 
-    def s3(self) -> subprocess.Popen:
+    def s3(self) -> None:
         """SeaweedFS; what is added moves its inner servers to free ports."""
         ports = [f"-{name}.port{kind}={free_port()}" for name in ("master", "volume", "filer") for kind in ("", ".grpc")]
-        return self.start("s3", *ports, f"-s3.port.grpc={free_port()}")
+        self.start("s3", *ports, f"-s3.port.grpc={free_port()}")
 
-    def ray(self, service: str) -> subprocess.Popen:
-        """A node of Ray; what is added keeps it off the ports and folders of another Ray on this machine."""
-        agents = [f"--dashboard-agent-{name}-port={free_port()}" for name in ("listen", "grpc")]
-        temp = [f"--temp-dir={self.temp}"] if service == "ray-head" else []
-        return self.start(service, "--node-ip-address=127.0.0.1", *agents, *temp)
+    def ray(self, service: str) -> None:
+        """A node of Ray, once it runs; what is added keeps it off the ports and folders of another Ray on this machine.
+
+        Started again where it ended, as the file's `restart` does: Ray gives a node 30 s, which a busy machine exceeds.
+        """
+        temp, until = [f"--temp-dir={self.temp}"] if service == "ray-head" else [], time.monotonic() + START_S
+        log, process = self.folder / f"{service}.log", None
+        while not process or "Ray runtime started" not in log.read_text():
+            if not process or process.poll() is not None:
+                agents = [f"--dashboard-agent-{name}-port={free_port()}" for name in ("listen", "grpc")]
+                process = self.start(service, *agents, *temp)
+            assert time.monotonic() < until, log.read_text()[-4000:]
+            time.sleep(0.5)
 
     def url(self, service: str, number: str) -> str:
         return f"http://127.0.0.1:{self.port(service, number)}"

@@ -26,10 +26,11 @@ def services(tmp_path_factory):
     try:
         ini = (INFRA / "kuberay" / "basic_auth.ini").read_text()
         (folder / "basic_auth.ini").write_text(s.here(ini, "mlflow"))
-        s3 = s.s3()
+        s.s3()
         s.postgres()
-        s.healthy("s3", s3)
-        s.healthy("mlflow", s.start("mlflow"))
+        s.healthy("s3")
+        s.start("mlflow")
+        s.healthy("mlflow")
         yield s
     finally:
         s.stop()
@@ -67,16 +68,38 @@ def test_files_pass_through_mlflow_to_s3(services, client, tmp_path):
     assert [k for k in stored if k.startswith("mlflow/") and k.endswith(f"{run.run_id}/artifacts/note.txt")]
 
 
-def test_the_watcher_answers_on_a_cluster_of_two_nodes(services, client):
-    services.healthy("ray-head", services.ray("ray-head"))
+@pytest.fixture(scope="module")
+def cluster(services):
+    """A head without CPUs and a worker; yields the services."""
+    services.ray("ray-head")
+    services.healthy("ray-head")
     services.ray("ray-worker")
-    watcher = services.start("watcher")
-    client.create_registered_model("nothing")
-    client.create_model_version("nothing", "s3://audiolm/store/nothing")
-    client.set_model_version_tag("nothing", "1", "evaluate", "requested")
-    until = time.monotonic() + 400
-    while (tags := client.get_model_version("nothing", "1").tags)["evaluate"] != "failed":
+    return services
+
+
+def answer(services, client, model: str, watcher) -> dict[str, str]:
+    """Asks for an evaluation of version 1 as the UI does; its tags once the watcher or its job has ended it."""
+    client.set_model_version_tag(model, "1", "evaluate", "requested")
+    until = time.monotonic() + 1200
+    while (tags := client.get_model_version(model, "1").tags)["evaluate"] not in ("failed", "done"):
         assert time.monotonic() < until and watcher.poll() is None, (tags, (services.folder / "watcher.log").read_text())
         time.sleep(0.5)
-    assert "checkpoint" in tags["evaluate.reason"]
-    assert services.status("ray-head", "8265", "/api/version") == 401  # without the token
+    return tags
+
+
+@pytest.mark.timeout(3000)
+def test_a_run_is_submitted_tracked_and_evaluated(cluster, client):
+    assert cluster.status("ray-head", "8265", "/api/version") == 401  # without the token
+    job = cluster.start("ray-head", command="ray job submit --address http://127.0.0.1:8265 -- python /app/workflows/"
+                        "full_pipeline.py /app/tests/e2e.yaml store=s3://audiolm/store tracking=http://mlflow:5000")
+    assert job.wait(timeout=1800) == 0, (cluster.folder / "ray-head.log").read_text()[-6000:]
+    assert "2 node(s), 2 CPUs" in (cluster.folder / "ray-head.log").read_text()
+    assert client.get_model_version_by_alias("e2e-lm_semantic", "best").version
+
+    watcher = cluster.start("watcher")
+    client.create_registered_model("nothing")
+    client.create_model_version("nothing", "s3://audiolm/store/nothing")
+    assert "checkpoint" in answer(cluster, client, "nothing", watcher)["evaluate.reason"]
+    client.set_model_version_tag("e2e-lm_semantic", "1", "evaluate.suites", "stages")
+    tags = answer(cluster, client, "e2e-lm_semantic", watcher)
+    assert tags["evaluate"] == "done" and client.get_run(tags["evaluate.run"]).data.metrics, tags
