@@ -83,7 +83,8 @@ class FaultyS3:
     """A proxy before a real S3 server that plants faults; an S3 client reaches it at `url`.
 
     `fault(method, path, headers)` names each request's fault, or None: "lose" passes the request on and drops the answer,
-    "reset" drops both, "hang" holds the request until `released` is set and drops it then, a status such as "503" is answered.
+    "reset" drops both, "cut" sends half the answer, "hang" holds the request until `released` is set and drops it then, a
+    status such as "503" is answered.
     """
 
     def __init__(self, upstream: str):
@@ -134,7 +135,8 @@ class FaultyS3:
                 length = dict(answered).get("Content-Length", "0") if self.command == "HEAD" else str(len(data))
                 self.send_header("Content-Length", length)
                 self.end_headers()
-                self.wfile.write(data)
+                self.wfile.write(data[:len(data) // 2] if fault == "cut" else data)
+                self.close_connection = self.close_connection or fault == "cut"
 
             do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = forward
 
@@ -172,10 +174,10 @@ def faulty_s3(upstream: str):
 
 
 class MLflowServer:
-    """An `mlflow server` that a test starts, stops for a while and kills."""
+    """An `mlflow server` that a test starts, stops for a while and kills; its rows are in `backend`, by default SQLite."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, backend: str | None = None, artifacts: str | None = None):
+        self.backend, self.artifacts = backend or f"sqlite:///{folder}/mlflow.db", artifacts or str(folder / "artifacts")
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             self.port = s.getsockname()[1]
@@ -187,10 +189,10 @@ class MLflowServer:
 
     def start(self):
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db",
-             "--artifacts-destination", str(self.folder / "artifacts"), "--host", "127.0.0.1", "--port", str(self.port),
-             "--workers", "1"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-            env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true",
+            [sys.executable, "-m", "mlflow", "server", "--artifacts-destination", self.artifacts, "--host", "127.0.0.1",
+             "--port", str(self.port), "--workers", "1"],
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+            env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_BACKEND_STORE_URI": self.backend,
                  "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"})  # else eight more processes, for jobs that nobody asks for
         deadline = time.monotonic() + START_S
         while time.monotonic() < deadline:
