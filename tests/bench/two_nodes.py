@@ -17,41 +17,28 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-
-import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from audiolm import store  # noqa: E402
-from tests.bench.soak.faults import is_task  # noqa: E402
+from tests.bench.ray_node import Node, environment, listens, until  # noqa: E402
 from tests.bench.soak.outcome import differences, outcome  # noqa: E402
 from tests.worlds.basics import free_port  # noqa: E402
-from tests.worlds.servers import AWS, START_S, MLflowServer, seaweedfs  # noqa: E402
-from tests.worlds.whole_run import BIN, ENV  # noqa: E402
+from tests.worlds.servers import MLflowServer, seaweedfs  # noqa: E402
+from tests.worlds.whole_run import BIN  # noqa: E402
 
 STORE, CONFIG = "s3://tests/store", "workflows/quickstart.yaml"
 TRAININGS = ("masked_model", "codec", "lm_semantic", "lm_coarse", "lm_decoder")
 JOB_S = 3 * 3600.0  # of a job on a busy machine
 WORKED_S = 10.0  # of the training before its node is killed
-
-
-def until(ready: Callable, what: str, seconds: float = START_S):
-    """The first true value of `ready()`. Raises TimeoutError."""
-    deadline = time.monotonic() + seconds
-    while not (found := ready()):
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"{what}: not within {seconds:.0f} s")
-        time.sleep(0.25)
-    return found
 
 
 @contextlib.contextmanager
@@ -78,60 +65,11 @@ def postgres(folder: Path) -> Iterator[str | None]:
     server = subprocess.Popen([*as_user, f"{programs[-1]}/postgres", "-D", str(data), "-p", str(port), "-h", "127.0.0.1", "-k",
                                str(data)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=data)
     try:
-        until(lambda: _listens(port), "PostgreSQL")
+        until(lambda: listens(port), "PostgreSQL")
         yield f"postgresql+psycopg2://audiolm:{password}@127.0.0.1:{port}/postgres"
     finally:
-        server.terminate()
+        server.send_signal(signal.SIGINT)  # without waiting for clients
         server.wait()
-
-
-def _listens(port: int) -> bool:
-    with socket.socket() as s:
-        return s.connect_ex(("127.0.0.1", port)) == 0
-
-
-class Node:
-    """`ray start --block` with one CPU: the head, or a node that joins the head at `address`."""
-
-    def __init__(self, folder: Path, name: str, env: dict[str, str], address: str | None = None):
-        self.agent, dashboard = free_port(), free_port()
-        port = address.rsplit(":", 1)[1] if address else str(free_port())
-        self.address, self.dashboard = address or f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}"
-        role = [f"--address={address}"] if address else ["--head", f"--port={port}", f"--dashboard-port={dashboard}",
-                                                         f"--temp-dir={folder / 'r'}"]
-        command = [f"{BIN}/ray", "start", *role, "--block", "--num-cpus=1", f"--resources={{\"{name}\": 1}}",
-                   "--object-store-memory=200000000", "--disable-usage-stats", f"--dashboard-agent-listen-port={self.agent}",
-                   f"--dashboard-agent-grpc-port={free_port()}", f"--metrics-export-port={free_port()}"]
-        self.process = None
-
-        def up() -> bool:
-            """Ray gives up where a busy machine takes more than 30 s for it: then once more."""
-            if self.process is None or self.process.poll() is not None:
-                with (folder / f"{name}.log").open("ab") as log:
-                    self.process = psutil.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-            return _listens(self.agent)
-
-        until(up, f"node {name}", 2 * START_S)
-
-    def tasks(self) -> list[str]:
-        """Titles of the node's processes that run a task now."""
-        titles = []
-        for process in self._all():
-            with contextlib.suppress(psutil.Error):
-                titles.append(" ".join(process.cmdline()).strip())
-        return [t.removeprefix("ray::") for t in titles if is_task(t)]
-
-    def kill(self) -> None:
-        """All processes of the node at once, as when a machine fails."""
-        for process in self._all():
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-
-    def _all(self) -> list[psutil.Process]:
-        try:
-            return [self.process, *self.process.children(recursive=True)]
-        except psutil.NoSuchProcess:
-            return []
 
 
 def work_of(step: str) -> set:
@@ -152,7 +90,7 @@ def kill_and_join(job: subprocess.Popen, head: Node, node: Node, folder: Path, e
     killed = time.monotonic()
     print(f"killed the node that trains {step}, with {len(before)} files; the other node runs {', '.join(others) or 'nothing'}",
           flush=True)
-    again = Node(folder, "second", env, head.address)
+    again = Node(folder, "second", env, 1, head.address)
     print(f"it joined again after {time.monotonic() - killed:.0f} s", flush=True)
     until(lambda: store.exists(f"{STORE}/{step}") and work_of(step) - before, f"{step} goes on", JOB_S)
     print(f"{step} wrote on {time.monotonic() - killed:.0f} s after its node was killed", flush=True)
@@ -176,14 +114,13 @@ def in_mlflow(url: str) -> tuple[int, int, int]:
 def run(folder: Path, out: Path, overrides: list[str], compare: bool) -> int:
     """The exit status of the job, or 1 where its outputs differ."""
     with seaweedfs(folder), postgres(folder) as backend:
-        env = {**ENV, **{k: os.environ[k] for k in AWS}, "OMP_NUM_THREADS": "1"}
-        del env["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"]  # which allows no second node
+        env = environment()
         server = MLflowServer(folder, backend, "s3://tests/mlflow")
         nodes = []
         try:
             server.start()
-            nodes.append(head := Node(folder, "first", env))
-            nodes.append(second := Node(folder, "second", env, head.address))
+            nodes.append(head := Node(folder, "first", env, 1))
+            nodes.append(second := Node(folder, "second", env, 1, head.address))
             began = time.monotonic()
             command = [sys.executable, "workflows/full_pipeline.py", CONFIG, f"store={STORE}", f"tracking={server.url}"]
             with (out / "job.log").open("wb") as log:
@@ -206,7 +143,7 @@ def same(folder: Path, overrides: list[str]) -> bool:
     """True where a run in one process, on a disk, has the same outputs."""
     uri = str(folder / "calm")
     subprocess.run([sys.executable, "workflows/full_pipeline.py", CONFIG, "--inline", f"store={uri}", "tracking=none",
-                    *overrides], cwd=ROOT, env={**ENV, "OMP_NUM_THREADS": "1"}, check=True, stdout=subprocess.DEVNULL)
+                    *overrides], cwd=ROOT, env=environment(), check=True, stdout=subprocess.DEVNULL)
     calm = outcome(uri, "quickstart")
     lost, doubled = differences(outcome(STORE, "quickstart"), calm)
     print(f"of {len(calm)} files, facts and metrics of a run without faults {len(lost)} were lost and {len(doubled)} doubled: "

@@ -17,17 +17,17 @@ from pathlib import Path
 import psutil
 
 from audiolm.dag.lease import LEASE_S
+from tests.bench.ray_node import Node, is_rank, is_task, title
 from tests.bench.soak.command import Command
 from tests.worlds.servers import FaultyS3
-
-RAYS_OWN = ("IDLE", "DashboardAgent", "RuntimeEnvAgent", "_AutoscalingCoordinatorActor", "TrainController", "StatsActor")
 
 
 @dataclass(frozen=True)
 class Field:
-    """What faults strike: the command, and the disk or the S3 server of its store."""
+    """What faults strike: the command, the Ray cluster that it joins, and the disk or the S3 server of its store."""
 
     command: Command
+    cluster: Node | None
     disk: Path | None  # a small one of its own
     s3: FaultyS3 | None
 
@@ -61,7 +61,7 @@ def suspend_driver(field: Field, draw: random.Random) -> str | None:
 
 
 def suspend_past_the_lease(field: Field, draw: random.Random) -> str | None:
-    """The driver and all its processes sleep until a second driver has taken over; then both are at it."""
+    """The driver and its processes, but no joined cluster, sleep until a second driver has taken over; then both are at it."""
     first, sleeping = field.command.drivers[0], [*field.command.processes(), field.command.drivers[0]]
     if len(field.command.drivers) > 1:
         return None
@@ -76,23 +76,16 @@ def suspend_past_the_lease(field: Field, draw: random.Random) -> str | None:
 
 def strike_ray(name: Callable[[str], bool], number: int, field: Field, draw: random.Random) -> str | None:
     """A signal to one of Ray's processes whose title `name` accepts; what it suspends goes on after some seconds."""
-    found = [(p, t) for p in field.command.processes() if (t := _title(p)) and name(t)]
+    joined = field.cluster.processes() if field.cluster and name is not is_raylet else []
+    found = [(p, t) for p in [*field.command.processes(), *joined] if name(t := title(p))]
     if not found:
         return None
-    process, title = draw.choice(found)
+    process, what = draw.choice(found)
     _send(process, number)
     if number == signal.SIGSTOP:
         time.sleep(draw.uniform(5, 25))
         _send(process, signal.SIGCONT)
-    return title
-
-
-def is_task(title: str) -> bool:
-    return title.startswith("ray::") and not is_rank(title) and not any(own in title for own in RAYS_OWN)
-
-
-def is_rank(title: str) -> bool:
-    return title.startswith("ray::") and "TrainWorker" in title
+    return what
 
 
 def is_raylet(title: str) -> bool:
@@ -134,13 +127,6 @@ def fill_disk(field: Field, draw: random.Random) -> str | None:
     wait(field, seconds)
     os.unlink(ballast)
     return f"for {seconds:.0f} s"
-
-
-def _title(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline()).strip()
-    except psutil.Error:
-        return ""
 
 
 def _send(process: psutil.Process, number: int) -> None:

@@ -3,10 +3,11 @@
     python tests/bench/soak/run.py --minutes 30
     python tests/bench/soak/run.py --minutes 5 --seed 1 --out /tmp/soak
 
-Rounds run tests/e2e.yaml up to its trained stages with Ray, without, and with two training workers, in turn on a small disk of
-their own (a tmpfs, as root) and on SeaweedFS behind a proxy that plants faults.  A command that ends is started again.  Each
-round's files, facts and metrics are compared with those of a run without faults, bit for bit.  OUT/faults.jsonl logs every
-fault, OUT/*.log what the commands said; the table comes last.  Exit status 1 where something was lost or doubled.
+Rounds run tests/e2e.yaml up to its trained stages: on a Ray cluster that is joined, on a Ray of its own, without Ray, and with
+two training workers; on a small disk (a tmpfs, as root) and on SeaweedFS behind a proxy that plants faults.  A command that
+ends is started again.  Each round's files, facts and metrics are compared with those of a run without faults, bit for bit.
+OUT/faults.jsonl logs every fault, OUT/*.log what the commands said; the table comes last.  Exit status 1 where something was
+lost or doubled.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import random
 import signal
 import statistics
@@ -29,6 +29,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT))
 
+from tests.bench.ray_node import Node, environment  # noqa: E402
 from tests.bench.soak.command import Command  # noqa: E402
 from tests.bench.soak.faults import FAULTS, Field  # noqa: E402
 from tests.bench.soak.outcome import differences, made_again, outcome  # noqa: E402
@@ -36,9 +37,10 @@ from tests.worlds.servers import FaultyS3, seaweedfs  # noqa: E402
 
 FIRST = "manifest,masked_model,kmeans,semantic_tokens,lm_semantic"
 TRAINED = f"{FIRST},codec,acoustic_tokens,lm_coarse,lm_fine"  # what comes after is made from these in one go
-MODES = {"ray": ["--only", TRAINED], "inline": ["--only", TRAINED, "--inline"],
+MODES = {"joined": ["--only", TRAINED], "private": ["--only", TRAINED], "inline": ["--only", TRAINED, "--inline"],
          "two": ["--only", FIRST, "cluster.train_workers=2"]}  # each training of two takes a minute
-ROUNDS = [("disk", "ray"), ("s3", "inline"), ("s3", "ray"), ("disk", "inline"), ("disk", "two"), ("s3", "two")]
+ROUNDS = [("disk", "joined"), ("s3", "inline"), ("s3", "joined"), ("disk", "inline"), ("disk", "private"), ("s3", "two"),
+          ("s3", "private"), ("disk", "two")]
 DISK_MB = 256
 MOST = 10  # faults of a round
 PATIENCE_S = 900.0  # of a round that has no more faults
@@ -62,10 +64,6 @@ class Soak:
         print(record["at_s"], *(f"{k}: {v}" for k, v in record.items() if k != "at_s" and v not in ("", None, [])), flush=True)
 
 
-def environment(**more: str) -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": "", "OMP_NUM_THREADS": "1", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2", **more}
-
-
 def calm(mode: str, folder: Path) -> dict:
     """The outcome of an undisturbed run; Ray and inline have the same."""
     uri = str(folder / f"calm-{mode}")
@@ -75,14 +73,14 @@ def calm(mode: str, folder: Path) -> dict:
     return outcome(uri, "e2e")
 
 
-def one_round(soak: Soak, n: int, where: str, mode: str, reference: dict, place: str, disk: Path | None,
+def one_round(soak: Soak, n: int, mode: str, reference: dict, place: str, cluster: Node | None, disk: Path | None,
               s3: FaultyS3 | None) -> None:
     """A run under faults to its end, and the comparison."""
-    name = {"round": n, "store": where, "mode": mode}
-    env = environment(**({"AWS_ENDPOINT_URL": s3.url} if s3 else {}))
+    name = {"round": n, "store": "s3" if s3 else "disk", "mode": mode}
+    env = environment(**({"AWS_ENDPOINT_URL": s3.url} if s3 else {}), **({"RAY_ADDRESS": cluster.address} if cluster else {}))
     command = Command(["tests/e2e.yaml", *MODES[mode], f"store={place}", f"tracking={'none' if s3 else 'sqlite'}"], place, env,
-                      soak.out / f"{n:02d}-{where}-{mode}.log")
-    target, struck, done = Field(command, disk, s3), 0, False
+                      soak.out / f"{n:02d}-{name['store']}-{mode}.log")
+    target, struck, done = Field(command, cluster, disk, s3), 0, False
     try:
         while not done and struck < MOST and time.monotonic() < soak.until:
             done = _wait(command, soak.draw.uniform(1, 12))
@@ -159,13 +157,16 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--minutes", type=float, default=30.0, help="afterwards the last round ends without faults")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", type=Path, default=Path("soak"), help="the folder of the logs")
-    p.add_argument("--modes", default=",".join(MODES), help="some of ray, inline, two")
+    p.add_argument("--modes", default=",".join(MODES), help="some of joined, private, inline, two")
     args = p.parse_args(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started ends, too
     args.out.mkdir(parents=True, exist_ok=True)
     modes = args.modes.split(",")
     rounds = [r for r in ROUNDS if r[1] in modes]
-    with tempfile.TemporaryDirectory(prefix="soak") as folder, seaweedfs(Path(folder)) as url:
+    with tempfile.TemporaryDirectory(prefix="soak") as folder, seaweedfs(Path(folder)) as url, contextlib.ExitStack() as stack:
+        proxy = FaultyS3(url)
+        cluster = Node(Path(folder), "soak", environment(AWS_ENDPOINT_URL=proxy.url), 2)
+        stack.callback(cluster.kill)
         soak, references, n = Soak(args.out, random.Random(args.seed), time.monotonic() + 60 * args.minutes), {}, 0
         while time.monotonic() < soak.until:
             where, mode = rounds[n % len(rounds)]
@@ -176,13 +177,12 @@ def main(argv: list[str] | None = None) -> int:
                 soak.until += time.monotonic() - began
             reference = references[like]
             n += 1
+            joins = cluster if mode in ("joined", "two") else None
             if where == "s3":
-                proxy = FaultyS3(url)
-                one_round(soak, n, where, mode, reference, f"s3://tests/round-{n}", None, proxy)
-                proxy.close()
+                one_round(soak, n, mode, reference, f"s3://tests/round-{n}", joins, None, proxy)
             else:
                 with small_disk(Path(folder) / f"disk-{n}") as disk:
-                    one_round(soak, n, where, mode, reference, str((disk or Path(folder)) / f"round-{n}"), disk, None)
+                    one_round(soak, n, mode, reference, str((disk or Path(folder)) / f"round-{n}"), joins, disk, None)
     print(table(soak.records))
     ends = [r for r in soak.records if "end" in r]
     return int(any(r["lost"] or r["doubled"] for r in ends))
