@@ -224,6 +224,7 @@ def _run(cfg: Pipeline, rows: list[PlanRow], force: tuple[str, ...], inline: boo
         if todo and not inline:
             start_ray(cfg.cluster, cfg.store, observer.say)
             take_signals()  # Ray took SIGTERM
+            import torch.distributed  # noqa: F401  here, as two steps' threads that import torch at once crash the process
         if todo and cfg.cluster.device == "cuda":  # before hours of steps that need none
             cluster_device(cfg.cluster, inline, cfg.cluster.train_workers if any(r.run and r.step.trains for r in rows) else 1)
         execute(rows, cfg.store, force=force, inline=inline, slots=cfg.cluster.parallel_training, observer=observer,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import sys
 
 import pytest
@@ -73,3 +74,29 @@ def test_no_command_prints_the_credentials_of_a_uri(command, capsys, tmp_path, m
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     status, said = command(SIGNED.format(port=free_port())), "".join(capsys.readouterr())
     assert status != 0 and "hunter2" not in said and re.search(r"://\*\*\*@127.0.0.1", said), said
+
+
+TWO_STEPS = """
+import sys, time
+from pathlib import Path
+from audiolm.dag.step import Step
+from audiolm.pipeline import cli
+
+def one(config, inputs, out):
+    import torch
+
+def two(config, inputs, out):
+    while "torch" not in sys.modules:
+        time.sleep(0.001)
+    import audiolm.train.loop
+
+cli.start_ray = lambda *args: None  # these steps give no work to it
+cli.main(lambda cfg: [Step("one", one, {}), Step("two", two, {})], default=Path())
+"""
+
+
+def test_two_steps_that_are_ready_at_once_import_torch_whole(tmp_path):
+    """As in a run that is continued, whose driver has not imported it yet."""
+    done = subprocess.run([sys.executable, "-c", TWO_STEPS, str(QUICKSTART), f"store={tmp_path}", "tracking=none"], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.returncode == 0 and "all 2 steps done" in done.stdout, done.stdout + done.stderr
