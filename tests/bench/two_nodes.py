@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -90,10 +91,17 @@ def kill_and_join(job: subprocess.Popen, head: Node, node: Node, folder: Path, e
     killed = time.monotonic()
     print(f"killed the node that trains {step}, with {len(before)} files; the other node runs {', '.join(others) or 'nothing'}",
           flush=True)
-    again = Node(folder, "second", env, 1, head.address)
-    print(f"it joined again after {time.monotonic() - killed:.0f} s", flush=True)
-    until(lambda: store.exists(f"{STORE}/{step}") and work_of(step) - before, f"{step} goes on", JOB_S)
-    print(f"{step} wrote on {time.monotonic() - killed:.0f} s after its node was killed", flush=True)
+
+    def join() -> Node:
+        found = Node(folder, "second", env, 1, head.address)
+        print(f"it joined again after {time.monotonic() - killed:.0f} s", flush=True)
+        return found
+
+    with ThreadPoolExecutor(1) as pool:
+        joining = pool.submit(join)
+        until(lambda: work_of(step) - before, f"{step} goes on", JOB_S)
+        print(f"{step} wrote on {time.monotonic() - killed:.0f} s after its node was killed", flush=True)
+        again = joining.result()
     until(lambda: again.tasks() or job.poll() is not None, "a task on the new node", JOB_S)
     print(f"the new node worked {time.monotonic() - killed:.0f} s after the other was killed: {again.tasks()}", flush=True)
     return again
