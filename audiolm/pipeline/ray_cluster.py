@@ -50,10 +50,10 @@ def start_ray(cluster: ClusterConfig, folder: str, say: Callable[[str], None]) -
             with guarded():
                 ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR,
                          num_gpus=0 if cluster.device == "cpu" else None)
-    except (ConnectionError, RuntimeError, ValueError) as e:
+    except Exception as e:  # noqa: BLE001  a plain one where a busy machine takes more than 30 s to start Ray
         where = f"join the cluster at {address!r}" if address else "start Ray here"
-        raise StepFailed(f"cannot {where}: {str(e).splitlines()[0]}; check cluster.address, RAY_ADDRESS and RAY_AUTH_MODE, "
-                         "or go without Ray") from e
+        raise StepFailed(f"cannot {where}: {(str(e) or type(e).__name__).splitlines()[0]}; on a busy machine run the same "
+                         "command again, else check cluster.address, RAY_ADDRESS and RAY_AUTH_MODE, or go without Ray") from e
     nodes = [n for n in ray.nodes() if n["Alive"]]
     resources = ray.cluster_resources()
     say(f"ray: {len(nodes)} node(s), {resources.get('CPU', 0):.0f} CPUs, {resources.get('GPU', 0):.0f} GPUs")

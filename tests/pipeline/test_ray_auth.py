@@ -46,6 +46,14 @@ VISITOR = """
 
     print("ran as a child of", ray.get(ray.remote(lambda: os.getppid()).remote()))
 """
+STARTER = """
+    import sys
+    from audiolm.config.run import ClusterConfig
+    from audiolm.pipeline.cli import run_command
+    from audiolm.pipeline.ray_cluster import start_ray
+
+    sys.exit(run_command(lambda: start_ray(ClusterConfig(device="cpu"), "", print)))
+"""
 TOKEN, OLD_TOKEN = "0123456789abcdef" * 4, "fedcba9876543210" * 4
 
 
@@ -144,3 +152,9 @@ def test_the_token_stays_in_the_memory_of_the_run(cluster):
     written = [p for p in Path(cluster["session"]).rglob("*") if p.is_file() and token.encode() in p.read_bytes()]
     shown = [p for p in cluster["processes"] if p.is_running() and token in " ".join(p.cmdline())]
     assert not written and not shown
+
+
+def test_a_ray_that_does_not_start_is_told_with_the_cause_and_the_fix(tmp_path):
+    starter = python(STARTER, home=tmp_path, RAY_TMPDIR="/proc/none")
+    said = starter.communicate(timeout=120)[1]
+    assert starter.returncode == 2 and "cannot start Ray here: [Errno 2]" in said and "run the same command again" in said, said
