@@ -74,8 +74,8 @@ def postgres(folder: Path) -> Iterator[str | None]:
 
 
 def work_of(step: str) -> set:
-    """What a step has written to the store, without heartbeats."""
-    return {(n, size) for n, size in store.files(f"{STORE}/{step}").items() if "attempts/" not in n}
+    """What a step has written to the store, without heartbeats and marks of its start."""
+    return {(n, size) for n, size in store.files(f"{STORE}/{step}").items() if "attempts/" not in n and "filled-" not in n}
 
 
 def kill_and_join(job: subprocess.Popen, head: Node, node: Node, folder: Path, env: dict[str, str]) -> Node:
@@ -99,8 +99,10 @@ def kill_and_join(job: subprocess.Popen, head: Node, node: Node, folder: Path, e
 
     with ThreadPoolExecutor(1) as pool:
         joining = pool.submit(join)
+        until(lambda: any(n.endswith("attempts/0002.json") for n in store.files(f"{STORE}/{step}")), f"{step} again", JOB_S)
+        print(f"{step} was launched again {time.monotonic() - killed:.0f} s after its node was killed", flush=True)
         until(lambda: work_of(step) - before, f"{step} goes on", JOB_S)
-        print(f"{step} wrote on {time.monotonic() - killed:.0f} s after its node was killed", flush=True)
+        print(f"{step} wrote on {time.monotonic() - killed:.0f} s after its node was killed, once it had a CPU", flush=True)
         again = joining.result()
     until(lambda: again.tasks() or job.poll() is not None, "a task on the new node", JOB_S)
     print(f"the new node worked {time.monotonic() - killed:.0f} s after the other was killed: {again.tasks()}", flush=True)
