@@ -84,9 +84,9 @@ def one_round(soak: Soak, n: int, mode: str, reference: dict, place: str, cluste
     try:
         while not done and struck < MOST and time.monotonic() < soak.until:
             done = _wait(command, soak.draw.uniform(1, 12))
-            if not done and (record := strike(target, soak.draw)):
+            if not done:
                 struck += 1
-                soak.log(**name, **record)
+                soak.log(**name, **strike(target, soak.draw))
         done = done or _wait(command, PATIENCE_S)
         lost, doubled = differences(outcome(place, "e2e"), reference) if done else (["all"], [])
         soak.log(**name, end="done" if done else "NOT DONE", faults=struck, lost=len(lost), doubled=len(doubled),
@@ -96,21 +96,20 @@ def one_round(soak: Soak, n: int, mode: str, reference: dict, place: str, cluste
         command.stop()
 
 
-def strike(target: Field, draw: random.Random) -> dict | None:
-    """One fault and the time until the run got on after its end; None where what was drawn had nothing to strike."""
-    names = list(FAULTS)
-    name = draw.choices(names, [FAULTS[n][1] for n in names])[0]
-    ends = len(target.command.ends)
-    what = FAULTS[name][0](target, draw)
-    if what is None:
-        return None
+def strike(target: Field, draw: random.Random) -> dict:
+    """One fault and the time until the run got on after its end. What is drawn and has nothing to strike is drawn again."""
+    names, what, ends = list(FAULTS), None, len(target.command.ends)
+    while what is None:
+        name = draw.choices(names, [FAULTS[n][1] for n in names])[0]
+        what = FAULTS[name][0](target, draw)
     over, done = time.monotonic(), target.command.poll()
     before = target.command.work()
     while not done and time.monotonic() - over < PATIENCE_S and not target.command.work() - before:
         time.sleep(0.5)
         done = target.command.poll()
     ended = target.command.ends[ends:]
-    return {"fault": name, "struck": what, "ended": ended, "said": target.command.said() if any(e > 0 for e in ended) else "",
+    said = target.command.said() if {1, 2} & {*ended} else ""
+    return {"fault": name, "struck": what, "ended": ended, "said": said,
             "continue_s": round(time.monotonic() - over, 1)}
 
 
