@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures as futures
 import contextlib
-import resource
+import os
 import statistics
 import sys
 import tempfile
@@ -46,26 +46,29 @@ from audiolm.pipeline.ray_cluster import start_ray  # noqa: E402
 from audiolm.tokenizers import encode  # noqa: E402
 from audiolm.train.loop import run_worker  # noqa: E402
 from audiolm.train.rank import TrainJob  # noqa: E402
+from tests.bench.ray_node import Node, environment  # noqa: E402
 from tests.worlds.basics import RecordingOut  # noqa: E402
 from tests.worlds.training import TinyLM, train_on_two  # noqa: E402
 
 WORKERS = Workers(False, "bench", lambda done, total, unit, note="": None)
 sleep = partial(parallel_map, time.sleep, out=WORKERS, cluster=ClusterConfig(), unit="tasks")
-BATCH, TOKENS, STEPS = 8, 256, 24
+BATCH, TOKENS, STEPS = 8, 256, 12
 SIZES = TransformerSizes(1024, 192, 4, 6, 768, 0.0)  # as the quickstart's semantic stage
 
 
 @contextlib.contextmanager
 def ray_of(cpus: int) -> Iterator[None]:
-    """A private Ray that thinks it has so many CPUs."""
+    """A Ray that thinks it has so many CPUs."""
     import ray
 
-    with tempfile.TemporaryDirectory() as folder, mock.patch.object(ray, "init", partial(ray.init, num_cpus=cpus)):
-        start_ray(ClusterConfig(device="cpu"), folder, lambda text: None)
+    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, environment()):
+        node = Node(Path(folder), "bench", environment(), cpus)
         try:
+            start_ray(ClusterConfig(address=node.address), folder, lambda text: None)
             yield
         finally:
             ray.shutdown()
+            node.kill()
 
 
 def tokens(folder: Path, repeats: int) -> None:
@@ -154,6 +157,10 @@ class Stage(TinyLM):
         super().__init__(config, inputs, ctx)
         self.modules = {"model": Transformer(SIZES)}
 
+    def train_step(self, engines, batches, step):
+        began = time.process_time()
+        return {**super().train_step(engines, batches, step), "cpu_s": time.process_time() - began}
+
     def _ids(self, purpose, step, row):
         return torch.randint(SIZES.vocab, (TOKENS,), generator=torch.Generator().manual_seed(1000 * step + row)).numpy()
 
@@ -173,15 +180,12 @@ def training(folder: Path) -> None:
         lease = Lease(build)
         metrics = f"{build}/metrics-0001.jsonl"
         job = TrainJob(stage, {"seed": 0}, train, {}, build, lease.attempt, build, metrics, 0, "cpu", 1, 16, False)
-        who = resource.RUSAGE_SELF if ranks == 1 else resource.RUSAGE_CHILDREN
-        before = resource.getrusage(who)
         run_worker(job, 0, 1) if ranks == 1 else train_on_two(job)
-        after = resource.getrusage(who)
         lease.close("done")
-        took = sorted(r["metrics"]["step_s"] for r in read_build(build) if "step_s" in r["metrics"])[:-2]  # without the first
-        cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        rows = [r["metrics"] for r in read_build(build) if "cpu_s" in r["metrics"]][1:]  # without the first
+        took, cpu = ([r[key] for r in rows] for key in ("step_s", "cpu_s"))
         print(f"{ranks} rank(s), batch {train.batch}: a step takes {min(took):.3f} s at best, {statistics.median(took):.3f} s "
-              f"by the median; {cpu / ranks:.1f} CPU s a rank in all, start included", flush=True)
+              f"by the median; {min(cpu):.3f} and {statistics.median(cpu):.3f} CPU s of a rank", flush=True)
 
 
 def main() -> None:

@@ -39,6 +39,7 @@ FIRST = "manifest,masked_model,kmeans,semantic_tokens,lm_semantic"
 TRAINED = f"{FIRST},codec,acoustic_tokens,lm_coarse,lm_fine"  # what comes after is made from these in one go
 MODES = {"joined": ["--only", TRAINED], "private": ["--only", TRAINED], "inline": ["--only", TRAINED, "--inline"],
          "two": ["--only", FIRST, "cluster.train_workers=2"]}  # each training of two takes a minute
+JOIN = {"joined", "two"}  # modes on the one Ray cluster of all rounds
 ROUNDS = [("disk", "joined"), ("s3", "inline"), ("s3", "joined"), ("disk", "inline"), ("disk", "private"), ("s3", "two"),
           ("s3", "private"), ("disk", "two")]
 DISK_MB = 256
@@ -163,9 +164,10 @@ def main(argv: list[str] | None = None) -> int:
     modes = args.modes.split(",")
     rounds = [r for r in ROUNDS if r[1] in modes]
     with tempfile.TemporaryDirectory(prefix="soak") as folder, seaweedfs(Path(folder)) as url, contextlib.ExitStack() as stack:
-        proxy = FaultyS3(url)
-        cluster = Node(Path(folder), "soak", environment(AWS_ENDPOINT_URL=proxy.url), 2)
-        stack.callback(cluster.kill)
+        proxy, cluster = FaultyS3(url), None
+        if JOIN & {*modes}:
+            cluster = Node(Path(folder), "soak", environment(AWS_ENDPOINT_URL=proxy.url), 2)
+            stack.callback(cluster.kill)
         soak, references, n = Soak(args.out, random.Random(args.seed), time.monotonic() + 60 * args.minutes), {}, 0
         while time.monotonic() < soak.until:
             where, mode = rounds[n % len(rounds)]
@@ -176,7 +178,7 @@ def main(argv: list[str] | None = None) -> int:
                 soak.until += time.monotonic() - began
             reference = references[like]
             n += 1
-            joins = cluster if mode in ("joined", "two") else None
+            joins = cluster if mode in JOIN else None
             if where == "s3":
                 one_round(soak, n, mode, reference, f"s3://tests/round-{n}", joins, None, proxy)
             else:
