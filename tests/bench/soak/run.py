@@ -84,7 +84,7 @@ def one_round(soak: Soak, n: int, mode: str, reference: dict, place: str, cluste
     target, struck, done = Field(command, cluster, disk, s3), 0, False
     try:
         while not done and struck < MOST and time.monotonic() < soak.until:
-            done = _wait(command, soak.draw.uniform(1, 12))
+            done = _wait(command, soak.draw.uniform(1, 30))
             if not done:
                 struck += 1
                 soak.log(**name, **strike(target, soak.draw))
