@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from audiolm.config.base import flatten
 from audiolm.dag.step import Status, Step, StepState, inspect, trunk_siblings
-from audiolm.store import get_json, join, names
+from audiolm.store import at_once, get_json, join, names
 
 
 def toposort(targets: Iterable[Step]) -> list[Step]:
@@ -118,11 +118,11 @@ def _reason(step: Step, store: str, state: StepState, run: bool, forced: bool, r
 
 def sibling_difference(step: Step, store: str) -> str:
     """The fields in which the recipe differs from the newest other one of the same step; '' where there is none."""
-    newest, recipe = 0.0, None
-    for name in names(join(store, step.name)):
-        root = join(store, step.name, name)
-        if name != step.fingerprint and (first := get_json(join(root, "0001", "build.json"))) and first["time"] > newest:
-            newest, recipe = first["time"], get_json(join(root, "recipe.json"))
+    roots = [join(store, step.name, name) for name in names(join(store, step.name)) if name != step.fingerprint]
+    records = at_once(get_json, (join(root, "0001", "build.json") for root in roots))
+    times = [record["time"] if record else 0.0 for record in records]
+    newest = max(range(len(roots)), key=times.__getitem__, default=None)
+    recipe = get_json(join(roots[newest], "recipe.json")) if newest is not None and times[newest] else None
     if recipe is None:
         return ""
     old, new = flatten(recipe), flatten(step.recipe)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import enum
 import hashlib
 import json
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from audiolm.config.base import identity
 from audiolm.dag.lease import LEASE_S, Lease, is_dead, latest, read_attempt
 from audiolm.dag.outputs import build_of, path_of
 from audiolm.metrics_log import MetricsFile
-from audiolm.store import get_json, join, names
+from audiolm.store import at_once, files, get_json, join, names
 
 
 class Status(enum.StrEnum):
@@ -193,15 +194,14 @@ def trunk_siblings(step: Step, store: str, inputs: Mapping[str, str | None], bui
     """The trunk of a build (one to be opened where `build` is None) and the folders of the trunk's other builds.
 
     Builds of one trunk have the same inputs and differ in their training's length alone, so that the longer one
-    continues the shorter.  `force` starts a new trunk, so that nothing old is continued.
+    continues the shorter.  `force` starts a new trunk, so that nothing old is continued.  However many builds there are, one
+    listing finds them, and their records are read at once.
     """
-    trunks = {}
-    for fingerprint in names(join(store, step.name)):
-        for n in names(join(store, step.name, fingerprint)):
-            path = join(store, step.name, fingerprint, n)
-            record = get_json(join(path, "build.json")) if n.isdigit() else None
-            if record and record["inputs"] == dict(inputs) and record.get("trunk", {}).get("recipe") == step.trunk:
-                trunks[path] = record["trunk"]
+    top, trunks = join(store, step.name), {}
+    found = [name for name in files(top) if re.fullmatch(r"[^/]+/\d+/build\.json", name)]
+    for name, record in zip(found, at_once(get_json, (join(top, name) for name in found)), strict=True):
+        if record and record["inputs"] == dict(inputs) and record.get("trunk", {}).get("recipe") == step.trunk:
+            trunks[join(top, name.removesuffix("/build.json"))] = record["trunk"]
     if build is None:
         own = {"recipe": step.trunk, "forced": max((t["forced"] for t in trunks.values()), default=0) + force}
     else:

@@ -36,7 +36,7 @@ from audiolm.pipeline.needs import check_installed, reads_audio
 from audiolm.pipeline.output import outputs
 from audiolm.pipeline.ray_cluster import in_ray_job, start_ray, worker_died
 from audiolm.pipeline.stop import STOPPED, exit_status, stoppable, take_signals
-from audiolm.store import NoAnswer, check_store, is_local, patience
+from audiolm.store import NoAnswer, check_store, is_local, patience, waits_told_to
 from audiolm.tokenizers.start import StartWeights
 from audiolm.train.commits import starting_point, steps_kept
 
@@ -227,8 +227,9 @@ def _run(cfg: Pipeline, rows: list[PlanRow], force: tuple[str, ...], inline: boo
             import torch.distributed  # noqa: F401  here, as two steps' threads that import torch at once crash the process
         if todo and cfg.cluster.device == "cuda":  # before hours of steps that need none
             cluster_device(cfg.cluster, inline, cfg.cluster.train_workers if any(r.run and r.step.trains for r in rows) else 1)
-        execute(rows, cfg.store, force=force, inline=inline, slots=cfg.cluster.parallel_training, observer=observer,
-                retries=cfg.cluster.retries, may_retry=worker_died, kept=steps_kept, finished=finished)
+        with waits_told_to(observer.board.waits):
+            execute(rows, cfg.store, force=force, inline=inline, slots=cfg.cluster.parallel_training, observer=observer,
+                    retries=cfg.cluster.retries, may_retry=worker_died, kept=steps_kept, finished=finished)
         code = 0
     except (StepFailed, ConfigError) as e:
         observer.say(f"error: {e}")

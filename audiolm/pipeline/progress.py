@@ -1,7 +1,7 @@
 """The progress of running steps on the driver's terminal: done/total, rate, time left.
 
 On a terminal one line a running step, redrawn in place; elsewhere plain lines at the start, the end and about every
-10 s.  Thread-safe, and never an error (output.py).  Rates come from a moving window and never count work that was there
+10 s.  While the store does not answer, one more line says why.  Thread-safe, and never an error (output.py).  Rates come from a moving window and never count work that was there
 when a step began (resume).
 """
 
@@ -48,6 +48,7 @@ class ProgressBoard:
         self._clock = clock
         self._lock = threading.Lock()
         self._lines: dict[str, _Line] = {}
+        self._waits: dict[object, tuple[float, str]] = {}  # calls to the store that wait: since when, why
         self._tty = self._out.isatty()
         self._drawn_rows = 0  # lines on the terminal that may be redrawn
         self._drawn_at = float("-inf")
@@ -88,6 +89,21 @@ class ProgressBoard:
             text = f"{step:<16} {status:<8} {'in ' + duration(seconds) if seconds >= 0.05 else ''}"
             self._say(f"{text.rstrip()}{'  ' + note if note else ''}")
 
+    def waits(self, call: object, path: str, reason: str | None) -> None:
+        """Shows why a call to the store waits, from its first failure until it ends (None). Of several the first is shown."""
+        with self._lock:
+            now, before = self._clock(), bool(self._waits)
+            if reason is None:
+                since, text = self._waits.pop(call, (now, ""))
+                if text and not self._waits:
+                    self._say(f"store: waited {duration(now - since)}, {text}")
+                return
+            self._waits[call] = now, f"{reason} ({path})"
+            if self._tty:
+                self._draw(now, force=True)
+            elif not before:
+                self._print(f"store: waiting, {reason} ({path})")
+
     def say(self, text: str) -> None:
         """Prints text above the running lines."""
         with self._lock:
@@ -115,6 +131,9 @@ class ProgressBoard:
         self._drawn_at = now
         size = shutil.get_terminal_size((100, 24))
         rows = [_describe(step, line, now)[: size.columns - 1] for step, line in self._lines.items()]
+        if self._waits:
+            since, text = next(iter(self._waits.values()))
+            rows.insert(0, f"{'store':<16}  waiting, {duration(now - since)}, {text}"[: size.columns - 1])
         rows = rows[: max(1, size.lines - 2)]  # a line that scrolled away cannot be redrawn
         self._clear()
         if rows:

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import errno
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 from audiolm.dag.lease import check_lease
 from audiolm.dag.outputs import sha256
 from audiolm.metrics_log import read_build
-from audiolm.store import QUIET_S, copy, get_json, join, modified, names, put, put_json, remove
+from audiolm.store import QUIET_S, READERS, at_once, copy, files, get_json, join, modified, names, put, put_json, remove
 
 
 def path_of(build: str, step: int) -> str:
@@ -41,17 +41,10 @@ def _commit(build: str, name: str) -> dict | None:
         return None
 
 
-def latest_first(build: str, at_most: int | None = None) -> Iterator[dict]:
-    """The commits whose checkpoints exist, of steps up to `at_most`; read one by one, as the first is mostly enough."""
-    for name in reversed(names(join(build, "commits"))):
-        if at_most is None or int(name.removesuffix(".json")) <= at_most:
-            commit = _commit(build, name)
-            if commit and not commit.get("pruned"):
-                yield commit
-
-
 def newest(build: str) -> dict | None:
-    return next(latest_first(build), None)
+    """The last commit whose checkpoint exists."""
+    found = (_commit(build, name) for name in reversed(names(join(build, "commits"))))  # read one by one: the first will do
+    return next((c for c in found if c and not c.get("pruned")), None)
 
 
 def steps_kept(build: str) -> int:
@@ -106,14 +99,31 @@ def starting_point(build: str | None, siblings: Iterable[str], trunk_steps: int,
     their best still exists; `verified`: while their files are whole, which takes a look at every byte.
     """
     own = newest(build) if build else None
-    chosen = (build, own) if own else None
-    for other in siblings:
-        usable = (c for c in latest_first(other, trunk_steps) if "trunk" in c and (needed := _with_best(other, c))
-                  and not (verified and any(_damaged(other, n) for n in needed)))
-        commit = next(usable, None)
-        if commit and (chosen is None or commit["step"] > chosen[1]["step"]):
-            chosen = (other, commit)
-    return chosen
+    further = [(step, b) for step, b in _kept_by(list(siblings), trunk_steps) if own is None or step > own["step"]]
+    for i in range(0, len(further), READERS):  # read at once, as those of a decay are passed over
+        some = further[i:i + READERS]
+        for (_, other), commit in zip(some, at_once(lambda f: _commit(f[1], f"{f[0]:08d}.json"), some), strict=True):
+            if not commit or commit.get("pruned") or "trunk" not in commit or not (needed := _with_best(other, commit)):
+                continue
+            if not (verified and any(_damaged(other, n) for n in needed)):
+                return other, commit
+    return (build, own) if own else None
+
+
+def _kept_by(builds: list[str], at_most: int) -> list[tuple[int, str]]:
+    """(step, build) of the commits up to a step whose checkpoints are there, furthest first: by one listing for all builds,
+    which are of one training step."""
+    if not builds:
+        return []
+    top = builds[0].rsplit("/", 2)[0]
+    order = {build[len(top) + 1:]: i for i, build in enumerate(builds)}
+    committed, kept = set(), set()
+    for name in files(top):
+        build, _, rest = name.rpartition("/commits/") if "/commits/" in name else name.partition("/checkpoints/")
+        if build in order and rest:
+            (committed if rest.endswith(".json") and "/" not in rest else kept).add((build, rest[:8]))
+    found = [(int(step), build) for build, step in committed & kept if int(step) <= at_most]
+    return [(step, join(top, build)) for step, build in sorted(found, key=lambda f: (-f[0], order[f[1]]))]
 
 
 def remove_uncommitted(build: str, attempt: int) -> None:

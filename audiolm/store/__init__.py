@@ -4,8 +4,7 @@ A store path is any fsspec URI.
 Whole: `put` writes aside and renames (local) or sends one object (object stores).
 Exclusive: of writers with different bytes exactly one wins.  A repeated or unanswered write finds its own bytes there and has
 won, so that a claim needs bytes of its own, such as a nonce.
-Patient: while a store does not answer (time-out, broken connection, HTTP 408, 409, 429, 5xx) a call is tried again, with
-growing pauses, for `patience` seconds.  Then NoAnswer names the path and the cause.  An answer is never asked for again.
+Patient: every call goes through `persist` (patience.py), which waits while a store does not answer.
 Bounded: one try of a call to an object store takes CALL_S at most, and the time of its bytes at SLOWEST.
 Nothing here deletes a lock.
 """
@@ -15,104 +14,32 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import math
 import os
 import re
 import shutil
-import time
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from audiolm.local_disk import put_local
-from audiolm.places import absolute, is_local, join, open_fs  # noqa: F401  part of this module's interface
+from audiolm.places import absolute, is_local, join, open_fs  # noqa: F401  part of this module's interface, as all below
+from audiolm.store.credentials import hide_credentials, hide_credentials_in  # noqa: F401
+from audiolm.store.patience import NoAnswer, http_status, patience, patience_s, persist, waits_told_to  # noqa: F401
 
-PATIENCE_S = 300.0  # a restart of a server or a network's fault takes minutes, and a training is worth the wait
 QUIET_S = 900.0  # a writer that did nothing for so long is dead: longer than patience, a try and a lease together
 CLEANUP_S = 10.0  # after an error there is nothing left to save by waiting
 CALL_S = 60.0
 SLOWEST = 2**20  # bytes a second
 PIECE = 2**23  # bytes
+READERS = 16  # requests at once
 
 _ASIDE = re.compile(r"\.[0-9a-f]{32}\.tmp$")
-_patience_s: ContextVar[float] = ContextVar("patience_s")  # of this thread, PATIENCE_S by default
-
-
-class NoAnswer(OSError):
-    """A store that did not answer for as long as a call was patient; names the path, and the last error as its cause."""
-
-
-@contextmanager
-def patience(seconds: float) -> Iterator[None]:
-    """Bounds how long this thread's calls wait for a store that does not answer."""
-    token = _patience_s.set(seconds)
-    try:
-        yield
-    finally:
-        _patience_s.reset(token)
-
-
-def persist(path: str, call: Callable[[], Any]) -> Any:
-    """`call()`, tried again while the store does not answer; it must be safe to repeat. Raises NoAnswer."""
-    began, pause_s = time.monotonic(), 0.5
-    while True:
-        try:
-            return call()
-        except Exception as e:
-            if isinstance(e, NoAnswer) or not _no_answer(e):
-                _name(e, path)
-                raise
-            left_s = _patience_s.get(PATIENCE_S) - (time.monotonic() - began)
-            shown = hide_credentials(f"{path}: {type(e).__name__}: {e}")
-            if left_s < pause_s:
-                raise NoAnswer(f"the store did not answer for {time.monotonic() - began:.0f} s: {shown}") from e
-            if pause_s == 0.5:
-                logging.getLogger(__name__).warning("the store does not answer, trying for %.0f s: %s", left_s, shown)
-        time.sleep(pause_s)
-        pause_s = min(2 * pause_s, 10.0)
-
-
-def _name(error: Exception, path: str) -> None:
-    """Adds the path to an error of a disk or a store that has none."""
-    if isinstance(error, NoAnswer) or not isinstance(error, OSError) or error.filename is not None:
-        return
-    if error.errno is not None:
-        error.filename = path
-    elif len(error.args) == 1 and str(error) not in path:
-        error.args = (f"{path}: {error}",)
-
-
-def _no_answer(error: BaseException | None) -> bool:
-    """True for an error after which the same call may succeed: the store was out of reach or busy."""
-    if isinstance(error, (FileNotFoundError, FileExistsError, PermissionError)):
-        return False  # an answer, and a common one: without imports that take longer than the call
-    from aiohttp import ClientError
-    from botocore.exceptions import ConnectionError as NoConnection
-    from botocore.exceptions import HTTPClientError, IncompleteReadError
-
-    while error is not None:
-        if (status := _status(error)) is not None:
-            return status in (408, 409, 429) or status >= 500
-        if isinstance(error, (TimeoutError, ConnectionError, NoConnection, HTTPClientError, IncompleteReadError, ClientError)):
-            return True
-        if any(kind.__name__ == "TransportError" for kind in type(error).__mro__):  # httpx's, which the Hub's client raises
-            return True
-        if getattr(error, "errno", None) == errno.ESTALE:  # NFS: the server was started anew
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
-def _status(error: BaseException) -> int | None:
-    """The HTTP status in an error of botocore or of the Hub's client."""
-    response = getattr(error, "response", None)
-    if isinstance(response, dict):
-        return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-    return getattr(response, "status_code", None)
 
 
 def clean_up(error: BaseException | None, *calls: Callable[[], Any]) -> None:
@@ -128,7 +55,7 @@ def clean_up(error: BaseException | None, *calls: Callable[[], Any]) -> None:
 
 def _timeout(fs: fsspec.AbstractFileSystem, size: int = 0) -> dict[str, float]:
     """The deadline of one try of a call that moves `size` bytes, as fsspec's asynchronous filesystems take it."""
-    return {"timeout": min(CALL_S, _patience_s.get(PATIENCE_S)) + size / SLOWEST} if fs.async_impl else {}
+    return {"timeout": min(CALL_S, patience_s()) + size / SLOWEST} if fs.async_impl else {}
 
 
 def put(path: str, data: bytes, *, exclusive: bool = False) -> None:
@@ -146,7 +73,7 @@ def _put_object(fs: fsspec.AbstractFileSystem, p: str, data: bytes, exclusive: b
         fs.pipe_file(p, data, mode="create" if exclusive else "overwrite", **_timeout(fs, len(data)))
     except OSError as e:
         # 412: it exists; 409: another writer is at it. Either may be this very write, repeated by a client that got no answer.
-        if not exclusive or not (isinstance(e, FileExistsError) or _status(e.__cause__ or e) in (409, 412)):
+        if not exclusive or not (isinstance(e, FileExistsError) or http_status(e.__cause__ or e) in (409, 412)):
             raise
         try:
             if fs.cat_file(p, **_timeout(fs)) == data:
@@ -171,14 +98,22 @@ def get(path: str, start: int | None = None, end: int | None = None) -> bytes:
 
 def get_json(path: str) -> Any | None:
     """The JSON at a path, or None where there is none or it is only being written. Raises ValueError with the fix."""
+    fs, p = open_fs(path)
+    one = {"max_concurrency": 1} if hasattr(fs, "call_s3") else {}  # else s3fs asks for the size first
     try:
-        data = get(path)
+        data = persist(path, lambda: fs.cat_file(p, **one))
         return json.loads(data) if data else None  # an empty file is a claim on a disk without hard links
     except FileNotFoundError:
         return None
     except ValueError as e:
         raise ValueError(f"{hide_credentials(path)} is no whole JSON ({len(data)} bytes: {e}); a full or failing disk cut it "
                          "off: remove that file and run the same command again") from e
+
+
+def at_once(read: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
+    """`read` of each item, by threads: an object store answers each request late."""
+    with ThreadPoolExecutor(READERS) as pool:
+        return list(pool.map(read, items))
 
 
 def size(path: str) -> int:
@@ -208,10 +143,31 @@ def names(path: str) -> list[str]:
 
 def files(folder: str) -> dict[str, int]:
     """Sizes in bytes of all files below a folder, by their paths within it; those being written are left out."""
+    return {name: size for name, (size, _) in listing(folder).items() if not name.endswith(".tmp")}
+
+
+def listing(folder: str) -> dict[str, tuple[int, float]]:
+    """(bytes, time of the last write by the store's own clock, epoch seconds) of all files below a folder, by their paths
+    within it.  One request lists a thousand of them; the time is inf where a store's listing has none."""
     fs, p = open_fs(folder)
-    found = persist(folder, lambda: fs.find(p, detail=True, **_timeout(fs)))
-    return {name[len(p.rstrip("/")) + 1:]: int(info["size"]) for name, info in sorted(found.items())
-            if info["type"] == "file" and not name.endswith(".tmp")}  # some S3 servers keep empty folders
+    if isinstance(fs, LocalFileSystem):
+        return dict(sorted(_local_files(p)))
+    found = persist(folder, lambda: fs.find(p, detail=True))  # each page has the client's own time-out
+    return {name[len(p.rstrip("/")) + 1:]: (int(info["size"]), _written(info)) for name, info in sorted(found.items())
+            if info["type"] == "file"}  # some S3 servers keep empty folders
+
+
+def _local_files(top: str) -> Iterator[tuple[str, tuple[int, float]]]:
+    for folder, _, found in os.walk(top):
+        for path in (f"{folder}/{name}" for name in found):
+            with suppress(FileNotFoundError):  # removed since
+                info = os.stat(path)
+                yield path[len(top) + 1:], (info.st_size, info.st_mtime)
+
+
+def _written(info: dict[str, Any]) -> float:
+    at = info.get("LastModified", math.inf)
+    return at.timestamp() if hasattr(at, "timestamp") else float(at)
 
 
 def natural(text: str) -> list:
@@ -305,26 +261,3 @@ def pieces(path: str) -> Iterator[bytes]:
     end = size(path)
     for at in range(0, end, PIECE):
         yield get(path, at, min(end, at + PIECE))
-
-
-_HIDE = (
-    (re.compile(r"(\w://)[^/\s]+@"), r"\1***@"),
-    (re.compile(r"([?&][^=&\s]*(?:token|secret|sig|password|credential|key)[^=&\s]*=)[^&\s]+", re.I), r"\1***"),
-)
-
-
-def hide_credentials(text: Any) -> str:
-    """Text without the credentials that its URIs may hold."""
-    text = str(text)
-    for pattern, shown in _HIDE:
-        text = pattern.sub(shown, text)
-    return text
-
-
-def hide_credentials_in(value: Any) -> Any:
-    """Plain JSON with every text masked."""
-    if isinstance(value, dict):
-        return {k: hide_credentials_in(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [hide_credentials_in(v) for v in value]
-    return hide_credentials(value) if isinstance(value, str) else value
