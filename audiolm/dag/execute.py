@@ -20,7 +20,8 @@ from audiolm.dag.lease import LEASE_S, Lease, LeaseLost, Waiter, read_attempt
 from audiolm.dag.outputs import inherit, path_of, seal, sweep
 from audiolm.dag.plan import PlanRow
 from audiolm.dag.step import Artifact, Observer, Status, Step, StepContext, inspect, trunk_siblings
-from audiolm.store import QUIET_S, clean_up, get_json, join, modified, put_json, remove_unfinished
+from audiolm.dag.stored_builds import take_into_use
+from audiolm.store import QUIET_S, clean_up, exists, get_json, join, modified, put_json, remove_unfinished
 
 BACKOFF_S = 2.0  # before a step is launched again; doubled with each death, up to BACKOFF_MOST_S
 BACKOFF_MOST_S = 60.0
@@ -40,7 +41,7 @@ def execute(rows: list[PlanRow], store: str, *, force: Iterable[str] = (), inlin
     A step whose error `may_retry` accepts is launched again, `retries` times at most without progress by `kept`, a measure
     of what a build's folder keeps.  `finished` is called in this thread, once for each artifact; its error is the step's.
     """
-    built = {r.step.name: r.state.artifact for r in rows if not r.run and r.state.artifact}  # inputs of what runs
+    built = _skipped(rows)
     for name, artifact in built.items():
         finished(name, artifact)
     todo, running = [r for r in rows if r.run], set()
@@ -90,6 +91,14 @@ def execute(rows: list[PlanRow], store: str, *, force: Iterable[str] = (), inlin
     if errors:
         name, error = errors[0]
         raise StepFailed(f"step {name} failed: {type(error).__name__}: {error}") from error
+    return built
+
+
+def _skipped(rows: list[PlanRow]) -> dict[str, Artifact]:
+    """The artifacts of the steps that do not run, which others may read. Raises StepFailed where one is gone."""
+    built = {r.step.name: r.state.artifact for r in rows if not r.run and r.state.artifact}
+    if gone := take_into_use(a.folder for a in built.values()):
+        raise StepFailed(f"{gone} was removed by --gc since this run was planned: give the same command again")
     return built
 
 
@@ -246,6 +255,9 @@ def _claim(step: Step, path: str, stop: Callable[[], bool], poll_s: float, say: 
             lease = Lease(path, waiter.number)
         except FileExistsError:
             continue  # lost the race: wait for the winner
+        if not exists(join(path, "build.json")):
+            lease.close("stopped")
+            raise LeaseLost(f"{path} was removed by --gc meanwhile: give the same command again")
         if get_json(join(path, "done.json")) is None:
             return lease
         lease.close("done")  # it was finished between the look and the claim

@@ -42,9 +42,14 @@ def owner() -> dict:
             "ray_job": os.environ.get("RAY_JOB_SUBMISSION_ID")}
 
 
+def is_here(attempt: dict) -> bool:
+    """True where the attempt's owner is, or was, a process of this boot and pid namespace."""
+    return all(attempt.get(k) == v for k, v in _this_machine().items())
+
+
 def is_dead(attempt: dict) -> bool:
     """True when the attempt's owner surely died: a process of this same boot and pid namespace that is gone."""
-    if any(attempt.get(k) != v for k, v in _this_machine().items()):
+    if not is_here(attempt):
         return False
     life = _life(attempt["pid"])  # another start: the pid was given to a new process
     return life is None or life[1] or abs(life[0] - attempt["started"]) > START_TOLERANCE

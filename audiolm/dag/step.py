@@ -23,7 +23,7 @@ from audiolm.config.base import identity
 from audiolm.dag.lease import LEASE_S, Lease, is_dead, latest, read_attempt
 from audiolm.dag.outputs import build_of, path_of
 from audiolm.metrics_log import MetricsFile
-from audiolm.store import at_once, files, get_json, join, names
+from audiolm.store import at_once, exists, files, get_json, join, names
 
 
 class Status(enum.StrEnum):
@@ -152,8 +152,9 @@ def inspect(step: Step, store: str, inputs: Mapping[str, str | None]) -> StepSta
     root = step.root(store)
     numbers = [int(n) for n in names(root) if n.isdigit()]
     opened = {n: r for n in numbers if (r := get_json(join(root, f"{n:04d}", "build.json")))}
-    done = {n: d for n in numbers if (d := get_json(join(root, f"{n:04d}", "done.json")))}
-    newest = max(opened, default=0)  # a folder without its record is only being opened
+    done = {n: d for n in opened if (d := get_json(join(root, f"{n:04d}", "done.json")))}
+    # A folder without its record is only being opened, or being removed: then its number is taken.
+    newest = max((n for n in numbers if n in opened or exists(join(root, f"{n:04d}", "removed.json"))), default=0)
     # The newest build for exactly these inputs decides; without one, older results are stale.
     build = max((n for n in opened if opened[n]["inputs"] == dict(inputs)), default=None)
     artifact = None

@@ -1,8 +1,8 @@
 """The manifest: every usable clip of a corpus with its speaker, split, source and place in the shards.
 
 `build_manifest` is the step.  It writes clips.parquet (data/clips.py), and rejected.parquet: unusable audio with the
-reason.  listing.parquet holds every file with size, stamp and a hash of its first and last 2 MB.  The same corpus, config and
-seed give the same bytes, whatever the number of workers.  `changed_files` compares a listing with the corpus of today.
+reason, and the listing of all files (data/listing.py).  The same corpus, config and seed give the same bytes, whatever the
+number of workers.
 """
 
 from __future__ import annotations
@@ -19,15 +19,14 @@ from audiolm.config.base import ConfigError
 from audiolm.config.corpus import CorpusConfig
 from audiolm.data import scan, sources
 from audiolm.data.audio import SAMPLE_RATE_HZ
-from audiolm.data.audio_check import content_hash, edges
 from audiolm.data.clips import Clip, Part, clips_parquet, parquet_bytes
 from audiolm.data.inputs.found import ending
 from audiolm.data.inputs.walk import LEFT_OUT
+from audiolm.data.listing import file_hash, write_listing
 from audiolm.data.parallel import parallel_map, thread_map
 from audiolm.data.sources import SPLITS, Found
 from audiolm.data.splits import assign
 from audiolm.data.units import Unit
-from audiolm.places import within
 
 GROUP_BYTES = 512 << 20  # of audio files that one scan task decodes, a single larger file apart
 REJECTED = ("start", "frames", "reason", "detail")  # as a scan writes them
@@ -66,35 +65,10 @@ def build_manifest(config: dict, inputs: dict, out) -> dict:
     clips = _hashed(cut_shards(join_units(units, splits, corpus.join_s), corpus.shard_s, seed), hashes)
     listing = _listing(entries, found, hashes)
     out.check()  # a worker that lost its lease writes nothing
-    store.put(store.join(out.path, "listing.parquet"), parquet_bytes(
-        listing, [(n, "int64" if n == "size" else "string") for n in ("origin", "uri", "size", "stamp", "hash")]))
+    write_listing(out.path, listing)
     store.put(store.join(out.path, "clips.parquet"), clips_parquet(clips))
     return {**facts, **_facts(clips), "listing": _digest(listing), "remarks": remarks,
             "summary": _summary(clips, facts, remarks)}
-
-
-def changed_files(manifest_path: str, corpus: CorpusConfig) -> dict[str, list[str]]:
-    """{added, removed, modified}: "source/uri" of files that differ from the manifest's listing.
-
-    A file is modified where its size or the hash of its first and last 2 MB differs.  Another date alone (a git
-    clone, an uploaded job folder) does not count.  Raises ConfigError for a source that cannot be listed."""
-    old = {k: row for k, row in read_listing(manifest_path).items() if not within(k[1])}  # of a container only itself
-    new = {(s.name, e.uri): e for s in corpus.sources for e in sources.listing(s)}
-    # Only files of the old size with another date are hashed: the rest is decided by the listing.
-    doubtful = [k for k, e in new.items() if k in old and e.size == old[k]["size"] >= 0 and e.stamp != old[k]["stamp"]]
-    hashes = dict(zip(doubtful, thread_map(lambda k: _hash(new[k]), doubtful), strict=True))
-    modified = [k for k, e in new.items() if k in old and
-                (e.size != old[k]["size"] or (k in hashes and hashes[k] != old[k]["hash"]))]
-    return {"added": _names(new.keys() - old.keys()), "removed": _names(old.keys() - new.keys()),
-            "modified": _names(modified)}
-
-
-def read_listing(manifest_path: str) -> dict[tuple[str, str], dict]:
-    """The rows of listing.parquet by (origin, uri)."""
-    from audiolm.data.parquet import read_table
-
-    rows = read_table(store.join(manifest_path, "listing.parquet")).to_pylist()
-    return {(r["origin"], r["uri"]): r for r in rows}
 
 
 def join_units(units: list[Unit], splits: list[str], join_s: float) -> list[Clip]:
@@ -242,23 +216,15 @@ def _part_id(u: Unit, taken: Counter) -> str:
 def _listing(entries: list, found: list[Found], hashes: dict) -> list[dict]:
     """The rows of listing.parquet. Files that no task scanned (transcripts, tables, containers) are hashed here."""
     others = {(origin, e.uri): e for origin, e in entries if not hashes.get((origin, e.uri))}
-    hashes = hashes | dict(zip(others, thread_map(_hash, list(others.values())), strict=True))
+    hashes = hashes | dict(zip(others, thread_map(file_hash, list(others.values())), strict=True))
     listed = [*entries, *((f.origin, f) for f in found if f.name)]
     return [{"origin": o, "uri": e.uri, "size": e.size, "stamp": e.stamp, "hash": hashes[o, e.uri]} for o, e in listed]
-
-
-def _hash(e: sources.Entry) -> str:
-    return content_hash(*edges(e.path, e.size), e.size) if e.size >= 0 else ""
 
 
 def _digest(listing: list[dict]) -> str:
     """A hash of names and contents without dates, so that a copy of a corpus has the digest of the original."""
     rows = sorted(f"{r['origin']}|{r['uri']}|{r['size']}|{r['hash']}" for r in listing)
     return hashlib.sha256("\n".join(rows).encode()).hexdigest()[:16]
-
-
-def _names(keys) -> list[str]:
-    return sorted(f"{origin}/{uri}" for origin, uri in keys)
 
 
 def _counts(counts: dict) -> str:

@@ -1,7 +1,7 @@
 """Lists the audio files of a corpus source: a folder, LibriSpeech's layout, the user's table, or containers of sounds.
 
 `survey(source)` returns one `Found` a file, a row of the user's table or a container, in natural order of uris.  It opens no
-audio.  Uris are relative to the source's root, so that a corpus can move.  `listing(source)` names every file that the
+audio.  Uris are relative to the source's root, so that a corpus can move.  `listing(source)` yields every file that the
 manifest depends on, transcripts and tables included.  Any fsspec place of corpus.protocols serves; names that start with a
 dot are skipped.  Raises ConfigError with one line that names the source, the place and the fix.
 """
@@ -95,10 +95,12 @@ def order(f: Found) -> tuple:
     return store.natural(f.key), f.start or 0.0, f.duration or 0.0
 
 
-def listing(source: Source) -> list[Entry]:
-    """Every file whose change would change the manifest, once each, sorted by uri. Raises ConfigError."""
-    # Transcripts are listed and not read.
-    return _used(_files(source)) if isinstance(source, LibriSpeechSource) else survey(source)[1]
+def listing(source: Source) -> Iterator[Entry]:
+    """Every file whose change would change the manifest, once each, as they are found. Raises ConfigError."""
+    if isinstance(source, ManifestSource):
+        yield from survey(source)[1]
+    else:  # transcripts are listed and not read
+        yield from (e for e in _walk(source) if not _is_left_out(e))
 
 
 def _used(listed: list[Entry]) -> list[Entry]:
@@ -146,9 +148,14 @@ def _endings(source: Source) -> tuple[str, ...]:
 
 
 def _files(source: Source) -> list[Entry]:
-    """What a source's root holds, by uri: files that are audio, look like it or belong to the source, and all faults."""
+    """`_walk(source)`, sorted by uri."""
+    return sorted(_walk(source), key=lambda e: e.uri)
+
+
+def _walk(source: Source) -> Iterator[Entry]:
+    """What a source's root holds: files that are audio, look like it or belong to the source, and all faults."""
     base, pattern = _base_and_glob(source)
-    matches = re.compile(glob_translate(pattern)).match if pattern else lambda _: True
+    matches = re.compile(glob_translate(pattern)).match if pattern not in (None, "**/*") else None
     ends, packed = _endings(source), isinstance(source, (WebDatasetSource, SharSource))
 
     def wanted(uri: str) -> bool:
@@ -156,21 +163,24 @@ def _files(source: Source) -> list[Entry]:
                 rf"(.*/)?(cuts\.[^./]+\.jsonl\.gz|{source.field}\.[^./]+\.tar)", uri):
             return False
         name = re.sub(rf"({'|'.join(COMPRESSED)})$", ".tar", uri) if packed else uri
-        return (uri.lower().endswith(ends) or not packed and is_like_audio(uri)) and bool(matches(name.lstrip("/")))
+        known = uri.lower().endswith(ends) if packed else is_like_audio(uri) or uri.lower().endswith(ends)
+        return known and (matches is None or bool(matches(name.lstrip("/"))))
 
+    usable, others = 0, Counter()
     with _source_errors(source, "root", source.root):
-        entries = sorted(walk(base, wanted), key=lambda e: e.uri)
-    usable = [e for e in entries if not e.fault and (e.uri.lower().endswith(".tar") if packed else is_audio(e.uri))]
+        for e in walk(base, wanted):
+            if not e.fault and (e.uri.lower().endswith(".tar") if packed else is_audio(e.uri)):
+                usable += 1
+            elif e.fault or not e.uri.endswith(ends):
+                others[e.fault[1] if e.fault else f"{ending(e.uri)}, which is not read"] += 1
+            yield e
     if not usable:
         such = f" that match glob {source.glob!r}" if isinstance(source, (FolderSource, WebDatasetSource)) else ""
         kinds = ", ".join(ends if packed else ENDINGS)
-        counts = Counter(e.fault[1] if e.fault else f"{ending(e.uri)}, which is not read" for e in entries
-                         if e.fault or not e.uri.endswith(_endings(source)))
-        others = "".join(f"; {n} x {what}" for what, n in counts.most_common(3))
+        found = "".join(f"; {n} x {what}" for what, n in others.most_common(3))
         what = "tars" if packed else "audio files"
         raise ConfigError(f"corpus source {source.name!r}: no {what} under root {source.root!r}{such}; "
-                          f"expected files ending in {kinds}{others}")
-    return entries
+                          f"expected files ending in {kinds}{found}")
 
 
 def _folder_found(source: FolderSource, e: Entry) -> Found:

@@ -1,6 +1,7 @@
 """The workflow's command line: plan, status, run.
 
-One positional YAML (default: the quickstart), `a.b=c` overrides, --dry-run --status --only --from --force --repair --inline.
+One positional YAML (default: the quickstart), `a.b=c` overrides, --dry-run --status --only --from --force --repair --inline
+and --gc.
 Starts or joins Ray, runs the plan, shows progress, ships metrics, prints where sound, report and UI are.
 Exit status: 0 done, 1 failed, 2 wrong usage or config, 130 stopped (143 by SIGTERM).
 """
@@ -87,6 +88,8 @@ def _pipeline(args: argparse.Namespace, graph: Callable[[Pipeline], list[Step]],
     """Plans and, unless only the plan or the status is asked for, runs. Raises ValueError for wrong usage."""
     files = [a for a in args.rest if "=" not in a or os.path.isfile(a)]
     overrides = [a for a in args.rest if a not in files]
+    if args.yes and not args.gc:
+        raise ValueError("--yes goes with --gc")
     if args.repair and args.from_:
         raise ValueError("--repair looks at all steps, or at those of --only: leave out --from")
     if len(files) > 1:
@@ -101,6 +104,10 @@ def _pipeline(args: argparse.Namespace, graph: Callable[[Pipeline], list[Step]],
             rows = choose()
     except (PermissionError, NoAnswer) as e:
         return _fail(f"store {cfg.store!r}: {e}; check its path, and endpoint and credentials in the environment", 1)
+    if args.gc:
+        from audiolm.pipeline.garbage import collect
+
+        return collect(cfg, rows, graph, args.days, args.yes)
     if args.dry_run or args.status:
         print(table(rows, run=args.dry_run))
         return 0
@@ -128,6 +135,10 @@ def _parser(default: Path) -> argparse.ArgumentParser:
                                                    "what depends on them follows")
     p.add_argument("--repair", action="store_true", help="read every output of the finished steps (or of those of --only), and "
                    "make again what is missing or damaged; with --dry-run only name it")
+    p.add_argument("--gc", action="store_true", help="list outputs of the store that no run, registered version or newer build "
+                   "refers to")
+    p.add_argument("--yes", action="store_true", help="with --gc: remove them")
+    p.add_argument("--days", type=float, default=7.0, help="with --gc: keep what was written or used for so long (default 7)")
     p.add_argument("--inline", action="store_true", help="run in this one process, without Ray")
     return p
 
@@ -265,7 +276,7 @@ def _check_corpus(cfg: Pipeline, rows: list[PlanRow]) -> None:
     manifest = next((r for r in rows if r.step.name == "manifest" and not r.run), None)
     if manifest is None or manifest.state.artifact is None or cfg.corpus.changed == "ignore":
         return
-    from audiolm.data.manifest import changed_files
+    from audiolm.data.listing import changed_files
 
     readers = [r.step.name for r in rows if r.run and reads_audio(r.step)]
     try:

@@ -1,8 +1,8 @@
 """The progress of running steps on the driver's terminal: done/total, rate, time left.
 
 On a terminal one line a running step, redrawn in place; elsewhere plain lines at the start, the end and about every
-10 s.  While the store does not answer, one more line says why.  Thread-safe, and never an error (output.py).  Rates come from a moving window and never count work that was there
-when a step began (resume).
+10 s.  While the store does not answer, one more line says why.  Thread-safe, and never an error (output.py).  Rates come
+from a moving window and never count work that was there when a step began (resume).
 """
 
 from __future__ import annotations

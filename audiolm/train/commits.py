@@ -15,6 +15,7 @@ from collections.abc import Iterable
 
 from audiolm.dag.lease import check_lease
 from audiolm.dag.outputs import sha256
+from audiolm.dag.stored_builds import take_into_use
 from audiolm.metrics_log import read_build
 from audiolm.store import QUIET_S, READERS, at_once, copy, files, get_json, join, modified, names, put, put_json, remove
 
@@ -154,6 +155,8 @@ def copy_trunk(build: str, attempt: int, siblings: Iterable[str], trunk_steps: i
     """
     while (point := starting_point(build, siblings, trunk_steps, verified=True)) and point[0] != build:
         source, commit = point
+        if take_into_use([source]):  # removed by --gc since it was found
+            continue
         needed = _with_best(source, commit)
         try:
             for c in needed:

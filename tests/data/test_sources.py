@@ -17,7 +17,8 @@ from audiolm.config.corpus import CorpusConfig, FolderSource, LibriSpeechSource,
 from audiolm.config.run import ClusterConfig
 from audiolm.data import sources
 from audiolm.data.clips import read_clip, read_clips
-from audiolm.data.manifest import build_manifest, changed_files
+from audiolm.data.listing import changed_files
+from audiolm.data.manifest import build_manifest
 
 
 def touch(path, data=b"x"):

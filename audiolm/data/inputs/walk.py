@@ -42,15 +42,15 @@ def walk(root: str, wanted: Callable[[str], bool]) -> Iterator[Entry]:
     `wanted` takes a uri, which is relative to the root.
     """
     fs, p = store.open_fs(root)
-    listed = _local(p) if isinstance(fs, LocalFileSystem) else _remote(fs, p.rstrip("/"))
-    for uri, info in listed:
-        parts = uri.split("/")
-        if any(part.startswith(".") and part not in (".", "..") for part in parts):
+    local = isinstance(fs, LocalFileSystem)
+    for uri, info in _local(p) if local else _remote(fs, p.rstrip("/")):
+        dotted = uri.startswith(".") or "/." in uri
+        if dotted and any(part.startswith(".") and part not in (".", "..") for part in uri.split("/")):
             continue
         # A faulty name without an ending may be a folder, such as a link to a disk that is not mounted.
-        if not (wanted(uri) or info.get("folder") or info.get("fault") and "." not in parts[-1]):
+        if not (wanted(uri) or info.get("folder") or info.get("fault") and "." not in uri.rpartition("/")[2]):
             continue
-        if not isinstance(fs, LocalFileSystem) and {".", ".."} & set(parts):
+        if dotted and not local:
             info = {"fault": ("unreadable", "its key holds a part '.' or '..', which paths resolve; rename it")}
         name = f"./{uri}" if places.is_whole(uri) else uri  # of a key with two slashes in a row
         yield entry(name, places.join(root, uri), info)
@@ -83,7 +83,7 @@ def entry(uri: str, path: str, info: dict[str, Any]) -> Entry:
 
 def shown_name(name: str) -> str:
     """A name as text that every file and terminal takes: bytes that are no UTF-8 are escaped."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return name if name.isascii() else name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def fault_of(e: Exception) -> Fault:
@@ -120,16 +120,16 @@ def _local(top: str) -> Iterator[tuple[str, dict[str, Any]]]:
             continue
         for item in items:
             name = f"{uri}/{item.name}" if uri else item.name
-            info = _local_info(item.path)
+            info = _local_info(item.path, item.stat)
             if info.get("type") != "directory":
                 yield name, info
             elif not item.name.startswith("."):
                 (links if item.is_symlink() else folders).append(name)
 
 
-def _local_info(path: str) -> dict[str, Any]:
+def _local_info(path: str, stat: Callable[[], os.stat_result] | None = None) -> dict[str, Any]:
     try:
-        found = os.stat(path)
+        found = stat() if stat else os.stat(path)
     except (OSError, ValueError) as e:
         nowhere = isinstance(e, FileNotFoundError) and os.path.islink(path)
         return {"fault": ("missing", "a link that leads nowhere") if nowhere else fault_of(e)}

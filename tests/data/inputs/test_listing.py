@@ -24,7 +24,8 @@ from audiolm.config.corpus import CorpusConfig
 from audiolm.config.run import ClusterConfig, RunConfig
 from audiolm.data import sources
 from audiolm.data.clips import read_clip, read_clips
-from audiolm.data.manifest import build_manifest, changed_files
+from audiolm.data.listing import changed_files
+from audiolm.data.manifest import build_manifest
 from audiolm.tokenizers.codec_files import find_files
 from tests.worlds.basics import ROOT, RecordingOut, free_port
 

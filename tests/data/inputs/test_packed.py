@@ -20,7 +20,8 @@ from audiolm.config.run import ClusterConfig
 from audiolm.data import sources
 from audiolm.data.clips import Clip, read_clip, read_clips
 from audiolm.data.inputs import packed
-from audiolm.data.manifest import build_manifest, changed_files, read_listing
+from audiolm.data.listing import changed_files, read_listing
+from audiolm.data.manifest import build_manifest
 from tests.bench import sources as bench
 from tests.worlds.basics import ROOT, RecordingOut
 
