@@ -141,9 +141,10 @@ def test_a_call_waits_a_bounded_time_and_names_path_and_cause(s3, fault, monkeyp
     """`hang` at a body that no socket buffer holds: the client itself has no time-out for sending."""
     monkeypatch.setattr(stores, "CALL_S", 2.0)
     monkeypatch.setattr(stores, "SLOWEST", 1e9)
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")  # else the client's own retries take all the time
     proxy, folder = s3
     proxy.fault = lambda *request: fault
-    ended = []
+    ended, told = [], []
 
     def write():
         with patience(4.0), pytest.raises(stores.NoAnswer, match=f"{folder}/large") as e:
@@ -151,12 +152,32 @@ def test_a_call_waits_a_bounded_time_and_names_path_and_cause(s3, fault, monkeyp
         ended.append(e.value)
 
     thread = threading.Thread(target=write, daemon=True)
-    thread.start()
-    thread.join(90)
+    with stores.waits_told_to(lambda call, path, reason: told.append((path, reason))):
+        thread.start()
+        thread.join(90)
     assert ended and ended[0].__cause__ is not None
+    assert told[0][0] == f"{folder}/large" and told[0][1] and told[1:] == [(f"{folder}/large", None)]
+    assert fault != "503" or told[0][1] == "503"
     proxy.fault = lambda *request: None
     put(f"{folder}/large", b"back")
     assert get(f"{folder}/large") == b"back"
+
+
+def test_a_large_object_goes_in_parts_and_a_fault_repeats_one_of_them(s3, monkeypatch):
+    monkeypatch.setattr(stores, "PART", 5 * 2**20)
+    proxy, folder = s3
+    data, sent = os.urandom(12 * 2**20), []
+
+    def plant(method, path, headers):
+        if method == "PUT":
+            sent.append(path.partition("partNumber=")[2].partition("&")[0])
+            return "503" if sent[-1] == "2" and sent.count("2") == 1 else None
+
+    proxy.fault = plant
+    put(f"{folder}/large", data, exclusive=True)
+    assert sorted(sent) == ["1", "2", "2", "3"] and get(f"{folder}/large") == data
+    with pytest.raises(FileExistsError):
+        put(f"{folder}/large", data[::-1], exclusive=True)
 
 
 def test_an_answer_is_not_asked_for_again(s3):

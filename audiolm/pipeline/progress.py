@@ -97,11 +97,11 @@ class ProgressBoard:
                 since, text = self._waits.pop(call, (now, ""))
                 if text and not self._waits:
                     self._say(f"store: waited {duration(now - since)}, {text}")
-                return
-            self._waits[call] = now, f"{reason} ({path})"
+            else:
+                self._waits[call] = now, f"{reason} ({path})"
             if self._tty:
                 self._draw(now, force=True)
-            elif not before:
+            elif reason and not before:
                 self._print(f"store: waiting, {reason} ({path})")
 
     def say(self, text: str) -> None:

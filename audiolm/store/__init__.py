@@ -37,6 +37,7 @@ CLEANUP_S = 10.0  # after an error there is nothing left to save by waiting
 CALL_S = 60.0
 SLOWEST = 2**20  # bytes a second
 PIECE = 2**23  # bytes
+PART = 2**25  # bytes: an object of two of them or more is sent in parts, of which a fault repeats one alone
 READERS = 16  # requests at once
 
 _ASIDE = re.compile(r"\.[0-9a-f]{32}\.tmp$")
@@ -69,8 +70,9 @@ def put(path: str, data: bytes, *, exclusive: bool = False) -> None:
 
 def _put_object(fs: fsspec.AbstractFileSystem, p: str, data: bytes, exclusive: bool) -> None:
     """An object store's PUT is atomic, and mode `create` sends If-None-Match."""
+    parts = {"chunksize": PART} if hasattr(fs, "call_s3") else {}
     try:
-        fs.pipe_file(p, data, mode="create" if exclusive else "overwrite", **_timeout(fs, len(data)))
+        fs.pipe_file(p, data, mode="create" if exclusive else "overwrite", **parts, **_timeout(fs, len(data)))
     except OSError as e:
         # 412: it exists; 409: another writer is at it. Either may be this very write, repeated by a client that got no answer.
         if not exclusive or not (isinstance(e, FileExistsError) or http_status(e.__cause__ or e) in (409, 412)):

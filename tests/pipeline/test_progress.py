@@ -142,3 +142,21 @@ def test_durations_read_well(seconds, text):
 
 def test_large_counts_are_shortened():
     assert [short(x) for x in (0.5, 7, 8123, 81234, 2_500_000)] == ["0.5", "7", "8123", "81.2k", "2.5M"]
+
+
+@pytest.mark.parametrize("stream", [io.StringIO, Terminal])
+def test_a_store_that_does_not_answer_is_named_with_the_reason_while_it_lasts(clock, stream):
+    out = stream()
+    board = ProgressBoard(out, clock)
+    board.start("codec")
+    board.waits("a", "s3://b/x", "503 SlowDown")
+    board.waits("b", "s3://b/y", "ConnectTimeoutError: y")
+    clock.now += 12
+    board.waits("a", "s3://b/x", None)
+    if stream is Terminal:
+        assert out.screen()[0].endswith("waiting, 12 s, ConnectTimeoutError: y (s3://b/y)")
+    else:
+        assert out.getvalue().splitlines()[-1] == "store: waiting, 503 SlowDown (s3://b/x)"
+    board.waits("b", "s3://b/y", None)
+    assert "store: waited 12 s, ConnectTimeoutError: y (s3://b/y)\n" in out.getvalue()
+    assert stream is not Terminal or out.screen()[-1].startswith("codec")
