@@ -237,7 +237,7 @@ def test_s3_source_and_its_errors(s3_server, recording_out, tmp_path, monkeypatc
         with pytest.raises(ConfigError, match=rf"root '{missing}' does not exist"):
             list_files(libri(missing))
     with monkeypatch.context() as m:
-        m.setattr(S3FileSystem, "find", denied)
+        m.setattr(S3FileSystem, "call_s3", denied)
         with pytest.raises(ConfigError, match=r"source 'l': root 's3://corpus/speech' is denied.*AWS_ACCESS_KEY_ID"):
             list_files(source)
     with monkeypatch.context() as m:

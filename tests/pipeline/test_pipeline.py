@@ -16,6 +16,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -31,6 +32,7 @@ from audiolm.train.rank import TrainJob
 from tests.worlds.basics import ROOT
 from tests.worlds.dying_worker import SETTINGS, graph, mortal
 from tests.worlds.page_commands import ours
+from tests.worlds.servers import MLflowServer, faulty_s3
 from tests.worlds.training import train_on_two
 from tests.worlds.whole_run import ENV, PIPELINE, STEPS, submit
 from workflows import codec, evaluate, generate
@@ -257,13 +259,35 @@ def test_ctrl_c_stops_cleanly_and_the_same_command_continues(tmp_path):
     assert len(list(store.glob("masked_model/*/0001/attempts/*.json"))) == 2 and "masked_model" in index(store)
 
 
-def test_the_store_may_be_an_s3_server(s3_server):
-    """Tokens and a trained stage in a bucket of a real server; the second run skips all of it."""
-    steps = "manifest,masked_model,kmeans,semantic_tokens,lm_semantic"
-    command = [sys.executable, "workflows/full_pipeline.py", "tests/e2e.yaml", "--inline", "--only", steps,
-               f"store=s3://tests/pipeline-{time.time_ns()}", "tracking=none"]
-    env = {**ENV, **{k: v for k, v in os.environ.items() if k.startswith("AWS_")}}
-    first, second = (subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
-                     for _ in range(2))
-    assert first.returncode == 0 and "lm_semantic      DONE" in first.stdout, first.stdout + first.stderr
-    assert second.returncode == 0 and f"0 of {len(STEPS)} steps to run" in second.stdout, second.stdout + second.stderr
+def test_corpus_store_checkpoints_and_mlflows_artifacts_may_all_lie_on_an_s3_server(s3_server, tmp_path):
+    """In a bucket of a real server; the second run skips all, by requests that grow with the steps and not with the files."""
+    import s3fs
+    from mlflow import MlflowClient
+
+    place, steps = f"tests/{time.time_ns()}", "manifest,masked_model,kmeans,semantic_tokens,semantic_figures,lm_semantic"
+    s3fs.S3FileSystem().put(str(ROOT / "workflows" / "quickstart" / "flac"), f"{place}/corpus", recursive=True)
+    asked = []
+    with faulty_s3(s3_server) as proxy:
+        proxy.fault = lambda method, path, headers: asked.append(f"{method} {unquote(path)}")
+        mlflow = MLflowServer(tmp_path, f"s3://{place}/artifacts")
+        mlflow.start()
+        command = [sys.executable, "workflows/full_pipeline.py", "tests/e2e.yaml", "--inline", "--only", steps,
+                   f"store=s3://{place}/store", f"corpus.sources.0.root=s3://{place}/corpus", f"tracking={mlflow.url}"]
+        env = {**ENV, **{k: v for k, v in os.environ.items() if k.startswith("AWS_")}}
+        try:
+            for last in ("lm_semantic      DONE", f"0 of {len(STEPS)} steps to run"):
+                asked.clear()
+                done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
+                assert done.returncode == 0 and last in done.stdout, done.stdout + done.stderr
+            client = MlflowClient(mlflow.url)
+            runs = {r.info.run_name: r for r in client.search_runs([client.get_experiment_by_name("audiolm").experiment_id])}
+            shown = [a.path for a in client.list_artifacts(runs["semantic_figures"].info.run_id)]
+        finally:
+            mlflow.kill()
+    fs = s3fs.S3FileSystem(use_listings_cache=False)
+    assert "semantic.json" in shown and any(p.endswith("semantic.json") for p in fs.find(f"{place}/artifacts"))
+    assert fs.glob(f"{place}/store/lm_semantic/*/0001/checkpoints/*/export/model.safetensors")
+    lists = [a for a in asked if a.startswith("GET") and "list-type=2" in a and "/store/" in a]
+    assert len(lists) <= 9 * len(STEPS), "\n".join(sorted(lists))
+    print(len(lists), len(asked), len(fs.find(f"{place}/store")))
+    print("\n".join(a[:160] for a in asked))

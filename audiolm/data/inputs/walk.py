@@ -146,7 +146,10 @@ def _folder_fault(e: Exception) -> Fault:
 
 
 def _remote(fs: Any, p: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(uri, info) below a remote folder: all keys at once where the filesystem lists them so, else folder by folder."""
+    """(uri, info) below a remote folder: all keys where the filesystem lists them so, on S3 by pages, else folder by folder."""
+    if hasattr(fs, "call_s3"):
+        yield from _s3_pages(fs, p)
+        return
     own = getattr(type(fs), "_find", None) or type(fs).find
     if own not in (AsyncFileSystem._find, AbstractFileSystem.find):
         infos = fs.find(p, detail=True)
@@ -175,3 +178,18 @@ def _remote(fs: Any, p: str) -> Iterator[tuple[str, dict[str, Any]]]:
                 yield name, info
             elif not key.startswith("."):
                 folders.append((name, info["name"]))
+
+
+def _s3_pages(fs: Any, p: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(uri, info) below a folder of S3, with a thousand in memory. Raises FileNotFoundError where there is none."""
+    bucket, key, _ = fs.split_path(p)
+    prefix, more, found = f"{key}/" if key else "", {}, False
+    while more is not None:
+        page = store.persist(p, lambda more=more: fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, **more))
+        for item in page.get("Contents", ()):
+            found = True
+            if not item["Key"].endswith("/"):  # else it stands for a folder
+                yield item["Key"][len(prefix):], {"size": item["Size"], "ETag": item["ETag"]}
+        more = {"ContinuationToken": page["NextContinuationToken"]} if page.get("IsTruncated") else None
+    if not found and not fs.exists(p):
+        raise FileNotFoundError(p)
