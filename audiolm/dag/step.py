@@ -22,6 +22,7 @@ from typing import Any, Protocol
 from audiolm.config.base import identity
 from audiolm.dag.lease import LEASE_S, Lease, is_dead, latest, read_attempt
 from audiolm.dag.outputs import build_of, path_of
+from audiolm.dag.stored_builds import REMOVED
 from audiolm.metrics_log import MetricsFile
 from audiolm.store import at_once, exists, files, get_json, join, names
 
@@ -154,7 +155,7 @@ def inspect(step: Step, store: str, inputs: Mapping[str, str | None]) -> StepSta
     opened = {n: r for n in numbers if (r := get_json(join(root, f"{n:04d}", "build.json")))}
     done = {n: d for n in opened if (d := get_json(join(root, f"{n:04d}", "done.json")))}
     # A folder without its record is only being opened, or being removed: then its number is taken.
-    newest = max((n for n in numbers if n in opened or exists(join(root, f"{n:04d}", "removed.json"))), default=0)
+    newest = max((n for n in numbers if n in opened or exists(join(root, f"{n:04d}", REMOVED))), default=0)
     # The newest build for exactly these inputs decides; without one, older results are stale.
     build = max((n for n in opened if opened[n]["inputs"] == dict(inputs)), default=None)
     artifact = None

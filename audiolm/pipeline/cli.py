@@ -107,7 +107,7 @@ def _pipeline(args: argparse.Namespace, graph: Callable[[Pipeline], list[Step]],
     if args.gc:
         from audiolm.pipeline.garbage import collect
 
-        return collect(cfg, rows, graph, args.days, args.yes)
+        return collect(cfg, rows, graph, args.days, args.yes and not args.dry_run)
     if args.dry_run or args.status:
         print(table(rows, run=args.dry_run))
         return 0

@@ -41,7 +41,10 @@ def collect(cfg: Pipeline, rows: list[PlanRow], graph: Callable[[Pipeline], list
     roots, attempts, remarks = _roots(cfg, rows, graph, builds, before)
     kept = with_relatives(roots, builds)
     garbage = [b for key, b in builds.items() if key not in kept]
-    parts = [p for key in kept for p in _useless(builds[key], attempts, before)]
+    # A step that has begun reads the outputs that were published then.
+    read = {(step, *made.split(".")) for key in kept if not builds[key].done
+            for step, made in builds[key].record.get("inputs", {}).items()}
+    parts = [p for key in kept if key not in read for p in _useless(builds[key], attempts, before)]
     removed = 0
     for b in garbage:
         state = "finished" if b.done else b.attempt.get("state", "not begun")
@@ -129,7 +132,7 @@ def _planned(runs: dict[str, dict | None], cfg: Pipeline, graph: Callable[[Pipel
 def _useless(build: StoredBuild, attempts: set[tuple[Key, str]], before: float) -> Iterator[Part]:
     """Parts of a finished build that no one reads: outputs of other attempts than the published one, and checkpoints of dead
     attempts."""
-    if not build.done:
+    if not build.done or build.done.get("time", 0) >= before:
         return
     folders = [name for name in build.parts if name.startswith("checkpoints/")]
     commits = at_once(get_json, (path_of(build.folder, int(name[12:20])) for name in folders))

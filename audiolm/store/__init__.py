@@ -168,7 +168,7 @@ def _local_files(top: str) -> Iterator[tuple[str, tuple[int, float]]]:
 
 
 def _written(info: dict[str, Any]) -> float:
-    at = info.get("LastModified", math.inf)
+    at = info.get("LastModified", info.get("mtime", math.inf))
     return at.timestamp() if hasattr(at, "timestamp") else float(at)
 
 

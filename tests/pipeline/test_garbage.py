@@ -8,8 +8,8 @@ import pytest
 
 from audiolm.config.load import load_config
 from audiolm.dag import stored_builds
-from audiolm.dag.execute import StepFailed, execute
-from audiolm.dag.lease import owner
+from audiolm.dag.execute import StepFailed, _claim, execute
+from audiolm.dag.lease import LeaseLost, owner
 from audiolm.dag.plan import plan
 from audiolm.dag.run_index import write_index
 from audiolm.dag.step import Step
@@ -54,7 +54,7 @@ def plant(store, step, digit, inputs=None, done=True, attempt=None, **record) ->
     return build
 
 
-def collect(cfg, yes=False, days=0.0):
+def collect(cfg, yes=False, days=-1.0):
     said = []
     garbage.collect(cfg, plan(graph(cfg), cfg.store), graph, days, yes, said.append)
     return said
@@ -124,6 +124,8 @@ def test_a_run_that_begins_meanwhile_and_a_removal_see_each_other(store, monkeyp
     with pytest.raises(StepFailed, match=f"{folders['first']} was removed by --gc.*the same command again"):
         execute(rows, store, inline=True)
     assert [r.run for r in plan(graph(cfg), store)] == [True, True]
+    with pytest.raises(LeaseLost, match="removed by --gc meanwhile"):  # it was found unfinished, and claimed too late
+        _claim(graph(cfg)[0], folders["first"], lambda: False, 0.1, print)
 
 
 def test_what_a_registered_version_names_is_kept_until_it_is_deleted(ready, no_margin):

@@ -277,7 +277,7 @@ def test_corpus_store_checkpoints_and_mlflows_artifacts_may_all_lie_on_an_s3_ser
         try:
             for last in ("lm_semantic      DONE", f"0 of {len(STEPS)} steps to run"):
                 asked.clear()
-                done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
+                done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=420)
                 assert done.returncode == 0 and last in done.stdout, done.stdout + done.stderr
             client = MlflowClient(mlflow.url)
             runs = {r.info.run_name: r for r in client.search_runs([client.get_experiment_by_name("audiolm").experiment_id])}
@@ -288,6 +288,4 @@ def test_corpus_store_checkpoints_and_mlflows_artifacts_may_all_lie_on_an_s3_ser
     assert "semantic.json" in shown and any(p.endswith("semantic.json") for p in fs.find(f"{place}/artifacts"))
     assert fs.glob(f"{place}/store/lm_semantic/*/0001/checkpoints/*/export/model.safetensors")
     lists = [a for a in asked if a.startswith("GET") and "list-type=2" in a and "/store/" in a]
-    assert len(lists) <= 9 * len(STEPS), "\n".join(sorted(lists))
-    print(len(lists), len(asked), len(fs.find(f"{place}/store")))
-    print("\n".join(a[:160] for a in asked))
+    assert 0 < len(lists) <= 3 * len(STEPS) < len(fs.find(f"{place}/store")), sorted(lists)
