@@ -113,9 +113,15 @@ def get_json(path: str) -> Any | None:
 
 
 def at_once(read: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
-    """`read` of each item, by threads: an object store answers each request late."""
+    """`read` of each item, by threads as patient as this one: an object store answers each request late."""
+    seconds = patience_s()
+
+    def patient(item: Any) -> Any:
+        with patience(seconds):
+            return read(item)
+
     with ThreadPoolExecutor(READERS) as pool:
-        return list(pool.map(read, items))
+        return list(pool.map(patient, items))
 
 
 def size(path: str) -> int:

@@ -277,7 +277,7 @@ def test_corpus_store_checkpoints_and_mlflows_artifacts_may_all_lie_on_an_s3_ser
         try:
             for last in ("lm_semantic      DONE", f"0 of {len(STEPS)} steps to run"):
                 asked.clear()
-                done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=420)
+                done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=540)
                 assert done.returncode == 0 and last in done.stdout, done.stdout + done.stderr
             client = MlflowClient(mlflow.url)
             runs = {r.info.run_name: r for r in client.search_runs([client.get_experiment_by_name("audiolm").experiment_id])}
