@@ -269,7 +269,7 @@ def test_corpus_store_checkpoints_and_mlflows_artifacts_may_all_lie_on_an_s3_ser
     asked = []
     with faulty_s3(s3_server) as proxy:
         proxy.fault = lambda method, path, headers: asked.append(f"{method} {unquote(path)}")
-        mlflow = MLflowServer(tmp_path, f"s3://{place}/artifacts")
+        mlflow = MLflowServer(tmp_path, artifacts=f"s3://{place}/artifacts")
         mlflow.start()
         command = [sys.executable, "workflows/full_pipeline.py", "tests/e2e.yaml", "--inline", "--only", steps,
                    f"store=s3://{place}/store", f"corpus.sources.0.root=s3://{place}/corpus", f"tracking={mlflow.url}"]
