@@ -23,7 +23,9 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 
-LONGEST = ("pipeline/test_pipeline.py", "bench/test_gpu.py", "eval_service/test_requests.py", "pipeline/test_parallel.py")
+LONGEST = ("pipeline/test_pipeline.py", "train/test_hardware.py", "objectives/test_codec_training.py", "bench/test_gpu.py",
+           "eval_service/test_requests.py", "data/test_ray_tasks.py", "tests/test_golden.py", "eval_service/test_ray_jobs.py",
+           "pipeline/test_stop.py", "tokenizers/test_iterations.py", "pipeline/test_parallel.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

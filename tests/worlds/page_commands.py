@@ -18,7 +18,8 @@ from tests.worlds.basics import HEADER, ROOT
 OURS = [p for p in PAGES if p.name != "RESULTS.md"]
 # Programs that are not ours, and where a test runs them against a real server.
 ELSEWHERE = {"pip": ".ci/run", "pytest": ".ci/run", "mlflow": "tests/tracking/test_serve.py", "ray start": "tests/pipeline",
-             "docker": "tests/pipeline/test_infra.py", "kubectl": "tests/pipeline/test_infra.py", "export": "", "echo": "",
+             **dict.fromkeys(("docker", "kubectl", "stack", "(umask", "do echo", "alias"), "tests/infra"),
+             "export": "", "echo": "",
              "evaluate.py watch": "tests/eval_service/test_requests.py", "ruff": ".ci/run", "freeze.py": "tests/test_golden.py",
              "bench": "tests/bench", "demo.py": "tests/demo/test_page.py",
              "tests.tokenizers.test_pretrained": "tests/tokenizers/test_pretrained.py"}
