@@ -16,6 +16,9 @@ from audiolm.config.run import ClusterConfig
 from audiolm.dag.execute import StepFailed
 from audiolm.store import get_json, join, put_json, remove
 
+PIPELINE = "full_pipeline.py"  # in the commands of our jobs
+MOST = 10_000  # jobs and placement groups that Ray's state API lists at a time
+
 
 def in_ray_job() -> bool:
     """True in the entrypoint of a submitted Ray job, whose working folder changes with each submission."""
@@ -54,11 +57,38 @@ def start_ray(cluster: ClusterConfig, folder: str, say: Callable[[str], None]) -
         where = f"join the cluster at {address!r}" if address else "start Ray here"
         raise StepFailed(f"cannot {where}: {(str(e) or type(e).__name__).splitlines()[0]}; on a busy machine run the same "
                          "command again, else check cluster.address, RAY_ADDRESS and RAY_AUTH_MODE, or go without Ray") from e
+    if address:
+        _free_lost_groups(say)
     nodes = [n for n in ray.nodes() if n["Alive"]]
     resources = ray.cluster_resources()
     say(f"ray: {len(nodes)} node(s), {resources.get('CPU', 0):.0f} CPUs, {resources.get('GPU', 0):.0f} GPUs")
     if len(nodes) > 1:
         _every_node_sees(folder, nodes)
+
+
+def _free_lost_groups(say: Callable[[str], None]) -> None:
+    """Removes placement groups of pipelines that have ended.
+
+    Ray forgets those of a driver that was stopped while Ray Train's workers started, and no training would get their CPUs.
+    Groups of other programs stay: an actor that outlived its job may hold them.
+    """
+    import ray
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
+    from ray.util.state import list_jobs, list_placement_groups
+
+    here = {"address": ray.get_runtime_context().gcs_address, "limit": MOST}
+    try:
+        ended = {job.job_id for job in list_jobs(**here)
+                 if job.status in ("SUCCEEDED", "FAILED", "STOPPED") and PIPELINE in job.entrypoint}
+        lost = [group for group in list_placement_groups(**here, detail=True)
+                if group.state != "REMOVED" and not group.is_detached and group.creator_job_id in ended]
+    except Exception as e:  # noqa: BLE001  a cluster without a dashboard does not tell, in one of several ways
+        logging.getLogger(__name__).debug("placement groups are not known: %s", e)
+        return
+    for group in lost:
+        remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group.placement_group_id))))
+    if lost:
+        say(f"ray: freed {len(lost)} placement group(s) that runs before left")
 
 
 def _every_node_sees(store: str, nodes: list[dict]) -> None:

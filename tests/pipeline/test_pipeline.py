@@ -5,10 +5,12 @@ One Ray cluster and one whole run per session serve all of these.
 
 from __future__ import annotations
 
+import ast
 import glob
 import io
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -147,6 +149,44 @@ def test_a_training_worker_that_was_killed_ends_with_the_losses_of_one_that_was_
     losses = [[(r["step"], r["metrics"]["loss"]) for r in read_build(folder) if "loss" in r["metrics"]]
               for folder in (ours.folder, calm)]
     assert losses[0] == losses[1] and len(losses[0]) == 12
+
+
+HOLDER = """
+import ray, sys
+from ray.util import placement_group
+
+class Holder:
+    def hold(self):
+        self.group = placement_group([{"CPU": 0.01}])
+        ray.get(self.group.ready())
+        return "group " + self.group.id.hex()
+
+ray.init(namespace="held", log_to_driver=False)
+holder = ray.remote(num_cpus=0)(Holder).options(lifetime="detached", name=sys.argv[1]).remote()
+print(ray.get(holder.hold.remote()))
+"""
+JOINER = """
+import ray, sys
+from ray.util import placement_group_table
+from audiolm.config.run import ClusterConfig
+from audiolm.pipeline.ray_cluster import start_ray
+
+start_ray(ClusterConfig(address="auto"), "", print)
+print({name: group["state"] for name, group in placement_group_table().items()})
+for name in sys.argv[1:]:
+    ray.kill(ray.get_actor(name, "held"))
+"""
+
+
+def test_cpus_that_a_stopped_run_left_reserved_are_freed_and_no_one_elses(head, checkout):
+    groups = []
+    for name in ("full_pipeline.py", "other.py"):  # an actor that outlives its job holds them
+        done = submit(head, checkout, "-c", HOLDER, name)
+        groups.append(re.search(r"group (\w+)", done.stdout)[1])
+    done = submit(head, checkout, "-c", JOINER, "full_pipeline.py", "other.py")
+    assert done.returncode == 0 and "freed 1 placement group(s) that runs before left" in done.stdout, done.stdout + done.stderr
+    states = ast.literal_eval(re.search(r"^\{.*\}$", done.stdout, re.M)[0])
+    assert [states[group] for group in groups] == ["REMOVED", "CREATED"]
 
 
 def kill_when(args, ready):

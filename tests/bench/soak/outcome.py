@@ -11,7 +11,7 @@ from audiolm.metrics_log import read_build
 
 CLOCK = re.compile(r"seconds|step_s|units_per_s|x_realtime|^progress\.|^rtf/|^bytes$")  # facts and metrics that tell the time
 # Files of an attempt, names that hash a path, and the times of the corpus's files, which a job has in a copy.
-BY_PATH = re.compile(r"^filled-|^suites/|^scan/|^(rows|heard)\.json$|^listing\.parquet$")
+BY_PATH = re.compile(r"^filled-|^suites/|^scan/|^(rows|heard)\.json$|^listing\.(parquet|json)$")
 
 
 def outcome(uri: str, run: str) -> dict[tuple, Any]:
