@@ -173,6 +173,10 @@ class LMConfig(Config):
             for name in ("semantic", "fine"):
                 if getattr(getattr(self, name), field):
                     raise ValueError(f"lm.{name}.{field} is set: only lm.coarse has frames as positions, leave it out here")
+        for name in ("semantic", "coarse", "fine"):
+            if (size := getattr(self, name)).passes > 1 and not size.own:
+                raise ValueError(f"lm.{name}.passes is {size.passes}, and lm.{name}.own, whose draws they are, is 0: set "
+                                 f"lm.coarse.own or leave lm.{name}.passes out")
         for name in ("semantic", "fine"):
             if getattr(self, name).kind == "frame":
                 raise ValueError(f"lm.{name}.kind is frame: only lm.coarse has frames as positions, leave it out here")
