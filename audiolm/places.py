@@ -158,7 +158,7 @@ def _local(path: str) -> str:
     """A local path as an absolute one; `..` stays, as it may follow a link."""
     path = os.path.expanduser(path)
     if not path.startswith("/"):
-        path = os.path.join(os.getcwd(), path.removeprefix("./").removeprefix("."))
+        path = os.path.join(os.getcwd(), "" if path == "." else path.removeprefix("./"))
     return path.rstrip("/") or "/"
 
 

@@ -77,3 +77,11 @@ def test_short_names():
     for name in ("a" * 201, "ж" * 101, "a" * 199 + "ж", "\udce0" * 201):
         short = places.short_name(name, 200)
         assert len(short.encode()) <= 200 and short != places.short_name(name + "x", 200)
+
+
+@pytest.mark.parametrize("path,below", [("../x/y", "../x/y"), ("..", ".."), (".hidden/x", ".hidden/x"), ("...", "..."),
+                                        (".", ""), ("./", ""), ("./x", "x"), ("./../x", "../x"), ("./.x", ".x"),
+                                        ("x/../y/", "x/../y")])
+def test_a_relative_path_lies_below_the_working_folder_as_the_system_reads_it(path, below, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert places.absolute(path) == places.open_fs(path)[1] == f"{tmp_path}/{below}".rstrip("/")
