@@ -99,7 +99,10 @@ class MaskedModelConfig(Config):
     normalise: Annotated[Literal["corpus", "clip"], Later("corpus")] = Field(
         "corpus", description="of log-mels: by the corpus' mean and deviation per band, or by each clip's own, above a floor "
                               "30 dB below the clip's level: channel, codec and voice weigh less")
-    targets_k: int = Field(100, ge=2, description="k of the MFCC targets (HuBERT iteration 1)")
+    spectrum: Annotated[Literal["mel", "semitones"], Later("mel")] = Field(
+        "mel", description="of the input: log-mels; or, for music, what sounds in each semitone, of which HuBERT's first "
+                           "targets are then clusters too, as MFCCs hold no pitch")
+    targets_k: int = Field(100, ge=2, description="k of HuBERT's first targets")
     targets_cents: Annotated[float, Later(0.0)] = Field(
         0.0, ge=0, le=1200, description="a crop's MFCC targets are made under the warp of its spectrum, of at most this many "
                                         "cents, that lies nearest to the codebook (VTLN), so that readers share them; 0: none")
@@ -120,6 +123,11 @@ class MaskedModelConfig(Config):
     def _check(self):
         if self.w2vbert and self.objective != "w2vbert":
             raise ValueError(f"w2vbert is a section of objective w2vbert, objective is {self.objective}: drop one of them")
+        speech = {"normalise": self.normalise == "clip", "targets_cents": self.targets_cents,
+                  "augment.pitch": self.augment.pitch}
+        if self.spectrum == "semitones" and any(speech.values()):
+            field = next(name for name, is_set in speech.items() if is_set)
+            raise ValueError(f"spectrum is semitones, for music, and {field} is for the log-mels of speech: drop one of them")
         if self.targets_cents and self.objective != "hubert":
             raise ValueError(f"targets_cents is of HuBERT's MFCC targets, objective is {self.objective}: drop one of them")
         if self.objective == "w2vbert":

@@ -8,6 +8,7 @@ Every row has its own draws.  Shapes: wav_BT float32 at 16 kHz with zeros past l
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,9 +44,9 @@ def draw_augmentation(chances: tuple[float, float, float], cents: float, snr_db:
         wet=float(0.1 + 0.9 * wet), seed=seed)
 
 
-def augment(wav_BT: torch.Tensor, lengths_B: torch.Tensor, draws: list[Augmentation],
-            sample_rate: int = 16_000) -> torch.Tensor:
-    """mel_BTF of the augmented rows; audio past a row's length stays silent."""
+def augment(wav_BT: torch.Tensor, lengths_B: torch.Tensor, draws: list[Augmentation], sample_rate: int = 16_000,
+            spectrum: Callable[[torch.Tensor], torch.Tensor] = log_mel) -> torch.Tensor:
+    """mel_BTF of the augmented rows; audio past a row's length stays silent. Only log-mels can shift the pitch."""
     rows = []
     for wav_T, n, d in zip(wav_BT, lengths_B.tolist(), draws, strict=True):
         if (d.reverb_s is None and d.snr_db is None) or not n:
@@ -57,9 +58,9 @@ def augment(wav_BT: torch.Tensor, lengths_B: torch.Tensor, draws: list[Augmentat
         if d.snr_db is not None:
             clean = with_noise(clean, d.snr_db, d.colour, sample_rate, generator)
         rows.append(torch.nn.functional.pad(clean, (0, len(wav_T) - n)))
-    ratio_B = None
-    if any(d.cents for d in draws):
-        ratio_B = send(torch.tensor([2.0 ** (d.cents / 1200) for d in draws]), wav_BT.device)
+    if not any(d.cents for d in draws):
+        return spectrum(torch.stack(rows))
+    ratio_B = send(torch.tensor([2.0 ** (d.cents / 1200) for d in draws]), wav_BT.device)
     return log_mel(torch.stack(rows), sample_rate=sample_rate, ratio_B=ratio_B)
 
 

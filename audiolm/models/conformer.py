@@ -1,4 +1,4 @@
-"""The masked audio model: a Conformer encoder (2005.08100) on log-mels that predicts the cluster of masked frames.
+"""The masked audio model: a Conformer encoder (2005.08100) on log-mels or semitones that predicts clusters of masked frames.
 
 Legend: B rows, F log-mel bands (100 Hz), T frames at 25 Hz, D width, K target clusters.  mel_BTF holds 4 mel frames for
 each frame; lengths_B counts frames.  Attention and convolutions mask what lies past a row's length, so a row gives the
@@ -17,13 +17,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from audiolm.models.mel import floored, standardised
+from audiolm.models.mel import floored, log_mel, standardised
 from audiolm.models.positions import apply_rope, rope_table
+from audiolm.models.semitones import semitones
 from audiolm.models.stream import LayerNorm
 from audiolm.models.transfer import send
 
 SUBSAMPLE = 4  # 100 Hz -> 25 Hz
 MIN_STD = 1e-2  # of a log-mel band within a clip: silence is not blown up
+SPECTRA = {"mel": log_mel, "semitones": semitones}  # wav_BT -> mel_BTF at 100 Hz
+LATER = {("normalise", "corpus"), ("spectrum", "mel")}
 LAYER_CONVENTION = "block output after its closing LayerNorm, counted from 1"
 
 
@@ -39,12 +42,11 @@ class EncoderSizes:
     dropout: float = 0.0
     n_mels: int = 80
     normalise: str = "corpus"  # the input by the corpus' statistics per band, or by each clip's own
+    spectrum: str = "mel"  # of the input, a key of SPECTRA, which has n_mels bands
 
     def to_json(self) -> dict:
-        plain = asdict(self)
-        if self.normalise == "corpus":  # left out, so that exports of before are the same bytes
-            del plain["normalise"]
-        return plain
+        # Defaults that came later are left out, so that exports of before are the same bytes.
+        return {name: value for name, value in asdict(self).items() if (name, value) not in LATER}
 
 
 class Float32Buffers(nn.Module):
@@ -230,7 +232,7 @@ def _on(lengths_B: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor | No
 class MaskedModel(nn.Module):
     """Encoder with a classifier of target clusters.
 
-    `targets.codebook` (K, 39) holds the clusters' centroids, of width 0 (target_dim) where targets come from elsewhere.
+    `targets.codebook` (K, target_dim) holds the clusters' centroids, of width 0 where targets come from elsewhere.
     """
 
     def __init__(self, sizes: EncoderSizes, targets_k: int, target_dim: int = 39):

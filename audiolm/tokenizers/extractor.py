@@ -16,8 +16,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
-from audiolm.models.conformer import LAYER_CONVENTION, Encoder, EncoderSizes
-from audiolm.models.mel import log_mel
+from audiolm.models.conformer import LAYER_CONVENTION, SPECTRA, Encoder, EncoderSizes
 from audiolm.models.precision import no_tf32
 from audiolm.models.transfer import send
 from audiolm.tokenizers.base import SAMPLE_RATE, SEMANTIC_HOP, padded_samples
@@ -66,7 +65,8 @@ class ConformerExtractor:
 
     @torch.no_grad()
     def features(self, wav_BT, lengths_B, layers):
-        mel_BTF, frames_B = extractor_mel(send(wav_BT, self.encoder.mask_embedding.device), lengths_B)
+        mel_BTF, frames_B = extractor_mel(send(wav_BT, self.encoder.mask_embedding.device), lengths_B,
+                                          self.encoder.sizes.spectrum)
         same = len(set(frames_of(lengths_B))) == 1
         outputs = self.encoder.outputs(mel_BTF, None if same else frames_B, None, layers)
         return [x_BTD.float() for x_BTD in outputs], frames_B
@@ -88,13 +88,13 @@ class ConformerExtractor:
         return {"family": FAMILY, "layer_convention": LAYER_CONVENTION, "encoder": self.encoder.sizes.to_json()}
 
 
-def extractor_mel(wav_BT: torch.Tensor, lengths_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """mel_BTF (100 Hz) and frames_B (25 Hz).
+def extractor_mel(wav_BT: torch.Tensor, lengths_B: torch.Tensor, spectrum: str = "mel") -> tuple[torch.Tensor, torch.Tensor]:
+    """mel_BTF (100 Hz), or another of SPECTRA, and frames_B (25 Hz).
 
     Audio past a row's length counts as silence, and rows end on whole frames.
     """
     wav_BT, frames_B = mask_padding(wav_BT, lengths_B)
-    return log_mel(wav_BT), frames_B
+    return SPECTRA[spectrum](wav_BT), frames_B
 
 
 def mask_padding(wav_BT: torch.Tensor, lengths_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

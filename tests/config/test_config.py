@@ -90,6 +90,8 @@ DRAWN = DECODER.replace("{train", "{drawn: 1, train", 1)
     (f"{DECODER} lm.ablation=acoustic", "lm.ablation makes sound without semantic tokens"),
     (f"{DRAWN} lm.coarse_levels=3", "lm.decoder.drawn needs a stage 2 that draws frames, .*lm.coarse.kind flat"),
     (f"{DRAWN} lm.coarse.kind=frame lm.coarse_levels=1", "to draw all codec.n_q=3 levels, .*is 1: set it to that"),
+    ("semantic.model={spectrum: semitones, augment: {pitch: 0.5}}", "spectrum is semitones, .* and augment.pitch is for"),
+    ("semantic.model={objective: hubert, spectrum: semitones, targets_cents: 300}", "and targets_cents is for the log-mels"),
     ("semantic.model={objective: w2vbert, targets_cents: 300}", "targets_cents is of HuBERT's MFCC targets, .*w2vbert"),
     ("lm.semantic.replaced=0.2", "lm.semantic.replaced is set: only lm.coarse has frames"),
     ("lm.coarse.own=0.2", "lm.coarse.own is 0.2, but a flat stage .*: set lm.coarse.kind=frame or lm.coarse.own=0"),

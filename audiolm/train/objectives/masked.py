@@ -1,8 +1,8 @@
 """Masked prediction of k-means targets: HuBERT (2106.07447) on crops of the training clips.
 
-Iteration 1 predicts clusters of MFCCs (objectives/mfcc_targets.py).  Their codebook is fitted here and is a float32
-buffer, so that checkpoints carry it.  Later iterations predict tokens of the artifact of the step targets_N, made from
-the clean crop.
+Iteration 1 predicts clusters of MFCCs (objectives/mfcc_targets.py), or of semitones (models/semitones.py).  Their
+codebook is fitted here and is a float32 buffer, so that checkpoints carry it.  Later iterations predict tokens of the
+artifact of the step targets_N, made from the clean crop.
 The loss is the cross-entropy on masked frames, weighted by frame over micro-batches and ranks (alpha = 1 in HuBERT's II-B;
 `unmasked` adds the others).  Legend: B rows, T frames at 25 Hz, F mel bands at 100 Hz, K targets, N masked frames.
 """
@@ -20,8 +20,9 @@ from audiolm import rng
 from audiolm.config.semantic import MaskedModelConfig
 from audiolm.data.parallel import one_thread
 from audiolm.models import kmeans
-from audiolm.models.conformer import Encoder, MaskedModel, valid_frames
+from audiolm.models.conformer import SUBSAMPLE, Encoder, MaskedModel, valid_frames
 from audiolm.models.entropy import entropy, perplexity
+from audiolm.models.semitones import KEYS, semitone_targets
 from audiolm.models.transfer import send
 from audiolm.tokenizers.extractor import ConformerExtractor
 from audiolm.tokenizers.semantic import SemanticTokenizer, load_extractor, load_semantic
@@ -37,7 +38,7 @@ from audiolm.train.objectives.masked_inputs import (
     masked_inputs,
     measure_inputs,
 )
-from audiolm.train.objectives.mfcc_targets import nearest_warp, target_features, warped_features, warped_points
+from audiolm.train.objectives.mfcc_targets import MFCC_FEATURES, nearest_warp, target_features, warped_features, warped_points
 from audiolm.train.objectives.start import start_encoder
 
 MIN_ENTROPY = 0.1  # of ln k: below it the targets are as good as constant and the loss says nothing (fairseq PR 4521)
@@ -58,11 +59,11 @@ class MaskedObjective:
     unit = "audio s"
 
     def __init__(self, model: MaskedModel, inputs: MaskedInputs, ctx: Context, targets: Targets | None = None):
-        """`targets` None: the model's own codebook over MFCCs."""
+        """`targets` None: the model's own codebook over MFCCs or semitones."""
         self.modules = {"model": model.to(ctx.device)}
         if ctx.compile:
             model.encoder.compile_training()
-        self.inputs, self.ctx, self.targets = inputs, ctx, targets or self._mfcc_targets
+        self.inputs, self.ctx, self.targets = inputs, ctx, targets or self._first_targets
         self._before: float | None = None  # loss of the last validation; lost on a resume, which delays an alarm by one
 
     @property
@@ -72,9 +73,11 @@ class MaskedObjective:
     def load(self, step: int, rows: Sequence[int]) -> MaskedBatch:
         return self.inputs.batch(step, rows).pinned(self.ctx.device)
 
-    def _mfcc_targets(self, batch: MaskedBatch, mel_BTF: torch.Tensor, frames_B: torch.Tensor) -> torch.Tensor:
+    def _first_targets(self, batch: MaskedBatch, mel_BTF: torch.Tensor, frames_B: torch.Tensor) -> torch.Tensor:
         sizes, codebook_KC = self.inputs.sizes, self.model.targets.codebook
-        if sizes.targets_cents:
+        if sizes.spectrum == "semitones":
+            x_BTC = semitone_targets(mel_BTF, frames_B, SUBSAMPLE)
+        elif sizes.targets_cents:
             x_WBTC = warped_features(mel_BTF, frames_B, sizes.normalise, sizes.targets_cents)
             x_BTC = nearest_warp(x_WBTC, frames_B, codebook_KC)
         else:
@@ -161,14 +164,16 @@ def _places(mask_BT: torch.Tensor) -> torch.Tensor:
 
 
 def target_points(sizes: MaskedModelConfig, sample: Sample) -> list[torch.Tensor]:
-    """Features of each of a sample's crops, to fit the codebook of MFCC targets on: x_TC, or x_WTC where they have warps."""
+    """Features of each of a sample's crops, to fit the first targets' codebook on: x_TC, or x_WTC where they have warps."""
+    if sizes.spectrum == "semitones":
+        return [semitone_targets(*pair, SUBSAMPLE)[0] for pair in sample]
     if not sizes.targets_cents:
         return [target_features(*pair, sizes.normalise)[0] for pair in sample]
     return [warped_features(*pair, sizes.normalise, sizes.targets_cents)[:, 0] for pair in sample]
 
 
 def fit_targets(model: MaskedModel, points: list[torch.Tensor], seed: int) -> float:
-    """Sets the codebook of MFCC targets from `target_points`; returns the targets' entropy.
+    """Sets the codebook of the first targets from `target_points`; returns the targets' entropy.
 
     Raises ValueError where there are too few distinct frames for targets_k, or the targets are all but constant.
     """
@@ -212,7 +217,7 @@ def masked_objective(config: Mapping[str, Any], inputs: Mapping[str, str], ctx: 
     sizes, seed, iteration = config["model"], config["seed"], config["iteration"]
     data, sample = masked_inputs(config, inputs, ctx)
     if iteration is None:
-        model = MaskedModel(encoder_sizes(sizes), sizes.targets_k)
+        model = MaskedModel(encoder_sizes(sizes), sizes.targets_k, KEYS if sizes.spectrum == "semitones" else MFCC_FEATURES)
         with one_thread():
             sample = list(sample)  # an hour of log-mels: 115 MB
             if config.get("start"):

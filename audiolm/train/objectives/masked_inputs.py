@@ -23,8 +23,8 @@ from audiolm.data.clips import read_clip
 from audiolm.data.crops import AudioCrops
 from audiolm.data.sources import roots
 from audiolm.models.augment import Augmentation, augment, draw_augmentation
-from audiolm.models.conformer import LAYER_CONVENTION, Encoder, EncoderSizes
-from audiolm.models.mel import log_mel
+from audiolm.models.conformer import LAYER_CONVENTION, SPECTRA, Encoder, EncoderSizes
+from audiolm.models.semitones import KEYS
 from audiolm.models.transfer import pin, send
 from audiolm.tokenizers.artifact import MASKED_FORMAT
 from audiolm.tokenizers.base import SAMPLE_RATE, SEMANTIC_HOP, padded_samples
@@ -114,10 +114,11 @@ class MaskedInputs:
     def mels(self, batch: MaskedBatch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(clean mel_BTF, the model's input mel_BTF, frames_B) on the device; one tensor for both without augmentation."""
         wav_BT, frames_B = send(batch.wav_BT, device), send(batch.frames_B, device)
-        clean_BTF = log_mel(wav_BT)
+        spectrum = SPECTRA[self.sizes.spectrum]
+        clean_BTF = spectrum(wav_BT)
         if batch.draws is None:
             return clean_BTF, clean_BTF, frames_B
-        return clean_BTF, augment(wav_BT, batch.lengths_B, batch.draws), frames_B
+        return clean_BTF, augment(wav_BT, batch.lengths_B, batch.draws, spectrum=spectrum), frames_B
 
 
 def masked_inputs(config: Mapping[str, Any], inputs: Mapping[str, str], ctx: Context) -> tuple[MaskedInputs, Sample]:
@@ -135,7 +136,7 @@ def masked_inputs(config: Mapping[str, Any], inputs: Mapping[str, str], ctx: Con
     own = list(enumerate(eval_pieces(dev, crop)))[ctx.rank::ctx.world]
     held = {j: torch.from_numpy(read_clip(dev[i], folders, at, n)) for j, (i, at, n) in own}
     crops = AudioCrops(train, folders, crop, config["train"].batch, config["seed"], ctx.cache_mb)
-    return MaskedInputs(sizes, crops, held, config["seed"]), fit_sample(train, folders, crop, config["seed"])
+    return MaskedInputs(sizes, crops, held, config["seed"]), fit_sample(train, folders, crop, config["seed"], sizes.spectrum)
 
 
 def eval_pieces(clips: ClipTable, crop: int) -> list[tuple[int, int, int]]:
@@ -146,8 +147,8 @@ def eval_pieces(clips: ClipTable, crop: int) -> list[tuple[int, int, int]]:
     return [every[j * len(every) // keep] for j in range(keep)]
 
 
-def fit_sample(clips: ClipTable, folders: dict[str, str], crop: int, seed: int) -> Sample:
-    """Log-mels of random crops of at most FIT_S together, in a fixed order, read as they are asked for."""
+def fit_sample(clips: ClipTable, folders: dict[str, str], crop: int, seed: int, spectrum: str = "mel") -> Sample:
+    """The input's spectrum of random crops of at most FIT_S together, in a fixed order, read as they are asked for."""
     chosen, seconds = [], 0.0
     for i in map(int, rng.generator(seed, "fit-clips").permutation(len(clips))):
         if seconds >= FIT_S:
@@ -158,7 +159,7 @@ def fit_sample(clips: ClipTable, folders: dict[str, str], crop: int, seed: int) 
         samples = int(clips.samples[i])
         start = int(rng.generator(seed, "fit-crop", i).integers(max(0, samples - crop) + 1))
         wav = torch.from_numpy(read_clip(clips[i], folders, start, min(crop, samples - start)))
-        yield extractor_mel(wav[None], torch.tensor([len(wav)]))
+        yield extractor_mel(wav[None], torch.tensor([len(wav)]), spectrum)
 
 
 @torch.no_grad()
@@ -174,8 +175,9 @@ def measure_inputs(encoder: Encoder, sample: Sample) -> None:
 
 
 def encoder_sizes(sizes: MaskedModelConfig) -> EncoderSizes:
+    bands = {"n_mels": KEYS, "spectrum": "semitones"} if sizes.spectrum == "semitones" else {}
     return EncoderSizes(sizes.dim, sizes.layers, sizes.heads, sizes.ff, sizes.conv_kernel, sizes.dropout,
-                        normalise=sizes.normalise)
+                        normalise=sizes.normalise, **bands)
 
 
 def export_encoder(encoder: Encoder, objective: str, more: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

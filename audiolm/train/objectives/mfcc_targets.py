@@ -13,6 +13,7 @@ from audiolm.models import kmeans
 from audiolm.models.conformer import SUBSAMPLE, valid_frames
 from audiolm.models.mel import floored, mfcc, standardised, warp_matrix
 
+MFCC_FEATURES = 39  # 13 MFCCs, their differences and the differences of those
 MIN_STD = 1e-3  # of a crop's MFCC, in units of their scale: silence is not blown up
 WARPS = 9  # odd, so that one of them changes nothing
 ROUNDS = 4  # of clustering and choosing warps; few crops change theirs after that

@@ -79,6 +79,7 @@ def start_encoder(encoder: Encoder, start: StartWeights) -> None:
     ours, theirs = encoder.sizes.to_json(), about["encoder"]
     require_same(start, {**{f"semantic.model.{name}": (ours[name], theirs.get(name)) for name in ENCODER_FIELDS},
                          "semantic.model.normalise": (encoder.sizes.normalise, theirs.get("normalise", "corpus")),
+                         "semantic.model.spectrum": (encoder.sizes.spectrum, theirs.get("spectrum", "mel")),
                          "mel bands": (ours["n_mels"], theirs.get("n_mels")),
                          "layer convention": (LAYER_CONVENTION, about.get("layer_convention"))})
     prefix = "encoder."  # a tokenizer's export has z-scores and centroids beside it
