@@ -17,6 +17,8 @@ from audiolm.dag.outputs import build_id
 from audiolm.dag.run_index import left_out, paths_of, steps_of
 from audiolm.tracking.lookup import check_named, connect, default_tracking, find_run, system_of, version_of
 
+NO_CORPUS = "not published"  # the place of a published system's corpus, for the suites that need none
+
 
 @dataclass(frozen=True)
 class Target:
@@ -103,4 +105,7 @@ def config_of(index: str) -> Pipeline:
     if "config" not in found:
         raise ValueError(f"{index} holds no config: start the run's own command once more, it "
                          "only writes the index anew")
+    for source in found["config"]["corpus"]["sources"]:
+        if not source.get("root") and not source.get("uri"):
+            source["uri" if source["kind"] == "manifest" else "root"] = NO_CORPUS
     return Pipeline.model_validate(found["config"])
