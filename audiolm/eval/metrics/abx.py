@@ -39,11 +39,12 @@ Trial = tuple[Group, Group, Group]  # A, B, X
 
 @dataclass(frozen=True)
 class Protocol:
-    """Sampling of the triplets; the defaults are libri-light's.
+    """Sampling of the triplets; the defaults are libri-light's and ZeroSpeech 2021's.
 
-    A group of more than max_size_group items is represented by that many, drawn once.  Each (context, A's phone, A's
-    speaker) meets at most max_x_across speakers X.  The draws depend on the seed and those names alone, so features of
-    one rate meet the same triplets.  Raises ValueError for an unknown mode and for sizes without a pair.
+    A group of more than max_size_group items is represented by that many, drawn once; their script, the same elsewhere,
+    draws them anew for each A, B and X, without a seed.  Each (context, A's phone, A's speaker) meets at most max_x_across
+    speakers X.  The draws depend on the seed and those names alone, so features of one rate meet the same triplets.
+    Raises ValueError for an unknown mode and for sizes without a pair.
     """
 
     seed: int = 0

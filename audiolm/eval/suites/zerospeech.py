@@ -1,21 +1,18 @@
-"""Table IV of the paper (2209.03143): does stage 1 prefer the right word or sentence of a spoken pair to the wrong one?
+"""Table IV of the paper (2209.03143): does stage 1 prefer the right word, sentence or story of a spoken pair to the wrong one?
 
-A recording's score is the log-likelihood of its semantic tokens (deduplicated where the stage is) after BOS, without EOS: its
-sum, and its mean per token.  A pair scores 1 for the right one and 0.5 on ties, averaged over voices, then over pairs, as in
-ZeroSpeech 2021.  Baselines: Kneser-Ney bigrams of the run's train tokens, phone trigrams where the set has them, and the
-shorter recording.  Legend: F recordings, P pairs of one voice, z_T semantic ids.
+A recording's score is the log-likelihood of its semantic tokens (deduplicated where the stage is) after BOS, without EOS.
+ZeroSpeech 2021 leaves its normalisation free: the sum (as its LSTM baseline) and the mean per token (as the paper) are both
+reported.  No silence is added to a recording.  Pairs are scored by ZeroSpeech's rules (`rows_of`), stories as others score
+TWIST's (2305.13009): the mean per token, 0.5 on ties.  Baselines: Kneser-Ney bigrams of the run's train tokens, phone
+trigrams where the set has them, and the shorter recording.  Legend: F recordings, P pairs of one voice, z_T semantic ids.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import posixpath
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -23,101 +20,19 @@ import torch
 from audiolm import store
 from audiolm.config.corpus import ClipFilter
 from audiolm.data.audio import SAMPLE_RATE_HZ, decode, resample
-from audiolm.data.containers.layout import ENDINGS
 from audiolm.data.tokens import tokenizer_dtype
 from audiolm.eval.metrics import likelihood, ngram
 from audiolm.eval.metrics.stats import bootstrap_interval
 from audiolm.eval.results import Progress, Result, no_progress, not_measured
 from audiolm.eval.suites.base import SuiteContext
+from audiolm.eval.suites.probe_sets import BANDS, Pair, ProbeSet, read_probes
 from audiolm.lm.batches import TokenBatches
 from audiolm.lm.loss import inputs_of, prepare
 from audiolm.lm.model import load_lm
 from audiolm.lm.pack_rows import pack_rows
 from audiolm.lm.stages import Stage
 from audiolm.tokenizers.encode import READERS, encode_batch, plan_batches
-from audiolm.tokenizers.semantic import load_semantic
-
-# Upper bounds of a word's frequency; ZeroSpeech's script counts 5 in the band 6-20.
-BANDS = {"oov": 0, "1-5": 5, "6-20": 20, "21-100": 100, ">100": float("inf")}
-WORDS = ("is_word", "frequency", "frequency_band")  # columns that only words have
-SENTENCES = ("subtype", "transcription")
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A right and a wrong recording (paths) of one voice; pairs of several voices share an id. Only words have a `band`."""
-
-    id: str
-    voice: str
-    right: str
-    wrong: str
-    band: str | None
-
-    @property
-    def known(self) -> bool:
-        """True for a word in the vocabulary."""
-        return self.band not in (None, "oov")
-
-
-@dataclass(frozen=True)
-class ProbeSet:
-    """`kind`: words, sentences or stories; `official`: has ZeroSpeech's columns. `trigrams`: by pair id, by how much phone
-    trigrams favour the right word, from the column d3 of a pairs.csv beside the gold."""
-
-    kind: str
-    official: bool
-    pairs: tuple[Pair, ...]
-    trigrams: Mapping[str, float]
-
-
-def read_probes(place: str) -> ProbeSet:
-    """The pairs of a gold.csv, or of the one in a folder. Raises FileNotFoundError; ValueError for rows without a partner."""
-    gold = place if place.endswith(".csv") else store.join(place, "gold.csv")
-    rows, folder = _table(gold), posixpath.dirname(gold)
-    columns = rows[0].keys() if rows else ()
-    right = next((c for c in ("correct", "is_word") if c in columns), None)
-    name = next((c for c in ("pair_id", "id") if c in columns), None)
-    if "filename" not in columns or not right or not name:
-        raise ValueError(f"{gold}: columns {', '.join(columns) or 'none'}; filename, correct (or is_word) and pair_id (or id) "
-                         "are needed, as in ZeroSpeech 2021's gold.csv")
-    ending = {posixpath.splitext(n)[0]: n for n in store.names(folder) if n.lower().endswith(ENDINGS)}
-    groups: dict[tuple[str, str], tuple[list, list]] = defaultdict(lambda: ([], []))
-    for row in rows:
-        within = [row[c] for c in ("type", "subtype") if name == "id" and c in columns]
-        groups["/".join([*within, row[name]]), row.get("voice", "")][row[right].strip() in ("1", "1.0")].append(row)
-    pairs = []
-    for (pair, voice), (wrong, good) in groups.items():
-        if len(wrong) != len(good):
-            raise ValueError(f"{gold}: pair {pair!r} of voice {voice!r} has {len(good)} right and {len(wrong)} wrong "
-                             "recordings; each right one needs a wrong one")
-        pairs += [Pair(pair, voice, *(_path(gold, folder, ending, r["filename"]) for r in (a, b)), band_of(a))
-                  for a, b in zip(good, wrong, strict=True)]
-    kinds = (("words", WORDS), ("sentences", SENTENCES))
-    kind = next((kind for kind, names in kinds if any(c in columns for c in names)), "stories")
-    beside = store.join(folder, "pairs.csv")
-    trigrams = {r["pair_id"]: float(r["d3"]) for r in _table(beside) if r.get("d3")} if store.exists(beside) else {}
-    return ProbeSet(kind, "frequency" in columns or "transcription" in columns, tuple(pairs), trigrams)
-
-
-def band_of(row: Mapping[str, str]) -> str | None:
-    """The frequency band of a right word; None where the gold has none."""
-    if row.get("frequency", "").lower() in ("", "nan"):
-        return row.get("frequency_band") or None
-    count = float(row["frequency"])
-    return next(band for band, most in BANDS.items() if count <= most)
-
-
-def _table(path: str) -> list[dict[str, str]]:
-    return list(csv.DictReader(io.StringIO(store.get(path).decode("utf-8-sig"))))
-
-
-def _path(gold: str, folder: str, ending: Mapping[str, str], filename: str) -> str:
-    if filename.lower().endswith(ENDINGS):
-        return store.join(folder, filename)
-    if filename not in ending:
-        raise ValueError(f"{gold} names {filename!r}, and {folder} has no such audio ({', '.join(ENDINGS)}): put it there")
-    return store.join(folder, ending[filename])
-
+from audiolm.tokenizers.semantic import SemanticTokenizer, load_semantic
 
 BATCH_S = 60.0  # padded audio of a batch
 AT_ONCE = 1024  # recordings in memory
@@ -126,38 +41,89 @@ TOKENS = 8192  # of a forward pass, with the padding
 PAPER = {("words", "all", "mean"): 71.5, ("words", "in-vocab", "mean"): 83.7, ("sentences", "all", "mean"): 64.7,
          ("sentences", "all", "sum"): 67.5}
 HOW = {"mean": "per token", "sum": "sum"}
+NAMES = {"sWUGGY": 71.5, "sBLIMP": 64.7, "sSC": None, "tSC": None}  # and the paper's values
+TASKS = {"words": "lexical", "sentences": "syntactic"}  # ZeroSpeech's names
 
 
 def measure_probes(sets: Mapping[str, str], steps: Mapping[str, str], where: ClipFilter | None = None, seed: int = 0,
                    device: str = "cpu", progress: Progress = no_progress) -> list[Result]:
-    """Rows of Table IV for each set, {name: folder of a gold.csv}.
+    """Rows of Table IV for each set, {name: folder, or gold.csv}.
 
-    `steps`: the folders of kmeans, lm_semantic (or one of its checkpoints), and manifest and semantic_tokens, whose train
-    tokens the bigram counts; `where`: lm.semantic.where.
-    Raises as `read_probes`; ValueError where the stage is not the semantic one, or of another tokenizer.
+    `steps`: the folders of kmeans, semantic_tokens, lm_semantic (or one of its checkpoints), and manifest, whose train
+    tokens the bigram counts; without a manifest, as of a published system, the bigram is a row without a value.
+    `where`: lm.semantic.where.  Raises as `read_probes`; ValueError where the stage is not the semantic one, or of another
+    tokenizer.
     """
+    probe_sets, rows = {name: read_probes(place) for name, place in sets.items()}, []  # errors before any computing
+    tokenizer, model, stage = _load(steps, device)
+    bigram = None
+    if "manifest" in steps:
+        bigram = bigram_of(TokenBatches(steps["manifest"], steps["semantic_tokens"], None, stage, "train", where, 1, seed))
+    for name, probes in probe_sets.items():
+        began = time.monotonic()
+        ids, samples = _read_ids(probes.files, tokenizer, stage, progress)
+        long = int((samples > stage.crop_s * SAMPLE_RATE_HZ).sum())
+        note = f"{long} of {len(ids)} recordings exceed the {stage.crop_s:g} s the stage was trained on" if long else ""
+        scores = {"stage 1": by_sequence(ids, lambda some: log_likelihoods(model, stage, some, device))}
+        if bigram:
+            scores["Kneser-Ney bigram"] = by_sequence(ids, lambda some: bigram_scores(bigram, stage, some))
+        rows += rows_of(name, probes, scores, _lengths(ids, stage), samples, seed, time.monotonic() - began, note)
+        rows += [] if bigram else [not_measured("IV", "Kneser-Ney bigram", f"{name}, all %", "the system has no manifest, so "
+                                                "no train tokens to count: evaluate the run that it was published from")]
+    return rows
+
+
+def write_submission(places: Sequence[str], steps: Mapping[str, str], folder: str, how: str = "mean", device: str = "cpu",
+                     progress: Progress = no_progress) -> list[str]:
+    """Writes stage 1's scores of sets (folders with a gold.csv) as ZeroSpeech's scorer reads them; returns the files.
+
+    `how`: mean (per token) or sum.  Words in a folder dev have lexical/dev.txt below `folder`, sentences syntactic/dev.txt.
+    Raises as `measure_probes`; ValueError for a set that is not ZeroSpeech's.
+    """
+    probe_sets = {place: read_probes(place) for place in places}
+    for place, probes in probe_sets.items():
+        if not probes.official or probes.kind not in TASKS:
+            raise ValueError(f"{place} holds {probes.kind} that ZeroSpeech 2021 does not score: give folders of its gold.csv")
+    (tokenizer, model, stage), paths = _load(steps, device), []
+    for place, probes in probe_sets.items():
+        ids, _ = _read_ids(probes.files, tokenizer, stage, progress)
+        scores_F = by_sequence(ids, lambda some: log_likelihoods(model, stage, some, device))
+        scores_F = scores_F / _lengths(ids, stage) if how == "mean" else scores_F
+        part = posixpath.basename(place.removesuffix("/gold.csv").rstrip("/"))
+        paths.append(store.join(folder, TASKS[probes.kind], f"{part}.txt"))
+        store.put(paths[-1], score_lines(probes.files, scores_F).encode())
+    return paths
+
+
+def score_lines(files: Sequence[str], scores_F: np.ndarray) -> str:
+    """A line for each recording: its name without folder and ending, and its score with all digits, so that ties stay ties."""
+    names = [posixpath.splitext(posixpath.basename(path))[0] for path in files]
+    return "".join(f"{name} {float(score)!r}\n" for name, score in zip(names, scores_F, strict=True))
+
+
+def _load(steps: Mapping[str, str], device: str) -> tuple[SemanticTokenizer, torch.nn.Module, Stage]:
+    """The tokenizer and the semantic stage. Raises ValueError where they do not belong together."""
     tokenizer = load_semantic(steps["kmeans"], device, tokenizer_dtype(steps["semantic_tokens"]))
     model, stage = load_lm(steps["lm_semantic"], device)
     if stage.name != "semantic" or stage.k != tokenizer.spec.vocab:
         raise ValueError(f"probes need the semantic stage of the tokenizer's {tokenizer.spec.vocab} tokens, got the "
                          f"{stage.name} stage of {stage.k}: take lm_semantic and kmeans of one run")
-    bigram = bigram_of(TokenBatches(steps["manifest"], steps["semantic_tokens"], None, stage, "train", where, 1, seed))
-    probe_sets, rows = {name: read_probes(place) for name, place in sets.items()}, []  # errors before any computing
-    for name, probes in probe_sets.items():
-        began = time.monotonic()
-        files = [path for p in probes.pairs for path in (p.right, p.wrong)]
-        z, samples = encode_files(files, tokenizer, progress)
-        ids = z if stage.lengths else [stage.targets(z_T) for z_T in z]  # as the stage reads them
-        long = sum(len(z_T) > stage.crop_frames for z_T in z)
-        note = f"{long} of {len(z)} recordings exceed the {stage.crop_s:g} s the stage was trained on" if long else ""
-        scores = {"stage 1": by_sequence(ids, lambda some: log_likelihoods(model, stage, some, device)),
-                  "Kneser-Ney bigram": by_sequence(ids, lambda some: bigram_scores(bigram, stage, some))}
-        tokens = [len(stage.targets(row)) for row in ids]
-        rows += rows_of(name, probes, scores, tokens, samples, seed, time.monotonic() - began, note)
-    return rows
+    return tokenizer, model, stage
 
 
-def encode_files(files: Sequence[str], tokenizer,
+def _read_ids(files: Sequence[str], tokenizer: SemanticTokenizer, stage: Stage,
+              progress: Progress) -> tuple[list[np.ndarray], np.ndarray]:
+    """(semantic ids of each file as the stage reads them, samples_F at 16 kHz)."""
+    z, samples_F = encode_files(files, tokenizer, progress)
+    return z if stage.lengths else [stage.targets(z_T) for z_T in z], samples_F
+
+
+def _lengths(ids: Sequence[np.ndarray], stage: Stage) -> np.ndarray:
+    """tokens_F: how many tokens of each recording are scored."""
+    return np.array([len(stage.targets(row)) for row in ids])
+
+
+def encode_files(files: Sequence[str], tokenizer: SemanticTokenizer,
                  progress: Progress = no_progress) -> tuple[list[np.ndarray], np.ndarray]:
     """(z_T of each file, samples_F at 16 kHz); batches of like lengths."""
     codes: list[np.ndarray] = [np.empty(0, np.int64)] * len(files)
@@ -227,8 +193,14 @@ def bigram_scores(model: ngram.KneserNey, stage: Stage, rows: Sequence[np.ndarra
 def rows_of(name: str, probes: ProbeSet, sums: Mapping[str, np.ndarray], tokens: Sequence[int], samples_F: np.ndarray,
             seed: int, seconds: float, note: str = "") -> list[Result]:
     """Rows of a set, from log-likelihoods sums_F of the recordings (right, wrong, right, ...) by scorer, and the recordings'
-    numbers of tokens and of samples."""
-    pairs, parts, wins = probes.pairs, parts_of(probes.pairs), {}
+    numbers of tokens and of samples.
+
+    ZeroSpeech's rules (lexical.py and syntactic.py of its packages zerospeech2021 and zerospeech-benchmarks): a right
+    recording scores against the wrong one of its voice and id (sentences: of their type and subtype) as `wins_of`.  A pair
+    is the mean over its voices, however many it has; a set, a band of frequencies, a length or a type is the mean over its
+    pairs.  In-vocab are the pairs of a frequency above 0, each with one weight.  Its files round to four decimals.
+    """
+    pairs, parts, tables, wins = probes.pairs, parts_of(probes.pairs), tables_of(probes.pairs), {}
     for scorer, sums_F in sums.items():
         wins |= {(scorer, "mean"): wins_of(sums_F / tokens), (scorer, "sum"): wins_of(sums_F)}
     wins["the shorter", ""] = wins_of(-samples_F)
@@ -237,7 +209,8 @@ def rows_of(name: str, probes: ProbeSet, sums: Mapping[str, np.ndarray], tokens:
     rows = []
     for (scorer, how), wins_P in wins.items():
         ours, item = scorer == "stage 1", f"{scorer}, {HOW[how]}" if how else scorer
-        for part, at in parts.items():
+        # tables by length and type are long: of stage 1 alone, as the paper scores
+        for part, at in {**parts, **(tables if ours and how == "mean" else {})}.items():
             values, ids = _by_pair(100 * wins_P[at], [pairs[i].id for i in at])
             paper = PAPER.get((probes.kind, part, how)) if ours else None
             other = "other pairs than the paper's (ZeroSpeech 2021, dev)" if paper and not probes.official else ""
@@ -255,6 +228,13 @@ def parts_of(pairs: Sequence[Pair]) -> dict[str, list[int]]:
     return {part: at for part, at in parts.items() if at}
 
 
+def tables_of(pairs: Sequence[Pair]) -> dict[str, list[int]]:
+    """Indices of pairs by the right word's length ("4 phones") and by the sentences' type ("type binding")."""
+    lengths, types = sorted({p.length for p in pairs if p.length}), sorted({p.type for p in pairs if p.type})
+    return {**{f"{n} phones": [i for i, p in enumerate(pairs) if p.length == n] for n in lengths},
+            **{f"type {t}": [i for i, p in enumerate(pairs) if p.type == t] for t in types}}
+
+
 def wins_of(scores_F: np.ndarray) -> np.ndarray:
     """wins_P of scores (right, wrong, right, ...): 1 where the right one scores higher, 0.5 on ties."""
     right_P, wrong_P = scores_F[::2], scores_F[1::2]
@@ -268,10 +248,17 @@ def _by_pair(values_P: np.ndarray, ids: Sequence[str]) -> tuple[np.ndarray, np.n
 
 
 def zerospeech_suite(context: SuiteContext) -> list[Result]:
-    """sWUGGY- and sBLIMP-style pairs, where the config names some (tables.probes)."""
-    cfg = context.config
+    """sWUGGY, sBLIMP, spoken and topic StoryCloze and their like, where the config names some (tables.probes)."""
+    cfg, sets, rows = context.config, {}, []
     if not cfg.tables.probes:
-        return [not_measured("IV", "stage 1", f"{name} %", "no pairs: name folders with a gold.csv, tables.probes="
-                             f"{{{name}: FOLDER}}", paper) for name, paper in (("sWUGGY", 71.5), ("sBLIMP", 64.7))]
-    return measure_probes(cfg.tables.probes, context.steps, cfg.lm.semantic.where, context.seed, context.device,
-                          context.progress)
+        return [not_measured("IV", "stage 1", f"{name} %", "no pairs: name folders with a gold.csv, or in StoryCloze's layout, "
+                             f"tables.probes={{{name}: FOLDER}}", paper) for name, paper in NAMES.items()]
+    for name, place in cfg.tables.probes.items():
+        try:
+            read_probes(place)
+            sets[name] = place
+        except (ValueError, FileNotFoundError) as e:  # the other sets are measured
+            rows.append(not_measured("IV", "stage 1", f"{name} %", str(e)))
+    if not sets:
+        return rows
+    return rows + measure_probes(sets, context.steps, cfg.lm.semantic.where, context.seed, context.device, context.progress)
