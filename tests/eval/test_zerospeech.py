@@ -18,6 +18,7 @@ from audiolm.eval.metrics import ngram
 from audiolm.eval.results import no_progress
 from audiolm.eval.suites import zerospeech
 from audiolm.eval.suites.probe_sets import Pair, ProbeSet, band_of, read_probes
+from audiolm.eval.suites.run import run_suites
 from audiolm.lm.batches import TokenBatches
 from audiolm.lm.layouts import build_stages
 from audiolm.lm.loss import batch_sums
@@ -326,3 +327,6 @@ def test_a_published_system_is_evaluated_by_name(tmp_path):
     target = resolve("small", str(tmp_path))
     roots = {source.root.rsplit("/", 1)[-1] for source in target.config.corpus.sources}
     assert "manifest" not in target.steps and roots == {"not published"}
+    report = run_suites(target.steps, ["stages", "wer"], str(tmp_path), target.config, SimpleNamespace(inline=True),
+                        cache=str(tmp_path / "cache"))
+    assert ["a published system has no manifest" in r.note for r in report.rows] == [True, True]

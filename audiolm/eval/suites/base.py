@@ -80,7 +80,8 @@ class SuiteReport:
 def missing_steps(context: SuiteContext, needed: Sequence[str]) -> str | None:
     """The note of a row that cannot be measured yet, None where all needed steps have finished."""
     missing = missing_of(needed, context.steps)
-    return f"the run has not finished {', '.join(missing)} yet" if missing else None
+    published = "; a published system has no manifest: evaluate a run on it" if "manifest" in missing else ""
+    return f"the run has not finished {', '.join(missing)} yet{published}" if missing else None
 
 
 def max_clip_s(context: SuiteContext) -> float:

@@ -95,7 +95,8 @@ def _digest(name: str, steps: Mapping[str, str], config: Pipeline) -> str:
 
 def _run_suite(name: str, context: SuiteContext) -> tuple[list[Result], list[dict]]:
     """(rows, sounds) of a suite, from its folder where it has run before."""
-    if why := missing_steps(context, NEEDS[name]):
+    needed = (*NEEDS[name], "manifest") if name in CHOOSES_CLIPS or name == "stages" else NEEDS[name]
+    if why := missing_steps(context, needed):
         return [not_measured(name, name, "–", why)], []
     cached = store.join(context.folder, "rows.json")
     if (saved := store.get_json(cached)) is not None:

@@ -251,8 +251,8 @@ def zerospeech_suite(context: SuiteContext) -> list[Result]:
     """sWUGGY, sBLIMP, spoken and topic StoryCloze and their like, where the config names some (tables.probes)."""
     cfg, sets, rows = context.config, {}, []
     if not cfg.tables.probes:
-        return [not_measured("IV", "stage 1", f"{name} %", "no pairs: name folders with a gold.csv, or in StoryCloze's layout, "
-                             f"tables.probes={{{name}: FOLDER}}", paper) for name, paper in NAMES.items()]
+        why = "no pairs: name folders with a gold.csv, or in StoryCloze's layout, tables.probes={NAME: FOLDER}"
+        return [not_measured("IV", "stage 1", f"{name} %", why, paper) for name, paper in NAMES.items()]
     for name, place in cfg.tables.probes.items():
         try:
             read_probes(place)
