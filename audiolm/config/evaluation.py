@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from pydantic import Field
 
-from audiolm.config.base import Config, PathField, Runtime
+from audiolm.config.base import Config, Later, PathField, Runtime
 
 
 class EvaluateConfig(Config):
@@ -35,4 +37,6 @@ class TablesConfig(Config):
     text_model: PathField | None = Field(None, description="folder or URI of a transformers causal model, for the suite text")
     probes: dict[str, Runtime[PathField]] = Field(
         {}, description="{name: folder with a gold.csv}: sWUGGY, sBLIMP and their like")
+    salmon: Annotated[dict[str, Runtime[PathField]], Later({})] = Field(
+        {}, description="{name: folder of SALMon's layout, PART/sample_I_0.wav and _1.wav}, for the suite salmon")
     temperatures: tuple[float, ...] = (0.4, 0.6, 0.8, 1.0)

@@ -27,6 +27,7 @@ from audiolm.eval.suites.frechet import frechet_suite
 from audiolm.eval.suites.ladder import ladder_suite
 from audiolm.eval.suites.losses import losses_suite
 from audiolm.eval.suites.notes import notes_suite
+from audiolm.eval.suites.salmon import salmon_suite
 from audiolm.eval.suites.speakers import speakers_suite, voice_suite
 from audiolm.eval.suites.temperatures import temperatures_suite
 from audiolm.eval.suites.text import text_suite
@@ -49,15 +50,17 @@ SUITES: dict[str, Callable[[SuiteContext], list[Result]]] = {
     "text": text_suite,
     "notes": notes_suite,
     "voice": voice_suite,
+    "salmon": salmon_suite,
 }
 # Slow, or for some corpora only: these run where they are named.
-OPTIONAL = ("dnsmos", "text", "notes", "voice")
+OPTIONAL = ("dnsmos", "text", "notes", "voice", "salmon")
 DEFAULT = tuple(name for name in SUITES if name not in OPTIONAL)
 # Steps that a suite needs; the first two report unfinished steps in rows of their own.
 NEEDS = {**dict.fromkeys(SUITES, SYSTEM_STEPS), "stages": (), "ladder": (), "abx": ("kmeans", "codec"),
-         "likelihood": ("kmeans", "semantic_tokens", "lm_semantic")}
+         "likelihood": ("kmeans", "semantic_tokens", "lm_semantic"),
+         "salmon": ("kmeans", "semantic_tokens", "lm_semantic")}
 # Suites that choose clips of a manifest: two systems are compared on the clips of one of them.
-CHOOSES_CLIPS = SUITES.keys() - {"stages", "abx", "likelihood"}
+CHOOSES_CLIPS = SUITES.keys() - {"stages", "abx", "likelihood", "salmon"}
 
 
 def run_suites(steps: Mapping[str, str], names: Sequence[str], folder: str, config: Pipeline, out: Any, *, cache: str,
