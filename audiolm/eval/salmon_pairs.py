@@ -1,11 +1,12 @@
 """A small set in SALMon's layout (2409.07437), made of anybody's recordings: a right and a wrong sound, sample_I_0.wav and
 sample_I_1.wav, where the speaker, the background or the room changes halfway in the wrong one.
 
-Pairs come in twos: what changes from a to b in the first pair changes from b to a in the second.  A law of sounds that does
-not ask what came before prefers both right ones no more often than both wrong ones.  Both sounds of a pair last equally long.
-It is not SALMon: its speakers read the same sentence, aligned by word, its backgrounds and rooms are recordings, and it has
-sentiment and alignment, which cannot be made from plain speech.  Here speakers read on with other words, in the right
-sound too; backgrounds are noises and babble, rooms are decaying noise.
+Pairs come in twos: what changes from a to b in the first pair changes from b to a in the second.  So a model that scores each
+half by itself, and does not ask what came before, gets 50 %.  Both sounds of a pair last equally long.
+
+It is not SALMon.  There the speakers read one sentence, cut at the same word; here each half is of another sentence, in the
+right sound too.  There backgrounds and rooms are recordings; here they are noises, babble and decaying noise.  SALMon's
+sentiment, alignment and backgrounds of one domain cannot be made of plain speech.
 Each two pairs depend on the seed, the task and their number alone: a larger set begins with the smaller one.
 """
 

@@ -43,6 +43,8 @@ def test_the_wrong_sound_is_half_this_pairs_and_half_the_next_ones(made, task):
         np.testing.assert_array_equal(one_other[half:], other[-rest:])  # goes on as the next pair's right sound does
         np.testing.assert_array_equal(other_one[-rest:], one[half:])
         np.testing.assert_array_equal(other_one[:-rest], other[:-rest])
+        cubes = [np.sum(np.abs(wav_T, dtype=np.float64) ** 3) for wav_T in (one, one_other, other, other_one)]
+        assert (cubes[0] > cubes[1]) + (cubes[2] > cubes[3]) == 1  # what scores each half by itself gets 50 %
         assert np.corrcoef(one[half:], one_other[half:])[0, 1] < 0.98
 
 
