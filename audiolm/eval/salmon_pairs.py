@@ -7,6 +7,7 @@ half by itself, and does not ask what came before, gets 50 %.  Both sounds of a 
 It is not SALMon.  There the speakers read one sentence, cut at the same word; here each half is of another sentence, in the
 right sound too.  There backgrounds and rooms are recordings; here they are noises, babble and decaying noise.  SALMon's
 sentiment, alignment and backgrounds of one domain cannot be made of plain speech.
+
 Each two pairs depend on the seed, the task and their number alone: a larger set begins with the smaller one.
 """
 
@@ -27,7 +28,7 @@ from audiolm.tokenizers.codec_files import find_files
 MIN_S, MAX_S = 3.0, 10.0  # of a recording
 LEVEL = 0.05  # rms of each recording, so that loudness does not change with the speaker
 SNR_DB = (0.0, 10.0)
-FRAME = SAMPLE_RATE_HZ // 25  # in whose quietest one a speaker is cut
+FRAME = SAMPLE_RATE_HZ // 25  # samples; a recording is cut in the middle of its quietest one
 NOISES = ("hiss", "rumble", "hum", "clicks", "babble")
 VOICES = 4  # of babble
 ROOMS = {"small": (0.15, 0.4), "large": (1.0, 2.5)}  # seconds until reverberation is 60 dB lower
@@ -95,9 +96,9 @@ def gender_table(path: str) -> dict[str, str]:
 
 
 def speaker_change(files: Speech, draw: np.random.Generator, differ: Callable[[str, str], bool]) -> tuple[Wavs, Wavs, dict]:
-    """Two pairs of speakers a and b: half a recording of a, then of another one of a's or of b's; and of b, then of b's or a's.
+    """Two pairs of speakers a and b: in the first, a begins and a goes on, or b does; in the second, b begins.
 
-    The halves meet in the quietest places of the recordings' middle thirds, and the second ones are cut to one length.
+    The two parts are of two recordings. Each is cut where its middle third is quietest; both second ones last equally long.
     """
     a = str(draw.choice(list(files)))
     b = str(draw.choice([name for name in files if name != a and differ(a, name)]))
@@ -127,7 +128,7 @@ def room_change(files: Speech, draw: np.random.Generator) -> tuple[Wavs, Wavs, d
 
 
 def crossed(one: np.ndarray, other: np.ndarray) -> tuple[Wavs, Wavs]:
-    """Two pairs of a recording that sounds in two ways: right is one way, wrong the first half of it and the other's second."""
+    """Two pairs of a recording that sounds in two ways: the right sound keeps one, the wrong one ends in the other."""
     half = len(one) // 2
     return ((one, np.concatenate([one[:half], other[half:]])), (other, np.concatenate([other[:half], one[half:]])))
 
