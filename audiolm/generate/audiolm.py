@@ -85,8 +85,7 @@ class AudioLM:
     def compile_sampling(self) -> None:
         """Compiles a token's layers and draws, in every stage that draws token by token.
 
-        Worth it for many samples in one process: each number of rows and each run of keys takes seconds, which a few
-        samples do not win back.
+        Worth it for many samples in one process: each number of rows and each run of keys takes seconds.
         """
         for sampler in self._samplers.values():
             if not isinstance(sampler, ParallelSampler):
@@ -190,10 +189,13 @@ class AudioLM:
                  may_end: bool = True) -> tuple[list[np.ndarray], list[bool]]:
         """Stage 1: (each row's `z` and at most `more` beyond it, within the trained crops; True where EOS ended it).
 
-        z and `more` are frames; where the stage deduplicates without lengths they are deduplicated ids.
+        z and `more` are frames; where the stage deduplicates without lengths they are deduplicated ids. Nothing is drawn for
+        an acoustic stage that hears no tokens (lm.ablation): id 0 then stands for each frame.
         """
         stage, most = self.stage("semantic"), self.longest
         more = [max(0, min(n, most - len(ids))) for ids, n in zip(z, more, strict=True)]
+        if not self.acoustic_stage.conditioned:
+            return [np.pad(z_T, (0, n)) for z_T, n in zip(z, more, strict=True)], [False] * len(z)
         if stage.lengths:
             start = time.perf_counter()
             out = self._samplers["semantic"].runs(z, more, [derive(s, "semantic") for s in seeds], may_end,
@@ -276,8 +278,7 @@ class AudioLM:
                voice_TQ: np.ndarray | None = None) -> np.ndarray:
         """wav_T of exactly `samples` samples, at most 320 x T of them. Raises ValueError if it is not finite.
 
-        z_T: semantic ids of codes that were drawn behind the first `true` frames, for a decoder that hears them, in the voice
-        of voice_TQ.
+        z_T: for a decoder that hears: semantic ids of codes that were drawn behind the first `true`, in the voice of voice_TQ.
         """
         start = time.perf_counter()
         if self.hearing and z_T is not None:
@@ -309,7 +310,8 @@ class AudioLM:
         else:
             heard, ended = self.semantic(prompts, [n - len(z) for n, z in zip(frames, prompts, strict=True)], seeds, may_end)
             all_codes = self.codes(heard, seeds, codes)
-            zs, heads = [self._ids(z) for z in heard], [len(self._ids(z)) for z in prompts]
+            known = [self._ids(z) for z in prompts]
+            zs, heads = [self._ids(z) for z in heard] if self.acoustic_stage.conditioned else known, [*map(len, known)]
         wavs = [self.decode(c, min(n, ACOUSTIC_HOP * len(c)), z, RATIO * len(prompt), c[:RATIO * len(prompt) or None])
                 for c, n, z, prompt in zip(all_codes, samples, heard, prompts, strict=True)]
         return [Sound(wav, z, c, SEMANTIC_HOP * len(prompt), head, end) for wav, z, c, prompt, head, end

@@ -107,6 +107,12 @@ def test_rows_and_pictures_of_a_system(lm, clips, tmp_path):
     assert all(store.get(store.join(str(tmp_path), f)).startswith(b"\x89PNG") for f in files)
 
 
+def test_a_stage_without_semantic_tokens_is_told():
+    stage = replace(aligned(True)[1], dropped=1.0)
+    with pytest.raises(ValueError, match="lm.ablation took stage 2's prefix away"):
+        attention.attention_results(SimpleNamespace(models={"coarse": (None, stage)}), [], "")
+
+
 def test_pictures_of_many_layers():
     share = np.random.default_rng(0).random((6, 50, 12))
     assert plots.attention(share, np.stack([np.arange(12), np.arange(1, 13)], 1) / 12, "x").startswith(b"\x89PNG")

@@ -17,6 +17,7 @@ from audiolm.dag.step import Artifact
 from audiolm.data.clips import Clip, Part, clips_parquet
 from audiolm.data.tokens import read_shard, shard_name
 from audiolm.generate.load import load
+from audiolm.generate.long_form import stream
 from audiolm.generate.params import PAPER_PARAMS, SamplingParams
 from audiolm.generate.prompts import whole_frames
 from audiolm.lm.run_lengths import dedupe
@@ -79,6 +80,9 @@ def test_without_semantic_tokens_stage_2_goes_on_with_the_prompt_alone(tmp_path)
     prompt = whole_frames(voice(0.5))
     sound, = lm.continuation([prompt], 0.9, [1], may_end=False)
     np.testing.assert_array_equal(sound.codes_TQ[:24], lm.encode([prompt])[0])
+    assert len(sound.wav_T) == len(prompt) + 14_400 and "semantic" not in lm.spent_s  # no stage 1, whose ids nothing hears
+    assert len(sound.z) == sound.z_prompt == len(dedupe(lm.tokenize([prompt])[0]))
+    assert len(np.concatenate([*stream(lm, prompt, 3.0, 1)])) == len(prompt) + 48_000
     z_T = lm.tokenize([voice(1.0)])[0]
     one, other = lm.acoustic([z_T, z_T[::-1]], [1, 1])
     np.testing.assert_array_equal(one.codes_TQ, other.codes_TQ)  # whatever the tokens

@@ -42,6 +42,8 @@ def attention_results(lm: AudioLM, clips: Sequence[tuple[Clip, np.ndarray]], fol
     if "coarse" not in lm.models:
         raise ValueError("the parallel decoder has no prefix to attend to: this table is of lm.acoustic=stages alone")
     model, stage = lm.models["coarse"]
+    if not stage.conditioned:
+        raise ValueError("lm.ablation took stage 2's prefix away, so there is none to attend to: name a run without it")
     wavs = [wav for _, wav in clips]
     for n, ((clip, _), z_T, codes_TQ) in enumerate(zip(clips, lm.tokenize(wavs), lm.encode(wavs), strict=True), 1):
         share_LNS = prefix_attention(model, stage, z_T, codes_TQ[:, :stage.levels[1]], lm.device)
