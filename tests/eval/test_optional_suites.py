@@ -12,7 +12,7 @@ import pytest
 from audiolm.config.evaluation import TablesConfig
 from audiolm.data.packaged import onnx
 from audiolm.data.packaged.dnsmos import scorer
-from audiolm.eval.generated import LABELS, Sample, SampleSpec
+from audiolm.eval.generated import Sample, SampleSpec
 from audiolm.eval.models import asr, text_model
 from audiolm.eval.suites import dnsmos, notes, run, text
 from tests.worlds.basics import ROOT
@@ -158,54 +158,6 @@ def test_speech_is_transcribed_and_silence_is_counted(folder):
     assert "tables.text_model=" in rows["continuation", text.PERPLEXITY].note
     measured = text.text_results(made[:1], str(folder))
     assert len(measured) == 5 and all(r.value is not None for r in measured)
-
-
-
-
-
-def played(pitches: list[int], each_s: float = 0.5) -> np.ndarray:
-    """Plucked tones with harmonics."""
-    t = np.arange(round(each_s * SR)) / SR
-    fade = np.clip((each_s - t) / 0.1, 0, 1)  # a click would be a note
-    hz = [440 * 2 ** ((p - 69) / 12) for p in pitches]
-    tones = [fade * sum(0.2 / k * np.exp(-3 * k * t) * np.sin(2 * np.pi * f * k * t) for k in range(1, 6)) for f in hz]
-    return np.concatenate(tones).astype(np.float32)
-
-
-SCALE = [60, 64, 67, 72, 71, 67, 62, 65, 69, 74]  # five seconds: more than two windows
-
-
-def test_planted_notes_are_found():
-    if why := onnx.missing_dependency("basic_pitch", ""):
-        pytest.skip(why)
-    found = notes.transcriber()(played(SCALE))
-    for i, pitch in enumerate(SCALE):  # in all windows
-        assert any(p == pitch and abs(s - 0.5 * i) < 0.06 for s, p in found)
-    assert len(found) <= 13  # a partial may be taken for a note
-
-
-def test_what_follows_the_prompt_is_compared():
-    if why := onnx.missing_dependency("basic_pitch", ""):
-        pytest.skip(why)
-    silent = np.zeros(2 * SR, np.float32)
-    made = [sound("a", "original", played(SCALE[:4])), sound("b", "original", silent),
-            sound("a", "continuation", np.concatenate([played(SCALE[:4]), played([94, 96])]), 2 * SR)]
-    rows = {(r.item, r.metric): r for r in notes.note_results(made)}
-    a_second, mean, span = notes.METRICS
-    assert 0.9 <= rows["original", a_second].value <= 1.3 and rows["original", a_second].n == 2
-    assert (rows["original", mean].n, rows["original", a_second].role) == (1, "ceiling")
-    assert rows["original", span].value >= 12
-    assert rows["continuation", mean].value == pytest.approx(95) and rows["continuation", span].value == pytest.approx(2)
-    assert rows[notes.NOISE, a_second].role == "floor" and rows[notes.NOISE, a_second].value < 0.9
-    assert rows[LABELS["resynthesis"], a_second].value is None
-
-
-def test_notes_of_probabilities():
-    onset, sounding = np.zeros((60, 88)), np.zeros((60, 88))
-    onset[10:13, 39] = 0.4, 0.9, 0.6  # one peak
-    sounding[11:40, 39] = 0.8
-    onset[20, 50] = 0.9  # nothing sounds
-    assert notes.notes_in(onset, sounding) == [(pytest.approx(11 * 256 / 22_050), 60)]
 
 
 def test_missing_packages_are_seen(monkeypatch):
