@@ -50,11 +50,22 @@ def with_text(manifest: str, n: int, seed: int = 0, least_s: float = MIN_S, most
 def to_continue(manifest: str, n: int, seed: int = 0, least_s: float = 6.0, where: ClipFilter | None = None) -> list[Clip]:
     """At most n held-out utterances (test and dev) of at least least_s, speakers in turn, for prompts and their continuations.
 
-    Raises ValueError where there are none."""
+    Where there are fewer, as of music, long ones give their stretches. Raises ValueError where there are none."""
     fit = [c for split in HELD_OUT for c in utterances(manifest, split, where) if c.seconds >= least_s]
+    if len(fit) < n:
+        fit = [s for c in fit for s in stretches(c)]
     if not fit:
         raise ValueError(f"no held-out utterance lasts {least_s:g} s: ask for less, or give the corpus a test or dev share")
     return in_turn(fit, n, seed)
+
+
+def stretches(clip: Clip) -> list[Clip]:
+    """The whole stretches of MAX_S seconds of an utterance, {id}#0 and on, without text; the utterance where it has but one."""
+    (part,), frames = clip.parts, round(MAX_S * clip.sample_rate)
+    n = clip.frames // frames
+    return [replace(clip, id=f"{clip.id}#{i}", frames=frames,
+                    parts=(replace(part, start=part.start + i * frames, frames=frames, text=None),))
+            for i in range(n)] if n > 1 else [clip]
 
 
 def of_speakers(manifest: str, train: int, test: int, seed: int = 0, least_s: float = MIN_S, where: ClipFilter | None = None,
@@ -100,7 +111,10 @@ def frozen(path: str, manifest: str, choose: Callable[[], Sequence[Clip]]) -> li
         chosen = list(choose())
         store.put_json(path, [c.id for c in chosen])
         return chosen
-    by_id = {c.id: c for c in utterances(manifest)}
+    known = utterances(manifest)
+    by_id = {c.id: c for c in known}
+    if not by_id.keys() >= set(ids):
+        by_id |= {s.id: s for c in known for s in stretches(c)}
     if missing := [i for i in ids if i not in by_id]:
         raise ValueError(f"{path} names {len(missing)} utterances that {manifest} has not, {missing[0]} say: give the manifest "
                          "that it was made of, or remove the file")

@@ -89,6 +89,20 @@ def test_shuffled_tokens_last_as_long_as_before():
     assert (other[1:] != other[:-1]).sum() == 39 and not np.array_equal(other, shuffled(z, 2))
 
 
+def test_long_recordings_give_their_stretches_where_there_are_few(tmp_path):
+    wav_T, manifest = voice(25.5, 1), str(tmp_path)
+    soundfile.write(tmp_path / "a.wav", wav_T, SR, subtype="FLOAT")
+    clip = Clip("o/a", "o", "o", "bach", "test", SR, 25 * SR, (Part("a", "a.wav", SR // 2, 25 * SR, 0, "words"),), 0, 0)
+    store.put(store.join(manifest, "clips.parquet"), clips_parquet([clip]))
+    assert [c.id for c in test_sets.to_continue(manifest, 1)] == ["o/a"]  # enough of them
+    chosen = test_sets.to_continue(manifest, 3)
+    assert sorted(c.id for c in chosen) == ["o/a#0", "o/a#1"] and all(c.text is None and c.seconds == 10 for c in chosen)
+    for choice in (chosen, []):  # kept by id
+        assert test_sets.frozen(f"{manifest}/chosen.json", manifest, lambda choice=choice: choice) == chosen
+    read = {c.id: wav for c, wav in test_sets.read(chosen, {"o": manifest})}
+    np.testing.assert_array_equal(read["o/a#1"], wav_T[21 * SR // 2:41 * SR // 2])
+
+
 def test_utterances_of_a_manifest(tmp_path):
     """A clip that joins utterances gives each of them with its own text and sound; choices are kept by id."""
     def joined(speaker, split, names, source="o"):

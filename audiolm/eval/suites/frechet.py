@@ -16,15 +16,17 @@ from audiolm.eval.generated import LABELS, of_mode
 from audiolm.eval.metrics.frechet import EMBEDDER, embed_logmel, unbiased_frechet
 from audiolm.eval.metrics.stats import bootstrap_interval
 from audiolm.eval.results import Result
-from audiolm.eval.suites.base import SuiteContext, continuations
+from audiolm.eval.suites.base import SuiteContext, continuations, groups_of
 
 HALVES = "held-out clips, one half against the other"
 SCORED = ("resynthesis", "acoustic", "continuation")
 PLAN = dict.fromkeys(("original", *SCORED), 1)  # samples of each mode a clip
 
 
-def frechet_results(held_out: Sequence[np.ndarray], sets: Mapping[str, Sequence[np.ndarray]], seed: int = 0) -> list[Result]:
-    """Distance of each set of audio {name: wavs} to held-out clips, with intervals by bootstrap over the clips.
+def frechet_results(held_out: Sequence[np.ndarray], sets: Mapping[str, Sequence[np.ndarray]], seed: int = 0,
+                    groups: Sequence[str] | None = None) -> list[Result]:
+    """Distance of each set of audio {name: wavs} to held-out clips, with intervals by bootstrap over the clips, or over
+    `groups` of the sets' clips.
 
     All sets are cut to the size of the smallest, so that the distances compare.  Ceiling: sets whose name begins with codec,
     and the set HALVES, whose distance is 0 but for the error that so few clips allow."""
@@ -33,8 +35,9 @@ def frechet_results(held_out: Sequence[np.ndarray], sets: Mapping[str, Sequence[
     for item, wavs in sets.items():
         began = time.perf_counter()
         values_N = unbiased_frechet([embed_logmel(w) for w in wavs[:n]], reference)
+        interval = bootstrap_interval(values_N, groups[:n] if groups else range(n), seed)
         role = "ceiling" if item.startswith(("codec", HALVES)) else "ours"
-        rows.append(Result("FAD", item, f"FAD ({EMBEDDER})", *bootstrap_interval(values_N, range(n), seed), n, role=role,
+        rows.append(Result("FAD", item, f"FAD ({EMBEDDER})", *interval, n, role=role,
                            seconds=time.perf_counter() - began))
     return rows
 
@@ -46,4 +49,4 @@ def frechet_suite(context: SuiteContext) -> list[Result]:
     held_out, others = (of_mode(samples, "original")[half::2] for half in (0, 1))
     scored = {HALVES: others, **{LABELS[mode]: of_mode(samples, mode)[1::2] for mode in SCORED}}
     sets = {name: [s.after_T for s in chosen] for name, chosen in scored.items()}
-    return frechet_results([s.after_T for s in held_out], sets, context.seed)
+    return frechet_results([s.after_T for s in held_out], sets, context.seed, groups_of(others))
