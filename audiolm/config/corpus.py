@@ -72,7 +72,14 @@ class SharSource(_Source):
     split: Literal["train", "dev", "test"] | None = Field(None, description="put all of it there; None splits by speaker")
 
 
-Source = Annotated[FolderSource | LibriSpeechSource | ManifestSource | WebDatasetSource | SharSource,
+class MaestroSource(_Source):
+    """MAESTRO's folder: maestro-v3.0.0.csv and YEAR/*.wav. Its splits are by piece, and the piece stands for the speaker."""
+
+    kind: Literal["maestro"]
+    root: Runtime[PathField]
+
+
+Source = Annotated[FolderSource | LibriSpeechSource | ManifestSource | WebDatasetSource | SharSource | MaestroSource,
                    Field(discriminator="kind")]
 
 

@@ -1,4 +1,4 @@
-"""Lists the audio files of a corpus source: a folder, LibriSpeech's layout, the user's table, or containers of sounds.
+"""Lists the audio files of a corpus source: a folder, LibriSpeech's layout, a table, or containers of sounds.
 
 `survey(source)` returns one `Found` a file, a row of the user's table or a container, in natural order of uris.  It opens no
 audio.  Uris are relative to the source's root, so that a corpus can move.  `listing(source)` yields every file that the
@@ -25,13 +25,14 @@ from audiolm.config.corpus import (
     CorpusConfig,
     FolderSource,
     LibriSpeechSource,
+    MaestroSource,
     ManifestSource,
     SharSource,
     Source,
     WebDatasetSource,
 )
 from audiolm.data.containers.layout import ENDINGS
-from audiolm.data.inputs import table
+from audiolm.data.inputs import maestro, table
 from audiolm.data.inputs.found import Found, by_folders, ending, found_of, is_audio, is_like_audio
 from audiolm.data.inputs.packed import PACKED, left_out
 from audiolm.data.inputs.table import SPLITS
@@ -41,6 +42,7 @@ from audiolm.places import is_within
 
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 PARQUET = "(parquet)"  # the user's table in a listing, wherever it lies
+TABLES = ManifestSource | MaestroSource
 
 
 def roots(corpus: CorpusConfig) -> dict[str, str]:
@@ -71,7 +73,7 @@ def survey(source: Source) -> tuple[list[Found], list[Entry]]:
 
     Sounds that cannot be used, and files that look like audio and are of no type that is read, have a fault.
     """
-    if isinstance(source, ManifestSource):
+    if isinstance(source, TABLES):
         parts, columns = _table(source)
         entries = _table_entries(source, parts, columns)
         found = _table_rows(source, columns, {e.uri: e for e in entries}) if columns else [
@@ -97,7 +99,7 @@ def order(f: Found) -> tuple:
 
 def listing(source: Source) -> Iterator[Entry]:
     """Every file whose change would change the manifest, once each, as they are found. Raises ConfigError."""
-    if isinstance(source, ManifestSource):
+    if isinstance(source, TABLES):
         yield from survey(source)[1]
     else:  # transcripts are listed and not read
         yield from (e for e in _walk(source) if not _is_left_out(e))
@@ -120,7 +122,7 @@ def _root(source: Source) -> str:
 def _base_and_glob(source: Source) -> tuple[str, str | None]:
     """The folder to walk and the pattern below it; a root may itself be a glob or one file."""
     root, place = source.root.rstrip("/"), places.split(source.root.rstrip("/"))
-    if isinstance(source, (LibriSpeechSource, SharSource)):
+    if isinstance(source, (LibriSpeechSource, SharSource, MaestroSource)):
         return root, None
     # Of a chain only the part within the archive may be a pattern.
     inside = place.protocol in places.ARCHIVES and place.inner is not None
@@ -216,9 +218,12 @@ def _librispeech(source: LibriSpeechSource, entries: list[Entry]) -> list[Found]
     return found + [found_of(source.name, e) for e in entries if e.fault and not is_audio(e.uri)]
 
 
-def _table(source: ManifestSource) -> tuple[list[Entry], dict[str, list] | None]:
-    """(the files of the user's table, its checked columns); None where the rows hold sounds themselves."""
-    with _source_errors(source, "uri", source.uri):
+def _table(source: TABLES) -> tuple[list[Entry], dict[str, list] | None]:
+    """(the files of the table, its checked columns); None where the rows hold sounds themselves."""
+    with _source_errors(source, *_place_of(source)):
+        if isinstance(source, MaestroSource):
+            parts = maestro.files(source)
+            return parts, maestro.read(source, parts[0])
         parts = table.files(source)
         if not table.has_sounds(source, parts):
             return parts, table.read(source, parts)
@@ -228,7 +233,12 @@ def _table(source: ManifestSource) -> tuple[list[Entry], dict[str, list] | None]
     return parts, None
 
 
-def _table_entries(source: ManifestSource, parts: list[Entry], columns: dict[str, list] | None) -> list[Entry]:
+def _place_of(source: TABLES) -> tuple[str, str]:
+    """(the config's field, its value) of where a table lies."""
+    return ("root", source.root) if isinstance(source, MaestroSource) else ("uri", source.uri)
+
+
+def _table_entries(source: TABLES, parts: list[Entry], columns: dict[str, list] | None) -> list[Entry]:
     """The table's own files and the files it names, missing ones too; sorted by uri."""
     # The table is listed under a fixed name: its content is part of the corpus, its place is not.
     alone = [replace(e, uri=PARQUET) if len(parts) == 1 else replace(e, uri=f"{PARQUET}/{e.uri}") for e in parts]
@@ -248,15 +258,17 @@ def _table_entries(source: ManifestSource, parts: list[Entry], columns: dict[str
             return Entry(uri, uri, -1, "", ("unreadable", str(e)))
         return stat(uri, path)
 
-    with _source_errors(source, "uri", source.uri):
+    with _source_errors(source, *_place_of(source)):
         entries = list(thread_map(entry, uris))
     if all(e.size < 0 for e in entries):
-        raise ConfigError(f"corpus source {source.name!r}: none of the {len(uris)} files of {source.uri!r} exists "
-                          f"under {root!r}; set corpus.sources.root to what its uris are relative to")
+        fix = ("get the archive with the audio, as the one of MIDI files has none" if isinstance(source, MaestroSource) else
+               "set corpus.sources.root to what its uris are relative to")
+        raise ConfigError(f"corpus source {source.name!r}: none of the {len(uris)} files of "
+                          f"{parts[0].path if len(parts) == 1 else source.uri!r} exists under {root!r}; {fix}")
     return sorted([*alone, *entries], key=lambda e: e.uri)
 
 
-def _table_rows(source: ManifestSource, columns: dict[str, list], entries: dict[str, Entry]) -> list[Found]:
+def _table_rows(source: TABLES, columns: dict[str, list], entries: dict[str, Entry]) -> list[Found]:
     found = []
     for values in zip(*columns.values(), strict=True):
         row = dict(zip(columns, values, strict=True))
