@@ -47,21 +47,22 @@ def with_text(manifest: str, n: int, seed: int = 0, least_s: float = MIN_S, most
                      "or dev share")
 
 
-def to_continue(manifest: str, n: int, seed: int = 0, least_s: float = 6.0, where: ClipFilter | None = None) -> list[Clip]:
+def to_continue(manifest: str, n: int, seed: int = 0, least_s: float = 6.0, where: ClipFilter | None = None,
+                most_s: float = MAX_S) -> list[Clip]:
     """At most n held-out utterances (test and dev) of at least least_s, speakers in turn, for prompts and their continuations.
 
-    Where there are fewer, as of music, long ones give their stretches. Raises ValueError where there are none."""
+    Where there are fewer, as of music, long ones give their stretches of most_s. Raises ValueError where there are none."""
     fit = [c for split in HELD_OUT for c in utterances(manifest, split, where) if c.seconds >= least_s]
     if len(fit) < n:
-        fit = [s for c in fit for s in stretches(c)]
+        fit = [s for c in fit for s in stretches(c, most_s)]
     if not fit:
         raise ValueError(f"no held-out utterance lasts {least_s:g} s: ask for less, or give the corpus a test or dev share")
     return in_turn(fit, n, seed)
 
 
-def stretches(clip: Clip) -> list[Clip]:
-    """The whole stretches of MAX_S seconds of an utterance, {id}#0 and on, without text; the utterance where it has but one."""
-    (part,), frames = clip.parts, round(MAX_S * clip.sample_rate)
+def stretches(clip: Clip, seconds: float = MAX_S) -> list[Clip]:
+    """The whole stretches of so many seconds of an utterance, {id}#0 and on, without text; itself where it has but one."""
+    (part,), frames = clip.parts, round(seconds * clip.sample_rate)
     n = clip.frames // frames
     return [replace(clip, id=f"{clip.id}#{i}", frames=frames,
                     parts=(replace(part, start=part.start + i * frames, frames=frames, text=None),))

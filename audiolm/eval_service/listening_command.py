@@ -71,7 +71,7 @@ def _recordings(args: argparse.Namespace, index: str) -> list:
     steps = steps_of(index)
     if "manifest" not in steps:
         raise ValueError(f"{index} names no manifest to take test clips from: give recordings with --prompts")
-    clips = test_sets.to_continue(steps["manifest"], args.pairs, args.seed, args.prompt_s + 1.0)
+    clips = test_sets.to_continue(steps["manifest"], args.pairs, args.seed, args.prompt_s + 1.0, most_s=end_s)
     return [wav_T for _, wav_T in test_sets.read(clips, roots(config_of(index).corpus), end_s)]
 
 
