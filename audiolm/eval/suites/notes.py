@@ -3,8 +3,9 @@
 The transcriber is basic-pitch (2203.09893), its network alone; each note has one onset, so notes a second are onsets a second.
 Scores only the audio after the prompt, over the same span for originals and codec; the codec's row shows what transcribing
 loses.  The distance of pitch classes is that to the original's same span: ceilings are the codec and the prompt, which is
-another part of the same recording, floors another piece and white noise as loud as the original.  Equal statistics do not
-prove equal music; the suite fad compares distributions.  wav_T: float32 mono at 16 kHz.
+another part of the same recording, floors another piece and white noise as loud as the original.  Few notes are far from
+any, so read it beside their number.  Equal statistics do not prove equal music; the suite fad compares distributions.
+wav_T: float32 mono at 16 kHz.
 """
 
 from __future__ import annotations
