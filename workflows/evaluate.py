@@ -66,7 +66,7 @@ def add_place_options(p: argparse.ArgumentParser) -> None:
 def add_suite_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("rest", nargs="*", metavar="MODEL_URI_OR_RUN a.b=c", help="models:/NAME/VERSION, models:/NAME@best, or a "
                    "run's name, index (STORE/runs/NAME.json) or MLflow id; and overrides of its config (evaluate.clips=4)")
-    p.add_argument("--suites", type=names, default=[], metavar="A,B", help="these alone (default: all but dnsmos, text, notes)")
+    p.add_argument("--suites", type=names, default=[], metavar="A,B", help="these alone (default: all but the optional ones)")
     p.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two of them on one page, the same prompts side by side")
     p.add_argument("--out", metavar="FOLDER", help="where the report goes; default: STORE/evaluations/NAME")
     p.add_argument("--ray", action="store_true", help="parts as Ray tasks, on this machine or the cluster of RAY_ADDRESS")

@@ -35,6 +35,10 @@ class TablesConfig(Config):
     net_steps: int = Field(600, ge=1, description="of the classifiers of Table III and of the detector")
     n_continuations: int = Field(100, ge=2, description="clips to continue, for detector, FAD, DNSMOS, text and notes")
     text_model: PathField | None = Field(None, description="folder or URI of a transformers causal model, for the suite text")
+    mos_model: Annotated[PathField | None, Later(None)] = Field(
+        None, description="folder or URI of a transformers ...ForSequenceClassification model of one label, for the suite mos")
+    speaker_model: Annotated[PathField | None, Later(None)] = Field(
+        None, description="folder or URI of a transformers ...ForXVector model, for speakers and voice; None: Resemblyzer")
     probes: dict[str, Runtime[PathField]] = Field(
         {}, description="{name: folder with a gold.csv}: sWUGGY, sBLIMP and their like")
     salmon: Annotated[dict[str, Runtime[PathField]], Later({})] = Field(

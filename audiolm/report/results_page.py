@@ -24,7 +24,7 @@ TITLES = {"I": "Table I: the tokens", "II": "Table II: what is said", "III": "Ta
           "conditioning": "Is the prefix used?",
           "ladder": "Stage ladder", "detector": "Told from the real", "stage 2's attention": "What stage 2 looks at",
           "temperatures": "Temperatures", "FAD": "Fréchet audio distance",
-          "SALMon": "SALMon: consistent sound",
+          "SALMon": "SALMon: consistent sound", "MOS": "Marks of a MOS predictor",
           "Text": "What continuations say", "Notes": "Piano: the notes"}
 PLAYERS = 4  # of a group, so that a page stays within megabytes; the results count all sounds
 MOST_BARS = 40  # more do not fit one picture

@@ -8,9 +8,10 @@ the file and the fix. Pickles are never read. A plan calls `imported_codec`, `im
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -160,29 +161,41 @@ def build_model(where: str, kind: str, classes: dict[str, tuple[str, str]], sett
     import torch
     import transformers
 
-    # Loading is quiet: a step's progress board owns the terminal.
     config_class, model_class = (getattr(transformers, name) for name in classes[kind])
-    bars = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
     try:
-        config = config_class.from_dict(settings)
-        prepare(config)
-        # Not load_state_dict: names in files differ from a model's (older weight norm, Mimi's
-        # halves).
-        model, report = model_class.from_pretrained(None, config=config, state_dict=weights, dtype=torch.float32,
-                                                    output_loading_info=True)
+        with quiet_loading():
+            config = config_class.from_dict(settings)
+            prepare(config)
+            # Not load_state_dict: names in files differ from a model's (older weight norm, Mimi's
+            # halves).
+            model, report = model_class.from_pretrained(None, config=config, state_dict=weights, dtype=torch.float32,
+                                                        output_loading_info=True)
     except Exception as e:  # transformers raises many kinds for what is one fault: the files
         raise ArtifactError(f"{where}: config.json and model.safetensors make no {kind} model: {e}") from e
-    finally:
-        if bars:
-            transformers.utils.logging.enable_progress_bar()
-    if wrong := _misfits(report, len(weights) - len(model.state_dict()), unused):
+    if wrong := misfits(report, len(weights) - len(model.state_dict()), unused):
         raise ArtifactError(f"{where}: model.safetensors does not fit config.json; tensors {' and '.join(wrong)}: save the "
                             "model again with save_pretrained(folder)")
     return model
 
 
-def _misfits(report: dict, surplus: int, unused: tuple[str, ...]) -> list[str]:
+@contextlib.contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Hides transformers' progress bar and report of tensors: a step's progress board owns the terminal.
+    """
+    from transformers.utils import logging
+
+    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def misfits(report: dict, surplus: int, unused: tuple[str, ...]) -> list[str]:
     """Texts on missing, unexpected and misshapen tensors, by transformers' report of loading."""
     missing = [name for name in report["missing_keys"] if name.rsplit(".", 1)[-1] not in unused]
     found = {"missing": missing, "unexpected": report["unexpected_keys"], "of another shape": report["mismatched_keys"]}

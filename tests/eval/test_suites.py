@@ -153,12 +153,13 @@ def test_optional_suites_are_named(made, capsys, tmp_path, monkeypatch):
     folder, _, _ = made
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "speechmos" else find(name, *a))
-    code, said = evaluate(capsys, "tiny", "--store", folder, "--out", str(tmp_path), "--suites", "ladder,dnsmos,text,notes",
+    code, said = evaluate(capsys, "tiny", "--store", folder, "--out", str(tmp_path), "--suites", "ladder,dnsmos,mos,text,notes",
                           "tables.n_continuations=2", "samples.prompt_s=0.2")
     assert code == 0, said
     rows = [Result(**r) for r in store.get_json(f"{tmp_path}/rows.json")]
     notes = {r.table: r.note for r in rows if r.value is None}
-    assert {r.table for r in rows} == {"ladder", "DNSMOS", "Text", "Notes"} and "audiolm[eval]" in notes["DNSMOS"]
+    assert {r.table for r in rows} == {"ladder", "DNSMOS", "MOS", "Text", "Notes"} and "audiolm[eval]" in notes["DNSMOS"]
+    assert "tables.mos_model=" in notes["MOS"]
     assert any("tables.text_model=" in r.note for r in rows) or "audiolm[eval]" in notes["Text"]
     page = (tmp_path / "report.html").read_text()
     assert "What continuations say" in page and "Piano: the notes" in page

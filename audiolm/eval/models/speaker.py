@@ -1,9 +1,10 @@
-"""Speaker embeddings by Resemblyzer's network (GE2E, 1710.10467): cosines of about 0.9 for one speaker, 0.5 for two.
+"""Speaker embeddings: an x-vector model of transformers by path, or Resemblyzer's network (GE2E, 1710.10467).
 
-Only the weights inside the package are used (`pip install --no-deps resemblyzer`), because its code needs a compiler and
-librosa.  Inputs are mel powers as librosa computes them (Slaney's scale and norm), in windows of 1.6 s; an embedding is
-the mean of their unit vectors.  Quiet sound is raised to -30 dBFS as there.  Silences stay, since its voice detector is a
-package of its own.  wav_T: float32 mono at 16 kHz.
+Resemblyzer's cosines are about 0.9 for one speaker, 0.5 for two; each model has a scale of its own.  Of its package only the
+weights are used (`pip install --no-deps resemblyzer`), because its code needs a compiler and librosa.  Its inputs are mel
+powers as librosa computes them (Slaney's scale and norm), in windows of 1.6 s; an embedding is the mean of their unit vectors.
+Quiet sound is raised to -30 dBFS as there.  Silences stay, since its voice detector is a package of its own.
+wav_T: float32 mono at 16 kHz.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from audiolm.eval.models import hf_scorers
 from audiolm.models.mel import filterbank
 from audiolm.tokenizers.base import SAMPLE_RATE
 
@@ -26,15 +28,20 @@ DIM, LAYERS = 256, 3
 LOUDNESS = 10 ** (-30 / 20)  # of full scale, root mean square
 
 
-def missing_dependency() -> str | None:
+def missing_dependency(model: str | None = None) -> str | None:
     """The missing package, with the fix; None where embeddings can be computed."""
+    if model is not None:
+        return hf_scorers.missing_dependency()
     return None if importlib.util.find_spec("resemblyzer") else f"resemblyzer not installed: {INSTALL}"
 
 
-def embedder(device: str = "cpu") -> Callable[[np.ndarray], np.ndarray]:
-    """wav_T -> unit vector (256,). Raises ImportError where the package is missing."""
-    if why := missing_dependency():
+def embedder(model: str | None = None, device: str = "cpu") -> Callable[[np.ndarray], np.ndarray]:
+    """wav_T -> unit vector, by the model at path `model` (None: Resemblyzer). Raises ImportError where `missing_dependency`
+    names a package, ValueError where `model` holds no x-vector model."""
+    if why := missing_dependency(model):
         raise ImportError(why)
+    if model is not None:
+        return hf_scorers.voice_embedder(model, device)
     package = importlib.util.find_spec("resemblyzer").submodule_search_locations[0]
     state = torch.load(posixpath.join(package, "pretrained.pt"), map_location="cpu", weights_only=True)["model_state"]
     lstm, linear = torch.nn.LSTM(MELS, DIM, LAYERS, batch_first=True), torch.nn.Linear(DIM, DIM)

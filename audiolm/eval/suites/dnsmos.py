@@ -8,7 +8,7 @@ mono at 16 kHz.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -29,13 +29,18 @@ def dnsmos_results(samples: Sequence[Sample], seed: int = 0, progress: Progress 
     """Marks of each mode; rows without values where the package is missing."""
     if why := onnx.missing_dependency("speechmos", 'pip install "audiolm[eval]"'):
         return [not_measured("DNSMOS", LABELS[mode], METRICS[0], why) for mode in ROLES]
-    floor = as_floor(samples, lambda wav_T, clip: in_noise(wav_T, seed, clip))
-    score, rows = scorer(), []
+    return mark_rows("DNSMOS", METRICS, scorer(), samples, "by speechmos", seed, progress)
+
+
+def mark_rows(table: str, metrics: Sequence[str], score: Callable[[np.ndarray], Sequence[float]], samples: Sequence[Sample],
+              note: str, seed: int, progress: Progress) -> list[Result]:
+    """Rows of each mode and of the floor. `score`: wav_T -> a mark of each metric."""
+    floor, rows = as_floor(samples, lambda wav_T, clip: in_noise(wav_T, seed, clip)), []
     for scored in score_items({**by_item(samples, ROLES), FLOOR: ("floor", floor)}, lambda s: score(s.after_T), progress):
         # zip is empty for a mode without samples, which has no row.
-        for metric, marks in zip(METRICS, zip(*scored.values, strict=True), strict=False):
-            rows.append(Result("DNSMOS", scored.item, metric, *bootstrap_interval(marks, scored.clips, seed), len(marks),
-                               "sounds", scored.role, seconds=scored.seconds / len(METRICS), note="by speechmos"))
+        for metric, marks in zip(metrics, zip(*scored.values, strict=True), strict=False):
+            rows.append(Result(table, scored.item, metric, *bootstrap_interval(marks, scored.clips, seed), len(marks),
+                               "sounds", scored.role, seconds=scored.seconds / len(metrics), note=note))
     return rows
 
 

@@ -26,6 +26,7 @@ from audiolm.eval.suites.dnsmos import dnsmos_suite
 from audiolm.eval.suites.frechet import frechet_suite
 from audiolm.eval.suites.ladder import ladder_suite
 from audiolm.eval.suites.losses import losses_suite
+from audiolm.eval.suites.mos import mos_suite
 from audiolm.eval.suites.notes import notes_suite
 from audiolm.eval.suites.salmon import salmon_suite
 from audiolm.eval.suites.speakers import speakers_suite, voice_suite
@@ -47,13 +48,14 @@ SUITES: dict[str, Callable[[SuiteContext], list[Result]]] = {
     "temperatures": temperatures_suite,
     "fad": frechet_suite,
     "dnsmos": dnsmos_suite,
+    "mos": mos_suite,
     "text": text_suite,
     "notes": notes_suite,
     "voice": voice_suite,
     "salmon": salmon_suite,
 }
 # Slow, or for some corpora only: these run where they are named.
-OPTIONAL = ("dnsmos", "text", "notes", "voice", "salmon")
+OPTIONAL = ("dnsmos", "mos", "text", "notes", "voice", "salmon")
 DEFAULT = tuple(name for name in SUITES if name not in OPTIONAL)
 # Steps that a suite needs; the first two report unfinished steps in rows of their own.
 NEEDS = {**dict.fromkeys(SUITES, SYSTEM_STEPS), "stages": (), "ladder": (), "abx": ("kmeans", "codec"),

@@ -64,13 +64,15 @@ def accuracy(train: Sequence[Sample], test: Sequence[Sample], folder: str, setti
                           paper=PAPER_CHANCE)]
 
 
-def similarity(samples: Sequence[Sample], device: str = "cpu", seed: int = 0) -> list[Result]:
+def similarity(samples: Sequence[Sample], model: str | None = None, device: str = "cpu", seed: int = 0) -> list[Result]:
     """Mean cosine between the scored span and the recorded prompt; the floor is another speaker's original.
 
+    `model` as in `speaker.embedder`; one row names the fix where it cannot be used.
     Raises ValueError for a clip whose original is missing."""
-    if why := embedding.missing_dependency():
-        return [not_measured("III", LABELS[mode], COSINE, why) for mode in ROLES]
-    embed = embedding.embedder(device)
+    try:
+        embed = embedding.embedder(model, device)
+    except (ImportError, ValueError) as e:
+        return [not_measured("III", LABELS["continuation"], COSINE, str(e))]
     items = _test_items(samples)
     originals = items[LABELS["original"]][1]
     prompts = {s.spec.clip: embed(s.wav_T[:s.spec.prompt]) for s in originals}
@@ -93,7 +95,7 @@ def similarity(samples: Sequence[Sample], device: str = "cpu", seed: int = 0) ->
     if others:
         scored.append(Scored("another speaker", "floor", others, values, 0.0))
     return [Result("III", s.item, COSINE, *bootstrap_interval(s.values, s.groups, seed), len(s.values), "sounds", s.role,
-                   seconds=s.seconds, note="by Resemblyzer") for s in scored]
+                   seconds=s.seconds, note=f"by {model or 'Resemblyzer'}") for s in scored]
 
 
 def _test_items(samples: Sequence[Sample]) -> dict[str, tuple[str, list[Sample]]]:
@@ -112,12 +114,13 @@ def speakers_suite(context: SuiteContext) -> list[Result]:
     train_samples = samples_for(context, "learned", TRAIN_PLAN, lambda: train)
     settings = replace(SETTINGS, steps=tables.net_steps)
     return [*accuracy(train_samples, test_samples, sibling_folder(context, "nets"), settings, context.device, context.seed,
-                      context.progress), *similarity(test_samples, context.device, context.seed)]
+                      context.progress), *similarity(test_samples, tables.speaker_model, context.device, context.seed)]
 
 
 def voice_suite(context: SuiteContext) -> list[Result]:
     """Cosines alone, of held-out utterances: for a corpus of one speaker, or of files whose speakers nobody knows."""
+    tables = context.config.tables
     samples = samples_for(context, "continued", VOICE_PLAN, lambda: test_sets.to_continue(
-        context.steps["manifest"], context.config.tables.n_continuations, context.seed, min(6.0, max_clip_s(context))))
+        context.steps["manifest"], tables.n_continuations, context.seed, min(6.0, max_clip_s(context))))
     save_players(context, samples)
-    return [row for row in similarity(samples, context.device, context.seed) if row.role != "floor"]
+    return [row for row in similarity(samples, tables.speaker_model, context.device, context.seed) if row.role != "floor"]
