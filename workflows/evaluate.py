@@ -5,6 +5,7 @@
     python workflows/evaluate.py tokens --run outputs/runs/speech.json --items dev-clean.item --audio LibriSpeech/dev-clean
     python workflows/evaluate.py abx --items dev-clean.item --audio LibriSpeech/dev-clean --features mfcc
     python workflows/evaluate.py detect calls/ --run speech --json scores.json
+    python workflows/evaluate.py export speech --versa for-versa
     python workflows/evaluate.py watch --store s3://bucket --tracking http://mlflow:5000 --job-server http://ray-head:8265
 """
 
@@ -26,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from audiolm import store  # noqa: E402
 from audiolm.dag.run_index import OUTPUTS, steps_of  # noqa: E402
-from audiolm.eval_service import listening_command, salmon_command  # noqa: E402
+from audiolm.eval_service import export_command, listening_command, salmon_command  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -342,6 +343,7 @@ COMMANDS: dict[str, tuple[Callable, Callable, str]] = {
                   "a listening test of continuations against recordings, or of two runs, as a page for raters; and its score"),
     "salmon": (salmon_command.salmon, salmon_command.add_options, "SALMon: does a system prefer sound that stays consistent? "
                "Or makes pairs to try it, of recordings"),
+    "export": (export_command.export, export_command.add_options, "the sounds that suites score, for VERSA's scorer"),
     "watch": (watch, add_watch_options, "answers the tag evaluate=requested of model versions in the MLflow UI, for ever"),
 }
 

@@ -176,3 +176,26 @@ def test_a_page_and_a_description_say_it_all():
     assert "not measured: pip install" in text
     many = [Result("I", f"item {i}", "x", 1.0) for i in range(500)]
     assert len(markdown(many, 4000)) <= 4000 and "more rows in the report" in markdown(many, 4000)
+
+
+def test_a_run_is_exported_for_versa(made, capsys, tmp_path):
+    folder, _, _ = made
+    few = ("--store", folder, "tables.n_continuations=2", "tables.utterances=2", "samples.prompt_s=0.2")
+    call = ("export", "tiny", "--versa", str(tmp_path / "a"), *few)
+    code, said = evaluate(capsys, *call)
+    assert code == 0 and "continued/continuation: 2 sounds, pseudo_mos, speaker" in said, said
+    files = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in (tmp_path / "a").rglob("*") if p.is_file()}
+    assert {p.name for p in (tmp_path / "a").iterdir()} == {"continued", "utterances", "export.json", "versa.sh"}
+    lost = next(p for p in files if p.suffix == ".wav")
+    lost.unlink()
+    assert evaluate(capsys, *call)[0] == 0
+    assert {p: p.read_bytes() for p in files} == {p: data for p, (_, data) in files.items()}  # whole again, and the same
+    assert all(p.stat().st_mtime_ns == at for p, (at, _) in files.items() if p.suffix == ".wav" and p != lost)
+    index = store.get_json(f"{folder}/runs/tiny.json")
+    steps = {n: e for n, e in index["steps"].items() if n != "manifest"}
+    store.put_json(f"{folder}/runs/bare.json", {**index, "steps": steps})
+    for args, reason in (((*call, "tables.utterances=1"), "holds another export, of run tiny"),
+                         (("export", "--versa", "b", *few), "one MODEL_URI_OR_RUN, got none"),
+                         (("export", "bare", "--versa", "b", *few), "the run has not finished manifest")):
+        code, said = evaluate(capsys, *args)
+        assert code == 2 and reason in said and "Traceback" not in said, said

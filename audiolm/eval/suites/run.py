@@ -73,7 +73,7 @@ def run_suites(steps: Mapping[str, str], names: Sequence[str], folder: str, conf
     device, rows, sounds = cluster_device(config.cluster, out.inline), [], []
     for name in check_names(names) or DEFAULT:
         suite_steps = {**steps, "manifest": manifest} if manifest and name in CHOOSES_CLIPS else steps
-        suite_folder = store.join(cache, f"{name}-{_digest(name, suite_steps, config)}")
+        suite_folder = store.join(cache, f"{name}-{digest(name, suite_steps, config)}")
         suite_rows, suite_sounds = _run_suite(name, SuiteContext(suite_steps, config, suite_folder, device, out))
         rows += suite_rows
         sounds += [{**s, "file": store.join(suite_folder, s["file"])} for s in suite_sounds]
@@ -88,8 +88,8 @@ def check_names(names: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _digest(name: str, steps: Mapping[str, str], config: Pipeline) -> str:
-    """A hash of all that a suite's rows depend on."""
+def digest(name: str, steps: Mapping[str, str], config: Pipeline) -> str:
+    """A hash of all that a suite's rows, or sounds, depend on."""
     sections = {"evaluate": config.evaluate, "samples": config.samples, "lm": config.lm, "corpus": config.corpus,
                 "tables": config.tables}
     depends = {"suite": name, "steps": dict(steps), "seed": config.run.seed,
