@@ -36,13 +36,14 @@ VOICE: dict[str, Any] = {"name": "speaker", "model_tag": "default"}
 SAME_SOUND: list[dict[str, Any]] = [{"name": name} for name in ("mcd_f0", "signal_metric", "pesq", "stoi")]
 SCRIPT = """#!/bin/sh
 # Scores every list with VERSA, https://github.com/wavlab-speech/versa; options as --use_gpu go on to its scorer.
-# Sounds that scores.jsonl has are not scored again: remove it after a metric was added.
+# Sounds that scores.jsonl has are not scored again: remove it after a metric was added or installed.
 set -eu
 cd "$(dirname "$0")"
+status=0
 score() {
   list=$1; shift
   "${PYTHON:-python}" -m versa.bin.scorer --io soundfile --resume --pred "$list/wav.scp" \\
-    --score_config "$list/score.yaml" --output_file "$list/scores.jsonl" "$@"
+    --score_config "$list/score.yaml" --output_file "$list/scores.jsonl" "$@" || status=1
 }
 """
 
@@ -121,7 +122,7 @@ def write_lists(lists: Sequence[VersaList], out: str, progress: Progress = no_pr
                 options += f" {option} {x.name}/{name}" if option else ""
         store.put(store.join(out, x.name, "score.yaml"), yaml.safe_dump(x.metrics, sort_keys=False).encode())
         commands.append(f'score {x.name}{options} "$@"\n')
-    store.put(store.join(out, "versa.sh"), (SCRIPT + "".join(commands)).encode())
+    store.put(store.join(out, "versa.sh"), (SCRIPT + "".join(commands) + "exit $status\n").encode())
 
 
 def _keyed(samples: Sequence[Sample], mode: str) -> Iterator[tuple[str, str, Sample]]:

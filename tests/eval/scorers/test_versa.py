@@ -44,19 +44,20 @@ def loaded(path: Path) -> dict[str, str]:
 
 
 def options_of(out: Path, elsewhere: Path) -> list[argparse.Namespace]:
-    """What versa.sh calls: the scorer's options, one call a list."""
+    """What versa.sh calls: the scorer's options, one call a list, also where a list fails."""
     stub = elsewhere / "python"
-    stub.write_text('#!/bin/sh\necho "$PWD" "$@"\n')
+    stub.write_text('#!/bin/sh\necho "$PWD" "$@"\nexit 3\n')
     stub.chmod(0o755)
-    said = subprocess.run(["sh", str(out / "versa.sh"), "--use_gpu"], cwd=elsewhere, env={"PYTHON": str(stub), "PATH": "/bin"},
-                          capture_output=True, text=True, check=True).stdout
+    done = subprocess.run(["sh", str(out / "versa.sh"), "--use_gpu"], cwd=elsewhere, capture_output=True, text=True,
+                          env={"PYTHON": str(stub), "PATH": "/usr/bin:/bin"})
+    assert done.returncode == 1
     parser = argparse.ArgumentParser()
     for name in ("pred", "score_config", "gt", "text", "output_file", "io"):
         parser.add_argument(f"--{name}")
     for name in ("use_gpu", "resume"):
         parser.add_argument(f"--{name}", action="store_true")
     calls = []
-    for line in said.splitlines():
+    for line in done.stdout.splitlines():
         where, m, module, *rest = shlex.split(line)
         assert (where, m, module) == (str(out), "-m", "versa.bin.scorer")
         calls.append(parser.parse_args(rest))
