@@ -6,7 +6,7 @@
 
 A list is wav.scp ("KEY PATH" a line), ref.scp and text ("KEY WORDS") with the same keys, score.yaml (metrics that suit the
 list) and wav/KEY.wav, 16-bit PCM at 16 kHz.  Paths are relative to OUT, so that the folder may be moved.  Wavs are written
-before the lists that name them; those that are there stay.  wav_T: float32 mono at 16 kHz.
+before the lists that name them.  wav_T: float32 mono at 16 kHz.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def versa_lists(utterances: Sequence[Sample], continued: Sequence[Sample]) -> li
 
 
 def write_lists(lists: Sequence[VersaList], out: str, progress: Progress = no_progress) -> None:
-    """Writes the folder; a file that is there is not written again, but for lists and script."""
+    """Writes the folder. Wavs that are there, and configs, which a user may have edited, are not written again."""
     import yaml
 
     done, total = 0, sum(len(x.lines) for x in lists)
@@ -120,7 +120,8 @@ def write_lists(lists: Sequence[VersaList], out: str, progress: Progress = no_pr
                 rows = [f"{line.key} {value}\n" for line, value in zip(x.lines, tables[name], strict=True)]
                 store.put(store.join(out, x.name, name), "".join(rows).encode())
                 options += f" {option} {x.name}/{name}" if option else ""
-        store.put(store.join(out, x.name, "score.yaml"), yaml.safe_dump(x.metrics, sort_keys=False).encode())
+        if not store.exists(config := store.join(out, x.name, "score.yaml")):
+            store.put(config, yaml.safe_dump(x.metrics, sort_keys=False).encode())
         commands.append(f'score {x.name}{options} "$@"\n')
     store.put(store.join(out, "versa.sh"), (SCRIPT + "".join(commands) + "exit $status\n").encode())
 

@@ -180,8 +180,7 @@ def build_model(where: str, kind: str, classes: dict[str, tuple[str, str]], sett
 
 @contextlib.contextmanager
 def quiet_loading() -> Iterator[None]:
-    """Hides transformers' progress bar and report of tensors: a step's progress board owns the terminal.
-    """
+    """Hides transformers' progress bar and report: a step's progress board owns the terminal."""
     from transformers.utils import logging
 
     bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
