@@ -40,7 +40,7 @@ class TablesConfig(Config):
     speaker_model: Annotated[PathField | None, Later(None)] = Field(
         None, description="folder or URI of a transformers ...ForXVector model, for speakers and voice; None: Resemblyzer")
     probes: dict[str, Runtime[PathField]] = Field(
-        {}, description="{name: folder with a gold.csv}: sWUGGY, sBLIMP and their like")
+        {}, description="{name: folder}: sWUGGY, sBLIMP and their like with a gold.csv, or StoryCloze's wavs")
     salmon: Annotated[dict[str, Runtime[PathField]], Later({})] = Field(
         {}, description="{name: folder of SALMon's layout, PART/sample_I_0.wav and _1.wav}, for the suite salmon")
     temperatures: tuple[float, ...] = (0.4, 0.6, 0.8, 1.0)
