@@ -1,8 +1,8 @@
-"""Audio files through a codec: to codes files, back to sound, and measured beside Opus and Lyra; publishes a codec.
+"""Audio files through a codec: to codes files, back to sound, and several codecs in one table; publishes a codec.
 
     python workflows/codec.py encode recordings/ --out codes/
     python workflows/codec.py decode codes/ --out again/ --levels 4
-    python workflows/codec.py evaluate recordings/ --clips 20 --seconds 8
+    python workflows/codec.py evaluate recordings/ --codec speech-16k --codec /models/dac_16khz --levels all --out table
     python workflows/codec.py encode s3://bucket/talk.mp3 --codec s3://bucket/outputs/runs/speech.json --out codes/
     python workflows/codec.py encode recordings/ --codec speech-16k --out codes/
     python workflows/codec.py publish --codec outputs/runs/speech.json --out audiolm/pretrained --name speech-16k
@@ -11,11 +11,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+CODEC = "a published codec's name, a codec build, a run's index (OUTPUTS/runs/NAME.json) or an imported codec's folder"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -29,21 +30,20 @@ def parser() -> argparse.ArgumentParser:
                            "audio file: tensor `codes` uint16 (frames, levels), and what is needed to decode it.")
     decode = do.add_parser("decode", help="codes files to audio files", description="Writes one 16-bit audio file per codes "
                            "file, at the codec's sample rate and as long as the original.")
-    evaluate = do.add_parser("evaluate", help="quality against bit rate, beside Opus and Lyra", description="Prints PESQ, "
-                             "ViSQOL, STOI, SI-SDR, mel distance and WER of the codec at some numbers of levels and of Opus "
-                             "(and Lyra v2 with --lyra) on the same clips. WER is against what the recogniser hears in the "
-                             "original.")
+    add_evaluate(do.add_parser("evaluate", help="a table of codecs by number of levels, beside Opus and Lyra",
+                               description="Measures PESQ, ViSQOL, STOI, SI-SDR, mel distance, F0 correlation, WER and the "
+                               "speaker's cosine of codecs at some numbers of levels, of Opus (and Lyra v2 with --lyra), of "
+                               "the original and of noise, on the same clips. Clips are Ray tasks, here or on the cluster of "
+                               "RAY_ADDRESS. What is scored is kept, so that the same command continues."))
     add_publish(do.add_parser("publish", help="a trained codec as float16 weights to ship", description="Writes the export of "
                               "a codec build in float16, and its recipe, as a folder that --codec and audiolm.load_codec take. "
                               "Compares its codes with the build's on the INPUTs or on a synthetic sound."))
-    published = ", ".join(pretrained.names()) or "none here"
     sounds = f"audio files, or folders to search for {', '.join(ENDINGS)}"
-    for sub, kind in ((encode, sounds), (decode, "codes files, or folders to search for .safetensors"),
-                      (evaluate, f"held-out {sounds}")):
+    for sub, kind in ((encode, sounds), (decode, "codes files, or folders to search for .safetensors")):
         sub.add_argument("inputs", nargs="+", metavar="INPUT", help=f"{kind}; a local path or any fsspec URI (s3://...)")
-        sub.add_argument("--codec", metavar="CODEC", help=f"a published codec's name ({published}), a codec build, a run's "
-                         "index (OUTPUTS/runs/NAME.json) or the folder of an imported codec; default: the codec of "
-                         f"./outputs/runs/quickstart.json, without that run the published codec {pretrained.DEFAULT_CODEC}")
+        sub.add_argument("--codec", metavar="CODEC", help=f"{CODEC} ({', '.join(pretrained.names()) or 'none here'}); default: "
+                         "the codec of ./outputs/runs/quickstart.json, without that run the published codec "
+                         f"{pretrained.DEFAULT_CODEC}")
         sub.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one")
     for sub in (encode, decode):
         sub.add_argument("--out", required=True, metavar="FOLDER",
@@ -51,12 +51,28 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--levels", type=int, metavar="N", help="take the first N levels alone: fewer bits, rougher sound")
         sub.add_argument("--force", action="store_true", help="make files again that are done already")
     decode.add_argument("--format", choices=("wav", "flac"), default="wav", help="of the audio files (default wav)")
-    evaluate.add_argument("--clips", type=int, default=20, metavar="N", help="files, spread evenly over what is found")
-    evaluate.add_argument("--seconds", type=float, default=8.0, metavar="S", help="of each file, from its start")
-    evaluate.add_argument("--levels", type=int, nargs="+", metavar="N", help="default: one, 2 kb/s, half, all")
-    evaluate.add_argument("--lyra", metavar="FOLDER", help="Lyra v2's three tflite models, for rows of it")
-    evaluate.add_argument("--json", metavar="FILE", help="write the table there too")
     return p
+
+
+def add_evaluate(p: argparse.ArgumentParser) -> None:
+    """The options of `evaluate`."""
+    from audiolm.dag.run_index import OUTPUTS
+
+    p.add_argument("inputs", nargs="+", metavar="INPUT", help="held-out audio files, or folders of them; any fsspec URI")
+    p.add_argument("--codec", action="append", metavar="CODEC", help=f"{CODEC}; give it again for each further codec")
+    p.add_argument("--levels", nargs="+", metavar="N", help="numbers of levels, or all; default: one, 2 kb/s, half, all")
+    p.add_argument("--clips", type=int, default=20, metavar="N", help="files, spread evenly over what is found (default 20)")
+    p.add_argument("--seconds", type=float, default=8.0, metavar="S", help="of each file, from its start (default 8)")
+    p.add_argument("--speaker", choices=("none", "parent", "grandparent"), default="none", help="the folder that names a "
+                   "file's speaker, for intervals over speakers; none: over files (default)")
+    p.add_argument("--metrics", type=lambda text: text.split(","), metavar="A,B", help="these alone: pesq, visqol, stoi, "
+                   "si_sdr_db, mel, f0, wer, speaker; visqol takes the longest (default: all)")
+    p.add_argument("--lyra", metavar="FOLDER", help="Lyra v2's three tflite models, for rows of it")
+    p.add_argument("--asr", metavar="FOLDER", help="a speech recogniser in place of Whisper tiny.en, for WER")
+    p.add_argument("--out", default=f"{OUTPUTS}/evaluations/codecs", metavar="FOLDER", help="table.json, rows.json, "
+                   "report.html and parts/ of what is scored (default %(default)s)")
+    p.add_argument("--inline", action="store_true", help="in this one process, without Ray; the bits are the same")
+    p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one")
 
 
 def add_publish(p: argparse.ArgumentParser) -> None:
@@ -68,40 +84,76 @@ def add_publish(p: argparse.ArgumentParser) -> None:
     p.add_argument("--force", action="store_true", help="replace another codec there")
 
 
+def spread(inputs: list[str], clips: int) -> list[str]:
+    """At most `clips` audio files, spread evenly over the sorted names: corpora list a speaker's files together."""
+    from audiolm.data.containers.layout import ENDINGS
+    from audiolm.tokenizers.codec_files import find_files
+
+    found = [path for _, path in find_files(inputs, ENDINGS)]
+    return [found[i * len(found) // clips] for i in range(clips)] if len(found) > clips else found
+
+
 def read_clips(inputs: list[str], clips: int, seconds: float) -> list:
     """wav_T of the first `seconds` of at most `clips` files. Raises ValueError where none can be read."""
     from soundfile import SoundFileError
 
     from audiolm.data.audio import SAMPLE_RATE_HZ, start_of
-    from audiolm.data.containers.layout import ENDINGS
-    from audiolm.tokenizers.codec_files import find_files
 
-    found, samples = find_files(inputs, ENDINGS), round(seconds * SAMPLE_RATE_HZ)
-    # Evenly spread over the sorted names: corpora list a speaker's files together.
-    picked = [found[i * len(found) // clips] for i in range(clips)] if len(found) > clips else found
     wavs = []
-    for _, path in picked:
+    for path in spread(inputs, clips):
         try:
-            wavs.append(start_of(path, samples))
+            wavs.append(start_of(path, round(seconds * SAMPLE_RATE_HZ)))
         except (OSError, ValueError, SoundFileError) as e:
-            print(f"left out: {path}: {e}", file=sys.stderr)  # the table says how many clips it is of
+            print(f"left out: {path}: {e}", file=sys.stderr)  # the line below says how many clips it is of
     if not wavs:
         raise ValueError("none of the files can be read: name others")
     return wavs
 
 
-def evaluate(codec, args: argparse.Namespace, device: str) -> int:
-    """Prints `eval.codec_quality.compare` of the clips, which are the first --seconds of --clips files."""
-    from audiolm import store
-    from audiolm.eval.codec_quality import compare, format_table
-    from audiolm.eval.codec_wer import Spoken
-    from audiolm.eval.models.baseline_codecs import baselines
+def evaluate(args: argparse.Namespace) -> int:
+    """Prints the table of `eval.codec_table`, and writes it, its rows and a page. Raises ValueError for wrong usage."""
+    import time
+    from functools import partial
 
-    wavs = read_clips(args.inputs, args.clips, args.seconds)
-    table = compare(codec, wavs, baselines(args.lyra), args.levels, spoken=Spoken(wavs, device=device))
-    print(format_table(table))
-    if args.json:
-        store.put(args.json, json.dumps(table, indent=1).encode())
+    from audiolm import store
+    from audiolm.config.run import ClusterConfig
+    from audiolm.data.parallel import Workers, cluster_device
+    from audiolm.eval import codec_scores, codec_table
+    from audiolm.pipeline.progress import ProgressBoard
+    from audiolm.pipeline.ray_cluster import start_ray
+    from audiolm.report.results_page import build
+    from audiolm.tokenizers.codec_lookup import default_codec
+
+    if args.clips < 1 or args.seconds <= 0:
+        raise ValueError(f"--clips {args.clips} and --seconds {args.seconds:g}: both above 0")
+    metrics = tuple(args.metrics or codec_scores.METRICS)
+    if unknown := set(metrics) - codec_scores.METRICS.keys():
+        raise ValueError(f"--metrics {', '.join(sorted(unknown))}: there are {', '.join(codec_scores.METRICS)}")
+    try:
+        levels = "all" if args.levels == ["all"] else args.levels and list(map(int, args.levels))
+    except ValueError:
+        raise ValueError(f"--levels {' '.join(args.levels)}: give numbers from 1, or all") from None
+    codecs = [codec_scores.codec_system(place, levels) for place in args.codec or [default_codec()]]
+    if len({c.name for c in codecs}) < len(codecs):  # builds are called 0001
+        codecs = [codec_scores.codec_system(place, levels, place) for place in args.codec]
+    systems, absent = codec_scores.systems_beside(codecs, args.lyra)
+    clips = codec_scores.file_clips(spread(args.inputs, args.clips), args.seconds, args.speaker)
+
+    out, cluster, board, began = store.absolute(args.out), ClusterConfig(device=args.device), ProgressBoard(), time.monotonic()
+    if not args.inline:
+        start_ray(cluster, out, board.say)
+    board.start("evaluate")
+    scoring = codec_scores.Scoring(metrics, args.asr and store.absolute(args.asr), cluster_device(cluster, args.inline))
+    table = codec_table.measure(clips, systems, absent, scoring, store.join(out, "parts"),
+                                Workers(args.inline, "evaluate", partial(board.update, "evaluate")), cluster)
+    rows = codec_table.results(table)
+    store.put_json(store.join(out, "table.json"), table)
+    store.put_json(store.join(out, "rows.json"), [r.to_json() for r in rows])
+    store.put(store.join(out, "report.html"), build("Codecs", [("value", rows, [])]).encode())
+    board.end("evaluate", "DONE", time.monotonic() - began, f"{len(rows)} rows")
+    for clip, why in table["left_out"].items():
+        print(f"left out: {clip}: {why}", file=sys.stderr)
+    print(f"{codec_table.as_text(table)}\nreport: {store.join(out, 'report.html')}")
     return 0
 
 
@@ -138,15 +190,13 @@ def run(args: argparse.Namespace) -> int:
 
     if args.do == "publish":
         return publish(args)
-    if args.do == "evaluate" and args.clips < 1:
-        raise ValueError(f"--clips {args.clips}: at least one")
+    if args.do == "evaluate":
+        return evaluate(args)
     device = pick_device(args.device)
     place = args.codec or default_codec()
     codec = open_codec(place, device)
     if not args.codec and place != DEFAULT_RUN:
         print(f"there is no {DEFAULT_RUN}: the published codec {place} is used", flush=True)
-    if args.do == "evaluate":
-        return evaluate(codec, args, device)
     if args.levels is not None and not 1 <= args.levels <= codec.spec.n_q:
         raise ValueError(f"--levels {args.levels}: this codec has 1 to {codec.spec.n_q}")
     # Encode reads audio and writes codes; decode the other way round.

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from audiolm.data.audio import resample
 from audiolm.eval.codec_wer import NO_WER, Spoken, WordErrors, wer_note, word_errors
 from audiolm.eval.metrics.audio_quality import (
     METRICS,
@@ -185,14 +186,15 @@ def _seconds(wavs: Sequence[np.ndarray]) -> float:
 
 
 def encode(codec: Codec, wavs: Sequence[np.ndarray]) -> list[torch.Tensor]:
-    if codec.spec.sample_rate != SAMPLE_RATE:
-        raise ValueError(f"{codec.spec.name} is a codec of {codec.spec.sample_rate} Hz; these figures are for {SAMPLE_RATE} Hz")
+    """codes_TQ of each wav_T at 16 kHz; a codec of another rate gets it resampled."""
     return [codec.encode(torch.from_numpy(np.ascontiguousarray(w, np.float32))[None], torch.tensor([len(w)]))[0]
-            for w in wavs]
+            for w in (resample(wav_T, SAMPLE_RATE, codec.spec.sample_rate) for wav_T in wavs)]
 
 
 def decode(codec: Codec, codes_TQ: torch.Tensor, samples: int) -> np.ndarray:
-    return codec.decode(codes_TQ[None])[0, :samples].numpy()
+    """wav_T at 16 kHz of so many samples; zeros where the codec's own end comes earlier."""
+    wav_T = resample(codec.decode(codes_TQ[None])[0].numpy(), codec.spec.sample_rate, SAMPLE_RATE)[:samples]
+    return np.pad(wav_T, (0, samples - len(wav_T)))
 
 
 def bits_per_s(tokenizer: Tokenizer, levels: int) -> float:

@@ -25,6 +25,7 @@ TITLES = {"I": "Table I: the tokens", "II": "Table II: what is said", "III": "Ta
           "ladder": "Stage ladder", "detector": "Told from the real", "stage 2's attention": "What stage 2 looks at",
           "temperatures": "Temperatures", "FAD": "Fréchet audio distance",
           "SALMon": "SALMon: consistent sound", "MOS": "Marks of a MOS predictor",
+          "codecs": "Codecs by number of levels", "masked model": "The masked model's features",
           "Text": "What continuations say", "Notes": "Piano: the notes"}
 PLAYERS = 4  # of a group, so that a page stays within megabytes; the results count all sounds
 MOST_BARS = 40  # more do not fit one picture

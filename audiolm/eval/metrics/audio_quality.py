@@ -97,13 +97,18 @@ def measure(wavs: Sequence[np.ndarray], mades: Iterable[np.ndarray], by_name: Ma
     # A generator of `mades` decodes one clip at a time, so that a set of clips need not fit memory twice.
     for i, (wav, made) in enumerate(zip(wavs, mades, strict=True)):
         for name, score in by_name.items():
-            value = score(wav, made)
-            if isinstance(value, str) or not math.isfinite(value):
-                failed.setdefault(name, {})[str(i)] = value if isinstance(value, str) else "not finite"
+            value = finite(score(wav, made))
+            if isinstance(value, str):
+                failed.setdefault(name, {})[str(i)] = value
             else:
                 values[name].append(value)
     means = {name: mean_or_none(values.get(name, [])) for name in METRICS}
     return {**means, "scored": {name: len(v) for name, v in values.items()}, "failed": failed}
+
+
+def finite(value: float | str) -> float | str:
+    """A score as it is; a text for one that is no number."""
+    return value if isinstance(value, str) or math.isfinite(value) else "not finite"
 
 
 def mean_or_none(values: Sequence[float]) -> float | None:
