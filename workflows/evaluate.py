@@ -97,13 +97,13 @@ def evaluate(args: argparse.Namespace) -> Any:
     from audiolm.pipeline.progress import ProgressBoard
     from audiolm.pipeline.ray_cluster import start_ray, wants_ray
     from audiolm.report.results_page import run_and_report
-    from audiolm.tracking.target import resolve
+    from audiolm.tracking.target import one_kind, resolve
 
     texts = list(args.compare or ()) + [a for a in args.rest if "=" not in a]
     if len(texts) != (2 if args.compare else 1):
         raise ValueError(f"one MODEL_URI_OR_RUN (or --compare A B, or watch), got {', '.join(texts) or 'none'}")
-    suites = check_names(args.suites)
     targets = [resolve(text, args.store, args.tracking) for text in texts]
+    suites = check_names(args.suites, one_kind(targets))
     overrides = [a for a in args.rest if "=" in a] + ([f"cluster.device={args.device}"] if args.device != "auto" else [])
     config = apply_overrides(targets[0].config, overrides)
     home = store.join(config.store, "evaluations")

@@ -26,7 +26,12 @@ from audiolm.tokenizers.base import SAMPLE_RATE, SEMANTIC_HOP
 
 def held_out(manifest: str, roots: dict[str, str], n: int, seconds: float,
              where: ClipFilter | None) -> list[tuple[Clip, np.ndarray]]:
-    """At most n (clip, wav_T) of the test split (dev where there is none), each cut to `seconds`; no randomness.
+    """The clips of `choose_held_out` with wav_T, each cut to `seconds`."""
+    return [(c, read_clip(c, roots, 0, samples)) for c, samples in choose_held_out(manifest, n, seconds, where)]
+
+
+def choose_held_out(manifest: str, n: int, seconds: float, where: ClipFilter | None) -> list[tuple[Clip, int]]:
+    """At most n (clip, samples of its first `seconds`) of the test split (dev where there is none); no randomness.
 
     They are evenly spaced among the clips that are long enough, else the longest ones. Raises ValueError where nothing is
     held out."""
@@ -38,8 +43,7 @@ def held_out(manifest: str, roots: dict[str, str], n: int, seconds: float,
     if len(long) < n:
         long = sorted(clips, key=lambda c: (-c.samples, c.id))[:n]
     chosen = [long[(2 * i + 1) * len(long) // (2 * n)] for i in range(n)] if len(long) > n else long
-    samples = [min(c.samples, round(seconds * SAMPLE_RATE)) // SEMANTIC_HOP * SEMANTIC_HOP for c in chosen]
-    return [(c, read_clip(c, roots, 0, m)) for c, m in zip(chosen, samples, strict=True)]
+    return [(c, min(c.samples, round(seconds * SAMPLE_RATE)) // SEMANTIC_HOP * SEMANTIC_HOP) for c in chosen]
 
 
 def seconds_within(lm: AudioLM, seconds: float) -> float:

@@ -27,6 +27,7 @@ from audiolm.eval_service.request import (
     settle,
 )
 from audiolm.tracking.outbox import first_line
+from audiolm.tracking.registry import alone
 from audiolm.tracking.target import refusal
 
 RETRY_S, RETRY_MOST_S = 10.0, 300.0  # before a job that cannot be submitted is tried again; doubled each time
@@ -34,7 +35,8 @@ RETRY_S, RETRY_MOST_S = 10.0, 300.0  # before a job that cannot be submitted is 
 
 @dataclass
 class Watcher:
-    """`launcher` as in launcher.py; `extra`: further arguments of each job; `check` raises ValueError for unknown suites.
+    """`launcher` as in launcher.py; `extra`: further arguments of each job; `check` raises ValueError for suites that
+    are unknown, or do not answer for a checkpoint of this kind.
 
     What MLflow's tags name must lie in `store` (tracking/lookup.py).
     """
@@ -45,7 +47,7 @@ class Watcher:
     extra: list[str]
     parallel: int  # jobs at a time
     say: Callable[[str], None]
-    check: Callable[[list[str]], Any]
+    check: Callable[[list[str], str | None], Any]
     _aside: dict[str, tuple[float, float]] = field(default_factory=dict)  # job -> (when it is tried again, the pause before)
 
     def watch(self, every_s: float, wake: threading.Event) -> None:
@@ -94,7 +96,7 @@ class Watcher:
     def _problem(self, request: Request) -> str | None:
         """The reason why a request cannot be carried out."""
         try:
-            self.check(request.suites)
+            self.check(request.suites, alone(request.tags.get("audiolm.step", "")))
         except ValueError as e:
             return f"evaluate.suites: {e}"
         return refusal(request.tags, self.store, self.client.tracking_uri)

@@ -25,8 +25,8 @@ MODEL = "audiolm.model"  # tag of a version: the id of its LoggedModel, which a 
 SYSTEM_TAG = "audiolm.system"
 MODEL_PARAM_CHARS = 5000  # of a LoggedModel, below those of a run
 TEMPERATURES = (("semantic", 0.6), ("coarse", 0.8), ("fine", 0.6))  # paper III-D
-ASK = ("To evaluate it within its run's system, set the tag `evaluate` to `requested` (and `evaluate.suites` to some of "
-       "the suites, where not all are wanted) while `python workflows/evaluate.py watch` runs.")
+ASK = ("To evaluate it, set the tag `evaluate` to `requested` (and `evaluate.suites` to some of the suites, where not all "
+       "are wanted) while `python workflows/evaluate.py watch` runs.")
 PRUNED = ("**Pruned:** its weights were removed from the store when later checkpoints came (`train.keep`), so it can be "
           "neither loaded nor evaluated.")
 
@@ -156,11 +156,22 @@ def _version_tags(run: TrackedRun, index: str, commit: dict) -> dict[str, str]:
     return {k: hide_credentials(v) for k, v in tags.items() if v is not None}
 
 
+def alone(step: str) -> str | None:
+    """codec or masked_model, for such a step or a later iteration of one: its checkpoints are measured without a system, and
+    an export is made of what the training saved. None for other steps."""
+    return (found := re.fullmatch(r"(codec|masked_model)(?:_\d+)?", step)) and found[1]
+
+
+def can_be_evaluated(tags: Mapping[str, str]) -> bool:
+    """Whether a checkpoint with these tags holds an export, or one can be made of it."""
+    return tags.get("audiolm.export") == "yes" or alone(tags["audiolm.step"]) is not None
+
+
 def _description(tags: dict[str, str]) -> str:
     """A version's description, Markdown."""
     loss = f", validation loss {float(tags['loss']):.3f}" if "loss" in tags else ""
     head = f"Checkpoint of `{tags['audiolm.step']}` at step {tags['step']}{loss}; in the store: `{tags['uri']}`."
-    return f"{head}\n\n{ASK if tags.get('audiolm.export') == 'yes' else ''}".strip()
+    return f"{head}\n\n{ASK if can_be_evaluated(tags) else ''}".strip()
 
 
 def _mark_pruned(client: Any, name: str, model: Any, version: str | None) -> None:

@@ -1,4 +1,5 @@
-"""Targets of an evaluation: a run, a checkpoint of one stage within its run's system, or a registered system.
+"""Targets of an evaluation: a run, a checkpoint of one stage within its run's system, a checkpoint of a codec or masked model,
+or a registered system.
 
 A run is named by its name, index or MLflow id, the others by models:/NAME/VERSION or models:/NAME@ALIAS.  The run's index
 names the folders of the other steps and the config (seed, held-out clips, corpus) of the evaluation.
@@ -6,7 +7,7 @@ names the folders of the other steps and the config (seed, held-out clips, corpu
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,8 @@ from audiolm.dag.ancestry import ancestors, misfits
 from audiolm.dag.outputs import build_id
 from audiolm.dag.run_index import left_out, paths_of, steps_of
 from audiolm.tracking.lookup import check_named, connect, default_tracking, find_run, system_of, version_of
+from audiolm.tracking.registry import alone, can_be_evaluated
+from audiolm.train.commits import path_of
 
 NO_CORPUS = "not published"  # the place of a published system's corpus, for the suites that need none
 
@@ -29,6 +32,7 @@ class Target:
     steps: Mapping[str, str]  # folder of each step
     config: Pipeline
     left_out: Mapping[str, str] = field(default_factory=dict)  # steps that were built, and why they are not among them
+    checkpoint_of: str | None = None  # codec or masked_model, where it is one's checkpoint and no system
 
 
 def resolve(text: str, folder: str, tracking: str | None = None) -> Target:
@@ -48,9 +52,18 @@ def resolve(text: str, folder: str, tracking: str | None = None) -> Target:
         check_named({"system.json, index": system["index"], **{f"system.json, {n}": p for n, p in system["steps"].items()}},
                     folder, uri)
         return Target(title, slug, _with_system(system), config_of(system["index"]))
-    tags = version.tags
-    steps = _with_checkpoint(text, tags)
-    return Target(f"{title} ({tags['audiolm.step']} at step {tags['step']})", slug, steps, config_of(tags["audiolm.index"]))
+    tags, config = version.tags, config_of(version.tags["audiolm.index"])
+    kind = alone(tags["audiolm.step"])
+    steps = _checkpoint(text, kind, tags, config.store) if kind else _with_checkpoint(text, tags)
+    return Target(f"{title} ({tags['audiolm.step']} at step {tags['step']})", slug, steps, config, checkpoint_of=kind)
+
+
+def one_kind(targets: Sequence[Target]) -> str | None:
+    """What the targets are checkpoints of, None for systems. Raises ValueError where they cannot be compared."""
+    kinds = {t.checkpoint_of for t in targets}
+    if len(kinds) > 1:
+        raise ValueError(f"--compare {' and '.join(t.title for t in targets)}: give two codecs, two masked models or two systems")
+    return kinds.pop()
 
 
 def _with_system(system: Mapping[str, Any]) -> dict[str, str]:
@@ -60,19 +73,43 @@ def _with_system(system: Mapping[str, Any]) -> dict[str, str]:
     return own | {name: path for name, path in others.items() if not misfits({**own, name: path})}
 
 
+def _checkpoint(text: str, kind: str, tags: Mapping[str, str], home: str) -> dict[str, str]:
+    """The manifest that a codec or masked model was trained on, and the export of its checkpoint, which is made in the store.
+
+    Raises ValueError where either is gone."""
+    from audiolm.train.checkpoint_exports import export_checkpoint
+
+    build, uri, index = tags["audiolm.build"], tags["uri"], tags["audiolm.index"]
+    _check_kin(text, build, index)
+    commit = store.get_json(path_of(build, int(tags["step"])))
+    if commit is None or not store.exists(uri):
+        raise _gone(text, uri)
+    folder = store.join(home, "evaluations", "checkpoints", *build.split("/")[-3:], uri.rsplit("/", 1)[-1])
+    return {"manifest": paths_of(index)["manifest"], kind: export_checkpoint(kind, build, commit, folder)}
+
+
 def _with_checkpoint(text: str, tags: Mapping[str, str]) -> dict[str, str]:
     """The run's steps with a checkpoint in place of its stage. Raises ValueError where they do not belong together."""
     step, index, uri = tags["audiolm.step"], tags["audiolm.index"], tags["uri"]
     if not store.exists(store.join(uri, "export")):
-        raise ValueError(f"{text}: its weights are not at {uri} (any more, or not for this machine): give another version, or "
-                         "run where the store is seen")
-    named = paths_of(index)
-    for name, build in ancestors(tags["audiolm.build"]):
-        # a run's index names its newest builds: tokens of another tokenizer would mean nothing to the checkpoint
-        if name in named and build_id(named[name]) != build:
-            raise ValueError(f"{text}: it was trained on {name} {build}, and {index} now names {named[name]}: evaluate a "
-                             "version that was made since, or a system's version (models:/RUN/N)")
+        raise _gone(text, uri)
+    _check_kin(text, tags["audiolm.build"], index)
     return {**_models(index), step: uri}
+
+
+def _gone(text: str, uri: str) -> ValueError:
+    return ValueError(f"{text}: its weights are not at {uri} (any more, or not for this machine): give another version, or run "
+                      "where the store is seen")
+
+
+def _check_kin(text: str, build: str, index: str) -> None:
+    """Raises ValueError where a run's index, which names its newest builds, has others than a checkpoint was trained on."""
+    named = paths_of(index)
+    for name, made_of in ancestors(build):
+        # tokens of another tokenizer would mean nothing to the checkpoint
+        if name in named and build_id(named[name]) != made_of:
+            raise ValueError(f"{text}: it was trained on {name} {made_of}, and {index} now names {named[name]}: evaluate a "
+                             "version that was made since, or a system's version (models:/RUN/N)")
 
 
 def _models(index: str) -> dict[str, str]:
@@ -89,9 +126,9 @@ def refusal(tags: Mapping[str, str], folder: str, tracking: str) -> str | None:
     if "pruned" in tags:
         return ("it was pruned: its weights are gone from the store. Evaluate a later version or the alias best; "
                 "train.keep says how many stay")
-    if tags.get("audiolm.export") != "yes":
-        return (f"a checkpoint of {tags['audiolm.step']} holds a training's state and no export: only those of the language "
-                "models can be evaluated; give a run or a system's version instead")
+    if not can_be_evaluated(tags):
+        return (f"a checkpoint of {tags['audiolm.step']} holds a training's state and no export: those of the language models, "
+                "the codec and the masked model can be evaluated; give a run or a system's version instead")
     try:
         check_named({f"tag {n}": tags[n] for n in ("uri", "audiolm.index", "audiolm.build") if n in tags}, folder, tracking)
     except ValueError as e:

@@ -32,6 +32,7 @@ from audiolm.tokenizers.extractor import Extractor, Window, window_of
 from audiolm.tokenizers.kmeans_fit import MIN_STD, FeatureSource, encode_frames, frames_by_shard, model_of, sample_shard
 from audiolm.tokenizers.semantic import extractor_from_export, load_extractor
 from audiolm.train import checkpoint
+from audiolm.train.checkpoint_exports import encoder_weights
 from audiolm.train.commits import commits
 
 
@@ -44,9 +45,7 @@ def checkpoints(path: str, device: str = "cpu") -> Iterator[tuple[int, Extractor
     if config is None or "encoder" not in config or not kept:
         raise ArtifactError(f"{path} is no finished masked_model build with checkpoints: give one that was trained here")
     for commit in kept:
-        state = checkpoint.load(build, commit, "model")
-        weights = {name.partition("/encoder.")[2]: value for name, value in state.items()
-                   if name.startswith(("param/encoder.", "buffer/encoder."))}
+        weights = encoder_weights(checkpoint.load(build, commit, "model"))
         yield commit["step"], extractor_from_export(config, weights).to(device)
 
 
@@ -80,7 +79,7 @@ def choose_layer(config: dict[str, Any], inputs: dict[str, Any], out: Any) -> di
         return parallel_map(fn, tasks, out=out, cluster=cluster, unit=unit, gpu=device == "cuda")
 
     # Every layer by its features; MFCC is the floor and stands in row 0.
-    layers = _layers(sweep, config["layer"], load_extractor(model).layers)
+    layers = layers_of(sweep, config["layer"], load_extractor(model).layers)
     rows = [*spread(score_mfcc, [(task,)], "floor"), *spread(score_layer, [(task, n) for n in layers], "layers")]
     best = [row["layer"] for row in sorted(rows[1:], key=_mean_error)[:sweep.top]]
 
@@ -127,7 +126,8 @@ def held_out_items(abx_set: AbxFilesConfig | AbxConfig, manifest: str, where: Cl
     return speakers, audio_paths(abx_set.audio, set(items.of(speakers).file.tolist()))
 
 
-def _layers(sweep: LayerSweepConfig, layer: int | str, n: int) -> list[int]:
+def layers_of(sweep: LayerSweepConfig, layer: int | str, n: int) -> list[int]:
+    """The layer that a config names; for auto those of the sweep, of a model with n."""
     if layer != "auto":
         return [layer]
     layers = list(sweep.layers or range(1, n + 1))

@@ -32,6 +32,8 @@ from audiolm.eval.suites.salmon import salmon_suite
 from audiolm.eval.suites.speakers import speakers_suite, voice_suite
 from audiolm.eval.suites.temperatures import temperatures_suite
 from audiolm.eval.suites.text import text_suite
+from audiolm.eval.suites.tokenizers.codec import codec_suite
+from audiolm.eval.suites.tokenizers.masked import masked_suite
 from audiolm.eval.suites.tokens import tokens_suite
 from audiolm.eval.suites.wer import wer_suite
 from audiolm.eval.suites.zerospeech import zerospeech_suite
@@ -53,16 +55,22 @@ SUITES: dict[str, Callable[[SuiteContext], list[Result]]] = {
     "notes": notes_suite,
     "voice": voice_suite,
     "salmon": salmon_suite,
+    "codec": codec_suite,
+    "masked": masked_suite,
 }
 # Slow, or for some corpora only: these run where they are named.
-OPTIONAL = ("dnsmos", "mos", "text", "notes", "voice", "salmon")
+OPTIONAL = ("dnsmos", "mos", "text", "notes", "voice", "salmon", "codec", "masked")
 DEFAULT = tuple(name for name in SUITES if name not in OPTIONAL)
 # Steps that a suite needs; the first two report unfinished steps in rows of their own.
 NEEDS = {**dict.fromkeys(SUITES, SYSTEM_STEPS), "stages": (), "ladder": (), "abx": ("kmeans", "codec"),
          "likelihood": ("kmeans", "semantic_tokens", "lm_semantic"),
-         "salmon": ("kmeans", "semantic_tokens", "lm_semantic")}
+         "salmon": ("kmeans", "semantic_tokens", "lm_semantic"), "codec": ("manifest", "codec"),
+         "masked": ("manifest", "masked_model")}
+# The suite that answers for a checkpoint of a step that no language model is part of, and the config that it alone reads.
+OF_CHECKPOINT = {"codec": "codec", "masked_model": "masked"}
+OWN_SECTION = {"codec": "codec", "masked": "semantic"}
 # Suites that choose clips of a manifest: two systems are compared on the clips of one of them.
-CHOOSES_CLIPS = SUITES.keys() - {"stages", "abx", "likelihood", "salmon"}
+CHOOSES_CLIPS = SUITES.keys() - {"stages", "abx", "likelihood", "salmon", "masked"}
 
 
 def run_suites(steps: Mapping[str, str], names: Sequence[str], folder: str, config: Pipeline, out: Any, *, cache: str,
@@ -81,11 +89,19 @@ def run_suites(steps: Mapping[str, str], names: Sequence[str], folder: str, conf
     return SuiteReport(rows, sounds, folder)
 
 
-def check_names(names: Sequence[str]) -> list[str]:
-    """The names, once each. Raises ValueError for one that is no suite."""
+def check_names(names: Sequence[str], checkpoint_of: str | None = None) -> list[str]:
+    """The names, once each; for a checkpoint of a codec or a masked model (a key of OF_CHECKPOINT) its suite, named or not.
+
+    Raises ValueError for one that is no suite, or cannot answer for that checkpoint."""
     if unknown := [n for n in names if n not in SUITES]:
         raise ValueError(f"no suite {', '.join(unknown)}: there are {', '.join(SUITES)}")
-    return list(dict.fromkeys(names))
+    if checkpoint_of is None:
+        return list(dict.fromkeys(names))
+    own = OF_CHECKPOINT[checkpoint_of]
+    if others := [n for n in names if n != own]:
+        raise ValueError(f"{', '.join(others)} need{'s' * (len(others) < 2)} a whole system, and this is a checkpoint of "
+                         f"{checkpoint_of}: name {own}, or none")
+    return [own]
 
 
 def digest(name: str, steps: Mapping[str, str], config: Pipeline) -> str:
@@ -95,6 +111,8 @@ def digest(name: str, steps: Mapping[str, str], config: Pipeline) -> str:
     depends = {"suite": name, "steps": dict(steps), "seed": config.run.seed,
                "abx": config.semantic.abx and config.semantic.abx.model_dump(mode="json"),
                **{k: v.model_dump(mode="json") for k, v in sections.items()}}
+    if section := OWN_SECTION.get(name):
+        depends[section] = getattr(config, section).model_dump(mode="json")
     return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:16]
 
 
