@@ -62,7 +62,7 @@ def one_kind(targets: Sequence[Target]) -> str | None:
     """What the targets are checkpoints of, None for systems. Raises ValueError where they cannot be compared."""
     kinds = {t.checkpoint_of for t in targets}
     if len(kinds) > 1:
-        raise ValueError(f"--compare {' and '.join(t.title for t in targets)}: give two codecs, two masked models or two systems")
+        raise ValueError(f"{' and '.join(t.title for t in targets)}: compare two of one kind, codecs, masked models or systems")
     return kinds.pop()
 
 
