@@ -6,13 +6,15 @@ import time
 
 import pytest
 
+from audiolm import store
 from audiolm.eval_service import request
 from audiolm.eval_service.launcher import RayJobs, open_launcher
 from audiolm.pipeline.private_ray import read_settings
 from tests.worlds.basics import free_port
-from tests.worlds.registry import NAME, look, tags, until
+from tests.worlds.registry import NAME, look, tags, until, until_of
 from tests.worlds.servers import CLOSED
-from tests.worlds.tiny_run import finish, tell
+from tests.worlds.tiny_run import codec_build, finish, tell, tell_steps
+from workflows import evaluate
 
 
 @pytest.fixture
@@ -56,6 +58,30 @@ def test_an_evaluation_is_one_ray_job(world, encoded, ready, cluster):
     look(client, launcher)
     assert "Ray's job server does not know it" in tags(client, "3")["evaluate.reason"]
     assert request.read_request(client, NAME, "3").number == 2
+
+
+def test_a_codecs_table_is_the_same_as_ray_tasks_and_in_one_process(world, encoded, ready, cluster):
+    folder = str(ready)
+    finish(world, folder)
+    uri = tell_steps("sqlite", folder, {"codec": codec_build(folder)}).uri
+    from mlflow import MlflowClient
+    from ray.job_submission import JobSubmissionClient
+
+    client, launcher = MlflowClient(uri), open_launcher(False, cluster, "")
+    client.set_model_version_tag("tiny-codec", "1", "evaluate", "requested")
+    assert look(client, launcher) == ["models:/tiny-codec/1: submitted as eval-tiny-codec-1-1"]
+    found = until_of(client, "tiny-codec", "1", "done", "failed",
+                     log=lambda: JobSubmissionClient(cluster).get_job_logs("eval-tiny-codec-1-1"))
+    assert found["evaluate"] == "done", found.get("evaluate.reason")
+    by_ray = rows(f"{folder}/evaluations/tiny-codec-1/1")
+    store.remove(f"{folder}/evaluations/cache")
+    assert evaluate.main(["models:/tiny-codec/1", "--tracking", uri, "--store", folder, "--out", f"{folder}/inline"]) == 0
+    assert rows(f"{folder}/inline") == by_ray and len(by_ray) > 20
+
+
+def rows(folder: str) -> list[dict]:
+    """A report's rows, to the last bit, without the seconds that they took."""
+    return [{**row, "seconds": 0} for row in store.get_json(f"{folder}/rows.json")]
 
 
 def test_no_job_server_is_an_error_that_names_the_ways_out():

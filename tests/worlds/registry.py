@@ -26,9 +26,13 @@ def tags(client, version) -> dict[str, str]:
 
 
 def until(client, version, *wanted, seconds=480.0, log=lambda: "") -> dict[str, str]:
+    return until_of(client, NAME, version, *wanted, seconds=seconds, log=log)
+
+
+def until_of(client, name, version, *wanted, seconds=480.0, log=lambda: "") -> dict[str, str]:
     """The version's tags once `evaluate` is one of `wanted`; `log`: what a job that never gets there has printed."""
     deadline = time.monotonic() + seconds  # below pytest's own limit: a busy machine takes many times as long as a free one
-    while (found := tags(client, version))["evaluate"] not in wanted:
+    while (found := dict(client.get_model_version(name, version).tags))["evaluate"] not in wanted:
         assert time.monotonic() < deadline, f"{found}\n{log()}"
         time.sleep(0.1)
     return found

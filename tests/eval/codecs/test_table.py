@@ -83,6 +83,7 @@ def measured(folder, systems: list[System], some: list[TableClip], metrics=("si_
 def test_planted_codecs_have_their_known_answers(planted, tmp_path):
     systems, absent = codec_scores.systems_beside([codec_scores.codec_system(name, "all") for name in planted])
     assert not absent and [s.kind for s in systems].count("shipped") == 3
+    del systems[3:5]  # two of Opus' rates
     table = measured(tmp_path, systems, clips(2), tuple(m for m in codec_scores.METRICS if m != "visqol"))
     rows = {(r["codec"], r["levels"]): r for r in table["rows"]}
     names, original, floor = table["metrics"], rows["original", None], rows["noise", 1]
