@@ -25,7 +25,6 @@ from audiolm.eval.metrics.audio_quality import (
     mel_distance,
     scorers,
 )
-from audiolm.eval.metrics.stats import text_table
 from audiolm.eval.models.baseline_codecs import Baseline
 from audiolm.models.entropy import perplexity
 from audiolm.tokenizers.base import SAMPLE_RATE, Codec, Tokenizer
@@ -124,17 +123,6 @@ def _wer_by_levels(codec: Codec, words: WordErrors | None, levels: Sequence[int]
 
 def _reported(row: Mapping[str, Any]) -> dict[str, Any]:
     return {**{name.removesuffix("_db"): row[name] for name in METRICS}, "scored": row["scored"]}
-
-
-def format_table(table: Mapping[str, Any]) -> str:
-    """The rows of `compare` as aligned text, by bit rate, with `notes` below; a metric without any value has no column."""
-    heads = [(name, head, digits) for name, head, digits in HEADS if any(r.get(name) is not None for r in table["rows"])]
-    lines = [[head for _, head, _ in heads]]
-    for row in sorted(table["rows"], key=lambda r: (r["kbps"] is not None, r["kbps"] or 0)):
-        cells = ("-" if row.get(name) is None else f"{row[name]:.{digits}f}" if digits else str(row[name])
-                 for name, _, digits in heads)
-        lines.append(list(cells))
-    return text_table(lines, notes(table))
 
 
 # (field, title, digits)

@@ -71,9 +71,7 @@ def test_the_column_of_original_baselines_and_levels_and_what_it_is_against(reco
     ours = [r["wer"] for r in table["rows"] if r["codec"] == "this codec"]
     assert ours == sorted(ours, reverse=True) and ours[0] > 75 and ours[-1] == identity["wer"]
     assert next(r["wer"] for r in others if r["codec"] == "halved") > identity["wer"]
-    text = codec_quality.format_table(table)
-    assert "WER %" in text.splitlines()[0]
-    assert "WER: 3 utterances, 40 words, by Whisper tiny.en, against their texts." in text
+    assert "WER: 3 utterances, 40 words, by Whisper tiny.en, against their texts." in codec_quality.notes(table)
     assert flat_facts(table)["wer"] == 25.0
 
 
@@ -83,7 +81,7 @@ def test_without_texts_the_transcript_of_the_original_is_the_reference(recognise
     assert recogniser.n == 3 + 2 * 2
     assert [r["wer"] for r in table["rows"]] == [0.0, pytest.approx(50, abs=10), 0.0]
     assert table["wer"] == {"clips": 2, "words": 20, "reference": "transcripts", "asr": "Whisper tiny.en"}
-    assert "WER is 0 for that reason" in codec_quality.format_table(table)
+    assert "WER is 0 for that reason" in " ".join(codec_quality.notes(table))
 
 
 def test_without_words_or_packages_the_column_is_absent(recogniser, monkeypatch):
@@ -97,7 +95,7 @@ def test_without_words_or_packages_the_column_is_absent(recogniser, monkeypatch)
     monkeypatch.setattr(asr.importlib.util, "find_spec", lambda name: None)
     table = codec_quality.compare(None, [wav], with_visqol=False, spoken=Spoken([wav]))
     assert "jiwer" in table["absent"]["wer"] and asr.INSTALL in table["absent"]["wer"]
-    assert "No WER %: " in codec_quality.format_table(table)
+    assert "No WER %: " in " ".join(codec_quality.notes(table))
 
 
 def test_the_step_takes_whole_utterances_with_a_text_else_the_clips_at_hand(tmp_path):

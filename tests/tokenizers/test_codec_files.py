@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import numpy as np
@@ -266,18 +267,22 @@ def test_evaluate_prints_the_codec_beside_others(tmp_path, built, capsys):
     sounds.mkdir()
     for i in range(3):
         sf.write(sounds / f"{i}.wav", voice(48_000, i).numpy(), 16_000)
-    argv = ("evaluate", str(sounds), "--codec", built, "--clips", "2", "--seconds", "1", "--levels", "1", "3",
-            "--json", str(tmp_path / "table.json"))
-    assert run(*argv) == 0
-    text, table = capsys.readouterr().out, stores.get_json(str(tmp_path / "table.json"))
-    assert "2 clips, 2.0 s" in text and "SI-SDR" in text and "Lyra" in text  # the last among what is absent, and why
-    assert "WER" in text and ("wer" in table["absent"]) != (table["rows"][0]["wer"] == 0)  # no words in it, or no packages
-    ours = [row for row in table["rows"] if row["codec"] == "this codec"]
-    assert [(row["n_q"], round(row["kbps"], 2)) for row in ours] == [(1, 0.2), (3, 0.6)]
-    assert table["rows"][0]["codec"] == "identity" and table["rows"][0]["mel"] == 0
-    assert run(*argv[:-4], "9") == 2 and "this codec has 1 to 3" in capsys.readouterr().err
+    out = tmp_path / "out"
+    argv = ("evaluate", str(sounds), "--codec", built, "--clips", "2", "--seconds", "1", "--metrics", "pesq,si_sdr_db,mel,f0",
+            "--inline", "--out", str(out), "--levels")
+    assert run(*argv, "1", "3") == 0
+    text, table = capsys.readouterr().out, stores.get_json(f"{out}/table.json")
+    assert "2 clips, 2.0 s" in text and "SI-SDR" in text and "F0 correlation" in text
+    ours = [row for row in table["rows"] if row["role"] == "ours"]
+    assert [(row["levels"], round(row["kbps"], 2)) for row in ours] == [(1, 0.2), (3, 0.6)]
+    assert table["rows"][0]["codec"] == "original" and table["rows"][0]["mel"]["value"] == 0
+    assert {row["role"] for row in stores.get_json(f"{out}/rows.json")} == {"ours", "ceiling", "floor", "baseline"}
+    assert "<audio" not in (out / "report.html").read_text() and len(os.listdir(out / "parts")) == 2 * 6
+    assert run(*argv, "9") == 2 and "has 1 to 3" in capsys.readouterr().err
+    assert run(*argv, "some") == 2 and "--levels some: give numbers from 1, or all" in capsys.readouterr().err
+    assert run(*argv, "1", "--metrics", "pesk") == 2 and "--metrics pesk: there are pesq" in capsys.readouterr().err
     (sounds / "1.wav").write_bytes(b"not audio")
-    assert run(*argv[:-2], "--clips", "3", "--seconds", "0.5") == 0
+    assert run(*argv, "all", "--clips", "3", "--seconds", "0.5", "--metrics", "mel") == 0
     printed = capsys.readouterr()
     assert "left out" in printed.err and "1.wav" in printed.err and "2 clips" in printed.out
 

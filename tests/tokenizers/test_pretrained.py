@@ -88,7 +88,8 @@ def test_the_commands_take_its_name_without_a_network(tmp_path, monkeypatch, cap
     assert f"the published codec {NAME} is used" in capsys.readouterr().out
     wav_T, rate = sf.read("again/a.wav")
     assert rate == 16_000 and len(wav_T) == 32_000 and np.abs(wav_T).max() > 0.01
-    assert command.main(["evaluate", "a.wav", "--codec", NAME, "--seconds", "1", "--levels", "1"]) == 0
+    assert command.main(["evaluate", "a.wav", "--codec", NAME, "--seconds", "1", "--levels", "1", "--metrics", "pesq,mel",
+                         "--inline", "--out", "table"]) == 0
 
 
 if __name__ == "__main__":
