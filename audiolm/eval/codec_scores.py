@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache, partial
 from typing import Any, Literal
 
@@ -60,7 +60,6 @@ class System:
     key: str
     place: str | None = None
     levels: tuple[int, ...] = ()
-    kbps: float | None = None  # nominal, of a shipped codec
     family: str = ""
 
     @property
@@ -75,6 +74,7 @@ class Scoring:
     metrics: tuple[str, ...] = tuple(METRICS)
     asr: str | None = None
     device: str = "cpu"
+    visqol: str | None = None  # its version and mapper, set by `available`
 
 
 def codec_system(place: str | None, levels: Sequence[int] | Literal["all"] | None = None, name: str | None = None) -> System:
@@ -92,7 +92,7 @@ def systems_beside(codecs: Sequence[System], lyra: str | None = None) -> tuple[l
     """(the original, noise, shipped codecs and these codecs, {shipped codec: why it is not measured})."""
     found = [System("original", "original", "1"), System("noise", "noise", "1")]
     shipped = [*opus(), *(lyra_v2(lyra) if lyra else ())]
-    found += [System(_title(b), "shipped", _title(b), lyra if b.codec.startswith("Lyra") else None, kbps=b.kbps)
+    found += [System(_title(b), "shipped", _title(b), lyra if b.codec.startswith("Lyra") else None)
               for b in shipped if b.round_trip]
     return [*found, *codecs], {b.codec: b.absent for b in shipped if not b.round_trip}
 
@@ -103,17 +103,23 @@ def _title(b: Baseline) -> str:
 
 def file_clips(paths: Sequence[str], seconds: float, speaker_of: Literal["none", "parent", "grandparent"]) -> list[TableClip]:
     """The first `seconds` of each file; intervals are over files, or over the speakers that a folder's name tells."""
-    hashes = store.at_once(file_hash, [store.absolute(path) for path in paths])
-    clips = []
-    for path, digest in zip(map(store.absolute, paths), hashes, strict=True):
-        folder = path.split("/")[{"none": -1, "parent": -2, "grandparent": -3}[speaker_of]:][0]
-        clips.append(TableClip(path, path if speaker_of == "none" else folder, f"{digest} {seconds:g} s",
-                               partial(start_of, path, round(seconds * SAMPLE_RATE))))
+    paths = [store.absolute(path) for path in paths]
+    at, clips = {"none": -1, "parent": -2, "grandparent": -3}[speaker_of], []
+    for path, digest in zip(paths, store.at_once(_hash, paths), strict=True):
+        group = path if speaker_of == "none" else path.split("/")[at:][0]
+        clips.append(TableClip(path, group, f"{digest} {seconds:g} s", partial(start_of, path, round(seconds * SAMPLE_RATE))))
     return clips
 
 
-def available(scoring: Scoring) -> tuple[Scoring, dict[str, str], str | None]:
-    """(the metrics whose packages are here, {metric: why it is absent}, ViSQOL's version and mapper)."""
+def _hash(path: str) -> str:
+    try:
+        return file_hash(path)
+    except OSError:
+        return "unreadable"  # its task says why
+
+
+def available(scoring: Scoring) -> tuple[Scoring, dict[str, str]]:
+    """(the same with the metrics whose packages are here, {metric: why it is absent})."""
     have = scorers("visqol" in scoring.metrics)
     absent = {name: why for name, why in have.absent.items() if name in scoring.metrics}
     if "wer" in scoring.metrics and (why := asr.missing_dependency(scoring.asr)):
@@ -121,7 +127,7 @@ def available(scoring: Scoring) -> tuple[Scoring, dict[str, str], str | None]:
     if "speaker" in scoring.metrics and (why := speaker.missing_dependency()):
         absent["speaker"] = why
     left = tuple(name for name in METRICS if name in scoring.metrics and name not in absent)
-    return Scoring(left, scoring.asr, scoring.device), absent, have.visqol
+    return replace(scoring, metrics=left, visqol=have.visqol), absent
 
 
 def part_path(folder: str, clip: TableClip, system: System, scoring: Scoring) -> str:

@@ -30,7 +30,7 @@ def measure(clips: Sequence[TableClip], systems: Sequence[System], absent: Mappi
     {clip: reason}, "clips", "groups", "seconds", "visqol", "useless" {codec: levels that do not lower the mel distance}.
     Raises ValueError where no clip can be read.
     """
-    scoring, lacking, visqol = available(scoring)
+    scoring, lacking = available(scoring)
     left_out = score_all(clips, systems, scoring, folder, out, cluster)
     clips = [clip for clip in clips if clip.name not in left_out]
     if not clips:
@@ -43,7 +43,7 @@ def measure(clips: Sequence[TableClip], systems: Sequence[System], absent: Mappi
         rows += [_row(system, some, [c.group for c in clips], sum(samples), scoring) for some in versions]
     return {"rows": rows, "metrics": list(scoring.metrics), "absent": {**lacking, **absent}, "left_out": left_out,
             "clips": len(clips), "groups": len({c.group for c in clips}), "seconds": sum(samples) / SAMPLE_RATE,
-            "visqol": visqol, "asr": scoring.asr, "useless": _useless(rows),
+            "visqol": scoring.visqol, "asr": scoring.asr, "useless": _useless(rows),
             "spectral": [s.name for s in systems if s.family == "spectral"]}
 
 
@@ -87,7 +87,7 @@ def results(table: Mapping[str, Any]) -> list[Result]:
                 rows.append(Result(NAME, item, METRICS[name], found["value"], found["low"], found["high"], found["n"],
                                    role=r["role"]))
             elif r["role"] != "floor":  # noise has neither pitch nor words: that is what it is for
-                rows.append(not_measured(NAME, item, METRICS[name], found["why"]))
+                rows.append(Result(NAME, item, METRICS[name], None, role=r["role"], note=found["why"]))
     return rows + [not_measured(NAME, "all codecs" if k in METRICS else k, METRICS.get(k, "all metrics"), why)
                    for k, why in table["absent"].items()]
 

@@ -15,7 +15,7 @@ from audiolm import store
 from audiolm.config.pipeline import Pipeline
 from audiolm.dag.ancestry import ancestors, misfits
 from audiolm.dag.outputs import build_id
-from audiolm.dag.run_index import left_out, paths_of, steps_of
+from audiolm.dag.run_index import left_out, no_step, paths_of, steps_of
 from audiolm.tracking.lookup import check_named, connect, default_tracking, find_run, system_of, version_of
 from audiolm.tracking.registry import alone, can_be_evaluated
 from audiolm.train.commits import path_of
@@ -52,10 +52,10 @@ def resolve(text: str, folder: str, tracking: str | None = None) -> Target:
         check_named({"system.json, index": system["index"], **{f"system.json, {n}": p for n, p in system["steps"].items()}},
                     folder, uri)
         return Target(title, slug, _with_system(system), config_of(system["index"]))
-    tags, config = version.tags, config_of(version.tags["audiolm.index"])
-    kind = alone(tags["audiolm.step"])
-    steps = _checkpoint(text, kind, tags, config.store) if kind else _with_checkpoint(text, tags)
-    return Target(f"{title} ({tags['audiolm.step']} at step {tags['step']})", slug, steps, config, checkpoint_of=kind)
+    tags, kind = version.tags, alone(version.tags["audiolm.step"])
+    steps = _checkpoint(text, kind, tags) if kind else _with_checkpoint(text, tags)
+    return Target(f"{title} ({tags['audiolm.step']} at step {tags['step']})", slug, steps, config_of(tags["audiolm.index"]),
+                  checkpoint_of=kind)
 
 
 def one_kind(targets: Sequence[Target]) -> str | None:
@@ -73,19 +73,21 @@ def _with_system(system: Mapping[str, Any]) -> dict[str, str]:
     return own | {name: path for name, path in others.items() if not misfits({**own, name: path})}
 
 
-def _checkpoint(text: str, kind: str, tags: Mapping[str, str], home: str) -> dict[str, str]:
+def _checkpoint(text: str, kind: str, tags: Mapping[str, str]) -> dict[str, str]:
     """The manifest that a codec or masked model was trained on, and the export of its checkpoint, which is made in the store.
 
     Raises ValueError where either is gone."""
     from audiolm.train.checkpoint_exports import export_checkpoint
 
     build, uri, index = tags["audiolm.build"], tags["uri"], tags["audiolm.index"]
-    _check_kin(text, build, index)
     commit = store.get_json(path_of(build, int(tags["step"])))
     if commit is None or not store.exists(uri):
         raise _gone(text, uri)
-    folder = store.join(home, "evaluations", "checkpoints", *build.split("/")[-3:], uri.rsplit("/", 1)[-1])
-    return {"manifest": paths_of(index)["manifest"], kind: export_checkpoint(kind, build, commit, folder)}
+    _check_kin(text, build, index)
+    if "manifest" not in (named := paths_of(index)):
+        raise ValueError(f"{text}: {no_step(index, ['manifest'])}")
+    folder = store.join(config_of(index).store, "evaluations", "checkpoints", *build.split("/")[-3:], uri.rsplit("/", 1)[-1])
+    return {"manifest": named["manifest"], kind: export_checkpoint(kind, build, commit, folder)}
 
 
 def _with_checkpoint(text: str, tags: Mapping[str, str]) -> dict[str, str]:
