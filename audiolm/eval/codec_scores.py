@@ -90,7 +90,7 @@ def codec_system(place: str | None, levels: Sequence[int] | Literal["all"] | Non
 
 def systems_beside(codecs: Sequence[System], lyra: str | None = None) -> tuple[list[System], dict[str, str]]:
     """(the original, noise, shipped codecs and these codecs, {shipped codec: why it is not measured})."""
-    found = [System("original", "original", "1"), System("noise", "noise", "1")]
+    found, lyra = [System("original", "original", "1"), System("noise", "noise", "1")], lyra and store.absolute(lyra)
     shipped = [*opus(), *(lyra_v2(lyra) if lyra else ())]
     found += [System(_title(b), "shipped", _title(b), lyra if b.codec.startswith("Lyra") else None)
               for b in shipped if b.round_trip]

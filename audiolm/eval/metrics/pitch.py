@@ -21,7 +21,7 @@ LEAST_FRAMES = 10  # voiced in both: of fewer a correlation is chance
 
 
 def f0_hz(wav_T: np.ndarray) -> np.ndarray:
-    """f0_N of a sound, N = samples // 160; empty for one shorter than a window and its longest lag."""
+    """f0_N of a sound, N = samples // 160, from windows that begin with each frame; behind its end is silence."""
     low, high = SAMPLE_RATE // HIGHEST_HZ, SAMPLE_RATE // LOWEST_HZ
     size = WINDOW + high + 1
     sums_T = np.concatenate([np.zeros(SMOOTH), np.cumsum(wav_T, dtype=np.float64)])
