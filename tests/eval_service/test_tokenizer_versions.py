@@ -15,7 +15,7 @@ from audiolm.tracking.outbox import key
 from tests.worlds.basics import ROOT
 from tests.worlds.registry import until_of
 from tests.worlds.servers import MLflowServer
-from tests.worlds.tiny_run import MASKED, codec_build, finish, saved_build, tell_steps, untrained_masked
+from tests.worlds.tiny_run import MASKED, codec_build, finish, saved_build, tell_steps, triphones, untrained_masked
 from workflows import evaluate
 
 
@@ -44,7 +44,7 @@ def request(client, name: str, suites: str = "") -> None:
     client.set_model_version_tag(name, "1", "evaluate", "requested")
 
 
-def test_each_is_answered_by_its_own_suite_and_others_are_refused(asked, tmp_path, monkeypatch):
+def test_each_is_answered_by_its_own_suite_and_others_are_refused(world, asked, tmp_path, monkeypatch):
     client, folder = asked
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     said, work = [], Processes(str(tmp_path / "work"))
@@ -80,7 +80,7 @@ def test_each_is_answered_by_its_own_suite_and_others_are_refused(asked, tmp_pat
     # The masked model in this process, as the job does it: validation, ABX and phones.
     argv = ["models:/tiny-masked_model/1", "--tracking", client.tracking_uri, "--store", folder, "--device", "cpu"]
     request(client, "tiny-masked_model")
-    assert evaluate.main([*argv, "--answer", "1"]) == 0
+    assert evaluate.main([*argv, triphones(world), "--answer", "1"]) == 0
     metrics = {m.key: m.value for m in client.get_logged_model(
         client.get_model_version("tiny-masked_model", "1").tags["audiolm.model"]).metrics}
     at = "eval/masked model/validation at step 5"

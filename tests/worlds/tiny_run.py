@@ -19,7 +19,7 @@ from audiolm.config.evaluation import EvaluateConfig
 from audiolm.config.lm import SamplesConfig
 from audiolm.config.pipeline import Pipeline
 from audiolm.config.run import ClusterConfig
-from audiolm.config.semantic import AbxConfig, KMeansConfig, MaskedModelConfig, SemanticConfig
+from audiolm.config.semantic import KMeansConfig, MaskedModelConfig, SemanticConfig
 from audiolm.lm.layouts import build_stages
 from audiolm.lm.model import build_lm, export_lm
 from audiolm.models.conformer import MaskedModel
@@ -51,7 +51,7 @@ def finish(world, folder: str) -> tuple[str, str]:
         commit(build, step, loss, best=min(step, 2))
     store.put_json(f"{folder}/lm_semantic/abcdef/recipe.json", {"config": {"lm": {"dim": 16}, "seed": 0}})
     cfg = Pipeline(run={"name": "tiny"}, store=folder, corpus=world.corpus, lm=STAGES, cluster=ClusterConfig(device="cpu"),
-                   semantic=SemanticConfig(model=MASKED, kmeans=KMeansConfig(layer=2, k=4), abx=triphones(world)),
+                   semantic=SemanticConfig(model=MASKED, kmeans=KMeansConfig(layer=2, k=4)),
                    evaluate=EvaluateConfig(clips=2, clip_s=1.0, rows=4, visqol=False, wer=0),
                    samples=SamplesConfig(prompt_s=0.4))
     index = f"{folder}/runs/tiny.json"
@@ -96,14 +96,13 @@ def tell(uri: str, folder: str, build: str) -> Tracker:
     return t
 
 
-def triphones(world) -> AbxConfig:
-    """Items and an alignment of two phones in the world's dev clips, whose speakers are held out."""
+def triphones(world) -> str:
+    """The override that names items and an alignment of two phones in the world's dev clips, whose speakers are held out."""
     rows = [f"dev-{n} {i * 0.12:.2f} {i * 0.12 + 0.12:.2f} {phone} x y s{n}\n"
             for n in range(2) for i, (phone, _) in enumerate(itertools.product("ab", range(3)))]
     for name, head in (("dev.item", HEADER), ("dev.phones", "")):
         store.put(str(world.root / name), (head + "".join(rows)).encode())
-    return AbxConfig(items=str(world.root / "dev.item"), audio=[str(world.root / "audio")],
-                     phones=str(world.root / "dev.phones"))
+    return f"semantic.abx={{items: {world.root}/dev.item, audio: [{world.root}/audio], phones: {world.root}/dev.phones}}"
 
 
 def saved_build(folder: str, step: str, config: dict, states: dict, at: int, validation: dict) -> tuple[str, dict]:
