@@ -69,11 +69,13 @@ class System:
 
 @dataclass(frozen=True)
 class Scoring:
-    """What is measured (keys of METRICS), by which recogniser (None: Whisper tiny.en), on which device."""
+    """What is measured (keys of METRICS), by which recogniser (None: Whisper tiny.en) and speaker model (None: Resemblyzer),
+    on which device."""
 
     metrics: tuple[str, ...] = tuple(METRICS)
     asr: str | None = None
     device: str = "cpu"
+    voice: str | None = None  # of a speaker model's folder
     visqol: str | None = None  # its version and mapper, set by `available`
 
 
@@ -124,7 +126,7 @@ def available(scoring: Scoring) -> tuple[Scoring, dict[str, str]]:
     absent = {name: why for name, why in have.absent.items() if name in scoring.metrics}
     if "wer" in scoring.metrics and (why := asr.missing_dependency(scoring.asr)):
         absent["wer"] = why
-    if "speaker" in scoring.metrics and (why := speaker.missing_dependency()):
+    if "speaker" in scoring.metrics and (why := speaker.missing_dependency(scoring.voice)):
         absent["speaker"] = why
     left = tuple(name for name in METRICS if name in scoring.metrics and name not in absent)
     return replace(scoring, metrics=left, visqol=have.visqol), absent
@@ -241,7 +243,7 @@ class _Original:
         return asr.normalise(_recogniser(self._scoring.asr, self._scoring.device)(wav_T))
 
     def _embed(self, wav_T: np.ndarray) -> np.ndarray:
-        return _embedder(self._scoring.device)(wav_T)
+        return _embedder(self._scoring.voice, self._scoring.device)(wav_T)
 
     @cached_property
     def _said(self) -> str:

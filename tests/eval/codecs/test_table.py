@@ -57,7 +57,7 @@ def planted(monkeypatch):
     monkeypatch.setattr(codec_scores, "open_codec", lambda place, device="cpu": codecs[place.rsplit("/", 1)[-1]])
     monkeypatch.setattr(codec_scores, "codec_folder", lambda place: place)
     monkeypatch.setattr(codec_scores, "_recogniser", lambda asr, device: recognise)
-    monkeypatch.setattr(codec_scores, "_embedder", lambda device: embed)
+    monkeypatch.setattr(codec_scores, "_embedder", lambda model, device: embed)
     for module in (asr, speaker):
         monkeypatch.setattr(module, "missing_dependency", lambda *args: None)
     for cache in (codec_scores._codec, codec_scores._quality):
@@ -134,7 +134,7 @@ def test_a_table_that_was_killed_goes_on_and_is_the_same_to_the_last_bit(planted
 
 
 def test_what_is_missing_is_one_row_with_the_fix_and_the_rest_is_measured(planted, tmp_path, monkeypatch):
-    monkeypatch.setattr(speaker, "missing_dependency", lambda: f"resemblyzer not installed: {speaker.INSTALL}")
+    monkeypatch.setattr(speaker, "missing_dependency", lambda model: f"resemblyzer not installed: {speaker.INSTALL}")
     there = codec_scores.scorers(False)
     monkeypatch.setattr(codec_scores, "scorers", lambda visqol: type(there)(
         {k: v for k, v in there.by_name.items() if k != "stoi"}, {"stoi": "pystoi is not installed"}, None))

@@ -30,7 +30,8 @@ def codec_suite(context: SuiteContext) -> list[Result]:
     codec = codec_scores.codec_system(context.steps["codec"], name="codec")
     systems, absent = codec_scores.systems_beside([codec], cfg.evaluate.lyra)
     unwanted = {name for name, wanted in (("visqol", cfg.evaluate.visqol), ("wer", cfg.evaluate.wer)) if not wanted}
-    scoring = Scoring(tuple(m for m in codec_scores.METRICS if m not in unwanted), cfg.tables.asr, context.device)
+    scoring = Scoring(tuple(m for m in codec_scores.METRICS if m not in unwanted), cfg.tables.asr, context.device,
+                      cfg.tables.speaker_model)
     table = codec_table.measure(clips, systems, absent, scoring, parts, context.out, cfg.cluster)
     played = [s for s in systems if s.kind in ("original", "codec")]
     work = [(clip, played, context.folder, f"wav/{i}", context.device) for i, clip in enumerate(clips[:PLAYED])]
