@@ -20,7 +20,9 @@ OURS = [p for p in PAGES if p.name != "RESULTS.md"]
 ELSEWHERE = {"pip": ".ci/run", "pytest": ".ci/run", "mlflow": "tests/tracking/test_serve.py", "ray start": "tests/pipeline",
              **dict.fromkeys(("docker", "kubectl", "stack", "(umask", "do echo", "alias"), "tests/infra"),
              "export": "", "echo": "",
-             "evaluate.py watch": "tests/eval_service/test_requests.py", "ruff": ".ci/run", "freeze.py": "tests/test_golden.py",
+             "evaluate.py watch": "tests/eval_service/test_requests.py", "evaluate.py salmon": "tests/eval/salmon",
+             "evaluate.py small": "tests/eval/test_zerospeech.py", "sh for-versa/versa.sh": "tests/eval/scorers/test_versa.py",
+             "ruff": ".ci/run", "freeze.py": "tests/test_golden.py",
              "bench": "tests/bench", "demo.py": "tests/demo/test_page.py",
              "tests.tokenizers.test_pretrained": "tests/tokenizers/test_pretrained.py"}
 
@@ -51,7 +53,8 @@ def desk(job, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("desk")
     (folder / "outputs").symlink_to(job)
     index = store.get_json(f"{job}/runs/e2e.json")
-    store.put_json(f"{job}/runs/quickstart.json", index)
+    for name in ("quickstart", "piano", "piano-acoustic"):
+        store.put_json(f"{job}/runs/{name}.json", index)
     draw, rows = np.random.default_rng(0), []
     for speaker in range(2):
         tones = []
