@@ -14,19 +14,17 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 
 from audiolm import store
 from audiolm.dag.run_index import missing_of
-from audiolm.data.audio import SAMPLE_RATE_HZ, decode, resample
 from audiolm.data.tokens import RATIO, tokenizer_dtype
 from audiolm.eval.metrics.stats import bootstrap_interval
 from audiolm.eval.results import Progress, Result, no_progress, not_measured
 from audiolm.eval.suites.base import SuiteContext
-from audiolm.eval.suites.zerospeech import AT_ONCE, BATCH_S, HOW, by_sequence, wins_of
+from audiolm.eval.suites.zerospeech import HOW, by_sequence, encode_recordings, wins_of
 from audiolm.lm.loss import inputs_of, prepare
 from audiolm.lm.model import Model, load_lm
 from audiolm.lm.pack_rows import pack_rows
@@ -35,7 +33,6 @@ from audiolm.lm.stages import Packed, Stage
 from audiolm.models.lm.heads import NO_TARGET
 from audiolm.tokenizers.acoustic import load_codec
 from audiolm.tokenizers.base import Codec, Tokenizer
-from audiolm.tokenizers.encode import READERS, encode_batch, plan_batches
 from audiolm.tokenizers.semantic import load_semantic
 
 # SALMon's eight parts. Other folders of a set are measured too.
@@ -116,19 +113,9 @@ def check_stages(stages: Stages, tokenizer: Tokenizer, codec: Codec | None) -> N
 def encode_both(files: Sequence[str], tokenizer: Tokenizer, codec: Codec | None = None,
                 progress: Progress = no_progress) -> tuple[list[np.ndarray], np.ndarray]:
     """(tokens_TC of each file, samples_F at 16 kHz); without a codec there are no columns of codes."""
-    tokens: list[np.ndarray] = [np.empty(0)] * len(files)
-    samples_F = np.zeros(len(files), np.int64)
-    with ThreadPoolExecutor(READERS) as pool:
-        for first in range(0, len(files), AT_ONCE):
-            wavs = list(pool.map(lambda path: resample(*decode(path), SAMPLE_RATE_HZ), files[first:first + AT_ONCE]))
-            samples_F[first:first + len(wavs)] = [len(w) for w in wavs]
-            done = first
-            for batch in plan_batches([len(w) for w in wavs], BATCH_S):
-                encoded = [encode_batch([wavs[i] for i in batch], side) for side in (tokenizer, codec) if side]
-                for i, z_TQ, *codes_TQ in zip(batch, *encoded, strict=True):
-                    tokens[first + i] = torch.cat([z_TQ[:, :1].repeat_interleave(RATIO, 0), *codes_TQ], 1).numpy()
-                progress(done := done + len(batch), len(files), "recordings")
-    return tokens, samples_F
+    codes, samples_F = encode_recordings(files, [side for side in (tokenizer, codec) if side], progress)
+    return [torch.cat([z_TQ[:, :1].repeat_interleave(RATIO, 0), *codes_TQ], 1).numpy()
+            for z_TQ, *codes_TQ in codes], samples_F
 
 
 def likelihoods(stages: Stages, tokens: Sequence[np.ndarray], device: str = "cpu") -> dict[str, np.ndarray]:

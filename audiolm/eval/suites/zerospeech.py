@@ -31,6 +31,7 @@ from audiolm.lm.loss import inputs_of, prepare
 from audiolm.lm.model import load_lm
 from audiolm.lm.pack_rows import pack_rows
 from audiolm.lm.stages import Stage
+from audiolm.tokenizers.base import Tokenizer
 from audiolm.tokenizers.encode import READERS, encode_batch, plan_batches
 from audiolm.tokenizers.semantic import SemanticTokenizer, load_semantic
 
@@ -125,8 +126,15 @@ def _lengths(ids: Sequence[np.ndarray], stage: Stage) -> np.ndarray:
 
 def encode_files(files: Sequence[str], tokenizer: SemanticTokenizer,
                  progress: Progress = no_progress) -> tuple[list[np.ndarray], np.ndarray]:
-    """(z_T of each file, samples_F at 16 kHz); batches of like lengths."""
-    codes: list[np.ndarray] = [np.empty(0, np.int64)] * len(files)
+    """(z_T of each file, samples_F at 16 kHz)."""
+    codes, samples_F = encode_recordings(files, (tokenizer,), progress)
+    return [z_TQ[:, 0].numpy() for z_TQ, in codes], samples_F
+
+
+def encode_recordings(files: Sequence[str], tokenizers: Sequence[Tokenizer],
+                      progress: Progress = no_progress) -> tuple[list[tuple[torch.Tensor, ...]], np.ndarray]:
+    """(of each file codes_TQ of each tokenizer, samples_F at 16 kHz); batches of like lengths."""
+    codes: list[tuple[torch.Tensor, ...]] = [()] * len(files)
     samples = np.zeros(len(files), np.int64)
     with ThreadPoolExecutor(READERS) as pool:  # decoding lets other threads run
         for first in range(0, len(files), AT_ONCE):
@@ -134,8 +142,9 @@ def encode_files(files: Sequence[str], tokenizer: SemanticTokenizer,
             samples[first:first + len(wavs)] = [len(w) for w in wavs]
             done = first
             for batch in plan_batches([len(w) for w in wavs], BATCH_S):
-                for i, codes_TQ in zip(batch, encode_batch([wavs[i] for i in batch], tokenizer), strict=True):
-                    codes[first + i] = codes_TQ[:, 0].numpy()
+                encoded = [encode_batch([wavs[i] for i in batch], tokenizer) for tokenizer in tokenizers]
+                for i, *own in zip(batch, *encoded, strict=True):
+                    codes[first + i] = tuple(own)
                 done += len(batch)
                 progress(done, len(files), "recordings")
     return codes, samples
