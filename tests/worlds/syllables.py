@@ -31,3 +31,10 @@ class Crops:
         for row, n in zip(wav_BT, lengths, strict=True):
             row[n:] = 0
         return wav_BT, torch.tensor(lengths)
+
+
+def tones(midi: list[float], seconds: float = 1.0, gain: float = 0.2) -> torch.Tensor:
+    """wav_1T: each key's fundamental and three harmonics."""
+    t_T = torch.arange(int(seconds * RATE)) / RATE
+    partials = [torch.sin(2 * torch.pi * 440 * 2 ** ((m - 69) / 12) * h * t_T) / h for m in midi for h in (1, 2, 3, 4)]
+    return gain * torch.stack(partials).sum(0)[None]

@@ -1,6 +1,6 @@
 """Masked prediction of k-means targets: HuBERT (2106.07447) on crops of the training clips.
 
-Iteration 1 predicts clusters of MFCCs (objectives/mfcc_targets.py), or of semitones (models/semitones.py).  Their
+Iteration 1 predicts clusters of MFCCs (objectives/mfcc_targets.py), or of semitones (semitone_targets.py).  Their
 codebook is fitted here and is a float32 buffer, so that checkpoints carry it.  Later iterations predict tokens of the
 artifact of the step targets_N, made from the clean crop.
 The loss is the cross-entropy on masked frames, weighted by frame over micro-batches and ranks (alpha = 1 in HuBERT's II-B;
@@ -20,9 +20,9 @@ from audiolm import rng
 from audiolm.config.semantic import MaskedModelConfig
 from audiolm.data.parallel import one_thread
 from audiolm.models import kmeans
-from audiolm.models.conformer import SUBSAMPLE, Encoder, MaskedModel, valid_frames
+from audiolm.models.conformer import Encoder, MaskedModel, valid_frames
 from audiolm.models.entropy import entropy, perplexity
-from audiolm.models.semitones import KEYS, semitone_targets
+from audiolm.models.semitones import KEYS
 from audiolm.models.transfer import send
 from audiolm.tokenizers.extractor import ConformerExtractor
 from audiolm.tokenizers.semantic import SemanticTokenizer, load_extractor, load_semantic
@@ -39,6 +39,7 @@ from audiolm.train.objectives.masked_inputs import (
     measure_inputs,
 )
 from audiolm.train.objectives.mfcc_targets import MFCC_FEATURES, nearest_warp, target_features, warped_features, warped_points
+from audiolm.train.objectives.semitone_targets import semitone_targets
 from audiolm.train.objectives.start import start_encoder
 
 MIN_ENTROPY = 0.1  # of ln k: below it the targets are as good as constant and the loss says nothing (fairseq PR 4521)
@@ -75,13 +76,11 @@ class MaskedObjective:
 
     def _first_targets(self, batch: MaskedBatch, mel_BTF: torch.Tensor, frames_B: torch.Tensor) -> torch.Tensor:
         sizes, codebook_KC = self.inputs.sizes, self.model.targets.codebook
-        if sizes.spectrum == "semitones":
-            x_BTC = semitone_targets(mel_BTF, frames_B, SUBSAMPLE)
-        elif sizes.targets_cents:
+        if sizes.targets_cents:
             x_WBTC = warped_features(mel_BTF, frames_B, sizes.normalise, sizes.targets_cents)
             x_BTC = nearest_warp(x_WBTC, frames_B, codebook_KC)
         else:
-            x_BTC = target_features(mel_BTF, frames_B, sizes.normalise)
+            x_BTC = first_features(sizes, mel_BTF, frames_B)
         return kmeans.assign(x_BTC.flatten(0, 1), codebook_KC).view(x_BTC.shape[:2])
 
     def train_step(self, engines: Mapping[str, Engine], batches: list[MaskedBatch], step: int) -> dict[str, torch.Tensor]:
@@ -163,12 +162,17 @@ def _places(mask_BT: torch.Tensor) -> torch.Tensor:
     return mask_BT.flatten().nonzero()[:, 0]
 
 
+def first_features(sizes: MaskedModelConfig, mel_BTF: torch.Tensor, frames_B: torch.Tensor) -> torch.Tensor:
+    """x_BTC that the first targets are clusters of, where the spectrum is not warped."""
+    if sizes.spectrum == "semitones":
+        return semitone_targets(mel_BTF, frames_B)
+    return target_features(mel_BTF, frames_B, sizes.normalise)
+
+
 def target_points(sizes: MaskedModelConfig, sample: Sample) -> list[torch.Tensor]:
     """Features of each of a sample's crops, to fit the first targets' codebook on: x_TC, or x_WTC where they have warps."""
-    if sizes.spectrum == "semitones":
-        return [semitone_targets(*pair, SUBSAMPLE)[0] for pair in sample]
     if not sizes.targets_cents:
-        return [target_features(*pair, sizes.normalise)[0] for pair in sample]
+        return [first_features(sizes, *pair)[0] for pair in sample]
     return [warped_features(*pair, sizes.normalise, sizes.targets_cents)[:, 0] for pair in sample]
 
 

@@ -14,7 +14,7 @@ from audiolm.config.semantic import AugmentConfig, MaskedModelConfig
 from audiolm.config.training import TrainConfig
 from audiolm.models.conformer import Encoder, EncoderSizes, MaskedModel
 from audiolm.models.mel import log_mel, warp_matrix
-from audiolm.models.semitones import KEYS, LOWEST, semitone_targets, semitones
+from audiolm.models.semitones import KEYS
 from audiolm.tokenizers.base import padded_samples
 from audiolm.tokenizers.extractor import extractor_mel
 from audiolm.tokenizers.semantic import extractor_from_export
@@ -24,7 +24,7 @@ from audiolm.train.objectives import masked_inputs
 from audiolm.train.objectives.base import Context
 from audiolm.train.objectives.masked_inputs import MaskedInputs
 from audiolm.train.objectives.mfcc_targets import target_features
-from tests.worlds.syllables import CTX, RATE, Crops, syllables
+from tests.worlds.syllables import CTX, RATE, Crops, syllables, tones
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SIZES = EncoderSizes(dim=32, layers=2, heads=2, ff=48)
@@ -160,45 +160,18 @@ def test_targets_by_warp_are_shared_by_voices_of_other_formants():
     assert shares[0] > 0.7 > 0.5 > shares[1], shares
 
 
-def _tones(midi: list[float], seconds: float = 1.0, gain: float = 0.2) -> torch.Tensor:
-    """wav_1T: each key's fundamental and three harmonics."""
-    t_T = torch.arange(int(seconds * RATE)) / RATE
-    partials = [torch.sin(2 * torch.pi * 440 * 2 ** ((m - 69) / 12) * h * t_T) / h for m in midi for h in (1, 2, 3, 4)]
-    return gain * torch.stack(partials).sum(0)[None]
-
-
-@pytest.mark.parametrize("chord", [[60], [48, 64, 67], [57, 72]])
-def test_semitones_name_the_keys_that_sound(chord):
-    x_K = semitones(_tones(chord))[0, 20:80].mean(0)
-    harmonics = {m + h for m in chord for h in (0, 12, 19, 24)}
-    assert {int(k) + LOWEST for k in x_K.topk(len(chord)).indices} <= harmonics
-    assert all(x_K[m - LOWEST] > 3 * x_K.median() for m in chord)
-
-
-def test_semitone_targets_change_with_the_key_and_not_with_level_or_padding():
-    def targets(wav_1T: torch.Tensor, frames: int = 25) -> torch.Tensor:
-        return semitone_targets(semitones(wav_1T), torch.tensor([frames]), 4)[0]
-
-    a, b, c = (targets(_tones([m]))[5:20].mean(0) for m in (60, 61, 72))
-    assert F.cosine_similarity(a, b, 0) < 0.3 < F.cosine_similarity(a, c, 0)  # an octave shares harmonics, a semitone none
-    assert (targets(_tones([60, 64], gain=0.5)) - targets(_tones([60, 64], gain=0.005))).abs().max() < 1e-3
-    padded = targets(F.pad(_tones([60]), (0, RATE)))
-    assert (padded[:20] - targets(_tones([60]))[:20]).abs().max() < 1e-4 and not padded[30:].any()
-    assert not targets(torch.zeros(1, RATE)).any()
-
-
 def test_a_masked_model_of_semitones_learns_and_its_export_hears_them():
     o = objective()
     o.inputs.sizes = sizes = o.inputs.sizes.model_copy(update={"spectrum": "semitones"})
     encoder = masked_inputs.encoder_sizes(sizes)
     o.modules["model"] = model = MaskedModel(encoder, 12, KEYS)
-    sample = [extractor_mel(_tones([60 + i]), torch.tensor([RATE]), encoder.spectrum) for i in range(12)]
+    sample = [extractor_mel(tones([60 + i]), torch.tensor([RATE]), encoder.spectrum) for i in range(12)]
     masked_inputs.measure_inputs(model.encoder, sample)
     assert om.fit_targets(o.model, om.target_points(sizes, sample), 0) > 1.5  # nats of 12 keys: 2.48
     assert o._loss(model, o.load(0, [0, 1]))[0].isfinite()
     weights, about = o.export()
     again = extractor_from_export(about, {name.removeprefix("encoder."): value for name, value in weights.items()})
-    wav_1T = _tones([60, 67])
+    wav_1T = tones([60, 67])
     expected = model.eval().features(*extractor_mel(wav_1T, torch.tensor([RATE]), "semitones"), 2)
     assert torch.equal(again.features(wav_1T, torch.tensor([RATE]), [2])[0][0], expected)
 
