@@ -201,3 +201,20 @@ def test_a_run_is_exported_for_versa(made, capsys, tmp_path):
                          (("export", "bare", "--versa", "b", *few), "the run has not finished manifest")):
         code, said = evaluate(capsys, *args)
         assert code == 2 and reason in said and "Traceback" not in said, said
+
+
+def test_a_run_is_exported_for_zerospeech(made, world, capsys, tmp_path):
+    folder, _, _ = made
+    call, sets = ("export", "tiny", "--zerospeech", str(tmp_path / "submission"), "--store", folder), tmp_path / "dev"
+    wavs = sorted((world.root / "audio").iterdir())[:2]
+    lines = [f"1,{wav.stem},v,3,{int(wav == wavs[0])}" for wav in wavs]
+    for wav in wavs:
+        store.put(str(sets / wav.name), wav.read_bytes())
+    store.put(str(sets / "gold.csv"), "\n".join(["id,filename,voice,frequency,correct", *lines]).encode())
+    for args, reason in ((call, "add tables.probes={"), ((*call, f"tables.probes={{a: {tmp_path}}}"), "neither gold.csv")):
+        code, said = evaluate(capsys, *args)
+        assert code == 2 and reason in said and not (tmp_path / "submission").exists(), said
+    code, said = evaluate(capsys, *call, f"tables.probes={{words: {sets}}}")
+    assert code == 0 and f"{tmp_path}/submission/sum/lexical/dev.txt" in said, said
+    scores = (tmp_path / "submission/per-token/lexical/dev.txt").read_text().split()
+    assert scores[::2] == [wav.stem for wav in wavs] and all(float(score) < 0 for score in scores[1::2])

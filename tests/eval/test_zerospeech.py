@@ -314,11 +314,14 @@ def test_planted_models_score_as_planted_and_missing_sets_are_rows(steps, tmp_pa
     assert [r.metric for r in zerospeech.zerospeech_suite(context)] == ["sWUGGY %", "sBLIMP %", "sSC %", "tSC %"]
 
     places = [sets["words right"], sets["sentences ties"]]
-    words, sentences = zerospeech.write_submission(places, published, str(tmp_path / "submission"), "sum")
-    assert words == f"{tmp_path}/submission/lexical/right.txt" and sentences.endswith("/syntactic/ties.txt")
-    lines = [line.split(" ") for line in store.get(words).decode().splitlines()]
-    assert [name for name, _ in lines] == [f"{i}_{i // 2}_{'in' * (i % 2)}correct" for i in range(8)]
-    assert all(float(right) > float(wrong) for (_, right), (_, wrong) in zip(lines[::2], lines[1::2], strict=True))
+    written = zerospeech.write_submission(places, published, str(tmp_path / "submission"))
+    assert written == [f"{tmp_path}/submission/{how}/{task}.txt" for task in ("lexical/right", "syntactic/ties")
+                       for how in ("per-token", "sum")]
+    mean, total = ([line.split(" ") for line in store.get(path).decode().splitlines()] for path in written[:2])
+    assert [name for name, _ in total] == [f"{i}_{i // 2}_{'in' * (i % 2)}correct" for i in range(8)]
+    assert all(float(right) > float(wrong) for (_, right), (_, wrong) in zip(total[::2], total[1::2], strict=True))
+    tokens = [float(all_) / float(each) for (_, all_), (_, each) in zip(total, mean, strict=True)]
+    assert tokens == pytest.approx(np.round(tokens)) and min(tokens) > 1
     with pytest.raises(ValueError, match="stories that ZeroSpeech 2021 does not score"):
         zerospeech.write_submission([sets["stories right"]], published, str(tmp_path))
 

@@ -74,12 +74,13 @@ def measure_probes(sets: Mapping[str, str], steps: Mapping[str, str], where: Cli
     return rows
 
 
-def write_submission(places: Sequence[str], steps: Mapping[str, str], folder: str, how: str = "mean", device: str = "cpu",
+def write_submission(places: Sequence[str], steps: Mapping[str, str], folder: str, device: str = "cpu",
                      progress: Progress = no_progress) -> list[str]:
     """Writes stage 1's scores of sets (folders with a gold.csv) as ZeroSpeech's scorer reads them; returns the files.
 
-    `how`: mean (per token) or sum.  Words in a folder dev have lexical/dev.txt below `folder`, sentences syntactic/dev.txt.
-    Raises as `measure_probes`; ValueError for a set that is not ZeroSpeech's.
+    It leaves the normalisation free, so there are two submissions, `folder`/per-token and `folder`/sum.  Words in a folder
+    dev have lexical/dev.txt in each, sentences syntactic/dev.txt.  Raises as `measure_probes`; ValueError for a set that is
+    not ZeroSpeech's.
     """
     probe_sets = {place: read_probes(place) for place in places}
     for place, probes in probe_sets.items():
@@ -88,11 +89,11 @@ def write_submission(places: Sequence[str], steps: Mapping[str, str], folder: st
     (tokenizer, model, stage), paths = _load(steps, device), []
     for place, probes in probe_sets.items():
         ids, _ = _read_ids(probes.files, tokenizer, stage, progress)
-        scores_F = by_sequence(ids, lambda some: log_likelihoods(model, stage, some, device))
-        scores_F = scores_F / _lengths(ids, stage) if how == "mean" else scores_F
+        sums_F = by_sequence(ids, lambda some: log_likelihoods(model, stage, some, device))
         part = posixpath.basename(place.removesuffix("/gold.csv").rstrip("/"))
-        paths.append(store.join(folder, TASKS[probes.kind], f"{part}.txt"))
-        store.put(paths[-1], score_lines(probes.files, scores_F).encode())
+        for how, scores_F in (("per-token", sums_F / _lengths(ids, stage)), ("sum", sums_F)):
+            paths.append(store.join(folder, how, TASKS[probes.kind], f"{part}.txt"))
+            store.put(paths[-1], score_lines(probes.files, scores_F).encode())
     return paths
 
 
