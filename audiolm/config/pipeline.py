@@ -47,6 +47,9 @@ class Pipeline(Config):
         if self.lm.decoder and self.lm.decoder.drawn and self.has_fine:
             raise ValueError(f"lm.decoder.drawn needs stage 2 to draw all codec.n_q={self.codec.n_q} levels, and "
                              f"lm.coarse_levels is {self.lm.coarse_levels}: set it to that, or lm.decoder.drawn=0")
+        if self.samples.guidance != 1 and not self.lm.condition_dropout:
+            raise ValueError(f"samples.guidance is {self.samples.guidance:g}, which needs acoustic stages that were also "
+                             "trained without their condition, and lm.condition_dropout is 0: set it to 0.1, or guidance to 1")
         sounds = self.semantic.vocoder.where if self.semantic.vocoder else ClipFilter()
         for field, where in (("semantic.where", self.semantic.where), ("semantic.vocoder.where", sounds),
                              ("codec.where", self.codec.where), ("lm.semantic.where", self.lm.semantic.where),

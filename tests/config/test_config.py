@@ -88,6 +88,7 @@ DRAWN = DECODER.replace("{train", "{drawn: 1, train", 1)
     (f"codec.family=soundstream {DECODER}", "lm.decoder makes frames of the spectral codec"),
     (f"{DECODER} lm.lengths=false lm.conditioning=prefix", "lm.decoder hears the token of every frame"),
     (f"{DECODER} lm.ablation=acoustic", "lm.ablation makes sound without semantic tokens"),
+    ("samples.guidance=2 lm.condition_dropout=0", "samples.guidance is 2, .*lm.condition_dropout is 0"),
     (f"{DRAWN} lm.coarse_levels=3", "lm.decoder.drawn needs a stage 2 that draws frames, .*lm.coarse.kind flat"),
     (f"{DRAWN} lm.coarse.kind=frame lm.coarse_levels=1", "to draw all codec.n_q=3 levels, .*is 1: set it to that"),
     ("semantic.model={spectrum: semitones, augment: {pitch: 0.5}}", "spectrum is semitones, .* and augment.pitch is for"),
