@@ -52,6 +52,8 @@ class StageConfig(Config):
     own: Annotated[float, Later(0.0)] = Field(
         0.0, ge=0, le=0.5, description="as replaced, by what the stage itself draws (parallel scheduled sampling, 1906.04331); "
                                        "costs passes without gradients")
+    own_from: Annotated[int, Later(0)] = Field(
+        0, ge=0, description="of own: the first step with draws, as those of a stage that knows nothing yet teach little")
     passes: Annotated[int, Later(1)] = Field(
         1, ge=1, description="of own: the first draws after true frames, each further one after frames of the pass before, as "
                              "generation does")
@@ -174,9 +176,14 @@ class LMConfig(Config):
                 if getattr(getattr(self, name), field):
                     raise ValueError(f"lm.{name}.{field} is set: only lm.coarse has frames as positions, leave it out here")
         for name in ("semantic", "coarse", "fine"):
-            if (size := getattr(self, name)).passes > 1 and not size.own:
-                raise ValueError(f"lm.{name}.passes is {size.passes}, and lm.{name}.own, whose draws they are, is 0: set "
-                                 f"lm.coarse.own or leave lm.{name}.passes out")
+            size = getattr(self, name)
+            for field, unset in (("passes", 1), ("own_from", 0)):
+                if (value := getattr(size, field)) != unset and not size.own:
+                    raise ValueError(f"lm.{name}.{field} is {value}, and lm.{name}.own, whose draws it is of, is 0: set "
+                                     f"lm.coarse.own or leave lm.{name}.{field} out")
+        if self.coarse.own and self.coarse.own_from >= self.coarse.train.steps:
+            raise ValueError(f"lm.coarse.own_from is {self.coarse.own_from}, and the training ends at step "
+                             f"{self.coarse.train.steps}: set it below lm.coarse.train.steps, or lm.coarse.own=0")
         for name in ("semantic", "fine"):
             if getattr(self, name).kind == "frame":
                 raise ValueError(f"lm.{name}.kind is frame: only lm.coarse has frames as positions, leave it out here")

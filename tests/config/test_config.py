@@ -98,6 +98,8 @@ DRAWN = DECODER.replace("{train", "{drawn: 1, train", 1)
     ("lm.coarse.own=0.2", "lm.coarse.own is 0.2, but a flat stage .*: set lm.coarse.kind=frame or lm.coarse.own=0"),
     ("lm.coarse.kind=frame lm.coarse.passes=2", "lm.coarse.passes is 2, and lm.coarse.own, .* is 0: set lm.coarse.own"),
     ("lm.semantic.passes=3", "lm.semantic.passes is 3, .*leave lm.semantic.passes out"),
+    ("lm.coarse.kind=frame lm.coarse.own_from=2", "lm.coarse.own_from is 2, and lm.coarse.own, .* is 0: set lm.coarse.own"),
+    ("lm.coarse.kind=frame lm.coarse.own=0.2 lm.coarse.own_from=999", "and the training ends at step .*: set it below"),
     ("lm.coarse.kind=frame lm.lengths=false lm.conditioning=prefix", "frame, but with lm.dedupe .*: set lm.lengths=true"),
 ])
 def test_mistakes_are_named(override, message):

@@ -72,7 +72,7 @@ class LMObjective:
         if self.shape.replaced:
             draws = [rng.generator(self.ctx.seed, "replaced", step, row) for row in rows]
             tensors |= replace_frames(self.stage, batch, self.shape.replaced, draws)
-        if self.shape.own:
+        if self.shape.own and step >= self.shape.own_from:
             draws = [rng.generator(self.ctx.seed, "own", step, row) for row in rows]
             tensors |= own_draws(self.stage, batch, self.shape.own, self.shape.passes, draws)
         return pinned(tensors, self.ctx.device)
@@ -80,8 +80,7 @@ class LMObjective:
     def train_step(self, engines: Mapping[str, Engine], batches: list[dict[str, torch.Tensor]],
                    step: int) -> dict[str, torch.Tensor]:
         """One update; all ranks take part."""
-        if self.shape.own:
-            batches = [self._with_own(batch) for batch in batches]
+        batches = [self._with_own(batch) if "own_BT" in batch else batch for batch in batches]
         return update(engines["lm"], self.stage, batches, inputs_of, self.ctx)
 
     def _with_own(self, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

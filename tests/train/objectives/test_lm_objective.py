@@ -35,11 +35,12 @@ def corpus(tmp_path_factory):
     return token_corpus.make(tmp_path_factory.mktemp("corpus"), frames)
 
 
-def objective(corpus, stage="lm_coarse", rank=0, world=1, seed=0, replaced=0.0, own=0.0, device=CPU, **changed):
+def objective(corpus, stage="lm_coarse", rank=0, world=1, seed=0, replaced=0.0, own=0.0, own_from=0, device=CPU,
+              **changed):
     train = TrainConfig(steps=STEPS, batch=8, lr=1e-2, warmup_steps=5, **{"engine": "torch", **changed})
     stage, _, kind = stage.partition(" ")
     shape = StageConfig(crop_s=0.8, dim=32, layers=2, heads=2, ff=64, dropout=0.0, train=train, kind=kind or "flat",
-                        replaced=replaced, own=own, depth=DepthConfig(dim=16, layers=2, ff=32))
+                        replaced=replaced, own=own, own_from=own_from, depth=DepthConfig(dim=16, layers=2, ff=32))
     layout = {**PAPER, "dedupe": False, "coarse_levels": 2, "conditioning": "aligned" if kind else "prefix"}
     config = {"stage": stage, "seed": seed, "lm": shape, "layout": layout, "rows": 6}
     return lm.lm_objective(config, corpus.paths, Context(rank, world, device, seed))
@@ -129,6 +130,16 @@ def test_two_workers_take_the_step_of_one(corpus, stage, own, monkeypatch):
     assert sum(losses) == pytest.approx(loss, rel=1e-6)  # each rank holds its share of the sum
     averaged = (engines[0].taken + engines[1].taken) / 2  # what an engine does
     assert torch.allclose(averaged, one.taken, rtol=1e-4, atol=1e-7)
+
+
+def test_own_draws_begin_at_their_step(corpus):
+    losses = {}
+    for name, settings in (("none", {}), ("later", {"own": 0.4, "own_from": 2}), ("all", {"own": 0.4})):
+        o = objective(corpus, "lm_coarse frame", **settings)
+        losses[name] = [float(o.train_step({"lm": Gradients(o.modules["lm"])}, [o.load(step, range(8))], step)["loss"])
+                        for step in (1, 2)]
+    assert losses["later"] == [losses["none"][0], losses["all"][1]]
+    assert losses["none"][0] != losses["all"][0] and losses["none"][1] != losses["all"][1]
 
 
 def test_validation_is_split_over_workers(corpus, monkeypatch):
