@@ -115,9 +115,10 @@ class ResidualVQ(nn.Module):
 
     @torch.no_grad()
     def initialise(self, frames_MD: torch.Tensor, *, seed: int, reduce: Reduce, rank: int = 0) -> None:
-        """k-means, level by level on the residuals, over the same frames on every worker (at least 32 N are advised).
+        """k-means, level by level on the residuals, over the same frames on every worker.
 
-        Rank 0 computes and the reduction spreads it, so that all ranks end with the same bits.
+        Few frames a code leave clusters empty.  Rank 0 computes and the reduction spreads it, so that all ranks end with the
+        same bits.
         Raises ValueError for fewer frames than codes.
         """
         if len(frames_MD) < self.vocab:

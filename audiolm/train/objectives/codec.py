@@ -27,7 +27,7 @@ from audiolm.tokenizers.start import StartWeights, require_same
 from audiolm.train.engine import all_sum
 from audiolm.train.gan import Gan, Generator, LossBalancer, quality_sums, rank_batches, training_audio
 from audiolm.train.objectives.base import Context, Engine, pinned
-from audiolm.train.objectives.levels import INIT_FRAMES, draw_levels, first_frames, level_scores, quantized_scores
+from audiolm.train.objectives.levels import draw_levels, first_frames, init_frames, level_scores, quantized_scores
 from audiolm.train.objectives.spectral import SpectralObjective, spectral_settings
 from audiolm.train.objectives.start import load_start, read_start
 
@@ -116,7 +116,7 @@ class CodecObjective:
             return net.latents(wav_BT).transpose(1, 2).flatten(0, 1)
 
         c = self.codec
-        x_MD = first_frames(latents, self._crops, c.train.batch, self.crops.crop, INIT_FRAMES * c.vocab, self.ctx)
+        x_MD = first_frames(latents, self._crops, c.train.batch, self.crops.crop, init_frames(c.vocab), self.ctx)
         net.quantizer.initialise(x_MD, seed=self.ctx.seed, reduce=all_sum, rank=self.ctx.rank)
 
     @torch.no_grad()

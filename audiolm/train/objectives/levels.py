@@ -15,6 +15,12 @@ from audiolm.train.gan import quality_means
 from audiolm.train.objectives.base import Context
 
 INIT_FRAMES = 32  # frames a code for the k-means start, so that hardly any cluster is empty
+MOST_INIT_FRAMES = 2**17  # in all: the work is frames times codes, and 3 levels of 2^14 codes took a core over half an hour
+
+
+def init_frames(vocab: int) -> int:
+    """Frames that codebooks of so many codes start from; of large ones at least two a code."""
+    return min(INIT_FRAMES * vocab, max(MOST_INIT_FRAMES, 2 * vocab))
 
 
 def draw_levels(seed: int, step: int, row: int, n_q: int, p: float) -> int:

@@ -24,7 +24,7 @@ from audiolm.tokenizers.base import ACOUSTIC_HOP, SAMPLE_RATE
 from audiolm.train.engine import all_sum
 from audiolm.train.gan import Generator, quality_sums, rank_batches
 from audiolm.train.objectives.base import Context, Engine, pinned
-from audiolm.train.objectives.levels import INIT_FRAMES, draw_levels, first_frames, level_scores, quantized_scores
+from audiolm.train.objectives.levels import draw_levels, first_frames, init_frames, level_scores, quantized_scores
 from audiolm.train.objectives.start import load_start
 
 LEAST_FRAMES = 4096  # for the statistics and the principal components
@@ -108,7 +108,7 @@ class SpectralObjective:
         def frames(wav_BT: torch.Tensor) -> torch.Tensor:
             return net.frames(wav_BT).flatten(0, 1)
 
-        least = max(INIT_FRAMES * c.vocab, LEAST_FRAMES)
+        least = max(init_frames(c.vocab), LEAST_FRAMES)
         x_MD = net.initialise(first_frames(frames, self._crops, c.train.batch, self.crops.crop, least, self.ctx))
         net.quantizer.initialise(x_MD, seed=self.ctx.seed, reduce=all_sum, rank=self.ctx.rank)
 

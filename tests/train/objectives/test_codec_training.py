@@ -14,7 +14,7 @@ from audiolm.tokenizers.artifact import ArtifactError, write_export
 from audiolm.tokenizers.base import TokenSpec
 from audiolm.train.objectives.base import Context
 from audiolm.train.objectives.codec import codec_objective
-from audiolm.train.objectives.levels import draw_levels
+from audiolm.train.objectives.levels import draw_levels, init_frames
 from tests.worlds.tiny_codec import SPECTRAL, run, saved_state, tiny_codec, training, voice
 from tests.worlds.training import of_two_ranks
 
@@ -220,6 +220,10 @@ def test_a_share_of_the_rows_uses_all_levels_and_the_others_keep_their_draw():
         objective, _ = training(tiny_codec(quantizer_dropout=share))
         drawn = objective.load(4, range(60))["n_q_B"].tolist()
         assert drawn == [draw_levels(0, 4, row, 3, share) for row in range(60)]
+
+
+def test_the_start_of_large_codebooks_takes_fewer_frames_a_code():
+    assert [init_frames(n) for n in (256, 2**12, 2**14, 2**17)] == [2**13, 2**17, 2**17, 2**18]
 
 
 def test_configs_that_cannot_train_are_refused():
