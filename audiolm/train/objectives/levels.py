@@ -15,7 +15,7 @@ from audiolm.train.gan import quality_means
 from audiolm.train.objectives.base import Context
 
 INIT_FRAMES = 32  # frames a code for the k-means start, so that hardly any cluster is empty
-MOST_INIT_FRAMES = 2**17  # in all: the work is frames times codes, and 3 levels of 2^14 codes took a core over half an hour
+MOST_INIT_FRAMES = 2**17  # in all: the work is frames times codes, and 3 levels of 2^14 codes did not start in 18 core minutes
 
 
 def init_frames(vocab: int) -> int:
