@@ -47,6 +47,7 @@ def export(args: argparse.Namespace) -> int:
 
 
 def _scores(args: argparse.Namespace, target: Target, config: Pipeline) -> None:
+    from audiolm.dag.run_index import missing_of
     from audiolm.data.parallel import pick_device
     from audiolm.eval.suites.zerospeech import write_submission
     from audiolm.pipeline.progress import ProgressBoard
@@ -54,7 +55,7 @@ def _scores(args: argparse.Namespace, target: Target, config: Pipeline) -> None:
     if not config.tables.probes:
         raise ValueError("--zerospeech scores the sets of tables.probes, which names none: add "
                          "tables.probes={words: FOLDER, sentences: FOLDER}, each with its gold.csv")
-    if missing := [step for step in ("kmeans", "semantic_tokens", "lm_semantic") if step not in target.steps]:
+    if missing := missing_of(("kmeans", "semantic_tokens", "lm_semantic"), target.steps):
         raise ValueError(f"{target.title} cannot be scored: it has no {', '.join(missing)}")
     board, began = ProgressBoard(), time.monotonic()
     board.start("export")

@@ -211,10 +211,14 @@ def test_a_run_is_exported_for_zerospeech(made, world, capsys, tmp_path):
     for wav in wavs:
         store.put(str(sets / wav.name), wav.read_bytes())
     store.put(str(sets / "gold.csv"), "\n".join(["id,filename,voice,frequency,correct", *lines]).encode())
-    for args, reason in ((call, "add tables.probes={"), ((*call, f"tables.probes={{a: {tmp_path}}}"), "neither gold.csv")):
+    index, probes = store.get_json(f"{folder}/runs/tiny.json"), f"tables.probes={{words: {sets}}}"
+    steps = {n: e for n, e in index["steps"].items() if n != "lm_semantic"}
+    store.put_json(f"{folder}/runs/mute.json", {**index, "steps": steps})
+    for args, reason in ((call, "add tables.probes={"), ((*call, f"tables.probes={{a: {tmp_path}}}"), "neither gold.csv"),
+                         (("export", "mute", *call[2:], probes), "cannot be scored: it has no lm_semantic")):
         code, said = evaluate(capsys, *args)
         assert code == 2 and reason in said and not (tmp_path / "submission").exists(), said
-    code, said = evaluate(capsys, *call, f"tables.probes={{words: {sets}}}")
+    code, said = evaluate(capsys, *call, probes)
     assert code == 0 and f"{tmp_path}/submission/sum/lexical/dev.txt" in said, said
     scores = (tmp_path / "submission/per-token/lexical/dev.txt").read_text().split()
     assert scores[::2] == [wav.stem for wav in wavs] and all(float(score) < 0 for score in scores[1::2])
