@@ -139,7 +139,7 @@ def test_the_first_error_is_the_one_that_is_told(s3, monkeypatch):
 @pytest.mark.parametrize("fault", ["reset", "503", "hang"])
 def test_a_call_waits_a_bounded_time_and_names_path_and_cause(s3, fault, monkeypatch):
     """`hang` at a body that no socket buffer holds: the client itself has no time-out for sending."""
-    monkeypatch.setattr(stores, "CALL_S", 2.0)
+    monkeypatch.setattr(stores, "CALL_S", 2.0 if fault == "hang" else 30.0)  # answers come at once, however busy the machine is
     monkeypatch.setattr(stores, "SLOWEST", 1e9)
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")  # else the client's own retries take all the time
     proxy, folder = s3
