@@ -10,7 +10,7 @@ Parts, in order of worth, each in processes of its own and bounded in time: (a) 
 minute.  A part that fails is reported and the next one runs.  DIR gets gpu.json and gpu.md, a table with the anchors,
 gpu.log with all that was printed, and the pieces of (e), below 16 MB each.
 What a machine must have: Python 3.11 or later, torch with its own dependencies, numpy, pydantic, pyyaml, fsspec, pyarrow,
-safetensors, psutil.  The rows of DeepSpeed also need deepspeed, einops, hjson, msgpack, packaging and tqdm; HuBERT's
+safetensors, psutil, pytest.  The rows of DeepSpeed also need deepspeed, einops, hjson, msgpack, packaging and tqdm; HuBERT's
 transformers and scipy; those of files, and training on sound, soundfile and soxr.  Ray, MLflow and all else of
 pyproject.toml are not needed; an item without its modules is reported as failed.
 """
