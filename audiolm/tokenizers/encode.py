@@ -65,8 +65,8 @@ def encode_tokens(config: dict[str, Any], inputs: dict[str, Any], out: Any) -> d
     inputs: manifest and the tokenizer's artifact. Writes shard files and their index into out.path;
     returns counts, speed and code usage per level.
 
-    Raises tokens.TokenError for frames that break the contract, for a collapsed tokenizer and for more rejected clips than
-    corpus.max_rejected allows.
+    Raises tokens.TokenError for frames that break the contract, for a collapsed tokenizer and, once they are found, for more
+    rejected clips than corpus.max_rejected allows of all rows.
     """
     which, cluster, settings, manifest = config["which"], config["cluster"], config["tokens"], inputs["manifest"]
     rows_S, seconds_S = shard_sizes(manifest.path, settings.speeds)
@@ -75,7 +75,8 @@ def encode_tokens(config: dict[str, Any], inputs: dict[str, Any], out: Any) -> d
                     out.path, settings.batch_s, cluster_device(cluster, out.inline),
                     settings.dtype if which == "semantic" else "float32", settings.speeds)
     how = {"out": out, "cluster": cluster, "gpu": cluster.gpus_a_task if job.device == "cuda" else 0}
-    began, index, facts = time.monotonic(), IndexBuilder(rows_S, dedup=which == "semantic"), EncodeFacts(which)
+    began, index = time.monotonic(), IndexBuilder(rows_S, dedup=which == "semantic")
+    facts = EncodeFacts(which, int(rows_S.sum()), config["corpus"])
 
     def take(record: ShardRecord, rejected: dict[str, str]) -> None:
         index.add(record)
@@ -91,8 +92,7 @@ def encode_tokens(config: dict[str, Any], inputs: dict[str, Any], out: Any) -> d
     encoded_s = float(seconds_S[todo].sum())
     parallel_each(encode_shard, [(job, k) for k in todo], lambda i, result: take(*result), unit="audio s",
                   sizes=seconds_S[todo].tolist(), before=float(seconds_S.sum()) - encoded_s, **how)
-    total = facts.facts(len(rows_S), len(rows_S) - len(todo), float(seconds_S.sum()), encoded_s, time.monotonic() - began,
-                        config["corpus"])
+    total = facts.facts(len(rows_S), len(rows_S) - len(todo), float(seconds_S.sum()), encoded_s, time.monotonic() - began)
     out.check()  # a worker that lost its lease writes nothing
     store.put(store.join(out.path, NAME), index.to_bytes())
     return total

@@ -15,30 +15,39 @@ LISTED = 3  # rejected clips that are named
 
 
 class EncodeFacts:
-    """Sums over shards; they take the memory of one shard's counts, however many shards are added."""
+    """Sums over shards, whose `rows` are all planned clips and copies; they take the memory of one shard's counts."""
 
-    def __init__(self, which: str):
-        self.which, self.clips, self.copies, self.dedup, self.counts_QV = which, 0, 0, 0, 0
+    def __init__(self, which: str, rows: int, corpus: Any):
+        self.which, self.rows, self.corpus = which, rows, corpus
+        self.clips, self.copies, self.dedup, self.counts_QV = 0, 0, 0, 0
         self.rejected: dict[int, dict[str, str]] = {}  # shard -> reasons by clip
 
     def add(self, record: ShardRecord, rejected: dict[str, str]) -> None:
-        """Adds a shard; `rejected` has the reasons by clip. Copies count in `copies` alone."""
+        """Adds a shard; `rejected` has the reasons by clip. Copies count in `copies` alone.
+
+        Raises TokenError once more clips are rejected than corpus.max_rejected allows of all rows.
+        """
         own = record.clips - record.copies
         self.clips, self.copies = self.clips + own, self.copies + record.copies
         self.counts_QV = self.counts_QV + record.counts_QV.astype(np.int64)
         if record.n_dedup is not None:
             self.dedup += int(record.n_dedup[:own].sum())
-        if rejected:
-            self.rejected[record.shard] = rejected
+        if not rejected:
+            return
+        self.rejected[record.shard] = rejected
+        if sum(map(len, self.rejected.values())) > self.corpus.max_rejected * self.rows:
+            raise TokenError(
+                f"{self._rejected_text()}; that is more than corpus.max_rejected ({self.corpus.max_rejected}) allows of "
+                f"{self.rows} clips: bring the files back, or raise corpus.revision to {self.corpus.revision + 1} for a "
+                "manifest of the new ones")
 
-    def facts(self, shards: int, skipped: int, audio_s: float, encoded_s: float, seconds: float,
-              corpus: Any) -> dict[str, Any]:
+    def facts(self, shards: int, skipped: int, audio_s: float, encoded_s: float, seconds: float) -> dict[str, Any]:
         """The step's facts, of `shards` of which `skipped` were there already.
 
         x_realtime (audio s per s) counts what was encoded now and is left out where that is nothing. Raises TokenError for a
-        collapsed tokenizer and for more rejected clips than corpus.max_rejected allows.
+        collapsed tokenizer.
         """
-        frames = int(self.counts_QV[0].sum())
+        frames, rejected = int(self.counts_QV[0].sum()), self._rejected_text()
         found: dict[str, Any] = {"clips": self.clips, "audio_s": round(audio_s, 3), "frames": frames, "shards": shards,
                                  "copies": self.copies, "shards_skipped": skipped, "seconds": round(seconds, 3)}
         if encoded_s:
@@ -48,24 +57,21 @@ class EncodeFacts:
         for q, counts in enumerate(self.counts_QV):
             used = int((counts > 0).sum())
             if used < 2:
+                # Silence stands for rejected clips and may be the whole cause, so they come first.
                 raise TokenError(
-                    f"the {self.which} tokenizer collapsed: level {q + 1} uses {used} of {len(counts)} codes over "
-                    f"{frames} frames. Look at the {TOKENIZER[self.which]} step (losses, code usage) and at whether "
-                    "the audio is silent, and train longer or with a lower learning rate")
+                    f"{rejected}{'; ' if rejected else ''}the {self.which} tokenizer collapsed: level {q + 1} uses {used} of "
+                    f"{len(counts)} codes over {frames} frames. Look at the {TOKENIZER[self.which]} step (losses, code usage) "
+                    "and at whether the audio is silent, and train longer or with a lower learning rate")
             found[f"used.{level_name(q)}"] = used
             found[f"entropy_bits.{level_name(q)}"] = round(entropy_bits(counts), 4)
         if self.which == "semantic":
             found |= {"tokens_dedup": self.dedup, "mean_run": round(frames / self.dedup, 4)}
-        return {**found, **self._rejected_facts(corpus)}
+        if rejected:
+            found |= {"rejected": sum(map(len, self.rejected.values())), "notes": [rejected]}
+        return found
 
-    def _rejected_facts(self, corpus: Any) -> dict[str, Any]:
-        """Facts about rejected clips, none where there is none."""
-        rejected = {i: why for shard in sorted(self.rejected) for i, why in self.rejected[shard].items()}
-        if not rejected:
-            return {}
-        first = "; ".join(f"{i} ({why})" for i, why in list(rejected.items())[:LISTED])
-        text = f"{len(rejected)} clips rejected: {first}" + (" and more" if len(rejected) > LISTED else "")
-        if len(rejected) > corpus.max_rejected * (self.clips + self.copies):
-            raise TokenError(f"{text}; that is more than corpus.max_rejected ({corpus.max_rejected}) allows: bring the "
-                             f"files back, or raise corpus.revision to {corpus.revision + 1} for a manifest of the new ones")
-        return {"rejected": len(rejected), "notes": [text]}
+    def _rejected_text(self) -> str:
+        """How many clips are rejected, and the first of them with the reasons; empty where there is none."""
+        rejected = [f"{i} ({why})" for shard in sorted(self.rejected) for i, why in sorted(self.rejected[shard].items())]
+        text = f"{len(rejected)} clips rejected: {'; '.join(rejected[:LISTED])}"
+        return (text + " and more" if len(rejected) > LISTED else text) if rejected else ""

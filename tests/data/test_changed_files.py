@@ -10,7 +10,7 @@ import pytest
 import soundfile
 
 from audiolm.config.corpus import CorpusConfig
-from audiolm.data.tokens import TokenError, TokenStore, check_pair, level_name
+from audiolm.data.tokens import TokenError, TokenStore, check_pair, level_name, shard_name
 from audiolm.lm.batches import TokenBatches
 from audiolm.lm.layouts import build_stages
 from tests.worlds.basics import RecordingOut
@@ -82,3 +82,23 @@ def test_too_many_rejected_clips_end_the_step(world, tmp_path):
     spoil(tmp_path / "audio" / f"{CHANGED}.wav", "as long")
     with pytest.raises(TokenError, match=rf"1 clips rejected: a/{CHANGED} \(.*more than corpus.max_rejected \(0.05\)"):
         run_encode(changed, "acoustic", RecordingOut(tmp_path / "y"))
+
+
+def test_the_step_stops_once_too_many_are_rejected_and_the_next_try_keeps_what_was_finished(world, tmp_path):
+    gone, out = moved(world, tmp_path / "audio", 0.2), RecordingOut(tmp_path / "z")
+    for file in (tmp_path / "audio").glob("[dt]e*.wav"):  # dev's two exceed a fifth of the nine clips
+        file.unlink()
+    with pytest.raises(TokenError, match="^2 clips rejected: a/dev-0 .* is gone.*allows of 9 clips"):
+        run_encode(gone, "semantic", out)
+    assert sorted(path.name for path in (tmp_path / "z").iterdir()) == [shard_name(0), shard_name(1)]
+    shutil.copytree(world.root / "audio", tmp_path / "audio", dirs_exist_ok=True)
+    assert run_encode(gone, "semantic", out)["shards_skipped"] == 1
+
+
+def test_where_silence_stands_for_every_clip_the_error_begins_with_the_rejected_clips(world, tmp_path):
+    (tmp_path / "audio").mkdir()
+    for share, end in ((0.05, "is more than corpus.max_rejected"), (1, "the acoustic tokenizer collapsed")):
+        source = {"kind": "folder", "name": "a", "root": str(tmp_path / "audio")}
+        empty = SimpleNamespace(root=world.root, corpus=CorpusConfig(name="t", sources=[source], max_rejected=share))
+        with pytest.raises(TokenError, match=rf"^\d clips rejected: a/train-0 \(.*train-0.wav is gone\).*{end}"):
+            run_encode(empty, "acoustic", RecordingOut(tmp_path / f"y{share}"))
