@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from audiolm import store  # noqa: E402
 from audiolm.dag.run_index import OUTPUTS, steps_of  # noqa: E402
-from audiolm.eval_service import export_command, listening_command, salmon_command  # noqa: E402
+from audiolm.eval_service import abx_command, export_command, listening_command, salmon_command  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -160,18 +160,6 @@ def answer(args: argparse.Namespace) -> int:
     return 0 if evaluation_job.answer(client, name, version, args.answer, lambda: evaluate(args)) else 1
 
 
-def add_item_options(p: argparse.ArgumentParser) -> None:
-    """Options of `tokens` and `abx`: a triphone list and its audio."""
-    p.add_argument("--items", required=True, metavar="FILE", help="triphones: #file onset offset #phone prev-phone next-phone "
-                   "speaker")
-    p.add_argument("--audio", required=True, nargs="+", metavar="FOLDER", help="where the items' files lie, at any depth, as "
-                   "#file and an audio ending")
-    p.add_argument("--speakers", type=names, metavar="A,B", help="only these, as A, B and X; default: all of the item file")
-    p.add_argument("--seed", type=int, default=0, help="of ABX's draws (default 0)")
-    p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one")
-    p.add_argument("--json", metavar="FILE", help="write the figures there too, with each speaker's ABX")
-
-
 def add_token_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--run", metavar="FILE", help="a run's index (OUTPUTS/runs/NAME.json): takes its builds for those not named")
     p.add_argument("--codec", metavar="CODEC", help="a published codec's name, a codec build, a run's index or the folder of "
@@ -182,7 +170,7 @@ def add_token_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--clips", nargs="+", metavar="PATH", help="audio files or folders to decode; default: the items' files")
     p.add_argument("--number", type=int, default=20, metavar="N", help="of clips, spread evenly over them all (default 20)")
     p.add_argument("--seconds", type=float, default=8.0, metavar="S", help="of each clip, from its start (default 8)")
-    add_item_options(p)
+    abx_command.add_item_options(p)
 
 
 def tokens(args: argparse.Namespace) -> None:
@@ -209,47 +197,6 @@ def tokens(args: argparse.Namespace) -> None:
     if args.json:
         table |= {"builds": builds, "wall_s": round(time.monotonic() - began, 1)}
         store.put(args.json, json.dumps(table, indent=1).encode())
-
-
-def add_abx_options(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--features", required=True, choices=("mfcc", "mel", "semantic", "centroids", "layer"), help="mfcc (39 at "
-                   "100 Hz), mel (80 at 100 Hz), a tokenizer's z-scored features or its centroids, or a masked model's layer, "
-                   "z-scored over the items' files (25 Hz)")
-    p.add_argument("--tokenizer", metavar="BUILD", help="a finished kmeans build, for semantic and centroids")
-    p.add_argument("--model", metavar="BUILD", help="a masked_model build, for layer")
-    p.add_argument("--layer", type=int, metavar="N", help="block whose output is measured, from 1, for layer")
-    p.add_argument("--checkpoints", action="store_true", help="with layer: a row for each checkpoint that was kept "
-                   "(semantic.model.train.keep), the curve over the training")
-    p.add_argument("--plot", metavar="PNG", help="with --checkpoints: draw the curve")
-    add_item_options(p)
-
-
-def abx(args: argparse.Namespace) -> None:
-    """Prints the ABX error of features; a row for each checkpoint with --checkpoints."""
-    from audiolm.data.parallel import pick_device
-    from audiolm.eval.metrics.abx import MODES
-    from audiolm.eval.suites import tokens as suite
-    from audiolm.eval.test_sets import items_and_audio, wav_of
-    from audiolm.render import plots
-
-    has_layer = args.model is not None and args.layer is not None
-    if args.plot and not args.checkpoints:
-        raise ValueError("--plot draws a curve over checkpoints: add --checkpoints, or leave it out")
-    if (args.features == "layer") != has_layer or (args.checkpoints and not has_layer):
-        raise ValueError("--features layer goes with --model BUILD and --layer N, and --checkpoints with them; the other "
-                         "features with none of these")
-    device = pick_device(args.device)
-    extract, rate_hz = (None, 0.0) if has_layer else suite.load_extractor(args.features, args.tokenizer, device)
-    items, files = items_and_audio(args.items, args.audio, args.speakers, "--audio")
-    sources = (suite.features_of_layer(args.model, args.layer, files, device, args.checkpoints) if has_layer else
-               [(args.features, None, lambda file: extract(wav_of(files[file])), rate_hz)])
-    rows = suite.abx_rows(sources, items, args.seed)
-    print(suite.format_abx(rows))
-    if args.json:
-        store.put(args.json, json.dumps(rows, indent=1).encode())
-    if args.plot:
-        curves = {f"{mode} speaker": [row[mode] for row in rows] for mode in MODES}
-        store.put(args.plot, plots.curves([row["step"] for row in rows], curves, f"ABX, layer {args.layer}", "error, %"))
 
 
 def add_detect_options(p: argparse.ArgumentParser) -> None:
@@ -337,7 +284,7 @@ def watch(args: argparse.Namespace) -> None:
 COMMANDS: dict[str, tuple[Callable, Callable, str]] = {
     "run": (run, add_suite_options, "suites of a run or checkpoint: writes report.html and rows.json, measures nothing twice"),
     "tokens": (tokens, add_token_options, "Table I: ABX error and sound quality of acoustic and semantic tokens, by bit rate"),
-    "abx": (abx, add_abx_options, "ABX error of features in percent, within and across speakers: libri-light's protocol"),
+    "abx": (abx_command.abx, abx_command.add_options, "ABX error of features in percent, by libri-light's protocol"),
     "detect": (detect, add_detect_options, "the probability that each second of a file was generated by the models of one run"),
     "listening": (listening_command.listening, listening_command.add_options, "a listening test: page and score"),
     "salmon": (salmon_command.salmon, salmon_command.add_options, "SALMon's accuracy; or makes pairs of recordings for it"),
