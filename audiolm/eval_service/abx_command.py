@@ -6,6 +6,9 @@ import argparse
 import json
 
 from audiolm import store
+from audiolm.tokenizers.base import SAMPLE_RATE, SEMANTIC_HOP
+
+MODEL_HZ = SAMPLE_RATE // SEMANTIC_HOP  # 25, the rate of a masked model's frames
 
 
 def add_item_options(p: argparse.ArgumentParser) -> None:
@@ -24,7 +27,9 @@ def add_item_options(p: argparse.ArgumentParser) -> None:
 def add_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--features", required=True, choices=("mfcc", "mel", "semantic", "centroids", "layer"), help="mfcc (39 at "
                    "100 Hz), mel (80 at 100 Hz), a tokenizer's z-scored features or its centroids, or a masked model's layer, "
-                   "z-scored over the items' files (25 Hz)")
+                   "z-scored over the items' files")
+    p.add_argument("--hz", type=int, choices=(MODEL_HZ, 2 * MODEL_HZ, 4 * MODEL_HZ), default=MODEL_HZ, help="frames a second "
+                   "of a model's features; above %(default)s it reads each file again, moved by a part of a frame")
     p.add_argument("--tokenizer", metavar="BUILD", help="a finished kmeans build, for semantic and centroids")
     p.add_argument("--model", metavar="BUILD", help="a masked_model build, for layer")
     p.add_argument("--layer", type=int, metavar="N", help="block whose output is measured, from 1, for layer")
@@ -48,10 +53,12 @@ def abx(args: argparse.Namespace) -> None:
     if (args.features == "layer") != has_layer or (args.checkpoints and not has_layer):
         raise ValueError("--features layer goes with --model BUILD and --layer N, and --checkpoints with them; the other "
                          "features with none of these")
-    device = pick_device(args.device)
-    extract, rate_hz = (None, 0.0) if has_layer else suite.load_extractor(args.features, args.tokenizer, device)
+    if args.hz != MODEL_HZ and args.features in ("mfcc", "mel"):
+        raise ValueError(f"--hz {args.hz} is for features of a model; {args.features} has 100 Hz: leave it out")
+    device, times = pick_device(args.device), args.hz // MODEL_HZ
+    extract, rate_hz = (None, 0.0) if has_layer else suite.load_extractor(args.features, args.tokenizer, device, times)
     items, files = items_and_audio(args.items, args.audio, args.speakers, "--audio")
-    sources = (suite.features_of_layer(args.model, args.layer, files, device, args.checkpoints) if has_layer else
+    sources = (suite.features_of_layer(args.model, args.layer, files, device, args.checkpoints, times) if has_layer else
                [(args.features, None, lambda file: extract(wav_of(files[file])), rate_hz)])
     rows = suite.abx_rows(sources, items, args.seed)
     print(suite.format_abx(rows))

@@ -23,6 +23,7 @@ from audiolm.dag.outputs import build_of
 from audiolm.data.parallel import cluster_device, parallel_map
 from audiolm.data.sources import roots
 from audiolm.eval.metrics import abx
+from audiolm.eval.metrics.frame_rate import at_multiple
 from audiolm.eval.test_sets import audio_paths, groups_of, wav_of
 from audiolm.models import kmeans
 from audiolm.render import plots
@@ -182,6 +183,11 @@ def score_centroids(task: AbxTask, layer: int, k: int, folder: str, shards: list
     return _row(task, layer, k, {f: centroids_KD[c].numpy() for f, c in codes.items()}, RATE_HZ)
 
 
-def frames_of(paths: dict[str, str], extractor: Extractor, layer: int, window: Window) -> dict[str, torch.Tensor]:
-    """features_TD of each file at a layer."""
-    return {file: encode_frames(extractor, [layer], [wav_of(path)], window)[0] for file, path in paths.items()}
+def frames_of(paths: dict[str, str], extractor: Extractor, layer: int, window: Window,
+              times: int = 1) -> dict[str, torch.Tensor]:
+    """features_TD of each file at a layer, at `times` RATE_HZ."""
+    def extract(wav_T: np.ndarray) -> np.ndarray:
+        return encode_frames(extractor, [layer], [wav_T], window)[0].numpy()
+
+    features = at_multiple(extract, SEMANTIC_HOP, times)
+    return {file: torch.from_numpy(features(wav_of(path))) for file, path in paths.items()}

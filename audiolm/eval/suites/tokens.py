@@ -20,6 +20,7 @@ from audiolm.dag.run_index import no_step, steps_of
 from audiolm.eval.codec_quality import COARSE_BITS_PER_S, bits_per_s, decode, encode, quality_notes
 from audiolm.eval.metrics import abx, audio_quality
 from audiolm.eval.metrics.audio_quality import Scorers
+from audiolm.eval.metrics.frame_rate import Extract, at_multiple
 from audiolm.eval.metrics.stats import text_table
 from audiolm.eval.results import Result, not_measured
 from audiolm.eval.steps import layers
@@ -178,26 +179,31 @@ def _remarks(table: Mapping[str, Any]) -> list[str]:
     return [*lines, *quality_notes(table, titles), *table["remarks"]]
 
 
-def load_extractor(kind: str, tokenizer: str | None, device: str) -> tuple[Callable[[np.ndarray], np.ndarray], float]:
-    """(wav_T -> features (T, D), their rate in Hz) of a kind of eval.metrics.abx, with a kmeans build where it needs one."""
-    return abx.extractor(kind, semantic.load_semantic(tokenizer, device) if tokenizer else None)
+def load_extractor(kind: str, tokenizer: str | None, device: str, times: int = 1) -> tuple[Extract, float]:
+    """(wav_T -> features (T, D), their rate in Hz) of a kind of eval.metrics.abx at `times` its rate, with a kmeans build
+    where it needs one."""
+    extract, rate_hz = abx.extractor(kind, semantic.load_semantic(tokenizer, device) if tokenizer else None)
+    return at_multiple(extract, round(SAMPLE_RATE / rate_hz), times), rate_hz * times
 
 
-def features_of_layer(model: str, layer: int, files: Mapping[str, str], device: str, checkpoints: bool) -> Iterator[Features]:
-    """Features of a masked model's layer, z-scored over all files; one entry for each checkpoint where `checkpoints`."""
+def features_of_layer(model: str, layer: int, files: Mapping[str, str], device: str, checkpoints: bool,
+                      times: int = 1) -> Iterator[Features]:
+    """Features of a masked model's layer at `times` its rate, z-scored over all files; one entry for each checkpoint where
+    `checkpoints`."""
     window = window_of(KMeansConfig().window_s, KMeansConfig().overlap_s)  # of the default config, as tokens are made
     models = layers.checkpoints(model, device) if checkpoints else [(None, semantic.load_extractor(model, device))]
     for step, net in models:
         name = f"layer {layer}" + ("" if step is None else f", step {step}")
-        yield name, step, layers.zscored(layers.frames_of(files, net, layer, window)), layers.RATE_HZ
+        yield name, step, layers.zscored(layers.frames_of(files, net, layer, window, times)), layers.RATE_HZ * times
 
 
 def abx_rows(sources: Iterable[Features], items: abx.Items, seed: int) -> list[dict[str, Any]]:
-    """`eval.metrics.abx.abx` of each source, with "name", "step" and "seconds"."""
+    """`eval.metrics.abx.abx` of each source, with "name", "step", "rate_hz" and "seconds"."""
     rows, began = [], time.monotonic()
     for name, step, features, rate_hz in sources:
         figures = abx.abx(features, items, rate_hz, abx.Protocol(seed))
-        rows.append({"name": name, "step": step, **figures, "seconds": round(time.monotonic() - began, 1)})
+        rows.append({"name": name, "step": step, "rate_hz": rate_hz, **figures,
+                     "seconds": round(time.monotonic() - began, 1)})
         began = time.monotonic()
     return rows
 
@@ -210,8 +216,8 @@ def format_abx(rows: Sequence[Mapping[str, Any]]) -> str:
         lines.append(f"{row['name']} {mode} speaker: {row[mode]:.2f} % [{low:.2f}, {high:.2f}]  {row[f'triplets_{mode}']} "
                      f"triplets, {row[f'phone_pairs_{mode}']} phone pairs, {len(row[f'by_speaker_{mode}'])} speakers")
     last = rows[-1]
-    return "\n".join([*lines, f"{last['items']} items ({last['dropped']} shorter than a frame left out), "
-                              f"{sum(r['seconds'] for r in rows):.1f} s"])
+    return "\n".join([*lines, f"{last['items']} items ({last['dropped']} shorter than a frame left out) at "
+                              f"{last['rate_hz']:g} Hz, {sum(r['seconds'] for r in rows):.1f} s"])
 
 
 # Table I: b/s, ABX within, ABX across, ViSQOL, with few levels and with all. Its residual semantic tokens are w2v-BERT's too.
