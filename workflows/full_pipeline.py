@@ -67,9 +67,9 @@ def graph(cfg: Pipeline) -> list[Step]:
         return Step(name, FUNCTIONS["train_lm"], config, (manifest, *stores), trains=size.train, version=6,
                     after=(codec_figures,))
 
-    books = (codec,) if lm.tied else ()
+    books, units = (codec,) if lm.tied else (), (kmeans,) if lm.centroids else ()
     first = "parallel" if lm.acoustic == "parallel" else "coarse"
-    stages = [stage("lm_semantic", lm.semantic, z), stage(f"lm_{first}", getattr(lm, first), z, y, *books)]
+    stages = [stage("lm_semantic", lm.semantic, z, *units), stage(f"lm_{first}", getattr(lm, first), z, y, *books, *units)]
     if cfg.has_fine:
         stages.append(stage("lm_fine", lm.fine, y, *books))
     if lm.decoder:

@@ -129,6 +129,9 @@ class LMConfig(Config):
                                                                   "above 0 generation may use guidance")
     tied: bool = Field(True, description="tie stages 2's and 3's embeddings and heads to the codec's code vectors; the paper's "
                                          "are free")
+    centroids: Annotated[bool, Later(False)] = Field(
+        True, description="embeddings of semantic ids begin at their clusters' centroids, so that like ids are alike from the "
+                          "first step on; the paper's are random")
     coarse_levels: int = Field(4, ge=1, description="Q', levels of the coarse stage")
     ablation: Literal["acoustic"] | None = Field(None, description="acoustic: stage 2 without semantic tokens, the paper's "
                                                                    "ablation; its sounds keep a voice and say nothing")
@@ -196,11 +199,13 @@ class LMConfig(Config):
     def layout(self, stage: str) -> dict[str, Any]:
         """The fields that say how the sequences of a stage (lm_NAME) look, so that others do not train it anew."""
         if stage == "lm_semantic":
-            return {"dedupe": self.dedupe, "lengths": self.lengths, "conditioning": "prefix", "tied": False}
+            return {"dedupe": self.dedupe, "lengths": self.lengths, "conditioning": "prefix", "tied": False,
+                    "centroids": self.centroids}
         if stage == "lm_parallel":
-            return {name: getattr(self, name) for name in ("condition_dropout", "tied")}
+            return {name: getattr(self, name) for name in ("condition_dropout", "tied", "centroids")}
         own = ("conditioning", "condition_dropout", "tied", "coarse_levels", "ablation")
-        return {name: getattr(self, name) for name in (("dedupe", "lengths") if stage == "lm_coarse" else ()) + own}
+        return {name: getattr(self, name) for name in 
+                (("dedupe", "lengths", "centroids") if stage == "lm_coarse" else ()) + own}
 
 
 class SamplesConfig(Config):

@@ -23,7 +23,7 @@ from audiolm.models.lm.block import TransformerSizes
 from audiolm.models.lm.depth import DepthSizes
 from audiolm.models.lm.frame_transformer import FrameSizes, FrameTransformer
 from audiolm.models.lm.parallel_decoder import ParallelDecoder, ParallelSizes
-from audiolm.models.lm.tied import TiedCodes
+from audiolm.models.lm.tied import TiedCodes, place_ids
 from audiolm.models.lm.transformer import Transformer
 
 Model = Transformer | FrameTransformer | ParallelDecoder
@@ -31,10 +31,12 @@ FORMAT = 4  # 1 had one head over all ids, 2 no conditions, and T5 buckets up to
 KINDS = ("lm", "parallel")
 
 
-def build_lm(stage: Stage, shape: lm.StageConfig, codes_QVE: torch.Tensor | None = None) -> Model:
+def build_lm(stage: Stage, shape: lm.StageConfig, codes_QVE: torch.Tensor | None = None,
+             centroid_KC: torch.Tensor | None = None) -> Model:
     """The untrained model of a stage; draws its weights from torch's current generator.
 
-    `codes_QVE`: the codec's code vectors (tokenizers.base.code_vectors), which an acoustic stage's tables are tied to.
+    `codes_QVE`: the codec's code vectors (tokenizers.base.code_vectors), which an acoustic stage's tables are tied to;
+    `centroid_KC`: of the clusters of semantic ids, where their embeddings begin there.
     """
     width = 0 if codes_QVE is None else codes_QVE.shape[2]
     sizes = _arguments(stage, shape, width)
@@ -47,6 +49,8 @@ def build_lm(stage: Stage, shape: lm.StageConfig, codes_QVE: torch.Tensor | None
             part.checkpointing = shape.checkpointing
         if isinstance(part, TiedCodes):
             part.set_codes(codes_QVE[:len(stage.columns)])
+    if centroid_KC is not None:
+        place_ids((model.backbone if stage.frames else model).embed, centroid_KC)
     return model
 
 
@@ -71,13 +75,16 @@ def _depth_arguments(stage: Stage, shape: lm.StageConfig, code_width: int) -> di
             **shape.depth_sizes.model_dump()}
 
 
-def build_parallel(stage: Stage, shape: lm.ParallelConfig, codes_QVE: torch.Tensor | None = None) -> ParallelDecoder:
+def build_parallel(stage: Stage, shape: lm.ParallelConfig, codes_QVE: torch.Tensor | None = None,
+                   centroid_KC: torch.Tensor | None = None) -> ParallelDecoder:
     """`build_lm` of the parallel decoder."""
     model = ParallelDecoder(ParallelSizes(
         stage.k, stage.vocab, stage.slots, code_width=0 if codes_QVE is None else codes_QVE.shape[2],
         **shape.model_dump(include={"dim", "layers", "heads", "ff", "conv_kernel", "dropout"})))
     if codes_QVE is not None:
         model.tied.set_codes(codes_QVE)
+    if centroid_KC is not None:
+        place_ids(model.embed, centroid_KC)
     return model
 
 

@@ -188,7 +188,7 @@ def test_the_papers_recipe_trains_what_the_defaults_say():
     paper = load_config(str(ROOT / "workflows" / "paper.yaml"))
     codec = CodecConfig(quantizer_dropout=1.0)  # the one default that is DAC's and not the paper's
     # the paper's stages have a prefix alone, which small ones do not learn to use: not a default
-    lm = LMConfig(lengths=False, conditioning="prefix", condition_dropout=0.0, tied=False)
+    lm = LMConfig(lengths=False, conditioning="prefix", condition_dropout=0.0, tied=False, centroids=False)
     assert (paper.semantic, paper.codec, paper.lm) == (SemanticConfig(), codec, lm)
 
 

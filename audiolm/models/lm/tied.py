@@ -84,6 +84,16 @@ def head_tables(head: LevelHeads, tied: TiedCodes | None) -> list[Table]:
 
 
 @torch.no_grad()
+def place_ids(embed: nn.Embedding, centroid_KC: torch.Tensor) -> None:
+    """Sets the rows of semantic ids, the first K, to their clusters' centroids through a random layer.
+
+    So like ids are alike before the first step, which rare ones would take long to learn.
+    """
+    x_KC = (centroid_KC - centroid_KC.mean(0)) / centroid_KC.std()
+    embed.weight[:len(x_KC)] = x_KC @ torch.randn(x_KC.shape[1], embed.weight.shape[1]).mul_(READ_STD * x_KC.shape[1] ** -0.5)
+
+
+@torch.no_grad()
 def fold_tables(embed: nn.Embedding, head: LevelHeads | None, tied: TiedCodes, first: int) -> None:
     """Writes the tied tables into the free ones, which are then all that the model needs."""
     embed.weight.copy_(embedding_table(embed, tied, first))

@@ -24,7 +24,7 @@ from audiolm.lm.warm_start import start_from
 from audiolm.models.lm.attention import takes_flash
 from audiolm.train.engine import all_sum
 from audiolm.train.objectives.base import Context, Engine, autocast, pinned
-from audiolm.train.objectives.shared import codes_of, data_of, stage_of, update, validation_figures
+from audiolm.train.objectives.shared import centroids_of, codes_of, data_of, stage_of, update, validation_figures
 from audiolm.train.objectives.start import start_stage
 
 EVAL_BATCH = 8  # validation rows a forward pass
@@ -33,12 +33,14 @@ EVAL_BATCH = 8  # validation rows a forward pass
 def lm_objective(config: Mapping[str, Any], inputs: Mapping[str, str], ctx: Context) -> LMObjective:
     """Factory. config: stage ("lm_semantic", "lm_coarse" or "lm_fine"), lm (its StageConfig), layout (LMConfig.layout), rows
     (validation crops), text_model or start (where it starts from one, or from a stage's weights); inputs: paths of manifest
-    and of the token stores that the stage reads, semantic_tokens and acoustic_tokens, and of the codec where tables are tied.
+    and of the token stores that the stage reads, semantic_tokens and acoustic_tokens, of the codec where tables are tied, and
+    of kmeans where semantic ids begin at its centroids.
 
     Raises TokenError for stores that do not belong together, ValueError for a stage the codec leaves no room for.
     """
     stage, shape = stage_of(config, inputs), config["lm"]
-    objective = LMObjective(stage, shape, *data_of(config, inputs, stage, ctx), ctx, codes_of(config, inputs))
+    objective = LMObjective(stage, shape, *data_of(config, inputs, stage, ctx), ctx, codes_of(config, inputs),
+                            centroids_of(config, inputs, stage))
     if config.get("text_model"):
         start_from(objective.modules["lm"], shape, config["text_model"])
     if config.get("start"):
@@ -52,12 +54,12 @@ class LMObjective:
     unit, exported = "tokens", "lm"
 
     def __init__(self, stage: Stage, shape: StageConfig, train: TokenBatches, dev: TokenBatches, rows: list[EvalCrop],
-                 ctx: Context, codes_QVE: torch.Tensor | None = None):
+                 ctx: Context, codes_QVE: torch.Tensor | None = None, centroid_KC: torch.Tensor | None = None):
         self.stage, self.shape, self.data, self.dev, self.rows, self.ctx = stage, shape, train, dev, rows, ctx
         # A seed of its own for each stage; the generator that everybody shares is left as it was.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(rng.derive(ctx.seed, f"init lm_{stage.name}"))
-            self.modules: dict[str, nn.Module] = {"lm": build_lm(stage, shape, codes_QVE)}
+            self.modules: dict[str, nn.Module] = {"lm": build_lm(stage, shape, codes_QVE, centroid_KC)}
         # Flash attention has no bias of distances.
         self.flash = shape.positions == "rotary" and takes_flash(
             ctx.device, getattr(torch, shape.train.dtype), shape.dim // shape.heads)

@@ -21,7 +21,7 @@ from audiolm.lm.parallel import collate, draw_document, inputs_of, whole_level_s
 from audiolm.lm.stages import Stage
 from audiolm.train.engine import all_sum
 from audiolm.train.objectives.base import Context, Engine, autocast, pinned
-from audiolm.train.objectives.shared import codes_of, data_of, stage_of, update, validation_figures
+from audiolm.train.objectives.shared import centroids_of, codes_of, data_of, stage_of, update, validation_figures
 from audiolm.train.objectives.start import start_parallel
 
 # Frames and places of a batch are a multiple of it, by device: a GPU's memory then has pieces of few sizes, and attention
@@ -31,12 +31,13 @@ MULTIPLE = {"cuda": 64}
 
 def parallel_objective(config: Mapping[str, Any], inputs: Mapping[str, str], ctx: Context) -> ParallelObjective:
     """Factory. config: stage ("lm_parallel"), lm (ParallelConfig), layout (LMConfig.layout), rows (validation crops), start
-    where it starts from weights; inputs: paths of manifest, semantic_tokens, acoustic_tokens, and codec where tables are tied.
+    where it starts from weights; inputs: as of the stages.
 
     Raises TokenError for stores that do not belong together.
     """
     stage, shape = stage_of(config, inputs), config["lm"]
-    objective = ParallelObjective(stage, shape, *data_of(config, inputs, stage, ctx), ctx, codes_of(config, inputs))
+    objective = ParallelObjective(stage, shape, *data_of(config, inputs, stage, ctx), ctx, codes_of(config, inputs),
+                                  centroids_of(config, inputs, stage))
     if config.get("start"):
         start_parallel(objective.modules["lm"], shape, config["start"], inputs["semantic_tokens"])
     return objective
@@ -48,11 +49,11 @@ class ParallelObjective:
     unit, exported = "frames", "lm"
 
     def __init__(self, stage: Stage, shape: ParallelConfig, train: TokenBatches, dev: TokenBatches, rows: list[EvalCrop],
-                 ctx: Context, codes_QVE: torch.Tensor | None = None):
+                 ctx: Context, codes_QVE: torch.Tensor | None = None, centroid_KC: torch.Tensor | None = None):
         self.stage, self.shape, self.data, self.dev, self.rows, self.ctx = stage, shape, train, dev, rows, ctx
         with torch.random.fork_rng(devices=[]):  # a seed of its own; the generator that everybody shares is left as it was
             torch.manual_seed(rng.derive(ctx.seed, "init lm_parallel"))
-            self.modules: dict[str, nn.Module] = {"lm": build_parallel(stage, shape, codes_QVE)}
+            self.modules: dict[str, nn.Module] = {"lm": build_parallel(stage, shape, codes_QVE, centroid_KC)}
         # Counted for rows that are one document, as for the stages.
         self.flops_per_unit = self.modules["lm"].flops_per_frame(RATIO * stage.crop_frames)
 

@@ -18,6 +18,7 @@ from audiolm.lm.loss import level_sums, mean_loss, n_sums
 from audiolm.lm.parallel import parallel_stage
 from audiolm.lm.stages import Stage
 from audiolm.tokenizers.acoustic import load_codec
+from audiolm.tokenizers.artifact import read_export
 from audiolm.train.engine import all_sum
 from audiolm.train.objectives.base import Context, Engine
 
@@ -34,6 +35,13 @@ def data_of(config: Mapping[str, Any], inputs: Mapping[str, str], stage: Stage,
 def codes_of(config: Mapping[str, Any], inputs: Mapping[str, str]) -> torch.Tensor | None:
     """codes_QVE of the codec where the stage's tables are tied."""
     return load_codec(inputs["codec"]).code_vectors() if config["layout"].get("tied") else None
+
+
+def centroids_of(config: Mapping[str, Any], inputs: Mapping[str, str], stage: Stage) -> torch.Tensor | None:
+    """centroid_KC of the semantic tokenizer where the stage's semantic ids begin there."""
+    if not (config["layout"].get("centroids") and stage.needs_semantic):
+        return None
+    return read_export(inputs["kmeans"])[0]["centroids"].float()
 
 
 def stage_of(config: Mapping[str, Any], inputs: Mapping[str, str]) -> Stage:
