@@ -14,6 +14,7 @@ from audiolm.config.lm import DepthConfig, LMConfig, StageConfig
 from audiolm.config.training import TrainConfig
 from audiolm.lm.loss import inputs_of
 from audiolm.lm.model import build_lm, load_lm
+from audiolm.tokenizers.artifact import write_export
 from audiolm.train import engine as engines
 from audiolm.train.engine import make_engine
 from audiolm.train.objectives import lm, shared
@@ -36,14 +37,15 @@ def corpus(tmp_path_factory):
 
 
 def objective(corpus, stage="lm_coarse", rank=0, world=1, seed=0, replaced=0.0, own=0.0, own_from=0, device=CPU,
-              **changed):
+              centroids=None, **changed):
     train = TrainConfig(steps=STEPS, batch=8, lr=1e-2, warmup_steps=5, **{"engine": "torch", **changed})
     stage, _, kind = stage.partition(" ")
     shape = StageConfig(crop_s=0.8, dim=32, layers=2, heads=2, ff=64, dropout=0.0, train=train, kind=kind or "flat",
                         replaced=replaced, own=own, own_from=own_from, depth=DepthConfig(dim=16, layers=2, ff=32))
-    layout = {**PAPER, "dedupe": False, "coarse_levels": 2, "conditioning": "aligned" if kind else "prefix"}
+    layout = {**PAPER, "dedupe": False, "coarse_levels": 2, "conditioning": "aligned" if kind else "prefix",
+              "centroids": centroids is not None}
     config = {"stage": stage, "seed": seed, "lm": shape, "layout": layout, "rows": 6}
-    return lm.lm_objective(config, corpus.paths, Context(rank, world, device, seed))
+    return lm.lm_objective(config, {**corpus.paths, "kmeans": centroids}, Context(rank, world, device, seed))
 
 
 STAGES = ["lm_semantic", "lm_coarse", "lm_coarse frame", "lm_fine"]
@@ -161,6 +163,19 @@ def test_weights_come_from_the_seed_alone(corpus):
     assert not torch.equal(a["embed.weight"], objective(corpus, seed=5).modules["lm"].state_dict()["embed.weight"])
 
 
+@pytest.mark.parametrize("stage", ["lm_semantic", "lm_coarse", "lm_coarse frame"])
+def test_semantic_ids_begin_at_their_centroids(corpus, stage, tmp_path):
+    centroid_KC = torch.randn(token_corpus.K, 8, generator=torch.Generator().manual_seed(0))
+    centroid_KC[1] = centroid_KC[0] + 0.01
+    write_export(str(tmp_path), {"centroids": centroid_KC}, {})
+    placed, free = (objective(corpus, stage, centroids=path).modules["lm"].state_dict() for path in (str(tmp_path), None))
+    name = "backbone.embed.weight" if "frame" in stage else "embed.weight"
+    apart_K = (placed[name][:token_corpus.K] - placed[name][0]).norm(dim=1)
+    assert apart_K[1] < 0.1 * apart_K[2:].min()
+    assert torch.equal(placed[name][token_corpus.K:], free[name][token_corpus.K:])
+    assert all(torch.equal(value, placed[n]) for n, value in free.items() if n != name)
+
+
 @pytest.mark.parametrize("stage", ["lm_coarse", "lm_coarse frame"])
 def test_the_export_is_the_model(corpus, stage, tmp_path):
     o = objective(corpus, stage)
@@ -209,9 +224,9 @@ def test_weights_used_in_several_places_train_alike_on_partitioned_engines(corpu
         train = TrainConfig(steps=STEPS, batch=8, lr=1e-2, warmup_steps=2, engine=engine, zero=zero)
         shape = StageConfig(crop_s=0.8, dim=32, layers=2, heads=2, ff=64, dropout=0.0, train=train, kind=kind or "flat")
         layout = LMConfig(**{"coarse_levels": 2, name.removeprefix("lm_"): shape}).layout(name)
-        o = lm.lm_objective({"stage": name, "lm": shape, "layout": {**layout, "tied": False, "coarse_levels": 2}, "rows": 6},
-                            corpus.paths,
-                            Context(0, 1, CPU, 0))
+        o = lm.lm_objective({"stage": name, "lm": shape, "layout": {**layout, "tied": False, "centroids": False,
+                                                                           "coarse_levels": 2}, "rows": 6},
+                            corpus.paths, Context(0, 1, CPU, 0))
         if name != "lm_semantic":
             torch.manual_seed(0)
             o.modules["lm"] = build_lm(o.stage, shape, codes_QVE)
