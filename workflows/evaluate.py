@@ -124,6 +124,8 @@ def evaluate(args: argparse.Namespace) -> Any:
     else:
         report = run_and_report(targets[0].steps, suites, folder, title=targets[0].title, **settings)
     board.end("evaluate", "DONE", time.monotonic() - began, f"{len(report.rows)} rows")
+    for line in dict.fromkeys(f"not measured: {r.table}, {r.item}: {r.note}" for r in report.rows if r.value is None):
+        board.say(line)
     print(f"report: {store.join(folder, 'report.html')}")
     return report
 
