@@ -27,6 +27,7 @@ from audiolm.eval.ladder import continued, decoded, prompt_samples
 from audiolm.generate.audiolm import AudioLM
 from audiolm.generate.load import load_system
 from audiolm.generate.params import PAPER_PARAMS, SamplingParams
+from audiolm.tokenizers.artifact import identities
 
 MODES = ("original", "resynthesis", "levels", "fine", "acoustic", "shuffled", "continuation")
 LABELS = {"original": "original", "resynthesis": "codec resynthesis", "levels": "codec resynthesis, coarse levels",
@@ -170,11 +171,12 @@ def _file_names(paths: Mapping[str, str], wavs: Mapping[str, np.ndarray], seed: 
     audio = {clip: hashlib.blake2b(np.ascontiguousarray(wav, np.float32).tobytes(), digest_size=16).hexdigest()
              for clip, wav in wavs.items()}
     params = {stage: asdict(draw) for stage, draw in {**PAPER_PARAMS, **(draws or {})}.items()}
+    models_of = identities({m: paths[m] for m in GENERATION_STEPS if m in paths})
 
     def name(spec: SampleSpec) -> str:
         models = {"resynthesis": ("codec",), "continuation": GENERATION_STEPS}.get(
             spec.mode, tuple(m for m in GENERATION_STEPS if m != "lm_semantic"))
-        depends = [{m: store.absolute(paths[m]) for m in models if m in paths}, spec.mode, audio[spec.clip]]
+        depends = [{m: models_of[m] for m in models if m in models_of}, spec.mode, audio[spec.clip]]
         if spec.mode != "resynthesis":
             depends += [params, seed, spec.clip, spec.number, spec.prompt if spec.mode == "continuation" else 0]
         return hashlib.blake2b(json.dumps(depends, sort_keys=True).encode(), digest_size=16).hexdigest() + ".wav"

@@ -29,6 +29,15 @@ class ArtifactError(ValueError):
     """
 
 
+def identities(steps: Mapping[str, str]) -> dict[str, list[str | None]]:
+    """{step: [its folder, SHA-256 of its export's weights, None without one]}.
+
+    For keys of what is kept: a build never changes, but the folder of a published system may get other weights.
+    """
+    abouts = {step: store.get_json(store.join(path, "export", CONFIG)) or {} for step, path in steps.items()}
+    return {step: [store.absolute(path), abouts[step].get("weights_sha256")] for step, path in steps.items()}
+
+
 def read_export(build: str) -> tuple[dict[str, torch.Tensor], dict, str]:
     """(weights, config, digest) of {build}/export.
 

@@ -8,12 +8,18 @@ import runpy
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from audiolm import store
+from audiolm.config.load import load_config
 from audiolm.dag.run_index import GENERATION_STEPS
+from audiolm.eval import generated
 from audiolm.eval.results import Result
+from audiolm.eval.suites.run import digest
 from audiolm.report.results_page import build, markdown
+from audiolm.tokenizers.artifact import write_export
 from audiolm.tracking.tracker import Tracker
 from tests.worlds.basics import ROOT
 from tests.worlds.tiny_run import finish, tell
@@ -65,6 +71,19 @@ def test_a_run_is_evaluated_and_what_was_measured_is_kept(made, capsys, tmp_path
     fewer = ("--out", str(tmp_path / "c"), "--suites", "ladder", "evaluate.clips=1")
     assert evaluate(capsys, "tiny", "--store", folder, *fewer)[0] == 0
     assert rows_of(tmp_path / "c")["ladder", "continuation"].n == 1
+
+
+def test_a_published_folder_with_other_weights_is_measured_anew(tmp_path):
+    steps, wavs = {"codec": str(tmp_path / "codec")}, {"clip": np.zeros(16, np.float32)}
+    config = load_config(str(ROOT / "workflows" / "scratch.yaml"))
+    spec = generated.SampleSpec("clip", "reader", None, "resynthesis", 0, 0)
+
+    def keys(weight: float) -> tuple[str, str]:
+        write_export(steps["codec"], {"weight": torch.full((1,), weight)}, {})
+        return digest("wer", steps, config), generated._file_names(steps, wavs, 0, None)(spec)
+
+    before, same, other = keys(0.0), keys(0.0), keys(1.0)
+    assert before == same and not set(before) & set(other)
 
 
 def test_a_checkpoint_is_evaluated_within_its_runs_system(made, capsys, tmp_path):

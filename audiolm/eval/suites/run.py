@@ -37,6 +37,7 @@ from audiolm.eval.suites.tokenizers.masked import masked_suite
 from audiolm.eval.suites.tokens import tokens_suite
 from audiolm.eval.suites.wer import wer_suite
 from audiolm.eval.suites.zerospeech import zerospeech_suite
+from audiolm.tokenizers.artifact import identities
 
 SUITES: dict[str, Callable[[SuiteContext], list[Result]]] = {
     "stages": losses_suite,
@@ -108,7 +109,7 @@ def digest(name: str, steps: Mapping[str, str], config: Pipeline) -> str:
     """A hash of all that a suite's rows, or sounds, depend on."""
     sections = {"evaluate": config.evaluate, "samples": config.samples, "lm": config.lm, "corpus": config.corpus,
                 "tables": config.tables}
-    depends = {"suite": name, "steps": dict(steps), "seed": config.run.seed,
+    depends = {"suite": name, "steps": identities(steps), "seed": config.run.seed,
                "abx": config.semantic.abx and config.semantic.abx.model_dump(mode="json"),
                **{k: v.model_dump(mode="json") for k, v in sections.items()}}
     if section := OWN_SECTION.get(name):
