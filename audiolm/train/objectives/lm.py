@@ -33,8 +33,7 @@ EVAL_BATCH = 8  # validation rows a forward pass
 def lm_objective(config: Mapping[str, Any], inputs: Mapping[str, str], ctx: Context) -> LMObjective:
     """Factory. config: stage ("lm_semantic", "lm_coarse" or "lm_fine"), lm (its StageConfig), layout (LMConfig.layout), rows
     (validation crops), text_model or start (where it starts from one, or from a stage's weights); inputs: paths of manifest
-    and of the token stores that the stage reads, semantic_tokens and acoustic_tokens, of the codec where tables are tied, and
-    of kmeans where semantic ids begin at its centroids.
+    and of the token stores that the stage reads, semantic_tokens and acoustic_tokens, and of codec and kmeans as `layout` says.
 
     Raises TokenError for stores that do not belong together, ValueError for a stage the codec leaves no room for.
     """
