@@ -204,8 +204,8 @@ class LMConfig(Config):
         if stage == "lm_parallel":
             return {name: getattr(self, name) for name in ("condition_dropout", "tied", "centroids")}
         own = ("conditioning", "condition_dropout", "tied", "coarse_levels", "ablation")
-        return {name: getattr(self, name) for name in 
-                (("dedupe", "lengths", "centroids") if stage == "lm_coarse" else ()) + own}
+        tokens = ("dedupe", "lengths", "centroids") if stage == "lm_coarse" else ()
+        return {name: getattr(self, name) for name in tokens + own}
 
 
 class SamplesConfig(Config):
