@@ -67,17 +67,14 @@ def add_place_options(p: argparse.ArgumentParser) -> None:
 def add_suite_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("rest", nargs="*", metavar="MODEL_URI_OR_RUN a.b=c", help="models:/NAME/VERSION, models:/NAME@best, or a "
                    "run's name, index (STORE/runs/NAME.json) or MLflow id; and overrides of its config (evaluate.clips=4)")
-    p.add_argument("--suites", type=names, default=[], metavar="A,B", help="these alone (default: all but the optional ones)")
+    p.add_argument("--suites", type=abx_command.names, default=[], metavar="A,B",
+                   help="these alone (default: all but the optional ones)")
     p.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two of them on one page, the same prompts side by side")
     p.add_argument("--out", metavar="FOLDER", help="where the report goes; default: STORE/evaluations/NAME")
     p.add_argument("--ray", action="store_true", help="parts as Ray tasks, on this machine or the cluster of RAY_ADDRESS")
     add_place_options(p)
     p.add_argument("--answer", type=int, help=argparse.SUPPRESS)  # of a job: the request's number
     p.add_argument("--claim", help=argparse.SUPPRESS)  # of a process: the file that makes it the one of its id
-
-
-def names(text: str) -> list[str]:
-    return [n.strip() for n in text.split(",") if n.strip()]
 
 
 def run(args: argparse.Namespace) -> int:

@@ -11,14 +11,18 @@ from audiolm.tokenizers.base import SAMPLE_RATE, SEMANTIC_HOP
 MODEL_HZ = SAMPLE_RATE // SEMANTIC_HOP  # 25, the rate of a masked model's frames
 
 
+def names(text: str) -> list[str]:
+    """The names in "A,B"."""
+    return [n.strip() for n in text.split(",") if n.strip()]
+
+
 def add_item_options(p: argparse.ArgumentParser) -> None:
     """Options of `tokens` and `abx`: a triphone list and its audio."""
     p.add_argument("--items", required=True, metavar="FILE", help="triphones: #file onset offset #phone prev-phone next-phone "
                    "speaker")
     p.add_argument("--audio", required=True, nargs="+", metavar="FOLDER", help="where the items' files lie, at any depth, as "
                    "#file and an audio ending")
-    p.add_argument("--speakers", type=lambda text: [name.strip() for name in text.split(",") if name.strip()], metavar="A,B",
-                   help="only these, as A, B and X; default: all of the item file")
+    p.add_argument("--speakers", type=names, metavar="A,B", help="only these, as A, B and X; default: all of the item file")
     p.add_argument("--seed", type=int, default=0, help="of ABX's draws (default 0)")
     p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one")
     p.add_argument("--json", metavar="FILE", help="write the figures there too, with each speaker's ABX")

@@ -224,9 +224,8 @@ def test_weights_used_in_several_places_train_alike_on_partitioned_engines(corpu
         train = TrainConfig(steps=STEPS, batch=8, lr=1e-2, warmup_steps=2, engine=engine, zero=zero)
         shape = StageConfig(crop_s=0.8, dim=32, layers=2, heads=2, ff=64, dropout=0.0, train=train, kind=kind or "flat")
         layout = LMConfig(**{"coarse_levels": 2, name.removeprefix("lm_"): shape}).layout(name)
-        o = lm.lm_objective({"stage": name, "lm": shape, "layout": {**layout, "tied": False, "centroids": False,
-                                                                           "coarse_levels": 2}, "rows": 6},
-                            corpus.paths, Context(0, 1, CPU, 0))
+        layout |= {"tied": False, "centroids": False, "coarse_levels": 2}
+        o = lm.lm_objective({"stage": name, "lm": shape, "layout": layout, "rows": 6}, corpus.paths, Context(0, 1, CPU, 0))
         if name != "lm_semantic":
             torch.manual_seed(0)
             o.modules["lm"] = build_lm(o.stage, shape, codes_QVE)
